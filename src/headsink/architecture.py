@@ -1,0 +1,121 @@
+"""What headsink needs to know of a model: its attention layers, the shape of their heads, and a fingerprint.
+
+A model qualifies if it is a causal decoder whose attention goes through transformers' `AttentionInterface` and has an
+output projection called `o_proj`. That is most families since Llama; the others are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from headsink.errors import HeadsinkError
+
+SAMPLED_WEIGHTS = 64  # values of each parameter that go into the fingerprint
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The heads of a model. `windows[l]` is the model's own sliding window in layer l, None where it sees all."""
+
+    name: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    max_context: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+
+def check_class(model_class: type, name: str) -> None:
+    """Raise if models of this class cannot be used, before their weights are read."""
+    if not getattr(model_class, "_supports_attention_backend", False) or not model_class._can_set_attn_implementation():  # type: ignore[attr-defined]
+        raise HeadsinkError(
+            f"{name}: {model_class.__name__} computes attention by itself, not through transformers' AttentionInterface; "
+            "headsink cannot see its heads"
+        )
+    if not getattr(model_class, "_supports_sdpa", False):
+        raise HeadsinkError(
+            f"{name}: {model_class.__name__} has no scaled-dot-product attention in transformers; not supported"
+        )
+
+
+def check_config(config: Any, name: str) -> None:
+    """Raise if the configuration describes something other than a plain causal decoder."""
+    config = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder or config.model_type in _ENCODERS:
+        raise HeadsinkError(f"{name}: {config.model_type} is an encoder; headsink works on causal decoders only")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise HeadsinkError(f"{name}: {config.model_type} caps its attention logits; not supported yet")
+    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise HeadsinkError(f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; not supported")
+
+
+_ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Read the shape of the heads of a transformers causal language model."""
+    config: Any = model.config
+    name = type(model).__name__
+    if not hasattr(config, "get_text_config"):
+        raise HeadsinkError(f"{name} is not a transformers model")
+    check_class(type(model), name)
+    check_config(config, name)
+    config = config.get_text_config(decoder=True)
+    kinds, arguments = get_layer_types_and_kwargs(config)
+    query_heads = config.num_attention_heads
+    return Architecture(
+        name=name,
+        layers=len(kinds),
+        query_heads=query_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
+        windows=tuple(a.get("sliding_window") for a in arguments),
+        max_context=config.max_position_embeddings,
+    )
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer, in order."""
+    shape = describe(model)
+    found: dict[Any, nn.Module] = {
+        m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
+    }
+    if sorted(found) != list(range(shape.layers)):
+        raise HeadsinkError(f"{shape.name}: no output projection `o_proj` in every attention layer; not supported")
+    return [found[index] for index in range(shape.layers)]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a causal language model: what takes the cache and gives hidden states."""
+    return model.get_decoder()  # type: ignore[operator]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over a fixed sample of every parameter, rounded to bfloat16.
+
+    The same for a checkpoint loaded in float32 or bfloat16, in one piece or over devices; another checkpoint of the
+    same shape differs.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise HeadsinkError(f"{name} is not in memory (offloaded): load the model whole to make or check a plan")
+        flat = parameter.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_WEIGHTS, flat.numel()), dtype=torch.float64).long()
+        sample = flat[index.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""A plan: one pattern per KV head of one model, how it was chosen, and what it was measured to cost.
+
+A plan is one JSON file that a person can read. Loading checks every field and names the one that is wrong; using it
+checks that the model is the one that it was made for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
+
+from headsink.architecture import Architecture, describe, weights_hash
+from headsink.errors import HeadsinkError
+from headsink.files import write_text
+from headsink.pattern import FULL, Pattern
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(ge=0, strict=True)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Head(_Part):
+    """The pattern of one KV head, and the value norm that its floating sinks are measured against."""
+
+    sink: Tokens = 0
+    floating: Tokens = 0
+    window: Tokens | None
+    value_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.window is None and (self.sink or self.floating):
+            raise ValueError("full attention (window null) sees every key, so sink and floating must be 0")
+        if self.floating and self.value_norm is None:
+            raise ValueError("floating sinks need a value_norm to be recognised by")
+        return self
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(self.sink, self.floating, self.window)
+
+
+class Fingerprint(_Part):
+    """The model that a plan is for."""
+
+    architecture: str
+    layers: Annotated[int, Field(gt=0)]
+    query_heads: Annotated[int, Field(gt=0)]
+    kv_heads: Annotated[int, Field(gt=0)]
+    head_dim: Annotated[int, Field(gt=0)]
+    weights: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        shape = describe(model)
+        return cls(
+            architecture=shape.name,
+            layers=shape.layers,
+            query_heads=shape.query_heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            weights=weights_hash(model),
+        )
+
+
+class Retrieval(_Part):
+    """Answers to one form of retrieval probe: how many of `probes` the full model and the plan got right."""
+
+    form: str
+    probes: Annotated[int, Field(gt=0)]
+    full: Tokens
+    plan: Tokens
+    nll_full: Finite
+    nll_plan: Finite
+
+
+class Quality(_Part):
+    """What a plan was measured to cost at one context length, on text that calibration never saw.
+
+    `kl` is KL(full || plan) of the next-token distributions in nats, `top1` the share of positions with the same most likely
+    token, `nll_*` the mean negative log-likelihood of the text in nats per token, `kv_bytes` what the cache held.
+    """
+
+    context: Annotated[int, Field(gt=0)]
+    positions: Annotated[int, Field(gt=0)]
+    kl: Finite
+    top1: Fraction
+    nll_full: Finite
+    nll_plan: Finite
+    retrieval: tuple[Retrieval, ...]
+    kv_bytes: Annotated[int, Field(gt=0)]
+    kv_bytes_full: Annotated[int, Field(gt=0)]
+
+
+class Plan(_Part):
+    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone."""
+
+    schema_version: Literal[1] = 1
+    headsink: str = Field(default_factory=lambda: version("headsink"))
+    model: Fingerprint
+    positions: Literal["text"] = "text"
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
+    layers: tuple[tuple[Head, ...] | None, ...]
+    calibration: dict[str, Any] = {}
+    quality: tuple[Quality, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if len(self.layers) != self.model.layers:
+            raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
+        for index, heads in enumerate(self.layers):
+            if heads is not None and len(heads) != self.model.kv_heads:
+                raise ValueError(
+                    f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
+                )
+        return self
+
+    # making plans
+
+    @classmethod
+    def full(cls, model: nn.Module) -> Plan:
+        """Every KV head sees everything: the model itself."""
+        return cls.uniform(model, FULL)
+
+    @classmethod
+    def uniform(cls, model: nn.Module, pattern: Pattern) -> Plan:
+        """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`.
+
+        Floating sinks need a reference value norm for each head, which `headsink.calibrate` measures.
+        """
+        if pattern.floating:
+            raise HeadsinkError("floating: a uniform plan has no measured value norms; use headsink.calibrate")
+        shape = describe(model)
+        return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows])
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        patterns: Sequence[Sequence[Pattern] | None],
+        value_norms: Sequence[Sequence[float] | None] | None = None,
+        **fields: Any,
+    ) -> Plan:
+        """A plan from patterns [layers][KV heads], None for a sliding layer, and reference value norms of the same shape."""
+        norms = value_norms or [None] * len(patterns)
+        layers = [
+            None
+            if row is None
+            else tuple(
+                Head(sink=p.sink, floating=p.floating, window=p.window, value_norm=None if m is None else m[head])
+                for head, p in enumerate(row)
+            )
+            for row, m in zip(patterns, norms, strict=True)
+        ]
+        return cls(model=Fingerprint.of(model), layers=tuple(layers), **fields)
+
+    # files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, atomically."""
+        return write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        return (
+            re.sub(r"\{\n\s+(\"sink\"[^{}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\n\s+", " ", m[1]) + "}", text) + "\n"
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan. Raises HeadsinkError with the name of the field that is wrong."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HeadsinkError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "plan"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise HeadsinkError(f"{path}: not a valid plan: {field}: {reason}") from error
+
+    # use
+
+    def check(self, model: nn.Module) -> Architecture:
+        """Raise if the plan was made for another model. Returns the model's architecture."""
+        shape, actual = describe(model), Fingerprint.of(model)
+        for field in Fingerprint.model_fields:
+            planned, found = getattr(self.model, field), getattr(actual, field)
+            if planned != found:
+                if field == "weights":
+                    planned, found = planned[:12], found[:12]
+                raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
+        for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
+            if (heads is None) != (window is not None):
+                what = "slides by itself and must be null" if window else "has full attention and needs patterns"
+                raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
+        return shape
+
+    def thresholds(self, layer: int) -> torch.Tensor:
+        """[KV heads] float32: the value norm below which a key of this layer can be a floating sink."""
+        heads = self.layers[layer] or ()
+        return torch.tensor([self.tau * (head.value_norm or 0.0) for head in heads])
+
+    def kept(self, context: int) -> float:
+        """Fraction of the full KV entries that the planned heads hold at `context` tokens."""
+        heads = [head for layer in self.layers if layer for head in layer]
+        return sum(head.pattern.size(context) for head in heads) / (context * len(heads)) if heads else 1.0
+
+    def counts(self) -> dict[str, int]:
+        """How many KV heads have each pattern, most first."""
+        return dict(Counter(str(head.pattern) for layer in self.layers if layer for head in layer).most_common())

@@ -1,0 +1,69 @@
+"""Run a model under a plan: `with apply(model, plan): model.generate(...)`.
+
+Nothing of the model is replaced. Its attention goes through transformers' own interface (attention.py), and a plan lives in a
+cache (cache.py). `apply` adds one forward hook that gives a new text a cache with the plan's shape; it acts in the
+thread that entered it, as `torch.no_grad()` does, and a cache from `new_cache` keeps its own plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from headsink.architecture import decoder
+from headsink.attention import engaged
+from headsink.cache import PlanCache
+from headsink.errors import HeadsinkError
+from headsink.plan import Plan
+
+_applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={})  # noqa: B039, never changed in place
+
+
+def new_cache(model: PreTrainedModel, plan: Plan) -> PlanCache:
+    """An empty KV cache that keeps what `plan` keeps. Use it inside `apply(model, ...)`.
+
+    Raises HeadsinkError if the plan was made for another model.
+    """
+    shape = plan.check(model)
+    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows)
+
+
+@contextmanager
+def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+    """Inside the block, new texts run under `plan`: `generate`, or a plain forward pass.
+
+    The cache is created with the plan's shape where none is given. A cache from `new_cache` runs with its own plan.
+    Acts on the calling thread only. Raises HeadsinkError if the plan was made for another model.
+    """
+    shape = plan.check(model)
+    config = model.config.get_text_config(decoder=True)
+
+    def give_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if _applied.get().get(id(model)) is not plan:
+            return None
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PlanCache):
+            return None
+        if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+            return args, {**kwargs, "past_key_values": PlanCache(plan, config, shape.windows)}
+        raise HeadsinkError(_refusal(cache))
+
+    hook = decoder(model).register_forward_pre_hook(give_cache, with_kwargs=True)
+    token = _applied.set({**_applied.get(), id(model): plan})
+    try:
+        with engaged(model):
+            yield model
+    finally:
+        _applied.reset(token)
+        hook.remove()
+
+
+def _refusal(cache: Cache) -> str:
+    if type(cache) is DynamicCache:
+        return "this cache was filled without the plan: start with headsink.new_cache(model, plan)"
+    return f"{type(cache).__name__} cannot hold a plan: use headsink.new_cache(model, plan) or leave the cache out"

@@ -1,0 +1,55 @@
+"""Tiny random models of the families that headsink is tested on."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama-mha": lambda: LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=11),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=11,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**SHAPE),
+    "olmo2": lambda: Olmo2Config(**SHAPE),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """A random model whose attention is far from flat, so that a wrong mask shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            torch.nn.init.normal_(parameter, std=0.25)
+    model.generation_config.eos_token_id = None  # random models stop at random
+    return model.to(dtype)

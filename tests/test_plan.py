@@ -1,0 +1,108 @@
+"""Plan files: what is saved comes back; what is wrong is named."""
+
+import json
+
+import pytest
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import random_plan
+
+from headsink import HeadsinkError, Pattern, Plan
+
+MODEL = tiny("llama")
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_what_is_saved_comes_back(tmp_path_factory, seed):
+    plan = random_plan(MODEL, seed)
+    path = plan.save(tmp_path_factory.mktemp("plan") / "plan.json")
+    assert Plan.load(path) == plan
+    assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_a_person_can_read_it():
+    text = Plan.uniform(MODEL, Pattern(4, 0, 128)).to_json()
+    assert '{"sink": 4, "floating": 0, "window": 128, "value_norm": null}' in text
+
+
+def edit(tmp_path, change):
+    fields = json.loads(random_plan(MODEL, 1).to_json())
+    change(fields)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def head(fields):
+    return fields["layers"][1][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda f: head(f).update(window=-5), "layers.1.0.window"),
+        (lambda f: head(f).update(window=1.5), "layers.1.0.window"),
+        (lambda f: head(f).update(window="64"), "layers.1.0.window"),
+        (lambda f: head(f).pop("window"), "layers.1.0.window"),
+        (lambda f: head(f).update(sinks=4), "layers.1.0.sinks"),
+        (lambda f: head(f).update(window=8, floating=4, value_norm=None), "layers.1.0.*value_norm"),
+        (lambda f: head(f).update(window=8, floating=4, value_norm=-1.0), "layers.1.0.value_norm"),
+        (lambda f: head(f).update(window=None, sink=4, floating=0), "layers.1.0.*window null"),
+        (lambda f: f["layers"].pop(), "layers: 2 given"),
+        (lambda f: f["layers"][2].pop(), "layers.2: 1 heads given"),
+        (lambda f: f.update(schema_version=99), "schema_version"),
+        (lambda f: f.update(tau=float("nan")), "tau"),
+        (lambda f: f.update(positions="cache"), "positions"),
+        (lambda f: f["model"].pop("weights"), "model.weights"),
+        (lambda f: f.pop("layers"), "layers"),
+    ],
+)
+def test_nonsense_is_refused_by_name(tmp_path, change, field):
+    path = edit(tmp_path, change)
+    with pytest.raises(HeadsinkError, match=field) as error:
+        Plan.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"layers": NaN}'])
+def test_what_is_no_plan_is_refused(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(HeadsinkError, match="plan"):
+        Plan.load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(HeadsinkError, match="No such file"):
+        Plan.load(tmp_path / "none.json")
+
+
+def test_a_folder_in_the_way_is_refused(tmp_path):
+    with pytest.raises(HeadsinkError, match="it is a folder"):
+        Plan.full(MODEL).save(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(HeadsinkError, match="cannot write"):
+        Plan.full(MODEL).save(tmp_path / "file" / "plan.json")
+
+
+def test_kept_counts_what_the_cache_holds():
+    plan = Plan.of(MODEL, [[Pattern(), Pattern(4, 0, 60)]] * 3)
+    assert plan.kept(640) == pytest.approx((640 + 64) / 1280)
+    assert plan.kept(30) == 1
+    assert Plan.full(MODEL).kept(100) == 1
+    assert plan.counts() == {"full": 3, "4+0f+60": 3}
+
+
+def test_floating_sinks_need_measured_norms():
+    with pytest.raises(HeadsinkError, match="floating"):
+        Plan.uniform(MODEL, Pattern(4, 4, 16))
+
+
+def test_a_plan_for_a_sliding_layer_is_refused():
+    sliding = tiny("gemma3")
+    plan = Plan.full(sliding)
+    assert plan.layers[0] is None
+    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model slides"):
+        plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)

@@ -1,0 +1,346 @@
+"""A model under a plan equals the reference, however the text is fed; an all-full plan is the model."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+from reference import reference_logits
+from transformers import DynamicCache, StaticCache
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def feed(model, plan, ids, sizes, mask=None):
+    """Logits of `ids` given to the model in pieces of `sizes` (the last size repeats)."""
+    cache, parts, start = headsink.new_cache(model, plan), [], 0
+    sizes = list(sizes)
+    with headsink.apply(model, plan), torch.no_grad():
+        while start < ids.shape[1]:
+            end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), ids.shape[1])
+            options = {}
+            if mask is not None:
+                options["attention_mask"] = mask[:, :end]
+                options["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
+            parts.append(model(ids[:, start:end], past_key_values=cache, **options).logits)
+            start = end
+    return torch.cat(parts, 1), cache
+
+
+def padded(batch=3, length=61):
+    ids = torch.randint(3, 211, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    mask[2, :1] = 0
+    return ids, mask
+
+
+WAYS = {"one pass": [1000], "chunks": [17, 5, 1, 9], "token by token": [1], "prefill then decode": [40, 1]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_any_plan_equals_the_reference(family, way, padding):
+    model = tiny(family)
+    for seed in range(3):
+        ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
+        plan = random_plan(model, seed)
+        expected = reference_logits(model, plan, ids, mask)
+        logits, _ = feed(model, plan, ids, WAYS[way], mask)
+        real = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+
+
+def test_long_prefill_goes_through_in_blocks():
+    model = tiny("llama")
+    ids = torch.randint(3, 211, (1, 411))
+    plan = random_plan(model, 7)
+    logits, _ = feed(model, plan, ids, [1000])
+    torch.testing.assert_close(logits, reference_logits(model, plan, ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+@torch.no_grad()
+def test_all_full_plan_is_the_model(family, padding):
+    """Bit for bit, prefill and decode: the same kernel is called with the same numbers."""
+    model = tiny(family)
+    ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
+    plain, parts = DynamicCache(config=model.config), []
+    for start, end in [(0, 40), (40, 41), (41, 42), (42, 61)]:
+        options = {}
+        if mask is not None:
+            positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
+            options = {"attention_mask": mask[:, :end], "position_ids": positions}
+        parts.append(model(ids[:, start:end], past_key_values=plain, **options).logits)
+    logits, _ = feed(model, Plan.full(model), ids, [40, 1, 1, 19], mask)
+    real = slice(None) if mask is None else mask.bool()
+    assert torch.equal(logits[real], torch.cat(parts, 1)[real])
+
+
+@torch.no_grad()
+def test_all_full_plan_is_the_model_in_bfloat16():
+    model = tiny("llama", dtype=torch.bfloat16)
+    ids = torch.randint(3, 211, (2, 61))
+    plain = DynamicCache(config=model.config)
+    expected = [model(part, past_key_values=plain).logits for part in ids.split([50, 1, 10], 1)]
+    logits, _ = feed(model, Plan.full(model), ids, [50, 1, 10])
+    assert torch.equal(logits, torch.cat(expected, 1))
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_the_reference_as_the_model_is_to_itself():
+    half, whole, ids = tiny("llama", dtype=torch.bfloat16), tiny("llama"), torch.randint(3, 211, (1, 90))
+    plan = Plan.uniform(whole, Pattern(2, 0, 9))
+    logits, _ = feed(half, plan, ids, [60, 1])
+    error = (logits.float() - reference_logits(whole, plan, ids)).abs().mean()
+    assert error < 1.5 * (half(ids).logits.float() - whole(ids).logits).abs().mean()
+
+
+# the cache
+
+
+def test_cache_holds_what_the_plan_keeps_and_nothing_more():
+    model = tiny("llama")
+    plan = Plan.of(
+        model, [[Pattern(4, 0, 16), Pattern(0, 0, 8)], [Pattern(4, 0, 16)] * 2, [Pattern(), Pattern(1, 0, 0)]]
+    )
+    gc.collect()
+    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    cache = feed(model, plan, torch.randint(3, 211, (1, 300)), [200, 1])[1]
+    gc.collect()
+    new = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new if t.numel()}
+    assert cache.nbytes() == sum(held.values())
+    slots = [group.keys.shape[1] * group.keys.shape[2] for layer in cache.layers for group in layer.groups]
+    assert slots == [20, 8, 2 * 20, 384, 1]
+
+
+def test_window_only_cache_stays_the_same_size():
+    model, sizes = tiny("llama"), []
+    plan = Plan.uniform(model, Pattern(4, 0, 16))
+    for length in (30, 100, 400):
+        sizes.append(feed(model, plan, torch.randint(3, 211, (2, length)), [50, 1])[1].nbytes())
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_crop_while_recording_leaves_no_trace(padding):
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 3)
+    ids, mask = padded() if padding else (torch.randint(3, 211, (3, 61)), None)
+    expected = reference_logits(model, plan, ids, mask)
+    cache, wrong = headsink.new_cache(model, plan), torch.randint(3, 211, (3, 200))
+
+    def step(tokens, start):
+        options = {}
+        if mask is not None:
+            full = torch.cat([mask[:, :start], torch.ones_like(tokens)], 1) if start else mask[:, : tokens.shape[1]]
+            positions = (full.cumsum(1) - 1).clamp(min=0)[:, start:]
+            options = {"attention_mask": full, "position_ids": positions}
+        return model(tokens, past_key_values=cache, **options).logits
+
+    with headsink.apply(model, plan), torch.no_grad():
+        step(ids[:, :30], 0)
+        cache.activate_past_recording()
+        step(torch.cat([ids[:, 30:34], wrong[:, :5]], 1), 30)
+        cache.crop(-5)
+        step(ids[:, 34:40], 34)  # several forwards between two crops
+        step(wrong[:, :150], 40)
+        cache.crop(-150)
+        logits = step(ids[:, 40:], 40)
+    assert cache.get_seq_length() == 61
+    torch.testing.assert_close(logits, expected[:, 40:], **TOLERANCE)
+
+
+def test_crop_inside_the_window_needs_no_recording():
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 5)
+    plan = Plan.uniform(model, Pattern(2, 0, 64))
+    ids = torch.randint(3, 211, (1, 50))
+    _, cache = feed(model, plan, ids, [50])
+    cache.crop(-20)
+    with headsink.apply(model, plan), torch.no_grad():
+        logits = model(ids[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, reference_logits(model, plan, ids)[:, 30:], **TOLERANCE)
+
+
+def test_crop_of_what_is_gone_is_refused():
+    model = tiny("llama")
+    _, cache = feed(model, Plan.uniform(model, Pattern(2, 0, 8)), torch.randint(3, 211, (1, 50)), [50])
+    with pytest.raises(HeadsinkError, match="cannot take back 3 tokens"):
+        cache.crop(-3)
+
+
+def test_reorder_repeat_and_select_rows():
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 2)
+    ids, mask = padded()
+    _, cache = feed(model, plan, ids, [61], mask)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3, 5]))
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    new, rows = torch.randint(3, 211, (3, 4)), [2, 0, 1]
+    full, full_mask = torch.cat([ids[rows], new], 1), torch.cat([mask[rows], torch.ones_like(new)], 1)
+    positions = (full_mask.cumsum(1) - 1)[:, 61:]
+    with headsink.apply(model, plan), torch.no_grad():
+        logits = model(new, past_key_values=cache, attention_mask=full_mask, position_ids=positions).logits
+    torch.testing.assert_close(logits, reference_logits(model, plan, full, full_mask)[:, 61:], **TOLERANCE)
+
+
+# generate
+
+
+GENERATE = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate_with_an_all_full_plan_gives_the_models_tokens(family, how):
+    model = tiny(family)
+    ids, mask = padded()
+    options = {"attention_mask": mask, "max_new_tokens": 12, **GENERATE[how]}
+    torch.manual_seed(1)
+    expected = model.generate(ids, **options)
+    with headsink.apply(model, Plan.full(model)):
+        torch.manual_seed(1)
+        assert torch.equal(model.generate(ids, **options), expected)
+        assert model.config._attn_implementation == "headsink"
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate_with_a_plan_follows_the_reference(how):
+    """The logits that `generate` reports for its own output are those of the reference on that output."""
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 4)
+    ids, mask = padded()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
+    with headsink.apply(model, plan):
+        result = model.generate(ids, **options, **GENERATE[how])
+    assert isinstance(result.past_key_values, headsink.cache.PlanCache)
+    if how == "beams":
+        return  # its logits are per beam and step; that the beams carry their caches is tested with the full plan
+    full_mask = torch.cat([mask, torch.ones(3, 12, dtype=mask.dtype)], 1)
+    expected = reference_logits(model, plan, result.sequences, full_mask)[:, 60:-1]
+    torch.testing.assert_close(torch.stack(result.logits, 1), expected, **TOLERANCE)
+
+
+def test_beams_keep_their_own_caches():
+    """Beam search under a plan equals beam search over the reference without any cache."""
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 9)
+    ids = torch.randint(3, 211, (2, 30))
+    options = {"max_new_tokens": 10, "num_beams": 4, "do_sample": False}
+    from reference import masked
+
+    with masked(model, plan):
+        expected = model.generate(ids, use_cache=False, **options)
+    with headsink.apply(model, plan):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_assisted_decoding_equals_greedy_under_the_plan():
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 6)
+    ids = torch.randint(3, 40, (1, 50)).repeat(1, 2)  # repetitive, so that look-up finds candidates
+    with headsink.apply(model, plan):
+        expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+        cache = headsink.new_cache(model, plan)
+        options = {"prompt_lookup_num_tokens": 4, "past_key_values": cache, "do_sample": False}
+        assert torch.equal(model.generate(ids, max_new_tokens=20, **options), expected)
+
+
+def test_a_plain_forward_runs_under_the_plan():
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 1)
+    ids = torch.randint(3, 211, (1, 50))
+    with headsink.apply(model, plan), torch.no_grad():
+        for use_cache in (True, False):
+            logits = model(ids, use_cache=use_cache).logits
+            torch.testing.assert_close(logits, reference_logits_inside(model, plan, ids), **TOLERANCE)
+
+
+def reference_logits_inside(model, plan, ids):
+    twin = tiny("llama")
+    twin.load_state_dict(model.state_dict())
+    return reference_logits(twin, plan, ids)
+
+
+def test_two_threads_with_two_plans_do_not_meet():
+    model = tiny("llama")
+    plans = [Plan.full(model), random_plan(model, 1), random_plan(model, 2), None]
+    prompts = [torch.randint(3, 211, (1, 40 + 3 * n)) for n in range(len(plans))]
+
+    def run(plan, ids):
+        if plan is None:
+            return model.generate(ids, max_new_tokens=15, do_sample=False)
+        with headsink.apply(model, plan):
+            return model.generate(ids, max_new_tokens=15, do_sample=False)
+
+    expected = [run(plan, ids) for plan, ids in zip(plans, prompts, strict=True)]
+    results: list[list[bool]] = [[] for _ in plans]
+
+    def work(n):
+        results[n] = [torch.equal(run(plans[n], prompts[n]), expected[n]) for _ in range(6)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(plans))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[True] * 6] * len(plans)
+    assert model.config._attn_implementation == "sdpa"
+
+
+# refusals
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = Plan.full(tiny("llama"))
+    with pytest.raises(HeadsinkError, match="another model: weights"):
+        headsink.new_cache(tiny("llama", seed=1), plan)
+    with pytest.raises(HeadsinkError, match="another model: architecture"), headsink.apply(tiny("mistral"), plan):
+        pass
+    with pytest.raises(HeadsinkError, match="another model: kv_heads"):
+        headsink.new_cache(tiny("llama-mha"), plan)
+
+
+def test_the_fingerprint_is_the_same_in_bfloat16():
+    plan = Plan.full(tiny("llama"))
+    assert headsink.new_cache(tiny("llama", dtype=torch.bfloat16), plan) is not None
+
+
+def test_caches_that_cannot_hold_the_plan_are_refused():
+    model, ids = tiny("llama"), torch.randint(3, 211, (1, 20))
+    plan, used = Plan.full(model), DynamicCache(config=model.config)
+    model(ids, past_key_values=used)
+    with headsink.apply(model, plan):
+        with pytest.raises(HeadsinkError, match="filled without the plan"):
+            model(ids, past_key_values=used)
+        with pytest.raises(HeadsinkError, match="StaticCache cannot hold a plan"):
+            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(HeadsinkError, match=r"inside `with headsink.apply"):
+        model(ids, past_key_values=headsink.new_cache(model, plan))
+
+
+def test_padding_that_changes_midway_is_refused():
+    model, (ids, mask) = tiny("llama"), padded()
+    _, cache = feed(model, Plan.full(model), ids, [61], mask)
+    other = torch.cat([mask.roll(1, 0), mask[:, -1:]], 1)
+    with headsink.apply(model, Plan.full(model)), pytest.raises(HeadsinkError, match="not the one that this cache"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=other)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [([[1, 0, 1, 1]], "gaps"), ([[[[1, 1, 1, 1]] * 4]], "2-D attention mask")],
+)
+def test_masks_that_mean_nothing_here_are_refused(mask, message):
+    model = tiny("llama")
+    with headsink.apply(model, Plan.full(model)), pytest.raises(HeadsinkError, match=message):
+        model(torch.randint(3, 211, (1, 4)), attention_mask=torch.tensor(mask).bool())
