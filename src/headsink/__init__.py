@@ -1,8 +1,23 @@
 """headsink: find the attention heads that look at nothing far away, and stop paying for them."""
 
-from headsink.errors import HeadsinkError, HeadsinkWarning
+from headsink.calibrate import calibrate
+from headsink.census import Census, Comparison, analyze, compare
+from headsink.errors import HeadsinkError
+from headsink.models import load
 from headsink.pattern import Pattern
 from headsink.plan import Plan
 from headsink.runtime import apply, new_cache
 
-__all__ = ["HeadsinkError", "HeadsinkWarning", "Pattern", "Plan", "apply", "new_cache"]
+__all__ = [
+    "Census",
+    "Comparison",
+    "HeadsinkError",
+    "Pattern",
+    "Plan",
+    "analyze",
+    "apply",
+    "calibrate",
+    "compare",
+    "load",
+    "new_cache",
+]

@@ -3,7 +3,3 @@
 
 class HeadsinkError(Exception):
     """Input that headsink cannot use. The message is one line, fit to be shown to a user as it is."""
-
-
-class HeadsinkWarning(UserWarning):
-    """Something that works but is probably not what was meant."""

@@ -1,0 +1,261 @@
+"""Text to measure on, without any download: prose, code, maths, chat, and retrieval probes.
+
+Prose is Python's own language reference (`pydoc_data`), code the standard library, both read from the running
+Python; chat is made of questions about the reference and its answers; maths is generated, with the steps worked out.
+Every item belongs to the `calibration` or to the `heldout` half by the hash of its name, and paragraphs that stand
+in both halves are taken out of the second, so no sentence that a plan is judged on was seen when it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from headsink.errors import HeadsinkError
+
+Domain = Literal["prose", "code", "maths", "chat"]
+Split = Literal["calibration", "heldout"]
+DOMAINS: tuple[Domain, ...] = ("prose", "code", "maths", "chat")
+CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs on this text; what is too much is cut
+
+
+def tokens(
+    domain: Domain, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split
+) -> list[int]:
+    """A text of exactly `length` tokens, special tokens at its start included.
+
+    The same arguments give the same text on the same Python. Raises HeadsinkError if there is not so much text.
+    """
+    if domain not in DOMAINS:
+        raise HeadsinkError(f"domain: {domain!r} is unknown; one of {', '.join(DOMAINS)}")
+    parts, characters = [], 0
+    for part in _items(domain, random.Random(f"{domain} {seed}"), split, tokenizer):
+        parts.append(part)
+        characters += len(part)
+        if characters >= CHARACTERS_PER_TOKEN * length:
+            break
+    ids: list[int] = tokenizer("\n\n".join(parts), verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise HeadsinkError(
+            f"length: the built-in {domain} has {len(ids)} tokens, {length} were asked for; give texts of your own"
+        )
+    return ids[:length]
+
+
+def _items(domain: Domain, rng: random.Random, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if domain == "maths":
+        while True:
+            problem = _problem(rng)
+            if _half(problem) == split:
+                yield problem
+    sources = list((_code if domain == "code" else _prose)(split).items())
+    rng.shuffle(sources)
+    for name, text in sources:
+        yield _dialogue(name, text, tokenizer) if domain == "chat" else text
+
+
+def _half(name: str) -> Split:
+    return "calibration" if hashlib.sha256(name.encode()).digest()[0] < 128 else "heldout"
+
+
+def _split(sources: dict[str, str], split: Split) -> dict[str, str]:
+    """The items of one half; the second half without any paragraph that the first one has."""
+    mine = {name: text for name, text in sources.items() if _half(name) == split}
+    if split == "calibration":
+        return mine
+    seen = {p for name, text in sources.items() if _half(name) == "calibration" for p in paragraphs(text)}
+    kept = {name: "\n\n".join(p for p in text.split("\n\n") if p.strip() not in seen) for name, text in mine.items()}
+    return {name: text for name, text in kept.items() if text.strip()}
+
+
+def paragraphs(text: str) -> set[str]:
+    """The blocks of a text between blank lines, without surrounding space."""
+    return {block.strip() for block in text.split("\n\n")} - {""}
+
+
+@cache
+def _prose(split: Split) -> dict[str, str]:
+    return _split({name: text for name, text in sorted(topics.items()) if len(text) > 400}, split)
+
+
+@cache
+def _code(split: Split) -> dict[str, str]:
+    """Modules of the standard library, those of 4 to 60 kB."""
+    folder = Path(random.__file__).parent
+    paths = sorted(path for path in folder.glob("*.py") if 4_000 < path.stat().st_size < 60_000)
+    return _split({path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}, split)
+
+
+_QUESTIONS = (
+    "What does the Python reference say about {}?",
+    "Can you explain {} in Python?",
+    "Tell me about {}, please.",
+)
+
+
+def _dialogue(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A question and its answer, in the model's own chat format if it has one."""
+    question = _QUESTIONS[len(text) % len(_QUESTIONS)].format(name.replace("-", " "))
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text[:1500].strip()}]
+    if tokenizer.chat_template is None:
+        return f"User: {question}\n\nAssistant: {turns[1]['content']}"
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+_NAMES = ("Ada", "Bruno", "Chidi", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")
+_THINGS = ("pencils", "bricks", "tickets", "apples", "tiles", "stamps", "marbles", "seedlings", "bolts", "cups")
+
+
+def _problem(rng: random.Random) -> str:
+    """A word problem with its solution worked out."""
+    a, b, c, d = (rng.randint(3, 97) for _ in range(4))
+    name, other = rng.sample(_NAMES, 2)
+    thing = rng.choice(_THINGS)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return (
+            f"Problem. {name} packs {a} boxes with {b} {thing} each and gives {c} {thing} to {other}. How many are left?\n"
+            f"Solution. The boxes hold {a} * {b} = {a * b} {thing}. After giving away {c}, {a * b} - {c} = {a * b - c} "
+            f"{thing} are left. The answer is {a * b - c}."
+        )
+    if kind == 1:
+        return (
+            f"Problem. Solve {a}x + {b} = {a * c + b} for x.\n"
+            f"Solution. Subtract {b} from both sides: {a}x = {a * c + b} - {b} = {a * c}. Divide by {a}: x = {c}. "
+            f"Check: {a} * {c} + {b} = {a * c + b}. The answer is {c}."
+        )
+    if kind == 2:
+        steps, x, y = [], a * d, b * d
+        while y:
+            steps.append(f"{x} = {x // y} * {y} + {x % y}")
+            x, y = y, x % y
+        return (
+            f"Problem. Find the greatest common divisor of {a * d} and {b * d}.\n"
+            f"Solution. Divide with remainder: {'; '.join(steps)}. The last divisor is {math.gcd(a * d, b * d)}. "
+            f"The answer is {math.gcd(a * d, b * d)}."
+        )
+    if kind == 3:
+        total = sum(a + k * b for k in range(8))
+        return (
+            f"Problem. {name} saves {a} coins in the first week and {b} more in every week than in the one before. How many "
+            f"coins are saved after 8 weeks?\nSolution. Week 8 brings {a} + 7 * {b} = {a + 7 * b}. The sum is "
+            f"8 * ({a} + {a + 7 * b}) / 2 = {total}. The answer is {total}."
+        )
+    price = 100 * c
+    return (
+        f"Problem. A shop sells {thing} at {price} cents and lowers the price by {b} percent for {name}. What does {other} pay "
+        f"for {a} at the lower price?\nSolution. {b} percent of {price} is {b * c}. The lower price is {price} - {b * c} = "
+        f"{price - b * c}. For {a} {thing}: {a} * {price - b * c} = {a * (price - b * c)}. The answer is {a * (price - b * c)}."
+    )
+
+
+# retrieval
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fact in a long text and a question about it. The last `answer_tokens` of `ids` are the answer."""
+
+    form: str
+    ids: list[int]
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    fact: str
+    question: str
+    key: Literal["number", "word", "code"]
+
+
+# The halves differ in wording, so that a plan is not judged on the sentence that it was made with.
+_FORMS: dict[Split, dict[str, _Form]] = {
+    "calibration": {
+        "number": _Form(
+            "The pass key is {}. Remember it. {} is the pass key.", "What is the pass key? The pass key is", "number"
+        ),
+        "word": _Form("The special word of {name} is {}.", "The special word of {name} is", "word"),
+        "record": _Form("The code of sample {name} is {}.", "The code of sample {name} is", "code"),
+    },
+    "heldout": {
+        "number": _Form("Note: the locker in the hall opens with {}.", "The locker in the hall opens with", "number"),
+        "word": _Form("{name} has a dog, and its name is {}.", "{name} has a dog, and its name is", "word"),
+        "record": _Form("Item {name} is stored at {}.", "Item {name} is stored at", "code"),
+    },
+}
+FORMS = tuple(_FORMS["heldout"])
+_WORDS = {
+    "calibration": ("marmalade", "lantern", "granite", "thistle", "harbour", "velvet", "saffron", "compass"),
+    "heldout": ("Biscuit", "Shadow", "Pepper", "Clover", "Rocket", "Maple", "Whiskey", "Ginger"),
+}
+
+
+def probe(
+    form: str, tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float, seed: int = 0, split: Split
+) -> Probe:
+    """A retrieval probe of at most `length` tokens, its fact at `depth` (0 to 1) of the text.
+
+    Forms: `number` (a pass key), `word` (one word), `record` (one of four named records, the others are decoys).
+    """
+    rng = random.Random(f"{form} {seed} {depth} {split}")
+    shape = _FORMS[split][form]
+
+    def value() -> str:
+        if shape.key == "word":
+            return rng.choice(_WORDS[split])
+        letters = "ABCDEFGHJKLMNPRSTUVWXYZ"
+        return (
+            str(rng.randint(10_000, 99_999))
+            if shape.key == "number"
+            else rng.choice(letters) + str(rng.randint(1000, 9999))
+        )
+
+    names = (
+        rng.sample(_NAMES, 4)
+        if form == "word"
+        else [f"{rng.choice('KLMN')}{n}" for n in rng.sample(range(100, 999), 4)]
+    )
+    answer, name = value(), names[0]
+    facts = [shape.fact.format(answer, answer, name=name)]
+    if form == "record":
+        facts += [shape.fact.format(value(), name=other) for other in names[1:]]
+    question = "\n\n" + shape.question.format(name=name)
+    fillers = list(paragraphs("\n\n".join(_prose(split).values())))
+    fillers.sort()
+    rng.shuffle(fillers)
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    tail = encode(question)
+    full = encode(question + " " + answer)
+    shared = next((n for n, (a, b) in enumerate(zip(tail, full, strict=False)) if a != b), len(tail))
+    body: list[str] = []
+
+    def whole() -> list[int]:
+        text = list(body)
+        for place, fact in zip([round(depth * len(body)), *spots], facts, strict=True):
+            text.insert(min(place, len(text)), fact)
+        return encode("\n\n".join(text), special=True) + full
+
+    spots = [rng.randrange(1000) for _ in facts[1:]]
+    room = length - len(whole())
+    for filler in fillers:
+        cost = len(encode(filler + "\n\n")) + 1
+        if cost <= room:
+            body.append(filler)
+            room -= cost
+    spots = [spot % (len(body) + 1) for spot in spots]
+    ids = whole()
+    if len(body) < 4 or len(ids) > length:
+        raise HeadsinkError(f"length: {length} tokens are too few for a retrieval probe")
+    return Probe(form, ids, len(full) - shared)

