@@ -66,6 +66,8 @@ def new_folder(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
         try:
             yield part
             os.chmod(part, 0o777 & ~_umask())
+            for file in part.iterdir():
+                os.chmod(file, 0o666 & ~_umask())
             if path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
                 os.replace(path, old)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import vl_convert
@@ -40,7 +40,7 @@ def write_report(census: Census, path: Path) -> None:
         domains=census.domains,
         lengths=census.lengths,
         specs={name: json.loads(chart.to_json()) for name, chart in figures.items()},
-        scripts=vl_convert.javascript_bundle(None),
+        scripts=cast(Any, vl_convert).javascript_bundle(),
         roles=role_counts(rows, longest),
         sink_tokens=sink_tokens(census, longest),
         answers={length: [sentence(t) for t in census.first_question(length)] for length in census.lengths},

@@ -1,0 +1,111 @@
+"""The main job on the built-in model, from the Python interface: analyse, plan, answer, compare.
+
+python examples/demo.py [--out runs/demo] [--model smollm2]
+
+At most 10 minutes on 2 cores. Everything it prints is measured while it runs; everything it makes is under --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import headsink
+from headsink import corpus, show
+from headsink.files import write_text
+from headsink.generation import Generated, chat_prompt, generate
+from headsink.plan import Plan
+
+LENGTHS = (256, 1024, 4096)
+BUDGET = 0.25
+DOCUMENT_TOKENS = 6000
+FACT = "The lighthouse at Port Ellery was built in 1847 by the engineer Mabel Thornton."
+QUESTION = "Who built the lighthouse at Port Ellery, and in what year?"
+
+console = Console(soft_wrap=True)
+
+
+def document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A question about a text of `DOCUMENT_TOKENS` tokens, as chat tokens: held-out prose with the fact a third of the way in."""
+    prose = tokenizer.decode(corpus.tokens("prose", tokenizer, DOCUMENT_TOKENS - 120, seed=7, split="heldout"))
+    paragraphs = prose.split("\n\n")
+    paragraphs.insert(len(paragraphs) // 3, FACT)
+    text = "\n\n".join(paragraphs)
+    content = f"Read this document and answer the question at its end.\n\n{text}\n\nQuestion: {QUESTION}"
+    ids = tokenizer(chat_prompt(tokenizer, [{"role": "user", "content": content}]), add_special_tokens=False)[
+        "input_ids"
+    ]
+    return list(ids)
+
+
+def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[tuple[str, Generated]]:
+    """The same question to the model itself and under the plan."""
+    ids = document(tokenizer)
+    generate(model, tokenizer, ids[:200], max_new_tokens=4)  # warm up, so that neither pays for the first call
+    results = []
+    for name, used in (("full", None), (f"plan, {BUDGET:.0%}", plan)):
+        console.print(f"\n[bold]{name}[/bold]")
+        done = generate(model, tokenizer, ids, used, max_new_tokens=48, show=lambda text: console.out(text, end=""))
+        console.print()
+        results.append((name, done))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--model", default="smollm2")
+    arguments = parser.parse_args()
+    out, start = arguments.out, time.perf_counter()
+    random.seed(0)
+
+    console.rule("1. Load")
+    model, tokenizer = headsink.load(arguments.model)
+    console.print(
+        f"{arguments.model}: {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}", highlight=False
+    )
+
+    console.rule("2. What the heads look at")
+    census = headsink.analyze(model, tokenizer, lengths=LENGTHS)
+    census.save(out / "census")
+    show.census(console, census)
+
+    console.rule(f"3. A plan that keeps {BUDGET:.0%} of the KV cache at {DOCUMENT_TOKENS} tokens")
+    plan = headsink.calibrate(model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(2048,))
+    plan.save(out / "plan.json")
+    show.plan(console, plan)
+
+    console.rule(f"4. A question about a document of {DOCUMENT_TOKENS} tokens")
+    console.print(f"The document says, a third of the way in: {FACT}\nThe question: {QUESTION}", highlight=False)
+    results = answer_both(model, tokenizer, plan)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "prompt tokens", "time to first token", "ms per token", "KV cache held"):
+        table.add_column(column)
+    for name, done in results:
+        per_token = f"{1000 * done.token_s:.1f}" if done.token_s else "-"
+        kv = f"{done.kv_bytes / 1e6:.1f} MB"
+        table.add_row(name, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
+    console.print(table)
+    write_text(
+        out / "answers.json", json.dumps({name: show.generated_json(done) for name, done in results}, indent=1) + "\n"
+    )
+
+    console.rule("5. Two runs compared: other texts of the same kinds")
+    headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], seed=1).save(out / "census-seed1")
+    show.comparison(console, headsink.compare(out / "census", out / "census-seed1"))
+
+    console.rule()
+    console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)
+    for path in ("census/report.html", "census/sink-4096.png", "plan.json", "answers.json", "census-seed1/report.html"):
+        console.print(f"  {out / path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What is on this machine, and whether attention comes out right on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from headsink.cache import HeadGroup
+from headsink.models import BUILT_IN, cache_folder, parse_device, parse_dtype
+from headsink.pattern import Pattern, reference_attention
+
+PACKAGES = (
+    "headsink",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "pyarrow",
+    "altair",
+    "triton",
+    "vllm",
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the output, whose entries are about 1
+PATTERNS = (Pattern(4, 0, 16), Pattern(2, 3, 9), Pattern(1, 0, 0))
+
+
+def models() -> dict[str, Any]:
+    """The built-in models: installed or not, and how to install them."""
+    listed = []
+    for model in BUILT_IN.values():
+        path = model.path()
+        listed.append(
+            {
+                "name": model.name,
+                "title": model.title,
+                "licence": model.licence,
+                "installed": path is not None,
+                "install": model.install,
+                "bytes": path.stat().st_size if path else None,
+            }
+        )
+    return {
+        "built_in": listed,
+        "others": "a folder as transformers saves it, a .gguf file, or a Hugging Face id owner/name",
+        "tested_families": ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 3", "Phi-3", "OLMo-2"],
+    }
+
+
+def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, Any]:
+    """Versions, devices and threads, and attention over the cache compared with the definition on this device."""
+    chosen = parse_device(device)
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "models": {model["name"]: model["installed"] for model in models()["built_in"]},
+        "cache_folder": str(cache_folder()),
+        "attention": check_attention(chosen, parse_dtype(dtype) or torch.float32, seed),
+    }
+
+
+def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """Largest difference between attention over the cache, prefill and decode, and the definition in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    thresholds, scaling, worst = torch.full((2,), 7.5), 0.125, 0.0
+    for pattern in PATTERNS:
+        exact = [t.cpu().double() for t in (query, key, value)]
+        expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, thresholds, scaling)
+        group, found = HeadGroup(pattern, [0, 1], thresholds, key, None), []
+        for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
+            new = (t[:, :, part] for t in (query, key, value))
+            found.append(group.attend(torch.nn.Identity(), next(new), next(new), next(new), scaling))
+        worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
+    return {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "largest_difference": worst,
+        "right": worst <= TOLERANCE[dtype],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "present" if importlib.util.find_spec(package) else None

@@ -1,0 +1,165 @@
+"""Generate text with or without a plan and measure it: time to the first token, time per token, memory of the cache.
+
+`model.generate` inside `headsink.apply` is all that is needed to use a plan; this adds the clock and the checks that the
+command line wants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from headsink.cache import nbytes
+from headsink.errors import HeadsinkError
+from headsink.plan import Plan
+from headsink.runtime import apply, new_cache
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation and what it took. Times in seconds; kv_bytes is what the cache holds at the end."""
+
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    first_token_s: float
+    token_s: float | None
+    kv_bytes: int
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive and hands on the text that is complete so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None):
+        self.tokenizer, self.show = tokenizer, show
+        self.times: list[float] = []
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompt_seen:  # `generate` begins by giving the prompt
+            self.prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.flatten().tolist()
+        text = self.text()
+        if self.show and not text.endswith("\ufffd"):  # half a character so far
+            self.show(text[self.shown :])
+            self.shown = len(text)
+
+    def end(self) -> None:
+        if self.show and len(text := self.text()) > self.shown:
+            self.show(text[self.shown :])
+
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+def empty_cache(model: PreTrainedModel, plan: Plan | None) -> Cache:
+    """A cache for the plan, or transformers' own if there is none."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True)) if plan is None else new_cache(model, plan)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    plan: Plan | None = None,
+    *,
+    cache: Cache | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    show: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Generated:
+    """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
+
+    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text. options:
+    passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
+    """
+    if not ids:
+        raise HeadsinkError("prompt: it is empty")
+    if max_new_tokens < 1:
+        raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
+    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    if len(ids) + max_new_tokens > longest:
+        raise HeadsinkError(
+            f"prompt: {len(ids)} tokens and {max_new_tokens} new ones are over the model's maximum of {longest}"
+        )
+    cache = empty_cache(model, plan) if cache is None else cache
+    clock = _Clock(tokenizer, show)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    text = torch.tensor([ids], device=model.device)
+    start = time.perf_counter()
+    with nullcontext() if plan is None else apply(model, plan):
+        model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            **sampling,
+            **options,
+        )
+    times = clock.times
+    return Generated(
+        text=clock.text(),
+        ids=clock.ids,
+        prompt_tokens=len(ids),
+        first_token_s=times[0] - start,
+        token_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        kv_bytes=nbytes(cache),
+    )
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The conversation as text, ready for the model's answer, in its own chat format."""
+    if tokenizer.chat_template is None:
+        raise HeadsinkError("this model has no chat format: it continues text but was not made to chat")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+class Conversation:
+    """Many turns over one cache: each turn feeds only what is new.
+
+    `plan` None is the model itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, **options: Any):
+        self.model, self.tokenizer, self.plan, self.options = model, tokenizer, plan, options
+        self.messages: list[dict[str, str]] = []
+        self.ids: list[int] = []  # all tokens of the conversation so far, the model's own as it gave them
+        self.text = ""  # the same as text, so that the next turn's prompt can be cut where it begins
+        self.cache = empty_cache(model, plan)
+
+    def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generated:
+        """One turn. On an error or ctrl-C the conversation stays as it was before the turn, with a fresh cache."""
+        if not question.strip():
+            raise HeadsinkError("prompt: it is empty")
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = chat_prompt(self.tokenizer, messages)
+        if self.text and prompt.startswith(self.text):
+            ids = self.ids + self.tokenizer(prompt[len(self.text) :], add_special_tokens=False)["input_ids"]
+        else:  # the chat format rewrites what was said: read it anew
+            ids, self.cache = (
+                self.tokenizer(prompt, add_special_tokens=False)["input_ids"],
+                empty_cache(self.model, self.plan),
+            )
+        try:
+            answer = generate(self.model, self.tokenizer, ids, self.plan, cache=self.cache, show=show, **self.options)
+        except BaseException:
+            self.cache, self.ids, self.text = empty_cache(self.model, self.plan), [], ""
+            raise
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.ids = ids + answer.ids
+        self.text = prompt + str(self.tokenizer.decode(answer.ids))
+        return answer
