@@ -9,3 +9,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The built-in model and its tokenizer."""
+    import headsink
+
+    return headsink.load("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer):
+    """A tiny random Llama saved as transformers saves it, with the built-in model's tokenizer."""
+    from families import CONFIGS
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 2048
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

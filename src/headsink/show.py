@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +15,10 @@ from headsink.census.transfer import sentence
 from headsink.generation import Generated
 from headsink.plan import Plan
 from headsink.report.charts import head_rows
-from headsink.report.page import role_counts, sink_tokens
+from headsink.report.page import p_value, role_counts, share, sink_tokens
 
 MEGABYTE = 1e6
+SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen; `--json` has all
 
 
 def census_json(census: Census) -> dict[str, Any]:
@@ -65,10 +67,22 @@ def census(console: Console, census: Census) -> None:
         table.add_row(name, f"{token['share']:.1%}", str(token["heads"]))
     console.print(table)
 
-    console.print("[bold]The first question: does a sink in the first layer make one in later layers?[/bold]")
+    title = "The first question: is a head that is a sink in one layer also one, by number, in a later layer?"
+    columns = ("tokens", "score", "sinks", "in layer 0", "from layer 0", "chance", "p", "from any layer", "chance", "p")
+    table = _table(title, *columns)
     for length in census.lengths:
-        for answer in census.first_question(length):
-            console.print(f"  {length} tokens. {sentence(answer)}", highlight=False)
+        for t in census.first_question(length):
+            shares = (t.rate, t.first_layer_rate, t.first_rate, t.first_chance)
+            cells = [
+                *map(share, shares),
+                p_value(t.first_p),
+                share(t.pair_rate),
+                share(t.pair_chance),
+                p_value(t.pair_p),
+            ]
+            table.add_row(str(length), t.rule, *cells)
+    console.print(table)
+    console.print(f"At {longest} tokens. {sentence(census.first_question(longest)[0])}", highlight=False)
 
 
 def comparison(console: Console, found: Comparison) -> None:
@@ -77,23 +91,23 @@ def comparison(console: Console, found: Comparison) -> None:
         console.print("They differ in: " + ", ".join(found.settings))
     else:
         console.print("They were made with the same settings.")
-    columns = ("tokens", "text", "score", "first", "second", "mean change", "largest", "at", "rank correlation")
-    table = _table("Scores, means over the heads", *columns)
+    columns = ("tokens", "text", "score", "first", "second", "change", "most", "at head", "rank corr.")
+    table = _table(
+        "Scores: means over the heads, their mean and largest change, rank correlation of the heads", *columns
+    )
     for row in found.scores:
+        if row["score"] not in SHOWN:
+            continue
         rho = row["rank_correlation"]
+        figures = (f"{row[name]:.3f}" for name in ("mean_a", "mean_b", "mean_difference", "largest_difference"))
+        place = "{}.{}".format(*row["largest_at"])
         table.add_row(
-            str(row["length"]),
-            row["domain"],
-            row["score"],
-            f"{row['mean_a']:.3f}",
-            f"{row['mean_b']:.3f}",
-            f"{row['mean_difference']:.3f}",
-            f"{row['largest_difference']:.3f}",
-            "layer {} head {}".format(*row["largest_at"]),
-            "-" if rho is None else f"{rho:.3f}",
+            str(row["length"]), row["domain"], row["score"], *figures, place, "-" if rho is None else f"{rho:.3f}"
         )
     console.print(table)
-    console.print(f"{len(found.changed)} of {found.heads} (head, length, text) have another role.", highlight=False)
+    console.print(f"{len(found.changed)} of {found.heads} (head, length, text) have another role:", highlight=False)
+    moves = Counter(f"{row['before']} to {row['after']}" for row in found.changed).most_common()
+    console.print("  " + (", ".join(f"{move} {n}" for move, n in moves) or "none"), highlight=False)
 
 
 def plan(console: Console, made: Plan) -> None:

@@ -19,6 +19,7 @@ from headsink.output import OutputNorms
 from headsink.pattern import Pattern, floating_sinks
 
 QUERY_BLOCK = 128
+HIDDEN = -1e30  # logit of a key that is not seen: its weight is exactly 0, and 0 x HIDDEN is still 0
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,17 @@ def layer_statistics(seen: Seen, lengths: list[int], limits: Thresholds, sliding
         distance = rows[:, None] - keys  # [rows, keys]
         hidden = distance < 0 if sliding is None else (distance < 0) | (distance >= sliding)
         logits = query[:, start:end].reshape(kv_heads, -1, dim) @ key[:, begin:end].transpose(-1, -2) * seen.scaling
-        weights = logits.view(n_heads, end - start, -1).masked_fill_(hidden, float("-inf")).softmax(-1)
+        logits = logits.view(n_heads, end - start, -1).masked_fill_(hidden, HIDDEN)
+        weights = logits.softmax(-1)
 
         chosen = ((rows >= rows_of[:, :1]) & (rows < rows_of[:, 1:])).double()  # [lengths, rows]
         chosen /= (rows_of[:, 1:] - rows_of[:, :1]).double()
         counted = (rows < rows_of[:, 1:]).double() / rows_of[:, 1:]
 
         first = weights[:, :, 0].clone() if begin == 0 else torch.zeros_like(weights[:, :, 0])
-        entropy = torch.special.entr(weights).sum(-1)
+        # -sum p log p, where log p = logit - normaliser: spares a logarithm for every key
+        normaliser = logits.amax(-1) - weights.amax(-1).log()
+        entropy = (normaliser - (weights * logits).sum(-1)).clamp(min=0)
         full = output[:, start:end]
         layer = norms.layer(full).clamp(min=torch.finfo(torch.float32).tiny)
         near = (distance >= 0) & (distance < limits.window)  # [rows, keys]

@@ -133,6 +133,6 @@ def sentence(result: Transfer) -> str:
     if result.pair_rate is None:
         return f"By {result.rule}: {first}."
     return (
-        f"By {result.rule}: {first}; over all pairs of layers {result.pair_rate:.0%} (chance {result.pair_chance:.0%}, "
-        f"p = {result.pair_p:.2g})."
+        f"By {result.rule}: {first}. Over all pairs of layers, a head that is a sink in one is a sink in the later one in "
+        f"{result.pair_rate:.0%} of cases (chance {result.pair_chance:.0%}, p = {result.pair_p:.2g})."
     )

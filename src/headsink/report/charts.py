@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
-from headsink.census.roles import ROLES
+from headsink.census.roles import ROLES, role
 from headsink.census.transfer import RULES
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ STATISTICS = {
     "output": "size of the head's output",
 }
 POOLED = "all texts"
-CELL = 17  # pixels of a head on the maps
+CELL = 20  # pixels of a head on the maps
 
 
 def head_rows(census: Census) -> list[dict[str, Any]]:
@@ -48,8 +49,6 @@ def head_rows(census: Census) -> list[dict[str, Any]]:
 
 
 def _roles(columns: dict[str, Any]) -> list[list[str]]:
-    from headsink.census.roles import role
-
     parts = [columns[name].tolist() for name in ("sink", "local", "far", "far_peak")]
     return [[role(*masses) for masses in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
 
@@ -116,21 +115,28 @@ def interactive_maps(rows: list[dict[str, Any]], census: Census) -> alt.HConcatC
 
 def masses_by_layer(rows: list[dict[str, Any]], length: int) -> alt.Chart:
     """Where the attention of each layer goes, mean over its heads, at one length, all texts."""
-    kept = [row for row in rows if row["length"] == length and row["domain"] == POOLED]
+    kinds = {"sink": "#0072B2", "local": "#E69F00", "far": "#999999"}
+    layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["length"] == length and row["domain"] == POOLED:
+            layers[row["layer"]].append(row)
+    means = [
+        {"layer": layer, "kind": kind, "rank": rank, "mass": sum(row[kind] for row in heads) / len(heads)}
+        for layer, heads in layers.items()
+        for rank, kind in enumerate(kinds)
+    ]
     return (
-        alt.Chart(alt.Data(values=kept), title=f"Where attention goes, by layer, {length} tokens")
-        .transform_fold(["sink", "local", "far"], as_=["kind", "mass"])
+        alt.Chart(alt.Data(values=means), title=f"Where attention goes, by layer, {length} tokens")
         .mark_bar()
         .encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("mean(mass):Q", title="share of attention", stack="zero", scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("kind:N", title=None, sort=["sink", "local", "far"]).scale(
-                domain=["sink", "local", "far"], range=["#0072B2", "#E69F00", "#999999"]
+            y=alt.Y("mass:Q", title="share of attention", stack="zero", scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("kind:N", title=None, sort=list(kinds)).scale(
+                domain=list(kinds), range=list(kinds.values())
             ),
             order=alt.Order("rank:Q"),
-            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("kind:N"), alt.Tooltip("mean(mass):Q", format=".3f")],
+            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("kind:N"), alt.Tooltip("mass:Q", format=".3f")],
         )
-        .transform_calculate(rank="indexof(['sink', 'local', 'far'], datum.kind)")
         .properties(width=560, height=200)
     )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from headsink.census.census import Census
 
+LEAST_SHARE = 0.0005  # of all attention, from which a token is listed
 PIXELS = 2.0  # of a picture, per CSS pixel
 
 
@@ -34,7 +35,8 @@ def write_report(census: Census, path: Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("headsink.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.policies["json.dumps_kwargs"] = {}
+    environment.filters["share"] = share
+    environment.filters["p"] = p_value
     page = environment.get_template("page.html.j2").render(
         settings=census.settings,
         domains=census.domains,
@@ -43,7 +45,8 @@ def write_report(census: Census, path: Path) -> None:
         scripts=cast(Any, vl_convert).javascript_bundle(),
         roles=role_counts(rows, longest),
         sink_tokens=sink_tokens(census, longest),
-        answers={length: [sentence(t) for t in census.first_question(length)] for length in census.lengths},
+        answers={length: census.first_question(length) for length in census.lengths},
+        answer=f"At {longest} tokens. {sentence(census.first_question(longest)[0])}",
     )
     path.write_text(page, encoding="utf-8")
 
@@ -63,6 +66,15 @@ def write_pictures(census: Census, folder: Path) -> None:
 
 def _png(chart: alt.Chart, path: Path) -> None:
     path.write_bytes(vl_convert.vegalite_to_png(chart.to_json(), scale=PIXELS))
+
+
+def share(value: float | None) -> str:
+    """A share in per cent; a dash where there is none."""
+    return "–" if value is None else f"{value:.0%}"
+
+
+def p_value(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
 
 
 def role_counts(rows: list[dict[str, Any]], length: int) -> dict[str, int]:
@@ -93,6 +105,7 @@ def sink_tokens(census: Census, length: int, most: int = 12) -> list[dict[str, A
             drawn[key] += attention
             heads[key].add((row["layer"], row["head"]))
     return [
-        {"token": token, "first": first, "share": share / total, "heads": len(heads[token, first])}
-        for (token, first), share in sorted(drawn.items(), key=lambda item: -item[1])[:most]
+        {"token": token, "first": first, "share": drawn_share / total, "heads": len(heads[token, first])}
+        for (token, first), drawn_share in sorted(drawn.items(), key=lambda item: -item[1])[:most]
+        if drawn_share / total >= LEAST_SHARE
     ]

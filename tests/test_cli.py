@@ -1,0 +1,256 @@
+"""The command line, as a user types it, on a tiny model."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from headsink import cli, files
+from headsink.errors import HeadsinkError
+from headsink.plan import Plan
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*words, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["headsink", *map(str, words)])
+        if stdin is not None:
+            read, write = os.pipe()
+            os.write(write, stdin.encode())
+            os.close(write)
+            monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def census(run, tiny_folder, tmp_path):
+    def census(name, *words):
+        status, out, err = run(
+            "analyze", tiny_folder, "--out", tmp_path / name, "--lengths", "32,200", "--device", "cpu", "--json", *words
+        )
+        assert status == 0, err
+        return tmp_path / name, json.loads(out)
+
+    return census
+
+
+def test_analyze_writes_the_folder(census):
+    folder, found = census("a")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "census.json",
+        "heads.parquet",
+        "arrays.safetensors",
+        "report.html",
+        "sink-200.png",
+        "roles-200.png",
+    }
+    assert sum(found["roles"]["200"].values()) == 3 * 4
+    assert len(found["first_question"]["200"]) == 4
+    assert found["sink_tokens"][0]["token"]
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "").split("</head>\n<body>")[1]
+
+
+def test_analyze_again_replaces_the_census_and_nothing_else(census, run, tiny_folder, tmp_path):
+    _, first = census("a")
+    _, again = census("a")
+    assert again == first
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    status, out, err = run("analyze", tiny_folder, "--out", tmp_path / "mine", "--lengths", "32")
+    assert (status, out) == (2, "")
+    assert "holds other files" in err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_compare_says_what_differs(census, run):
+    (a, _), (b, _), (c, _) = census("a"), census("b", "--seed", "1"), census("c", "--domains", "maths")
+    status, out, _ = run("compare", a, b, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert set(found["settings"]) == {"texts", "seed"}
+    assert len(found["scores"]) == 6 * 2 * 4
+    assert all(abs(row["mean_difference"]) <= 1 for row in found["scores"] if row["score"] in ("sink", "local", "far"))
+    same = json.loads(run("compare", a, a, "--json")[1])
+    assert same["settings"] == {}
+    assert same["changed"] == []
+    assert all(row["largest_difference"] == 0 for row in same["scores"])
+    assert {row["domain"] for row in json.loads(run("compare", a, c, "--json")[1])["scores"]} == {"maths"}
+    assert run("compare", a, b)[0] == 0
+
+
+def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
+    (a, _), (b, _) = census("a", "--domains", "prose"), census("b", "--domains", "maths")
+    status, _, err = run("compare", a, b)
+    assert status == 2
+    assert "no kind of text in common" in err
+    status, _, err = run("compare", a, tmp_path / "nothing")
+    assert status == 2
+    assert "not a census folder" in err
+
+
+def test_own_texts(census, run, tiny_folder, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("<script>alert('x')</script> & so on " * 60)
+    folder, found = census("a", "--text", own)
+    assert [text["domain"] for text in found["settings"]["texts"]] == ["own"]
+    page = (folder / "report.html").read_text()
+    assert "<script>alert" not in page.split("</head>\n<body>")[1]
+    own.write_text("too short")
+    status, _, err = run("analyze", tiny_folder, "--text", own, "--lengths", "200", "--out", tmp_path / "b")
+    assert status == 2
+    assert "fewer than the longest length" in err
+
+
+def test_plan_then_generate(run, tiny_folder, tmp_path):
+    path = tmp_path / "plan.json"
+    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu")
+    status, out, err = run("plan", tiny_folder, *words, "--out", path, "--json")
+    assert status == 0, err
+    made = Plan.load(path)
+    assert json.loads(out)["file"] == str(path)
+    assert made.kept(600) <= 0.3
+    assert made.quality[0].context == 512
+    assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
+    assert run("plan", tiny_folder, *words, "--out", tmp_path / "b.json")[0] == 0
+
+    prompt = (
+        "generate",
+        tiny_folder,
+        "--prompt",
+        "once upon a time " * 100,
+        "--max-new-tokens",
+        "5",
+        "--device",
+        "cpu",
+    )
+    full = json.loads(run(*prompt, "--json")[1])
+    kept = json.loads(run(*prompt, "--json", "--plan", path)[1])
+    assert full["prompt_tokens"] == kept["prompt_tokens"] > 300
+    assert kept["kv_bytes"] < full["kv_bytes"]
+    assert full["new_tokens"] <= 5
+    status, out, err = run(*prompt)
+    assert status == 0
+    assert full["text"] in out
+    assert "KV cache" in err
+
+
+def test_chat_goes_on_over_one_cache(run, tiny_folder):
+    words = ("chat", tiny_folder, "--max-new-tokens", "4", "--device", "cpu")
+    status, out, _ = run(*words, "--json", stdin="hello there\nand then?\n\nnot read\n")
+    turns = json.loads(out)["turns"]
+    assert status == 0
+    assert [turn["question"] for turn in turns] == ["hello there", "and then?"]
+    assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"] + turns[0]["new_tokens"]
+    assert run(*words, stdin="hi\n")[0] == 0
+
+
+def test_models_and_doctor(run):
+    assert json.loads(run("models", "--json")[1])["built_in"][0]["installed"] is True
+    found = json.loads(run("doctor", "--json", "--device", "cpu")[1])
+    assert found["attention"]["right"]
+    assert found["packages"]["torch"]
+    assert run("models")[0] == run("doctor", "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["generate", "TINY", "--prompt", "  "], "prompt: it is empty"),
+        (["generate", "TINY", "--prompt", "x " * 4000], "over the model's maximum of 2048"),
+        (["generate", "TINY", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["generate", "TINY", "--prompt", "x", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
+        (["generate", "TINY", "--file", "nosuch.txt"], "cannot read nosuch.txt: No such file"),
+        (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["plan", "TINY", "--budget", "0"], "outside (0, 1]"),
+        (["plan", "TINY", "--budget", "1.5"], "outside (0, 1]"),
+        (["plan", "TINY", "--budget", "0.0001"], "less than the smallest plan"),
+        (["plan", "TINY", "--context", "100000"], "model's maximum"),
+        (["plan", "TINY", "--out", "."], "it is a folder"),
+        (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
+        (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
+        (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
+        (["analyze", "TINY", "--domains", "poems", "--out", "new"], "domain: 'poems' is unknown"),
+        (["analyze", "TINY", "--dtype", "int3", "--out", "new"], "dtype: 'int3' is unknown"),
+        (["analyze", "nosuch", "--out", "new"], "unknown model"),
+        (["analyze", "TINY", "--out", "file"], "it is a file"),
+        (["analyse"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    status, out, err = run(*(str(tiny_folder) if word == "TINY" else word for word in words))
+    assert (status, out) == (2, "")
+    assert reason in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("headsink: ")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path):
+    path = Plan.full(smollm2[0]).save(tmp_path / "plan.json")
+    status, _, err = run("generate", tiny_folder, "--prompt", "x", "--plan", path)
+    assert status == 2
+    assert "the plan is for another model" in err
+
+
+# nothing half-written
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files stands in for the end of the disk: the system call fails in the same way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(HeadsinkError, match="cannot write"):
+            files.write_text(tmp_path / "plan.json", "x" * 1000)
+        with (
+            pytest.raises(HeadsinkError, match="cannot write"),
+            files.new_folder(tmp_path / "census", "census.json") as part,
+        ):
+            (part / "a").write_text("x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_and_stop(folder):
+    with files.new_folder(folder, "m") as part:
+        (part / "m").write_text("new")
+        raise KeyboardInterrupt
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
+    with files.new_folder(tmp_path / "census", "m") as part:
+        (part / "m").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        fill_and_stop(tmp_path / "census")
+    assert (tmp_path / "census" / "m").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_stops_cleanly(tiny_folder, tmp_path):
+    words = ["analyze", tiny_folder, "--lengths", "2048", "--texts-per-domain", "50", "--out", tmp_path / "census"]
+    code = "from headsink.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(20)  # well into the census: loading takes about 6 seconds, the whole minutes
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
