@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
@@ -20,29 +19,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import headsink
 from headsink import corpus, show
 from headsink.files import write_text
-from headsink.generation import Generated, chat_prompt, generate
+from headsink.generation import Generated, generate
 from headsink.plan import Plan
 
 LENGTHS = (256, 1024, 4096)
 BUDGET = 0.25
 DOCUMENT_TOKENS = 6000
-FACT = "The lighthouse at Port Ellery was built in 1847 by the engineer Mabel Thornton."
-QUESTION = "Who built the lighthouse at Port Ellery, and in what year?"
+FACT = "Note: the locker in the hall opens with 48213."
+QUESTION = "Question: Which number opens the locker?\nAnswer: The locker in the hall opens with"
 
 console = Console(soft_wrap=True)
 
 
 def document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A question about a text of `DOCUMENT_TOKENS` tokens, as chat tokens: held-out prose with the fact a third of the way in."""
-    prose = tokenizer.decode(corpus.tokens("prose", tokenizer, DOCUMENT_TOKENS - 120, seed=7, split="heldout"))
+    """A text of `DOCUMENT_TOKENS` tokens with the question at its end: held-out prose, the fact a third of the way in."""
+    prose = tokenizer.decode(corpus.tokens("prose", tokenizer, DOCUMENT_TOKENS - 40, seed=7, split="heldout"))
     paragraphs = prose.split("\n\n")
     paragraphs.insert(len(paragraphs) // 3, FACT)
-    text = "\n\n".join(paragraphs)
-    content = f"Read this document and answer the question at its end.\n\n{text}\n\nQuestion: {QUESTION}"
-    ids = tokenizer(chat_prompt(tokenizer, [{"role": "user", "content": content}]), add_special_tokens=False)[
-        "input_ids"
-    ]
-    return list(ids)
+    return list(tokenizer("\n\n".join([*paragraphs, QUESTION]))["input_ids"])
 
 
 def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[tuple[str, Generated]]:
@@ -52,7 +46,7 @@ def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan
     results = []
     for name, used in (("full", None), (f"plan, {BUDGET:.0%}", plan)):
         console.print(f"\n[bold]{name}[/bold]")
-        done = generate(model, tokenizer, ids, used, max_new_tokens=48, show=lambda text: console.out(text, end=""))
+        done = generate(model, tokenizer, ids, used, max_new_tokens=32, show=lambda text: console.out(text, end=""))
         console.print()
         results.append((name, done))
     return results
@@ -64,7 +58,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     arguments = parser.parse_args()
     out, start = arguments.out, time.perf_counter()
-    random.seed(0)
 
     console.rule("1. Load")
     model, tokenizer = headsink.load(arguments.model)

@@ -181,7 +181,7 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
-        (["analyze", "TINY", "--domains", "poems", "--out", "new"], "domain: 'poems' is unknown"),
+        (["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"], "domain: 'poems' is unknown"),
         (["analyze", "TINY", "--dtype", "int3", "--out", "new"], "dtype: 'int3' is unknown"),
         (["analyze", "nosuch", "--out", "new"], "unknown model"),
         (["analyze", "TINY", "--out", "file"], "it is a file"),

@@ -28,7 +28,7 @@ from headsink.quality import measure
 
 SINK, FLOATING, TAU = 4, 16, 0.4  # facts of SmolLM2: about 5 floating sinks a head are found with tau = 0.4
 WINDOWS = (0, 32, 128, 512)  # well below TEXT_TOKENS, or their errors would not show
-RETRIEVAL_WEIGHT = 0.3
+RETRIEVAL_WEIGHT = 1.0
 TEXT_TOKENS = 2048  # length of a calibration text
 SAMPLED_QUERIES = (
     256  # queries of a natural text at which errors are measured, evenly spaced over its last three quarters
