@@ -29,7 +29,7 @@ def test_maths_is_right(tokenizer):
     """Every equation of plain numbers in the generated solutions holds."""
     import re
 
-    text = tokenizer.decode(corpus.tokens("maths", tokenizer, 6000, seed=0, split="heldout"))
+    text = tokenizer.decode(corpus.tokens("maths", tokenizer, 12_000, seed=0, split="heldout"))
     equations = re.findall(r"(?<![\w.+*/-] )(?<!\d)(\d+(?: [*+-] \d+)+) = (\d+)(?![\d. ]*[*+/-] ?\d)", text)
     assert len(equations) > 50
     for left, right in equations:

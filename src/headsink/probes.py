@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,8 @@ def probe(
             room -= size
     if len(body) < 4:
         raise HeadsinkError(f"length: {length} tokens are too few for a retrieval probe")
-    places = [round(depth * len(body)), *(rng.randint(0, len(body)) for _ in facts[1:])]
+    ends = list(accumulate(len(paragraph) for paragraph in body))
+    places = [sum(end <= depth * ends[-1] for end in ends), *(rng.randint(0, len(body)) for _ in facts[1:])]
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):  # from the back, so that places hold
         body.insert(place, fact)
     ids = read(body) + answered
