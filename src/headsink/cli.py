@@ -171,10 +171,10 @@ def generate(
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
     chosen = Plan.load(plan_file) if plan_file else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    if not raw and tokenizer.chat_template is not None:
+    as_chat = not raw and tokenizer.chat_template is not None
+    if as_chat:  # the chat format brings its own special tokens
         text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
-        raw = False
-    ids = tokenizer(text, add_special_tokens=raw or tokenizer.chat_template is None, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]
     torch.manual_seed(seed)
     done = generate_text(
         loaded,
