@@ -15,6 +15,7 @@ from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
+from headsink.sharding import whole_parameter
 
 SAMPLED_WEIGHTS = 64  # values of each parameter that go into the fingerprint
 
@@ -106,16 +107,16 @@ def decoder(model: nn.Module) -> nn.Module:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over a fixed sample of every parameter, rounded to bfloat16.
 
-    The same for a checkpoint loaded in float32 or bfloat16, in one piece or over devices; another checkpoint of the
-    same shape differs.
+    The same for a checkpoint loaded in float32 or bfloat16, in one piece, over devices, offloaded, or split over
+    processes (all of which must ask); another checkpoint of the same shape differs.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            raise HeadsinkError(f"{name} is not in memory (offloaded): load the model whole to make or check a plan")
-        flat = parameter.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_WEIGHTS, flat.numel()), dtype=torch.float64).long()
-        sample = flat[index.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+    tied = getattr(model, "all_tied_weights_keys", {})  # an offloaded model has these twice, one in memory once
+    for name in sorted(name for name, _ in model.named_parameters() if name not in tied):
+        with whole_parameter(model, name) as parameter:
+            flat = parameter.flatten()
+            index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_WEIGHTS, flat.numel()), dtype=torch.float64).long()
+            sample = flat[index.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torch
 from gguf import GGUFReader
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from headsink.architecture import attention_modules, check_class, check_config
@@ -30,6 +33,7 @@ from headsink.errors import HeadsinkError
 from headsink.files import new_folder, sha256
 
 MANIFEST = "headsink.json"  # in a converted folder: the source's and the files' hashes
+ACCELERATE = logging.getLogger("accelerate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,6 +87,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -91,17 +98,26 @@ def load(
     name : "smollm2" or "gemma3-270m" (built in), a folder, a .gguf file, or a Hugging Face id `owner/name`, which may
         use the network.
     dtype : "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own if not given.
-    device : where the model goes; a GPU if there is one. Give this or `device_map`, which is accelerate's.
+    device : where the model goes; a GPU if there is one.
+    device_map : instead of `device`, as accelerate has it: "auto" fills the GPUs, then memory, and leaves the rest on
+        disk; a dictionary says where each module goes.
+    max_memory : for "auto", the most weights a device holds: {0: "20GB", "cpu": "30GB"}.
+    offload_folder : where weights on disk go if they must be converted; others are read from where they are. A folder
+        in headsink's cache that goes away with the model if not given.
+    tensor_parallel : split every layer over the processes that torchrun started, by transformers' own plan.
 
     Raises
     ------
     HeadsinkError : the model is not there, cannot be read, or is of a kind that headsink cannot work on.
     """
     dtype = parse_dtype(dtype)
-    if device is not None and device_map is not None:
-        raise HeadsinkError("give device or device_map, not both")
-    if device_map is None:
+    if max_memory is not None and device_map is None:
+        device_map = "auto"
+    if (device is not None) + (device_map is not None) + tensor_parallel > 1:
+        raise HeadsinkError("give one of device, device_map (with max_memory) and tensor_parallel")
+    if device_map is None and not tensor_parallel:
         device = parse_device(device)
+    processes = _processes() if tensor_parallel else 1
     source, local = _find(str(name))
     with _quiet(), _one_line(str(name), local):
         config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
@@ -112,20 +128,28 @@ def load(
                 f"{name}: {config.model_type} is not a causal language model; headsink works on those only"
             )
         check_class(mapping[type(config)], str(name))
+        if tensor_parallel:
+            _check_splittable(config.get_text_config(decoder=True), processes, str(name))
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        own_folder = None if device_map is None or offload_folder else _offload_folder()
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
             device_map=device_map,
+            max_memory=max_memory and dict(max_memory),
+            offload_folder=own_folder.name if own_folder else offload_folder,
+            distributed_config=DistributedConfig(tp_size=processes) if processes > 1 else None,
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=local,
             trust_remote_code=False,
         )
+    if own_folder is not None:
+        weakref.finalize(model, own_folder.cleanup)
     attention_modules(model)
     model.config.name_or_path = str(name)
-    if device_map is None:
+    if device_map is None and not tensor_parallel:
         model = model.to(device)
     return model.eval(), tokenizer
 
@@ -155,11 +179,35 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+def _processes() -> int:
+    """How many processes torchrun started."""
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
+        raise HeadsinkError(
+            "tensor_parallel: start the program with `torchrun --nproc-per-node N`, a process per device"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _check_splittable(config: Any, processes: int, name: str) -> None:
+    """Raise if the layers of a model cannot be split over so many processes."""
+    if not getattr(config, "base_model_tp_plan", None):
+        raise HeadsinkError(f"{name}: transformers has no tensor-parallel plan for {config.model_type}; use device_map")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % processes:
+        raise HeadsinkError(f"{name}: its {heads} KV heads cannot be split over {processes} processes; start a divisor")
+
+
 def cache_folder() -> Path:
     """Where converted weights are kept: $HEADSINK_CACHE, else headsink/ in the user's cache folder."""
     if chosen := os.environ.get("HEADSINK_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsink"
+
+
+def _offload_folder() -> TemporaryDirectory[str]:
+    """A new folder for weights that have to be written again; not in /tmp, which may be memory."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix="offload-", dir=cache_folder())
 
 
 def _find(name: str) -> tuple[str, bool]:
@@ -275,16 +323,19 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and notes off the screen."""
+    """Keep transformers' and accelerate's own bars and notes off the screen."""
     level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    accelerate_level = ACCELERATE.level
+    ACCELERATE.setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
+        ACCELERATE.setLevel(accelerate_level)
         if bars:
             transformers_logging.enable_progress_bar()

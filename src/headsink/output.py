@@ -7,20 +7,21 @@ costs dim^2 a query and not dim x hidden.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
+
+from headsink.sharding import output_weight, sum_over_ranks
 
 
 class OutputNorms:
     """Squared norms after the output projection of one attention module.
 
-    kv_heads: KV heads of the module; heads of a group lie side by side, as in transformers.
+    kv_heads: KV heads that the module sees here, a share of them in tensor parallelism; heads of a group lie side by
+    side, as in transformers.
     """
 
     def __init__(self, module: nn.Module, kv_heads: int, head_dim: int):
-        weight = cast(Any, module).o_proj.weight.detach().float()
+        weight, self.split = output_weight(module, kv_heads)
         by_group = weight.view(weight.shape[0], kv_heads, -1).permute(1, 0, 2)  # [KV heads, hidden, group x dim]
         by_head = weight.view(weight.shape[0], -1, head_dim).permute(1, 0, 2)  # [query heads, hidden, dim]
         self.weight = weight
@@ -29,7 +30,10 @@ class OutputNorms:
 
     def layer(self, output: Tensor) -> Tensor:
         """|W_O o|^2 of the whole layer: [query heads, queries, dim] -> [queries]."""
-        return (output.transpose(0, 1).flatten(1).float() @ self.weight.T).square().sum(-1)
+        written = output.transpose(0, 1).flatten(1).float() @ self.weight.T
+        if self.split:
+            written = sum_over_ranks(written)
+        return written.square().sum(-1)
 
     def heads(self, output: Tensor) -> Tensor:
         """|W_O o|^2 of each query head: [query heads, queries, dim] -> [query heads, queries]."""

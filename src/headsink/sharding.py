@@ -1,0 +1,87 @@
+"""Weights and heads that are not all here: offloaded to disk or to another device, or split over processes.
+
+accelerate keeps an offloaded weight away until its own module runs; `weights_here` fetches it before that. In tensor
+parallelism every process runs the same text and sees its share of the heads, in order of rank. What is measured head by
+head is then joined by `gather_heads`, what is a sum over heads by `sum_over_ranks`. All of this costs nothing where the
+model is whole. Processes all belong to one tensor-parallel group, as `headsink.load(tensor_parallel=True)` sets it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from headsink.errors import HeadsinkError
+
+
+@contextmanager
+def weights_here(module: nn.Module) -> Iterator[None]:
+    """Have a module's own weights on the device that it computes on, inside the block only if they are offloaded."""
+    with align_module_device(module):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                raise HeadsinkError(
+                    f"{name} of a {type(module).__name__} is neither in memory nor offloaded by accelerate"
+                )
+        yield
+
+
+@contextmanager
+def whole_parameter(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """One parameter of a model, whole, wherever it is. In tensor parallelism every process must ask, in one order."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with weights_here(module):
+        parameter = getattr(module, attribute).detach()
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
+    """The output projection of an attention module that sees `kv_heads` KV heads here, in float32.
+
+    Returns its columns for those heads, and whether other processes have the rest. Some families (Phi-3, OLMo-2) split
+    the projection although every process sees all heads: then it is put together.
+    """
+    projection, config = cast(Any, module).o_proj, cast(Any, module).config
+    split = kv_heads < (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    with weights_here(projection):
+        weight = projection.weight.detach()
+        if isinstance(weight, DTensor):
+            weight = weight.to_local() if split else weight.full_tensor()
+        return weight.float(), split
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of what the processes hold of a tensor that is split over them."""
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_heads(tensor: Tensor, dim: int, heads: int) -> Tensor:
+    """All `heads` of a tensor that has a share of them along `dim`; itself if it has them all."""
+    if tensor.shape[dim] == heads:
+        return tensor
+    share = tensor.contiguous()
+    shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, share)
+    return torch.cat(shares, dim)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and shows; every process is, outside of torchrun."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device on which the embedding computes, though its weights may be elsewhere."""
+    embedding = cast(Any, model).get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)

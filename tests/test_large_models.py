@@ -1,0 +1,82 @@
+"""Models larger than memory: what is measured does not depend on where the weights are."""
+
+import pytest
+import torch
+from families import tiny
+
+import headsink
+from headsink import HeadsinkError
+from headsink.architecture import weights_hash
+from headsink.sharding import input_device
+
+FAMILIES = ("llama", "qwen3", "gemma3")
+
+
+def saved(folder, family, tokenizer):
+    """A tiny model in a folder, and where its parts go if the first layer alone has room in memory."""
+    model = tiny(family)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    return places | {"model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "disk", "lm_head": "disk"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_census_is_the_same_with_layers_on_disk(tmp_path, family, tokenizer):
+    places = saved(tmp_path, family, tokenizer)
+    whole, _ = headsink.load(tmp_path, device="cpu")
+    offloaded, _ = headsink.load(tmp_path, device_map=places)
+    assert offloaded.get_submodule("model.layers.2.self_attn.o_proj").weight.is_meta
+    options = {"lengths": (64, 200), "domains": ("prose",), "progress": False}
+    expected = headsink.analyze(whole, tokenizer, **options)
+    found = headsink.analyze(offloaded, tokenizer, **options)
+    for name in ("sink", "far", "entropy", "output"):
+        assert torch.equal(found.score(name, 200), expected.score(name, 200)), name
+    assert found.settings["model"] == expected.settings["model"]
+    assert offloaded.get_submodule("model.layers.2.self_attn.o_proj").weight.is_meta
+
+
+def test_a_fingerprint_is_the_same_on_disk_and_in_another_type(tmp_path, tokenizer):
+    places = saved(tmp_path, "llama", tokenizer)
+    whole, _ = headsink.load(tmp_path, device="cpu")
+    offloaded, _ = headsink.load(tmp_path, device_map=places, dtype="bfloat16")
+    assert weights_hash(offloaded) == weights_hash(whole)
+
+
+@pytest.mark.parametrize(("share", "places"), [(0.997, {"cpu", "disk"}), (1e-6, {"disk"})])
+def test_auto_puts_on_disk_what_has_no_room(tmp_path, tokenizer, share, places):
+    saved(tmp_path, "llama", tokenizer)
+    whole, _ = headsink.load(tmp_path, device="cpu")
+    room = share * sum(p.numel() * p.element_size() for p in whole.parameters())
+    offloaded, _ = headsink.load(tmp_path, max_memory={"cpu": int(room)}, offload_folder=tmp_path / "offload")
+    assert set(offloaded.hf_device_map.values()) == places
+    assert input_device(offloaded) == torch.device("cpu")
+    assert weights_hash(offloaded) == weights_hash(whole)
+    assert list((tmp_path / "offload").iterdir()) == []  # safetensors are read where they are
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids.to(input_device(offloaded))).logits, whole(ids).logits)
+
+
+def test_weights_that_are_nowhere_are_one_clear_line():
+    with torch.device("meta"):
+        model = tiny("llama")
+    with pytest.raises(HeadsinkError, match="neither in memory nor offloaded"):
+        weights_hash(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "one of device, device_map"),
+        ({"device": "cpu", "max_memory": {"cpu": "1GB"}}, "one of device, device_map"),
+        ({"device_map": "auto", "tensor_parallel": True}, "one of device, device_map"),
+        ({"max_memory": {"cpu": "some"}}, "cannot be loaded"),
+        ({"tensor_parallel": True}, "torchrun"),
+    ],
+)
+def test_options_that_cannot_be_met_are_one_line(tiny_folder, options, reason):
+    with pytest.raises(HeadsinkError, match=reason) as error:
+        headsink.load(tiny_folder, **options)
+    assert "\n" not in str(error.value)
