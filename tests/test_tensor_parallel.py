@@ -1,0 +1,93 @@
+"""Tensor parallelism: two processes, each with its share of the heads, find what one process finds.
+
+This file is also the program that torchrun starts: `test_tensor_parallel.py FOLDER` measures every model in a folder.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import headsink
+from headsink import HeadsinkError
+from headsink.architecture import decoder, describe, weights_hash
+from headsink.attention import engaged, observing
+from headsink.output import OutputNorms
+from headsink.sharding import gather_heads, input_device, is_main
+
+SPLIT = ("llama", "llama-mha", "qwen2", "qwen3", "gemma3")  # each process has some heads
+SEEN_BY_ALL = ("phi3", "olmo2")  # each process has all heads, only the projections are split
+ALONE = "gemma3-one-kv-head"
+
+
+def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
+    """Norms of heads, groups and layers, the KV heads that this process saw, and the fingerprint's bytes."""
+    where = {"tensor_parallel": True} if tensor_parallel else {"device": "cpu"}
+    model, _ = headsink.load(folder, **where)
+    shape, found = describe(model), {}
+
+    def see(seen):
+        output, kv_heads = seen.output[0], seen.key.shape[1]
+        found["kv_heads_here"] = torch.tensor(kv_heads)
+        norms = OutputNorms(seen.module, kv_heads, shape.head_dim)
+        found[f"{seen.layer}.layer"] = norms.layer(output)
+        found[f"{seen.layer}.heads"] = gather_heads(norms.heads(output), 0, shape.query_heads)
+        found[f"{seen.layer}.groups"] = gather_heads(norms.groups(output), 0, shape.kv_heads)
+
+    with torch.no_grad(), engaged(model), observing(see):
+        decoder(model)(torch.arange(3, 60, device=input_device(model))[None], use_cache=False)
+    found["fingerprint"] = torch.tensor(list(bytes.fromhex(weights_hash(model))))
+    return found
+
+
+def main(folder: Path) -> None:
+    for place in sorted(folder.iterdir()):
+        try:
+            found = measure(place, tensor_parallel=True)
+        except HeadsinkError as error:
+            assert place.name == ALONE, error  # noqa: PT017
+            found = {"refused": torch.tensor(list(str(error).encode()))}
+        if is_main():
+            save_file({name: value.contiguous() for name, value in found.items()}, folder / f"{place.name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A folder of models and what two processes found."""
+    folder = tmp_path_factory.mktemp("split")
+    for family in (*SPLIT, *SEEN_BY_ALL, ALONE):
+        model = tiny("gemma3" if family == ALONE else family)
+        if family == ALONE:
+            model.config.num_key_value_heads = 1
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(folder / family)
+        tokenizer.save_pretrained(folder / family)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("family", [*SPLIT, *SEEN_BY_ALL])
+def test_two_processes_find_what_one_finds(folder, family):
+    expected, found = measure(folder / family, tensor_parallel=False), load_file(folder / f"{family}.safetensors")
+    assert found.keys() == expected.keys()
+    everyone = expected.pop("kv_heads_here")
+    assert found["kv_heads_here"] == (everyone if family in SEEN_BY_ALL else everyone / 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.max()), msg=name)
+
+
+def test_heads_that_cannot_be_split_are_refused(folder):
+    reason = bytes(load_file(folder / f"{ALONE}.safetensors")["refused"].tolist()).decode()
+    assert "1 KV heads cannot be split over 2 processes" in reason
+    assert "\n" not in reason
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
