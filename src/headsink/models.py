@@ -140,17 +140,17 @@ def load(
             max_memory=max_memory and dict(max_memory),
             offload_folder=own_folder.name if own_folder else offload_folder,
             distributed_config=DistributedConfig(tp_size=processes) if processes > 1 else None,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa" if mapping[type(config)]._supports_sdpa else "eager",
             use_safetensors=True,
             local_files_only=local,
             trust_remote_code=False,
         )
+        if device_map is None and not tensor_parallel:
+            model = model.to(device)
     if own_folder is not None:
         weakref.finalize(model, own_folder.cleanup)
     attention_modules(model)
     model.config.name_or_path = str(name)
-    if device_map is None and not tensor_parallel:
-        model = model.to(device)
     return model.eval(), tokenizer
 
 
@@ -302,9 +302,11 @@ def _one_line(name: str, local: bool) -> Iterator[None]:
         yield
     except HeadsinkError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, MemoryError) as error:
         text = str(error)
-        if "trust_remote_code" in text:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            reason = "it does not fit in memory; give max_memory, to leave some of it on disk"
+        elif "trust_remote_code" in text:
             reason = "it needs code of its own; headsink runs no code that comes with a model"
         elif "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
             reason = "it has no safetensors weights; only safetensors and GGUF are read"
