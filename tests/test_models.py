@@ -113,8 +113,6 @@ def save(folder, config):
         (T5Config(), "encoder"),
         (GPTNeoXConfig(num_hidden_layers=1), "o_proj|tokenizer|loaded"),
         (AutoConfig.for_model("bloom"), "AttentionInterface"),
-        (AutoConfig.for_model("gemma2"), "caps its attention logits"),
-        (AutoConfig.for_model("gpt_oss"), "scaled-dot-product"),
         (AutoConfig.for_model("mamba"), "layers|AttentionInterface|heads"),
         (AutoConfig.for_model("qwen3_next"), "layers of kind"),
     ],
