@@ -205,7 +205,7 @@ def cache_folder() -> Path:
 
 
 def _offload_folder() -> TemporaryDirectory[str]:
-    """A new folder for weights that have to be written again; not in /tmp, which may be memory."""
+    """A new folder for weights that have to be written again; not in the temporary folder, which may be memory."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     return TemporaryDirectory(prefix="offload-", dir=cache_folder())
 
