@@ -3,7 +3,10 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -40,16 +43,25 @@ CONFIGS = {
     ),
     "phi3": lambda: Phi3Config(**SHAPE),
     "olmo2": lambda: Olmo2Config(**SHAPE),
+    "granite": lambda: GraniteConfig(**SHAPE, attention_multiplier=0.2),
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, sliding_window=11, attn_logit_softcapping=5.0),
+    "gpt-oss": lambda: GptOssConfig(
+        **SHAPE, head_dim=16, sliding_window=11, num_local_experts=2, num_experts_per_tok=1
+    ),
 }
-FAMILIES = tuple(CONFIGS)
+ANALYSED = tuple(CONFIGS)
+FAMILIES = tuple(name for name in CONFIGS if name not in ("gemma2", "gpt-oss"))  # those that a plan can run
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """A random model whose attention is far from flat, so that a wrong mask shows."""
     torch.manual_seed(seed)
+    attention = "eager" if family == "gpt-oss" else attention  # sdpa cannot express learned sinks
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(parameter, std=0.25)
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, mean=1.0)
     model.generation_config.eos_token_id = None  # random models stop at random
     return model.to(dtype)

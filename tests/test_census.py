@@ -4,121 +4,178 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import ANALYSED, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsink.architecture import attention_modules, describe
+from headsink import blockwise, corpus
+from headsink.architecture import attention_modules, decoder, describe
 from headsink.attention import engaged, observing
 from headsink.census import statistics
 from headsink.census.compare import rank_correlation
-from headsink.census.roles import ROLES, role
-from headsink.census.statistics import Thresholds, distances, first_row, layer_statistics
+from headsink.census.roles import ROLES, roles
+from headsink.census.statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
 from headsink.census.transfer import conditional, pair_p_value, sentence, transfer
 from headsink.pattern import Pattern, visible
 
 LIMITS = Thresholds(first=2, floating=3, tau=0.8, window=9)
-LENGTHS = [2, 7, 30, 61]
+LENGTHS = (2, 3, 7, 30, 61)
 
 
-def whole_matrix(weights, seen, length):
-    """The statistics of one layer at one length from its attention matrix [heads, N, N], one query at a time."""
-    value, output = seen.value[0].double(), seen.output[0].double()
-    weights, n_heads, group = weights.double(), weights.shape[0], weights.shape[0] // value.shape[0]
-    norms, positions = value.norm(dim=-1), torch.arange(value.shape[1])
-    short = norms.float() < LIMITS.tau * norms.float().median(-1, keepdim=True).values
+def run(model, ids):
+    """What every layer computed with."""
+    found = []
+    with torch.no_grad(), engaged(model), observing(found.append):
+        decoder(model)(ids, use_cache=False)
+    return found
+
+
+def learned_share(seen):
+    """What a learned logit takes, [heads, N]: eager's matrix shows it only as what is missing to 1, so in double precision."""
+    query, key = (
+        seen.query[0].double(),
+        seen.key[0].double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 0),
+    )
+    if seen.learned is None:
+        return torch.zeros(query.shape[:2]).double()
+    ages = torch.arange(query.shape[1])[:, None] - torch.arange(query.shape[1])
+    hidden = (ages < 0) | (ages >= (seen.sliding or query.shape[1]))
+    logits = (query @ key.transpose(1, 2) * seen.scaling).masked_fill(hidden, float("-inf"))
+    with_learned = torch.cat([logits, seen.learned.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
+    return with_learned.softmax(-1)[:, :, -1]
+
+
+def whole_matrix(weights, seen, n):
+    """The statistics of one layer at length n from its attention matrix [heads, N, N], one query at a time."""
+    limits = LIMITS.at(n)
+    value, output = seen.value[0, :, :n].double(), seen.output[0, :, :n].double()
+    weights, n_heads, group = weights[:, :n, :n].double(), weights.shape[0], weights.shape[0] // value.shape[0]
+    learned = learned_share(seen)
+    norms, positions, d = value.norm(dim=-1), torch.arange(n), value.shape[2]
+    short = norms.float() < limits.tau * norms.float().median(-1, keepdim=True).values
     w_o = seen.module.o_proj.weight.double()
-    rows = range(first_row(length), length)
-    scores = {name: torch.zeros(n_heads, dtype=torch.float64) for name in statistics.SCORES}
-    errors = {"first": torch.zeros(value.shape[0]).double(), "floating": torch.zeros(value.shape[0]).double()}
-    profile = torch.zeros(n_heads, len(distances(weights.shape[1])), dtype=torch.float64)
-    for h in range(n_heads):
-        g, d = h // group, value.shape[2]
-        for i in rows:
-            p = weights[h, i]
-            sink = visible(Pattern(LIMITS.first, LIMITS.floating, 0), positions[i : i + 1], positions, short[g])[0]
-            near = (i - positions < LIMITS.window) & (positions <= i) & ~sink
+    rows = range(first_row(n), n)
+    scores = {name: torch.zeros(n_heads).double() for name in statistics.SCORES}
+    errors = {kept: torch.zeros(n_heads, len(windows(n))).double() for kept in statistics.KEPT}
+    group_errors = {kept: torch.zeros(value.shape[0], len(windows(n))).double() for kept in statistics.KEPT}
+    profile = torch.zeros(n_heads, len(distances(n))).double()
+    for i in rows:
+        of_layer = (w_o @ output[:, i].flatten()).square().sum()
+        for h in range(n_heads):
+            g, p = h // group, weights[h, i]
+            sink = visible(Pattern(limits.first, limits.floating, 0), positions[i : i + 1], positions, short[g])[0]
+            near = (i - positions < limits.window) & (positions <= i) & ~sink
             far = (positions <= i) & ~sink & ~near
-            entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0)
-            o = p @ value[g]
+            entropy = -sum(x * math.log(x) for x in (p / p.sum()).tolist() if x > 0)
             mine = {
                 "first": p[0],
                 "sink": p[sink].sum(),
                 "local": p[near].sum(),
                 "far": p[far].sum(),
                 "far_peak": p[far].max() if far.any() else 0.0,
+                "learned": learned[h, i],
                 "entropy": entropy,
                 "effective": math.exp(entropy),
-                "output": (w_o[:, h * d : (h + 1) * d] @ o).norm() / (w_o @ output[:, i].flatten()).norm(),
+                "output": ((w_o[:, h * d : (h + 1) * d] @ output[h, i]).square().sum() / of_layer).sqrt(),
             }
             for name, x in mine.items():
                 scores[name][h] += x / len(rows)
-            profile[h] += torch.stack(
-                [p[max(0, i + 1 - int(s)) : i + 1].sum() for s in distances(weights.shape[1])]
-            ) / len(rows)
-        scores["legacy"][h] = weights[h, :length, 0].sum() / weights[h, :length].sum()
-    for name, floats in (("first", 0), ("floating", LIMITS.floating)):
-        for g in range(value.shape[0]):
-            for i in rows:
-                mask = visible(Pattern(LIMITS.first, floats, LIMITS.window), positions[i : i + 1], positions, short[g])[
-                    0
-                ]
-                moved = []
-                for h in range(g * group, (g + 1) * group):
+            within = torch.stack([p[max(0, i + 1 - s) : i + 1].sum() for s in distances(n)])
+            profile[h] += within / len(rows)
+        for kept, floats in (("first", 0), ("floating", limits.floating)):
+            for k, w in enumerate(windows(n)):
+                wrong = torch.zeros(n_heads, d).double()
+                for h in range(n_heads):
+                    mask = visible(
+                        Pattern(limits.first, floats, w), positions[i : i + 1], positions, short[h // group]
+                    )[0]
                     p = weights[h, i] * mask
-                    moved.append(output[h, i] - (p / p.sum()) @ value[g])
-                columns = slice(g * group * value.shape[2], (g + 1) * group * value.shape[2])
-                wrong = w_o[:, columns] @ torch.cat(moved)
-                errors[name][g] += wrong.square().sum() / (w_o @ output[:, i].flatten()).square().sum() / len(rows)
-    return scores, errors, weights[:, list(rows)].mean(1), profile
+                    wrong[h] = output[h, i] - (p / (p.sum() + learned[h, i]).clamp(min=1e-30)) @ value[h // group]
+                    lost = w_o[:, h * d : (h + 1) * d] @ wrong[h]
+                    errors[kept][h, k] += lost.square().sum() / of_layer / len(rows)
+                for g in range(value.shape[0]):
+                    part = slice(g * group * d, (g + 1) * group * d)
+                    lost = w_o[:, part] @ wrong[g * group : (g + 1) * group].flatten()
+                    group_errors[kept][g, k] += lost.square().sum() / of_layer / len(rows)
+    scores["legacy"] = weights[:, :, 0].sum(1) / weights.sum((1, 2))
+    return scores, errors, group_errors, weights[:, list(rows)].mean(1), profile
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blockwise_equals_the_eager_matrix(family, monkeypatch):
-    monkeypatch.setattr(statistics, "QUERY_BLOCK", 13)
-    model, eager, ids = tiny(family), tiny(family, attention="eager"), torch.randint(3, 211, (1, 61))
-    windows, found = describe(model).windows, []
+@pytest.mark.parametrize("family", ANALYSED)
+def test_statistics_equal_the_eager_matrix(family, monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**11)
+    eager, ids = tiny(family, attention="eager"), torch.randint(3, 211, (1, 61))
+    model = tiny(family)
     with torch.no_grad():
         matrices = eager(ids, output_attentions=True, use_cache=False).attentions
-        with engaged(model), observing(found.append):
-            model(ids, use_cache=False)
-    assert [seen.layer for seen in found] == list(range(len(windows)))
+    found = run(model, ids)
+    assert [seen.layer for seen in found] == list(range(3))
+    assert {seen.sliding for seen in found} == set(describe(model).windows)
     for seen, matrix in zip(found, matrices, strict=True):
-        blockwise = layer_statistics(seen, LENGTHS, LIMITS, windows[seen.layer])
-        for n, length in enumerate(LENGTHS):
-            scores, errors, attention, profile = whole_matrix(matrix[0], seen, length)
+        for length in LENGTHS:
+            result = head_statistics(seen, length, LIMITS)
+            scores, errors, group_errors, attention, profile = whole_matrix(matrix[0], seen, length)
             for name, expected in scores.items():
-                torch.testing.assert_close(
-                    blockwise.scores[name][n], expected, rtol=1e-5, atol=1e-5, msg=f"{name} at {length}"
-                )
-            for name, expected in errors.items():
-                torch.testing.assert_close(
-                    blockwise.errors[name][n], expected, rtol=1e-4, atol=1e-5, msg=f"{name} at {length}"
-                )
-            torch.testing.assert_close(blockwise.attention[n].double(), attention, rtol=0, atol=1e-5)
-            torch.testing.assert_close(blockwise.profile[n], profile, rtol=0, atol=1e-5)
-        if windows[seen.layer] is None:
-            masses = sum(blockwise.scores[name] for name in ("sink", "local", "far"))
-            torch.testing.assert_close(masses, torch.ones_like(masses))
+                close(result.scores[name], expected, f"{name} at {length}")
+            for kept in statistics.KEPT:
+                close(result.errors[kept], errors[kept], f"errors {kept} at {length}")
+                close(result.group_errors[kept], group_errors[kept], f"group errors {kept} at {length}")
+            close(result.attention.double(), attention, f"attention at {length}")
+            close(result.profile, profile, f"profile at {length}")
+            parts = sum(result.scores[name] for name in ("sink", "local", "far", "learned"))
+            close(parts, torch.ones_like(parts), "masses")
+
+
+def close(actual, expected, name):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", ANALYSED)
+def test_the_observed_model_is_the_model(family):
+    """Layers that are computed in blocks (sliding, capped, learned sinks) give the outputs of eager attention."""
+    ids = torch.randint(3, 211, (1, 61))
+    with torch.no_grad():
+        expected = decoder(tiny(family, attention="eager"))(ids, use_cache=False).last_hidden_state
+        model = tiny(family)
+        with engaged(model), observing(lambda _: None):
+            found = decoder(model)(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 50), st.integers(1, 400), st.integers(1, 60))
+def test_sampled_queries_stand_for_all(first, count, most):
+    rows, weights = sampled(first, first + count, most)
+    assert first <= rows[0]
+    assert rows[-1] == first + count - 1
+    assert len(rows) == -(-count // -(-count // most)) <= most
+    assert torch.equal((weights.cumsum(0) * count).round().long(), rows - first + 1)
+
+
+def test_reading_some_queries_comes_near_reading_all(smollm2):
+    model, tokenizer = smollm2
+    (seen, *_) = run(model, torch.tensor([corpus.tokens("prose", tokenizer, 1000, split="heldout")]))[8:9]
+    some, all_of_them = (head_statistics(seen, 1000, Thresholds(), queries) for queries in (200, 1000))
+    for name in ("sink", "local", "far", "legacy"):
+        assert float((some.scores[name] - all_of_them.scores[name]).abs().max()) < 0.03
 
 
 def test_uniform_is_what_flat_attention_gives():
     """A model whose queries are zero attends flat: each score equals the uniform beside it."""
-    model, found = tiny("llama"), []
+    model = tiny("mistral-sliding")
     for module in attention_modules(model):
         torch.nn.init.zeros_(module.q_proj.weight)
-    with engaged(model), observing(found.append), torch.no_grad():
-        model(torch.randint(3, 211, (1, 61)), use_cache=False)
-    for seen in found:
-        result = layer_statistics(seen, LENGTHS, LIMITS)
-        for name, flat in result.uniform.items():
-            torch.testing.assert_close(result.scores[name], flat, rtol=1e-5, atol=1e-5, msg=name)
+    for seen in run(model, torch.randint(3, 211, (1, 61))):
+        for length in LENGTHS:
+            result = head_statistics(seen, length, LIMITS)
+            for name, flat in result.uniform.items():
+                close(result.scores[name], flat, name)
 
 
 def test_the_legacy_score_calls_flat_attention_a_sink_on_short_text():
     """The design's own numbers: 0.75 at 2 tokens, 0.61 at 3."""
-    flat = statistics._uniform(torch.zeros(1, 3, dtype=torch.bool), [2, 3], LIMITS, None)["legacy"]
-    assert flat.flatten().tolist() == pytest.approx([0.75, 11 / 18])
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    flat = [float(statistics._uniform(none, n, LIMITS, None)["legacy"]) for n in (2, 3)]
+    assert flat == pytest.approx([0.75, 11 / 18])
 
 
 @given(*[st.floats(0, 1)] * 4)

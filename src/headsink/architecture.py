@@ -22,7 +22,12 @@ SAMPLED_WEIGHTS = 64  # values of each parameter that go into the fingerprint
 
 @dataclass(frozen=True)
 class Architecture:
-    """The heads of a model. `windows[l]` is the model's own sliding window in layer l, None where it sees all."""
+    """The heads of a model.
+
+    windows: per layer the model's own sliding window, None where it sees all. softcap: attention logits are capped (Gemma 2).
+    learned_sinks: a learned logit takes part in every softmax (gpt-oss). prefix_free: positions are encoded without regard to how
+    long the text is, so that the beginning of a long text is computed as the short text would be.
+    """
 
     name: str
     layers: int
@@ -31,6 +36,9 @@ class Architecture:
     head_dim: int
     windows: tuple[int | None, ...]
     max_context: int
+    softcap: bool = False
+    learned_sinks: bool = False
+    prefix_free: bool = True
 
     @property
     def group(self) -> int:
@@ -45,10 +53,6 @@ def check_class(model_class: type, name: str) -> None:
             f"{name}: {model_class.__name__} computes attention by itself, not through transformers' AttentionInterface; "
             "headsink cannot see its heads"
         )
-    if not getattr(model_class, "_supports_sdpa", False):
-        raise HeadsinkError(
-            f"{name}: {model_class.__name__} has no scaled-dot-product attention in transformers; not supported"
-        )
 
 
 def check_config(config: Any, name: str) -> None:
@@ -56,8 +60,6 @@ def check_config(config: Any, name: str) -> None:
     config = config.get_text_config(decoder=True)
     if config.is_encoder_decoder or config.model_type in _ENCODERS:
         raise HeadsinkError(f"{name}: {config.model_type} is an encoder; headsink works on causal decoders only")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise HeadsinkError(f"{name}: {config.model_type} caps its attention logits; not supported yet")
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
     if kinds:
         raise HeadsinkError(f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; not supported")
@@ -85,7 +87,25 @@ def describe(model: nn.Module) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
         windows=tuple(a.get("sliding_window") for a in arguments),
         max_context=config.max_position_embeddings,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in model.modules()),
+        prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The kinds of rotary position encoding in a configuration, which has one or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = set().union(*(_rope_types(value) for value in parameters.values()))
+    return nested | ({parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set())
+
+
+def check_plannable(shape: Architecture) -> None:
+    """Raise if a plan cannot run this model: the census can look at more families than the cache can serve."""
+    if shape.softcap or shape.learned_sinks:
+        what = "caps its attention logits" if shape.softcap else "has learned sinks"
+        raise HeadsinkError(f"{shape.name} {what}: headsink can analyse it, but not run it under a plan yet")
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

@@ -2,8 +2,9 @@
 
 While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended by
 that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers'
-`sdpa`, so an engaged model without a plan is the model itself. `observing(callback)` shows every layer's queries, keys and
-values to a callback on the way; the census and the calibration are built on that.
+`sdpa`, so an engaged model without a plan is the model itself. `observing(callback)` shows every layer's queries, keys,
+values and output to a callback on the way; the census and the calibration are built on that. What is observed is one whole text
+without padding, so no mask is made for it, and layers that `sdpa` has no causal kernel for are computed in blocks (blockwise.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,24 +23,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from headsink import blockwise
+from headsink.blockwise import Inputs
 from headsink.cache import ATTENTION, Padding, PlanLength, Update
 from headsink.errors import HeadsinkError
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one attention layer computed with: all [batch, heads, tokens, dim], rotary positions applied.
+@dataclass(frozen=True, kw_only=True)
+class Seen(Inputs):
+    """What one attention layer computed with, and `output`, [1, query heads, tokens, dim], before the output projection."""
 
-    `output` is the attention output before the output projection, `scaling` the factor on the logits.
-    """
-
-    module: nn.Module
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
     output: Tensor
-    scaling: float
+
+
+class Sliding(int):
+    """The mask of a sliding layer while it is observed: its window, in place of a square."""
 
 
 _observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
@@ -81,20 +79,35 @@ def _attention(
     query: Tensor,
     key: Tensor | Update,
     value: Tensor | Update,
-    attention_mask: Tensor | Padding | None,
+    attention_mask: Tensor | Padding | Sliding | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it. Returns [batch, tokens, query heads, dim]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Update):
-        if isinstance(attention_mask, Tensor):
+        if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
         return key.layer.attend(module, query, key, attention_mask, scale), None
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if (observer := _observer.get()) is not None:
-        observer(Seen(module, int(module.layer_idx), query, key, value, output.transpose(1, 2), scale))  # type: ignore[arg-type]
-    return output, None
+    observer, softcap, learned = _observer.get(), kwargs.get("softcap"), kwargs.get("s_aux")
+    if observer is None:
+        if softcap is not None or learned is not None:
+            raise HeadsinkError(
+                f"{type(module).__name__} caps its logits or learns sinks: headsink can only analyse it"
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise HeadsinkError("observed attention takes one text at a time, whole")
+    sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
+    inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, softcap, learned)  # type: ignore[arg-type]
+    if inputs.plain:
+        output = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0].transpose(
+            1, 2
+        )
+    else:
+        output = blockwise.attention(inputs)
+    observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
+    return output.transpose(1, 2), None
 
 
 def _mask(
@@ -103,9 +116,14 @@ def _mask(
     kv_length: int,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     **kwargs: Any,
-) -> Tensor | Padding | None:
-    """The mask of a layer: transformers' own, or for a plan's layer just the padding, never a square."""
+) -> Tensor | Padding | Sliding | None:
+    """The mask of a layer: transformers' own, or what says the same without a square for a plan's or an observed layer."""
+    if _observer.get() is not None:
+        if attention_mask is not None and not attention_mask.all():
+            raise HeadsinkError("observed attention takes one text at a time, without padding")
+        return None if local_size is None else Sliding(local_size)
     if not isinstance(kv_length, PlanLength):
         return sdpa_mask(
             batch_size=batch_size,
@@ -113,6 +131,7 @@ def _mask(
             kv_length=kv_length,
             mask_function=mask_function,
             attention_mask=attention_mask,
+            local_size=local_size,
             **kwargs,
         )
     if mask_function is not causal_mask_function:

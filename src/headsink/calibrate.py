@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
-from headsink.architecture import Architecture, decoder, describe
+from headsink.architecture import Architecture, check_plannable, decoder, describe
 from headsink.attention import Seen, engaged, observing
 from headsink.errors import HeadsinkError
 from headsink.output import OutputNorms
@@ -85,6 +85,7 @@ def calibrate(
     Plan, with its measured quality.
     """
     shape = describe(model)
+    check_plannable(shape)
     _check(budget, context, shape)
     length = min(TEXT_TOKENS, context)
     errors = measure_errors(model, tokenizer, candidates(context), length, seed=seed, progress=progress)

@@ -7,6 +7,7 @@ status 2 and one line that says what was wrong and what would be right.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +18,18 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 import headsink
-from headsink import corpus, doctor, show
-from headsink.census.census import MARKER
+from headsink import corpus, doctor, prompt_files, show
+from headsink.bench.cli import bench
+from headsink.census.census import MARKER, Census
+from headsink.census.run import analyze_again
+from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError
-from headsink.files import check_replaceable, clear_errors
+from headsink.files import check_replaceable, clear_errors, read_text
 from headsink.generation import Conversation, chat_prompt
 from headsink.generation import generate as generate_text
 from headsink.plan import Plan
+from headsink.report import write_comparison
+from headsink.sharding import is_main
 
 app = typer.Typer(
     name="headsink",
@@ -33,12 +39,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
-Model = Annotated[
-    str, typer.Argument(help="smollm2 (built in), a folder, a .gguf file, or a Hugging Face id owner/name.")
-]
+MODEL_HELP = "smollm2 or gemma3-270m (built in), a folder, a .gguf file, or a Hugging Face id owner/name."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices: texts, shuffles, sampling.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
@@ -49,38 +55,90 @@ Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sam
 
 @app.command()
 def analyze(
-    model: Model = "smollm2",
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.")] = None,
     out_folder: Annotated[
         Path, typer.Option("--out", help="Folder for the census; an older census there is replaced.")
     ] = Path("runs/census"),
-    lengths: Annotated[str, typer.Option(help="Text lengths in tokens, separated by commas.")] = "512,4096",
-    domains: Annotated[str, typer.Option(help="Kinds of built-in text, separated by commas.")] = ",".join(
-        corpus.DOMAINS
-    ),
-    texts_per_domain: Annotated[int, typer.Option(min=1, help="Texts of each kind.")] = 1,
-    text_file: Annotated[
-        list[Path] | None, typer.Option("--text", help="Your own text file instead; may be repeated.")
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Text lengths in tokens, separated by commas; 512,4096, or what your own texts have."),
     ] = None,
+    domains: Annotated[str, typer.Option(help="Kinds of built-in text, separated by commas.")] = ",".join(
+        corpus.CENSUS_DOMAINS
+    ),
+    texts_per_domain: Annotated[
+        int, typer.Option(min=1, help="Texts of each kind; intervals are over texts, so 2 or more.")
+    ] = 2,
+    text_file: Annotated[
+        list[Path] | None, typer.Option("--text", help="A text file of your own instead; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Prompts of your own instead: a file with one a line, or JSONL with {prompt: ..., domain: ...}; may be repeated."
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of your own instead; may be repeated.")] = None,
+    queries: Annotated[
+        int, typer.Option(min=2, help="Queries read at each length, evenly spaced, where more would count.")
+    ] = QUERIES,
+    tau: Annotated[
+        float, typer.Option(help="Keys with a value norm below tau of the head's median can be floating sinks.")
+    ] = Thresholds.tau,
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a census: make it again, with its model, texts and settings; other options are ignored."
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model larger than memory: most weights a device holds, as in cpu=30GB or 0=20GB,cpu=30GB."
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Under torchrun: split every layer over its processes.")
+    ] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser."""
-    chosen, kinds = _numbers("lengths", lengths), [kind.strip() for kind in domains.split(",") if kind.strip()]
-    texts = [_read(path) for path in text_file] if text_file else None
+    """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser.
+
+    Stopped, it goes on where it was when it is started again with the same options.
+    """
+    chosen = None if lengths is None else _numbers("lengths", lengths)
+    kinds = [kind.strip() for kind in domains.split(",") if kind.strip()]
+    if not 0 < tau <= 1:
+        raise HeadsinkError(f"tau: {tau} is outside (0, 1]")
+    texts = prompt_files.read(text_file or [], prompts or [], prompt or [])
     check_replaceable(out_folder, MARKER)
-    loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    census = headsink.analyze(
-        loaded,
-        tokenizer,
-        lengths=chosen,
-        domains=kinds,
-        texts=texts,
-        texts_per_domain=texts_per_domain,
-        seed=seed,
-    )
+    checkpoint = out_folder.parent / f".{out_folder.name}.partial"
+    where: dict[str, Any] = {"device": device, "max_memory": _memory(max_memory), "tensor_parallel": tensor_parallel}
+    if again is not None:
+        settings = Census.load(again).settings
+        loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
+        census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
+    else:
+        loaded, tokenizer = headsink.load(model or "smollm2", dtype=dtype, **where)
+        census = headsink.analyze(
+            loaded,
+            tokenizer,
+            lengths=chosen,
+            domains=kinds,
+            texts=texts,
+            texts_per_domain=texts_per_domain,
+            limits=Thresholds(tau=tau),
+            queries=queries,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+    if not is_main():
+        return
     census.save(out_folder)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     if as_json:
         _emit(show.census_json(census) | {"folder": str(out_folder)})
     else:
@@ -90,16 +148,28 @@ def analyze(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of a census.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of two or more census runs; FOLDER@512 and FOLDER@512:code name a part."),
+    ],
+    report_file: Annotated[
+        Path | None, typer.Option("--out", help="Write the comparison as an HTML report too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two census runs: how far heads moved, and which changed their role."""
-    comparison = headsink.compare(first, second)
+    """Compare census runs with the first: how far heads moved, what of it is more than chance, which changed their role.
+
+    Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
+    """
+    comparison = headsink.compare(*runs)
+    if report_file is not None:
+        write_comparison(comparison, report_file)
     if as_json:
-        _emit(comparison.to_dict())
+        _emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:
         show.comparison(out, comparison)
+        if report_file is not None:
+            out.print(f"\nReport: {report_file}", highlight=False)
 
 
 @app.command()
@@ -164,7 +234,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, under a plan or without, and say what it took."""
-    text = "\n\n".join(part for part in (_read(file) if file else None, prompt) if part is not None)
+    text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
         text = sys.stdin.read()
     if not text.strip():
@@ -253,11 +323,14 @@ def _numbers(name: str, text: str) -> list[int]:
         raise HeadsinkError(f"{name}: {text!r} is not a list of whole numbers such as 512,4096") from error
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HeadsinkError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+def _memory(text: str | None) -> dict[int | str, int | str] | None:
+    """Read "0=20GB,cpu=30GB"."""
+    if text is None:
+        return None
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(device and size for device, _, size in parts):
+        raise HeadsinkError(f"max-memory: {text!r} is not of the form cpu=30GB or 0=20GB,cpu=30GB")
+    return {int(device) if device.strip().isdigit() else device.strip(): size.strip() for device, _, size in parts}
 
 
 def _write(text: str) -> None:

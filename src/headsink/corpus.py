@@ -1,7 +1,8 @@
-"""Text to measure on, without any download: prose, code, maths and chat.
+"""Text to measure on, without any download: prose, code, maths, chat, question answering and random tokens.
 
 Prose is Python's own language reference (`pydoc_data`), code the standard library, both read from the running
-Python; chat is made of questions about the reference and its answers; maths is generated, with the steps worked out.
+Python; chat is made of questions about the reference and its answers; maths is generated, with the steps worked out; question
+answering asks for sentences of a passage of the reference; random tokens are drawn evenly from the vocabulary.
 Every item belongs to the `calibration` or to the `heldout` half by the hash of its name, and paragraphs that stand
 in both halves are taken out of the second, so no sentence that a plan is judged on was seen when it was made.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,23 +23,28 @@ from transformers import PreTrainedTokenizerBase
 
 from headsink.errors import HeadsinkError
 
-Domain = Literal["prose", "code", "maths", "chat"]
+Domain = Literal["prose", "code", "maths", "chat", "qa", "random"]
 Split = Literal["calibration", "heldout"]
-DOMAINS: tuple[Domain, ...] = ("prose", "code", "maths", "chat")
+DOMAINS: tuple[Domain, ...] = ("prose", "code", "maths", "chat")  # what plans are made with and judged on
+CENSUS_DOMAINS: tuple[Domain, ...] = (*DOMAINS, "qa", "random")
 CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs on this text; what is too much is cut
 
 
-def tokens(
-    domain: Domain, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split
-) -> list[int]:
+def tokens(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split) -> list[int]:
     """A text of exactly `length` tokens, special tokens at its start included.
 
     The same arguments give the same text on the same Python. Raises HeadsinkError if there is not so much text.
     """
-    if domain not in DOMAINS:
-        raise HeadsinkError(f"domain: {domain!r} is unknown; one of {', '.join(DOMAINS)}")
+    if domain not in CENSUS_DOMAINS:
+        raise HeadsinkError(f"domain: {domain!r} is unknown; one of {', '.join(CENSUS_DOMAINS)}")
+    rng = random.Random(f"{domain} {seed}")
+    if domain == "random":
+        opening: list[int] = tokenizer("", verbose=False)["input_ids"]
+        special = set(tokenizer.all_special_ids)
+        ordinary = [token for token in range(len(tokenizer)) if token not in special]
+        return [*opening, *rng.choices(ordinary, k=length)][:length]
     parts, characters = [], 0
-    for part in _items(domain, random.Random(f"{domain} {seed}"), split, tokenizer):
+    for part in _items(domain, rng, split, tokenizer):
         parts.append(part)
         characters += len(part)
         if characters >= CHARACTERS_PER_TOKEN * length:
@@ -50,7 +57,7 @@ def tokens(
     return ids[:length]
 
 
-def _items(domain: Domain, rng: random.Random, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _items(domain: str, rng: random.Random, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if domain == "maths":
         while True:
             problem = _problem(rng)
@@ -59,7 +66,10 @@ def _items(domain: Domain, rng: random.Random, split: Split, tokenizer: PreTrain
     sources = list((_code if domain == "code" else prose)(split).items())
     rng.shuffle(sources)
     for name, text in sources:
-        yield _dialogue(name, text, tokenizer) if domain == "chat" else text
+        if domain == "qa":
+            yield from _asked(text, rng)
+        else:
+            yield _dialogue(name, text, tokenizer) if domain == "chat" else text
 
 
 def _half(name: str) -> Split:
@@ -109,6 +119,27 @@ def _dialogue(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         return f"User: {question}\n\nAssistant: {turns[1]['content']}"
     return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+def _asked(text: str, rng: random.Random) -> Iterator[str]:
+    """Passages of a text, each with a question about one of its sentences and the answer, which the passage holds."""
+    for paragraph in sorted(paragraphs(text)):
+        passage = " ".join(paragraph.split())
+        sentences = [s for s in SENTENCE.split(passage) if 8 <= len(s.split()) <= 60]
+        if len(sentences) >= 3:
+            words = rng.choice(sentences).split()
+            yield (
+                f'Passage: {passage}\nQuestion: How does the sentence that begins with "{" ".join(words[:4])}" go on?\n'
+                f"Answer: {' '.join(words[4:])}"
+            )
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**k for k in range(most.bit_length())]
 
 
 NAMES = ("Ada", "Bruno", "Chidi", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")

@@ -32,6 +32,14 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise HeadsinkError(f"cannot write {path}: {reason}") from error
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file (UTF-8)."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadsinkError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file atomically (UTF-8), making its folder if need be."""
     path = Path(path)

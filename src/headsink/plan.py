@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from headsink.architecture import Architecture, describe, weights_hash
+from headsink.architecture import Architecture, check_plannable, describe, weights_hash
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.pattern import FULL, Pattern
@@ -156,6 +156,7 @@ class Plan(_Part):
         **fields: Any,
     ) -> Plan:
         """A plan from patterns [layers][KV heads], None for a sliding layer, and reference value norms of the same shape."""
+        check_plannable(describe(model))
         norms = value_norms or [None] * len(patterns)
         layers = [
             None
@@ -200,6 +201,7 @@ class Plan(_Part):
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Returns the model's architecture."""
         shape, actual = describe(model), Fingerprint.of(model)
+        check_plannable(shape)
         for field in Fingerprint.model_fields:
             planned, found = getattr(self.model, field), getattr(actual, field)
             if planned != found:

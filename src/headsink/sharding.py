@@ -70,14 +70,22 @@ def gather_heads(tensor: Tensor, dim: int, heads: int) -> Tensor:
     if tensor.shape[dim] == heads:
         return tensor
     share = tensor.contiguous()
+    if dist.get_backend() == "nccl":
+        share = share.cuda()
     shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, share)
-    return torch.cat(shares, dim)
+    return torch.cat(shares, dim).to(tensor.device)
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes and shows; every process is, outside of torchrun."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -4,77 +4,132 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from headsink.census import Census, Comparison
+from headsink.census.floating import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.roles import EPSILON, ROLES
+from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
 from headsink.generation import Generated
 from headsink.plan import Plan
-from headsink.report.charts import head_rows
-from headsink.report.page import p_value, role_counts, share, sink_tokens
+from headsink.report.page import p_value, share
 
 MEGABYTE = 1e6
 SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen; `--json` has all
 
 
 def census_json(census: Census) -> dict[str, Any]:
-    rows = head_rows(census)
+    longest = census.lengths[-1]
+    law = census.window_law()
     return {
         "settings": {key: value for key, value in census.settings.items() if key != "own_texts"},
-        "roles": {length: role_counts(rows, length) for length in census.lengths},
-        "sink_tokens": sink_tokens(census, census.lengths[-1]),
+        "roles": {length: role_counts(census, length) for length in census.lengths},
+        "role_agreement": {length: float(census.role_agreement(length).mean()) for length in census.lengths},
+        "windows": {length: windows_json(census, length) for length in census.lengths},
+        "window_law": None if law is None else {"scale": law[0].tolist(), "exponent": law[1].tolist()},
+        "drawing_tokens": drawing_tokens(census, longest),
+        "floating_tokens": floating_tokens(census, longest),
+        "floating_stability": stability(census, longest),
+        "tau": {"evidence": tau_evidence(census, longest), "suggested": suggested_tau(census, longest)},
         "first_question": {length: [t.to_dict() for t in census.first_question(length)] for length in census.lengths},
     }
 
 
+def role_counts(census: Census, length: int) -> dict[str, int]:
+    """How many heads have each role at one length, all texts together, most first."""
+    return dict(Counter(role for layer in census.roles(length) for role in layer).most_common())
+
+
+def windows_json(census: Census, length: int) -> dict[str, float]:
+    """Of the KV heads: how wide a window has to be for a small error, with and without floating sinks kept."""
+    found = {}
+    for kept in KEPT:
+        needed = census.window_needed(length, heads="kv", kept=kept)
+        found[f"median_{kept}"] = float(needed.median())
+        found[f"within_128_{kept}"] = float((needed <= 128).double().mean())
+        found[f"all_{kept}"] = float((needed >= length).double().mean())
+    return found
+
+
 def census(console: Console, census: Census) -> None:
-    """Roles by length, the strongest sinks, the tokens they look at, and the first question."""
-    rows, longest = head_rows(census), census.lengths[-1]
-    table = _table("Roles of the heads, all texts together", "tokens", "sink", "local", "mixed", "diffuse", "retrieval")
+    """Roles by length, the strongest sinks, the tokens they look at, windows, and the first question."""
+    longest = census.lengths[-1]
+    columns = ("tokens", *ROLES, "same role in a single text")
+    table = _table("Roles of the heads, all texts together", *columns)
     for length in census.lengths:
-        counts = role_counts(rows, length)
+        counts = role_counts(census, length)
+        agreement = float(census.role_agreement(length).mean())
+        table.add_row(str(length), *(str(counts.get(name, 0)) for name in ROLES), f"{agreement:.0%}")
+    console.print(table)
+
+    sink, first = (census.interval(name, longest) for name in ("sink", "first"))
+    at = windows(longest).index(max(w for w in windows(longest) if w <= 128))
+    errors = census.score("errors", longest)[..., at]
+    title = f"Strongest sinks at {longest} tokens; errors of first tokens + last {windows(longest)[at]}"
+    table = _table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
+    for place in sink.mean.flatten().argsort(descending=True)[:8].tolist():
+        layer, head = divmod(place, sink.mean.shape[1])
+        half = sink.half[layer, head]
         table.add_row(
-            str(length), *(str(counts.get(name, 0)) for name in ("sink", "local", "mixed", "diffuse", "retrieval"))
+            f"layer {layer} head {head}",
+            f"{sink.mean[layer, head]:.2f}" + ("" if half.isnan() else f" ± {half:.2f}"),
+            f"{first.mean[layer, head]:.2f}",
+            *(f"{errors[layer, head, KEPT.index(kept)]:.4f}" for kept in KEPT),
         )
     console.print(table)
 
-    pooled = [row for row in rows if row["length"] == longest and row["domain"] == "all texts"]
     table = _table(
-        f"Strongest sinks at {longest} tokens",
-        "head",
-        "sink tokens",
-        "of it first",
-        "window error",
-        "with floating sinks",
+        f"Tokens that draw the attention at {longest} tokens", "token", "share of all attention", "heads", "texts"
     )
-    for row in sorted(pooled, key=lambda row: -row["sink"])[:8]:
-        table.add_row(
-            f"layer {row['layer']} head {row['head']}",
-            f"{row['sink']:.2f}",
-            f"{row['first']:.2f}",
-            f"{row['error_first']:.4f}",
-            f"{row['error_floating']:.4f}",
-        )
-    console.print(table)
-
-    table = _table(f"Tokens that draw the attention at {longest} tokens", "token", "share of all attention", "heads")
-    for token in sink_tokens(census, longest, most=8):
+    for token in drawing_tokens(census, longest, most=8):
         name = escape(repr(token["token"])) + (" (first of the text)" if token["first"] else "")
-        table.add_row(name, f"{token['share']:.1%}", str(token["heads"]))
+        table.add_row(name, f"{token['share']:.1%}", str(token["heads"]), str(token["texts"]))
     console.print(table)
+    found, tau = stability(census, longest), suggested_tau(census, longest)
+    overlap = "" if found["overlap"] is None else f", the same tokens in two texts by {found['overlap']:.0%}"
+    console.print(
+        f"Floating sinks in every text: {found['heads_with']} KV heads, {found['mean_count']:.0f} a text{overlap}; tau by the "
+        f"rule: {tau if tau is not None else 'none, there are no floating sinks'} (used: {census.settings['limits']['tau']}).",
+        highlight=False,
+    )
+
+    table = _table(
+        f"Window that a KV head needs for an error within {EPSILON:.0%}, floating sinks kept",
+        "tokens",
+        "median",
+        "at most 128",
+        "everything",
+    )
+    for length in census.lengths:
+        needed = windows_json(census, length)
+        shares = (f"{needed[name]:.0%}" for name in ("within_128_floating", "all_floating"))
+        table.add_row(str(length), f"{needed['median_floating']:.0f}", *shares)
+    console.print(table)
+    if (law := census.window_law()) is not None:
+        low, middle, high = torch.quantile(
+            law[1].flatten(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        ).tolist()
+        console.print(
+            f"It grows as length to the power {middle:.2f} (median over KV heads; quartiles {low:.2f} and {high:.2f}; 0 is a "
+            "fixed window, 1 one that grows with the text).",
+            highlight=False,
+        )
 
     title = "The first question: is a head that is a sink in one layer also one, by number, in a later layer?"
     columns = ("tokens", "score", "sinks", "in layer 0", "from layer 0", "chance", "p", "from any layer", "chance", "p")
     table = _table(title, *columns)
     for length in census.lengths:
         for t in census.first_question(length):
-            shares = (t.rate, t.first_layer_rate, t.first_rate, t.first_chance)
+            rates = (t.rate, t.first_layer_rate, t.first_rate, t.first_chance)
             cells = [
-                *map(share, shares),
+                *(share(value) for value in rates),
                 p_value(t.first_p),
                 share(t.pair_rate),
                 share(t.pair_chance),
@@ -86,26 +141,43 @@ def census(console: Console, census: Census) -> None:
 
 
 def comparison(console: Console, found: Comparison) -> None:
-    console.print(f"[bold]{escape(found.names[0])}[/bold] and [bold]{escape(found.names[1])}[/bold]")
+    console.print(" and ".join(f"[bold]{escape(name)}[/bold]" for name in found.names))
     if found.settings:
         console.print("They differ in: " + ", ".join(found.settings))
     else:
         console.print("They were made with the same settings.")
-    columns = ("tokens", "text", "score", "first", "second", "change", "most", "at head", "rank corr.")
-    table = _table(
-        "Scores: means over the heads, their mean and largest change, rank correlation of the heads", *columns
+    columns = (
+        "run",
+        "tokens",
+        "text",
+        "score",
+        "first",
+        "this",
+        "change",
+        "most",
+        "at head",
+        "rank corr.",
+        "beyond chance",
     )
-    for row in found.scores:
-        if row["score"] not in SHOWN:
+    table = _table(
+        "Scores: means over the heads, their mean and largest change, rank correlation of the heads, share of heads whose 95 % "
+        "interval of the change leaves out 0",
+        *columns,
+    )
+    for view in found.views:
+        if view.score not in SHOWN:
             continue
-        rho = row["rank_correlation"]
+        row = view.to_dict()
+        rho, beyond = row["rank_correlation"], row["beyond_chance"]
         figures = (f"{row[name]:.3f}" for name in ("mean_a", "mean_b", "mean_difference", "largest_difference"))
         place = "{}.{}".format(*row["largest_at"])
-        table.add_row(
-            str(row["length"]), row["domain"], row["score"], *figures, place, "-" if rho is None else f"{rho:.3f}"
-        )
+        lengths, domains = (" / ".join(dict.fromkeys(map(str, row[name]))) for name in ("lengths", "domains"))
+        cells = (place, "-" if rho is None else f"{rho:.3f}", "-" if beyond is None else f"{beyond:.0%}")
+        table.add_row(escape(Path(view.run).name), lengths, escape(domains), view.score, *figures, *cells)
     console.print(table)
-    console.print(f"{len(found.changed)} of {found.heads} (head, length, text) have another role:", highlight=False)
+    console.print(
+        f"{len(found.changed)} of {found.heads} (run, length, text, head) have another role:", highlight=False
+    )
     moves = Counter(f"{row['before']} to {row['after']}" for row in found.changed).most_common()
     console.print("  " + (", ".join(f"{move} {n}" for move, n in moves) or "none"), highlight=False)
 

@@ -1,19 +1,17 @@
-"""The census of a model: every head, at several lengths, on several kinds of text, in one folder.
+"""A census: what every head looks at, at several lengths, on several texts; and the folder that it is kept in.
 
-`analyze` runs it. A folder holds `census.json` (settings, enough to run it again), `heads.parquet` (one row per head, length
-and text), `arrays.safetensors` (attention to every key, distance profiles, token ids) and `report.html`.
+`run.analyze` makes one. Its folder holds `census.json` (settings, enough to run it again), `arrays.safetensors` (all results),
+`heads.parquet` (the scores as a table for other programs: one row per text, length and head), `tokens.json` (what the token ids
+of the texts say), `report.html` and pictures.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +21,42 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus
-from headsink.architecture import Architecture, decoder, describe
-from headsink.attention import Seen, engaged, observing
-from headsink.census.roles import role
-from headsink.census.statistics import SCORES, SINK_TOKENS, LayerStatistics, Thresholds, distances, layer_statistics
+from headsink.census.intervals import Interval, interval
+from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
+from headsink.census.statistics import KEPT, SCORES, TOKENS, distances, windows
 from headsink.census.transfer import RULES, Transfer, transfer
 from headsink.errors import HeadsinkError
 from headsink.files import new_folder
-from headsink.plan import Fingerprint
-from headsink.progress import bar
 
-SCHEMA = 1
+SCHEMA = 2
 MARKER = "census.json"
 TOP_KEYS = 8
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text of the census: its kind (`domain`), its number within the kind, and its token ids."""
-
-    domain: str
-    number: int
-    ids: list[int]
-
-
 @dataclass
 class Census:
-    """Results of `analyze`. `settings` says how they were made, `table` has a row per head, length and text."""
+    """Results of `analyze`.
+
+    settings: how they were made. vocabulary: token id -> what it says. arrays["{text}.{length}.{name}"], texts being numbered
+    as in `settings["texts"]`, for every length that the text reaches:
+
+    scores, uniform : float64 [layers, query heads, SCORES], uniform NaN where flat attention has no such score
+    profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys back
+    errors, group_errors : float32 [layers, query or KV heads, KEPT, windows], squared output error, relative to the layer's
+    tokens : float64 [layers, KV heads, TOKENS]
+    floating : int32 [layers, KV heads, most], positions of the floating sinks, -1 where there are no more
+    short_keys, short_attention : float32 [layers, KV heads, taus]
+    top : int32 [layers, query heads, TOP_KEYS], positions of the keys that get most attention, -1 where there are no more
+    attention : float16 [layers, query heads, tokens], mean attention to each key
+
+    and arrays["{text}.ids"], int32 [tokens].
+    """
 
     settings: dict[str, Any]
-    table: pa.Table
+    vocabulary: dict[int, str]
     arrays: dict[str, Tensor]
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return list(self.table.to_pylist())
 
     @property
     def lengths(self) -> list[int]:
@@ -71,18 +66,96 @@ class Census:
     def domains(self) -> list[str]:
         return list(dict.fromkeys(text["domain"] for text in self.settings["texts"]))
 
-    def score(self, name: str, length: int, domain: str | None = None) -> Tensor:
-        """One column as float64 [layers, heads], the mean over the texts of a domain (all texts if None)."""
-        model = self.settings["model"]
-        sums = torch.zeros(model["layers"], model["query_heads"], dtype=torch.float64)
-        texts = set()
-        for row in self.rows:
-            if row["length"] == length and domain in (None, row["domain"]):
-                sums[row["layer"], row["head"]] += row[name]
-                texts.add((row["domain"], row["text"]))
-        if not texts:
+    def texts(self, length: int, domain: str | None = None) -> list[int]:
+        """Numbers of the texts of a domain (of all, if None) that have `length` tokens."""
+        found = [
+            number
+            for number, text in enumerate(self.settings["texts"])
+            if domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
+        ]
+        if not found:
             raise HeadsinkError(f"the census has nothing at length {length}" + (f" on {domain}" if domain else ""))
-        return sums / len(texts)
+        return found
+
+    def has(self, length: int, domain: str | None = None) -> bool:
+        """Whether some text of the domain reaches the length."""
+        return any(
+            domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
+            for number, text in enumerate(self.settings["texts"])
+        )
+
+    def samples(self, name: str, length: int, domain: str | None = None) -> Tensor:
+        """One array for each text: [texts, layers, ...]. A name in SCORES is that score, "uniform_..." what is by chance."""
+        array, column = name, None
+        if name.removeprefix("uniform_") in SCORES:
+            array = "uniform" if name.startswith("uniform_") else "scores"
+            column = list(SCORES).index(name.removeprefix("uniform_"))
+        stacked = torch.stack([self.arrays[f"{text}.{length}.{array}"] for text in self.texts(length, domain)]).double()
+        return stacked if column is None else stacked[..., column]
+
+    def score(self, name: str, length: int, domain: str | None = None) -> Tensor:
+        """The mean over the texts of a domain, all texts if None: float64 [layers, heads], or what `samples` has more."""
+        return self.samples(name, length, domain).mean(0)
+
+    def interval(self, name: str, length: int, domain: str | None = None) -> Interval:
+        """The mean with its 95 % confidence interval over texts."""
+        return interval(self.samples(name, length, domain))
+
+    def roles(self, length: int, domain: str | None = None) -> list[list[str]]:
+        """The role of every head by its mean masses: [layers][query heads]."""
+        mass = {name: self.score(name, length, domain) for name in MASSES}
+        uniform = {name: self.score(f"uniform_{name}", length, domain) for name in MASSES}
+        return [[ROLES[n] for n in layer] for layer in roles(mass, uniform).tolist()]
+
+    def role_agreement(self, length: int, domain: str | None = None) -> Tensor:
+        """The share of single texts in which a head has the role that it has on average: float64 [layers, query heads]."""
+        mass = {name: self.samples(name, length, domain) for name in MASSES}
+        uniform = {name: self.samples(f"uniform_{name}", length, domain) for name in MASSES}
+        names = torch.tensor([[ROLES.index(name) for name in layer] for layer in self.roles(length, domain)])  # type: ignore[arg-type]
+        return (roles(mass, uniform) == names).double().mean(0)
+
+    def window_needed(
+        self,
+        length: int,
+        domain: str | None = None,
+        *,
+        epsilon: float = EPSILON,
+        heads: str = "query",
+        kept: str = "floating",
+    ) -> Tensor:
+        """The smallest window that keeps the output error within epsilon: float64 [layers, query or KV heads].
+
+        kept: "first" if only the first tokens stay beside the window, "floating" if the floating sinks do too.
+        """
+        name = {"query": "errors", "kv": "group_errors"}[heads]
+        errors = self.score(name, length, domain)[:, :, KEPT.index(kept)]
+        return window_needed(errors, windows(length), length, epsilon)
+
+    def window_law(
+        self, domain: str | None = None, *, epsilon: float = EPSILON, least: int = 64
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scale and exponent of `window = scale x length ^ exponent` for every KV head, over the lengths from `least` on.
+
+        float64 [layers, KV heads] each. None where fewer than two lengths were measured.
+        """
+        lengths = [n for n in self.lengths if n >= least and self.has(n, domain)]
+        if len(lengths) < 2:
+            return None
+        needed = [self.window_needed(n, domain, epsilon=epsilon, heads="kv") for n in lengths]
+        return law(torch.stack(needed), lengths)
+
+    def distance(self, quantile: float, length: int, domain: str | None = None) -> Tensor:
+        """Distance within which a share of the attention on real keys stays: float64 [layers, query heads].
+
+        Linear between the distances that were measured; the query itself is 1 key back.
+        """
+        profile = self.score("profile", length, domain)
+        steps = torch.tensor(distances(length), dtype=torch.float64)
+        target = quantile * profile[..., -1:]
+        above = (profile < target).sum(-1, keepdim=True).clamp(1, len(steps) - 1)
+        low, high = profile.gather(-1, above - 1), profile.gather(-1, above)
+        share = ((target - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return (steps[above - 1] + share * (steps[above] - steps[above - 1]))[..., 0]
 
     def first_question(self, length: int, domain: str | None = None) -> list[Transfer]:
         """Do head numbers carry over between layers? One answer per rule for what a sink is."""
@@ -92,6 +165,50 @@ class Census:
             for rule, (score, least) in RULES.items()
         ]
 
+    @cached_property
+    def table(self) -> pa.Table:
+        """The scores as a table: one row per text, length, layer and query head."""
+        return pa.concat_tables(self._tables(), promote_options="default")  # longer texts have more windows
+
+    def _tables(self) -> Iterator[pa.Table]:
+        model, group = (
+            self.settings["model"],
+            self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"],
+        )
+        layer, head = torch.meshgrid(torch.arange(model["layers"]), torch.arange(model["query_heads"]), indexing="ij")
+        for number, text in enumerate(self.settings["texts"]):
+            for length in self.lengths:
+                of: dict[str, Any] = {
+                    name: self.arrays.get(f"{number}.{length}.{name}")
+                    for name in ("scores", "uniform", "tokens", "group_errors", "errors")
+                }
+                if of["scores"] is None:
+                    continue
+                columns = {"layer": layer, "head": head, "kv_head": head // group}
+                columns["role"] = self._text_roles(number, length)
+                columns |= {name: of["scores"][..., n] for n, name in enumerate(SCORES)}
+                columns |= {f"uniform_{name}": of["uniform"][..., n] for n, name in enumerate(SCORES)}
+                columns |= {name: of["tokens"][..., n].repeat_interleave(group, 1) for n, name in enumerate(TOKENS)}
+                for n, kept in enumerate(KEPT):
+                    for w, window in enumerate(windows(length)):
+                        columns[f"error_{kept}_{window}"] = of["errors"][:, :, n, w]
+                        columns[f"kv_error_{kept}_{window}"] = of["group_errors"][:, :, n, w].repeat_interleave(
+                            group, 1
+                        )
+                rows = layer.numel()
+                start = {"domain": [text["domain"]] * rows, "text": [text["number"]] * rows, "length": [length] * rows}
+                role = [ROLES[n] for n in columns.pop("role").flatten().tolist()]
+                numbers = {name: column.flatten().numpy() for name, column in columns.items()}
+                yield pa.table(start | {"role": role} | numbers)
+
+    def _text_roles(self, text: int, length: int) -> Tensor:
+        """Roles in a single text: int64 [layers, query heads], index into ROLES."""
+        mass, uniform = (
+            {name: self.arrays[f"{text}.{length}.{array}"][..., list(SCORES).index(name)] for name in MASSES}
+            for array in ("scores", "uniform")
+        )
+        return roles(mass, uniform)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the folder, atomically, report and pictures included. An older census there is replaced."""
         from headsink.report import write_pictures, write_report  # the report reads a census, not the other way round
@@ -100,6 +217,7 @@ class Census:
         with new_folder(folder, MARKER) as part:
             pq.write_table(self.table, part / "heads.parquet")
             save_file({name: array.contiguous() for name, array in self.arrays.items()}, part / "arrays.safetensors")
+            (part / "tokens.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
             write_report(self, part / "report.html")
             write_pictures(self, part)
             (part / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -115,177 +233,8 @@ class Census:
                 raise HeadsinkError(
                     f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
                 )
-            return cls(settings, pq.read_table(folder / "heads.parquet"), load_file(folder / "arrays.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, pa.ArrowException) as error:
+            vocabulary = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+            arrays = load_file(folder / "arrays.safetensors")
+            return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise HeadsinkError(f"{folder}: not a census folder, or damaged ({type(error).__name__})") from error
-
-
-def analyze(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    lengths: Sequence[int] = (512, 4096),
-    domains: Sequence[str] = corpus.DOMAINS,
-    texts: Sequence[str] | None = None,
-    texts_per_domain: int = 1,
-    limits: Thresholds | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Census:
-    """See what every attention head looks at.
-
-    Parameters
-    ----------
-    lengths : tokens; all are read off the same texts, the longest of which must fit the model.
-    domains : kinds of built-in text (corpus.py); `texts_per_domain` of each.
-    texts : your own instead, each of at least the longest length.
-    limits : what counts as a sink token and as near.
-    progress : show a bar on standard error.
-
-    Returns
-    -------
-    Census, to be saved with `.save(folder)`.
-    """
-    shape, limits = describe(model), limits or Thresholds()
-    lengths = _check_lengths(lengths, shape)
-    chosen = _texts(tokenizer, lengths[-1], domains, texts, texts_per_domain, seed)
-    rows: list[dict[str, Any]] = []
-    arrays: dict[str, Tensor] = {}
-    with bar("census", len(chosen) * shape.layers, progress) as shown:
-        for text in chosen:
-            layers: list[LayerStatistics] = []
-
-            def see(seen: Seen, layers: list[LayerStatistics] = layers) -> None:
-                layers.append(layer_statistics(seen, lengths, limits, shape.windows[seen.layer]))
-                shown.advance(shown.task_ids[0])
-
-            with torch.no_grad(), engaged(model), observing(see):
-                decoder(model)(torch.tensor([text.ids], device=model.device), use_cache=False)
-            rows += [
-                row
-                for layer, found in enumerate(layers)
-                for row in _rows(text, layer, found, lengths, shape, tokenizer)
-            ]
-            arrays |= _arrays(text, layers, lengths)
-    settings = {
-        "schema": SCHEMA,
-        "headsink": version("headsink"),
-        "model": {"name": model.config.name_or_path.split("/")[-1], **Fingerprint.of(model).model_dump()},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "lengths": lengths,
-        "texts": [{"domain": t.domain, "number": t.number, "sha256": _digest(t.ids)} for t in chosen],
-        "limits": asdict(limits),
-        "seed": seed,
-        "own_texts": list(texts) if texts else None,
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-    }
-    return Census(settings, pa.Table.from_pylist(rows), arrays)
-
-
-def _check_lengths(lengths: Sequence[int], shape: Architecture) -> list[int]:
-    if not lengths:
-        raise HeadsinkError("lengths: give at least one")
-    for length in lengths:
-        if length < 2:
-            raise HeadsinkError(f"lengths: {length} is too short, a census needs 2 tokens or more")
-        if length > shape.max_context:
-            raise HeadsinkError(f"lengths: {length} is over the model's maximum of {shape.max_context} tokens")
-    return sorted(set(lengths))
-
-
-def _texts(
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    domains: Sequence[str],
-    texts: Sequence[str] | None,
-    number: int,
-    seed: int,
-) -> list[Text]:
-    if texts is None:
-        if number < 1:
-            raise HeadsinkError(f"texts_per_domain: {number} is none")
-        return [
-            Text(domain, n, corpus.tokens(domain, tokenizer, longest, seed=seed + n, split="heldout"))  # type: ignore[arg-type]
-            for domain in dict.fromkeys(domains)
-            for n in range(number)
-        ]
-    found = []
-    for n, text in enumerate(texts):
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) < longest:
-            raise HeadsinkError(f"texts: number {n} has {len(ids)} tokens, fewer than the longest length, {longest}")
-        found.append(Text("own", n, ids[:longest]))
-    if not found:
-        raise HeadsinkError("texts: none given")
-    return found
-
-
-def _rows(
-    text: Text,
-    layer: int,
-    found: LayerStatistics,
-    lengths: list[int],
-    shape: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, Any]]:
-    """The table's rows for one layer and text."""
-    rows = []
-    for n, length in enumerate(lengths):
-        steps = distances(lengths[-1]).double()
-        for head in range(shape.query_heads):
-            kv_head = head // shape.group
-            scores = {name: float(found.scores[name][n, head]) for name in SCORES}
-            top = found.attention[n, head, :length].topk(min(TOP_KEYS, length))
-            rows.append(
-                {
-                    "domain": text.domain,
-                    "text": text.number,
-                    "length": length,
-                    "layer": layer,
-                    "head": head,
-                    "kv_head": kv_head,
-                    "role": role(scores["sink"], scores["local"], scores["far"], scores["far_peak"]),
-                    **scores,
-                    **{f"uniform_{name}": float(value[n, head]) for name, value in found.uniform.items()},
-                    **{f"distance_{int(q * 100)}": _quantile(found.profile[n, head], steps, q) for q in QUANTILES},
-                    **{f"error_{name}": float(value[n, kv_head]) for name, value in found.errors.items()},
-                    **{name: _finite(found.sinks[name][kv_head]) for name in SINK_TOKENS},
-                    "floating_positions": found.floating[kv_head],
-                    "floating_tokens": [tokenizer.decode([text.ids[p]]) for p in found.floating[kv_head]],
-                    "top_positions": top.indices.tolist(),
-                    "top_attention": [round(value, 5) for value in top.values.tolist()],
-                    "top_tokens": [tokenizer.decode([text.ids[p]]) for p in top.indices.tolist()],
-                }
-            )
-    return rows
-
-
-def _arrays(text: Text, layers: list[LayerStatistics], lengths: list[int]) -> dict[str, Tensor]:
-    name = f"{text.domain}.{text.number}"
-    arrays = {f"{name}.ids": torch.tensor(text.ids, dtype=torch.int32)}
-    for n, length in enumerate(lengths):
-        attention = torch.stack([layer.attention[n, :, :length] for layer in layers])
-        arrays[f"{name}.{length}.attention"] = attention.half()  # [layers, query heads, keys]
-        arrays[f"{name}.{length}.profile"] = torch.stack([layer.profile[n] for layer in layers]).float()
-    return arrays
-
-
-def _quantile(profile: Tensor, steps: Tensor, q: float) -> float:
-    """Distance within which a share q of the attention stays, linear between the distances that were measured."""
-    target = q * float(profile[-1])
-    above = int((profile < target).sum())
-    if above == 0:
-        return float(steps[0])
-    above = min(above, len(steps) - 1)
-    low, high = float(profile[above - 1]), float(profile[above])
-    share = (target - low) / (high - low) if high > low else 1.0
-    return float(steps[above - 1] + share * (steps[above] - steps[above - 1]))
-
-
-def _finite(value: Tensor) -> float | None:
-    return float(value) if torch.isfinite(value) else None
-
-
-def _digest(ids: list[int]) -> str:
-    return hashlib.sha256(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()

@@ -1,8 +1,13 @@
-"""Two census runs side by side: how far the heads moved, and which changed their role."""
+"""Census runs side by side: how far the heads moved, what of that is more than chance, and which changed their role.
+
+A run is compared as a whole, or a part of it: `runs/a@512`, `runs/a:code`, `runs/a@512:code` name a length and a kind of text, so
+that two lengths or two kinds of text of one run can be compared too.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +16,82 @@ import torch
 from torch import Tensor
 
 from headsink.census.census import Census
-from headsink.census.roles import role
+from headsink.census.intervals import Interval, difference
 from headsink.errors import HeadsinkError
 
-COMPARED = ("sink", "first", "local", "far", "entropy", "legacy")
+COMPARED = ("sink", "first", "local", "far", "entropy", "legacy", "output")
+SETTINGS = ("headsink", "model", "dtype", "device", "lengths", "texts", "queries", "seed", "versions")
+MOST_MOVED = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """A census, or the part of it with one length or one kind of text."""
+
+    name: str
+    census: Census
+    length: int | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """One thing compared: a score at a length on a kind of text in the first run and in another (`run`).
+
+    before, after: float64 [layers, query heads]. change: the mean change and the half width of its 95 % interval over texts, NaN
+    where a run has one text. paired: both read the same texts.
+    """
+
+    run: str
+    lengths: tuple[int, int]
+    domains: tuple[str | None, str | None]
+    score: str
+    before: Tensor
+    after: Tensor
+    change: Interval
+    paired: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        moved = self.change.mean.abs()
+        beyond = moved > self.change.half  # never where the half width is NaN
+        order = moved.flatten().argsort(descending=True)[:MOST_MOVED].tolist()
+        places = [divmod(place, moved.shape[1]) for place in order]
+        return {
+            "run": self.run,
+            "lengths": list(self.lengths),
+            "domains": [domain or "all texts" for domain in self.domains],
+            "score": self.score,
+            "mean_a": float(self.before.mean()),
+            "mean_b": float(self.after.mean()),
+            "mean_difference": float(moved.mean()),
+            "largest_difference": float(moved.max()),
+            "largest_at": list(places[0]),
+            "rank_correlation": rank_correlation(self.before.flatten(), self.after.flatten()),
+            "paired": self.paired,
+            "beyond_chance": None if self.change.half.isnan().all() else float(beyond.double().mean()),
+            "most_moved": [
+                {
+                    "layer": layer,
+                    "head": head,
+                    "change": float(self.change.mean[layer, head]),
+                    "half": _number(self.change.half[layer, head]),
+                }
+                for layer, head in places
+            ],
+        }
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What `compare` found.
 
-    settings: what differs between the runs. scores: per length, domain and score, the mean of both, the mean absolute
-    difference over heads, its largest value and where, and Spearman's rank correlation of the heads. changed: heads with
-    another role.
+    names: the runs. settings: what differs between them, a value for each run. views: the scores, for each run after the first.
+    changed: heads with another role. heads: how many (run, length, kind of text, head) were looked at for that.
     """
 
-    names: tuple[str, str]
-    settings: dict[str, tuple[Any, Any]]
-    scores: list[dict[str, Any]]
+    names: tuple[str, ...]
+    settings: dict[str, tuple[Any, ...]]
+    views: list[View]
     changed: list[dict[str, Any]]
     heads: int
 
@@ -36,71 +99,117 @@ class Comparison:
         return {
             "runs": list(self.names),
             "settings": {key: list(value) for key, value in self.settings.items()},
-            "scores": self.scores,
+            "scores": [view.to_dict() for view in self.views],
             "changed": self.changed,
             "heads": self.heads,
         }
 
 
-def compare(a: str | os.PathLike[str] | Census, b: str | os.PathLike[str] | Census) -> Comparison:
-    """Compare two runs on the lengths and domains that they share.
+def compare(*runs: str | os.PathLike[str] | Census) -> Comparison:
+    """Compare two or more runs, each with the first, on the lengths and kinds of text that they share, and on all texts together.
 
     Raises HeadsinkError if they cannot be compared: models of different shape, other thresholds, nothing in common.
     """
-    names = tuple(str(Path(run)) if not isinstance(run, Census) else "census" for run in (a, b))
-    one, two = (run if isinstance(run, Census) else Census.load(run) for run in (a, b))
-    for field in ("layers", "query_heads"):
-        if one.settings["model"][field] != two.settings["model"][field]:
-            raise HeadsinkError(
-                f"these runs cannot be compared head by head: {field} is {one.settings['model'][field]} in {names[0]} "
-                f"and {two.settings['model'][field]} in {names[1]}"
-            )
-    if one.settings["limits"] != two.settings["limits"]:
-        raise HeadsinkError("these runs cannot be compared: they count different tokens as sinks or as near (`limits`)")
-    lengths = [n for n in one.lengths if n in two.lengths]
-    domains = [d for d in one.domains if d in two.domains]
-    if not lengths or not domains:
-        what = "length" if not lengths else "kind of text"
-        raise HeadsinkError(f"these runs cannot be compared: they have no {what} in common")
-    scores, changed = [], []
-    for length in lengths:
-        for domain in domains:
-            columns = {
-                name: (one.score(name, length, domain), two.score(name, length, domain))
-                for name in (*COMPARED, "far_peak")
-            }
-            scores += [
-                {"length": length, "domain": domain, "score": name, **_difference(*columns[name])} for name in COMPARED
-            ]
-            for layer, head in torch.cartesian_prod(*(torch.arange(n) for n in columns["sink"][0].shape)).tolist():
-                roles = [
-                    role(*(float(columns[name][run][layer, head]) for name in ("sink", "local", "far", "far_peak")))
-                    for run in (0, 1)
-                ]
-                if roles[0] != roles[1]:
-                    where = {"length": length, "domain": domain, "layer": layer, "head": head}
-                    changed.append({**where, "before": roles[0], "after": roles[1]})
-    shape = one.settings["model"]
+    if len(runs) < 2:
+        raise HeadsinkError("compare: give two runs or more")
+    first, *others = [_open(run, number) for number, run in enumerate(runs)]
+    views: list[View] = []
+    changed: list[dict[str, Any]] = []
+    heads = 0
+    for other in others:
+        _check(first, other)
+        for lengths, domains in _pairs(first, other):
+            sides = [(first.census, lengths[0], domains[0]), (other.census, lengths[1], domains[1])]
+            paired = _same_texts(*sides)
+            for score in COMPARED:
+                one, two = (census.samples(score, length, domain) for census, length, domain in sides)
+                change = difference(one, two, paired)
+                views.append(View(other.name, lengths, domains, score, one.mean(0), two.mean(0), change, paired))
+            before, after = (census.roles(length, domain) for census, length, domain in sides)
+            for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+                heads += len(old)
+                for head, (was, now) in enumerate(zip(old, new, strict=True)):
+                    if was != now:
+                        where = {
+                            "run": other.name,
+                            "lengths": list(lengths),
+                            "domains": [d or "all texts" for d in domains],
+                        }
+                        changed.append({**where, "layer": layer, "head": head, "before": was, "after": now})
+    every = [first, *others]
     differing = {
-        key: (one.settings[key], two.settings[key])
-        for key in ("headsink", "model", "dtype", "device", "lengths", "texts", "seed", "versions")
-        if one.settings[key] != two.settings[key]
+        key: tuple(run.census.settings[key] for run in every)
+        for key in SETTINGS
+        if any(run.census.settings[key] != first.census.settings[key] for run in others)
     }
-    heads = len(lengths) * len(domains) * shape["layers"] * shape["query_heads"]
-    return Comparison((names[0], names[1]), differing, scores, changed, heads)
+    return Comparison(tuple(run.name for run in every), differing, views, changed, heads)
 
 
-def _difference(a: Tensor, b: Tensor) -> dict[str, Any]:
-    moved = (b - a).abs()
-    place = int(moved.argmax())
-    return {
-        "mean_a": float(a.mean()),
-        "mean_b": float(b.mean()),
-        "mean_difference": float(moved.mean()),
-        "largest_difference": float(moved.max()),
-        "largest_at": [place // a.shape[1], place % a.shape[1]],
-        "rank_correlation": rank_correlation(a.flatten(), b.flatten()),
-    }
+def _open(run: str | os.PathLike[str] | Census, number: int) -> Run:
+    if isinstance(run, Census):
+        return Run(f"{run.settings['model']['name']} ({number + 1})", run)
+    name = str(run)
+    if not Path(name).exists() and (parts := re.fullmatch(r"(.+?)(?:@(\d+))?(?::([^/:@]+))?", name)):
+        folder, length, domain = parts[1], int(parts[2]) if parts[2] else None, parts[3]
+        census = Census.load(folder)
+        if (length or domain) and not census.has(length or census.lengths[-1], domain):
+            raise HeadsinkError(
+                f"{name}: the run has lengths {', '.join(map(str, census.lengths))} and texts {', '.join(census.domains)}"
+            )
+        return Run(name, census, length, domain)
+    return Run(name, Census.load(name))
+
+
+def _check(one: Run, two: Run) -> None:
+    for field in ("layers", "query_heads"):
+        a, b = (run.census.settings["model"][field] for run in (one, two))
+        if a != b:
+            raise HeadsinkError(
+                f"these runs cannot be compared head by head: {field} is {a} in {one.name} and {b} in {two.name}"
+            )
+    if one.census.settings["limits"] != two.census.settings["limits"]:
+        raise HeadsinkError(
+            f"{one.name} and {two.name} cannot be compared: they count different tokens as sinks or as near (`limits`)"
+        )
+
+
+def _pairs(one: Run, two: Run) -> list[tuple[tuple[int, int], tuple[str | None, str | None]]]:
+    """The lengths and kinds of text that both have; where a run names one, that one."""
+    if one.length or two.length:
+        lengths = [(one.length or two.length, two.length or one.length)]
+    else:
+        lengths = [(n, n) for n in one.census.lengths if n in two.census.lengths]
+    if one.domain or two.domain:
+        domains: list[tuple[str | None, str | None]] = [(one.domain or two.domain, two.domain or one.domain)]
+    else:
+        domains = [(d, d) for d in one.census.domains if d in two.census.domains]
+        if len(domains) > 1 and one.census.domains == two.census.domains:
+            domains.insert(0, (None, None))
+    found = [
+        ((a, b), (c, d))
+        for a, b in lengths
+        for c, d in domains
+        if a and b and one.census.has(a, c) and two.census.has(b, d)
+    ]
+    if not found:
+        what = "kind of text" if lengths else "length"
+        raise HeadsinkError(
+            f"{one.name} and {two.name} cannot be compared: they have no {what} in common; name one, as in {two.name}@512:code"
+        )
+    return found
+
+
+def _same_texts(one: tuple[Census, int, str | None], two: tuple[Census, int, str | None]) -> bool:
+    """Whether both read the same tokens, text by text."""
+    ids = [
+        [census.arrays[f"{text}.ids"] for text in census.texts(length, domain)] for census, length, domain in (one, two)
+    ]
+    shared = min(one[1], two[1])
+    return len(ids[0]) == len(ids[1]) and all(torch.equal(a[:shared], b[:shared]) for a, b in zip(*ids, strict=True))
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:

@@ -1,25 +1,31 @@
-"""What the heads of one layer look at: section 4 of the design, in blocks of queries, never an N x N matrix.
+"""What the heads of one layer look at on one text: section 4 of the design.
 
-A block of queries sees all its keys, so its softmax is complete and every statistic is a sum over rows. Rows of
-attention do not depend on what follows them: a prefix of a text *is* the shorter text, so one pass gives all lengths.
-
-For a length n the mean runs over queries i0 <= i < n with i0 = max(1, n // 4): the first query sees one key and must give
-it everything. Beside each score stands `uniform`: what flat attention over the visible keys would give.
+The statistics are means over queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4): the first query sees one
+key and must give it everything. Where more than `queries` of them count, about that many are read, evenly spaced, and a quarter
+as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), so
+memory is O(n) per head. Beside each score stands `uniform`: what flat attention over the visible keys would give.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headsink.attention import Seen
+from headsink.blockwise import Block, attend, block, normaliser, rows_per_block
 from headsink.output import OutputNorms
 from headsink.pattern import Pattern, floating_sinks
+from headsink.sharding import gather_heads
 
-QUERY_BLOCK = 128
-HIDDEN = -1e30  # logit of a key that is not seen: its weight is exactly 0, and 0 x HIDDEN is still 0
+QUERIES = 512  # what reading so few costs: docs/census.md
+LEAST_WINDOW = 16  # the smallest window, besides none, whose output error is measured
+TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))  # value norms at which keys and their attention are counted
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Thresholds:
     """What counts as a sink token and as near: kept with every result.
 
     first: first tokens that are sink tokens. floating: floating sinks at most, those with a value norm below `tau` of the
-    head's median. window: the last keys that are local, the query's own among them.
+    head's median (docs/census.md says why that tau). window: the last keys that are local, the query's own among them.
     """
 
     first: int = 4
@@ -35,16 +41,23 @@ class Thresholds:
     tau: float = 0.4
     window: int = 128
 
+    def at(self, length: int) -> Thresholds:
+        """The same for a short text: a sixteenth of it at most is first, an eighth near."""
+        near = 2 ** (max(1, length // 8).bit_length() - 1)
+        return Thresholds(min(self.first, max(1, length // 16)), self.floating, self.tau, min(self.window, near))
+
 
 @dataclass
-class LayerStatistics:
-    """Statistics of one layer on one text.
+class HeadStatistics:
+    """Statistics of one layer on one text of n tokens; all on the CPU.
 
-    scores[name]: float64 [lengths, query heads] (see SCORES), uniform[name]: the same for flat attention.
-    attention: float32 [lengths, query heads, keys], the mean attention to each key. profile: float64 [lengths, query heads,
-    distances], the attention that stays within distances 1, 2, 4, ... keys back. errors[pattern]: float64 [lengths, KV heads],
-    mean squared relative output error. sinks[name]: float64 [KV heads], see SINK_TOKENS. floating: per KV head, the
-    positions of its floating sinks in the longest text.
+    scores[name]: float64 [query heads] (see SCORES), uniform[name]: the same for flat attention. attention: float32 [query
+    heads, n], the mean attention to each key. profile: float64 [query heads, distances(n)], the attention that stays within 1,
+    2, 4, ... keys. errors[kept], group_errors[kept]: float64 [query heads or KV heads, windows(n)], mean squared output
+    error of a head, or of a KV head's whole group, relative to the layer's output, when only the last keys and the `first`
+    tokens, or also the `floating` sinks, are kept. tokens[name]: float64 [KV heads], see TOKENS. floating: bool [KV heads, n].
+    short_keys, short_attention: float64 [KV heads, taus], the keys with a value norm below each of TAUS and the attention
+    to them, first tokens left out.
     """
 
     scores: dict[str, Tensor]
@@ -52,8 +65,23 @@ class LayerStatistics:
     attention: Tensor
     profile: Tensor
     errors: dict[str, Tensor]
-    sinks: dict[str, Tensor]
-    floating: list[list[int]] = field(default_factory=list)
+    group_errors: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    floating: Tensor
+    short_keys: Tensor
+    short_attention: Tensor
+
+    def joined(self, query_heads: int, kv_heads: int) -> HeadStatistics:
+        """The same of all heads of the layer, where processes have a share each."""
+        by_kv_head = {"group_errors", "tokens", "floating", "short_keys", "short_attention"}
+
+        def join(name: str) -> Any:
+            heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
+            if isinstance(value, dict):
+                return {key: gather_heads(tensor, 0, heads) for key, tensor in value.items()}
+            return gather_heads(value, 0, heads)
+
+        return HeadStatistics(**{field.name: join(field.name) for field in fields(self)})
 
 
 SCORES = {
@@ -62,12 +90,13 @@ SCORES = {
     "local": "attention to the last keys, sink tokens not counted",
     "far": "attention to the rest",
     "far_peak": "attention to the one far key that gets most of it",
+    "learned": "attention that goes to the learned sink logit",
     "entropy": "entropy of the attention, nats",
     "effective": "effective number of keys: the exponential of the entropy",
     "legacy": "column 0 of the attention matrix over the whole matrix, row 0 counted",
     "output": "norm of the head's output relative to the layer's",
 }
-SINK_TOKENS = {
+TOKENS = {
     "value_norm": "median value norm",
     "first_value": "value norm of the first token relative to the mean",
     "first_key": "key norm of the first token relative to the mean",
@@ -75,11 +104,17 @@ SINK_TOKENS = {
     "floating_value": "value norm of the floating sinks relative to the mean",
     "floating_key": "key norm of the floating sinks relative to the mean",
 }
+KEPT = ("first", "floating")
 
 
-def distances(length: int) -> Tensor:
+def distances(length: int) -> list[int]:
     """1, 2, 4, ... up to the first power of two that is not below `length`."""
-    return 2 ** torch.arange((length - 1).bit_length() + 1)
+    return [2**k for k in range((length - 1).bit_length() + 1)]
+
+
+def windows(length: int) -> list[int]:
+    """The windows whose error is measured: none at all, then 16, 32, ... below `length`."""
+    return [0, *(d for d in distances(length) if LEAST_WINDOW <= d < length)]
 
 
 def first_row(length: int) -> int:
@@ -87,87 +122,55 @@ def first_row(length: int) -> int:
     return min(max(1, length // 4), length - 1)
 
 
-def layer_statistics(seen: Seen, lengths: list[int], limits: Thresholds, sliding: int | None = None) -> LayerStatistics:
-    """Statistics of one layer for a text (batch of one) at each of `lengths`, the longest being the whole text.
+def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` of the queries first <= i < end, evenly spaced up to the last, and the weight of each in the mean.
 
-    sliding: the layer's own window, None if it sees all.
+    Each stands for itself and those since the one before it. Weights are float64 and sum to 1.
     """
-    query, key, value, output = (t[0].float() for t in (seen.query, seen.key, seen.value, seen.output))
-    n_heads, length, dim = query.shape
-    kv_heads = key.shape[0]
-    group = n_heads // kv_heads
-    norms = OutputNorms(seen.module, kv_heads, dim)
-    columns = torch.arange(length, device=query.device)
+    rows = torch.arange(end - 1, first - 1, (first - end) // most).flip(0)
+    weights = torch.diff(rows, prepend=torch.tensor([first - 1])).double()
+    return rows, weights / weights.sum()
 
+
+def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
+    """Statistics of one layer on the first `length` tokens of what was seen; queries: most that are read."""
+    inputs, limits = seen.prefix(length), limits.at(length)
+    key, value, output = (t[0].float() for t in (inputs.key, inputs.value, inputs.output))
+    (n_heads, _, dim), kv_heads, device = output.shape, key.shape[0], key.device
+    norms = OutputNorms(seen.module, kv_heads, dim)
+    positions = torch.arange(length, device=device)
     value_norm, key_norm = value.norm(dim=-1), key.norm(dim=-1)
     median = value_norm.median(-1).values
-    floating = floating_sinks(
-        Pattern(limits.first, limits.floating, 0), value_norm < limits.tau * median[:, None], columns
-    )
-    firsts = (columns < limits.first).expand(kv_heads, -1)
-    sinks = floating | firsts
+    short = value_norm < limits.tau * median[:, None]
+    floating = floating_sinks(Pattern(limits.first, limits.floating, 0), short, positions)
+    sinks = SinkKeys(floating | (positions < limits.first), limits.first)
 
-    rows_of = torch.tensor([[first_row(n), n] for n in lengths], device=query.device)
-    sums = {name: torch.zeros(len(lengths), n_heads, dtype=torch.float64, device=query.device) for name in SCORES}
-    attention = torch.zeros(n_heads, len(lengths), length, device=query.device)
-    steps = distances(length).to(query.device)
-    profile = torch.zeros(len(lengths), n_heads, len(steps), dtype=torch.float64, device=query.device)
-    streaming = {"first": firsts, "floating": sinks}
-    errors = {name: torch.zeros(len(lengths), kv_heads, dtype=torch.float64, device=query.device) for name in streaming}
+    size = rows_per_block(n_heads, length)
+    attention = torch.zeros(n_heads, length, device=device)
 
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        begin = 0 if sliding is None else max(0, start - sliding + 1)
-        rows, keys = columns[start:end], columns[begin:end]
-        distance = rows[:, None] - keys  # [rows, keys]
-        hidden = distance < 0 if sliding is None else (distance < 0) | (distance >= sliding)
-        logits = query[:, start:end].reshape(kv_heads, -1, dim) @ key[:, begin:end].transpose(-1, -2) * seen.scaling
-        logits = logits.view(n_heads, end - start, -1).masked_fill_(hidden, HIDDEN)
-        weights = logits.softmax(-1)
+    def mean_over(
+        first: int, end: int, most: int, read: Callable[[Block, Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Means over queries of what `read` finds for each query of a block: float64 [...], on the CPU."""
+        rows, share = (t.to(device) for t in sampled(first, end, most))
+        parts = [read(block(inputs, r), w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
+        return {name: (torch.cat([part[name] for part in parts], -1).double() @ share).cpu() for name in parts[0]}
 
-        chosen = ((rows >= rows_of[:, :1]) & (rows < rows_of[:, 1:])).double()  # [lengths, rows]
-        chosen /= (rows_of[:, 1:] - rows_of[:, :1]).double()
-        counted = (rows < rows_of[:, 1:]).double() / rows_of[:, 1:]
+    def masses(part: Block, share: Tensor) -> dict[str, Tensor]:
+        attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
+        layer = norms.layer(output[:, part.rows]).clamp(min=TINY)
+        sizes = {"output": (norms.heads(output[:, part.rows]) / layer).sqrt()}
+        return _masses(part, sinks, limits.window, distances(length)) | sizes
 
-        first = weights[:, :, 0].clone() if begin == 0 else torch.zeros_like(weights[:, :, 0])
-        # -sum p log p, where log p = logit - normaliser: spares a logarithm for every key
-        normaliser = logits.amax(-1) - weights.amax(-1).log()
-        entropy = (normaliser - (weights * logits).sum(-1)).clamp(min=0)
-        full = output[:, start:end]
-        layer = norms.layer(full).clamp(min=torch.finfo(torch.float32).tiny)
-        near = (distance >= 0) & (distance < limits.window)  # [rows, keys]
-        span = slice(max(0, int(start - limits.window + 1 - begin)), end - begin)  # keys that are near for some row
-        masses = {}
-        for name, flags in streaming.items():
-            sink_mass, local_mass, numerator = _streaming(
-                weights, value[:, begin:end], flags[:, begin:end], near, span, group
-            )
-            masses[name] = sink_mass, local_mass
-            kept = (sink_mass + local_mass).clamp(min=torch.finfo(torch.float32).tiny)
-            error = norms.groups(full - numerator / kept[..., None]) / layer
-            errors[name] += chosen @ error.double().T
-        sink_mass, local_mass = masses["floating"]
-        row_scores = {
-            "first": first,
-            "sink": sink_mass,
-            "local": local_mass,
-            "far": (1 - sink_mass - local_mass).clamp(min=0),
-            "entropy": entropy,
-            "effective": entropy.exp(),
-            "output": (norms.heads(full) / layer).sqrt(),
-        }
-        attention[:, :, begin:end] += chosen.float() @ weights
-        profile += torch.einsum("lr,hrd->lhd", chosen, _within(weights, distance, steps).double())
-        weights.masked_fill_(sinks[:, begin:end].repeat_interleave(group, 0)[:, None], 0)
-        weights[:, :, span].masked_fill_(near[:, span], 0)
-        row_scores["far_peak"] = weights.amax(-1)
-        for name, scores in row_scores.items():
-            sums[name] += chosen @ scores.double().T
-        sums["legacy"] += counted @ first.double().T
-
-    uniform = _uniform(sinks.repeat_interleave(group, 0), lengths, limits, sliding)
-    mean_value, mean_key = value_norm.mean(-1), key_norm.mean(-1)
-    count = floating.sum(-1)
+    start = first_row(length)
+    means = mean_over(start, length, queries, masses)
+    wrong = mean_over(start, length, max(1, queries // 4), lambda part, _: _errors(part, value, output, sinks, norms))
+    early = mean_over(0, start, max(1, queries // 4), lambda part, _: {"both": _first_and_all(part)})["both"]
+    late = torch.stack([means["first"], 1 - means["learned"]])
+    scores = {name: means[name] for name in SCORES if name != "legacy"}
+    of_column, of_matrix = early * start + late * (length - start)
+    scores["legacy"] = of_column / of_matrix
+    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), floating.sum(-1)
     tokens = {
         "value_norm": median,
         "first_value": value_norm[:, 0] / mean_value,
@@ -176,48 +179,151 @@ def layer_statistics(seen: Seen, lengths: list[int], limits: Thresholds, sliding
         "floating_value": (value_norm * floating).sum(-1) / count / mean_value,
         "floating_key": (key_norm * floating).sum(-1) / count / mean_key,
     }
-    return LayerStatistics(
-        scores={name: scores.cpu() for name, scores in sums.items()},
-        uniform=uniform,
-        attention=attention.transpose(0, 1).cpu(),
-        profile=profile.cpu(),
-        errors={name: error.cpu() for name, error in errors.items()},
-        sinks={name: value.double().cpu() for name, value in tokens.items()},
-        floating=[flags.nonzero()[:, 0].tolist() for flags in floating],
+    below = (
+        value_norm[:, None] < torch.tensor(TAUS, device=device)[:, None] * median[:, None, None]
+    )  # [KV heads, taus, keys]
+    below &= positions >= limits.first
+    by_group = attention.view(kv_heads, -1, length).mean(1)
+    return HeadStatistics(
+        scores={name: scores[name] for name in SCORES},
+        uniform=_uniform(sinks.flags.repeat_interleave(n_heads // kv_heads, 0), length, limits, seen.sliding),
+        attention=attention.cpu(),
+        profile=torch.stack([means[f"within_{d}"] for d in distances(length)], -1),
+        errors={kept: torch.stack([wrong[f"{kept}_{w}"] for w in windows(length)], -1) for kept in KEPT},
+        group_errors={kept: torch.stack([wrong[f"{kept}_{w}_group"] for w in windows(length)], -1) for kept in KEPT},
+        tokens={name: number.double().cpu() for name, number in tokens.items()},
+        floating=floating.cpu(),
+        short_keys=below.sum(-1).double().cpu(),
+        short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
 
 
-def _streaming(
-    weights: Tensor, value: Tensor, flags: Tensor, near: Tensor, span: slice, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sink mass, local mass [query heads, rows], and the sum over both kinds of weight x value [query heads, rows, dim].
+class SinkKeys:
+    """The sink tokens of every KV head as indices, padded to the same number.
 
-    weights: [query heads, rows, keys]; flags: bool [KV heads, keys], sink tokens; near: bool [rows, keys], of which only
-    the columns `span` can be True. Touches the near columns and the few sink columns, not the square.
+    flags: bool [KV heads, keys]. index: int [KV heads, most], ascending where `real`. first: how many begin the text.
     """
-    kv_heads = value.shape[0]
-    most = max(int(flags.sum(-1).max()), 1)
-    index = flags.float().topk(most, dim=-1).indices  # [KV heads, most], sink tokens first
-    real = flags.gather(1, index)
-    grouped = weights.view(kv_heads, group, *weights.shape[1:])
-    at_sinks = grouped.gather(3, index[:, None, None].expand(*grouped.shape[:3], most)) * real[:, None, None]
-    at_near = grouped[..., span] * (near[:, span] & ~flags[:, None, span])[:, None]
-    values_at_sinks = value.gather(1, index[..., None].expand(-1, -1, value.shape[2]))
-    numerator = at_sinks @ values_at_sinks[:, None] + at_near @ value[:, None, span]
-    return at_sinks.sum(-1).flatten(0, 1), at_near.sum(-1).flatten(0, 1), numerator.flatten(0, 1)
+
+    def __init__(self, flags: Tensor, first: int):
+        self.flags = flags
+        most = max(1, int(flags.sum(-1).max()))
+        order = torch.arange(flags.shape[1], 0, -1, device=flags.device) * flags
+        self.index = order.topk(most, dim=-1).indices
+        self.real = flags.gather(1, self.index)
+        self.opening = self.real & (self.index < first)
+
+    def weights(self, part: Block) -> Tensor:
+        """Take the attention to the sink tokens out of a block: [KV heads, group, queries, most]; its weights there become 0."""
+        _, queries, keys = part.weights.shape
+        grouped = part.weights.view(len(self.flags), -1, queries, keys)
+        place = self.index - part.begin
+        inside = self.real & (place >= 0) & (place < keys)
+        place = place.clamp(0, keys - 1)[:, None, None].expand(*grouped.shape[:3], -1)
+        found = grouped.gather(3, place) * inside[:, None, None]
+        head, rank = inside.nonzero(as_tuple=True)
+        grouped[head, :, :, (self.index - part.begin)[head, rank]] = 0
+        return found
 
 
-def _within(weights: Tensor, distance: Tensor, steps: Tensor) -> Tensor:
-    """The attention of each row within 1, 2, 4, ... keys back: [query heads, rows, distances]."""
-    cumulative = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))  # [.., k] = sum of the first k keys
-    own = distance[:, 0] + 1  # keys of the block up to the row's own
-    before = (own[:, None] - steps).clamp(min=0).expand(weights.shape[0], -1, -1)
-    return cumulative.gather(2, own[:, None].expand_as(before)) - cumulative.gather(2, before)
+def _near(part: Block, most: int) -> Tensor:
+    """Where the last `most` keys of every query lie in the block, the query's own first: int [queries, most], clamped at 0."""
+    ages = torch.arange(most, device=part.rows.device)
+    return part.rows[:, None] - part.begin - ages
 
 
-def _uniform(sinks: Tensor, lengths: list[int], limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:
-    """The scores of flat attention over the visible keys; sinks: bool [query heads, keys]."""
-    n_heads, length = sinks.shape
+def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """The keys between two successive distances: (distance, first key, weights [query heads, queries, keys]).
+
+    With cuts [a, b, c]: what is a to b - 1 keys back, as distance b; then b to c - 1 keys back, as distance c. Other
+    weights are 0.
+    """
+    rows, begin = part.rows, part.begin
+    first, last = int(rows[0]), int(rows[-1])
+    for low, high in pairwise(cuts):
+        start, stop = max(begin, first - high + 1), max(begin, last - low + 1)
+        age = rows[:, None] - torch.arange(start, stop, device=rows.device)
+        yield high, start, part.weights[:, :, start - begin : stop - begin] * ((age >= low) & (age < high))
+
+
+def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict[str, Tensor]:
+    """Masses and the like, for each query of a block: float32 [query heads, queries]. Uses the block's weights up."""
+    logits, weights, learned = part.logits, part.weights, part.learned
+    real = 1 - learned
+    spread = torch.linalg.vecdot(weights, logits) / real
+    entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
+    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(learned)
+    at_sinks = sinks.weights(part)  # from here on `weights` holds the others only
+    ages = (
+        part.rows[:, None] - sinks.index[:, None, None]
+    )  # [KV heads, 1, queries, most], how far back each sink token is
+    near = _near(part, window)
+    others = weights.gather(2, near.clamp(min=0).expand(len(weights), -1, -1)) * (near >= 0)
+    others = others.cumsum(-1)  # [query heads, queries, window], sink tokens not counted
+    within = {step: others[:, :, step - 1] for step in steps if step <= window}
+    local = others[:, :, -1]
+    kept, peak = local, torch.zeros_like(learned)
+    for step, _, tile in _bands(part, [window, *(step for step in steps if step > window)]):
+        if tile.shape[2]:
+            kept = kept + tile.sum(-1)
+            peak = torch.maximum(peak, tile.amax(-1))
+        within[step] = kept
+    young = (ages[..., None] >= 0) & (ages[..., None] < torch.tensor(steps, device=ages.device))
+    sinks_within = (at_sinks[..., None] * young).sum(-2).flatten(0, 1)  # [query heads, queries, steps]
+    found = {f"within_{step}": within[step] + sinks_within[..., n] for n, step in enumerate(steps)}
+    return found | {
+        "first": first,
+        "sink": at_sinks.sum(-1).view_as(local),
+        "local": local,
+        "far": kept - local,
+        "far_peak": peak,
+        "learned": learned,
+        "entropy": entropy,
+        "effective": entropy.exp(),
+    }
+
+
+def _errors(part: Block, value: Tensor, output: Tensor, sinks: SinkKeys, norms: OutputNorms) -> dict[str, Tensor]:
+    """Output errors of every window, for each query of a block: float32 [query or KV heads, queries]. Uses the weights up."""
+    full, learned = output[:, part.rows], part.learned
+    layer = norms.layer(full).clamp(min=TINY)
+    at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block holds the others only
+    ages = part.rows[:, None] - sinks.index[:, None, None]
+    sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
+    opening = at_sinks * sinks.opening[:, None, None]
+    over, mass = torch.zeros_like(full), torch.zeros_like(learned)  # of a window's keys, sink tokens left out
+    names, wrong = [], []
+
+    def record(window: int) -> None:
+        """What the output lacks under a window."""
+        close = opening + (at_sinks - opening) * (ages < window)
+        for kept, tokens in (("first", close), ("floating", at_sinks)):
+            seen = (mass + tokens.sum(-1).view_as(mass) + learned).clamp(min=TINY)  # what a learned logit takes stays
+            names.append(f"{kept}_{window}")
+            wrong.append(full - (over + (tokens @ sink_values).view_as(full)) / seen[..., None])
+
+    record(0)
+    for window, start, tile in _bands(part, windows(value.shape[1])):
+        if tile.shape[2]:
+            over, mass = over + attend(tile, start, value), mass + tile.sum(-1)
+        record(window)
+    every = torch.cat(wrong, 1)  # all windows at once: one after another they are many small products
+    sizes = {"": norms.heads(every), "_group": norms.groups(every)}
+    return {
+        name + suffix: of_window / layer
+        for suffix, size in sizes.items()
+        for name, of_window in zip(names, size.split(len(part.rows), -1), strict=True)
+    }
+
+
+def _first_and_all(part: Block) -> Tensor:
+    """Attention to the first token and to all keys: [2, query heads, queries]."""
+    first = part.weights[:, :, 0]
+    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.learned])
+
+
+def _uniform(sinks: Tensor, length: int, limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:
+    """The scores of flat attention over the visible keys, all queries counted; sinks: bool [query heads, keys]."""
+    n_heads = sinks.shape[0]
     row = torch.arange(length, device=sinks.device)
     low = torch.zeros_like(row) if sliding is None else (row - sliding + 1).clamp(min=0)  # first visible key
     counted = torch.nn.functional.pad(sinks.long().cumsum(-1), (1, 0))
@@ -232,13 +338,12 @@ def _uniform(sinks: Tensor, lengths: list[int], limits: Thresholds, sliding: int
         "local": local,
         "far": far,
         "far_peak": (far > 1e-12) / visible,
+        "learned": torch.zeros_like(visible),
         "entropy": visible.log(),
         "effective": visible,
         "legacy": (low == 0) / visible,
     }
-    result = {}
-    for name, scores in flat.items():
-        scores = scores.expand(n_heads, -1)
-        rows = [(0 if name == "legacy" else first_row(n), n) for n in lengths]
-        result[name] = torch.stack([scores[:, a:b].mean(-1) for a, b in rows]).cpu()
-    return result
+    return {
+        name: scores[..., 0 if name == "legacy" else first_row(length) :].mean(-1).expand(n_heads).cpu()
+        for name, scores in flat.items()
+    }

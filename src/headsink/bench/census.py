@@ -1,0 +1,201 @@
+"""The census against a plain forward pass: time in one process, in turn; memory in processes of their own.
+
+"Plain" is the model's decoder over the same tokens with its own fast attention and no cache. "Census" is the same pass read by
+`analyze`, from text to results. "Eager" is the usual way, `output_attentions=True`, whose matrices take layers x heads x N x N;
+it is tried at lengths that double, up to where they would not fit in memory. Peaks are those of the operating system for a
+whole process, so what loading takes is in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import headsink
+from headsink import corpus
+from headsink.architecture import decoder, describe
+from headsink.census.run import analyze
+from headsink.progress import bar, console
+
+EAGER_FROM = 512
+LONG_MODEL = "gemma3-270m"
+LONG_SHAPE = "random weights of the shape of Gemma 3 270M"
+MEGABYTE = 1e6
+
+
+def run(
+    model_name: str,
+    *,
+    tokens: int,
+    rounds: int,
+    long_tokens: int,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """All measurements; progress goes to standard error. Memory in bytes, time in seconds."""
+    model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
+    options = {"seed": seed, "dtype": dtype, "device": device}
+    eager_lengths, over = _eager_lengths(model, tokens)
+    eager_ends = over and f"at {over} tokens its matrices alone would take {_matrices(model, over) / 1e9:.0f} GB"
+    result: dict[str, Any] = {
+        "command": "headsink " + " ".join(sys.argv[1:]),
+        "model": model_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
+        "tokens": tokens,
+        "rounds": rounds,
+        "seconds": _times(model, tokenizer, tokens, rounds, seed),
+    }
+    plain, census = (result["seconds"][way]["all"] for way in ("plain", "census"))
+    result["ratio"] = _spread([b / a for a, b in zip(plain, census, strict=True)])
+    del model
+    result["peak_bytes"] = {way: _child(way, model_name, tokens, options)["peak_bytes"] for way in ("plain", "census")}
+    result["peak_bytes"]["census_above_plain"] = result["peak_bytes"]["census"] - result["peak_bytes"]["plain"]
+    result["eager"] = [
+        {"tokens": n} | {way: _child(way, model_name, n, options) for way in ("eager", "census")} for n in eager_lengths
+    ]
+    result["eager_ends"] = eager_ends
+    if long_tokens:
+        result["long"] = {"tokens": long_tokens} | _child("census", LONG_MODEL, long_tokens, options)
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    seconds, peaks = result["seconds"], result["peak_bytes"]
+    lines = [
+        f"{result['model']}, {result['tokens']} tokens, {result['dtype']}, {result['threads']} threads, "
+        f"{result['rounds']} rounds",
+        *(f"  {way}: {s['median']:.1f} s ({s['min']:.1f} to {s['max']:.1f})" for way, s in seconds.items()),
+        f"  census / plain: {result['ratio']['median']:.2f} ({result['ratio']['min']:.2f} to {result['ratio']['max']:.2f})",
+        f"  peak memory: plain {peaks['plain'] / MEGABYTE:.0f} MB, census {peaks['census_above_plain'] / MEGABYTE:+.0f} MB",
+    ]
+    for row in result["eager"]:
+        eager, census = row["eager"], row["census"]
+        lines.append(
+            f"  {row['tokens']} tokens: eager {eager['seconds']:.1f} s, {eager['peak_bytes'] / MEGABYTE:.0f} MB; "
+            f"census {census['seconds']:.1f} s, {census['peak_bytes'] / MEGABYTE:.0f} MB"
+        )
+    if result["eager_ends"]:
+        lines.append(f"  eager ends there: {result['eager_ends']}")
+    if long := result.get("long"):
+        lines.append(
+            f"{long['model']}, {long['tokens']} tokens: {long['seconds']:.0f} s, {long['peak_bytes'] / MEGABYTE:.0f} MB"
+        )
+    return "\n".join(lines)
+
+
+def _times(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, rounds: int, seed: int
+) -> dict[str, Any]:
+    """Seconds of plain and census, in turn, after a warm-up of each on a short text."""
+    for way in ("plain", "census"):
+        _pass(way, model, tokenizer, min(tokens, 512), seed)
+    found: dict[str, list[float]] = {"plain": [], "census": []}
+    with bar("plain and census in turn", 2 * rounds, True) as shown:
+        for number in range(rounds):
+            for way in ("plain", "census") if number % 2 == 0 else ("census", "plain"):
+                found[way].append(_pass(way, model, tokenizer, tokens, seed))
+                shown.advance(shown.task_ids[0])
+    return {way: _spread(values) | {"all": values} for way, values in found.items()}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _pass(way: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> float:
+    """Seconds of one pass over a text of prose, tokenising left out where it is not the census's own."""
+    ids = torch.tensor([corpus.tokens("prose", tokenizer, tokens, seed=seed, split="heldout")], device=model.device)
+    start = time.perf_counter()
+    if way == "census":
+        analyze(model, tokenizer, lengths=[tokens], domains=["prose"], texts_per_domain=1, seed=seed, progress=False)
+    else:
+        with torch.no_grad():
+            decoder(model)(ids, use_cache=False, output_attentions=way == "eager")
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def _eager_lengths(model: PreTrainedModel, most: int) -> tuple[list[int], int | None]:
+    """512, 1024, ... as long as the matrices, and as much again, fit in memory; and the length that does not."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lengths: list[int] = []
+    n = EAGER_FROM
+    while n <= most:
+        if 2 * _matrices(model, n) > memory:
+            return lengths, n
+        lengths.append(n)
+        n *= 2
+    return lengths, None
+
+
+def _matrices(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of all attention matrices of the model at a length."""
+    shape = describe(model)
+    return int(shape.layers * shape.query_heads * tokens * tokens * model.dtype.itemsize)
+
+
+def _child(way: str, model_name: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Run one pass in a process of its own: {"model", "seconds", "peak_bytes"}."""
+    console.print(f"{way}, {tokens} tokens, in a process of its own", style="dim", highlight=False)
+    request = json.dumps({"way": way, "model_name": model_name, "tokens": tokens, **options})
+    done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{way} at {tokens} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(done.stdout))
+
+
+def _measure(
+    way: str, model_name: str, tokens: int, seed: int, dtype: str | None, device: str | None
+) -> dict[str, Any]:
+    name = model_name
+    if model_name == LONG_MODEL and not headsink.models.BUILT_IN[LONG_MODEL].paths():
+        name = LONG_SHAPE
+        tokenizer = headsink.load("smollm2", device="cpu")[1]
+        model = AutoModelForCausalLM.from_config(_gemma_shape(), attn_implementation="sdpa").eval()
+    else:
+        model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
+    if way == "eager":
+        model.set_attn_implementation("eager")
+    seconds = _pass(way, model, tokenizer, tokens, seed)
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"model": name, "seconds": seconds, "peak_bytes": peak}
+
+
+def _gemma_shape() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        max_position_embeddings=32768,
+        layer_types=["full_attention" if n % 6 == 5 else "sliding_attention" for n in range(18)],
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(**json.loads(sys.argv[1]))))  # noqa: T201

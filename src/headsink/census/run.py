@@ -1,0 +1,332 @@
+"""Run a census: texts through the model, every layer read on the way; goes on where it was stopped.
+
+Each text is one forward pass, from which all lengths are read: a prefix of a causal model's text is the shorter text. (Where
+positions are encoded by the length of the whole, as in dynamic and long rotary scaling, each length is a pass of its own.)
+In tensor parallelism every process runs this, and has the whole census at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headsink import corpus, models
+from headsink.architecture import Architecture, decoder, describe
+from headsink.attention import Seen, engaged, observing
+from headsink.census.census import SCHEMA, TOP_KEYS, Census
+from headsink.census.statistics import KEPT, QUERIES, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.errors import HeadsinkError
+from headsink.files import write_text
+from headsink.plan import Fingerprint
+from headsink.progress import bar, console
+from headsink.sharding import input_device, is_main, wait_for_all
+
+LENGTHS = (512, 4096)
+OWN_LENGTHS_FROM = 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of the census: its kind (`domain`), its number within the kind, and its token ids."""
+
+    domain: str
+    number: int
+    ids: list[int]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(torch.tensor(self.ids, dtype=torch.int64).numpy().tobytes()).hexdigest()
+
+
+def analyze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: Sequence[int] | None = None,
+    domains: Sequence[str] = corpus.CENSUS_DOMAINS,
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    texts_per_domain: int = 2,
+    limits: Thresholds | None = None,
+    queries: int = QUERIES,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Census:
+    """See what every attention head looks at.
+
+    Parameters
+    ----------
+    lengths : tokens; all are read off the same texts. 512 and 4096 if not given; for texts of your own, the length of the
+        shortest and the powers of two that the longest reaches.
+    domains : kinds of built-in text (corpus.py); `texts_per_domain` of each. Intervals are over texts, so take two or more.
+    texts : your own instead, or by kind, {"tickets": [...], "mails": [...]}. A text counts at the lengths that it reaches.
+    limits : what counts as a sink token and as near.
+    queries : queries read at each length where more would count; evenly spaced (docs/census.md).
+    checkpoint : folder that keeps what is done, one file for each text. The same call goes on from there if it was stopped.
+    progress : show a bar on standard error.
+
+    Returns
+    -------
+    Census, to be saved with `.save(folder)`.
+    """
+    shape, limits = describe(model), limits or Thresholds()
+    if queries < 2:
+        raise HeadsinkError(f"queries: {queries} is too few, give 2 or more")
+    chosen, lengths = _texts(tokenizer, shape, lengths, domains, texts, texts_per_domain, seed)
+    settings = {
+        "schema": SCHEMA,
+        "headsink": version("headsink"),
+        "model": {
+            "name": models.title(model.config.name_or_path),
+            "source": model.config.name_or_path,
+            **Fingerprint.of(model).model_dump(),
+        },
+        "dtype": _name(model.dtype),
+        "device": input_device(model).type,
+        "lengths": lengths,
+        "texts": [{"domain": t.domain, "number": t.number, "tokens": len(t.ids), "sha256": t.digest} for t in chosen],
+        "texts_per_domain": texts_per_domain,
+        "own_texts": _by_domain(texts),
+        "limits": asdict(limits),
+        "queries": queries,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+    }
+    kept = Checkpoint(checkpoint, settings) if checkpoint is not None else None
+    arrays: dict[str, Tensor] = {}
+    passes = [[n for n in lengths if n <= len(text.ids)] for text in chosen]
+    steps = sum(1 if shape.prefix_free else len(of_text) for of_text in passes) * shape.layers
+    if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
+        console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
+    with bar("census", steps, progress and is_main()) as shown:
+        for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
+            done = kept.read(number) if kept else None
+            if done is None:
+                done = {"ids": torch.tensor(text.ids, dtype=torch.int32)}
+                for together in [of_text] if shape.prefix_free else [[n] for n in of_text]:
+                    ids = text.ids[: together[-1]]
+                    done |= _read(
+                        model, shape, ids, together, limits, queries, lambda: shown.advance(shown.task_ids[0])
+                    )
+                if kept:
+                    kept.write(number, done)
+            else:
+                shown.advance(shown.task_ids[0], (1 if shape.prefix_free else len(of_text)) * shape.layers)
+            arrays |= {f"{number}.{name}": array for name, array in done.items()}
+    occurring = sorted({token for text in chosen for token in text.ids})
+    return Census(settings, {token: tokenizer.decode([token]) for token in occurring}, arrays)
+
+
+def analyze_again(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Census:
+    """Make a census again from its settings (`Census.settings`, the file census.json).
+
+    Raises HeadsinkError if it could not be the same: other weights, another dtype, other texts (built-in text comes out of Python
+    itself, so another Python may have another).
+    """
+    domains = list(dict.fromkeys(text["domain"] for text in settings["texts"]))
+    own, number, seed = settings["own_texts"], settings["texts_per_domain"], settings["seed"]
+    chosen, lengths = _texts(tokenizer, describe(model), settings["lengths"], domains, own, number, seed)
+    found = {
+        "weights": (Fingerprint.of(model).weights, settings["model"]["weights"]),
+        "dtype": (_name(model.dtype), settings["dtype"]),
+        "texts": ([text.digest for text in chosen], [text["sha256"] for text in settings["texts"]]),
+    }
+    for name, (here, there) in found.items():
+        if here != there:
+            made = ", ".join(f"{what} {number}" for what, number in settings["versions"].items())
+            raise HeadsinkError(
+                f"this census cannot be made again: the {name} are not those that it was made with ({made})"
+            )
+    return analyze(
+        model,
+        tokenizer,
+        lengths=lengths,
+        domains=domains,
+        texts=own,
+        texts_per_domain=number,
+        limits=Thresholds(**settings["limits"]),
+        queries=settings["queries"],
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Checkpoint:
+    """A folder with the results of the texts that are done, for one census and no other."""
+
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
+        self.folder = Path(folder)
+        ours, text = self.folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False)
+        if self.folder.exists() and any(self.folder.iterdir()) and not ours.is_file():
+            raise HeadsinkError(f"checkpoint: {self.folder} is not a folder that a census left; name another one")
+        if is_main():
+            if ours.is_file() and ours.read_text(encoding="utf-8") != text:
+                shutil.rmtree(self.folder)  # of another census: its results cannot be used
+            write_text(ours, text)
+        wait_for_all()
+
+    def has(self, number: int) -> bool:
+        return self._path(number).is_file()
+
+    def read(self, number: int) -> dict[str, Tensor] | None:
+        """The results of a text, None if it is not done."""
+        try:
+            return load_file(self._path(number))
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, number: int, arrays: dict[str, Tensor]) -> None:
+        if not is_main():
+            return
+        part = self._path(number).with_suffix(".part")
+        save_file({name: array.contiguous() for name, array in arrays.items()}, part)
+        os.replace(part, self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:04}.safetensors"
+
+
+def _read(
+    model: PreTrainedModel,
+    shape: Architecture,
+    ids: list[int],
+    lengths: list[int],
+    limits: Thresholds,
+    queries: int,
+    step: Callable[[], None],
+) -> dict[str, Tensor]:
+    """One forward pass: the arrays of each length, see Census."""
+    layers: list[list[HeadStatistics]] = []
+
+    def see(seen: Seen) -> None:
+        found = [head_statistics(seen, length, limits, queries) for length in lengths]
+        layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in found])
+        step()
+
+    with torch.no_grad(), engaged(model), observing(see):
+        decoder(model)(torch.tensor([ids], device=input_device(model)), use_cache=False)
+    arrays: dict[str, Tensor] = {}
+    for length, found in zip(lengths, zip(*layers, strict=True), strict=True):
+        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(found, limits).items()}
+    return arrays
+
+
+def _packed(layers: Sequence[HeadStatistics], limits: Thresholds) -> dict[str, list[Tensor]]:
+    missing = torch.full_like(layers[0].scores["first"], torch.nan)
+    top = [layer.attention.topk(min(TOP_KEYS, layer.attention.shape[1])).indices.int() for layer in layers]
+    return {
+        "scores": [torch.stack([layer.scores[name] for name in SCORES], -1) for layer in layers],
+        "uniform": [torch.stack([layer.uniform.get(name, missing) for name in SCORES], -1) for layer in layers],
+        "profile": [layer.profile.float() for layer in layers],
+        "errors": [torch.stack([layer.errors[kept] for kept in KEPT], 1).float() for layer in layers],
+        "group_errors": [torch.stack([layer.group_errors[kept] for kept in KEPT], 1).float() for layer in layers],
+        "tokens": [torch.stack([layer.tokens[name] for name in TOKENS], -1) for layer in layers],
+        "floating": [_positions(layer.floating, limits.floating) for layer in layers],
+        "short_keys": [layer.short_keys.float() for layer in layers],
+        "short_attention": [layer.short_attention.float() for layer in layers],
+        "top": [torch.nn.functional.pad(keys, (0, TOP_KEYS - keys.shape[1]), value=-1) for keys in top],
+        "attention": [layer.attention.half() for layer in layers],
+    }
+
+
+def _positions(flags: Tensor, most: int) -> Tensor:
+    """Where flags are set, ascending, -1 where there are no more: bool [heads, keys] -> int32 [heads, most]."""
+    place = torch.where(flags, torch.arange(flags.shape[1]), flags.shape[1])
+    place = torch.nn.functional.pad(place, (0, max(0, most - flags.shape[1])), value=flags.shape[1])
+    first = place.sort(-1).values[:, :most]
+    return torch.where(first == flags.shape[1], -1, first).int()
+
+
+# texts
+
+
+def _by_domain(texts: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[str, list[str]] | None:
+    if texts is None:
+        return None
+    by_domain = texts if isinstance(texts, Mapping) else {"own": texts}
+    return {domain: [of] if isinstance(of, str) else list(of) for domain, of in by_domain.items()}
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase,
+    shape: Architecture,
+    lengths: Sequence[int] | None,
+    domains: Sequence[str],
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None,
+    number: int,
+    seed: int,
+) -> tuple[list[Text], list[int]]:
+    """The texts, cut to the longest length, and the lengths."""
+    if (own := _by_domain(texts)) is not None:
+        return _own(tokenizer, shape, lengths, own)
+    if number < 1:
+        raise HeadsinkError(f"texts_per_domain: {number} is none")
+    if not domains:
+        raise HeadsinkError(f"domains: none given; one or more of {', '.join(corpus.CENSUS_DOMAINS)}")
+    chosen = _check_lengths(lengths or sorted({min(n, shape.max_context) for n in LENGTHS}), shape)
+    found = [
+        Text(domain, n, corpus.tokens(domain, tokenizer, chosen[-1], seed=seed + n, split="heldout"))
+        for domain in dict.fromkeys(domains)
+        for n in range(number)
+    ]
+    return found, chosen
+
+
+def _own(
+    tokenizer: PreTrainedTokenizerBase, shape: Architecture, lengths: Sequence[int] | None, own: dict[str, list[str]]
+) -> tuple[list[Text], list[int]]:
+    named = [
+        (domain, n, tokenizer(text, verbose=False)["input_ids"][: shape.max_context])
+        for domain, of in own.items()
+        for n, text in enumerate(of)
+    ]
+    if not named:
+        raise HeadsinkError("texts: none given")
+    sizes = [len(ids) for _, _, ids in named]
+    if lengths is None:
+        ladder = [n for n in corpus.powers_of_two(max(sizes)) if n >= max(OWN_LENGTHS_FROM, min(sizes))]
+        lengths = sorted({max(2, min(sizes)), *ladder})
+    chosen = _check_lengths(lengths, shape)
+    for domain, n, ids in named:
+        if len(ids) < chosen[0]:
+            raise HeadsinkError(
+                f"texts: number {n} of {domain} has {len(ids)} tokens, fewer than the shortest length, {chosen[0]}"
+            )
+    if max(sizes) < chosen[-1]:
+        raise HeadsinkError(f"texts: the longest has {max(sizes)} tokens, fewer than the longest length, {chosen[-1]}")
+    return [Text(domain, n, ids[: chosen[-1]]) for domain, n, ids in named], chosen
+
+
+def _check_lengths(lengths: Sequence[int], shape: Architecture) -> list[int]:
+    for length in lengths:
+        if length < 2:
+            raise HeadsinkError(f"lengths: {length} is too short, a census needs 2 tokens or more")
+        if length > shape.max_context:
+            raise HeadsinkError(f"lengths: {length} is over the model's maximum of {shape.max_context} tokens")
+    return sorted(set(lengths))
