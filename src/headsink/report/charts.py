@@ -1,199 +1,308 @@
-"""The charts of a census, as Vega-Lite by Altair: the same ones on the page and as pictures."""
+"""The charts of a census and of a comparison, as Vega-Lite by Altair: the same ones on the page and as pictures.
+
+Charts that follow the page's menus read named data ("heads", "selected", ...), which the page puts in; `filled` does that for
+pictures. The others come with their data.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
+from torch import Tensor
 
-from headsink.census.roles import ROLES, role
+from headsink.census.floating import tau_evidence
+from headsink.census.roles import ROLES
+from headsink.census.statistics import TOKENS
 from headsink.census.transfer import RULES
+from headsink.report.views import POOLED
 
 if TYPE_CHECKING:
     from headsink.census.census import Census
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-ROLE_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "mixed": "#56B4E9", "diffuse": "#CCCCCC", "retrieval": "#D55E00"}
-STATISTICS = {
-    "sink": "attention to sink tokens",
-    "first": "attention to the first token",
-    "local": "attention to the last keys",
-    "far": "attention far away",
-    "legacy": "legacy score (row 0 counted)",
-    "error_first": "error if only first tokens + window stay",
-    "error_floating": "error if floating sinks stay too",
-    "output": "size of the head's output",
+BLUE, ORANGE, SKY, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#BBBBBB"
+ROLE_COLOURS = {"sink": BLUE, "local": ORANGE, "mixed": SKY, "diffuse": GREY, "retrieval": VERMILION}
+MASS_COLOURS = {"sink": BLUE, "local": ORANGE, "far": GREY, "learned": GREEN}
+CONFIG: dict[str, Any] = {
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {"gridColor": "#e6e9ee", "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"},
+    "legend": {"symbolType": "stroke", "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"},
+    "title": {"anchor": "start", "fontSize": 13, "fontWeight": "bold", "offset": 8},
 }
-POOLED = "all texts"
-CELL = 20  # pixels of a head on the maps
+FILLED = alt.Legend(orient="top", title=None, symbolType="square", symbolSize=120)
+ABOVE = alt.Legend(orient="top", title=None)
+WIDE, NARROW = {"width": 540, "height": 200}, {"width": 340, "height": 210}
 
 
-def head_rows(census: Census) -> list[dict[str, Any]]:
-    """Rows for the maps: means over texts, per domain and pooled; one row per head and length."""
-    model = census.settings["model"]
-    rows = []
-    for length in census.lengths:
-        for domain in [POOLED, *census.domains]:
-            of = None if domain == POOLED else domain
-            columns = {
-                name: census.score(name, length, of)
-                for name in (*STATISTICS, "far_peak", "uniform_first", "uniform_legacy")
-            }
-            roles = _roles(columns)
-            for layer in range(model["layers"]):
-                for head in range(model["query_heads"]):
-                    row = {"length": length, "domain": domain, "layer": layer, "head": head, "role": roles[layer][head]}
-                    rows.append(row | {name: round(float(column[layer, head]), 4) for name, column in columns.items()})
-    return rows
+def spec(chart: Any, title: str | None = None) -> dict[str, Any]:
+    """As JSON that Vega-Lite reads."""
+    if title is not None:
+        chart = chart.properties(title=title)
+    return chart.configure(**CONFIG).to_dict()
 
 
-def _roles(columns: dict[str, Any]) -> list[list[str]]:
-    parts = [columns[name].tolist() for name in ("sink", "local", "far", "far_peak")]
-    return [[role(*masses) for masses in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
+def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
+    """A chart with its named data."""
+    return found | {"datasets": found.get("datasets", {}) | data}
 
 
-def head_map(rows: list[dict[str, Any]], statistic: str, title: str) -> alt.Chart:
-    """Layer x head, coloured by one statistic; a still picture."""
+def masses_by_layer(learned: bool) -> alt.Chart:
+    """Where the attention of each layer goes, mean over its heads; learned: the model has learned sinks. Named data: heads."""
+    masses = [mass for mass in MASS_COLOURS if learned or mass != "learned"]
+    ranks = " : ".join(f"datum.kind == '{kind}' ? {n}" for n, kind in enumerate(MASS_COLOURS)) + " : 9"
     return (
-        alt.Chart(alt.Data(values=rows), title=title)
-        .mark_rect()
-        .encode(
-            **_axes(),
-            color=alt.Color(f"{statistic}:Q", title=None, scale=alt.Scale(scheme="viridis", domain=[0, 1], clamp=True)),
-        )
-        .properties(width=alt.Step(CELL), height=alt.Step(CELL))
-    )
-
-
-def role_map(rows: list[dict[str, Any]], title: str) -> alt.Chart:
-    """Layer x head, coloured by role; a still picture."""
-    return (
-        alt.Chart(alt.Data(values=rows), title=title)
-        .mark_rect()
-        .encode(**_axes(), color=_role_colour())
-        .properties(width=alt.Step(CELL), height=alt.Step(CELL))
-    )
-
-
-def interactive_maps(rows: list[dict[str, Any]], census: Census) -> alt.HConcatChart:
-    """Both maps with menus for the length, the text and the statistic."""
-    domains = [POOLED, *census.domains]
-    length = alt.param(
-        "length", value=census.lengths[-1], bind=alt.binding_select(options=census.lengths, name="length ")
-    )
-    domain = alt.param("domain", value=POOLED, bind=alt.binding_select(options=domains, name="text "))
-    labels = list(STATISTICS.values())
-    statistic = alt.param(
-        "statistic",
-        value="sink",
-        bind=alt.binding_select(options=list(STATISTICS), labels=labels, name="statistic "),
-    )
-    base = (
-        alt.Chart()
-        .transform_filter("datum.length == length && datum.domain == domain")
-        .transform_calculate(shown="datum[statistic]")
-        .properties(width=alt.Step(CELL), height=alt.Step(CELL))
-    )
-    tooltip = [
-        alt.Tooltip("layer:O"),
-        alt.Tooltip("head:O"),
-        alt.Tooltip("role:N"),
-        *(alt.Tooltip(f"{name}:Q", title=title, format=".3f") for name, title in STATISTICS.items()),
-        alt.Tooltip("uniform_first:Q", title="first token, if attention were flat", format=".3f"),
-        alt.Tooltip("uniform_legacy:Q", title="legacy score, if attention were flat", format=".3f"),
-    ]
-    scale = alt.Scale(scheme="viridis", domainMin=0)
-    values = base.mark_rect().encode(**_axes(), tooltip=tooltip, color=alt.Color("shown:Q", title=None, scale=scale))
-    roles = base.mark_rect().encode(**_axes(), tooltip=tooltip, color=_role_colour())
-    return (
-        alt.hconcat(values, roles, data=alt.Data(values=rows))
-        .add_params(length, domain, statistic)
-        .resolve_scale(color="independent")
-    )
-
-
-def masses_by_layer(rows: list[dict[str, Any]], length: int) -> alt.Chart:
-    """Where the attention of each layer goes, mean over its heads, at one length, all texts."""
-    kinds = {"sink": "#0072B2", "local": "#E69F00", "far": "#999999"}
-    layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["length"] == length and row["domain"] == POOLED:
-            layers[row["layer"]].append(row)
-    means = [
-        {"layer": layer, "kind": kind, "rank": rank, "mass": sum(row[kind] for row in heads) / len(heads)}
-        for layer, heads in layers.items()
-        for rank, kind in enumerate(kinds)
-    ]
-    return (
-        alt.Chart(alt.Data(values=means), title=f"Where attention goes, by layer, {length} tokens")
+        alt.Chart(alt.NamedData("heads"))
+        .transform_fold(masses, as_=["kind", "mass"])
+        .transform_aggregate(mass="mean(mass)", groupby=["layer", "kind"])
+        .transform_calculate(rank=ranks)
         .mark_bar()
         .encode(
-            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("mass:Q", title="share of attention", stack="zero", scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("kind:N", title=None, sort=list(kinds)).scale(
-                domain=list(kinds), range=list(kinds.values())
+            x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
+            y=alt.Y("mass:Q", title="share of attention", stack="zero").scale(domain=[0, 1]).axis(format="%"),
+            color=alt.Color("kind:N", sort=masses, legend=FILLED).scale(
+                domain=masses, range=[MASS_COLOURS[mass] for mass in masses]
             ),
             order=alt.Order("rank:Q"),
-            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("kind:N"), alt.Tooltip("mass:Q", format=".3f")],
+            tooltip=["layer:O", "kind:N", alt.Tooltip("mass:Q", format=".3f")],
         )
-        .properties(width=560, height=200)
+        .properties(**WIDE)
+    )
+
+
+def errors_by_layer() -> alt.Chart:
+    """What the near window costs with and without floating sinks: median over the heads of a layer. Named data: heads."""
+    kept = {"error_first": "first tokens", "error_floating": "floating sinks too"}
+    return (
+        alt.Chart(alt.NamedData("heads"))
+        .transform_fold(list(kept), as_=["name", "error"])
+        .transform_calculate(
+            kept=f"datum.name == 'error_first' ? '{kept['error_first']}' : '{kept['error_floating']}'",
+            error="max(datum.error, 1e-6)",
+        )
+        .mark_line(point={"size": 22})
+        .encode(
+            x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
+            y=alt.Y("median(error):Q", title="output error, median").scale(type="log").axis(format="~g", tickCount=5),
+            color=alt.Color("kept:N", sort=list(kept.values()), legend=ABOVE).scale(
+                domain=list(kept.values()), range=[VERMILION, BLUE]
+            ),
+            strokeDash=alt.StrokeDash("kept:N", sort=list(kept.values()), legend=None).scale(range=[[5, 3], [1, 0]]),
+            tooltip=["layer:O", "kept:N", alt.Tooltip("median(error):Q", format=".2~e")],
+        )
+        .properties(**WIDE)
+    )
+
+
+def pairs(layers: int) -> alt.Chart:
+    """P(sink in layer b | sink in layer a) minus the base rate of b. Named data: pairs (a, b, found, base, lift)."""
+    size = max(3, min(14, 420 // layers))
+    axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False, domain=False)
+    every = alt.Scale(domain=list(range(layers)))
+    return (
+        alt.Chart(alt.NamedData("pairs"))
+        .mark_rect(aria=False)
+        .encode(
+            x=alt.X("b:O", title="sink in layer b ...", axis=axis, scale=every),
+            y=alt.Y("a:O", title="... given a sink in layer a", axis=axis, scale=every),
+            color=alt.Color("lift:Q", title="P − base rate").scale(
+                scheme="purpleorange", reverse=True, domain=[-1, 1], domainMid=0
+            ),
+            tooltip=[
+                alt.Tooltip("a:O", title="layer a"),
+                alt.Tooltip("b:O", title="layer b"),
+                alt.Tooltip("found:Q", title="P(b | a)", format=".2f"),
+                alt.Tooltip("base:Q", title="base rate of b", format=".2f"),
+                alt.Tooltip("lift:Q", title="difference", format="+.2f"),
+            ],
+        )
+        .properties(width=size * layers, height=size * layers)
     )
 
 
 def sinks_by_length(census: Census) -> alt.Chart:
-    """Share of heads called sinks at each length: by the fair scores and by the legacy one, and by it on flat attention."""
-    rows = []
-    for length in census.lengths:
-        for rule, (score, least) in RULES.items():
-            share = (census.score(score, length) >= least).double().mean()
-            rows.append({"length": length, "rule": rule, "share": float(share)})
+    """Share of heads called sinks at each length, by the fair scores and by the legacy one."""
+    rows = [
+        {"length": length, "rule": rule, "share": float((census.score(score, length) >= least).double().mean())}
+        for length in census.lengths
+        for rule, (score, least) in RULES.items()
+    ]
+    colour = alt.Color("rule:N", sort=list(RULES), legend=ABOVE).scale(range=[BLUE, SKY, VERMILION, ORANGE])
     return (
-        alt.Chart(alt.Data(values=rows), title="Heads called sinks, by score and length")
+        alt.Chart(alt.Data(values=rows))
         .mark_line(point=True)
         .encode(
-            x=alt.X("length:Q", title="tokens", scale=alt.Scale(type="log")),
-            y=alt.Y("share:Q", title="share of heads", axis=alt.Axis(format="%"), scale=alt.Scale(domainMin=0)),
-            color=alt.Color("rule:N", title=None, sort=list(RULES)).scale(
-                range=["#0072B2", "#56B4E9", "#D55E00", "#E69F00"]
-            ),
+            x=alt.X("length:Q", title="tokens").scale(type="log", base=2),
+            y=alt.Y("share:Q", title="heads called sinks").axis(format="%").scale(domainMin=0),
+            color=colour,
             strokeDash=alt.StrokeDash("rule:N", sort=list(RULES), legend=None),
-            tooltip=[alt.Tooltip("rule:N"), alt.Tooltip("length:Q"), alt.Tooltip("share:Q", format=".1%")],
+            tooltip=["rule:N", "length:Q", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(width=360, height=200)
+        .properties(**NARROW)
     )
 
 
-def errors_by_layer(rows: list[dict[str, Any]], length: int) -> alt.Chart:
-    """What a window of 128 costs with and without floating sinks: median over the heads of a layer."""
-    names = {"error_first": "first 4 tokens + last 128", "error_floating": "with floating sinks"}
-    kept = [
-        {"layer": row["layer"], "kept": title, "error": max(row[name], 1e-4)}
-        for row in rows
-        if row["length"] == length and row["domain"] == POOLED
+def norms_by_layer(census: Census, length: int) -> alt.Chart:
+    """Value and key norms of the first token and of the floating sinks, relative to the mean of all keys."""
+    names = {"first_value": "first token, value", "first_key": "first token, key"}
+    names |= {"floating_value": "floating sinks, value", "floating_key": "floating sinks, key"}
+    tokens = census.samples("tokens", length)
+    rows = [
+        {"layer": layer, "norm": norm if norm == norm else None, "of": title}  # a gap where there are none
         for name, title in names.items()
+        for layer, norm in enumerate(tokens[..., list(TOKENS).index(name)].nanmean((0, 2)).tolist())
     ]
     return (
-        alt.Chart(alt.Data(values=kept), title=f"Error of the head's output, by layer, {length} tokens")
-        .mark_line(point=True)
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point={"size": 22})
         .encode(
-            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("median(error):Q", title="squared, relative to the layer's", scale=alt.Scale(type="log")),
-            color=alt.Color("kept:N", title="kept", sort=list(names.values())).scale(range=["#D55E00", "#0072B2"]),
-            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("kept:N"), alt.Tooltip("median(error):Q", format=".4f")],
+            x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
+            y=alt.Y("norm:Q", title="norm / mean norm").scale(zero=True),
+            color=alt.Color("of:N", sort=list(names.values()), legend=ABOVE).scale(
+                range=[VERMILION, ORANGE, BLUE, SKY]
+            ),
+            strokeDash=alt.StrokeDash("of:N", sort=list(names.values()), legend=None),
+            tooltip=["layer:O", "of:N", alt.Tooltip("norm:Q", format=".2f")],
         )
-        .properties(width=560, height=200)
+        .properties(**WIDE)
     )
 
 
-def _axes() -> dict[str, Any]:
-    return {
-        "x": alt.X("head:O", title="query head", axis=alt.Axis(labelAngle=0)),
-        "y": alt.Y("layer:O", title="layer"),
-    }
-
-
-def _role_colour() -> alt.Color:
-    return alt.Color("role:N", title="role", sort=list(ROLES)).scale(
-        domain=list(ROLES), range=[ROLE_COLOURS[name] for name in ROLES]
+def tau(census: Census, length: int) -> alt.LayerChart:
+    """Attention for each key by its value norm: where it falls to that of flat attention, sinks end."""
+    rows = [row for row in tau_evidence(census, length) if row["density"]]
+    used = [{"tau": census.settings["limits"]["tau"], "density": 1}]
+    line = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point=True, color=BLUE)
+        .encode(
+            x=alt.X("tau:Q", title="value norm up to, relative to the median").scale(domain=[0, 1]),
+            y=alt.Y("density:Q", title="attention per key, × flat").scale(type="log").axis(tickCount=4, format="~g"),
+            tooltip=[
+                "tau:Q",
+                alt.Tooltip("density:Q", title="× flat", format=".3~g"),
+                alt.Tooltip("keys:Q", title="keys below", format=".1f"),
+                alt.Tooltip("attention:Q", title="attention below", format=".3f"),
+            ],
+        )
     )
+    flat = alt.Chart(alt.Data(values=used)).mark_rule(strokeDash=[2, 3], color="#333").encode(y="density:Q")
+    chosen = alt.Chart(alt.Data(values=used)).mark_rule(color=VERMILION).encode(x="tau:Q")
+    return alt.layer(flat, chosen, line).properties(**NARROW)
+
+
+def windows_needed(census: Census) -> alt.Chart:
+    """How many KV heads make do with a window up to each size, at every length."""
+    rows = []
+    for length in census.lengths:
+        for kept, name in (("floating", "floating sinks too"), ("first", "first tokens")):
+            needed = census.window_needed(length, heads="kv", kept=kept).flatten().sort().values
+            for window in sorted({0, *(2**k for k in range(3, length.bit_length())), length}):
+                share = float((needed <= window).double().mean())
+                rows.append({"length": length, "kept": name, "window": window, "share": share})
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point={"size": 18})
+        .encode(
+            x=alt.X("window:Q", title="window, keys")
+            .scale(type="symlog", constant=8, nice=False)
+            .axis(values=[0, *(2**k for k in range(4, 24, 2))]),
+            y=alt.Y("share:Q", title="KV heads that make do").scale(domain=[0, 1]).axis(format="%"),
+            color=alt.Color("length:O", title="tokens").scale(scheme="viridis", reverse=True),
+            strokeDash=alt.StrokeDash("kept:N", title="kept beside it", sort=["floating sinks too", "first tokens"]),
+            tooltip=["length:O", "kept:N", "window:Q", alt.Tooltip("share:Q", format=".0%")],
+        )
+        .properties(width=420, height=220)
+    )
+
+
+def exponents(census: Census) -> alt.Chart | None:
+    """How the window that a KV head needs grows with the length: 0 it stays, 1 it grows in step."""
+    fitted = census.window_law()
+    if fitted is None:
+        return None
+    scale, exponent = fitted
+    last = census.window_needed(census.lengths[-1], heads="kv")
+    rows = _each({"exponent": exponent, "scale": scale, "window": last})
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(filled=True, size=45, opacity=0.85)
+        .encode(
+            x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
+            y=alt.Y("exponent:Q", title="exponent of the length"),
+            color=alt.Color("window:Q", title=f"at {census.lengths[-1]} tokens").scale(type="symlog", scheme="viridis"),
+            tooltip=[
+                "layer:O",
+                alt.Tooltip("head:O", title="KV head"),
+                alt.Tooltip("exponent:Q", format=".2f"),
+                alt.Tooltip("scale:Q", format=".3~g"),
+                alt.Tooltip("window:Q", title=f"window at {census.lengths[-1]}", format=".0f"),
+            ],
+        )
+        .properties(**WIDE)
+    )
+
+
+def roles_by_text(census: Census) -> alt.Chart:
+    """How many heads have each role on each kind of text, at every length."""
+    rows = [
+        {"text": domain or POOLED, "length": length, "role": role, "heads": count}
+        for length in census.lengths
+        for domain in (None, *census.domains)
+        if census.has(length, domain)
+        for role, count in Counter(chain(*census.roles(length, domain))).items()
+    ]
+    order = f"indexof({list(ROLES)}, datum.role)"
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .transform_calculate(rank=order, letter="upper(substring(datum.role, 0, 1))")
+        .mark_bar()
+        .encode(
+            y=alt.Y("text:N", title=None, sort=[POOLED, *census.domains]),
+            x=alt.X("heads:Q", title="query heads").axis(tickCount=4),
+            color=role_colour(),
+            order="rank:Q",
+            tooltip=["text:N", "length:Q", "role:N", "heads:Q"],
+        )
+        .properties(width=170, height=alt.Step(18))
+        .facet(facet=alt.Facet("length:O", title="tokens"), columns=4)
+    )
+
+
+def same_roles(census: Census, length: int) -> alt.LayerChart:
+    """Share of heads that have the same role on two kinds of text."""
+    domains = [domain for domain in census.domains if census.has(length, domain)]
+    roles = {domain: list(chain(*census.roles(length, domain))) for domain in domains}
+    rows = [
+        {"a": a, "b": b, "share": sum(x == y for x, y in zip(roles[a], roles[b], strict=True)) / len(roles[a])}
+        for a in domains
+        for b in domains
+    ]
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("a:N", title=None, sort=domains).axis(labelAngle=0, ticks=False, domain=False),
+        y=alt.Y("b:N", title=None, sort=domains).axis(ticks=False, domain=False),
+        tooltip=["a:N", "b:N", alt.Tooltip("share:Q", format=".0%")],
+    )
+    colour = alt.Color("share:Q", title="same role").scale(scheme="viridis", domain=[0, 1]).legend(format="%")
+    ink = alt.condition("datum.share < 0.6", alt.value("white"), alt.value("black"))
+    text = base.mark_text().encode(text=alt.Text("share:Q", format=".0%"), color=ink)
+    return alt.layer(base.mark_rect().encode(color=colour), text).properties(width=alt.Step(58), height=alt.Step(30))
+
+
+def role_colour() -> alt.Color:
+    return alt.Color(
+        "role:N", title="role", sort=list(ROLES), legend=alt.Legend(symbolType="square", symbolSize=120)
+    ).scale(domain=list(ROLES), range=[ROLE_COLOURS[name] for name in ROLES])
+
+
+def _each(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """A row for every layer and head: [layers, heads] each."""
+    layers, heads = next(iter(columns.values())).shape
+    return [
+        {"layer": layer, "head": head} | {name: float(column[layer, head]) for name, column in columns.items()}
+        for layer in range(layers)
+        for head in range(heads)
+    ]

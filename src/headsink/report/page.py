@@ -1,71 +1,276 @@
-"""Write the report: one HTML file that needs no network, and the maps as PNG."""
+"""Write the report of a census: one HTML file that needs no network, and every chart as PNG and SVG."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import vl_convert
+from markupsafe import Markup
 
+from headsink.census.floating import drawing_tokens, floating_tokens, stability, tau_evidence
+from headsink.census.roles import EPSILON, ROLES
+from headsink.census.statistics import Thresholds, distances, windows
 from headsink.census.transfer import sentence
-from headsink.report import charts
+from headsink.report import charts, maps
+from headsink.report.views import (
+    FAINTEST,
+    POOLED,
+    STATISTICS,
+    STEPS,
+    View,
+    near_window,
+    one_byte,
+    packed,
+    token_views,
+    top_keys,
+    view,
+)
 
 if TYPE_CHECKING:
-    import altair as alt
-
     from headsink.census.census import Census
 
-LEAST_SHARE = 0.0005  # of all attention, from which a token is listed
-PIXELS = 2.0  # of a picture, per CSS pixel
+PIXELS = 3.0  # of a picture, per CSS pixel: 300 dpi at the size that it has on the page
+SHAPES = ("linear", "log", "symlog")  # scales of the maps
 
 
 def write_report(census: Census, path: Path) -> None:
     """Write `report.html`. Text that comes from models or prompts is escaped."""
-    rows = charts.head_rows(census)
-    longest = census.lengths[-1]
-    figures = {
-        "maps": charts.interactive_maps(rows, census),
-        "layers": charts.masses_by_layer(rows, longest),
-        "errors": charts.errors_by_layer(rows, longest),
-        "lengths": charts.sinks_by_length(census),
+    last, shape = census.lengths[-1], _shape(census)
+    menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
+        "map-role": maps.role_map(shape),
+        "profile": maps.profile(),
+        "window": maps.window_errors(),
+        "layers": charts.masses_by_layer(_learned(census) is not None),
+        "errors": charts.errors_by_layer(),
+        "pairs": charts.pairs(shape[0]),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("headsink.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    text = (
+        environment()
+        .get_template("census.html.j2")
+        .render(
+            settings=census.settings,
+            domains=census.domains,
+            lengths=census.lengths,
+            last=last,
+            limits=census.settings["limits"],
+            epsilon=EPSILON,
+            data=_data(census),
+            shaded={text: _shaded(census, text, length) for text, length in token_views(census).items()},
+            specs={name: charts.spec(chart) for name, chart in (menu | _own_data(census)).items()},
+            drawing=drawing_tokens(census, last),
+            floating=floating_tokens(census, last),
+            stability={length: stability(census, length) for length in census.lengths},
+            taus=tau_evidence(census, last),
+            windows=_windows(census),
+            law=_law(census),
+            learned=_learned(census),
+            answers={length: census.first_question(length) for length in census.lengths},
+            answer=sentence(census.first_question(last)[0]),
+        )
     )
-    environment.filters["share"] = share
-    environment.filters["p"] = p_value
-    page = environment.get_template("page.html.j2").render(
-        settings=census.settings,
-        domains=census.domains,
-        lengths=census.lengths,
-        specs={name: json.loads(chart.to_json()) for name, chart in figures.items()},
-        scripts=cast(Any, vl_convert).javascript_bundle(),
-        roles=role_counts(rows, longest),
-        sink_tokens=sink_tokens(census, longest),
-        answers={length: census.first_question(length) for length in census.lengths},
-        answer=f"At {longest} tokens. {sentence(census.first_question(longest)[0])}",
-    )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def write_pictures(census: Census, folder: Path) -> None:
-    """Write the maps of the pooled texts, `sink-<length>.png` and `roles-<length>.png`."""
-    rows = charts.head_rows(census)
+    """Write every chart, all texts together, as `figure-<name>.png` and `.svg`; those of single heads are on the page."""
+    for name, spec in _pictures(census):
+        svg = vl_convert.vegalite_to_svg(spec)
+        (folder / f"figure-{name}.svg").write_text(svg, encoding="utf-8")
+        (folder / f"figure-{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
+
+
+def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, shape, last = census.settings["model"]["name"], _shape(census), census.lengths[-1]
     for length in census.lengths:
-        kept = [row for row in rows if row["length"] == length and row["domain"] == charts.POOLED]
-        name = census.settings["model"]["name"]
-        _png(
-            charts.head_map(kept, "sink", f"Attention to sink tokens, {name}, {length} tokens"),
-            folder / f"sink-{length}.png",
-        )
-        _png(charts.role_map(kept, f"Roles of the heads, {name}, {length} tokens"), folder / f"roles-{length}.png")
+        found, at = view(census, length, None), f"{name}, {length} tokens"
+        rows = found.rows()
+        shown = [n for n in _shown(census) if length == last or n == "sink"]
+        for statistic in shown:
+            meaning = STATISTICS[statistic]
+            data = [row | {"value": row[statistic]} for row in rows]
+            high = _high(statistic, length, [found])
+            chart = maps.head_map(meaning.scale, shape, meaning.low, high)
+            spec = charts.spec(chart, [_capital(meaning.title), at])
+            yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
+        by_layer = {
+            "roles": (maps.role_map(shape), "Roles of the heads"),
+            "layers": (charts.masses_by_layer(_learned(census) is not None), "Where attention goes"),
+            "errors": (charts.errors_by_layer(), f"Output error of a window of {near_window(census, length)} keys"),
+            "pairs": (charts.pairs(shape[0]), "Sink in layer b, given a sink in layer a"),
+        }
+        for key, (drawn, title) in by_layer.items():
+            spec = charts.spec(drawn, [title, at])
+            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(found))
+    for key, drawn in _own_data(census).items():
+        yield key, charts.spec(drawn, name)
 
 
-def _png(chart: alt.Chart, path: Path) -> None:
-    path.write_bytes(vl_convert.vegalite_to_png(chart.to_json(), scale=PIXELS))
+def _own_data(census: Census) -> dict[str, Any]:
+    """The charts that do not follow the menus."""
+    last = census.lengths[-1]
+    found = {
+        "windows": charts.windows_needed(census),
+        "law": charts.exponents(census),
+        "norms": charts.norms_by_layer(census, last),
+        "tau": charts.tau(census, last),
+        "lengths": charts.sinks_by_length(census),
+        "roles-by-text": charts.roles_by_text(census),
+        "same-roles": charts.same_roles(census, last) if len(census.domains) > 1 else None,
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+# What goes into the page
+
+
+def _data(census: Census) -> str:
+    """The numbers of every head, and what the texts say."""
+    every = [None, *census.domains]
+    has = {n: [d for d, domain in enumerate(every) if census.has(n, domain)] for n in census.lengths}
+    views = {(n, d): view(census, n, every[d]) for n, domains in has.items() for d in domains}
+    arrays = {f"{n}.{d}.{name}": array for (n, d), found in views.items() for name, array in vars(found).items()}
+    words = {token: place for place, token in enumerate(census.vocabulary)}
+    texts = []
+    for number, text in enumerate(census.settings["texts"]):
+        ids = census.arrays[f"{number}.ids"]
+        arrays[f"ids.{number}"] = ids.new_tensor([words[token] for token in ids.tolist()])
+        lengths = [n for n in census.lengths if f"{number}.{n}.top" in census.arrays]
+        for n in lengths:
+            arrays |= {f"{number}.{n}.{name}": array for name, array in top_keys(census, number, n).items()}
+        texts.append({"name": f"{text['domain']} {text['number']}", "domain": text["domain"], "lengths": lengths})
+    return packed(
+        arrays,
+        lengths=census.lengths,
+        domains=[POOLED, *census.domains],
+        has=has,
+        texts=texts,
+        words=list(census.vocabulary.values()),
+        shape=[*_shape(census), census.settings["model"]["kv_heads"]],
+        roles=ROLES,
+        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in _shown(census)],
+        names=list(STATISTICS),
+        highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
+        near={n: near_window(census, n) for n in census.lengths},
+        limits={n: asdict(Thresholds(**census.settings["limits"]).at(n)) for n in census.lengths},
+        distances={n: distances(n) for n in census.lengths},
+        windows={n: windows(n) for n in census.lengths},
+        model=census.settings["model"]["name"],
+        faintest=FAINTEST,
+        steps=STEPS,
+    )
+
+
+def _shaded(census: Census, text: int, length: int) -> str:
+    """What the token view of one text needs: the attention of every head to each of its tokens, and the floating sinks."""
+    arrays = {
+        "attention": one_byte(census.arrays[f"{text}.{length}.attention"]),
+        "floating": census.arrays[f"{text}.{length}.floating"],
+    }
+    return packed(arrays, length=length)
+
+
+def _shown(census: Census) -> list[str]:
+    """The statistics that say something of this model: a learned sink only where there is one."""
+    return [name for name in STATISTICS if name != "learned" or _learned(census) is not None]
+
+
+def _high(statistic: str, length: int, views: list[View]) -> float:
+    """The upper end of a statistic's scale at a length."""
+    if statistic in ("entropy", "output"):
+        column = list(STATISTICS).index(statistic)
+        return max(float(found.value[column].nan_to_num().max()) for found in views)
+    high = STATISTICS[statistic].high
+    return float(length) if high is None else high
+
+
+def _pair_rows(found: View) -> list[dict[str, Any]]:
+    layers = range(len(found.rate))
+    rates, pairs = found.rate.tolist(), found.pairs.tolist()
+    return [
+        {"a": a, "b": b, "found": pairs[a][b], "base": rates[b], "lift": pairs[a][b] - rates[b]}
+        for a in layers
+        for b in layers
+        if a < b and rates[a] > 0
+    ]
+
+
+def _windows(census: Census) -> list[dict[str, Any]]:
+    """How wide a window the KV heads need, at every length."""
+    rows = []
+    for length in census.lengths:
+        row: dict[str, Any] = {"length": length, "near": near_window(census, length)}
+        for kept in ("floating", "first"):
+            needed = census.window_needed(length, heads="kv", kept=kept)
+            row[kept] = {
+                "median": float(needed.median()),
+                "near": float((needed <= row["near"]).double().mean()),
+                "all": float((needed >= length).double().mean()),
+            }
+        rows.append(row)
+    return rows
+
+
+def _law(census: Census) -> dict[str, Any] | None:
+    """How the windows grow with the length, in three classes of the exponent."""
+    fitted = census.window_law()
+    if fitted is None:
+        return None
+    exponent = fitted[1].flatten()
+    return {
+        "stays": int((exponent < 0.25).sum()),
+        "between": int(((exponent >= 0.25) & (exponent <= 0.75)).sum()),
+        "grows": int((exponent > 0.75).sum()),
+        "median": float(exponent.median()),
+        "heads": len(exponent),
+    }
+
+
+def _learned(census: Census) -> dict[str, Any] | None:
+    """Attention to learned sink logits, None in a model that has none."""
+    learned = census.score("learned", census.lengths[-1])
+    if not bool(learned.max() > 0):
+        return None
+    layer, head = divmod(int(learned.argmax()), learned.shape[1])
+    return {"mean": float(learned.mean()), "most": float(learned.max()), "layer": layer, "head": head}
+
+
+def _shape(census: Census) -> tuple[int, int]:
+    model = census.settings["model"]
+    return model["layers"], model["query_heads"]
+
+
+# The page around it
+
+
+def environment() -> jinja2.Environment:
+    """Templates with everything escaped but what is the package's own."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("headsink.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"share": share, "p": p_value, "figures": figures, "visible": visible}
+    found.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
+    return found
+
+
+def asset(name: str) -> Markup:
+    """A script or style sheet of the package."""
+    return Markup((files("headsink.report") / name).read_text(encoding="utf-8"))
+
+
+@cache
+def scripts() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed."""
+    return Markup(cast(Any, vl_convert).javascript_bundle())
 
 
 def share(value: float | None) -> str:
@@ -77,35 +282,14 @@ def p_value(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 
-def role_counts(rows: list[dict[str, Any]], length: int) -> dict[str, int]:
-    """How many heads have each role at one length, all texts together, most first."""
-    counts: dict[str, int] = defaultdict(int)
-    for row in rows:
-        if row["length"] == length and row["domain"] == charts.POOLED:
-            counts[row["role"]] += 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+def figures(value: float | None, places: int = 2) -> str:
+    return "–" if value is None or value != value else f"{value:.{places}f}"
 
 
-def sink_tokens(census: Census, length: int, most: int = 12) -> list[dict[str, Any]]:
-    """The tokens that draw most attention over all heads and texts, with the share of all attention that each draws.
+def visible(token: str) -> str:
+    """A token with its white space shown."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
-    `first` marks the first token of a text, the sink that everybody knows; the others are counted by what they say.
-    """
-    drawn: dict[tuple[str, bool], float] = defaultdict(float)
-    heads: dict[tuple[str, bool], set[tuple[int, int]]] = defaultdict(set)
-    total = 0
-    for row in census.rows:
-        if row["length"] != length:
-            continue
-        total += 1
-        for position, token, attention in zip(
-            row["top_positions"], row["top_tokens"], row["top_attention"], strict=True
-        ):
-            key = (token, position == 0)
-            drawn[key] += attention
-            heads[key].add((row["layer"], row["head"]))
-    return [
-        {"token": token, "first": first, "share": drawn_share / total, "heads": len(heads[token, first])}
-        for (token, first), drawn_share in sorted(drawn.items(), key=lambda item: -item[1])[:most]
-        if drawn_share / total >= LEAST_SHARE
-    ]
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,308 @@
+"use strict";
+// The page of a census. `state` is what is chosen; `show` draws it. Numbers come from views.py by way of page.py.
+
+const ROLE_COLOURS = {sink: "#0072B2", local: "#E69F00", mixed: "#56B4E9", diffuse: "#BBBBBB", retrieval: "#D55E00"};
+const ELSEWHERE = ["distance", "window", "window_first", "agreement"]; // said in the line above the table
+const MASSES = ["sink", "first", "local", "far", "far_peak", "learned"]; // statistics that are shares of the attention
+const SHADES = 10; // steps of the token view: twice flat attention, four times, ... 1024 times
+const AROUND = 5; // tokens of context on either side of a top key
+const MOST_KEYS = 10;
+
+let data, state, rows, statistics, layers, heads, group;
+const shaded = {}; // text -> what the token view needs of it, unpacked when it is first shown
+
+const array = name => data.arrays[name]?.data;
+const ofHead = (name, per, layer = state.layer, head = state.head) => array(name).subarray((layer * heads + head) * per, (layer * heads + head + 1) * per);
+const key = (length = state.length, domain = state.domain) => `${length}.${domain}`;
+const word = (text, position) => data.words[array(`ids.${text}`)[position]];
+const statistic = name => statistics.find(one => one.name === name);
+
+// Numbers
+
+function viewRows() {
+  const [value, half, uniform, roles] = ["value", "half", "uniform", "roles"].map(name => array(`${key()}.${name}`));
+  const found = [];
+  for (let layer = 0; layer < layers; layer++)
+    for (let head = 0; head < heads; head++) {
+      const row = {layer, head, role: data.roles[roles[layer * heads + head]], halves: {}, uniforms: {}};
+      data.names.forEach((name, n) => {
+        const place = (n * layers + layer) * heads + head;
+        row[name] = number(value[place]);
+        row.halves[name] = number(half[place]);
+        row.uniforms[name] = number(uniform[place]);
+      });
+      found.push(row);
+    }
+  return found;
+}
+
+// The first query that counts, and what flat attention gives each key, as a mean over the queries that count.
+const firstRow = length => Math.min(Math.max(1, Math.floor(length / 4)), length - 1);
+function flatKeys(length) {
+  const first = firstRow(length), found = new Float64Array(length);
+  for (let i = length - 1, sum = 0; i >= 0; i--) {
+    if (i >= first) sum += 1 / (i + 1);
+    found[i] = sum / (length - first);
+  }
+  return found;
+}
+function flatProfile(length) {
+  const first = firstRow(length);
+  return data.distances[length].map(distance => {
+    let sum = 0;
+    for (let i = first; i < length; i++) sum += Math.min(distance, i + 1) / (i + 1);
+    return sum / (length - first);
+  });
+}
+const flat = {};
+const flatOf = length => flat[length] ??= {keys: flatKeys(length), profile: flatProfile(length)};
+
+// The map and its menus
+
+function limitDomains() {
+  const there = data.has[state.length];
+  if (!there.includes(state.domain)) state.domain = 0;
+  [...$("domain").options].forEach((option, n) => { option.disabled = !there.includes(n); });
+}
+
+function showMap() {
+  const chosen = statistic(state.statistic), selected = [{layer: state.layer, head: state.head}];
+  $("map-title").textContent = chosen ? chosen.title[0].toUpperCase() + chosen.title.slice(1) : "Role";
+  if (!chosen) return draw("map", "map-role", {heads: rows, selected}, {}, choose);
+  const shown = rows.map(row => ({...row, value: row[chosen.name], half: row.halves[chosen.name], uniform: row.uniforms[chosen.name]}));
+  const params = {low: chosen.low, high: data.highs[state.length][chosen.name]};
+  return draw("map", `map-${chosen.scale}`, {heads: shown, selected}, params, choose);
+}
+
+function showCounts() {
+  const counts = data.roles.map(role => [role, rows.filter(row => row.role === role).length]).sort((a, b) => b[1] - a[1]);
+  $("counts").replaceChildren(...counts.map(([role, count]) =>
+    element("li", {style: `--c: ${ROLE_COLOURS[role]}`}, element("b", {}, String(count)), ` ${role}`)));
+}
+
+// One head
+
+function showHead() {
+  const row = rows[state.layer * heads + state.head], texts = textsOf(state.length, state.domain).length;
+  const kv = Math.floor(state.head / group), same = Math.round(row.agreement * texts);
+  $("head-title").textContent = `Layer ${state.layer}, head ${state.head} (KV head ${kv})`;
+  const badge = element("span", {class: "badge" + (["sink", "retrieval"].includes(row.role) ? " dark" : ""), style: `--c: ${ROLE_COLOURS[row.role]}`}, row.role);
+  $("head-role").replaceChildren(badge, texts > 1 ? ` in ${same} of ${texts} texts read singly` : " (one text)",
+    ` · median distance ${figures(row.distance)} · window needed ${figures(Math.round(row.window))}, with first tokens only ${figures(Math.round(row.window_first))}`);
+  const chosen = statistic(state.statistic);
+  const half = chosen && row.halves[chosen.name] !== null ? ` ± ${figures(row.halves[chosen.name], 2)}` : "";
+  const uniform = chosen && row.uniforms[chosen.name] !== null ? `, flat attention ${figures(row.uniforms[chosen.name])}` : "";
+  $("said").textContent = `Layer ${state.layer}, head ${state.head}: ${row.role}. ` +
+    (chosen ? `${chosen.title} ${figures(row[chosen.name])}${half}${uniform}.` : "");
+  showScores(row);
+  showKeys();
+  return Promise.all([showProfile(), showWindows()]);
+}
+
+function showScores(row) {
+  const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean ± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
+  const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(({name, title}) => {
+    const value = row[name], half = row.halves[name], uniform = row.uniforms[name];
+    const bar = element("td", {class: "bar"});
+    if (MASSES.includes(name)) {
+      const place = share => `${100 * Math.min(1, Math.max(0, share))}%`;
+      bar.append(element("span", {"aria-hidden": "true"}, element("i", {style: `width: ${place(value)}`}), element("b", {style: `left: ${place(uniform)}`})));
+    }
+    return element("tr", name === state.statistic ? {class: "shown"} : {}, element("th", {scope: "row"}, title.replace(/^attention to (the )?/, "")), bar,
+      element("td", {class: "n"}, figures(value) + (half === null ? "" : ` ± ${figures(half, 2)}`)), element("td", {class: "n"}, figures(uniform ?? NaN)));
+  });
+  $("scores").replaceChildren($("scores").caption, header, element("tbody", {}, ...lines));
+}
+
+const lengthsOf = domain => data.lengths.filter(length => data.has[length].includes(domain));
+
+function showProfile() {
+  const found = [];
+  for (const length of lengthsOf(state.domain)) {
+    const steps = data.distances[length], within = ofHead(`${key(length)}.profile`, steps.length), chosen = length === state.length;
+    steps.forEach((distance, n) => {
+      found.push({distance, within: within[n], line: "this head", length, chosen});
+      if (chosen) found.push({distance, within: flatOf(length).profile[n], line: "flat attention", length, chosen});
+    });
+  }
+  return draw("profile", "profile", {profile: found});
+}
+
+function showWindows() {
+  const found = [], kept = ["first tokens", "floating sinks too"];
+  for (const length of lengthsOf(state.domain)) {
+    const steps = data.windows[length], errors = ofHead(`${key(length)}.errors`, 2 * steps.length);
+    kept.forEach((name, k) => steps.forEach((window, n) =>
+      found.push({window, error: Math.max(errors[k * steps.length + n], 1e-6), kept: name, length, chosen: length === state.length})));
+  }
+  return draw("window", "window", {errors: found});
+}
+
+const textsOf = (length, domain) => data.texts.map((text, n) => ({...text, n}))
+  .filter(text => text.lengths.includes(length) && (domain === 0 || text.domain === data.domains[domain]));
+
+function showKeys() {
+  const found = [];
+  for (const text of textsOf(state.length, state.domain)) {
+    const name = `${text.n}.${state.length}`, per = data.arrays[`${name}.top`].shape[2];
+    const [top, drawn, sink] = ["top", "drawn", "sink"].map(part => ofHead(`${name}.${part}`, per));
+    top.forEach((position, n) => { if (position >= 0) found.push({text, position, attention: drawn[n], sink: sink[n]}); });
+  }
+  found.sort((a, b) => b.attention - a.attention);
+  const columns = ["in its text", "token", "position", "attention", "× flat", ""];
+  const header = element("thead", {}, element("tr", {}, ...columns.map(title => element("th", {scope: "col"}, title))));
+  const {first} = data.limits[state.length];
+  const lines = found.slice(0, MOST_KEYS).map(({text, position, attention, sink}) => {
+    const around = (from, to) => {
+      let said = "";
+      for (let at = Math.max(0, from); at < Math.min(to, state.length); at++) said += word(text.n, at);
+      return visible(said);
+    };
+    const context = element("td", {class: "context"}, around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
+    const mark = sink ? element("span", {class: "floating-sink"}, "floating sink") : position < first ? element("span", {class: "first-token"}, "first tokens") : "";
+    return element("tr", {}, context, element("td", {}, element("code", {class: "token"}, visible(word(text.n, position)).replaceAll(" ", "␣"))),
+      element("td", {class: "n"}, `${position} of ${text.name}`), element("td", {class: "n"}, figures(attention)),
+      element("td", {class: "n"}, figures(attention / flatOf(state.length).keys[position])), element("td", {}, mark));
+  });
+  $("keys").replaceChildren(header, element("tbody", {}, ...lines));
+}
+
+// The token view
+
+const ramp = Array.from({length: SHADES + 1}, (_, n) => { // white to dark blue, one hue, lighter is less
+  const [from, to] = [[255, 255, 255], [8, 48, 107]];
+  return {background: `rgb(${from.map((c, k) => Math.round(c + (to[k] - c) * n / SHADES)).join(" ")})`, color: n > SHADES / 2 ? "white" : "#1c2430"};
+});
+
+function showRamp() {
+  $("ramp").replaceChildren(...[0, 2, 4, 6, 8, 10].map(n => element("span", {style: `background: ${ramp[n].background}; color: ${ramp[n].color}`}, n ? `${2 ** n}` : "≤ 1")));
+}
+
+async function showText() {
+  const text = state.text;
+  const {arrays, length} = shaded[text] ??= await unpack(`text-${text}`);
+  if (text !== state.text) return; // another was chosen meanwhile
+  $("text-head").textContent = `first ${length.toLocaleString("en-US")} tokens, as layer ${state.layer}, head ${state.head} attends to them at that length`;
+  const box = $("tokens");
+  if (box.dataset.text !== String(text)) {
+    box.dataset.text = text;
+    box.dataset.at = -1;
+    box.scrollTop = 0;
+    box.replaceChildren(...Array.from({length}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
+  }
+  const kv = Math.floor(state.head / group), most = arrays.floating.shape[2], first = data.limits[length].first;
+  const floating = new Set(arrays.floating.data.subarray((state.layer * layersKv() + kv) * most, (state.layer * layersKv() + kv + 1) * most));
+  const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * length, (state.layer * heads + state.head + 1) * length);
+  [...box.children].forEach((span, n) => {
+    const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = attention / flatOf(length).keys[n];
+    const {background, color} = ramp[Math.min(SHADES, Math.max(0, Math.round(Math.log2(times))))];
+    Object.assign(span.style, {background, color});
+    span.className = floating.has(n) ? "floating-sink" : n < first ? "first-token" : "";
+    span.said = () => `${JSON.stringify(word(text, n))}, position ${n}: attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` +
+      (floating.has(n) ? `; floating sink of KV head ${kv}` : n < first ? "; one of the first tokens" : "");
+  });
+  if (Number(box.dataset.at) >= 0) say(Number(box.dataset.at));
+}
+const layersKv = () => data.shape[2];
+
+function say(place) {
+  const box = $("tokens"), spans = box.children;
+  place = Math.min(spans.length - 1, Math.max(0, place));
+  spans[box.dataset.at]?.classList.remove("at");
+  spans[place].classList.add("at");
+  box.dataset.at = place;
+  $("token-said").textContent = spans[place].said();
+}
+
+// The rest that follows the menus
+
+function showPairs() {
+  const pairs = array(`${key()}.pairs`), rate = array(`${key()}.rate`), found = [];
+  for (let a = 0; a < layers; a++)
+    for (let b = a + 1; b < layers; b++)
+      if (rate[a] > 0) found.push({a, b, found: pairs[a * layers + b], base: rate[b], lift: pairs[a * layers + b] - rate[b]});
+  return draw("pairs", "pairs", {pairs: found});
+}
+
+function showLayers() {
+  const where = `${state.length} tokens, ${data.domains[state.domain]}`;
+  $("errors-title").dataset.title = `Error of a window of ${data.near[state.length]}`;
+  for (const title of document.querySelectorAll(".of-view")) {
+    title.dataset.title ??= title.textContent;
+    title.textContent = `${title.dataset.title} (${where})`;
+  }
+  return Promise.all([draw("layers", "layers", {heads: rows}), draw("errors", "errors", {heads: rows})]);
+}
+
+// What is chosen
+
+function readState() {
+  const asked = fromAddress(), last = data.lengths.at(-1);
+  const length = data.lengths.includes(Number(asked.length)) ? Number(asked.length) : last;
+  const domain = Math.max(0, data.domains.indexOf(asked.domain));
+  const name = asked.statistic === "role" || statistic(asked.statistic) ? asked.statistic : "sink";
+  const texts = [...$("shaded").options].map(option => Number(option.value));
+  state = {length, domain, statistic: name, text: texts.includes(Number(asked.text)) ? Number(asked.text) : texts[0]};
+  limitDomains();
+  rows = viewRows();
+  const best = rows.reduce((a, b) => b.sink - b.first > a.sink - a.first ? b : a); // at first: a head that rests on floating sinks
+  state.layer = within(asked.layer, 0, layers - 1, best.layer);
+  state.head = within(asked.head, 0, heads - 1, best.head);
+}
+
+function showMenus() {
+  for (const name of ["length", "domain", "statistic", "layer", "head"]) $(name).value = state[name];
+  $("shaded").value = state.text;
+}
+
+let pending = Promise.resolve();
+function show(wholeView) {
+  showMenus();
+  const asked = [showMap(), showHead(), showText()];
+  if (wholeView) showCounts(), asked.push(showLayers(), showPairs());
+  return pending = Promise.all(asked).catch(fail);
+}
+
+// A choice by the reader: draws it, and puts it in the address.
+function choose(change) {
+  const before = key();
+  for (const name of ["layer", "head", "length", "domain", "statistic", "text"]) if (name in change) state[name] = change[name];
+  if (change.domain > 0) { // the token view goes along to a text of that kind
+    const text = [...$("shaded").options].find(option => data.texts[option.value].domain === data.domains[state.domain]);
+    if (text) state.text = Number(text.value);
+  }
+  limitDomains();
+  if (key() !== before) rows = viewRows();
+  toAddress({...state, domain: data.domains[state.domain]});
+  return show(key() !== before);
+}
+
+const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
+
+async function start() {
+  data = await unpack("data");
+  ({statistics} = data);
+  [layers, heads] = data.shape;
+  group = heads / data.shape[2];
+  options($("length"), data.lengths.map(length => [length, `${length} tokens`]));
+  options($("domain"), data.domains.map((domain, n) => [n, domain]));
+  options($("statistic"), [["role", "role"], ...statistics.map(one => [one.name, one.title])]);
+  options($("shaded"), data.texts.map((text, n) => [n, text.name]).filter(([n]) => $(`text-${n}`)));
+  showRamp();
+  readState();
+  for (const name of ["length", "domain", "statistic"])
+    $(name).addEventListener("change", () => choose({[name]: name === "statistic" ? $(name).value : Number($(name).value)}));
+  $("shaded").addEventListener("change", () => choose({text: Number($("shaded").value)}));
+  for (const [name, count] of [["layer", layers], ["head", heads]])
+    $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
+  arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
+  arrows($("tokens"), (down, right) => say(Number($("tokens").dataset.at) + right + 10 * down));
+  $("tokens").addEventListener("mouseover", event => event.target.said && say([...$("tokens").children].indexOf(event.target)));
+  window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
+  await show(true);
+  ready();
+  await drawRest(["windows", "law", "norms", "tau", "lengths", "roles-by-text", "same-roles"]);
+  document.documentElement.dataset.complete = "";
+}
+
+start().catch(fail);

@@ -1,0 +1,102 @@
+"use strict";
+// What the pages share: unpacking the numbers, drawing charts, the map with its keyboard, the choice kept in the address.
+
+const $ = id => document.getElementById(id);
+const TYPES = {f4: Float32Array, i4: Int32Array, u1: Uint8Array};
+
+// Text of a token or prompt only ever enters the page as text, never as markup.
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+// What views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
+async function unpack(id) {
+  const response = await fetch("data:application/gzip;base64," + $(id).textContent);
+  const buffer = await new Response(response.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  const size = new DataView(buffer).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
+  for (const [name, [type, offset, shape]] of Object.entries(header.arrays)) {
+    const count = shape.reduce((a, b) => a * b, 1);
+    header.arrays[name] = {data: new TYPES[type](buffer, 4 + size + offset, count), shape};
+  }
+  return header;
+}
+
+const number = value => Number.isFinite(value) ? value : null; // charts leave null out, NaN they would draw
+
+const drawn = {}; // id of the element -> {name, view}, and the last drawing of it that was asked for
+const queue = {};
+
+// Draw the chart SPECS[name] in the element `id`; if it is there already, change its data and params only.
+function draw(id, name, datasets = {}, params = {}, onClick = null) {
+  queue[id] = (queue[id] ?? Promise.resolve()).then(async () => {
+    if (drawn[id]?.name === name) {
+      const {view} = drawn[id];
+      for (const [key, rows] of Object.entries(datasets)) view.data(key, rows);
+      for (const [key, value] of Object.entries(params)) view.signal(key, value);
+      return view.runAsync();
+    }
+    const spec = structuredClone(SPECS[name]);
+    spec.datasets = {...spec.datasets, ...datasets};
+    for (const param of spec.params ?? []) if (param.name in params) param.value = params[param.name];
+    drawn[id]?.view.finalize();
+    const {view} = await vegaEmbed($(id), spec, {
+      renderer: "svg",
+      actions: {export: true, source: false, compiled: false, editor: false},
+      scaleFactor: {png: 3, svg: 1},
+      downloadFileName: `headsink-${name}`,
+    });
+    if (onClick) view.addEventListener("click", (_, item) => item?.datum?.layer !== undefined && onClick(item.datum));
+    drawn[id] = {name, view};
+  });
+  return queue[id];
+}
+
+// Charts that do not follow the menus are drawn one by one when the rest is there.
+async function drawRest(names) {
+  for (const name of names.filter(name => name in SPECS && $(name))) {
+    await new Promise(resolve => setTimeout(resolve));
+    await draw(name, name);
+  }
+}
+
+function options(select, entries) {
+  select.replaceChildren(...entries.map(([value, text]) => element("option", {value}, text)));
+}
+
+// Arrow keys, Home and End on the map: move(layers, heads) by so many.
+function arrows(target, move) {
+  const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+  target.addEventListener("keydown", event => {
+    if (!(event.key in steps) || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    move(...steps[event.key]);
+  });
+}
+
+// The choice lives in the address after "#?", so that what is seen can be linked; "#name" alone stays a link to a section.
+const fromAddress = () => location.hash.startsWith("#?") ? Object.fromEntries(new URLSearchParams(location.hash.slice(2))) : {};
+const toAddress = state => history.replaceState(null, "", "#?" + new URLSearchParams(state));
+
+const within = (value, low, high, otherwise) => {
+  const found = Math.trunc(Number(value));
+  return value !== undefined && value !== "" && found >= low && found <= high ? found : otherwise;
+};
+
+function figures(value, digits = 3) {
+  if (!Number.isFinite(value)) return "–";
+  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en-US");
+  return Number(value.toPrecision(digits)).toString().replace(/^(-?\d)\.?(\d*)e(.*)$/, (all, a, b, c) => `${a}${b ? "." + b : ""}e${c}`);
+}
+
+const visible = token => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+function fail(error) {
+  console.error(error);
+  document.body.prepend(element("p", {role: "alert"}, `This report could not be drawn: ${error.message}`));
+}
+
+const ready = () => { document.documentElement.dataset.ready = Math.round(performance.now()); };

@@ -1,0 +1,161 @@
+"""The map of the heads, and the charts of the one that is selected on it.
+
+All read named data, which the page puts in: "heads" (one row for each), "selected" (layer, head), and what the docstrings name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from headsink.census.roles import EPSILON
+from headsink.report.charts import ABOVE, BLUE, VERMILION, role_colour
+
+MAP_WIDTH, MAP_HEIGHT = 330, 620  # pixels that a map may take, as long as its cells can be hit
+LEAST_CELL, MOST_CELL = 9, 30
+LETTERED = 14  # pixels of a cell from which the letter of its role can be read
+
+
+def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1) -> alt.LayerChart:
+    """Layer x head, coloured by `value`. Named data: heads (layer, head, role, value, half, uniform), selected (layer, head)."""
+    calculate = {
+        "shown": "format(datum.value, '.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
+        "flat": "isValid(datum.uniform) ? format(datum.uniform, '.3~g') : '–'",
+    }
+    tooltip = [*_who(), alt.Tooltip("shown:N", title="mean ± 95 %"), alt.Tooltip("flat:N", title="flat attention")]
+    limits = {"domainMin": alt.expr("low"), "domainMax": alt.expr("high"), "clamp": True}
+    axis: dict[str, Any] = {"format": "~s"} if scale != "linear" else {}
+    colour = alt.Color("value:Q", title=None).scale(type=scale, scheme="viridis", **limits)  # type: ignore[arg-type]
+    cells = (
+        _cells(shape)
+        .transform_calculate(**calculate)
+        .encode(color=colour.legend(gradientLength=160, **axis), tooltip=tooltip)
+    )
+    return _map(shape, cells).add_params(alt.param("low", value=low), alt.param("high", value=high))
+
+
+def role_map(shape: tuple[int, int]) -> alt.LayerChart:
+    """Layer x head, coloured by role, with its letter where there is room. Named data as for `head_map`."""
+    cells = _cells(shape).encode(color=role_colour(), tooltip=_who())
+    letters = (
+        alt.Chart(alt.NamedData("heads"))
+        .transform_calculate(letter="upper(substring(datum.role, 0, 1))")
+        .mark_text(fontSize=10, aria=False, tooltip=False)
+        .encode(
+            **_axes(shape),
+            text="letter:N",
+            color=alt.condition(
+                "datum.role == 'sink' || datum.role == 'retrieval'", alt.value("white"), alt.value("black")
+            ),
+        )
+    )
+    return _map(shape, cells, *([letters] if min(cell(shape)) >= LETTERED else []))
+
+
+def change_map(shape: tuple[int, int]) -> alt.LayerChart:
+    """How far each head moved. Named data: heads (layer, head, value, half, beyond), selected."""
+    calculate = {
+        "shown": "format(datum.value, '+.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
+        "sides": "format(datum.before, '.3~g') + ' → ' + format(datum.after, '.3~g')",
+    }
+    colour = alt.Color("value:Q", title=None).scale(
+        scheme="purpleorange", reverse=True, domainMin=alt.expr("-high"), domainMax=alt.expr("high"), clamp=True
+    )
+    tooltip = [
+        "layer:O",
+        "head:O",
+        alt.Tooltip("sides:N", title="means"),
+        alt.Tooltip("shown:N", title="change ± 95 %"),
+    ]
+    cells = _cells(shape).transform_calculate(**calculate).encode(color=colour, tooltip=tooltip)
+    beyond = (
+        alt.Chart(alt.NamedData("heads"))
+        .transform_filter("datum.beyond")
+        .mark_point(shape="circle", filled=True, size=14, color="black", aria=False, tooltip=False)
+        .encode(**_axes(shape))
+    )
+    return _map(shape, cells, beyond).add_params(alt.param("high", value=1))
+
+
+def cell(shape: tuple[int, int]) -> tuple[float, float]:
+    """Width and height of a head on the maps, in pixels."""
+    layers, heads = shape
+    return tuple(min(MOST_CELL, max(LEAST_CELL, size)) for size in (MAP_WIDTH // heads, MAP_HEIGHT // layers))  # type: ignore[return-value]
+
+
+def _cells(shape: tuple[int, int]) -> alt.Chart:
+    return alt.Chart(alt.NamedData("heads")).mark_rect(aria=False, cursor="pointer").encode(**_axes(shape))
+
+
+def _selected(shape: tuple[int, int]) -> list[alt.Chart]:
+    """A frame that shows on any colour: black around white."""
+    frame = alt.Chart(alt.NamedData("selected")).encode(**_axes(shape))
+    return [
+        frame.mark_rect(fill=None, stroke=colour, strokeWidth=width, aria=False, tooltip=False)
+        for colour, width in (("black", 4.5), ("white", 1.5))
+    ]
+
+
+def _axes(shape: tuple[int, int]) -> dict[str, Any]:
+    layers, heads = shape
+    axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False)
+    return {
+        "x": alt.X("head:O", title="query head", axis=axis, scale=alt.Scale(domain=list(range(heads)))),
+        "y": alt.Y("layer:O", title="layer", axis=axis, scale=alt.Scale(domain=list(range(layers)))),
+    }
+
+
+def _map(shape: tuple[int, int], *marks: alt.Chart) -> alt.LayerChart:
+    layers, heads = shape
+    width, height = cell(shape)
+    return alt.layer(*marks, *_selected(shape)).properties(width=width * heads, height=height * layers)
+
+
+def _who() -> list[Any]:
+    return [alt.Tooltip("layer:O"), alt.Tooltip("head:O"), alt.Tooltip("role:N")]
+
+
+def profile() -> alt.Chart:
+    """Attention within a distance. Named data: profile (distance, within, line, length, chosen)."""
+    lines = {"this head": BLUE, "flat attention": "#777777"}
+    return (
+        alt.Chart(alt.NamedData("profile"))
+        .mark_line(interpolate="monotone", point={"size": 18})
+        .encode(
+            x=alt.X("distance:Q", title="keys back, the query's own included").scale(type="log", base=2, nice=False),
+            y=alt.Y("within:Q", title="attention within").scale(domain=[0, 1]).axis(format="%"),
+            color=alt.Color("line:N", sort=list(lines), legend=ABOVE).scale(
+                domain=list(lines), range=list(lines.values())
+            ),
+            strokeDash=alt.StrokeDash("line:N", sort=list(lines), legend=None),
+            opacity=alt.condition("datum.chosen", alt.value(1), alt.value(0.22)),
+            detail="length:N",
+            tooltip=["line:N", "length:Q", "distance:Q", alt.Tooltip("within:Q", format=".3f")],
+        )
+        .properties(width=300, height=190)
+    )
+
+
+def window_errors() -> alt.LayerChart:
+    """What a window costs. Named data: errors (window, error, kept, length, chosen)."""
+    kept = {"first tokens": VERMILION, "floating sinks too": BLUE}
+    lines = (
+        alt.Chart(alt.NamedData("errors"))
+        .mark_line(point={"size": 18})
+        .encode(
+            x=alt.X("window:O", title="window, keys").axis(labelAngle=0, labelOverlap=True),
+            y=alt.Y("error:Q", title="output error").scale(type="log", clamp=True).axis(format="~g", tickCount=5),
+            color=alt.Color("kept:N", sort=list(kept), legend=ABOVE).scale(
+                domain=list(kept), range=list(kept.values())
+            ),
+            strokeDash=alt.StrokeDash("kept:N", sort=list(kept), legend=None).scale(range=[[5, 3], [1, 0]]),
+            opacity=alt.condition("datum.chosen", alt.value(1), alt.value(0.22)),
+            detail="length:N",
+            tooltip=["kept:N", "length:Q", "window:O", alt.Tooltip("error:Q", format=".2~e")],
+        )
+    )
+    allowed = (
+        alt.Chart(alt.Data(values=[{"error": EPSILON}])).mark_rule(strokeDash=[2, 3], color="#333").encode(y="error:Q")
+    )
+    return alt.layer(lines, allowed).properties(width=300, height=190)

@@ -1,0 +1,99 @@
+"""A headless Chromium for the tests of the report, driven over the WebDriver protocol (W3C), which is JSON over HTTP."""
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+INSTALLED = bool(shutil.which("chromium") and shutil.which("chromedriver"))
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004"}
+PATIENCE = 30.0  # seconds that a page may take before a test gives up
+
+
+class Browser:
+    def __init__(self, session: str):
+        self.session = session
+
+    def run(self, script: str, *arguments):
+        """What a JavaScript function body returns; a promise is waited for."""
+        return _call("POST", f"{self.session}/execute/sync", script=script, args=list(arguments))
+
+    def open(self, url: str) -> float:
+        """Open a page and wait until it says that it is ready: milliseconds from the start of the navigation to there."""
+        _call("POST", f"{self.session}/url", url="about:blank")
+        _call("POST", f"{self.session}/url", url=url)
+        self.wait("return document.documentElement.dataset.complete !== undefined")
+        return float(self.run("return document.documentElement.dataset.ready"))
+
+    def wait(self, condition: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while not self.run(condition):
+            assert time.monotonic() < end, f"never true: {condition}"
+            time.sleep(0.02)
+
+    def click(self, x: float, y: float) -> None:
+        """Press the mouse at a point of the viewport."""
+        moves = [{"type": "pointerMove", "x": round(x), "y": round(y)}, {"type": "pointerDown"}, {"type": "pointerUp"}]
+        _call("POST", f"{self.session}/actions", actions=[{"type": "pointer", "id": "mouse", "actions": moves}])
+
+    def press(self, *keys: str) -> None:
+        """Press keys, as named in KEYS, on whatever has the focus."""
+        actions = [{"type": kind, "value": KEYS[key]} for key in keys for kind in ("keyDown", "keyUp")]
+        _call("POST", f"{self.session}/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    def console(self) -> list[str]:
+        """Errors and warnings of the page since the last call."""
+        return [
+            f"{entry['level']}: {entry['message']}" for entry in _call("POST", f"{self.session}/se/log", type="browser")
+        ]
+
+    def dialog(self) -> bool:
+        """Whether an alert is open."""
+        try:
+            _call("GET", f"{self.session}/alert/text")
+        except urllib.error.HTTPError as error:
+            return error.code != 404
+        return True
+
+    def picture(self) -> bytes:
+        return base64.b64decode(_call("GET", f"{self.session}/screenshot"))
+
+
+@contextmanager
+def browser(profile, width: int = 1400, height: int = 1100):
+    """A browser with a profile folder of its own."""
+    command = [shutil.which("chromedriver"), "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        try:
+            port = next(
+                line.split("port ")[1].strip(" .\n") for line in driver.stdout if "started successfully" in line
+            )
+            options = {
+                "binary": shutil.which("chromium"),
+                "args": [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"],
+            }
+            wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+            root = f"http://127.0.0.1:{port}/session"
+            session = f"{root}/{_call('POST', root, capabilities={'alwaysMatch': wanted})['sessionId']}"
+            try:
+                yield Browser(session)
+            finally:
+                _call("DELETE", session)
+        finally:
+            driver.terminate()
+
+
+def _call(method: str, address: str, **body):
+    data = json.dumps(body).encode() if method == "POST" else None
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the machine is not for this
+    with direct.open(request, timeout=PATIENCE) as answer:
+        return json.load(answer)["value"]
