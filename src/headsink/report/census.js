@@ -100,7 +100,7 @@ function showHead() {
 }
 
 function showScores(row) {
-  const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean ± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
+  const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean", "± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
   const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(({name, title}) => {
     const value = row[name], half = row.halves[name], uniform = row.uniforms[name];
     const bar = element("td", {class: "bar"});
@@ -109,7 +109,7 @@ function showScores(row) {
       bar.append(element("span", {"aria-hidden": "true"}, element("i", {style: `width: ${place(value)}`}), element("b", {style: `left: ${place(uniform)}`})));
     }
     return element("tr", name === state.statistic ? {class: "shown"} : {}, element("th", {scope: "row"}, title.replace(/^attention to (the )?/, "")), bar,
-      element("td", {class: "n"}, figures(value) + (half === null ? "" : ` ± ${figures(half, 2)}`)), element("td", {class: "n"}, figures(uniform ?? NaN)));
+      ...[[value, 3], [half, 2], [uniform, 3]].map(([figure, digits]) => element("td", {class: "n"}, figures(figure ?? NaN, digits))));
   });
   $("scores").replaceChildren($("scores").caption, header, element("tbody", {}, ...lines));
 }
@@ -149,7 +149,7 @@ function showKeys() {
     top.forEach((position, n) => { if (position >= 0) found.push({text, position, attention: drawn[n], sink: sink[n]}); });
   }
   found.sort((a, b) => b.attention - a.attention);
-  const columns = ["in its text", "token", "position", "attention", "× flat", ""];
+  const columns = ["in its text", "token", "text", "position", "attention", "× flat", ""];
   const header = element("thead", {}, element("tr", {}, ...columns.map(title => element("th", {scope: "col"}, title))));
   const {first} = data.limits[state.length];
   const lines = found.slice(0, MOST_KEYS).map(({text, position, attention, sink}) => {
@@ -161,7 +161,7 @@ function showKeys() {
     const context = element("td", {class: "context"}, around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
     const mark = sink ? element("span", {class: "floating-sink"}, "floating sink") : position < first ? element("span", {class: "first-token"}, "first tokens") : "";
     return element("tr", {}, context, element("td", {}, element("code", {class: "token"}, visible(word(text.n, position)).replaceAll(" ", "␣"))),
-      element("td", {class: "n"}, `${position} of ${text.name}`), element("td", {class: "n"}, figures(attention)),
+      element("td", {class: "n"}, text.name), element("td", {class: "n"}, String(position)), element("td", {class: "n"}, figures(attention)),
       element("td", {class: "n"}, figures(attention / flatOf(state.length).keys[position])), element("td", {}, mark));
   });
   $("keys").replaceChildren(header, element("tbody", {}, ...lines));

@@ -17,7 +17,7 @@ from headsink.census.floating import tau_evidence
 from headsink.census.roles import ROLES
 from headsink.census.statistics import TOKENS
 from headsink.census.transfer import RULES
-from headsink.report.views import POOLED
+from headsink.report.views import POOLED, number
 
 if TYPE_CHECKING:
     from headsink.census.census import Census
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, SKY, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#BBBBBB"
 ROLE_COLOURS = {"sink": BLUE, "local": ORANGE, "mixed": SKY, "diffuse": GREY, "retrieval": VERMILION}
 MASS_COLOURS = {"sink": BLUE, "local": ORANGE, "far": GREY, "learned": GREEN}
+Drawn = Any  # a chart: what Altair layers has no one type
 CONFIG: dict[str, Any] = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
@@ -35,10 +36,14 @@ CONFIG: dict[str, Any] = {
 }
 FILLED = alt.Legend(orient="top", title=None, symbolType="square", symbolSize=120)
 ABOVE = alt.Legend(orient="top", title=None)
+ERROR_AXIS: dict[str, Any] = {
+    "tickCount": 5,
+    "labelExpr": "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')",
+}
 WIDE, NARROW = {"width": 540, "height": 200}, {"width": 340, "height": 210}
 
 
-def spec(chart: Any, title: str | None = None) -> dict[str, Any]:
+def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
     """As JSON that Vega-Lite reads."""
     if title is not None:
         chart = chart.properties(title=title)
@@ -52,7 +57,7 @@ def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any
 
 def masses_by_layer(learned: bool) -> alt.Chart:
     """Where the attention of each layer goes, mean over its heads; learned: the model has learned sinks. Named data: heads."""
-    masses = [mass for mass in MASS_COLOURS if learned or mass != "learned"]
+    masses: list[Any] = [mass for mass in MASS_COLOURS if learned or mass != "learned"]
     ranks = " : ".join(f"datum.kind == '{kind}' ? {n}" for n, kind in enumerate(MASS_COLOURS)) + " : 9"
     return (
         alt.Chart(alt.NamedData("heads"))
@@ -86,7 +91,7 @@ def errors_by_layer() -> alt.Chart:
         .mark_line(point={"size": 22})
         .encode(
             x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
-            y=alt.Y("median(error):Q", title="output error, median").scale(type="log").axis(format="~g", tickCount=5),
+            y=alt.Y("median(error):Q", title="output error, median").scale(type="log").axis(**ERROR_AXIS),
             color=alt.Color("kept:N", sort=list(kept.values()), legend=ABOVE).scale(
                 domain=list(kept.values()), range=[VERMILION, BLUE]
             ),
@@ -171,7 +176,7 @@ def norms_by_layer(census: Census, length: int) -> alt.Chart:
     )
 
 
-def tau(census: Census, length: int) -> alt.LayerChart:
+def tau(census: Census, length: int) -> Drawn:
     """Attention for each key by its value norm: where it falls to that of flat attention, sinks end."""
     rows = [row for row in tau_evidence(census, length) if row["density"]]
     used = [{"tau": census.settings["limits"]["tau"], "density": 1}]
@@ -205,7 +210,7 @@ def windows_needed(census: Census) -> alt.Chart:
                 rows.append({"length": length, "kept": name, "window": window, "share": share})
     return (
         alt.Chart(alt.Data(values=rows))
-        .mark_line(point={"size": 18})
+        .mark_line()
         .encode(
             x=alt.X("window:Q", title="window, keys")
             .scale(type="symlog", constant=8, nice=False)
@@ -215,7 +220,7 @@ def windows_needed(census: Census) -> alt.Chart:
             strokeDash=alt.StrokeDash("kept:N", title="kept beside it", sort=["floating sinks too", "first tokens"]),
             tooltip=["length:O", "kept:N", "window:Q", alt.Tooltip("share:Q", format=".0%")],
         )
-        .properties(width=420, height=220)
+        .properties(width=400, height=200)
     )
 
 
@@ -226,14 +231,16 @@ def exponents(census: Census) -> alt.Chart | None:
         return None
     scale, exponent = fitted
     last = census.window_needed(census.lengths[-1], heads="kv")
-    rows = _each({"exponent": exponent, "scale": scale, "window": last})
+    rows = each({"exponent": exponent, "scale": scale, "window": last})
     return (
         alt.Chart(alt.Data(values=rows))
         .mark_point(filled=True, size=45, opacity=0.85)
         .encode(
             x=alt.X("layer:O", title="layer").axis(labelAngle=0, labelOverlap=True),
             y=alt.Y("exponent:Q", title="exponent of the length"),
-            color=alt.Color("window:Q", title=f"at {census.lengths[-1]} tokens").scale(type="symlog", scheme="viridis"),
+            color=alt.Color("window:Q", title=f"window at {census.lengths[-1]} tokens")
+            .scale(type="symlog", scheme="viridis", domain=[0, census.lengths[-1]])
+            .legend(orient="top", gradientLength=160, format="d", values=thirds(census.lengths[-1])),
             tooltip=[
                 "layer:O",
                 alt.Tooltip("head:O", title="KV head"),
@@ -272,7 +279,7 @@ def roles_by_text(census: Census) -> alt.Chart:
     )
 
 
-def same_roles(census: Census, length: int) -> alt.LayerChart:
+def same_roles(census: Census, length: int) -> Drawn:
     """Share of heads that have the same role on two kinds of text."""
     domains = [domain for domain in census.domains if census.has(length, domain)]
     roles = {domain: list(chain(*census.roles(length, domain))) for domain in domains}
@@ -298,11 +305,16 @@ def role_colour() -> alt.Color:
     ).scale(domain=list(ROLES), range=[ROLE_COLOURS[name] for name in ROLES])
 
 
-def _each(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+def thirds(high: float) -> list[int]:
+    """Where to put figures on a nearly logarithmic (symlog) scale from 0 to high."""
+    return [round((1 + high) ** (n / 3) - 1) for n in range(4)]
+
+
+def each(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
     """A row for every layer and head: [layers, heads] each."""
     layers, heads = next(iter(columns.values())).shape
     return [
-        {"layer": layer, "head": head} | {name: float(column[layer, head]) for name, column in columns.items()}
+        {"layer": layer, "head": head} | {name: number(column[layer, head]) for name, column in columns.items()}
         for layer in range(layers)
         for head in range(heads)
     ]

@@ -1,13 +1,116 @@
-"""Write the report of a comparison."""
+"""Write the report of a comparison: which heads moved from the first run to another, one HTML file and pictures."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import vl_convert
+from torch import Tensor
+
+from headsink.census.roles import ROLES
+from headsink.report import charts, maps
+from headsink.report.page import PIXELS, environment
+from headsink.report.views import STATISTICS, packed
 
 if TYPE_CHECKING:
-    from headsink.census.compare import Comparison
+    from headsink.census.compare import Comparison, View
+
+SAID = 200  # letters of a setting that are shown
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    raise NotImplementedError
+    """Write one HTML file. Text that comes from models, prompts or names of runs is escaped."""
+    text = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            names=comparison.names,
+            differing=_differing(comparison),
+            heads=comparison.heads,
+            changed=len(comparison.changed),
+            shape=comparison.views[0].before.shape,
+            specs={"map": charts.spec(maps.change_map(_shape(comparison)))},
+            data=_data(comparison),
+        )
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
+    """Write the maps of what is compared on all texts (or the first kind) as `figure-change-<score>-<length>.png` and `.svg`."""
+    runs = list(comparison.names[1:])
+    for view in comparison.views:
+        if view.domains != comparison.views[0].domains:
+            continue
+        high = _high(comparison, view.score)
+        spec = charts.spec(
+            maps.change_map(_shape(comparison), high), [_title(view.score), f"{comparison.names[0]} → {view.run}"]
+        )
+        svg = vl_convert.vegalite_to_svg(charts.filled(spec, heads=_rows(view), selected=[]))
+        number = f"-{runs.index(view.run) + 2}" if len(runs) > 1 else ""
+        name = f"figure-change-{view.score}-{view.lengths[1]}{number}"
+        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        (folder / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
+
+
+def _data(comparison: Comparison) -> str:
+    arrays: dict[str, Tensor] = {}
+    for n, view in enumerate(comparison.views):
+        parts = {"before": view.before, "after": view.after, "change": view.change.mean, "half": view.change.half}
+        arrays |= {f"{n}.{name}": array for name, array in parts.items()}
+    scores = dict.fromkeys(view.score for view in comparison.views)
+    return packed(
+        arrays,
+        names=comparison.names,
+        shape=_shape(comparison),
+        roles=ROLES,
+        scores=[{"name": name, "title": _title(name), "high": _high(comparison, name)} for name in scores],
+        views=[view.to_dict() for view in comparison.views],
+        changed=comparison.changed,
+    )
+
+
+def _rows(view: View) -> list[dict[str, Any]]:
+    """One row for each head, as `maps.change_map` reads them."""
+    columns = {"before": view.before, "after": view.after, "value": view.change.mean, "half": view.change.half}
+    rows = charts.each(columns)
+    return [row | {"beyond": row["half"] is not None and abs(row["value"]) > row["half"]} for row in rows]
+
+
+def _high(comparison: Comparison, score: str) -> float:
+    """The end of a score's scale: the largest change anywhere, so that lengths and kinds of text can be compared."""
+    return max(1e-6, *(float(view.change.mean.abs().max()) for view in comparison.views if view.score == score))
+
+
+def _differing(comparison: Comparison) -> dict[str, list[str]]:
+    """What differs between the settings of the runs, a line for each, cut to what can be read."""
+    found: dict[str, list[str]] = {}
+    for key, values in comparison.settings.items():
+        if key == "texts":
+            found[key] = [", ".join(f"{t['domain']} {t['number']} ({t['tokens']})" for t in texts) for texts in values]
+        elif isinstance(values[0], dict):
+            for part in dict.fromkeys(part for value in values for part in value):
+                parts = [value.get(part) for value in values]
+                if any(one != parts[0] for one in parts):
+                    found[f"{key}: {part}"] = [_said(one) for one in parts]
+        else:
+            found[key] = [_said(value) for value in values]
+    return {
+        key: [value if len(value) <= SAID else value[:SAID] + " …" for value in values] for key, values in found.items()
+    }
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _title(score: str) -> str:
+    title = STATISTICS[score].title
+    return title[:1].upper() + title[1:]
+
+
+def _shape(comparison: Comparison) -> tuple[int, int]:
+    layers, heads = comparison.views[0].before.shape
+    return layers, heads

@@ -10,32 +10,37 @@ from typing import Any
 import altair as alt
 
 from headsink.census.roles import EPSILON
-from headsink.report.charts import ABOVE, BLUE, VERMILION, role_colour
+from headsink.report.charts import ABOVE, BLUE, ERROR_AXIS, VERMILION, Drawn, role_colour
 
 MAP_WIDTH, MAP_HEIGHT = 330, 620  # pixels that a map may take, as long as its cells can be hit
+THIRDS = [
+    f"round(exp({n} / 3 * log(1 + high)) - 1)" for n in range(4)
+]  # of a scale from 0 to high that is nearly logarithmic
 LEAST_CELL, MOST_CELL = 9, 30
 LETTERED = 14  # pixels of a cell from which the letter of its role can be read
 
 
-def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1) -> alt.LayerChart:
+def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1) -> Drawn:
     """Layer x head, coloured by `value`. Named data: heads (layer, head, role, value, half, uniform), selected (layer, head)."""
     calculate = {
         "shown": "format(datum.value, '.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
         "flat": "isValid(datum.uniform) ? format(datum.uniform, '.3~g') : '–'",
     }
     tooltip = [*_who(), alt.Tooltip("shown:N", title="mean ± 95 %"), alt.Tooltip("flat:N", title="flat attention")]
-    limits = {"domainMin": alt.expr("low"), "domainMax": alt.expr("high"), "clamp": True}
-    axis: dict[str, Any] = {"format": "~s"} if scale != "linear" else {}
-    colour = alt.Color("value:Q", title=None).scale(type=scale, scheme="viridis", **limits)  # type: ignore[arg-type]
+    limits: dict[str, Any] = {"domainMin": alt.expr("low"), "domainMax": alt.expr("high"), "clamp": True}
+    legend: dict[str, Any] = {}
+    if scale != "linear":
+        legend = {"format": "~g"} if scale == "log" else {"values": alt.expr(f"[{', '.join(THIRDS)}]")}
+    colour = alt.Color("value:Q", title=None, scale=alt.Scale(type=scale, scheme="viridis", **limits))  # type: ignore[arg-type]
     cells = (
         _cells(shape)
         .transform_calculate(**calculate)
-        .encode(color=colour.legend(gradientLength=160, **axis), tooltip=tooltip)
+        .encode(color=colour.legend(gradientLength=160, **legend), tooltip=tooltip)
     )
     return _map(shape, cells).add_params(alt.param("low", value=low), alt.param("high", value=high))
 
 
-def role_map(shape: tuple[int, int]) -> alt.LayerChart:
+def role_map(shape: tuple[int, int]) -> Drawn:
     """Layer x head, coloured by role, with its letter where there is room. Named data as for `head_map`."""
     cells = _cells(shape).encode(color=role_colour(), tooltip=_who())
     letters = (
@@ -53,7 +58,7 @@ def role_map(shape: tuple[int, int]) -> alt.LayerChart:
     return _map(shape, cells, *([letters] if min(cell(shape)) >= LETTERED else []))
 
 
-def change_map(shape: tuple[int, int]) -> alt.LayerChart:
+def change_map(shape: tuple[int, int], high: float = 1) -> Drawn:
     """How far each head moved. Named data: heads (layer, head, value, half, beyond), selected."""
     calculate = {
         "shown": "format(datum.value, '+.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
@@ -63,8 +68,8 @@ def change_map(shape: tuple[int, int]) -> alt.LayerChart:
         scheme="purpleorange", reverse=True, domainMin=alt.expr("-high"), domainMax=alt.expr("high"), clamp=True
     )
     tooltip = [
-        "layer:O",
-        "head:O",
+        alt.Tooltip("layer:O"),
+        alt.Tooltip("head:O"),
         alt.Tooltip("sides:N", title="means"),
         alt.Tooltip("shown:N", title="change ± 95 %"),
     ]
@@ -75,7 +80,7 @@ def change_map(shape: tuple[int, int]) -> alt.LayerChart:
         .mark_point(shape="circle", filled=True, size=14, color="black", aria=False, tooltip=False)
         .encode(**_axes(shape))
     )
-    return _map(shape, cells, beyond).add_params(alt.param("high", value=1))
+    return _map(shape, cells, beyond).add_params(alt.param("high", value=high))
 
 
 def cell(shape: tuple[int, int]) -> tuple[float, float]:
@@ -106,7 +111,7 @@ def _axes(shape: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _map(shape: tuple[int, int], *marks: alt.Chart) -> alt.LayerChart:
+def _map(shape: tuple[int, int], *marks: alt.Chart) -> Drawn:
     layers, heads = shape
     width, height = cell(shape)
     return alt.layer(*marks, *_selected(shape)).properties(width=width * heads, height=height * layers)
@@ -123,7 +128,9 @@ def profile() -> alt.Chart:
         alt.Chart(alt.NamedData("profile"))
         .mark_line(interpolate="monotone", point={"size": 18})
         .encode(
-            x=alt.X("distance:Q", title="keys back, the query's own included").scale(type="log", base=2, nice=False),
+            x=alt.X("distance:Q", title="keys back, the query's own included")
+            .scale(type="log", base=2, nice=False)
+            .axis(format="d", labelOverlap="greedy", labelSeparation=6),
             y=alt.Y("within:Q", title="attention within").scale(domain=[0, 1]).axis(format="%"),
             color=alt.Color("line:N", sort=list(lines), legend=ABOVE).scale(
                 domain=list(lines), range=list(lines.values())
@@ -133,11 +140,11 @@ def profile() -> alt.Chart:
             detail="length:N",
             tooltip=["line:N", "length:Q", "distance:Q", alt.Tooltip("within:Q", format=".3f")],
         )
-        .properties(width=300, height=190)
+        .properties(width=280, height=190)
     )
 
 
-def window_errors() -> alt.LayerChart:
+def window_errors() -> Drawn:
     """What a window costs. Named data: errors (window, error, kept, length, chosen)."""
     kept = {"first tokens": VERMILION, "floating sinks too": BLUE}
     lines = (
@@ -145,7 +152,7 @@ def window_errors() -> alt.LayerChart:
         .mark_line(point={"size": 18})
         .encode(
             x=alt.X("window:O", title="window, keys").axis(labelAngle=0, labelOverlap=True),
-            y=alt.Y("error:Q", title="output error").scale(type="log", clamp=True).axis(format="~g", tickCount=5),
+            y=alt.Y("error:Q", title="output error").scale(type="log", clamp=True).axis(**ERROR_AXIS),
             color=alt.Color("kept:N", sort=list(kept), legend=ABOVE).scale(
                 domain=list(kept), range=list(kept.values())
             ),
@@ -158,4 +165,4 @@ def window_errors() -> alt.LayerChart:
     allowed = (
         alt.Chart(alt.Data(values=[{"error": EPSILON}])).mark_rule(strokeDash=[2, 3], color="#333").encode(y="error:Q")
     )
-    return alt.layer(lines, allowed).properties(width=300, height=190)
+    return alt.layer(lines, allowed).properties(width=280, height=190)

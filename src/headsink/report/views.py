@@ -88,7 +88,7 @@ class View:
         found = []
         for layer, names in enumerate(self.roles.tolist()):
             for head, role in enumerate(names):
-                values = {name: _number(self.value[n, layer, head]) for n, name in enumerate(STATISTICS)}
+                values = {name: number(self.value[n, layer, head]) for n, name in enumerate(STATISTICS)}
                 found.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
         return found
 
@@ -158,7 +158,8 @@ def one_byte(attention: Tensor) -> Tensor:
     return torch.where(attention < FAINTEST, 0, shade.round().clamp(1, 1 + STEPS)).to(torch.uint8)
 
 
-def _number(value: Tensor) -> float | None:
+def number(value: Tensor) -> float | None:
+    """None for what is not a number: JSON has no NaN, and charts leave None out."""
     return float(value) if torch.isfinite(value) else None
 
 
