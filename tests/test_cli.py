@@ -36,7 +36,8 @@ def run(monkeypatch, capsys):
 def census(run, tiny_folder, tmp_path):
     def census(name, *words):
         status, out, err = run(
-            "analyze", tiny_folder, "--out", tmp_path / name, "--lengths", "32,200", "--device", "cpu", "--json", *words
+            *("analyze", tiny_folder, "--out", tmp_path / name, "--device", "cpu", "--json"),
+            *(words if "--prompts" in words or "--again" in words else ("--lengths", "32,200", *words)),
         )
         assert status == 0, err
         return tmp_path / name, json.loads(out)
@@ -47,17 +48,14 @@ def census(run, tiny_folder, tmp_path):
 def test_analyze_writes_the_folder(census):
     folder, found = census("a")
     names = {path.name for path in folder.iterdir()}
-    assert names >= {
-        "census.json",
-        "heads.parquet",
-        "arrays.safetensors",
-        "report.html",
-        "sink-200.png",
-        "roles-200.png",
-    }
+    assert names >= {"census.json", "heads.parquet", "arrays.safetensors", "tokens.json", "report.html"}
+    assert {path.suffix for path in folder.glob("figure-*")} == {".png", ".svg"}
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]  # no checkpoint is left
     assert sum(found["roles"]["200"].values()) == 3 * 4
     assert len(found["first_question"]["200"]) == 4
-    assert found["sink_tokens"][0]["token"]
+    assert found["drawing_tokens"][0]["token"]
+    assert len(found["tau"]["evidence"]) == 10
+    assert len(found["settings"]["texts"]) == 12
     page = (folder / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "").split("</head>\n<body>")[1]
 
@@ -80,14 +78,19 @@ def test_compare_says_what_differs(census, run):
     found = json.loads(out)
     assert status == 0
     assert set(found["settings"]) == {"texts", "seed"}
-    assert len(found["scores"]) == 6 * 2 * 4
+    assert len(found["scores"]) == 7 * 2 * (6 + 1)  # scores, lengths, kinds of text and all together
     assert all(abs(row["mean_difference"]) <= 1 for row in found["scores"] if row["score"] in ("sink", "local", "far"))
     same = json.loads(run("compare", a, a, "--json")[1])
     assert same["settings"] == {}
     assert same["changed"] == []
     assert all(row["largest_difference"] == 0 for row in same["scores"])
-    assert {row["domain"] for row in json.loads(run("compare", a, c, "--json")[1])["scores"]} == {"maths"}
+    assert {tuple(row["domains"]) for row in json.loads(run("compare", a, c, "--json")[1])["scores"]} == {
+        ("maths", "maths")
+    }
     assert run("compare", a, b)[0] == 0
+    report = a.parent / "comparison.html"
+    assert json.loads(run("compare", f"{a}@32", f"{a}@200", "--out", report, "--json")[1])["report"] == str(report)
+    assert "<html" in report.read_text()
 
 
 def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
@@ -110,7 +113,30 @@ def test_own_texts(census, run, tiny_folder, tmp_path):
     own.write_text("too short")
     status, _, err = run("analyze", tiny_folder, "--text", own, "--lengths", "200", "--out", tmp_path / "b")
     assert status == 2
-    assert "fewer than the longest length" in err
+    assert "fewer than the shortest length" in err
+
+
+def test_own_prompts(census, run, tiny_folder, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text(
+        "once upon a time there was a fox\n\n<script>alert('x')</script> and what is after it, and so on\n"
+    )
+    records = tmp_path / "prompts.jsonl"
+    records.write_text('{"prompt": "def f(x): return x + 1", "domain": "code"}\n{"text": "one and one is two"}\n')
+    _, found = census("a", "--prompts", lines, "--prompts", records, "--prompt", "hello there, how are you?")
+    assert [text["domain"] for text in found["settings"]["texts"]] == ["own", "own", "own", "own", "code"]
+    shortest = min(text["tokens"] for text in found["settings"]["texts"])
+    assert found["settings"]["lengths"][0] == shortest
+    records.write_text('{"prompt": "fine"}\n{"question": "what?"}\n')
+    status, _, err = run("analyze", tiny_folder, "--prompts", records, "--out", tmp_path / "b")
+    assert status == 2
+    assert f"line 2 of {records} has no text" in err
+
+
+def test_a_census_is_made_again_from_its_folder(census):
+    (a, first), (_, again) = census("a", "--seed", "3", "--domains", "maths,random", "--tau", "0.5"), ({}, {})
+    _, again = census("b", "--again", a)
+    assert {**again, "folder": ""} == {**first, "folder": ""}
 
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):
@@ -183,6 +209,13 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
         (["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"], "domain: 'poems' is unknown"),
         (["analyze", "TINY", "--dtype", "int3", "--out", "new"], "dtype: 'int3' is unknown"),
+        (["analyze", "TINY", "--tau", "2", "--out", "new"], "tau: 2.0 is outside (0, 1]"),
+        (["analyze", "TINY", "--queries", "1", "--out", "new"], "queries"),
+        (["analyze", "TINY", "--prompt", " ", "--out", "new"], "prompt: one of them is empty"),
+        (["analyze", "TINY", "--prompts", "nosuch", "--out", "new"], "cannot read nosuch: No such file"),
+        (["analyze", "TINY", "--max-memory", "lots", "--out", "new"], "max-memory: 'lots' is not of the form"),
+        (["analyze", "TINY", "--tensor-parallel", "--out", "new"], "torchrun"),
+        (["analyze", "--again", "nosuch", "--out", "new"], "nosuch: not a census folder"),
         (["analyze", "nosuch", "--out", "new"], "unknown model"),
         (["analyze", "TINY", "--out", "file"], "it is a file"),
         (["analyse"], "No such command"),
@@ -241,16 +274,37 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_ctrl_c_stops_cleanly(tiny_folder, tmp_path):
-    words = ["analyze", tiny_folder, "--lengths", "2048", "--texts-per-domain", "50", "--out", tmp_path / "census"]
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
+    words = [
+        "analyze",
+        tiny_folder,
+        "--lengths",
+        "1024",
+        "--texts-per-domain",
+        "8",
+        "--domains",
+        "maths",
+        "--device",
+        "cpu",
+    ]
     code = "from headsink.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, words)]
+    command = [sys.executable, "-c", code, *map(str, words), "--out", str(tmp_path / "census"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(20)  # well into the census: loading takes about 6 seconds, the whole minutes
-    process.send_signal(signal.SIGINT)
+    kept = tmp_path / ".census.partial"
+    while len(list(kept.glob("*.safetensors"))) < 2:  # some texts are done; the run ends by itself if they never are
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped" in err
-    assert "Traceback" not in err
     assert out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in err
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "start it again to go on" in err
+    done = list(kept.glob("*.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert f"going on: {len(done)} of 8 texts are done" in again.stderr
+    assert json.loads(again.stdout)["folder"] == str(tmp_path / "census")
+    assert [path.name for path in tmp_path.iterdir()] == ["census"]

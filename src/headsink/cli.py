@@ -117,24 +117,29 @@ def analyze(
     check_replaceable(out_folder, MARKER)
     checkpoint = out_folder.parent / f".{out_folder.name}.partial"
     where: dict[str, Any] = {"device": device, "max_memory": _memory(max_memory), "tensor_parallel": tensor_parallel}
-    if again is not None:
-        settings = Census.load(again).settings
-        loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
-        census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
-    else:
-        loaded, tokenizer = headsink.load(model or "smollm2", dtype=dtype, **where)
-        census = headsink.analyze(
-            loaded,
-            tokenizer,
-            lengths=chosen,
-            domains=kinds,
-            texts=texts,
-            texts_per_domain=texts_per_domain,
-            limits=Thresholds(tau=tau),
-            queries=queries,
-            seed=seed,
-            checkpoint=checkpoint,
-        )
+    try:
+        if again is not None:
+            settings = Census.load(again).settings
+            loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
+            census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
+        else:
+            loaded, tokenizer = headsink.load(model or "smollm2", dtype=dtype, **where)
+            census = headsink.analyze(
+                loaded,
+                tokenizer,
+                lengths=chosen,
+                domains=kinds,
+                texts=texts,
+                texts_per_domain=texts_per_domain,
+                limits=Thresholds(tau=tau),
+                queries=queries,
+                seed=seed,
+                checkpoint=checkpoint,
+            )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            err.print("\nwhat is done is kept: start it again to go on", highlight=False)
+        raise
     if not is_main():
         return
     census.save(out_folder)
