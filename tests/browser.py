@@ -41,7 +41,8 @@ class Browser:
 
     def click(self, x: float, y: float) -> None:
         """Press the mouse at a point of the viewport."""
-        moves = [{"type": "pointerMove", "x": round(x), "y": round(y)}, {"type": "pointerDown"}, {"type": "pointerUp"}]
+        press = [{"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp")]
+        moves = [{"type": "pointerMove", "x": round(x), "y": round(y)}, *press]
         _call("POST", f"{self.session}/actions", actions=[{"type": "pointer", "id": "mouse", "actions": moves}])
 
     def press(self, *keys: str) -> None:

@@ -103,13 +103,14 @@ function showScores(row) {
   const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean", "± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
   const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(({name, title}) => {
     const value = row[name], half = row.halves[name], uniform = row.uniforms[name];
-    const bar = element("td", {class: "bar"});
+    const said = element("th", {scope: "row"}, title.replace(/^attention to (the )?/, "")), cells = [said];
     if (MASSES.includes(name)) {
       const place = share => `${100 * Math.min(1, Math.max(0, share))}%`;
-      bar.append(element("span", {"aria-hidden": "true"}, element("i", {style: `width: ${place(value)}`}), element("b", {style: `left: ${place(uniform)}`})));
-    }
-    return element("tr", name === state.statistic ? {class: "shown"} : {}, element("th", {scope: "row"}, title.replace(/^attention to (the )?/, "")), bar,
-      ...[[value, 3], [half, 2], [uniform, 3]].map(([figure, digits]) => element("td", {class: "n"}, figures(figure ?? NaN, digits))));
+      cells.push(element("td", {class: "bar"}, element("span", {"aria-hidden": "true"},
+        element("i", {style: `width: ${place(value)}`}), element("b", {style: `left: ${place(uniform)}`}))));
+    } else said.colSpan = 2;
+    cells.push(...[[value, 3], [half, 2], [uniform, 3]].map(([figure, digits]) => element("td", {class: "n"}, figures(figure ?? NaN, digits))));
+    return element("tr", name === state.statistic ? {class: "shown"} : {}, ...cells);
   });
   $("scores").replaceChildren($("scores").caption, header, element("tbody", {}, ...lines));
 }
@@ -255,12 +256,11 @@ function showMenus() {
   $("shaded").value = state.text;
 }
 
-let pending = Promise.resolve();
 function show(wholeView) {
   showMenus();
   const asked = [showMap(), showHead(), showText()];
   if (wholeView) showCounts(), asked.push(showLayers(), showPairs());
-  return pending = Promise.all(asked).catch(fail);
+  return Promise.all(asked).catch(fail);
 }
 
 // A choice by the reader: draws it, and puts it in the address.

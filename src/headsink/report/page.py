@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 
 PIXELS = 3.0  # of a picture, per CSS pixel: 300 dpi at the size that it has on the page
 SHAPES = ("linear", "log", "symlog")  # scales of the maps
+OWN_DATA = {
+    "windows": "KV heads by the window they need",
+    "law": "How the window grows with the length",
+    "norms": "Norms of sink tokens, {last} tokens",
+    "tau": "Which value norms make a sink, {last} tokens",
+    "lengths": "Heads called sinks, by fair and legacy scores",
+    "roles-by-text": "Roles by kind of text and length",
+    "same-roles": "Heads with the same role on two kinds of text, {last} tokens",
+}
 
 
 def write_report(census: Census, path: Path) -> None:
@@ -98,17 +107,20 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
             chart = maps.head_map(meaning.scale, shape, meaning.low, high)
             spec = charts.spec(chart, [_capital(meaning.title), at])
             yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
-        by_layer = {
-            "roles": (maps.role_map(shape), "Roles of the heads"),
-            "layers": (charts.masses_by_layer(_learned(census) is not None), "Where attention goes"),
-            "errors": (charts.errors_by_layer(), f"Output error of a window of {near_window(census, length)} keys"),
-            "pairs": (charts.pairs(shape[0]), "Sink in layer b, given a sink in layer a"),
-        }
-        for key, (drawn, title) in by_layer.items():
-            spec = charts.spec(drawn, [title, at])
+        drawn = {"roles": (maps.role_map(shape), "Roles of the heads")}
+        if length == last:
+            masses = charts.masses_by_layer(_learned(census) is not None)
+            drawn["layers"] = masses, "Where attention goes"
+            drawn["errors"] = (
+                charts.errors_by_layer(),
+                f"Output error of a window of {near_window(census, length)} keys",
+            )
+            drawn["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
+        for key, (chart, title) in drawn.items():
+            spec = charts.spec(chart, [title, at])
             yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(found))
-    for key, drawn in _own_data(census).items():
-        yield key, charts.spec(drawn, name)
+    for key, chart in _own_data(census).items():
+        yield key, charts.spec(chart, [OWN_DATA[key].format(last=last), name])
 
 
 def _own_data(census: Census) -> dict[str, Any]:
