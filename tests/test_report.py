@@ -114,14 +114,19 @@ def test_the_page_holds_the_numbers_of_the_census(census, folder):
 
 
 def test_every_kind_of_text_can_be_shaded(census, folder):
-    assert token_views(census) == {0: 200, 2: 200, 4: 64}
+    assert token_views(census) == {0: (200, 200), 2: (200, 200), 4: (64, 64)}
     page = (folder / "report.html").read_text()
-    for text, length in token_views(census).items():
+    for text, (length, _) in token_views(census).items():
         header, arrays = unpack(page, f"text-{text}")
         assert header["length"] == length
         shade = arrays["attention"].astype(float)
         attention = np.where(shade > 0, FAINTEST ** (1 - (shade - 1) / STEPS), 0)
         np.testing.assert_allclose(attention, census.arrays[f"{text}.{length}.attention"], rtol=0.04, atol=2e-6)
+
+
+def test_a_text_is_cut_where_the_page_would_grow_heavy(census, monkeypatch):
+    monkeypatch.setattr("headsink.report.views.SHADES", 40 * LAYERS * HEADS * 3)
+    assert token_views(census) == {0: (200, 40), 2: (200, 40), 4: (64, 40)}
 
 
 def test_one_byte_keeps_none_and_all():
@@ -264,7 +269,7 @@ def test_a_kind_of_text_too_short_for_a_length_cannot_be_chosen_there(report):
 
 @needs_browser
 def test_every_text_can_be_shaded_and_read_as_text(report, census):
-    for number, length in token_views(census).items():
+    for number, (length, _) in token_views(census).items():
         choose(report, "shaded", number)
         report.wait(f"return document.getElementById('tokens').dataset.text === '{number}'")
         spans = report.run("return [...document.getElementById('tokens').children].map(span => span.textContent)")

@@ -181,19 +181,19 @@ function showRamp() {
 
 async function showText() {
   const text = state.text;
-  const {arrays, length} = shaded[text] ??= await unpack(`text-${text}`);
+  const {arrays, length, shown} = shaded[text] ??= await unpack(`text-${text}`);
   if (text !== state.text) return; // another was chosen meanwhile
-  $("text-head").textContent = `first ${length.toLocaleString("en-US")} tokens, as layer ${state.layer}, head ${state.head} attends to them at that length`;
+  $("text-head").textContent = `first ${figures(shown)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
   const box = $("tokens");
   if (box.dataset.text !== String(text)) {
     box.dataset.text = text;
     box.dataset.at = -1;
     box.scrollTop = 0;
-    box.replaceChildren(...Array.from({length}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
+    box.replaceChildren(...Array.from({length: shown}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
   }
-  const kv = Math.floor(state.head / group), most = arrays.floating.shape[2], first = data.limits[length].first;
-  const floating = new Set(arrays.floating.data.subarray((state.layer * layersKv() + kv) * most, (state.layer * layersKv() + kv + 1) * most));
-  const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * length, (state.layer * heads + state.head + 1) * length);
+  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.floating.shape, {first} = data.limits[length];
+  const floating = new Set(arrays.floating.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
+  const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * shown, (state.layer * heads + state.head + 1) * shown);
   [...box.children].forEach((span, n) => {
     const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = attention / flatOf(length).keys[n];
     const {background, color} = ramp[Math.min(SHADES, Math.max(0, Math.round(Math.log2(times))))];
@@ -204,7 +204,6 @@ async function showText() {
   });
   if (Number(box.dataset.at) >= 0) say(Number(box.dataset.at));
 }
-const layersKv = () => data.shape[2];
 
 function say(place) {
   const box = $("tokens"), spans = box.children;

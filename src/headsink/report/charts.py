@@ -47,7 +47,7 @@ def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
     """As JSON that Vega-Lite reads."""
     if title is not None:
         chart = chart.properties(title=title)
-    return chart.configure(**CONFIG).to_dict()
+    return chart.configure(**CONFIG).to_dict(validate=False)  # slow, and Vega-Lite says it too
 
 
 def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:

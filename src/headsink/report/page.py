@@ -70,7 +70,7 @@ def write_report(census: Census, path: Path) -> None:
             limits=census.settings["limits"],
             epsilon=EPSILON,
             data=_data(census),
-            shaded={text: _shaded(census, text, length) for text, length in token_views(census).items()},
+            shaded={text: _shaded(census, text, *room) for text, room in token_views(census).items()},
             specs={name: charts.spec(chart) for name, chart in (menu | _own_data(census)).items()},
             drawing=drawing_tokens(census, last),
             floating=floating_tokens(census, last),
@@ -178,13 +178,13 @@ def _data(census: Census) -> str:
     )
 
 
-def _shaded(census: Census, text: int, length: int) -> str:
+def _shaded(census: Census, text: int, length: int, shown: int) -> str:
     """What the token view of one text needs: the attention of every head to each of its tokens, and the floating sinks."""
     arrays = {
-        "attention": one_byte(census.arrays[f"{text}.{length}.attention"]),
+        "attention": one_byte(census.arrays[f"{text}.{length}.attention"][..., :shown]),
         "floating": census.arrays[f"{text}.{length}.floating"],
     }
-    return packed(arrays, length=length)
+    return packed(arrays, length=length, shown=shown)
 
 
 def _shown(census: Census) -> list[str]:

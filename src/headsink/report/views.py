@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from headsink.census.census import Census
 
 POOLED = "all texts"
-TOKEN_VIEW = 2048  # tokens of a text that are shaded at most; more would make the page heavy
+TOKEN_VIEW = 2048  # tokens of a text that are shaded at most,
+SHADES = 2**22  # and at most so many of all heads and texts together: each is a byte, and a page has to stay small
 FAINTEST = 2.0**-20  # attention below this is shown as none
 STEPS = 254  # of the logarithmic scale from FAINTEST to 1 that attention is rounded to: 5.6 % each
 TYPES = {torch.float32: "f4", torch.int32: "i4", torch.uint8: "u1"}
@@ -142,13 +143,15 @@ def top_keys(census: Census, text: int, length: int) -> dict[str, Tensor]:
     return {"top": top, "drawn": attention, "sink": sink.to(torch.uint8)}
 
 
-def token_views(census: Census) -> dict[int, int]:
-    """The texts that can be shaded, one of each kind, and the length of each: the longest that the page has room for."""
+def token_views(census: Census) -> dict[int, tuple[int, int]]:
+    """The texts that can be shaded, one of each kind: the length that each is read at, and how many of its tokens are shown."""
+    model = census.settings["model"]
+    room = max(16, SHADES // (model["layers"] * model["query_heads"] * len(census.domains)))
     found = {}
     for domain in census.domains:
         lengths = [n for n in census.lengths if census.has(n, domain)]
         length = max([n for n in lengths if n <= TOKEN_VIEW] or lengths[:1])
-        found[census.texts(length, domain)[0]] = length
+        found[census.texts(length, domain)[0]] = length, min(length, TOKEN_VIEW, room)
     return found
 
 
