@@ -21,6 +21,7 @@ from headsink import corpus, show
 from headsink.files import write_text
 from headsink.generation import Generated, generate
 from headsink.plan import Plan
+from headsink.report import write_comparison
 
 LENGTHS = (256, 1024, 4096)
 BUDGET = 0.25
@@ -92,11 +93,13 @@ def main() -> None:
 
     console.rule("5. Two runs compared: other texts of the same kinds")
     headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], seed=1).save(out / "census-seed1")
-    show.comparison(console, headsink.compare(out / "census", out / "census-seed1"))
+    compared = headsink.compare(out / "census", out / "census-seed1")
+    write_comparison(compared, out / "comparison.html")
+    show.comparison(console, compared)
 
     console.rule()
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)
-    for path in ("census/report.html", "census/sink-4096.png", "plan.json", "answers.json", "census-seed1/report.html"):
+    for path in ("census/report.html", "census/figure-roles-4096.png", "plan.json", "answers.json", "comparison.html"):
         console.print(f"  {out / path}", highlight=False)
 
 

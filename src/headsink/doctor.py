@@ -48,7 +48,8 @@ def models() -> dict[str, Any]:
     return {
         "built_in": listed,
         "others": "a folder as transformers saves it, a .gguf file, or a Hugging Face id owner/name",
-        "tested_families": ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 3", "Phi-3", "OLMo-2"],
+        "tested_families": ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 3", "Phi-3", "OLMo-2", "Granite"],
+        "analysed_only": ["Gemma 2", "gpt-oss"],
     }
 
 
