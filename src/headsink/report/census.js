@@ -15,6 +15,7 @@ const array = name => data.arrays[name]?.data;
 const ofHead = (name, per, layer = state.layer, head = state.head) => array(name).subarray((layer * heads + head) * per, (layer * heads + head + 1) * per);
 const key = (length = state.length, domain = state.domain) => `${length}.${domain}`;
 const word = (text, position) => data.words[array(`ids.${text}`)[position]];
+const titleOf = ({title}) => title.replace("the near window", `a window of ${data.near[state.length]}`);
 const statistic = name => statistics.find(one => one.name === name);
 
 // Numbers
@@ -67,7 +68,7 @@ function limitDomains() {
 
 function showMap() {
   const chosen = statistic(state.statistic), selected = [{layer: state.layer, head: state.head}];
-  $("map-title").textContent = chosen ? chosen.title[0].toUpperCase() + chosen.title.slice(1) : "Role";
+  $("map-title").textContent = chosen ? titleOf(chosen)[0].toUpperCase() + titleOf(chosen).slice(1) : "Role";
   if (!chosen) return draw("map", "map-role", {heads: rows, selected}, {}, choose);
   const shown = rows.map(row => ({...row, value: row[chosen.name], half: row.halves[chosen.name], uniform: row.uniforms[chosen.name]}));
   const params = {low: chosen.low, high: data.highs[state.length][chosen.name]};
@@ -93,7 +94,7 @@ function showHead() {
   const half = chosen && row.halves[chosen.name] !== null ? ` ± ${figures(row.halves[chosen.name], 2)}` : "";
   const uniform = chosen && row.uniforms[chosen.name] !== null ? `, flat attention ${figures(row.uniforms[chosen.name])}` : "";
   $("said").textContent = `Layer ${state.layer}, head ${state.head}: ${row.role}. ` +
-    (chosen ? `${chosen.title} ${figures(row[chosen.name])}${half}${uniform}.` : "");
+    (chosen ? `${titleOf(chosen)} ${figures(row[chosen.name])}${half}${uniform}.` : "");
   showScores(row);
   showKeys();
   return Promise.all([showProfile(), showWindows()]);
@@ -101,9 +102,10 @@ function showHead() {
 
 function showScores(row) {
   const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean", "± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
-  const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(({name, title}) => {
+  const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(one => {
+    const {name} = one;
     const value = row[name], half = row.halves[name], uniform = row.uniforms[name];
-    const said = element("th", {scope: "row"}, title.replace(/^attention to (the )?/, "")), cells = [said];
+    const said = element("th", {scope: "row"}, titleOf(one).replace(/^attention to (the )?/, "")), cells = [said];
     if (MASSES.includes(name)) {
       const place = share => `${100 * Math.min(1, Math.max(0, share))}%`;
       cells.push(element("td", {class: "bar"}, element("span", {"aria-hidden": "true"},
@@ -295,7 +297,10 @@ async function start() {
   for (const [name, count] of [["layer", layers], ["head", heads]])
     $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
   arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
-  arrows($("tokens"), (down, right) => say(Number($("tokens").dataset.at) + right + 10 * down));
+  arrows($("tokens"), (down, right) => {
+    say(Number($("tokens").dataset.at) + right + 10 * down);
+    $("tokens").children[$("tokens").dataset.at].scrollIntoView({block: "nearest"});
+  });
   $("tokens").addEventListener("mouseover", event => event.target.said && say([...$("tokens").children].indexOf(event.target)));
   window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
   await show(true);

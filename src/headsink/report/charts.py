@@ -176,9 +176,11 @@ def norms_by_layer(census: Census, length: int) -> alt.Chart:
     )
 
 
-def tau(census: Census, length: int) -> Drawn:
+def tau(census: Census, length: int) -> Drawn | None:
     """Attention for each key by its value norm: where it falls to that of flat attention, sinks end."""
     rows = [row for row in tau_evidence(census, length) if row["density"]]
+    if not rows:
+        return None
     used = [{"tau": census.settings["limits"]["tau"], "density": 1}]
     line = (
         alt.Chart(alt.Data(values=rows))

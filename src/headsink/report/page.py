@@ -105,7 +105,10 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
             data = [row | {"value": row[statistic]} for row in rows]
             high = _high(statistic, length, [found])
             chart = maps.head_map(meaning.scale, shape, meaning.low, high)
-            spec = charts.spec(chart, [_capital(meaning.title), at])
+            spec = charts.spec(
+                chart,
+                [_capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
+            )
             yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
         drawn = {"roles": (maps.role_map(shape), "Roles of the heads")}
         if length == last:
