@@ -57,7 +57,7 @@ def comparison(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("comparison") / "comparison.html"
     other = headsink.Census.load(folder)
     other.settings["seed"] = MARKUP
-    write_comparison(headsink.compare(folder, other, f"{folder}@64:short"), path)
+    write_comparison(headsink.compare(f"{folder}:prose", other, f"{folder}@64:short"), path)
     return path
 
 
@@ -217,6 +217,10 @@ def test_a_click_on_the_map_shows_that_head(report, census):
     shown = report.run("return [...document.querySelectorAll('#scores tbody tr')].map(row => row.innerText)")
     value = float(census.score("sink", 200)[2, 1])
     assert any(line.startswith("sink tokens") and f"{value:.3g}" in line for line in shown)
+    window = report.run("return drawn.window.view.data('errors').filter(row => row.chosen).map(row => row.error)")
+    np.testing.assert_allclose(window, census.score("errors", 200)[2, 1].flatten(), rtol=1e-3, atol=1e-6)
+    frame = report.run("return drawn.map.view.data('selected').map(row => [row.layer, row.head])")
+    assert frame == [[2, 1]]
     assert "layer=2&head=1" in report.run("return location.hash")
 
 
@@ -251,6 +255,20 @@ def test_menus_change_what_is_shown(report, census):
     choose(report, "statistic", "role")
     assert text(report, "map-title") == "Role"
     report.wait("return document.querySelectorAll('#map text').length > 12")
+
+    def on_the_map(value):
+        shown = report.run("return drawn.map.view.data('heads').map(row => row.value)")
+        np.testing.assert_allclose(shown, value.flatten(), rtol=1e-3, atol=1e-6)
+        charted = report.run("return drawn.layers.view.data('heads').map(row => row.sink)")
+        np.testing.assert_allclose(charted, census.score("sink", 200, "prose").flatten(), rtol=1e-3)
+
+    for statistic in ("sink", "first", "entropy", "effective", "output", "legacy"):
+        choose(report, "statistic", statistic)
+        on_the_map(census.score(statistic, 200, "prose"))
+    choose(report, "statistic", "window")
+    on_the_map(census.window_needed(200, "prose"))
+    colours = "return new Set([...document.querySelectorAll('#map .layer_0_marks path')].map(p => p.getAttribute('fill'))).size"
+    assert report.run(colours) == len(census.window_needed(200, "prose").unique())
     for statistic in report.run("return [...document.getElementById('statistic').options].map(option => option.value)"):
         choose(report, "statistic", statistic)
     report.wait("return document.getElementById('map-title').textContent === 'Legacy score (row 0 counted)'")
@@ -298,7 +316,7 @@ def test_a_view_can_be_linked(chromium, folder):
 
 
 @needs_browser
-def test_a_comparison_works_by_mouse_keyboard_and_menus(chromium, comparison):
+def test_a_comparison_works_by_mouse_keyboard_and_menus(chromium, comparison, census):
     chromium.open(f"file://{comparison}")
     chromium.click(*middle(chromium, 2, 3))
     chromium.wait("return document.getElementById('head-title').textContent === 'Layer 2, head 3'")
@@ -309,5 +327,10 @@ def test_a_comparison_works_by_mouse_keyboard_and_menus(chromium, comparison):
         for value in chromium.run("return [...document.getElementById(arguments[0]).options].map(o => o.value)", menu):
             choose(chromium, menu, value)
             assert chromium.run("return document.querySelectorAll('#scores tbody tr').length") == 7
+    choose(chromium, "run", chromium.run("return document.getElementById('run').options[1].value"))
+    choose(chromium, "score", "local")
+    shown = chromium.run("return drawn.map.view.data('heads').map(row => row.value)")
+    after, before = census.score("local", 64, "short"), census.score("local", 64, "prose")
+    assert shown == pytest.approx((after - before).flatten().tolist(), rel=1e-2, abs=1e-5)
     assert "of 12 heads have another role" in text(chromium, "roles-said")
     assert chromium.console() == []

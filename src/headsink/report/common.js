@@ -30,8 +30,12 @@ const number = value => Number.isFinite(value) ? value : null; // charts leave n
 const drawn = {}; // id of the element -> {name, view}, and the last drawing of it that was asked for
 const queue = {};
 
+// Vega numbers the rows that it is given; a copy that keeps the number of a row that leaves would leave with it.
+const unnumbered = rows => rows.map(row => Object.fromEntries(Object.entries(row)));
+
 // Draw the chart SPECS[name] in the element `id`; if it is there already, change its data and params only.
 function draw(id, name, datasets = {}, params = {}, onClick = null) {
+  datasets = Object.fromEntries(Object.entries(datasets).map(([key, rows]) => [key, unnumbered(rows)]));
   queue[id] = (queue[id] ?? Promise.resolve()).then(async () => {
     if (drawn[id]?.name === name) {
       const {view} = drawn[id];
