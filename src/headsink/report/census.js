@@ -238,13 +238,16 @@ function showLayers() {
 
 // What is chosen
 
+// The text of a kind that can be shaded.
+const textOf = domain => [...$("shaded").options].find(option => data.texts[option.value].domain === data.domains[domain])?.value;
+
 function readState() {
   const asked = fromAddress(), last = data.lengths.at(-1);
   const length = data.lengths.includes(Number(asked.length)) ? Number(asked.length) : last;
   const domain = Math.max(0, data.domains.indexOf(asked.domain));
   const name = asked.statistic === "role" || statistic(asked.statistic) ? asked.statistic : "sink";
-  const texts = [...$("shaded").options].map(option => Number(option.value));
-  state = {length, domain, statistic: name, text: texts.includes(Number(asked.text)) ? Number(asked.text) : texts[0]};
+  const texts = [...$("shaded").options].map(option => option.value);
+  state = {length, domain, statistic: name, text: Number(texts.includes(asked.text) ? asked.text : textOf(domain) ?? texts[0])};
   limitDomains();
   rows = viewRows();
   const best = rows.reduce((a, b) => b.sink - b.first > a.sink - a.first ? b : a); // at first: a head that rests on floating sinks
@@ -269,8 +272,7 @@ function choose(change) {
   const before = key();
   for (const name of ["layer", "head", "length", "domain", "statistic", "text"]) if (name in change) state[name] = change[name];
   if (change.domain > 0) { // the token view goes along to a text of that kind
-    const text = [...$("shaded").options].find(option => data.texts[option.value].domain === data.domains[state.domain]);
-    if (text) state.text = Number(text.value);
+    state.text = Number(textOf(state.domain));
   }
   limitDomains();
   if (key() !== before) rows = viewRows();

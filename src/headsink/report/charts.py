@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 FILLED = alt.Legend(orient="top", title=None, symbolType="square", symbolSize=120)
 ABOVE = alt.Legend(orient="top", title=None)
 ERROR_AXIS: dict[str, Any] = {
-    "tickCount": 5,
+    "values": [10.0**-n for n in range(7)],
     "labelExpr": "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')",
 }
 WIDE, NARROW = {"width": 540, "height": 200}, {"width": 340, "height": 210}

@@ -16,6 +16,7 @@ MAP_WIDTH, MAP_HEIGHT = 330, 620  # pixels that a map may take, as long as its c
 THIRDS = [
     f"round(exp({n} / 3 * log(1 + high)) - 1)" for n in range(4)
 ]  # of a scale from 0 to high that is nearly logarithmic
+WHOLE = "datum.value < 10 ? format(datum.value, '~g') : format(datum.value, 'd')"  # figures without needless decimals
 LEAST_CELL, MOST_CELL = 9, 30
 LETTERED = 14  # pixels of a cell from which the letter of its role can be read
 
@@ -28,9 +29,8 @@ def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1
     }
     tooltip = [*_who(), alt.Tooltip("shown:N", title="mean ± 95 %"), alt.Tooltip("flat:N", title="flat attention")]
     limits: dict[str, Any] = {"domainMin": alt.expr("low"), "domainMax": alt.expr("high"), "clamp": True}
-    legend: dict[str, Any] = {}
-    if scale != "linear":
-        legend = {"format": "~g"} if scale == "log" else {"values": alt.expr(f"[{', '.join(THIRDS)}]")}
+    values = {"log": alt.expr("[low, sqrt(low * high), high]"), "symlog": alt.expr(f"[{', '.join(THIRDS)}]")}
+    legend: dict[str, Any] = {"values": values[scale], "labelExpr": WHOLE} if scale in values else {}
     colour = alt.Color("value:Q", title=None, scale=alt.Scale(type=scale, scheme="viridis", **limits))  # type: ignore[arg-type]
     cells = (
         _cells(shape)
