@@ -16,7 +16,7 @@ from headsink.census.compare import rank_correlation
 from headsink.census.intervals import difference, interval
 from headsink.census.roles import ROLES, law, roles, window_needed
 from headsink.census.statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
-from headsink.census.transfer import conditional, pair_p_value, sentence, transfer
+from headsink.census.transfer import _renumbered, conditional, sentence, transfer
 from headsink.pattern import Pattern, visible
 
 LIMITS = Thresholds(first=2, floating=3, tau=0.8, window=9)
@@ -280,18 +280,34 @@ def test_chance_is_the_mean_of_the_shuffles(seed):
     assert 0 < result.pair_p <= 1
 
 
-def test_p_values_are_even_when_nothing_carries_over():
+@pytest.mark.parametrize("group", [1, 3])
+def test_p_values_are_even_when_nothing_carries_over(group):
+    """Also where the query heads of a KV head are alike: shuffling them one by one would find too much."""
     generator = torch.Generator().manual_seed(0)
-    values = [transfer(torch.rand(6, 8, generator=generator) < 0.4, "made", seed=n).pair_p for n in range(60)]
+
+    def drawn():
+        return (torch.rand(6, 9 // group, generator=generator) < 0.4).repeat_interleave(group, 1)
+
+    values = [transfer(drawn(), "made", group=group, seed=n).pair_p for n in range(60)]
     assert 0.25 < sum(p < 0.5 for p in values) / 60 < 0.75
     assert sum(p < 0.05 for p in values) < 10
 
 
-def test_exact_pair_test():
-    a, b = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()
-    assert pair_p_value(a, b) == pytest.approx(1 / 6)
-    assert pair_p_value(a, ~b) == 1
-    assert pair_p_value(a, torch.zeros(4).bool()) is None
+def test_renumbering_keeps_the_heads_of_a_kv_head_together():
+    sinks = torch.arange(12).repeat(4, 1)  # numbers in place of flags, so that the order shows
+    order = _renumbered(sinks, 3, 50, torch.Generator().manual_seed(0))
+    assert torch.equal(order.sort(-1).values, sinks.expand(50, -1, -1))
+    together = order.view(50, 4, 4, 3) // 3
+    assert torch.equal(together, together[..., :1].expand_as(together))
+    assert len(order.view(-1, 12).unique(dim=0)) > 150
+
+
+def test_the_test_of_one_pair_is_exact():
+    """Two of four heads in both layers, the same: by chance in one of six arrangements."""
+    sinks = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]).bool()
+    assert transfer(sinks, "made").pair_p == pytest.approx(1 / 6, abs=0.02)
+    assert transfer(torch.stack([sinks[0], ~sinks[0]]), "made").pair_p == 1
+    assert transfer(torch.stack([sinks[0], torch.ones(4).bool()]), "made").testable_pairs == 0
 
 
 def test_no_sinks_in_the_first_layer_predict_nothing():

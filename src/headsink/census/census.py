@@ -159,9 +159,10 @@ class Census:
 
     def first_question(self, length: int, domain: str | None = None) -> list[Transfer]:
         """Do head numbers carry over between layers? One answer per rule for what a sink is."""
-        seed = self.settings["seed"]
+        seed, model = self.settings["seed"], self.settings["model"]
+        group = model["query_heads"] // model["kv_heads"]
         return [
-            transfer(self.score(score, length, domain) >= least, rule, seed=seed)
+            transfer(self.score(score, length, domain) >= least, rule, group=group, seed=seed)
             for rule, (score, least) in RULES.items()
         ]
 

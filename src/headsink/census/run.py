@@ -93,6 +93,7 @@ def analyze(
         "model": {
             "name": models.title(model.config.name_or_path),
             "source": model.config.name_or_path,
+            "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(),
         },
         "dtype": _name(model.dtype),

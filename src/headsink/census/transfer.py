@@ -1,13 +1,13 @@
 """The first question: is head h a sink in a later layer because head h is one in an earlier layer?
 
-Head h of one layer and head h of another share nothing but the number, so agreement has to beat chance: the base rate
-of the later layer, and a permutation test that shuffles the head numbers within every layer (and keeps how many sinks
-each layer has).
+Head h of one layer and head h of another share nothing but the number, so agreement has to beat chance: the base rate of
+the later layer, and a permutation test that gives the heads of every layer other numbers. The query heads of a KV head
+lie side by side and are alike, so whole KV heads are shuffled, and query heads within each: to shuffle heads one by one
+would make agreement by chance look rarer than it is.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PERMUTATIONS = 10_000
+AT_ONCE = 500
 RULES: dict[str, tuple[str, float]] = {
     "sink tokens": ("sink", 0.5),
     "first token": ("first", 0.5),
@@ -48,25 +49,29 @@ class Transfer:
         return asdict(self)
 
 
-def transfer(sinks: Tensor, rule: str, *, seed: int = 0) -> Transfer:
-    """Test agreement between layers. sinks: bool [layers, heads], is this head a sink."""
+def transfer(sinks: Tensor, rule: str, *, group: int = 1, seed: int = 0) -> Transfer:
+    """Test agreement between layers. sinks: bool [layers, heads], is this head a sink; group: query heads per KV head."""
     layers, heads = sinks.shape
     counts = sinks.sum(1).double()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(PERMUTATIONS, layers, heads, generator=generator).argsort(-1)
-    shuffled = sinks.expand(PERMUTATIONS, -1, -1).gather(2, order)
-    later = counts.flip(0).cumsum(0).flip(0) - counts  # sinks in all layers after a
-    pair_rate, pair_chance, pair_p = _test(
-        _pairs(sinks[None]),
-        _pairs(shuffled),
-        (counts * torch.arange(layers - 1, -1, -1)).sum(),
-        (counts * later).sum() / heads,
-    )
+    found = _overlap(sinks)
+    as_many = torch.zeros(layers, layers)  # shuffles in which two layers agree as often as they do, or more
+    pairs, with_first = 0, 0
+    upper = torch.triu(torch.ones(layers, layers, dtype=torch.bool), 1)
+    for _ in range(0, PERMUTATIONS, AT_ONCE):
+        shuffled = _overlap(_renumbered(sinks, group, AT_ONCE, generator))
+        as_many += (shuffled >= found).sum(0)
+        pairs += int((shuffled[:, upper].sum(1) >= found[upper].sum()).sum())
+        with_first += int((shuffled[:, 0, 1:].sum(1) >= found[0, 1:].sum()).sum())
+    chance = counts[:, None] * counts / heads
+    following = torch.arange(layers - 1, -1, -1)
+    pair_rate, pair_chance, pair_p = _test(found[upper].sum(), chance[upper].sum(), (counts * following).sum(), pairs)
     first_rate, first_chance, first_p = _test(
-        _with_first(sinks[None]), _with_first(shuffled), counts[0] * (layers - 1), counts[0] * later[0] / heads
+        found[0, 1:].sum(), chance[0, 1:].sum(), counts[0] * (layers - 1), with_first
     )
-    chances = [pair_p_value(sinks[a], sinks[b]) for a in range(layers) for b in range(a + 1, layers)]
-    tested = [p for p in chances if p is not None]
+    varied = (counts > 0) & (counts < heads)  # else the overlap can only be one number
+    testable = upper & varied & varied[:, None]
+    p_values = (1 + as_many[testable]) / (1 + PERMUTATIONS)
     return Transfer(
         rule=rule,
         rate=float(sinks.double().mean()),
@@ -77,8 +82,8 @@ def transfer(sinks: Tensor, rule: str, *, seed: int = 0) -> Transfer:
         first_rate=first_rate,
         first_chance=first_chance,
         first_p=first_p,
-        significant_pairs=sum(p < 0.05 for p in tested),
-        testable_pairs=len(tested),
+        significant_pairs=int((p_values < 0.05).sum()),
+        testable_pairs=int(testable.sum()),
     )
 
 
@@ -88,37 +93,27 @@ def conditional(sinks: Tensor) -> Tensor:
     return overlap / sinks.sum(1, keepdim=True)
 
 
-def pair_p_value(a: Tensor, b: Tensor) -> float | None:
-    """P(at least this overlap) if the numbers of the sinks in two layers are unrelated (hypergeometric, exact).
-
-    None where the overlap can only be one number: a layer with no sinks, or with nothing else.
-    """
-    heads, n_a, n_b, overlap = len(a), int(a.sum()), int(b.sum()), int((a & b).sum())
-    if {n_a, n_b} & {0, heads}:
-        return None
-    ways = sum(math.comb(n_a, k) * math.comb(heads - n_a, n_b - k) for k in range(overlap, min(n_a, n_b) + 1))
-    return ways / math.comb(heads, n_b)
+def _renumbered(sinks: Tensor, group: int, times: int, generator: torch.Generator) -> Tensor:
+    """The heads of every layer under other numbers: bool [times, layers, heads]."""
+    layers, heads = sinks.shape
+    kv_heads = torch.rand(times, layers, heads // group, generator=generator).argsort(-1)
+    within = torch.rand(times, layers, heads // group, group, generator=generator).argsort(-1)
+    order = (kv_heads[..., None] * group + within).flatten(2)
+    return sinks.expand(times, -1, -1).gather(2, order)
 
 
-def _pairs(sinks: Tensor) -> Tensor:
-    """Heads that are sinks in two layers, over all pairs of layers: [..., layers, heads] -> [...]."""
-    layers_per_head = sinks.sum(-2).double()
-    return (layers_per_head * (layers_per_head - 1) / 2).sum(-1)
-
-
-def _with_first(sinks: Tensor) -> Tensor:
-    """The same over the pairs of layer 0 with each other layer."""
-    return (sinks[..., 0, :] * sinks[..., 1:, :].sum(-2)).double().sum(-1)
+def _overlap(sinks: Tensor) -> Tensor:
+    """How many numbers are sinks in both of two layers: float32 [..., layers, layers]."""
+    return sinks.float() @ sinks.float().transpose(-1, -2)
 
 
 def _test(
-    found: Tensor, shuffled: Tensor, trials: Tensor, expected: Tensor
+    found: Tensor, expected: Tensor, trials: Tensor, as_many: int
 ) -> tuple[float | None, float | None, float | None]:
     """Rate, chance rate and permutation p-value (with the observed arrangement counted, so never 0)."""
     if not float(trials):
         return None, None, None
-    p = (1 + int((shuffled >= found).sum())) / (1 + len(shuffled))
-    return float(found) / float(trials), float(expected) / float(trials), p
+    return float(found) / float(trials), float(expected) / float(trials), (1 + as_many) / (1 + PERMUTATIONS)
 
 
 def sentence(result: Transfer) -> str:

@@ -39,24 +39,27 @@ function viewRows() {
 
 // The first query that counts, and what flat attention gives each key, as a mean over the queries that count.
 const firstRow = length => Math.min(Math.max(1, Math.floor(length / 4)), length - 1);
-function flatKeys(length) {
-  const first = firstRow(length), found = new Float64Array(length);
-  for (let i = length - 1, sum = 0; i >= 0; i--) {
-    if (i >= first) sum += 1 / (i + 1);
-    found[i] = sum / (length - first);
-  }
-  return found;
+function flatKeys(length, sliding) {
+  const first = firstRow(length), sums = new Float64Array(length + 1); // sums[i]: over the queries before i that count
+  for (let i = 0; i < length; i++) sums[i + 1] = sums[i] + (i < first ? 0 : 1 / Math.min(i + 1, sliding));
+  return Float64Array.from({length}, (_, j) => (sums[Math.min(length, j + sliding)] - sums[j]) / (length - first));
 }
-function flatProfile(length) {
+function flatProfile(length, sliding) {
   const first = firstRow(length);
   return data.distances[length].map(distance => {
     let sum = 0;
-    for (let i = first; i < length; i++) sum += Math.min(distance, i + 1) / (i + 1);
+    for (let i = first; i < length; i++) {
+      const seen = Math.min(i + 1, sliding);
+      sum += Math.min(distance, seen) / seen;
+    }
     return sum / (length - first);
   });
 }
 const flat = {};
-const flatOf = length => flat[length] ??= {keys: flatKeys(length), profile: flatProfile(length)};
+function flatOf(length) { // in the selected layer, which may have a sliding window of its own
+  const sliding = data.sliding[state.layer] ?? length;
+  return flat[`${length}.${sliding}`] ??= {keys: flatKeys(length, sliding), profile: flatProfile(length, sliding)};
+}
 
 // The map and its menus
 
@@ -196,8 +199,9 @@ async function showText() {
   const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.floating.shape, {first} = data.limits[length];
   const floating = new Set(arrays.floating.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
   const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * shown, (state.layer * heads + state.head + 1) * shown);
+  const flatly = flatOf(length).keys;
   [...box.children].forEach((span, n) => {
-    const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = attention / flatOf(length).keys[n];
+    const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = flatly[n] ? attention / flatly[n] : 0;
     const {background, color} = ramp[Math.min(SHADES, Math.max(0, Math.round(Math.log2(times))))];
     Object.assign(span.style, {background, color});
     span.className = floating.has(n) ? "floating-sink" : n < first ? "first-token" : "";

@@ -172,6 +172,7 @@ def _data(census: Census) -> str:
         names=list(STATISTICS),
         highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
         near={n: near_window(census, n) for n in census.lengths},
+        sliding=census.settings["model"]["sliding"],
         limits={n: asdict(Thresholds(**census.settings["limits"]).at(n)) for n in census.lengths},
         distances={n: distances(n) for n in census.lengths},
         windows={n: windows(n) for n in census.lengths},
