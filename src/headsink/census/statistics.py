@@ -33,11 +33,12 @@ class Thresholds:
     """What counts as a sink token and as near: kept with every result.
 
     first: first tokens that are sink tokens. floating: floating sinks at most, those with a value norm below `tau` of the
-    head's median (docs/census.md says why that tau). window: the last keys that are local, the query's own among them.
+    head's median (docs/census.md says why that tau); more than there are, or a long text would run out of them. window: the
+    last keys that are local, the query's own among them.
     """
 
     first: int = 4
-    floating: int = 16
+    floating: int = 1024
     tau: float = 0.4
     window: int = 128
 
@@ -267,9 +268,10 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
             kept = kept + tile.sum(-1)
             peak = torch.maximum(peak, tile.amax(-1))
         within[step] = kept
-    young = (ages[..., None] >= 0) & (ages[..., None] < torch.tensor(steps, device=ages.device))
-    sinks_within = (at_sinks[..., None] * young).sum(-2).flatten(0, 1)  # [query heads, queries, steps]
-    found = {f"within_{step}": within[step] + sinks_within[..., n] for n, step in enumerate(steps)}
+    found = {
+        f"within_{step}": mass + (at_sinks * (ages < step)).sum(-1).view_as(mass)  # what is yet to come weighs nothing
+        for step, mass in within.items()
+    }
     return found | {
         "first": first,
         "sink": at_sinks.sum(-1).view_as(local),

@@ -198,7 +198,7 @@ def _shown(census: Census) -> list[str]:
 
 def _high(statistic: str, length: int, views: list[View]) -> float:
     """The upper end of a statistic's scale at a length."""
-    if statistic in ("entropy", "output"):
+    if statistic in ("entropy", "output", "floating"):
         column = list(STATISTICS).index(statistic)
         return max(float(found.value[column].nan_to_num().max()) for found in views)
     high = STATISTICS[statistic].high

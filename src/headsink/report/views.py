@@ -60,7 +60,7 @@ STATISTICS = {
     "window_first": Statistic("window needed, first tokens kept", "symlog", 0, None),
     "error_floating": Statistic("error of the near window, floating sinks kept", "log", 1e-4, 1),
     "error_first": Statistic("error of the near window, first tokens kept", "log", 1e-4, 1),
-    "floating": Statistic("floating sinks of its KV head", high=16),
+    "floating": Statistic("floating sinks of its KV head", "symlog", 0, None),
     "agreement": Statistic("share of texts in which it has this role"),
     "legacy": Statistic("legacy score (row 0 counted)"),
 }
