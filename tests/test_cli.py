@@ -182,6 +182,32 @@ def test_chat_goes_on_over_one_cache(run, tiny_folder):
     assert run(*words, stdin="hi\n")[0] == 0
 
 
+def test_bench_census(run, tiny_folder, tmp_path):
+    words = (
+        "bench",
+        "census",
+        tiny_folder,
+        "--tokens",
+        "512",
+        "--rounds",
+        "2",
+        "--long-tokens",
+        "0",
+        "--device",
+        "cpu",
+    )
+    status, out, err = run(*words, "--json", "--out", tmp_path / "bench.json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert [len(found["seconds"][way]["all"]) for way in ("plain", "census")] == [2, 2]
+    assert found["ratio"]["min"] > 0
+    assert [row["tokens"] for row in found["eager"]] == [512]
+    assert all(
+        size > 10**8 for size in found["peak_bytes"].values() if size != found["peak_bytes"]["census_above_plain"]
+    )
+
+
 def test_models_and_doctor(run):
     assert json.loads(run("models", "--json")[1])["built_in"][0]["installed"] is True
     found = json.loads(run("doctor", "--json", "--device", "cpu")[1])
