@@ -67,7 +67,7 @@ def main() -> None:
     )
 
     console.rule("2. What the heads look at")
-    census = headsink.analyze(model, tokenizer, lengths=LENGTHS)
+    census = headsink.analyze(model, tokenizer, lengths=LENGTHS, texts_per_domain=1)
     census.save(out / "census")
     show.census(console, census)
 
@@ -92,7 +92,7 @@ def main() -> None:
     )
 
     console.rule("5. Two runs compared: other texts of the same kinds")
-    headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], seed=1).save(out / "census-seed1")
+    headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], texts_per_domain=1, seed=1).save(out / "census-seed1")
     compared = headsink.compare(out / "census", out / "census-seed1")
     write_comparison(compared, out / "comparison.html")
     show.comparison(console, compared)
