@@ -5,6 +5,8 @@ import torch
 
 import headsink
 from headsink import corpus, probes
+from headsink.census.floating import floating_tokens, suggested_tau
+from headsink.census.statistics import windows
 from headsink.generation import generate
 
 TOKENS = 2000
@@ -42,8 +44,11 @@ def test_census_sees_the_first_token_and_the_floating_sinks(smollm2):
     assert float(first[:2].max()) < 0.3
     assert float(first[12:].mean()) > 0.25
     assert float(sink[3:11].mean()) > float(first[3:11].mean()) + 0.1
-    error = census.score("error_first", 1024)[3:11].mean(), census.score("error_floating", 1024)[3:11].mean()
-    assert error[0] > 2 * error[1]
+    errors = census.score("errors", 1024)[..., windows(1024).index(128)]  # [layers, heads, kept]
+    first_only, floating_too = errors[3:11].mean((0, 1)).tolist()
+    assert first_only > 2 * floating_too
+    assert suggested_tau(census, 1024) == 0.4
+    assert any(row["token"] == " the" for row in floating_tokens(census, 1024, most=3))
 
 
 def test_all_full_plan_gives_the_models_tokens(smollm2):
