@@ -164,7 +164,10 @@ def comparison(console: Console, found: Comparison) -> None:
         "interval of the change leaves out 0",
         *columns,
     )
-    for view in found.views:
+    pooled = [
+        view for view in found.views if view.domains == (None, None)
+    ]  # where there are such, they are enough here
+    for view in pooled or found.views:
         if view.score not in SHOWN:
             continue
         row = view.to_dict()
@@ -175,6 +178,8 @@ def comparison(console: Console, found: Comparison) -> None:
         cells = (place, "-" if rho is None else f"{rho:.3f}", "-" if beyond is None else f"{beyond:.0%}")
         table.add_row(escape(Path(view.run).name), lengths, escape(domains), view.score, *figures, *cells)
     console.print(table)
+    if pooled:
+        console.print("By kind of text: --json, or the report of --out.", style="dim", highlight=False)
     console.print(
         f"{len(found.changed)} of {found.heads} (run, length, text, head) have another role:", highlight=False
     )
