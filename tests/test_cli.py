@@ -244,6 +244,9 @@ def test_models_and_doctor(run):
         (["analyze", "--again", "nosuch", "--out", "new"], "nosuch: not a census folder"),
         (["analyze", "nosuch", "--out", "new"], "unknown model"),
         (["analyze", "TINY", "--out", "file"], "it is a file"),
+        (["compare", "a", "b", "--out", "."], "it is a folder"),
+        (["compare", "a", "b", "--out", "file/c.html"], "cannot write file/c.html"),
+        (["bench", "census", "TINY", "--out", "."], "it is a folder"),
         (["analyse"], "No such command"),
     ],
 )

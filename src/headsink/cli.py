@@ -24,7 +24,7 @@ from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again
 from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError
-from headsink.files import check_replaceable, clear_errors, read_text
+from headsink.files import check_file, check_replaceable, read_text
 from headsink.generation import Conversation, chat_prompt
 from headsink.generation import generate as generate_text
 from headsink.plan import Plan
@@ -166,6 +166,8 @@ def compare(
 
     Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
     """
+    if report_file is not None:
+        check_file(report_file)
     comparison = headsink.compare(*runs)
     if report_file is not None:
         write_comparison(comparison, report_file)
@@ -204,9 +206,7 @@ def plan(
         if quality_contexts == "none"
         else _numbers("quality", quality_contexts)
     )
-    with clear_errors(out_file):
-        if out_file.is_dir():
-            raise HeadsinkError(f"cannot write {out_file}: it is a folder, name a file")
+    check_file(out_file)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
     made = headsink.calibrate(

@@ -40,12 +40,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise HeadsinkError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise if no file can be written at `path`. Call it before long work."""
+    path = Path(path)
+    if path.is_dir():
+        raise HeadsinkError(f"cannot write {path}: it is a folder, name a file")
+    _check_writable(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file atomically (UTF-8), making its folder if need be."""
     path = Path(path)
+    check_file(path)
     with clear_errors(path):
-        if path.is_dir():
-            raise HeadsinkError(f"cannot write {path}: it is a folder, name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -95,7 +102,13 @@ def check_replaceable(path: str | os.PathLike[str], marker: str) -> None:
         raise HeadsinkError(f"cannot write {path}: it is a file, name a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
         raise HeadsinkError(f"cannot write {path}: the folder holds other files; name a new or an empty one")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if place != path and not place.is_dir():
+        raise HeadsinkError(f"cannot write {path}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK):
         raise HeadsinkError(f"cannot write {path}: no permission to write in {place}")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from headsink.bench import census as census_bench
-from headsink.files import write_text
+from headsink.files import check_file, write_text
 
 bench = typer.Typer(
     help="Measure headsink on this machine, side by side with what one would use otherwise.", no_args_is_help=True
@@ -44,6 +44,8 @@ def census(
 
     Takes about 15 minutes on 2 cores.
     """
+    if out_file is not None:
+        check_file(out_file)
     result = census_bench.run(
         model, tokens=tokens, rounds=rounds, long_tokens=long_tokens, seed=seed, dtype=dtype, device=device
     )

@@ -10,6 +10,7 @@ import vl_convert
 from torch import Tensor
 
 from headsink.census.roles import ROLES
+from headsink.files import write_text
 from headsink.report import charts, maps
 from headsink.report.page import PIXELS, environment
 from headsink.report.views import STATISTICS, packed
@@ -35,7 +36,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             data=_data(comparison),
         )
     )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
