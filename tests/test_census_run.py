@@ -13,8 +13,9 @@ from headsink import HeadsinkError
 from headsink.census import run
 from headsink.census.census import Census
 from headsink.census.floating import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.roles import ROLES
 from headsink.census.run import analyze_again
-from headsink.census.statistics import SCORES
+from headsink.census.statistics import SCORES, distance_within
 
 
 class Letters:
@@ -141,6 +142,9 @@ def test_what_is_loaded_is_what_was_saved(census, tmp_path):
     row = next(r for r in table.to_pylist() if (r["text"], r["domain"], r["length"]) == (1, "random", 100))
     assert row["sink"] == pytest.approx(float(census.samples("sink", 100, "random")[1, row["layer"], row["head"]]))
     assert set(SCORES) < set(table.column_names)
+    profile = census.samples("profile", 100, "random")[1, row["layer"], row["head"]]
+    assert row["distance_50"] == pytest.approx(float(distance_within(profile, 0.5, 100)))
+    assert row["role"] == ROLES[int(census.text_roles(100, "random")[1, row["layer"], row["head"]])]
 
 
 def test_means_and_intervals_are_over_texts(census):

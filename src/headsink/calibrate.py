@@ -20,6 +20,7 @@ from headsink import corpus, probes
 from headsink.architecture import Architecture, check_plannable, decoder, describe
 from headsink.attention import Seen, engaged, observing
 from headsink.errors import HeadsinkError
+from headsink.models import dtype_name
 from headsink.output import OutputNorms
 from headsink.pattern import FULL, Pattern, visible
 from headsink.plan import Plan
@@ -105,7 +106,7 @@ def calibrate(
             "retrieval_weight": retrieval_weight,
             "text_tokens": length,
             "texts": dict.fromkeys(corpus.DOMAINS, 1) | {form: len(PROBE_DEPTHS) for form in probes.FORMS},
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "seed": seed,
         },
     )

@@ -137,11 +137,6 @@ def _asked(text: str, rng: random.Random) -> Iterator[str]:
             )
 
 
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`."""
-    return [2**k for k in range(most.bit_length())]
-
-
 NAMES = ("Ada", "Bruno", "Chidi", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")
 _THINGS = ("pencils", "bricks", "tickets", "apples", "tiles", "stamps", "marbles", "seedlings", "bolts", "cups")
 

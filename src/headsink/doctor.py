@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headsink.cache import HeadGroup
-from headsink.models import BUILT_IN, cache_folder, parse_device, parse_dtype
+from headsink.models import BUILT_IN, cache_folder, dtype_name, parse_device, parse_dtype
 from headsink.pattern import Pattern, reference_attention
 
 PACKAGES = (
@@ -85,7 +85,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
         worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
     return {
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "largest_difference": worst,
         "right": worst <= TOLERANCE[dtype],
     }

@@ -167,6 +167,11 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" and the like, as `parse_dtype` reads it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_device(device: str | torch.device | None) -> torch.device:
     """A device that is here; the best one if none is named."""
     if device is None:

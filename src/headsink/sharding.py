@@ -65,16 +65,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def gather_heads(tensor: Tensor, dim: int, heads: int) -> Tensor:
-    """All `heads` of a tensor that has a share of them along `dim`; itself if it has them all."""
-    if tensor.shape[dim] == heads:
+def gather_heads(tensor: Tensor, heads: int) -> Tensor:
+    """All `heads` of a tensor that has a share of them along its first dimension; itself if it has them all."""
+    if len(tensor) == heads:
         return tensor
     share = tensor.contiguous()
     if dist.get_backend() == "nccl":
         share = share.cuda()
     shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, share)
-    return torch.cat(shares, dim).to(tensor.device)
+    return torch.cat(shares).to(tensor.device)
 
 
 def is_main() -> bool:

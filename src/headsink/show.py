@@ -14,7 +14,7 @@ from rich.table import Table
 
 from headsink.census import Census, Comparison
 from headsink.census.floating import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
-from headsink.census.roles import EPSILON, ROLES
+from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
 from headsink.generation import Generated
@@ -22,6 +22,7 @@ from headsink.plan import Plan
 from headsink.report.page import p_value, share
 
 MEGABYTE = 1e6
+NEAR = 128  # keys: how many heads make do with a window of that
 SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen; `--json` has all
 
 
@@ -49,12 +50,10 @@ def role_counts(census: Census, length: int) -> dict[str, int]:
 
 def windows_json(census: Census, length: int) -> dict[str, float]:
     """Of the KV heads: how wide a window has to be for a small error, with and without floating sinks kept."""
-    found = {}
+    found: dict[str, float] = {}
     for kept in KEPT:
-        needed = census.window_needed(length, heads="kv", kept=kept)
-        found[f"median_{kept}"] = float(needed.median())
-        found[f"within_128_{kept}"] = float((needed <= 128).double().mean())
-        found[f"all_{kept}"] = float((needed >= length).double().mean())
+        of = figures(census.window_needed(length, heads="kv", kept=kept), NEAR, length)
+        found |= {f"median_{kept}": of["median"], f"within_{NEAR}_{kept}": of["near"], f"all_{kept}": of["all"]}
     return found
 
 
@@ -70,7 +69,7 @@ def census(console: Console, census: Census) -> None:
     console.print(table)
 
     sink, first = (census.interval(name, longest) for name in ("sink", "first"))
-    at = windows(longest).index(max(w for w in windows(longest) if w <= 128))
+    at = windows(longest).index(max(w for w in windows(longest) if w <= NEAR))
     errors = census.score("errors", longest)[..., at]
     title = f"Strongest sinks at {longest} tokens; errors of first tokens + last {windows(longest)[at]}"
     table = _table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
@@ -104,12 +103,12 @@ def census(console: Console, census: Census) -> None:
         f"Window that a KV head needs for an error within {EPSILON:.0%}, floating sinks kept",
         "tokens",
         "median",
-        "at most 128",
+        f"at most {NEAR}",
         "everything",
     )
     for length in census.lengths:
         needed = windows_json(census, length)
-        shares = (f"{needed[name]:.0%}" for name in ("within_128_floating", "all_floating"))
+        shares = (f"{needed[name]:.0%}" for name in (f"within_{NEAR}_floating", "all_floating"))
         table.add_row(str(length), f"{needed['median_floating']:.0f}", *shares)
     console.print(table)
     if (law := census.window_law()) is not None:

@@ -27,6 +27,7 @@ import headsink
 from headsink import corpus
 from headsink.architecture import decoder, describe
 from headsink.census.run import analyze
+from headsink.models import dtype_name
 from headsink.progress import bar, console
 
 EAGER_FROM = 512
@@ -53,7 +54,7 @@ def run(
     result: dict[str, Any] = {
         "command": "headsink " + " ".join(sys.argv[1:]),
         "model": model_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),

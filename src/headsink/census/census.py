@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headsink.census.intervals import Interval, interval
 from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
-from headsink.census.statistics import KEPT, SCORES, TOKENS, distances, windows
+from headsink.census.statistics import KEPT, SCORES, TOKENS, distance_within, windows
 from headsink.census.transfer import RULES, Transfer, transfer
 from headsink.errors import HeadsinkError
 from headsink.files import new_folder
@@ -32,7 +32,7 @@ from headsink.files import new_folder
 SCHEMA = 2
 MARKER = "census.json"
 TOP_KEYS = 8
-QUANTILES = (0.1, 0.5, 0.9)
+QUANTILES = (0.1, 0.5, 0.9)  # of the distance, in the table
 
 
 @dataclass
@@ -68,21 +68,26 @@ class Census:
 
     def texts(self, length: int, domain: str | None = None) -> list[int]:
         """Numbers of the texts of a domain (of all, if None) that have `length` tokens."""
-        found = [
-            number
-            for number, text in enumerate(self.settings["texts"])
-            if domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
-        ]
+        found = self._reaching(length, domain)
         if not found:
             raise HeadsinkError(f"the census has nothing at length {length}" + (f" on {domain}" if domain else ""))
         return found
 
     def has(self, length: int, domain: str | None = None) -> bool:
         """Whether some text of the domain reaches the length."""
-        return any(
-            domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
+        return bool(self._reaching(length, domain))
+
+    def _reaching(self, length: int, domain: str | None) -> list[int]:
+        return [
+            number
             for number, text in enumerate(self.settings["texts"])
-        )
+            if domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
+        ]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return int(self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"])
 
     def samples(self, name: str, length: int, domain: str | None = None) -> Tensor:
         """One array for each text: [texts, layers, ...]. A name in SCORES is that score, "uniform_..." what is by chance."""
@@ -101,18 +106,26 @@ class Census:
         """The mean with its 95 % confidence interval over texts."""
         return interval(self.samples(name, length, domain))
 
+    def _masses(self, length: int, domain: str | None) -> Iterator[dict[str, Tensor]]:
+        """What roles are read from, for each text: masses, and their uniform."""
+        for prefix in ("", "uniform_"):
+            yield {name: self.samples(prefix + name, length, domain) for name in MASSES}
+
+    def text_roles(self, length: int, domain: str | None = None) -> Tensor:
+        """The role of every head in every single text: int64 [texts, layers, query heads], index into ROLES."""
+        return roles(*self._masses(length, domain))
+
+    def mean_roles(self, length: int, domain: str | None = None) -> Tensor:
+        """The role of every head by its mean masses: int64 [layers, query heads], index into ROLES."""
+        return roles(*({name: of.mean(0) for name, of in masses.items()} for masses in self._masses(length, domain)))
+
     def roles(self, length: int, domain: str | None = None) -> list[list[str]]:
-        """The role of every head by its mean masses: [layers][query heads]."""
-        mass = {name: self.score(name, length, domain) for name in MASSES}
-        uniform = {name: self.score(f"uniform_{name}", length, domain) for name in MASSES}
-        return [[ROLES[n] for n in layer] for layer in roles(mass, uniform).tolist()]
+        """The same as words: [layers][query heads]."""
+        return [[ROLES[n] for n in layer] for layer in self.mean_roles(length, domain).tolist()]
 
     def role_agreement(self, length: int, domain: str | None = None) -> Tensor:
         """The share of single texts in which a head has the role that it has on average: float64 [layers, query heads]."""
-        mass = {name: self.samples(name, length, domain) for name in MASSES}
-        uniform = {name: self.samples(f"uniform_{name}", length, domain) for name in MASSES}
-        names = torch.tensor([[ROLES.index(name) for name in layer] for layer in self.roles(length, domain)])  # type: ignore[arg-type]
-        return (roles(mass, uniform) == names).double().mean(0)
+        return (self.text_roles(length, domain) == self.mean_roles(length, domain)).double().mean(0)
 
     def window_needed(
         self,
@@ -145,24 +158,14 @@ class Census:
         return law(torch.stack(needed), lengths)
 
     def distance(self, quantile: float, length: int, domain: str | None = None) -> Tensor:
-        """Distance within which a share of the attention on real keys stays: float64 [layers, query heads].
-
-        Linear between the distances that were measured; the query itself is 1 key back.
-        """
-        profile = self.score("profile", length, domain)
-        steps = torch.tensor(distances(length), dtype=torch.float64)
-        target = quantile * profile[..., -1:]
-        above = (profile < target).sum(-1, keepdim=True).clamp(1, len(steps) - 1)
-        low, high = profile.gather(-1, above - 1), profile.gather(-1, above)
-        share = ((target - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        return (steps[above - 1] + share * (steps[above] - steps[above - 1]))[..., 0]
+        """Distance within which a share of the attention on real keys stays: float64 [layers, query heads]."""
+        return distance_within(self.score("profile", length, domain), quantile, length)
 
     def first_question(self, length: int, domain: str | None = None) -> list[Transfer]:
         """Do head numbers carry over between layers? One answer per rule for what a sink is."""
-        seed, model = self.settings["seed"], self.settings["model"]
-        group = model["query_heads"] // model["kv_heads"]
+        seed = self.settings["seed"]
         return [
-            transfer(self.score(score, length, domain) >= least, rule, group=group, seed=seed)
+            transfer(self.score(score, length, domain) >= least, rule, group=self.group, seed=seed)
             for rule, (score, least) in RULES.items()
         ]
 
@@ -172,43 +175,30 @@ class Census:
         return pa.concat_tables(self._tables(), promote_options="default")  # longer texts have more windows
 
     def _tables(self) -> Iterator[pa.Table]:
-        model, group = (
-            self.settings["model"],
-            self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"],
-        )
+        model = self.settings["model"]
         layer, head = torch.meshgrid(torch.arange(model["layers"]), torch.arange(model["query_heads"]), indexing="ij")
-        for number, text in enumerate(self.settings["texts"]):
-            for length in self.lengths:
-                of: dict[str, Any] = {
-                    name: self.arrays.get(f"{number}.{length}.{name}")
-                    for name in ("scores", "uniform", "tokens", "group_errors", "errors")
+        for length in self.lengths:
+            for number, role in zip(self.texts(length), self.text_roles(length), strict=True):
+                text, of = self.settings["texts"][number], f"{number}.{length}"
+                scores, uniform, errors = (self.arrays[f"{of}.{name}"] for name in ("scores", "uniform", "errors"))
+                by_head = {name: self.arrays[f"{of}.{name}"] for name in ("tokens", "group_errors")}
+                tokens, group_errors = (array.repeat_interleave(self.group, 1) for array in by_head.values())
+                columns = {"layer": layer, "head": head, "kv_head": head // self.group}
+                columns |= {name: scores[..., n] for n, name in enumerate(SCORES)}
+                columns |= {f"uniform_{name}": uniform[..., n] for n, name in enumerate(SCORES)}
+                columns |= {
+                    f"distance_{round(100 * q)}": distance_within(self.arrays[f"{of}.profile"].double(), q, length)
+                    for q in QUANTILES
                 }
-                if of["scores"] is None:
-                    continue
-                columns = {"layer": layer, "head": head, "kv_head": head // group}
-                columns["role"] = self._text_roles(number, length)
-                columns |= {name: of["scores"][..., n] for n, name in enumerate(SCORES)}
-                columns |= {f"uniform_{name}": of["uniform"][..., n] for n, name in enumerate(SCORES)}
-                columns |= {name: of["tokens"][..., n].repeat_interleave(group, 1) for n, name in enumerate(TOKENS)}
+                columns |= {name: tokens[..., n] for n, name in enumerate(TOKENS)}
                 for n, kept in enumerate(KEPT):
                     for w, window in enumerate(windows(length)):
-                        columns[f"error_{kept}_{window}"] = of["errors"][:, :, n, w]
-                        columns[f"kv_error_{kept}_{window}"] = of["group_errors"][:, :, n, w].repeat_interleave(
-                            group, 1
-                        )
+                        columns[f"error_{kept}_{window}"] = errors[:, :, n, w]
+                        columns[f"kv_error_{kept}_{window}"] = group_errors[:, :, n, w]
                 rows = layer.numel()
                 start = {"domain": [text["domain"]] * rows, "text": [text["number"]] * rows, "length": [length] * rows}
-                role = [ROLES[n] for n in columns.pop("role").flatten().tolist()]
-                numbers = {name: column.flatten().numpy() for name, column in columns.items()}
-                yield pa.table(start | {"role": role} | numbers)
-
-    def _text_roles(self, text: int, length: int) -> Tensor:
-        """Roles in a single text: int64 [layers, query heads], index into ROLES."""
-        mass, uniform = (
-            {name: self.arrays[f"{text}.{length}.{array}"][..., list(SCORES).index(name)] for name in MASSES}
-            for array in ("scores", "uniform")
-        )
-        return roles(mass, uniform)
+                start["role"] = [ROLES[n] for n in role.flatten().tolist()]
+                yield pa.table(start | {name: column.flatten().numpy() for name, column in columns.items()})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the folder, atomically, report and pictures included. An older census there is replaced."""

@@ -70,6 +70,15 @@ def window_needed(errors: Tensor, windows: list[int], length: int, epsilon: floa
     return torch.where(enough == 0, 0.0, torch.where(enough == len(windows), float(length), between))
 
 
+def figures(needed: Tensor, near: int, length: int) -> dict[str, float]:
+    """Of the windows that heads need: the median, the share of heads that make do with `near` keys, the share that needs all."""
+    return {
+        "median": float(needed.median()),
+        "near": float((needed <= near).double().mean()),
+        "all": float((needed >= length).double().mean()),
+    }
+
+
 def law(needed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Fit `window = scale x length ^ exponent` by least squares on logarithms.
 

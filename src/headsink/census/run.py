@@ -96,7 +96,7 @@ def analyze(
             "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(),
         },
-        "dtype": _name(model.dtype),
+        "dtype": models.dtype_name(model.dtype),
         "device": input_device(model).type,
         "lengths": lengths,
         "texts": [{"domain": t.domain, "number": t.number, "tokens": len(t.ids), "sha256": t.digest} for t in chosen],
@@ -109,8 +109,8 @@ def analyze(
     }
     kept = Checkpoint(checkpoint, settings) if checkpoint is not None else None
     arrays: dict[str, Tensor] = {}
-    passes = [[n for n in lengths if n <= len(text.ids)] for text in chosen]
-    steps = sum(1 if shape.prefix_free else len(of_text) for of_text in passes) * shape.layers
+    passes = [_passes(shape, [n for n in lengths if n <= len(text.ids)]) for text in chosen]
+    steps = sum(map(len, passes)) * shape.layers
     if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
         console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
     with bar("census", steps, progress and is_main()) as shown:
@@ -118,7 +118,7 @@ def analyze(
             done = kept.read(number) if kept else None
             if done is None:
                 done = {"ids": torch.tensor(text.ids, dtype=torch.int32)}
-                for together in [of_text] if shape.prefix_free else [[n] for n in of_text]:
+                for together in of_text:
                     ids = text.ids[: together[-1]]
                     done |= _read(
                         model, shape, ids, together, limits, queries, lambda: shown.advance(shown.task_ids[0])
@@ -126,10 +126,15 @@ def analyze(
                 if kept:
                     kept.write(number, done)
             else:
-                shown.advance(shown.task_ids[0], (1 if shape.prefix_free else len(of_text)) * shape.layers)
+                shown.advance(shown.task_ids[0], len(of_text) * shape.layers)
             arrays |= {f"{number}.{name}": array for name, array in done.items()}
     occurring = sorted({token for text in chosen for token in text.ids})
     return Census(settings, {token: tokenizer.decode([token]) for token in occurring}, arrays)
+
+
+def _passes(shape: Architecture, lengths: list[int]) -> list[list[int]]:
+    """The lengths of a text by forward pass."""
+    return [lengths] if shape.prefix_free else [[length] for length in lengths]
 
 
 def analyze_again(
@@ -150,7 +155,7 @@ def analyze_again(
     chosen, lengths = _texts(tokenizer, describe(model), settings["lengths"], domains, own, number, seed)
     found = {
         "weights": (Fingerprint.of(model).weights, settings["model"]["weights"]),
-        "dtype": (_name(model.dtype), settings["dtype"]),
+        "dtype": (models.dtype_name(model.dtype), settings["dtype"]),
         "texts": ([text.digest for text in chosen], [text["sha256"] for text in settings["texts"]]),
     }
     for name, (here, there) in found.items():
@@ -172,10 +177,6 @@ def analyze_again(
         checkpoint=checkpoint,
         progress=progress,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class Checkpoint:
@@ -312,7 +313,8 @@ def _own(
         raise HeadsinkError("texts: none given")
     sizes = [len(ids) for _, _, ids in named]
     if lengths is None:
-        ladder = [n for n in corpus.powers_of_two(max(sizes)) if n >= max(OWN_LENGTHS_FROM, min(sizes))]
+        powers = (2**k for k in range(max(sizes).bit_length()))
+        ladder = [n for n in powers if n >= max(OWN_LENGTHS_FROM, min(sizes))]
         lengths = sorted({max(2, min(sizes)), *ladder})
     chosen = _check_lengths(lengths, shape)
     for domain, n, ids in named:

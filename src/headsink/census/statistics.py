@@ -79,8 +79,8 @@ class HeadStatistics:
         def join(name: str) -> Any:
             heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
             if isinstance(value, dict):
-                return {key: gather_heads(tensor, 0, heads) for key, tensor in value.items()}
-            return gather_heads(value, 0, heads)
+                return {key: gather_heads(tensor, heads) for key, tensor in value.items()}
+            return gather_heads(value, heads)
 
         return HeadStatistics(**{field.name: join(field.name) for field in fields(self)})
 
@@ -111,6 +111,19 @@ KEPT = ("first", "floating")
 def distances(length: int) -> list[int]:
     """1, 2, 4, ... up to the first power of two that is not below `length`."""
     return [2**k for k in range((length - 1).bit_length() + 1)]
+
+
+def distance_within(profile: Tensor, quantile: float, length: int) -> Tensor:
+    """Distance within which a share of the attention on real keys stays: float64, [..., distances] -> [...].
+
+    Linear between the distances that were measured; the query itself is 1 key back.
+    """
+    steps = torch.tensor(distances(length), dtype=torch.float64)
+    target = quantile * profile[..., -1:]
+    above = (profile < target).sum(-1, keepdim=True).clamp(1, len(steps) - 1)
+    low, high = profile.gather(-1, above - 1), profile.gather(-1, above)
+    share = ((target - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (steps[above - 1] + share * (steps[above] - steps[above - 1]))[..., 0]
 
 
 def windows(length: int) -> list[int]:
@@ -227,7 +240,7 @@ class SinkKeys:
 
 
 def _near(part: Block, most: int) -> Tensor:
-    """Where the last `most` keys of every query lie in the block, the query's own first: int [queries, most], clamped at 0."""
+    """Where the last `most` keys of every query lie in the block, its own first: int [queries, most], negative outside."""
     ages = torch.arange(most, device=part.rows.device)
     return part.rows[:, None] - part.begin - ages
 

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vl_convert
 from torch import Tensor
 
 from headsink.census.roles import ROLES
 from headsink.files import write_text
 from headsink.report import charts, maps
-from headsink.report.page import PIXELS, environment
+from headsink.report.page import capital, environment, write_picture
 from headsink.report.views import STATISTICS, packed
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
         spec = charts.spec(
             maps.change_map(_shape(comparison), high), [_title(view.score), f"{comparison.names[0]} → {view.run}"]
         )
-        svg = vl_convert.vegalite_to_svg(charts.filled(spec, heads=_rows(view), selected=[]))
         number = f"-{runs.index(view.run) + 2}" if len(runs) > 1 else ""
         name = f"figure-change-{view.score}-{view.lengths[1]}{number}"
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-        (folder / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
+        write_picture(folder / name, charts.filled(spec, heads=_rows(view), selected=[]))
 
 
 def _data(comparison: Comparison) -> str:
@@ -108,8 +105,7 @@ def _said(value: Any) -> str:
 
 
 def _title(score: str) -> str:
-    title = STATISTICS[score].title
-    return title[:1].upper() + title[1:]
+    return capital(STATISTICS[score].title)
 
 
 def _shape(comparison: Comparison) -> tuple[int, int]:

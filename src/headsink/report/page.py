@@ -13,6 +13,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+from headsink.census import roles
 from headsink.census.floating import drawing_tokens, floating_tokens, stability, tau_evidence
 from headsink.census.roles import EPSILON, ROLES
 from headsink.census.statistics import Thresholds, distances, windows
@@ -89,9 +90,14 @@ def write_report(census: Census, path: Path) -> None:
 def write_pictures(census: Census, folder: Path) -> None:
     """Write every chart, all texts together, as `figure-<name>.png` and `.svg`; those of single heads are on the page."""
     for name, spec in _pictures(census):
-        svg = vl_convert.vegalite_to_svg(spec)
-        (folder / f"figure-{name}.svg").write_text(svg, encoding="utf-8")
-        (folder / f"figure-{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
+        write_picture(folder / f"figure-{name}", spec)
+
+
+def write_picture(path: Path, spec: dict[str, Any]) -> None:
+    """Write a chart that has its data as `path`.svg and `path`.png."""
+    svg = vl_convert.vegalite_to_svg(spec)
+    path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
+    path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
 
 
 def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -107,7 +113,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
             chart = maps.head_map(meaning.scale, shape, meaning.low, high)
             spec = charts.spec(
                 chart,
-                [_capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
+                [capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
             )
             yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
         drawn = {"roles": (maps.role_map(shape), "Roles of the heads")}
@@ -223,11 +229,7 @@ def _windows(census: Census) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"length": length, "near": near_window(census, length)}
         for kept in ("floating", "first"):
             needed = census.window_needed(length, heads="kv", kept=kept)
-            row[kept] = {
-                "median": float(needed.median()),
-                "near": float((needed <= row["near"]).double().mean()),
-                "all": float((needed >= length).double().mean()),
-            }
+            row[kept] = roles.figures(needed, row["near"], length)
         rows.append(row)
     return rows
 
@@ -307,5 +309,5 @@ def visible(token: str) -> str:
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]

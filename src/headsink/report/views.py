@@ -125,7 +125,7 @@ def view(census: Census, length: int, domain: str | None) -> View:
         value=torch.stack([values[name] for name in STATISTICS]),
         half=torch.stack([halves.get(name, none) for name in STATISTICS]),
         uniform=torch.stack([flat.get(name, none) for name in STATISTICS]),
-        roles=torch.tensor([[ROLES.index(name) for name in names] for names in census.roles(length, domain)]),  # type: ignore[arg-type]
+        roles=census.mean_roles(length, domain),
         profile=census.score("profile", length, domain),
         errors=errors.mean(0),
         pairs=conditional(sinks),
