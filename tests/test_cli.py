@@ -91,6 +91,8 @@ def test_compare_says_what_differs(census, run):
     report = a.parent / "comparison.html"
     assert json.loads(run("compare", f"{a}@32", f"{a}@200", "--out", report, "--json")[1])["report"] == str(report)
     assert "<html" in report.read_text()
+    assert run("compare", a, b, "--figures", a.parent / "figures")[0] == 0
+    assert {path.suffix for path in (a.parent / "figures").iterdir()} == {".png", ".svg", ".json"}
 
 
 def test_what_cannot_be_compared_is_refused(census, run, tmp_path):

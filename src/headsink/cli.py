@@ -24,12 +24,15 @@ from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again
 from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, check_replaceable, read_text
+from headsink.files import check_file, check_replaceable, new_folder, read_text
 from headsink.generation import Conversation, chat_prompt
 from headsink.generation import generate as generate_text
+from headsink.options import Device, Dtype, Json, Seed
 from headsink.plan import Plan
-from headsink.report import write_comparison
+from headsink.report import write_comparison, write_comparison_pictures
 from headsink.sharding import is_main
+
+COMPARISON = "comparison.json"  # marks a folder of figures as one of ours
 
 app = typer.Typer(
     name="headsink",
@@ -45,10 +48,6 @@ err = Console(stderr=True, soft_wrap=True)
 
 MODEL_HELP = "smollm2 or gemma3-270m (built in), a folder, a .gguf file, or a Hugging Face id owner/name."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random choices: texts, shuffles, sampling.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan file to run under; without it, the model itself.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]
 
@@ -160,6 +159,9 @@ def compare(
     report_file: Annotated[
         Path | None, typer.Option("--out", help="Write the comparison as an HTML report too.")
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for its maps as PNG and SVG; older ones there are replaced.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare census runs with the first: how far heads moved, what of it is more than chance, which changed their role.
@@ -168,9 +170,15 @@ def compare(
     """
     if report_file is not None:
         check_file(report_file)
+    if figures is not None:
+        check_replaceable(figures, COMPARISON)
     comparison = headsink.compare(*runs)
     if report_file is not None:
         write_comparison(comparison, report_file)
+    if figures is not None:
+        with new_folder(figures, COMPARISON) as part:
+            write_comparison_pictures(comparison, part)
+            (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
     if as_json:
         _emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:

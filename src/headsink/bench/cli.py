@@ -11,6 +11,7 @@ import typer
 
 from headsink.bench import census as census_bench
 from headsink.files import check_file, write_text
+from headsink.options import Device, Dtype, Json, Seed
 
 bench = typer.Typer(
     help="Measure headsink on this machine, side by side with what one would use otherwise.", no_args_is_help=True
@@ -31,14 +32,10 @@ def census(
         int, typer.Option(min=0, help="Length of the run on a model of the shape of Gemma 3 270M; 0 to leave it out.")
     ] = 32768,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the JSON here too.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
-    ] = False,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Time and memory of a census against a plain forward pass, and against the eager way where that still runs.
 
