@@ -25,8 +25,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headsink import blockwise
 from headsink.blockwise import Inputs
-from headsink.cache import ATTENTION, Padding, PlanLength, Update
+from headsink.cache import ATTENTION, PlanLength, Update
 from headsink.errors import HeadsinkError
+from headsink.head_group import Padding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headsink.cache import HeadGroup
+from headsink.head_group import HeadGroup
 from headsink.models import BUILT_IN, cache_folder, dtype_name, parse_device, parse_dtype
 from headsink.pattern import Pattern, reference_attention
 
