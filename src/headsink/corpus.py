@@ -43,18 +43,24 @@ def tokens(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed
         special = set(tokenizer.all_special_ids)
         ordinary = [token for token in range(len(tokenizer)) if token not in special]
         return [*opening, *rng.choices(ordinary, k=length)][:length]
+    ids: list[int] = tokenizer(text(domain, tokenizer, length, seed=seed, split=split), verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise HeadsinkError(
+            f"length: the built-in {domain} has {len(ids)} tokens, {length} were asked for; give texts of your own"
+        )
+    return ids[:length]
+
+
+def text(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split) -> str:
+    """A text of more than `length` tokens, if there is so much: items of one kind, in an order that `seed` chooses."""
+    rng = random.Random(f"{domain} {seed}")
     parts, characters = [], 0
     for part in _items(domain, rng, split, tokenizer):
         parts.append(part)
         characters += len(part)
         if characters >= CHARACTERS_PER_TOKEN * length:
             break
-    ids: list[int] = tokenizer("\n\n".join(parts), verbose=False)["input_ids"]
-    if len(ids) < length:
-        raise HeadsinkError(
-            f"length: the built-in {domain} has {len(ids)} tokens, {length} were asked for; give texts of your own"
-        )
-    return ids[:length]
+    return "\n\n".join(parts)
 
 
 def _items(domain: str, rng: random.Random, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -118,7 +118,7 @@ def load(
     if device_map is None and not tensor_parallel:
         device = parse_device(device)
     processes = _processes() if tensor_parallel else 1
-    source, local = _find(str(name))
+    source, local = find(str(name))
     with _quiet(), _one_line(str(name), local):
         config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         check_config(config, str(name))
@@ -215,7 +215,7 @@ def _offload_folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="offload-", dir=cache_folder())
 
 
-def _find(name: str) -> tuple[str, bool]:
+def find(name: str) -> tuple[str, bool]:
     """What to hand to transformers for `name`, and whether it is on this machine."""
     if name in BUILT_IN:
         built_in = BUILT_IN[name]

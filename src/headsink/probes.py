@@ -1,27 +1,33 @@
-"""Retrieval probes: a fact somewhere in a long text, and a question about it.
+"""Documents to calibrate on and to judge by: ordinary text with facts strewn in, and what may follow it.
 
-A plan must not lose these, and an average over text does not see them. The two halves (`calibration`, `heldout`) differ
-in wording, in values and in the text around the fact, so that a plan is not judged on the sentence that it was made with.
+After a document comes either the text that follows in its source, or a question about one of the facts, each by itself.
+The document is read before any question is known, so a cache that let go of a fact cannot answer. The two halves have forms
+of their own: `calibration` passkeys, keys and values of a table, several needles asked for at once, variables, questions
+about a passage; `heldout` other sentences, lists, constants in code and quotations, in other text, so that a plan is not
+judged on the forms that it was made with.
 """
 
 from __future__ import annotations
 
 import random
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate
-from typing import Literal
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from headsink import corpus
-from headsink.corpus import NAMES, Split
+from headsink.corpus import NAMES, Domain, Split
 from headsink.errors import HeadsinkError
+
+AFTER = 1000  # tokens of the source beyond the document, for its continuation
+LEAST_LENGTH = 256  # tokens, below which a document is more facts than text
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The last `answer_tokens` of `ids` are the answer, the rest is the text and the question."""
+class Question:
+    """What follows a document. The last `answer_tokens` of `ids` are the answer, the rest asks for it."""
 
     form: str
     ids: list[int]
@@ -29,124 +35,257 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """`lead` is what the answer follows. `question`: asked in the model's chat format; none if empty.
+class Document:
+    """A text, special tokens at its start included; the ordinary text that follows it; questions that may follow instead."""
 
-    kind: what the values are; decoys: more facts of the same form, about other names.
+    ids: list[int]
+    continuation: list[int]
+    questions: list[Question]
+
+
+class _Probe(NamedTuple):
+    """Sentences to strew over a text; what is asked, and what the answer is."""
+
+    facts: list[str]
+    asked: str
+    answer: str
+
+
+def document(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    split: Split,
+    seed: int = 0,
+    domains: Sequence[Domain] = ("prose",),
+    continuation: int = 256,
+) -> Document:
+    """A document of at most `length` tokens, and little less, with a question of every form of its half.
+
+    Facts lie at even distances in random order, over paragraphs of the kinds of text `domains`, one kind after the other; the
+    last one goes on for `continuation` tokens. A short document has fewer questions: facts take at most a third of it. The
+    same arguments give the same document. Raises HeadsinkError if `length` is too short.
     """
-
-    fact: str
-    lead: str
-    kind: Literal["number", "word", "code"]
-    question: str = ""
-    decoys: int = 0
-
-
-_FORMS: dict[Split, dict[str, _Form]] = {
-    "calibration": {
-        "number": _Form(
-            "The pass key is {value}. Remember it. {value} is the pass key.",
-            "What is the pass key? The pass key is",
-            "number",
-        ),
-        "word": _Form("The special word of {name} is {value}.", "The special word of {name} is", "word"),
-        "record": _Form("The code of sample {name} is {value}.", "The code of sample {name} is", "code", decoys=3),
-        "question": _Form(
-            "{name} has a dog, and its name is {value}.",
-            "The name of {name}'s dog is",
-            "word",
-            question="What is the name of {name}'s dog?",
-        ),
-    },
-    "heldout": {
-        "number": _Form(
-            "Note: the locker in the hall opens with {value}.", "The locker in the hall opens with", "number"
-        ),
-        "word": _Form(
-            "The favourite flower of {name} is the {value}.", "The favourite flower of {name} is the", "word"
-        ),
-        "record": _Form("Item {name} is stored at {value}.", "Item {name} is stored at", "code", decoys=3),
-        "question": _Form(
-            "In the harbour lies a boat called {value}, which belongs to {name}.",
-            "{name}'s boat is called",
-            "word",
-            question="What is {name}'s boat called?",
-        ),
-    },
-}
-FORMS = tuple(_FORMS["heldout"])
-_WORDS: dict[Split, tuple[str, ...]] = {
-    "calibration": ("marmalade", "lantern", "granite", "thistle", "harbour", "velvet", "saffron", "compass"),
-    "heldout": ("Snowdrop", "Bluebell", "Primrose", "Lavender", "Marigold", "Foxglove", "Buttercup", "Daffodil"),
-}
-_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
-
-
-def probe(
-    form: str, tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float, seed: int = 0, split: Split
-) -> Probe:
-    """A probe of at most `length` tokens, and little less, its fact at `depth` (0 to 1) of the text.
-
-    Forms: `number` (a pass key), `word`, `record` (one of four, the others are decoys), `question` (a word asked for in the
-    model's chat format). The same arguments give the same probe. Raises HeadsinkError if `length` is too short.
-    """
-    shape, rng = _FORMS[split][form], random.Random(f"{form} {seed} {depth} {split}")
-    names = [f"{rng.choice('KLMN')}{n}" for n in rng.sample(range(100, 999), 1 + shape.decoys)]
-    if shape.kind == "word":
-        names = rng.sample(NAMES, 1 + shape.decoys)
-    values = [_value(shape.kind, split, rng) for _ in names]
-    facts = [shape.fact.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
-    question, lead = shape.question.format(name=names[0]), shape.lead.format(name=names[0])
+    if length < LEAST_LENGTH:
+        raise HeadsinkError(f"length: {length} tokens are too few for retrieval probes, {LEAST_LENGTH} are needed")
+    rng = random.Random(f"probes {split} {seed} {' '.join(domains)}")
 
     def encode(text: str, special: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def read(paragraphs: list[str]) -> list[int]:
-        """Everything before the lead, as tokens."""
-        text = "\n\n".join(paragraphs)
-        if not question:
-            return encode(text + "\n\n", special=True)
-        if tokenizer.chat_template is None:
-            return encode(f"{text}\n\nQuestion: {question}\nAnswer: ", special=True)
-        turn = {"role": "user", "content": f"{text}\n\nQuestion: {question}"}
-        return encode(str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)))
-
-    asked, answered = encode(lead), encode(f"{lead} {values[0]}")
-    # A tokenizer may join the end of the lead to the answer: what differs is the answer.
-    shared = next((n for n, (a, b) in enumerate(zip(asked, answered, strict=False)) if a != b), len(asked))
-    body: list[str] = []
-    room = length - len(answered) - len(read(facts))
-    for paragraph, size in _fillers(tokenizer, split, rng):
-        if size <= room:
-            body.append(paragraph)
-            room -= size
-    if len(body) < 4:
-        raise HeadsinkError(f"length: {length} tokens are too few for a retrieval probe")
-    ends = list(accumulate(len(paragraph) for paragraph in body))
-    places = [sum(end <= depth * ends[-1] for end in ends), *(rng.randint(0, len(body)) for _ in facts[1:])]
-    for place, fact in sorted(zip(places, facts, strict=True), reverse=True):  # from the back, so that places hold
-        body.insert(place, fact)
-    ids = read(body) + answered
+    names = Names(rng)
+    probes = [(form, make(rng, names)) for form, make in _FORMS[split].items()]
+    sizes = [sum(len(encode(fact + "\n\n")) for fact in probe.facts) for _, probe in probes]
+    kept, room = [], length // 3
+    for index in rng.sample(range(len(probes)), len(probes)):
+        if sizes[index] <= room:
+            kept.append(index)
+            room -= sizes[index]
+    probes = [probes[index] for index in sorted(kept)]
+    facts = [fact for _, probe in probes for fact in probe.facts]
+    rng.shuffle(facts)
+    body, following = _body(tokenizer, length - sum(sizes[index] for index in kept) - 8, split, seed, domains)
+    places = sorted(((n + rng.random()) / len(facts) * len(body) for n in range(len(facts))), reverse=True)
+    for place, fact in zip(places, facts, strict=True):  # from the back, so that places hold
+        body.insert(round(place), fact)
+    ids = encode("\n\n".join(body), special=True)
     if len(ids) > length:
-        raise HeadsinkError(f"length: the probe came to {len(ids)} tokens, over {length}")
-    return Probe(form, ids, len(answered) - shared)
+        raise HeadsinkError(f"length: the document came to {len(ids)} tokens, over {length}")
+    after = encode(f"\n\n{following[: corpus.CHARACTERS_PER_TOKEN * continuation]}")[:continuation]
+    return Document(ids, after, [_question(form, probe, encode) for form, probe in probes])
 
 
-def _value(kind: str, split: Split, rng: random.Random) -> str:
-    if kind == "word":
-        return rng.choice(_WORDS[split])
-    return str(rng.randint(10_000, 99_999)) if kind == "number" else rng.choice(_LETTERS) + str(rng.randint(1000, 9999))
+def _question(form: str, probe: _Probe, encode: Callable[[str], list[int]]) -> Question:
+    asked, whole = encode(f"\n\n{probe.asked}"), encode(f"\n\n{probe.asked}{probe.answer}")
+    # A tokenizer may join the end of the question to the answer: what differs is the answer.
+    shared = next((n for n, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
+    return Question(form, whole, len(whole) - shared)
 
 
-def _fillers(tokenizer: PreTrainedTokenizerBase, split: Split, rng: random.Random) -> list[tuple[str, int]]:
-    """Paragraphs of prose in random order, with their sizes in tokens, two more than they can take."""
-    paragraphs = _paragraphs(split)
-    sizes = [len(ids) + 2 for ids in tokenizer([p + "\n\n" for p in paragraphs], add_special_tokens=False)["input_ids"]]
-    found = list(zip(paragraphs, sizes, strict=True))
-    rng.shuffle(found)
-    return found
+def _body(
+    tokenizer: PreTrainedTokenizerBase, length: int, split: Split, seed: int, domains: Sequence[Domain]
+) -> tuple[list[str], str]:
+    """Paragraphs of at most `length` tokens in all, an equal share of each kind of text, and the text after the last one."""
+    body: list[str] = []
+    left, following = length, ""
+    for n, domain in enumerate(domains):
+        room = left // (len(domains) - n)
+        paragraphs = corpus.text(domain, tokenizer, room + AFTER, seed=seed, split=split).split("\n\n")
+        for index, paragraph in enumerate(paragraphs):
+            size = len(tokenizer(paragraph + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]) + 2
+            if size > room:
+                following = "\n\n".join(paragraphs[index:])
+                break
+            body.append(paragraph)
+            room, left = room - size, left - size
+    return body, following
 
 
-@cache
-def _paragraphs(split: Split) -> list[str]:
-    return sorted({p for text in corpus.prose(split).values() for p in corpus.paragraphs(text)})
+# forms
+
+
+class Names:
+    """Names of people that no two probes of a document share."""
+
+    def __init__(self, rng: random.Random):
+        self.left = [f"{name} {surname}" for name in NAMES for surname in _SURNAMES]
+        rng.shuffle(self.left)
+
+    def next(self) -> str:
+        return self.left.pop()
+
+
+_SURNAMES = ("Abel", "Brandt", "Castro", "Dorn", "Eriksen", "Fuchs", "Grant", "Holm")
+_WORDS: dict[Split, tuple[str, ...]] = {
+    "calibration": ("marmalade", "lantern", "granite", "thistle", "harbour", "velvet", "saffron", "compass"),
+    "heldout": ("snowdrop", "bluebell", "primrose", "lavender", "marigold", "foxglove", "buttercup", "daffodil"),
+}
+_PLACES = ("Arden", "Belmont", "Corwen", "Dunmore", "Elford", "Farrow", "Garrick", "Haddon", "Ilkley", "Jarrow")
+_TRADES = ("painter", "baker", "surveyor", "clockmaker", "carpenter", "botanist", "printer", "weaver")
+
+
+def _number(rng: random.Random, digits: int = 5) -> str:
+    return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
+
+
+def _hex(rng: random.Random) -> str:
+    return "".join(rng.choices("0123456789abcdef", k=8))
+
+
+def _passkey(rng: random.Random, names: Names) -> _Probe:
+    place, value = f"{rng.choice(_PLACES)} {rng.randint(2, 99)}", _number(rng)
+    return _Probe(
+        [f"The pass key of {place} is {value}. Remember it. {value} is the pass key of {place}."],
+        f"What is the pass key of {place}? The pass key of {place} is",
+        f" {value}",
+    )
+
+
+def _uuid(rng: random.Random, names: Names) -> _Probe:
+    rows = {_hex(rng): _hex(rng) for _ in range(4)}
+    table = ",\n".join(f' "{key}": "{value}"' for key, value in rows.items())
+    key = rng.choice(list(rows))
+    return _Probe(
+        [f"JSON data:\n{{\n{table}\n}}"], f'The value of key "{key}" in the JSON data:\n "{key}": "', rows[key]
+    )
+
+
+def _needles(rng: random.Random, names: Names) -> _Probe:
+    owner, values = names.next(), [_number(rng, 4) for _ in range(3)]
+    return _Probe(
+        [f"One of the magic numbers of {owner} is {value}." for value in values],
+        f"List all magic numbers of {owner}. One of the magic numbers of {owner} is {values[0]}."
+        f" One of the magic numbers of {owner} is {values[1]}. One of the magic numbers of {owner} is",
+        f" {values[2]}",
+    )
+
+
+def _variables(rng: random.Random, names: Names) -> _Probe:
+    first, second = ("".join(rng.choices(string.ascii_uppercase, k=4)) for _ in range(2))
+    value = _number(rng)
+    return _Probe(
+        [f"VAR {first} = {value}", f"VAR {second} = VAR {first}"],
+        f"Which number do the variables hold? VAR {second} = VAR {first}, VAR {first} =",
+        f" {value}",
+    )
+
+
+def _passage(rng: random.Random, names: Names) -> _Probe:
+    owner, trade, place, word = (
+        names.next(),
+        rng.choice(_TRADES),
+        rng.choice(_PLACES),
+        rng.choice(_WORDS["calibration"]),
+    )
+    return _Probe(
+        [
+            f"{owner} was a {trade} from {place} who never travelled far. In the last years of the war {owner} kept a dog"
+            f" called {word}, and the two were seen at the market every morning."
+        ],
+        f"Question: What was the name of {owner}'s dog?\nAnswer: {owner} kept a dog called",
+        f" {word}",
+    )
+
+
+def _word(rng: random.Random, names: Names) -> _Probe:
+    owner, word = names.next(), rng.choice(_WORDS["calibration"])
+    return _Probe([f"The special word of {owner} is {word}."], f"The special word of {owner} is", f" {word}")
+
+
+def _locker(rng: random.Random, names: Names) -> _Probe:
+    owner, value = names.next(), _number(rng)
+    return _Probe(
+        [f"Note: the locker that belongs to {owner} opens with {value}."],
+        f"Reminder: the locker that belongs to {owner} opens with",
+        f" {value}",
+    )
+
+
+def _flower(rng: random.Random, names: Names) -> _Probe:
+    owner, word = names.next(), rng.choice(_WORDS["heldout"])
+    return _Probe(
+        [f"Everybody knew that the favourite flower of {owner} was the {word}."],
+        f"Question: Which flower did {owner} like most?\nAnswer: The favourite flower of {owner} was the",
+        f" {word}",
+    )
+
+
+def _stored(rng: random.Random, names: Names) -> _Probe:
+    items = rng.sample(range(100, 999), 3)
+    shelves = [rng.choice("ABCDEFGH") + _number(rng, 4) for _ in items]
+    lines = [f"Item {item} is stored at {shelf}." for item, shelf in zip(items, shelves, strict=True)]
+    return _Probe(lines, f"Where is it? Item {items[0]} is stored at", f" {shelves[0]}")
+
+
+def _directory(rng: random.Random, names: Names) -> _Probe:
+    people = [names.next() for _ in range(3)]
+    numbers = [f"555-{_number(rng, 4)}" for _ in people]
+    lines = "\n".join(f"- {name}: {number}" for name, number in zip(people, numbers, strict=True))
+    asked = rng.randrange(3)
+    return _Probe(
+        [f"Telephone list\n{lines}"], f"From the telephone list:\n- {people[asked]}: 555-", numbers[asked][4:]
+    )
+
+
+def _constant(rng: random.Random, names: Names) -> _Probe:
+    name, value = "_".join(word.upper() for word in rng.sample(_SETTINGS, 2)), _number(rng)
+    return _Probe([f"# settings\n{name} = {value}"], f"assert {name} ==", f" {value}")
+
+
+_SETTINGS = ("buffer", "retry", "cache", "queue", "socket", "worker", "batch", "limit", "timeout", "offset", "depth")
+
+
+def _quote(rng: random.Random, names: Names) -> _Probe:
+    owner, trade, place = names.next(), rng.choice(_TRADES), rng.choice(_PLACES)
+    what, end = rng.choice(_CLAIMS), rng.choice(_ENDS)
+    said = f"a {trade} in {place} should {what} before {end}"
+    words = said.split()
+    return _Probe(
+        [f'{owner} used to say: "{said}".'],
+        f'What did {owner} say? {owner} used to say: "{" ".join(words[:5])}',
+        f" {' '.join(words[5:])}",
+    )
+
+
+_CLAIMS = ("sell the old ladder", "count the silver spoons", "paint every second door", "learn the names of the birds")
+_ENDS = ("the first snow falls", "the guests arrive", "the river rises", "the summer ends")
+
+_FORMS: dict[Split, dict[str, Callable[[random.Random, Names], _Probe]]] = {
+    "calibration": {
+        "passkey": _passkey,
+        "uuid": _uuid,
+        "needles": _needles,
+        "variables": _variables,
+        "passage": _passage,
+        "word": _word,
+    },
+    "heldout": {
+        "locker": _locker,
+        "flower": _flower,
+        "stored": _stored,
+        "directory": _directory,
+        "constant": _constant,
+        "quote": _quote,
+    },
+}
+FORMS: dict[Split, tuple[str, ...]] = {split: tuple(forms) for split, forms in _FORMS.items()}

@@ -1,0 +1,62 @@
+"""Held-out cases that plans and peers are judged on: documents, each with the text that follows and questions.
+
+python benchmarks/cases.py --out runs/cases.json
+
+A case is read first and compressed before any of its continuations is known; every continuation is then scored by itself.
+Documents come from the held-out half of the corpus and have held-out forms of questions, with seeds of their own: neither
+calibration nor a plan's own quality sees them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+import headsink
+from headsink import corpus, models, probes
+from headsink.files import write_text
+
+SEED = 1000
+
+
+def cases(tokenizer: PreTrainedTokenizerBase, contexts: list[int], documents: int) -> list[dict[str, Any]]:
+    """`documents` documents of each kind of text at each context.
+
+    A continuation's last `scored` tokens are scored: all but the first of a text, the answer of a question.
+    """
+    made = []
+    for context in contexts:
+        for number in range(documents):
+            for domain in corpus.DOMAINS:
+                document = probes.document(tokenizer, context, split="heldout", seed=SEED + number, domains=(domain,))
+                text = {"form": "text", "ids": document.continuation, "scored": len(document.continuation) - 1}
+                asked = [{"form": q.form, "ids": q.ids, "scored": q.answer_tokens} for q in document.questions]
+                name = f"{domain}-{number}"
+                made.append({"context": context, "name": name, "ids": document.ids, "continuations": [text, *asked]})
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--contexts", default="2000,6000")
+    parser.add_argument("--documents", type=int, default=2, help="of each kind of text at each context")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    _, tokenizer = headsink.load(arguments.model)
+    contexts = [int(context) for context in arguments.contexts.split(",")]
+    found = {
+        "model": arguments.model,
+        "folder": models.find(arguments.model)[0],
+        "cases": cases(tokenizer, contexts, arguments.documents),
+    }
+    write_text(arguments.out, json.dumps(found))
+    print(f"{len(found['cases'])} cases -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
