@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PEERS := .venv-peers/bin
+PEERS_READY := .venv-peers/ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint peers clean
 
 setup: $(READY)
 
@@ -27,5 +29,19 @@ lint: setup
 test: lint
 	$(BIN)/pytest
 
+# The presses of kvpress on the cases that plans are judged on (an hour or two; finished cases are kept if interrupted).
+peers: $(PEERS_READY) runs/cases.json
+	@$(PEERS)/python benchmarks/peers.py --cases runs/cases.json --out benchmarks/results/peers-smollm2.json
+
+runs/cases.json: | setup
+	@$(BIN)/python benchmarks/cases.py --out runs/cases.json
+
+$(PEERS_READY): constraints.txt benchmarks/peers-constraints.txt
+	@echo "Setting up .venv-peers (once; about 2 minutes)"
+	@$(PYTHON) -m venv .venv-peers
+	@$(PEERS)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(PEERS)/python -m pip install --quiet --constraint benchmarks/peers-constraints.txt kvpress 'transformers<5.3'
+	@touch $(PEERS_READY)
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peers runs

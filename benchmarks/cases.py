@@ -23,14 +23,14 @@ from headsink.files import write_text
 SEED = 1000
 
 
-def cases(tokenizer: PreTrainedTokenizerBase, contexts: list[int], documents: int) -> list[dict[str, Any]]:
-    """`documents` documents of each kind of text at each context.
+def cases(tokenizer: PreTrainedTokenizerBase, documents: dict[int, int]) -> list[dict[str, Any]]:
+    """Context -> documents of each kind of text.
 
     A continuation's last `scored` tokens are scored: all but the first of a text, the answer of a question.
     """
     made = []
-    for context in contexts:
-        for number in range(documents):
+    for context, count in documents.items():
+        for number in range(count):
             for domain in corpus.DOMAINS:
                 document = probes.document(tokenizer, context, split="heldout", seed=SEED + number, domains=(domain,))
                 text = {"form": "text", "ids": document.continuation, "scored": len(document.continuation) - 1}
@@ -44,15 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", default="2000,6000")
-    parser.add_argument("--documents", type=int, default=2, help="of each kind of text at each context")
+    parser.add_argument("--documents", default="2,1", help="of each kind of text, at each context")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     _, tokenizer = headsink.load(arguments.model)
-    contexts = [int(context) for context in arguments.contexts.split(",")]
+    contexts, counts = ([int(n) for n in text.split(",")] for text in (arguments.contexts, arguments.documents))
     found = {
         "model": arguments.model,
         "folder": models.find(arguments.model)[0],
-        "cases": cases(tokenizer, contexts, arguments.documents),
+        "cases": cases(tokenizer, dict(zip(contexts, counts, strict=True))),
     }
     write_text(arguments.out, json.dumps(found))
     print(f"{len(found['cases'])} cases -> {arguments.out}")

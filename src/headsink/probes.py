@@ -111,13 +111,18 @@ def _body(
     for n, domain in enumerate(domains):
         room = left // (len(domains) - n)
         paragraphs = corpus.text(domain, tokenizer, room + AFTER, seed=seed, split=split).split("\n\n")
-        for index, paragraph in enumerate(paragraphs):
-            size = len(tokenizer(paragraph + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]) + 2
-            if size > room:
-                following = "\n\n".join(paragraphs[index:])
+        while paragraphs:
+            size = len(tokenizer(paragraphs[0] + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]) + 2
+            if size <= room:
+                body.append(paragraphs.pop(0))
+                room, left = room - size, left - size
+                continue
+            lines = paragraphs[0].split("\n")
+            if len(lines) == 1:
                 break
-            body.append(paragraph)
-            room, left = room - size, left - size
+            half = len(lines) // 2  # code has paragraphs of hundreds of lines
+            paragraphs[:1] = ["\n".join(lines[:half]), "\n".join(lines[half:])]
+        following = "\n\n".join(paragraphs)
     return body, following
 
 
