@@ -13,8 +13,8 @@ def random_pattern(rng: random.Random) -> Pattern:
 
 
 def random_plan(model, seed: int) -> Plan:
-    """A plan with every kind of pattern, and value norms such that a good part of the keys are short."""
+    """A plan with every kind of pattern, and value norms such that a third of the keys of tiny models (families.py) are short."""
     rng, shape = random.Random(seed), describe(model)
     patterns = [None if window else [random_pattern(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
-    norms = [row and [rng.uniform(1.0, 4.0) for _ in row] for row in patterns]
+    norms = [row and [rng.uniform(5.5, 7.0) for _ in row] for row in patterns]
     return Plan.of(model, patterns, norms, tau=0.9)

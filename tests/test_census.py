@@ -17,7 +17,6 @@ from headsink.census.intervals import difference, interval
 from headsink.census.roles import ROLES, law, roles, window_needed
 from headsink.census.statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
 from headsink.census.transfer import _renumbered, conditional, sentence, transfer
-from headsink.pattern import Pattern, visible
 
 LIMITS = Thresholds(first=2, floating=3, tau=0.8, window=9)
 LENGTHS = (2, 3, 7, 30, 61)
@@ -54,6 +53,8 @@ def whole_matrix(weights, seen, n):
     learned = learned_share(seen)
     norms, positions, d = value.norm(dim=-1), torch.arange(n), value.shape[2]
     short = norms.float() < limits.tau * norms.float().median(-1, keepdim=True).values
+    short &= positions >= limits.first
+    floating = short & (short.cumsum(-1) <= limits.floating)  # the first of them
     w_o = seen.module.o_proj.weight.double()
     rows = range(first_row(n), n)
     scores = {name: torch.zeros(n_heads).double() for name in statistics.SCORES}
@@ -64,7 +65,7 @@ def whole_matrix(weights, seen, n):
         of_layer = (w_o @ output[:, i].flatten()).square().sum()
         for h in range(n_heads):
             g, p = h // group, weights[h, i]
-            sink = visible(Pattern(limits.first, limits.floating, 0), positions[i : i + 1], positions, short[g])[0]
+            sink = (positions <= i) & ((positions < limits.first) | floating[g])
             near = (i - positions < limits.window) & (positions <= i) & ~sink
             far = (positions <= i) & ~sink & ~near
             entropy = -sum(x * math.log(x) for x in (p / p.sum()).tolist() if x > 0)
@@ -83,13 +84,12 @@ def whole_matrix(weights, seen, n):
                 scores[name][h] += x / len(rows)
             within = torch.stack([p[max(0, i + 1 - s) : i + 1].sum() for s in distances(n)])
             profile[h] += within / len(rows)
-        for kept, floats in (("first", 0), ("floating", limits.floating)):
+        for kept in statistics.KEPT:
             for k, w in enumerate(windows(n)):
                 wrong = torch.zeros(n_heads, d).double()
                 for h in range(n_heads):
-                    mask = visible(
-                        Pattern(limits.first, floats, w), positions[i : i + 1], positions, short[h // group]
-                    )[0]
+                    sink = (positions < limits.first) | (floating[h // group] & (kept == "floating"))
+                    mask = (positions <= i) & (sink | (i - positions < w))
                     p = weights[h, i] * mask
                     wrong[h] = output[h, i] - (p / (p.sum() + learned[h, i]).clamp(min=1e-30)) @ value[h // group]
                     lost = w_o[:, h * d : (h + 1) * d] @ wrong[h]

@@ -18,8 +18,8 @@ def sees(pattern: Pattern, i: int, j: int, short: list[bool]) -> bool:
         return False
     if pattern.window is None or j < pattern.sink or i - j < pattern.window:
         return True
-    floating = [k for k in range(pattern.sink, i + 1) if short[k]][: pattern.floating]
-    return j in floating
+    left = [k for k in range(pattern.sink, i - pattern.window + 1) if short[k]]
+    return j in left[max(0, len(left) - pattern.floating) :]
 
 
 @given(patterns, shorts)
@@ -48,6 +48,30 @@ def test_a_prefix_sees_what_the_whole_text_sees(pattern, short):
     whole = visible(pattern, n, n, torch.tensor(short))
     prefix = visible(pattern, n[:half], n[:half], torch.tensor(short[:half], dtype=torch.bool))
     assert torch.equal(whole[:half, :half], prefix)
+
+
+@given(
+    patterns, st.lists(shorts, min_size=2, max_size=2), st.lists(st.integers(0, 9), min_size=2, max_size=2), st.data()
+)
+@settings(max_examples=200, deadline=None)
+def test_mask_of_some_queries_of_a_padded_batch(pattern, short, pads, data):
+    length = max(map(len, short))
+    short = [row + row[-1:] * (length - len(row)) for row in short]
+    rows = data.draw(st.lists(st.integers(0, length - 1), min_size=1, unique=True).map(sorted))
+    keys = torch.arange(length) - torch.tensor(pads)[:, None]
+    mask = visible(pattern, keys[:, rows], keys, torch.tensor(short))
+    for n, pad in enumerate(pads):
+        text = short[n][pad:]
+        expected = [[j >= pad and sees(pattern, i - pad, j - pad, text) for j in range(length)] for i in rows]
+        assert mask[n].tolist() == expected
+
+
+@given(patterns, shorts)
+@settings(max_examples=100, deadline=None)
+def test_no_query_sees_more_than_is_held(pattern, short):
+    n = torch.arange(len(short))
+    seen = visible(pattern, n, n, torch.tensor(short)).sum(-1)
+    assert (seen <= torch.tensor([pattern.size(i + 1) for i in n.tolist()])).all()
 
 
 @given(patterns, st.integers(1, 500))

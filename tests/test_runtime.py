@@ -47,7 +47,7 @@ WAYS = {"one pass": [1000], "chunks": [17, 5, 1, 9], "token by token": [1], "pre
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_any_plan_equals_the_reference(family, way, padding):
-    model = tiny(family)
+    model = tiny(family, dtype=torch.float64)
     for seed in range(3):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
         plan = random_plan(model, seed)
@@ -55,6 +55,22 @@ def test_any_plan_equals_the_reference(family, way, padding):
         logits, _ = feed(model, plan, ids, WAYS[way], mask)
         real = slice(None) if mask is None else mask.bool()
         torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mha"])
+@pytest.mark.parametrize("sizes", [[1000], [200, 131, 1, 1, 9], [1]], ids=["one pass", "chunks", "token by token"])
+def test_floating_sinks_that_come_and_go(family, sizes):
+    model, (ids, mask) = tiny(family, dtype=torch.float64), padded(length=250)
+    patterns = [Pattern(2, 5, 16), Pattern(0, 1, 0), Pattern(4, 2, 40), Pattern(1, 16, 1)]
+    heads = model.config.num_key_value_heads
+    rows = [[patterns[(layer + head) % 4] for head in range(heads)] for layer in range(3)]
+    plan = Plan.of(model, rows, [[6.3] * heads] * 3, tau=0.9)
+    logits, cache = feed(model, plan, ids, sizes, mask)
+    real = mask.bool()
+    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask)[real], **TOLERANCE)
+    for group in (group for layer in cache.layers for group in layer.groups):
+        assert (group.floating > 3 * group.pattern.floating).all()  # every ring has been overwritten
+        assert 0.2 < group.floating.double().mean() / 250 < 0.6
 
 
 def test_long_prefill_goes_through_in_blocks():

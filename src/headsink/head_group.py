@@ -5,7 +5,8 @@ A `HeadGroup` owns one buffer of keys and one of values, [batch, heads, slots, d
     | sink tokens | floating sinks |  the last `window` tokens, as a ring: column c in slot c % window  |
 
 A token enters the ring. When it is overwritten it has left the window: it moves to a slot on the left if it is one of
-the row's first tokens or a floating sink, otherwise it is gone. A full head is a ring that never wraps. Slots are in
+the row's first tokens or a floating sink, otherwise it is gone. The floating sinks are a ring too: the r-th short key that
+leaves goes to slot r % floating of theirs, in place of the oldest. A full head is a ring that never wraps. Slots are in
 no order; softmax does not mind, because rotary positions are already in the keys.
 
 One token at a time attends to the buffer as it lies, without a copy. Several tokens (prefill, verification) go through
@@ -51,9 +52,7 @@ class HeadGroup:
         shape = (key.shape[0], len(heads), self.anchors, key.shape[3])
         self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
-        self.floating = torch.zeros(
-            shape[:2], dtype=torch.long, device=key.device
-        )  # floating sinks that left the window
+        self.floating = torch.zeros(shape[:2], dtype=torch.long, device=key.device)  # short keys that left the window
         self.thresholds = thresholds[heads].to(key.device)[:, None]  # [heads, 1]
         self.length = 0  # columns that have entered the ring
         self.recording = False
@@ -106,13 +105,24 @@ class HeadGroup:
         values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2)
         columns = torch.arange(first, self.length + key.shape[2], device=key.device)
         queries = columns[-query.shape[2] :, None]
-        mask = (columns <= queries) & (queries - columns < (self.pattern.window or 0))  # [block, keys]
-        lasting = self._lasting(values[:, :, self.anchors :], columns)[:, :, None]  # [batch, heads, 1, keys]
-        mask = mask | (lasting & (columns <= queries))
-        if self.padding is not None:
-            mask = mask & (columns >= self.padding.tokens[:, None, None, None])
-        mask = mask.expand(*keys.shape[:2], *mask.shape[-2:])
+        window = self.pattern.window or 0
+        positions = self._positions(columns)
+        row = positions[..., None, :]
+        mask = (columns <= queries) & (row >= 0) & ((row < self.pattern.sink) | (queries - columns < window))
+        mask = mask.expand(*keys.shape[:2], *mask.shape[-2:])  # [batch, heads, block, keys]
         held = self.visible[:, :, None, : self.anchors].expand(*mask.shape[:3], self.anchors)
+        if self.pattern.floating:
+            short = self._short(values[:, :, self.anchors :], positions)
+            rank = self._ranks(short)
+            gone = (queries[:, 0] - window + 1 - first).clamp(min=0)  # columns that have left the window at each query
+            most = rank[..., gone, None]  # short keys among them and before: [batch, heads, block, 1]
+            least = most - self.pattern.floating
+            rank = rank[:, :, None, :-1]
+            mask = mask | (short[:, :, None] & (rank >= least) & (rank < most))
+            last = self.floating[..., None] - 1
+            rank = last - (last - torch.arange(self.pattern.floating, device=key.device)) % self.pattern.floating
+            sink = held[..., : self.pattern.sink]
+            held = torch.cat([sink, held[..., self.pattern.sink :] & (rank[:, :, None] >= least)], -1)
         return _rows(query, keys, values, torch.cat([held, mask], -1), scaling)
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -146,18 +156,21 @@ class HeadGroup:
         slots = self._slots(columns)
         return self.keys[:, :, slots], self.values[:, :, slots]
 
-    def _lasting(self, values: Tensor, columns: Tensor) -> Tensor:
-        """Which keys stay after they leave the window: bool [batch, heads, keys].
+    def _positions(self, columns: Tensor) -> Tensor:
+        """Positions in the row's text: [keys], or [batch, 1, keys] with padding, where they are negative."""
+        return columns if self.padding is None else columns - self.padding.tokens[:, None, None]
 
-        values: [batch, heads, keys, dim] at `columns`, in order, beginning with the oldest that is still in the ring.
+    def _short(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Which keys become floating sinks when they leave the window: bool [batch, heads, keys]."""
+        return (values.float().norm(dim=-1) < self.thresholds) & (positions >= self.pattern.sink)
+
+    def _ranks(self, short: Tensor) -> Tensor:
+        """Short keys before each, those that have left among them: [batch, heads, keys + 1], the last counts them all.
+
+        short: [batch, heads, keys], in order, beginning with the oldest key that is still in the ring.
         """
-        positions = columns if self.padding is None else columns - self.padding.tokens[:, None, None]
-        lasting = (positions >= 0) & (positions < self.pattern.sink)
-        if self.pattern.floating:
-            short = values.float().norm(dim=-1) < self.thresholds
-            short &= positions >= self.pattern.sink
-            lasting = lasting | (short & (short.cumsum(-1) + self.floating[..., None] <= self.pattern.floating))
-        return lasting.expand(values.shape[:3])
+        before = self.floating[..., None]
+        return torch.cat([before, before + short.cumsum(-1)], -1)
 
     def _enter(self, key: Tensor, value: Tensor) -> None:
         """Take tokens into the ring; those that they push out of the window move left or are dropped."""
@@ -179,7 +192,7 @@ class HeadGroup:
         self.length = end
 
     def _leave(self, key: Tensor, value: Tensor, until: int) -> None:
-        """Columns before `until` leave the window: keep the first tokens and the floating sinks among them."""
+        """Columns before `until` leave the window: keep the first tokens and the last floating sinks among them."""
         first, held = self.length - self._held(), self._held()
         most = 0 if self.padding is None else self.padding.most
         if not self.anchors or (not self.pattern.floating and first >= self.pattern.sink + most):
@@ -187,21 +200,26 @@ class HeadGroup:
         columns = torch.arange(first, until, device=key.device)
         slots = self._slots(columns[:held])
         new = slice(0, max(until - self.length, 0))
-        keys = torch.cat([self.keys[:, :, slots], key[:, :, new]], 2)
         values = torch.cat([self.values[:, :, slots], value[:, :, new]], 2)
-        rows, heads, found = self._lasting(values, columns).nonzero(as_tuple=True)
-        if not len(found):
+        target = positions = self._positions(columns)
+        lasting = (positions >= 0) & (positions < self.pattern.sink)
+        if self.pattern.floating:
+            short = self._short(values, positions)
+            lasting = lasting | short
+        if not lasting.any():  # most tokens, when they leave one at a time
             return
-        positions = columns[found] if self.padding is None else columns[found] - self.padding.tokens[rows]
-        floats = positions >= self.pattern.sink
-        # The rank of a floating sink within its head: `nonzero` lists keys of one head in order.
-        one_hot = F.one_hot(rows * len(self.heads) + heads, self.floating.numel()) * floats[:, None]
-        rank = (one_hot.cumsum(0) * one_hot).sum(1) - 1 + self.floating[rows, heads]
-        target = torch.where(floats, self.pattern.sink + rank, positions)
+        if self.pattern.floating:
+            rank = self._ranks(short)
+            self.floating, rank = rank[..., -1].clone(), rank[..., :-1]
+            # Of many that leave at once only the last have a slot, so that no two are written to the same one.
+            lasting = lasting & ~(short & (rank < self.floating[..., None] - self.pattern.floating))
+            target = torch.where(short, self.pattern.sink + rank % self.pattern.floating, positions)
+        keys = torch.cat([self.keys[:, :, slots], key[:, :, new]], 2)
+        rows, heads, found = lasting.expand(keys.shape[:3]).nonzero(as_tuple=True)
+        target = target.expand(keys.shape[:3])[rows, heads, found]
         self.keys[rows, heads, target] = keys[rows, heads, found]
         self.values[rows, heads, target] = values[rows, heads, found]
         self.visible[rows, heads, target] = True
-        self.floating += one_hot.sum(0).view_as(self.floating)
 
     def _grow(self, needed: int) -> None:
         """Make the ring at least `needed` slots long, in steps, up to the window."""

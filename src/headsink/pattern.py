@@ -2,10 +2,11 @@
 
 Query i (0-based position in its text) of a KV head with `Pattern(sink=s, floating=f, window=w)` sees key j iff
 
-    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's floating sinks )
+    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's floating sinks at i )
 
-The floating sinks of a head are the first f keys at j >= s, in order of appearance, whose value is short: its norm lies
-below a threshold fixed at calibration. The rule looks backwards only, so one pass, chunks and token by token agree.
+The floating sinks at i are the last f keys at s <= j <= i - w whose value is short: its norm lies below a threshold fixed at
+calibration. There are fewer while not so many short keys have left the window. The rule looks backwards only, so one
+pass, chunks and token by token agree, and no query sees more than s + f + w keys.
 
 Everything here is slow and obvious. The cache, the kernels and the serving plugin are tested against it.
 """
@@ -28,7 +29,7 @@ class Pattern:
     Parameters
     ----------
     sink : first tokens of the text that stay visible.
-    floating : floating sinks that stay visible, at most.
+    floating : floating sinks that are visible, at most: the last ones that have left the window.
     window : last keys that are visible, the query's own among them; `None` is full attention.
 
     `Pattern()` is full attention, `Pattern(4, 0, 128)` is StreamingLLM's shape (arXiv 2309.17453), `Pattern(4, 0, 0)`
@@ -66,14 +67,13 @@ class Pattern:
 FULL = Pattern()
 
 
-def floating_sinks(pattern: Pattern, short: Tensor, positions: Tensor) -> Tensor:
-    """Which keys are the floating sinks of their head.
-
-    short: bool [..., keys], the key's value norm lies below the head's threshold. positions: int [..., keys], ascending,
-    negative for padding. Returns bool [..., keys].
-    """
-    candidates = short & (positions >= pattern.sink)
-    return candidates & (candidates.cumsum(-1) <= pattern.floating)
+def floating_sinks(pattern: Pattern, queries: Tensor, keys: Tensor, short: Tensor) -> Tensor:
+    """Which keys are their head's floating sinks at each query: bool [..., queries, keys]. Arguments as for `visible`."""
+    candidates = short & (keys >= pattern.sink)
+    left = candidates[..., None, :] & (keys[..., None, :] <= queries[..., :, None] - (pattern.window or 0))
+    # A key's rank among the candidates, from 1, and how many have left: all but the last f of those are let go.
+    rank, most = candidates.cumsum(-1)[..., None, :], left.sum(-1, keepdim=True)
+    return left & (rank > most - pattern.floating)
 
 
 def visible(pattern: Pattern, queries: Tensor, keys: Tensor, short: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def visible(pattern: Pattern, queries: Tensor, keys: Tensor, short: Tensor) -> T
     causal = (j <= i) & (j >= 0)
     if pattern.window is None:
         return causal.expand(*torch.broadcast_shapes(causal.shape[:-2], short.shape[:-1]), *causal.shape[-2:])
-    floating = floating_sinks(pattern, short, keys)[..., None, :]
-    return causal & ((j < pattern.sink) | (i - j < pattern.window) | floating)
+    near = i - j < pattern.window
+    return causal & ((j < pattern.sink) | near | floating_sinks(pattern, queries, keys, short))
 
 
 def reference_attention(

@@ -19,7 +19,6 @@ from torch import Tensor
 from headsink.attention import Seen
 from headsink.blockwise import Block, attend, block, normaliser, rows_per_block
 from headsink.output import OutputNorms
-from headsink.pattern import Pattern, floating_sinks
 from headsink.sharding import gather_heads
 
 QUERIES = 512  # what reading so few costs: docs/census.md
@@ -156,7 +155,8 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     value_norm, key_norm = value.norm(dim=-1), key.norm(dim=-1)
     median = value_norm.median(-1).values
     short = value_norm < limits.tau * median[:, None]
-    floating = floating_sinks(Pattern(limits.first, limits.floating, 0), short, positions)
+    floating = short & (positions >= limits.first)
+    floating &= floating.cumsum(-1) <= limits.floating  # all of them, or the first of very many
     sinks = SinkKeys(floating | (positions < limits.first), limits.first)
 
     size = rows_per_block(n_heads, length)
