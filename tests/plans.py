@@ -1,9 +1,26 @@
-"""Random plans."""
+"""Random plans, and the quality of one."""
 
 import random
 
 from headsink import Pattern, Plan
 from headsink.architecture import describe
+
+RETRIEVAL = {"form": "quote", "asked": 4, "right_full": 4, "right_plan": 3, "nll_full": 0.1, "nll_plan": 0.4}
+QUALITY = {
+    "context": 512,
+    "documents": 4,
+    "positions": 1020,
+    "kl": 0.02,
+    "kl_interval": [0.01, 0.03],
+    "top1": 0.97,
+    "top1_interval": [0.96, 0.98],
+    "nll_full": 2.5,
+    "nll_plan": 2.4,
+    "nll_change_interval": [-0.2, 0.1],
+    "retrieval": [RETRIEVAL],
+    "kv_bytes": 10,
+    "kv_bytes_full": 40,
+}
 
 
 def random_pattern(rng: random.Random) -> Pattern:

@@ -36,18 +36,76 @@ def test_maths_is_right(tokenizer):
         assert eval(left) == int(right), (left, right)  # digits and operators only
 
 
+LENGTH = 1500
+
+
+def document(tokenizer, split="heldout", domain="prose", **options):
+    return probes.document(tokenizer, LENGTH, split=split, domains=(domain,), **options)
+
+
 @pytest.mark.parametrize("split", ["calibration", "heldout"])
-@pytest.mark.parametrize("form", probes.FORMS)
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_probes_hold_their_answer(form, split, depth, tokenizer):
-    probe = probes.probe(form, tokenizer, 1500, depth=depth, seed=1, split=split)
-    assert 1400 < len(probe.ids) <= 1500
-    answer = tokenizer.decode(probe.ids[-probe.answer_tokens :]).strip()
-    text = tokenizer.decode(probe.ids[: -probe.answer_tokens])
-    assert len(answer) >= 4
-    assert answer in text
-    place = text.index(answer) / len(text)
-    assert abs(place - depth) < 0.2
+@pytest.mark.parametrize("domain", corpus.DOMAINS)
+def test_documents_hold_the_answers_and_are_as_long_as_asked(split, domain, tokenizer):
+    made = document(tokenizer, split, domain)
+    assert 0.85 * LENGTH <= len(made.ids) <= LENGTH
+    assert [question.form for question in made.questions] == list(probes.FORMS[split])
+    text = tokenizer.decode(made.ids)
+    for question in made.questions:
+        answer = tokenizer.decode(question.ids[-question.answer_tokens :]).strip()
+        assert len(answer) >= 4
+        assert answer in text
+        assert answer not in tokenizer.decode(question.ids[: -question.answer_tokens])
+
+
+def test_facts_are_spread_over_the_document(tokenizer):
+    thirds = [0, 0, 0]
+    for seed in range(10):
+        made = document(tokenizer, seed=seed)
+        text = tokenizer.decode(made.ids)
+        here = [text.index(tokenizer.decode(q.ids[-q.answer_tokens :]).strip()) / len(text) for q in made.questions]
+        assert max(here) - min(here) > 0.3
+        for place in here:
+            thirds[int(3 * place)] += 1
+    assert min(thirds) > 0.2 * sum(thirds)
+
+
+def test_both_halves_ask_in_forms_of_their_own():
+    assert not set(probes.FORMS["calibration"]) & set(probes.FORMS["heldout"])
+
+
+def test_documents_are_repeatable(tokenizer):
+    assert document(tokenizer, seed=3) == document(tokenizer, seed=3)
+    assert document(tokenizer, seed=3).ids != document(tokenizer, seed=4).ids
+
+
+def test_a_special_token_stands_only_at_the_start(tokenizer):
+    class WithStart:
+        """The tokenizer, with a token 0 before a text, as many models have it."""
+
+        def __call__(self, text, add_special_tokens=True, **options):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+    made = document(WithStart())
+    assert made.ids[0] == 0
+    assert 0 not in [*made.ids[1:], *made.continuation, *(token for q in made.questions for token in q.ids)]
+
+
+@pytest.mark.parametrize("domain", corpus.DOMAINS)
+def test_the_continuation_is_the_text_that_follows(domain, tokenizer):
+    made = document(tokenizer, domain=domain, continuation=100)
+    source, before, following = (
+        "".join(text.split())  # long paragraphs are parted at a line, so space differs
+        for text in (
+            corpus.text(domain, tokenizer, 2 * LENGTH, split="heldout"),
+            tokenizer.decode(made.ids),
+            tokenizer.decode(made.continuation),
+        )
+    )
+    assert len(made.continuation) == 100
+    assert following in source
+    place = source.index(following)
+    assert source[place - 15 : place] in before
 
 
 def test_what_is_not_there_is_refused(tokenizer):
@@ -56,4 +114,6 @@ def test_what_is_not_there_is_refused(tokenizer):
     with pytest.raises(HeadsinkError, match="prose has"):
         corpus.tokens("prose", tokenizer, 10_000_000, split="heldout")
     with pytest.raises(HeadsinkError, match="too few"):
-        probes.probe("number", tokenizer, 60, depth=0.5, split="heldout")
+        probes.document(tokenizer, 60, split="heldout")
+    with pytest.raises(HeadsinkError, match="chat ends"):
+        probes.document(tokenizer, 100_000, split="heldout", domains=("chat",))

@@ -6,7 +6,7 @@ import pytest
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import random_plan
+from plans import QUALITY, RETRIEVAL, random_plan
 
 from headsink import HeadsinkError, Pattern, Plan
 
@@ -39,6 +39,14 @@ def head(fields):
     return fields["layers"][1][0]
 
 
+def with_quality(fields, **changes):
+    fields["quality"] = [{**QUALITY, **changes}]
+
+
+def with_retrieval(fields, **changes):
+    with_quality(fields, retrieval=[{**RETRIEVAL, **changes}])
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -57,6 +65,16 @@ def head(fields):
         (lambda f: f.update(positions="cache"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),
+        (lambda f: with_quality(f, kl=float("nan")), "quality.0.kl:"),
+        (lambda f: with_quality(f, kl=-0.1), "quality.0.kl:"),
+        (lambda f: with_quality(f, documents=0), "quality.0.documents"),
+        (lambda f: with_quality(f, top1=1.2), "quality.0.top1:"),
+        (lambda f: with_quality(f, kl_interval=[0.3, 0.1]), "quality.0.kl_interval: 0.3 is above 0.1"),
+        (lambda f: with_quality(f, top1_interval=[0.9]), "quality.0.top1_interval"),
+        (lambda f: with_quality(f, nll_change_interval=[0.0, float("inf")]), "quality.0.nll_change_interval"),
+        (lambda f: with_retrieval(f, right_plan=5), "quality.0.retrieval.0.right_plan: 5 right of 4 asked"),
+        (lambda f: with_retrieval(f, right_full=-1), "quality.0.retrieval.0.right_full"),
+        (lambda f: with_retrieval(f, asked=0), "quality.0.retrieval.0.asked"),
     ],
 )
 def test_nonsense_is_refused_by_name(tmp_path, change, field):
@@ -93,6 +111,16 @@ def test_kept_counts_what_the_cache_holds():
     assert plan.kept(30) == 1
     assert Plan.full(MODEL).kept(100) == 1
     assert plan.counts() == {"full": 3, "4+0f+60": 3}
+
+
+def test_quality_comes_back_and_says_how_far_it_goes(tmp_path):
+    assert Plan.full(MODEL).verified is None
+    path = edit(tmp_path, lambda f: f.update(quality=[QUALITY, {**QUALITY, "context": 1024}, QUALITY]))
+    plan = Plan.load(path)
+    assert plan.verified == 1024
+    assert plan.quality[0].nll_change == pytest.approx(-0.1)
+    assert (plan.quality[0].asked, plan.quality[0].right_full, plan.quality[0].right_plan) == (4, 4, 3)
+    assert Plan.load(plan.save(path)) == plan
 
 
 def test_floating_sinks_need_measured_norms():

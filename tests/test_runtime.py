@@ -6,12 +6,13 @@ import threading
 import pytest
 import torch
 from families import FAMILIES, tiny
-from plans import random_plan
+from plans import QUALITY, random_plan
 from reference import reference_logits
 from transformers import DynamicCache, StaticCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
+from headsink.plan import Quality
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -360,3 +361,22 @@ def test_masks_that_mean_nothing_here_are_refused(mask, message):
     model = tiny("llama")
     with headsink.apply(model, Plan.full(model)), pytest.raises(HeadsinkError, match=message):
         model(torch.randint(3, 211, (1, 4)), attention_mask=torch.tensor(mask).bool())
+
+
+@torch.no_grad()
+def test_a_text_beyond_the_verified_length_is_warned_of_once(recwarn):
+    model, ids = tiny("llama"), torch.randint(3, 211, (2, 40))
+    plan = random_plan(model, 0)
+    verified = plan.model_copy(update={"quality": (Quality(**{**QUALITY, "context": 40}),)})
+    with headsink.apply(model, plan):
+        model(torch.cat([ids, ids], 1))
+    with headsink.apply(model, verified):
+        cache = model(ids).past_key_values
+        assert not recwarn.list
+        with pytest.warns(UserWarning, match="a text has 41 tokens, the plan's quality was measured up to 40"):
+            model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        model(torch.cat([ids, ids], 1))
+    assert not recwarn.list
+    with headsink.apply(model, verified), pytest.warns(UserWarning, match="has 80 tokens"):
+        model(inputs_embeds=model.get_input_embeddings()(torch.cat([ids, ids], 1)))

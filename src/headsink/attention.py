@@ -3,8 +3,9 @@
 While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended by
 that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers'
 `sdpa`, so an engaged model without a plan is the model itself. `observing(callback)` shows every layer's queries, keys,
-values and output to a callback on the way; the census and the calibration are built on that. What is observed is one whole text
-without padding, so no mask is made for it, and layers that `sdpa` has no causal kernel for are computed in blocks (blockwise.py).
+values and output to a callback on the way; the census is built on that. `substituting(attend)` computes attention by other
+means; calibration tries patterns so. What is observed is one whole text without padding, so no mask is made for it, and layers
+that `sdpa` has no causal kernel for are computed in blocks (blockwise.py).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Sliding(int):
 
 
 _observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
+_substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsink_substitute", default=None)
 _engaged: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -75,6 +77,19 @@ def observing(callback: Callable[[Seen], None]) -> Iterator[None]:
         _observer.reset(token)
 
 
+@contextmanager
+def substituting(attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
+    """Let `attend` compute the attention of every layer that an engaged model runs in this thread.
+
+    It is given one row of tokens and returns [1, query heads, tokens, dim]; which tokens see which is its own affair.
+    """
+    token = _substitute.set(attend)
+    try:
+        yield
+    finally:
+        _substitute.reset(token)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -90,8 +105,9 @@ def _attention(
         if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
         return key.layer.attend(module, query, key, attention_mask, scale), None
-    observer, softcap, learned = _observer.get(), kwargs.get("softcap"), kwargs.get("s_aux")
-    if observer is None:
+    observer, substitute = _observer.get(), _substitute.get()
+    softcap, learned = kwargs.get("softcap"), kwargs.get("s_aux")
+    if observer is None and substitute is None:
         if softcap is not None or learned is not None:
             raise HeadsinkError(
                 f"{type(module).__name__} caps its logits or learns sinks: headsink can only analyse it"
@@ -101,12 +117,15 @@ def _attention(
         raise HeadsinkError("observed attention takes one text at a time, whole")
     sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
     inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, softcap, learned)  # type: ignore[arg-type]
+    if substitute is not None:
+        return substitute(inputs).transpose(1, 2), None
     if inputs.plain:
         output = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0].transpose(
             1, 2
         )
     else:
         output = blockwise.attention(inputs)
+    assert observer is not None
     observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
     return output.transpose(1, 2), None
 
@@ -121,7 +140,7 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | Padding | Sliding | None:
     """The mask of a layer: transformers' own, or what says the same without a square for a plan's or an observed layer."""
-    if _observer.get() is not None:
+    if _observer.get() is not None or _substitute.get() is not None:
         if attention_mask is not None and not attention_mask.all():
             raise HeadsinkError("observed attention takes one text at a time, without padding")
         return None if local_size is None else Sliding(local_size)

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 
 from headsink.architecture import Architecture, check_plannable, describe, weights_hash
@@ -27,6 +36,15 @@ from headsink.pattern import FULL, Pattern
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"{interval[0]} is above {interval[1]}")
+    return interval
+
+
+Interval = Annotated[tuple[Finite, Finite], AfterValidator(_ordered)]  # low, high
 
 
 class _Part(BaseModel):
@@ -78,38 +96,70 @@ class Fingerprint(_Part):
 
 
 class Retrieval(_Part):
-    """Answers to one form of retrieval probe: how many of `probes` the full model and the plan got right."""
+    """Questions of one form about documents: how many were asked, and how many the model itself and the plan got right.
+
+    `nll_*` is the mean negative log-likelihood of the answers, in nats per token.
+    """
 
     form: str
-    probes: Annotated[int, Field(gt=0)]
-    full: Tokens
-    plan: Tokens
+    asked: Annotated[int, Field(gt=0)]
+    right_full: Tokens
+    right_plan: Tokens
     nll_full: Finite
     nll_plan: Finite
+
+    @field_validator("right_full", "right_plan")
+    @classmethod
+    def _at_most_all(cls, right: int, info: ValidationInfo) -> int:
+        if right > info.data.get("asked", right):
+            raise ValueError(f"{right} right of {info.data['asked']} asked")
+        return right
 
 
 class Quality(_Part):
-    """What a plan was measured to cost at one context length, on text that calibration never saw.
+    """What a plan was measured to cost on held-out texts of `context` tokens: the last `positions` of `documents` texts.
 
     `kl` is KL(full || plan) of the next-token distributions in nats, `top1` the share of positions with the same most likely
-    token, `nll_*` the mean negative log-likelihood of the text in nats per token, `kv_bytes` what the cache held.
+    token, `nll_*` the mean negative log-likelihood of the text in nats per token, `kv_bytes` what the cache held. Intervals are
+    95 % (quality.py).
     """
 
     context: Annotated[int, Field(gt=0)]
+    documents: Annotated[int, Field(gt=0)]
     positions: Annotated[int, Field(gt=0)]
-    kl: Finite
+    kl: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    kl_interval: Interval
     top1: Fraction
+    top1_interval: Interval
     nll_full: Finite
     nll_plan: Finite
+    nll_change_interval: Interval
     retrieval: tuple[Retrieval, ...]
     kv_bytes: Annotated[int, Field(gt=0)]
     kv_bytes_full: Annotated[int, Field(gt=0)]
+
+    @property
+    def nll_change(self) -> float:
+        return self.nll_plan - self.nll_full
+
+    @property
+    def asked(self) -> int:
+        """Questions of all forms."""
+        return sum(r.asked for r in self.retrieval)
+
+    @property
+    def right_full(self) -> int:
+        return sum(r.right_full for r in self.retrieval)
+
+    @property
+    def right_plan(self) -> int:
+        return sum(r.right_plan for r in self.retrieval)
 
 
 class Plan(_Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # 1 had the first floating sinks, not the last
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
     positions: Literal["text"] = "text"
@@ -218,6 +268,11 @@ class Plan(_Part):
         """[KV heads] float32: the value norm below which a key of this layer can be a floating sink."""
         heads = self.layers[layer] or ()
         return torch.tensor([self.tau * (head.value_norm or 0.0) for head in heads])
+
+    @property
+    def verified(self) -> int | None:
+        """The longest context that quality was measured at; None if it was not."""
+        return max((quality.context for quality in self.quality), default=None)
 
     def kept(self, context: int) -> float:
         """Fraction of the full KV entries that the planned heads hold at `context` tokens."""

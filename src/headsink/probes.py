@@ -64,7 +64,7 @@ def document(
 
     Facts lie at even distances in random order, over paragraphs of the kinds of text `domains`, one kind after the other; the
     last one goes on for `continuation` tokens. A short document has fewer questions: facts take at most a third of it. The
-    same arguments give the same document. Raises HeadsinkError if `length` is too short.
+    same arguments give the same document. Raises HeadsinkError if `length` is too short, or more than there is.
     """
     if length < LEAST_LENGTH:
         raise HeadsinkError(f"length: {length} tokens are too few for retrieval probes, {LEAST_LENGTH} are needed")
@@ -91,7 +91,12 @@ def document(
     ids = encode("\n\n".join(body), special=True)
     if len(ids) > length:
         raise HeadsinkError(f"length: the document came to {len(ids)} tokens, over {length}")
-    after = encode(f"\n\n{following[: corpus.CHARACTERS_PER_TOKEN * continuation]}")[:continuation]
+    enough = 4 * corpus.CHARACTERS_PER_TOKEN * continuation  # a table has wide tokens
+    after = encode(f"\n\n{following[:enough]}")[:continuation]
+    if len(after) < continuation:
+        raise HeadsinkError(
+            f"length: the built-in {domains[-1]} ends within {length} + {continuation} tokens; there is no more"
+        )
     return Document(ids, after, [_question(form, probe, encode) for form, probe in probes])
 
 

@@ -1,58 +1,105 @@
 """What a plan costs: the model under the plan beside the model itself, on text that calibration never saw.
 
-The plan runs as it will be used, through its own cache. Natural text is scored at its last tokens, where the cache has
-let go of most; retrieval probes are scored at their answers.
+A document (probes.py) is read once by the model itself and once under the plan, through the cache that it will be used with.
+Then each branch, the text that follows or a question about the document, runs over both caches and is taken back again, so
+neither reading knew what would be asked. The last tokens of a branch are scored, each predicted from the one before: all
+but the first of the text, the answer of a question.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
 from headsink.architecture import describe
-from headsink.cache import nbytes
+from headsink.cache import PlanCache, nbytes
+from headsink.corpus import Split
 from headsink.errors import HeadsinkError
-from headsink.plan import Plan, Quality, Retrieval
+from headsink.plan import Interval, Plan, Quality, Retrieval
+from headsink.probes import Document
 from headsink.progress import bar
 from headsink.runtime import apply, new_cache
 
-SCORED = 256  # last tokens of each natural text that are scored
-DEPTHS = (0.2, 0.7)  # where the facts lie in the probes of each form
+TEXT = "text"  # the form of the branch that is the text's own continuation
+CONTINUATION = 256  # tokens of it
+BLOCK = 32  # consecutive tokens that are resampled together
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Two runs over one text. log_probs_*: float32 [scored, vocabulary]; targets: int64 [scored]; bytes of both caches."""
+    """One branch with the model itself and under a plan.
 
-    full: Tensor
-    plan: Tensor
-    targets: Tensor
+    Of every scored token: kl, KL(full || plan) in nats; nll_*, of the token that stands there; agree, whether both find the
+    same token most likely (float64 and bool, [tokens]). right_*: whether greedy decoding would have given all of them.
+    bytes_*: what the caches held after the document.
+    """
+
+    form: str
+    kl: Tensor
+    nll_full: Tensor
+    nll_plan: Tensor
+    agree: Tensor
+    right_full: bool
+    right_plan: bool
     bytes_full: int
     bytes_plan: int
 
-    def nll(self, which: Tensor) -> float:
-        return float(-which.gather(1, self.targets[:, None]).mean())
 
-    def right(self, which: Tensor) -> bool:
-        """Whether greedy decoding would have given the targets."""
-        return bool((which.argmax(-1) == self.targets).all())
+def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache:
+    """The cache of a document, read by the model itself or under a plan, ready for branches that are taken back."""
+    if plan is None:
+        cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    else:
+        cache = new_cache(model, plan.model_copy(update={"quality": ()}))  # measured here, so nothing to warn of
+    _forward(model, cache, ids, 1)
+    cache.activate_past_recording()
+    return cache
 
 
-def score(model: PreTrainedModel, plan: Plan, ids: list[int], scored: int) -> Scored:
-    """Run the model and the model under `plan` over `ids` and compare their predictions of the last `scored` tokens."""
+def branch_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[int], scored: int) -> Tensor:
+    """Log-probabilities at the last `scored` tokens of a branch, float32 [scored, vocabulary]. Leaves the cache as it was."""
+    if not 0 < scored < len(ids):
+        raise HeadsinkError(f"scored: {scored} tokens of a branch of {len(ids)}, of which the first cannot be scored")
+    logits = _forward(model, cache, ids, scored + 1)
+    cache.crop(-len(ids))
+    return logits[:-1].float().log_softmax(-1)
+
+
+def _forward(model: PreTrainedModel, cache: Cache, ids: Sequence[int], keep: int) -> Tensor:
+    """Logits of the last `keep` tokens of `ids`, which come after what the cache holds."""
     text = torch.tensor([ids], device=model.device)
-    caches = DynamicCache(config=model.config.get_text_config(decoder=True)), new_cache(model, plan)
-    keep = {"logits_to_keep": scored + 1, "use_cache": True}
-    with torch.no_grad():
-        full = model(text, past_key_values=caches[0], **keep).logits
-        with apply(model, plan):
-            lossy = model(text, past_key_values=caches[1], **keep).logits
-    log_probs = [logits[0, :-1].float().log_softmax(-1) for logits in (full, lossy)]
-    return Scored(log_probs[0], log_probs[1], text[0, -scored:], nbytes(caches[0]), caches[1].nbytes())
+    with torch.no_grad(), apply(model, cache.plan) if isinstance(cache, PlanCache) else nullcontext():
+        return model(text, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+
+
+def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored]:
+    """Every branch of a document: the text that follows first, then the questions."""
+    full, lossy = (read(model, which, document.ids) for which in (None, plan))
+    sizes = nbytes(full), nbytes(lossy)
+    branches = [(TEXT, document.continuation, len(document.continuation) - 1)]
+    branches += [(question.form, question.ids, question.answer_tokens) for question in document.questions]
+    found = []
+    for form, ids, scored in branches:
+        a, b = (branch_log_probs(model, cache, ids, scored) for cache in (full, lossy))
+        found.append(_compare(form, a, b, torch.tensor(ids[-scored:], device=a.device), sizes))
+    return found
+
+
+def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> Scored:
+    """full, plan: log-probabilities [tokens, vocabulary]; targets: [tokens]."""
+    kl = (full.exp() * (full - plan)).sum(-1).clamp(min=0)
+    nll_full, nll_plan = (-which.gather(1, targets[:, None])[:, 0].double().cpu() for which in (full, plan))
+    best_full, best_plan = full.argmax(-1), plan.argmax(-1)
+    right_full, right_plan = (bool((best == targets).all()) for best in (best_full, best_plan))
+    agree = (best_full == best_plan).cpu()
+    return Scored(form, kl.double().cpu(), nll_full, nll_plan, agree, right_full, right_plan, *sizes)
 
 
 def measure(
@@ -61,50 +108,102 @@ def measure(
     plan: Plan,
     context: int,
     *,
+    documents: int = 1,
     seed: int = 0,
+    split: Split = "heldout",
     progress: bool = True,
 ) -> Quality:
-    """Measure a plan at one context length: one held-out text of each domain, and probes of each form at several depths."""
-    if not 2 * SCORED <= context <= describe(model).max_context:
-        raise HeadsinkError(
-            f"context: {context} is outside {2 * SCORED} to {describe(model).max_context} for measuring quality"
+    """Measure a plan on texts of `context` tokens, their continuation included.
+
+    Parameters
+    ----------
+    documents : how many of each kind of text in `corpus.DOMAINS`; more of them narrow the intervals.
+    split : the half of the text and of the forms of questions; plans are made with the other one.
+    progress : show a bar on standard error.
+
+    Raises HeadsinkError if the context is too short, or longer than the model or the built-in text allows.
+    """
+    least, most = 2 * CONTINUATION, describe(model).max_context
+    if not least <= context <= most:
+        raise HeadsinkError(f"context: {context} is outside {least} to {most} for measuring quality")
+    made = [
+        probes.document(
+            tokenizer,
+            context - CONTINUATION,
+            split=split,
+            seed=seed + number,
+            domains=(domain,),
+            continuation=CONTINUATION,
         )
-    kl, agree, nll_full, nll_plan = 0.0, 0.0, 0.0, 0.0
-    found: list[Retrieval] = []
-    with bar(f"quality at {context}", len(corpus.DOMAINS) + len(probes.FORMS) * len(DEPTHS), progress) as shown:
-        for domain in corpus.DOMAINS:
-            ids = corpus.tokens(domain, tokenizer, context, seed=seed, split="heldout")
-            run = score(model, plan, ids, SCORED)
-            kl += float((run.full.exp() * (run.full - run.plan)).sum(-1).mean())
-            agree += float((run.full.argmax(-1) == run.plan.argmax(-1)).float().mean())
-            nll_full += run.nll(run.full)
-            nll_plan += run.nll(run.plan)
+        for number in range(documents)
+        for domain in corpus.DOMAINS
+    ]
+    found = []
+    with bar(f"quality at {context}", len(made), progress) as shown:
+        for document in made:
+            found.append(score(model, plan, document))
             shown.advance(shown.task_ids[0])
-        for form in probes.FORMS:
-            runs = []
-            for depth in DEPTHS:
-                probe = probes.probe(form, tokenizer, context, depth=depth, seed=seed, split="heldout")
-                runs.append(score(model, plan, probe.ids, probe.answer_tokens))
-                shown.advance(shown.task_ids[0])
-            found.append(
-                Retrieval(
-                    form=form,
-                    probes=len(runs),
-                    full=sum(r.right(r.full) for r in runs),
-                    plan=sum(r.right(r.plan) for r in runs),
-                    nll_full=sum(r.nll(r.full) for r in runs) / len(runs),
-                    nll_plan=sum(r.nll(r.plan) for r in runs) / len(runs),
-                )
-            )
-    texts = len(corpus.DOMAINS)
+    return summary(context, found)
+
+
+def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
+    """The quality that the branches of some documents show."""
+    branches = [branch for document in documents for branch in document]
+    texts = [branch for branch in branches if branch.form == TEXT]
+    series = [torch.stack([t.kl, t.agree.double(), t.nll_plan - t.nll_full]) for t in texts]
+    kl, top1, nll_change = intervals(series)
+    asked: dict[str, list[Scored]] = {}
+    for branch in branches:
+        if branch.form != TEXT:
+            asked.setdefault(branch.form, []).append(branch)
     return Quality(
         context=context,
-        positions=texts * SCORED,
-        kl=max(kl / texts, 0.0),
-        top1=agree / texts,
-        nll_full=nll_full / texts,
-        nll_plan=nll_plan / texts,
-        retrieval=tuple(found),
-        kv_bytes=run.bytes_plan,
-        kv_bytes_full=run.bytes_full,
+        documents=len(documents),
+        positions=sum(len(t.kl) for t in texts),
+        kl=_mean([t.kl for t in texts]),
+        kl_interval=kl,
+        top1=_mean([t.agree for t in texts]),
+        top1_interval=top1,
+        nll_full=_mean([t.nll_full for t in texts]),
+        nll_plan=_mean([t.nll_plan for t in texts]),
+        nll_change_interval=nll_change,
+        retrieval=tuple(
+            Retrieval(
+                form=form,
+                asked=len(answers),
+                right_full=sum(a.right_full for a in answers),
+                right_plan=sum(a.right_plan for a in answers),
+                nll_full=_mean([a.nll_full for a in answers]),
+                nll_plan=_mean([a.nll_plan for a in answers]),
+            )
+            for form, answers in sorted(asked.items())
+        ),
+        kv_bytes=sum(document[0].bytes_plan for document in documents) // len(documents),
+        kv_bytes_full=sum(document[0].bytes_full for document in documents) // len(documents),
     )
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    """The mean over the tokens of all parts."""
+    return float(torch.cat(list(parts)).double().mean())
+
+
+def intervals(documents: Sequence[Tensor], seed: int = 0) -> list[Interval]:
+    """95 % intervals of means over tokens. documents: float64 [series, tokens] of each; an interval for each series.
+
+    A bootstrap: blocks of 32 consecutive tokens, which depend on one another, are drawn again with replacement, 1,000 times.
+    Documents are few, so blocks are drawn within each of them: the intervals say how far the numbers would move on other
+    passages of such documents, not on documents of another kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.zeros(RESAMPLES, len(documents[0]), dtype=torch.float64)
+    tokens = torch.zeros(RESAMPLES, 1, dtype=torch.float64)
+    for document in documents:
+        blocks = document.split(BLOCK, 1)
+        drawn = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=generator)
+        sums += torch.stack([block.sum(1) for block in blocks])[drawn].sum(1)
+        tokens += torch.tensor([[block.shape[1]] for block in blocks], dtype=torch.float64)[drawn].sum(1)
+    mean = torch.cat(list(documents), 1).mean(1)
+    low, high = (sums / tokens).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+    low, high = torch.minimum(low, mean), torch.maximum(high, mean)  # else a constant could miss its mean by rounding
+    return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -7,6 +7,7 @@ thread that entered it, as `torch.no_grad()` does, and a cache from `new_cache` 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,20 +39,34 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     """Inside the block, new texts run under `plan`: `generate`, or a plain forward pass.
 
     The cache is created with the plan's shape where none is given. A cache from `new_cache` runs with its own plan.
-    Acts on the calling thread only. Raises HeadsinkError if the plan was made for another model.
+    Acts on the calling thread only. Warns, once, when a text grows longer than those that the plan's quality was measured
+    on. Raises HeadsinkError if the plan was made for another model.
     """
     shape = plan.check(model)
     config = model.config.get_text_config(decoder=True)
+
+    warned = False
+
+    def warn_beyond_verified(cache: PlanCache, tokens: int) -> None:
+        nonlocal warned
+        length, verified = cache.get_seq_length() + tokens, cache.plan.verified
+        if not warned and verified is not None and length > verified:
+            warned = True
+            warnings.warn(
+                f"a text has {length} tokens, the plan's quality was measured up to {verified}: beyond that it is unknown",
+                stacklevel=1,
+            )
 
     def give_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if _applied.get().get(id(model)) is not plan:
             return None
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, PlanCache):
-            return None
-        if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
-            return args, {**kwargs, "past_key_values": PlanCache(plan, config, shape.windows)}
-        raise HeadsinkError(_refusal(cache))
+        if not isinstance(cache, PlanCache):
+            if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
+                raise HeadsinkError(_refusal(cache))
+            cache = PlanCache(plan, config, shape.windows)
+        warn_beyond_verified(cache, _new_tokens(args, kwargs))
+        return args, {**kwargs, "past_key_values": cache}
 
     hook = decoder(model).register_forward_pre_hook(give_cache, with_kwargs=True)
     token = _applied.set({**_applied.get(), id(model): plan})
@@ -61,6 +76,12 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     finally:
         _applied.reset(token)
         hook.remove()
+
+
+def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens a row that a decoder is called with."""
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((int(tokens.shape[1]) for tokens in given if tokens is not None), 0)
 
 
 def _refusal(cache: Cache) -> str:

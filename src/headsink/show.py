@@ -194,14 +194,24 @@ def plan(console: Console, made: Plan) -> None:
     console.print(table)
     if context:
         console.print(f"Keeps {made.kept(context):.1%} of the KV entries at {context} tokens.", highlight=False)
-    for quality in made.quality:
-        retrieval = ", ".join(f"{r.form} {r.plan}/{r.probes} (full {r.full}/{r.probes})" for r in quality.retrieval)
-        console.print(
-            f"At {quality.context} tokens of held-out text: KL {quality.kl:.4f} nats, same top token {quality.top1:.1%}, nll "
-            f"{quality.nll_plan:.3f} (full {quality.nll_full:.3f}); retrieval: {retrieval}; KV cache "
-            f"{quality.kv_bytes / MEGABYTE:.1f} MB (full {quality.kv_bytes_full / MEGABYTE:.1f}).",
-            highlight=False,
+    if not made.quality:
+        console.print("Quality was not measured.", highlight=False)
+        return
+    columns = ("tokens", "KL, nats", "same top token", "nll change", "answers right", "model itself", "KV cache, MB")
+    table = _table("Against the model itself on held-out text (95 % interval)", *columns)
+    for q in made.quality:
+        (kl, top1, change) = (q.kl_interval, q.top1_interval, q.nll_change_interval)
+        table.add_row(
+            str(q.context),
+            f"{q.kl:.4f} ({kl[0]:.4f} to {kl[1]:.4f})",
+            f"{q.top1:.1%} ({top1[0]:.1%} to {top1[1]:.1%})",
+            f"{q.nll_change:+.4f} ({change[0]:+.4f} to {change[1]:+.4f})",
+            f"{q.right_plan} of {q.asked}",
+            f"{q.right_full} of {q.asked}",
+            f"{q.kv_bytes / MEGABYTE:.1f} of {q.kv_bytes_full / MEGABYTE:.1f}",
         )
+    console.print(table)
+    console.print(f"Verified up to {made.verified} tokens.", highlight=False)
 
 
 def generated_json(done: Generated) -> dict[str, Any]:

@@ -1,0 +1,277 @@
+"""The choice of a pattern for every KV head under a budget, by the loss that is measured.
+
+The search starts from small windows everywhere and spends the budget in steps. At every step the replays (replay.py) give the
+slope of the loss towards every larger pattern of every head, at the plan reached so far, and a knapsack picks what promises
+most for the keys that may be spent. Heads are judged in the company that they will be in: with ten heads full, others are
+worth something else than with none. At the end heads are swapped within the budget while the measured loss falls.
+
+Slopes alone promise too much, since outputs move far. What their sum misses is known at one place: with every head full the
+loss is 0. So each move is charged with its squared error times the one factor that makes the sum come out right there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headsink.errors import HeadsinkError
+from headsink.pattern import FULL, Pattern
+from headsink.replay import Marginals, Patterns, Replay
+
+Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "random"]
+Phase = Literal["forward", "refined", "done"]
+POLICIES: tuple[Policy, ...] = ("headsink", "streaming-llm", "on-off", "layer-wise", "random")
+
+SINK, FLOATING, TAU = 4, 16, 0.4
+WINDOWS = (32, 128, 512)  # the search begins with the smallest one, everywhere
+GROWTH = 1.25  # of what is kept, from step to step
+REFINEMENTS = 4  # rounds of swaps within the budget, at most
+HALVINGS = 3  # of the number of swaps of a round, where all of them together do not lower the loss
+ON_OFF = Pattern(64, 0, 256)  # what DuoAttention (arXiv 2410.10819) gives a streaming head
+
+
+@dataclass(frozen=True)
+class Method:
+    """How patterns are chosen. The switches turn parts of the method off, to see what each is worth.
+
+    policy: "headsink", or the shape of another method: "streaming-llm" (one window for all, arXiv 2309.17453), "on-off" (heads
+    are full or have one fixed window, DuoAttention's shape), "layer-wise" (layers are, SimLayerKV's shape, arXiv 2410.13846),
+    "random" (as on-off, drawn by lot). gradient: slopes of the loss, not squared errors of outputs. steps: look again after
+    every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
+    retrieval_weight: KL of answers against that of text.
+    """
+
+    policy: Policy = "headsink"
+    windows: tuple[int, ...] = WINDOWS
+    floating: int = FLOATING
+    gradient: bool = True
+    steps: bool = True
+    correction: bool = True
+    refine: bool = True
+    retrieval_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise HeadsinkError(f"policy: {self.policy!r} is unknown; one of {', '.join(POLICIES)}")
+
+    def options(self, context: int) -> tuple[Pattern, ...]:
+        """The patterns that a head may get, full attention last."""
+        if self.policy in ("on-off", "layer-wise", "random"):
+            return (ON_OFF, FULL)
+        patterns = [Pattern(SINK, self.floating, window) for window in self.windows]
+        return (*(p for p in patterns if p.size(context) < context), FULL)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan on the way. kept: share of the KV entries; loss: measured, of the plan before it while going forward."""
+
+    phase: Phase
+    kept: float
+    loss: float
+    patterns: tuple[tuple[tuple[int, int, int | None], ...] | None, ...]  # sink, floating, window
+
+    @classmethod
+    def of(cls, patterns: Patterns, kept: float, loss: float, phase: Phase) -> Step:
+        rows = tuple(None if row is None else tuple((p.sink, p.floating, p.window) for p in row) for row in patterns)
+        return cls(phase, kept, loss, rows)
+
+    def plan(self) -> list[list[Pattern] | None]:
+        return [None if row is None else [Pattern(*numbers) for numbers in row] for row in self.patterns]
+
+
+class Search:
+    """Patterns for the heads that the replays have, at `context` tokens."""
+
+    def __init__(self, replays: Sequence[Replay], context: int, method: Method, seed: int = 0):
+        self.replays, self.context, self.method, self.seed = replays, context, method, seed
+        shape = replays[0].shape
+        self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
+        self.heads = [(layer, head) for layer in self.layers for head in range(shape.kv_heads)]
+        self.options = method.options(context)
+        self.sizes = torch.tensor([p.size(context) for p in self.options], dtype=torch.float64)
+
+    # plans as rows of a table: int64 [heads], the option of each
+
+    def patterns(self, pick: Tensor) -> list[list[Pattern] | None]:
+        rows: list[list[Pattern] | None] = [None] * self.replays[0].shape.layers
+        for (layer, _), option in zip(self.heads, pick.tolist(), strict=True):
+            rows[layer] = [*(rows[layer] or []), self.options[option]]
+        return rows
+
+    def kept(self, pick: Tensor) -> float:
+        return float(self.sizes[pick].sum()) / (self.context * len(self.heads))
+
+    def loss(self, pick: Tensor) -> float:
+        """Mean loss of a plan over the replays."""
+        patterns = self.patterns(pick)
+        weight = self.method.retrieval_weight
+        return sum(float(r.loss(r.log_probs(patterns), weight)) for r in self.replays) / len(self.replays)
+
+    def run(self, budget: float, done: Sequence[Step] = (), report: Callable[[Step], None] | None = None) -> Step:
+        """The plan for `budget`. `done`: steps of an earlier run, to go on from; `report` is called with every step.
+
+        Raises HeadsinkError if even the smallest plan is over the budget.
+        """
+
+        def state(pick: Tensor, loss: float, phase: Phase) -> Step:
+            step = Step.of(self.patterns(pick), self.kept(pick), loss, phase)
+            if report is not None:
+                report(step)
+            return step
+
+        fixed = self._fixed(budget)
+        if fixed is not None:
+            return state(fixed, self.loss(fixed), "done")
+        if not (self.method.gradient and self.method.steps):
+            everything = torch.full((len(self.heads),), len(self.options) - 1)
+            start = self._start(budget) if self.method.gradient else everything  # errors are taken at the model itself
+            pick = self._choose(self.expected(start)[1], budget)
+            return state(pick, self.loss(pick), "done")
+        last = done[-1] if done else None
+        if last is not None and last.phase == "done":
+            return last
+        pick = self._start(budget) if last is None else self._pick(last)
+        while last is None or (last.phase == "forward" and last.kept < budget - 1 / (len(self.heads) * self.context)):
+            loss, cost = self.expected(pick)
+            smaller = self.sizes < self.sizes[pick][:, None]
+            allowed = min(budget, max(self.kept(pick) * GROWTH, self.kept(pick) + 1 / len(self.heads)))
+            better = self._choose(cost.masked_fill(smaller, float("inf")), allowed)
+            if torch.equal(better, pick) and allowed >= budget:
+                break
+            pick = better
+            last = state(pick, loss, "forward")
+        loss = self.loss(pick)
+        for _ in range(REFINEMENTS if self.method.refine else 0):
+            better, lower = self._swapped(pick, loss, budget)
+            if lower >= loss:
+                break
+            pick, loss = better, lower
+            state(pick, loss, "refined")
+        return state(pick, loss, "done")
+
+    def _swapped(self, pick: Tensor, loss: float, budget: float) -> tuple[Tensor, float]:
+        """A better plan within the budget and its measured loss: all swaps that promise something, or the better half, ..."""
+        _, cost = self.expected(pick)
+        better = self._choose(cost, budget)
+        for _ in range(HALVINGS):
+            if torch.equal(better, pick):
+                break
+            lower = self.loss(better)
+            if lower < loss:
+                return better, lower
+            better = self._half_way(pick, better, cost, budget)
+        return pick, loss
+
+    def _half_way(self, pick: Tensor, better: Tensor, cost: Tensor, budget: float) -> Tensor:
+        """Of the changes from `pick` to `better` the half that promises most, with as many more as pay for the keys it takes."""
+        changed = (pick != better).nonzero()[:, 0]
+        order = changed[cost[changed, better[changed]].argsort()]
+        half, allowed = pick.clone(), budget * self.context * len(self.heads)
+        taken = order[: max(1, len(order) // 2)]
+        half[taken] = better[taken]
+        for row in order[len(taken) :].tolist():
+            if self.sizes[half].sum() <= allowed:
+                break
+            if self.sizes[better[row]] < self.sizes[pick[row]]:
+                half[row] = better[row]
+        return half if self.sizes[half].sum() <= allowed else pick
+
+    def expected(self, pick: Tensor) -> tuple[float, Tensor]:
+        """The loss of a plan, and the change expected of it: float64 [heads, options], 0 for the options that it has."""
+        patterns = self.patterns(pick)
+        found = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.replays]
+        mean = _mean(found)
+        gradient, error = (t[self.layers].flatten(0, 1).double() for t in (mean.gradient, mean.error))
+        if not self.method.gradient:
+            return mean.loss, error
+        if not self.method.correction:
+            return mean.loss, gradient
+        # Every head full: the loss is gone. Full attention is the last option.
+        missed = -mean.loss - float(gradient[:, -1].sum())
+        return mean.loss, gradient + max(missed, 0.0) / max(float(error[:, -1].sum()), 1e-12) * error
+
+    # starts and fixed plans
+
+    def _start(self, budget: float) -> Tensor:
+        smallest = int(self.sizes.argmin())
+        if self.sizes[smallest] > budget * self.context:
+            least = float(self.sizes[smallest]) / self.context
+            raise HeadsinkError(
+                f"budget: {budget} of {self.context} tokens is less than the smallest plan, {least:.3f}"
+            )
+        return torch.full((len(self.heads),), smallest)
+
+    def _fixed(self, budget: float) -> Tensor | None:
+        """Plans that nothing is measured for."""
+        if self.method.policy == "streaming-llm":
+            window = int(budget * self.context) - SINK
+            if window < 1:
+                raise HeadsinkError(f"budget: {budget} of {self.context} tokens leaves no window")
+            self.options = (Pattern(SINK, 0, window) if window + SINK < self.context else FULL,)
+            self.sizes = torch.tensor([self.options[0].size(self.context)], dtype=torch.float64)
+            return torch.zeros(len(self.heads), dtype=torch.long)
+        if self.method.policy == "random":
+            order = torch.randperm(len(self.heads), generator=torch.Generator().manual_seed(self.seed))
+            cost = torch.zeros(len(self.heads), 2, dtype=torch.float64)
+            cost[order, 0] = torch.arange(1, len(self.heads) + 1, dtype=torch.float64)
+            return self._choose(cost, budget)
+        return None
+
+    def _pick(self, step: Step) -> Tensor:
+        flat = [p for row in step.plan() if row is not None for p in row]
+        return torch.tensor([self.options.index(p) for p in flat])
+
+    def _together(self) -> int:
+        """Heads that go the same way: all of a layer, or each by itself."""
+        return len(self.heads) // len(self.layers) if self.method.policy == "layer-wise" else 1
+
+    def _choose(self, cost: Tensor, budget: float) -> Tensor:
+        tied = self._together()
+        cost = cost.view(-1, tied, cost.shape[1]).sum(1)
+        return choose(cost, self.sizes * tied, budget * self.context * len(self.heads)).repeat_interleave(tied)
+
+
+def choose(cost: Tensor, sizes: Tensor, allowed: float) -> Tensor:
+    """The option of every row with the least total cost whose sizes fit: int64 [rows].
+
+    cost: float64 [rows, options]; sizes: float64 [options]. A Lagrangian knapsack: every row takes the option of least cost +
+    price x size; the price is the lowest one at which all fit. What is left goes to the best single improvements. Raises
+    HeadsinkError if nothing fits.
+    """
+    if sizes.min() * len(cost) > allowed:
+        raise HeadsinkError(
+            f"budget: {allowed:.0f} keys are less than the smallest plan, {sizes.min() * len(cost):.0f}"
+        )
+    low, high = 0.0, 1e-9
+    while sizes[_cheapest(cost, sizes, high)].sum() > allowed:
+        high *= 4
+    for _ in range(80):
+        price = (low + high) / 2
+        low, high = (price, high) if sizes[_cheapest(cost, sizes, price)].sum() > allowed else (low, price)
+    pick = _cheapest(cost, sizes, high)
+    while True:
+        left = allowed - sizes[pick].sum()
+        gain = cost.gather(1, pick[:, None]) - cost
+        growth = sizes - sizes[pick][:, None]
+        worth = torch.where((gain > 0) & (growth <= left), gain / growth.clamp(min=1e-9), 0.0)
+        if not worth.max() > 0:
+            return pick
+        row, option = divmod(int(worth.argmax()), cost.shape[1])
+        pick[row] = option
+
+
+def _cheapest(cost: Tensor, sizes: Tensor, price: float) -> Tensor:
+    return (cost + price * sizes).argmin(1)
+
+
+def _mean(found: Sequence[Marginals]) -> Marginals:
+    return Marginals(
+        sum(m.loss for m in found) / len(found),
+        torch.stack([m.gradient for m in found]).mean(0),
+        torch.stack([m.error for m in found]).mean(0),
+    )
