@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
-from headsink.architecture import Architecture, check_plannable, describe
+from headsink.architecture import check_plannable, describe
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.models import dtype_name
@@ -32,30 +32,36 @@ KINDS: tuple[tuple[corpus.Domain, ...], ...] = (("prose", "code"), ("maths", "ch
 CONTINUATION = 128  # tokens of text after a document
 QUESTION = 128  # tokens that a branch may have at most, so that it fits into the model's longest context
 LEAST_CONTEXT = probes.LEAST_LENGTH + QUESTION
+BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
+
+Context = int | tuple[int, int]
 
 
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    budget: float,
-    context: int | tuple[int, int],
+    context: Context,
+    budget: float | None = None,
+    max_kl: float | None = None,
     method: Method | None = None,
     quality_contexts: Sequence[int] | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Make a plan that keeps at most `budget` of the KV entries at `context` tokens.
+    """Make a plan that keeps at most `budget` of the KV entries at `context` tokens, or as few as `max_kl` allows.
 
     Parameters
     ----------
     budget : fraction of the full KV cache, over the heads that do not slide by themselves; above 0, at most 1.
-    context : tokens of context that the plan is for. Of a range (shortest, longest) the budget holds at the shortest, and so at all of
-        them, since windows are constant; errors are measured at both ends.
+    max_kl : instead of a budget: KL(full || plan) of text, in nats per token, that is not to be exceeded on the calibration
+        documents. The smallest of `BUDGETS` that holds it is taken.
+    context : tokens of context that the plan is for. Of a range (shortest, longest) the budget holds at the shortest, and so
+        at all of them, since windows are constant; errors are measured at both ends.
     method : how patterns are chosen; ours if not given. `Method(policy="streaming-llm")` and others are there to compare with.
-    quality_contexts : lengths at which the plan is measured on held-out text; the context and a shorter one if not given, () to
-        leave that out.
+    quality_contexts : lengths at which the plan is measured on held-out text; the context and a shorter one if not given, ()
+        to leave that out.
     checkpoint : a file that keeps the steps done; an interrupted search goes on from there, given the same arguments.
     progress : show bars on standard error.
 
@@ -63,37 +69,18 @@ def calibrate(
     -------
     Plan, with its measured quality.
     """
-    shape, method = describe(model), method or Method()
-    check_plannable(shape)
-    shortest, longest = (context, context) if isinstance(context, int) else context
-    _check(budget, shortest, longest, shape)
-    documents = _documents(tokenizer, shortest, longest, seed)
-    replays = []
-    with bar("reading", len(documents), progress) as shown:
-        for document in documents:
-            replays.append(Replay(model, document))
-            shown.advance(shown.task_ids[0])
-    value_norms = torch.stack([replay.value_norms for replay in replays]).mean(0)
-    for replay in replays:
-        replay.set_thresholds(TAU * value_norms)
-    key = {"budget": budget, "context": [shortest, longest], "seed": seed, "method": asdict(method)}
-    last = _search(replays, budget, shortest, method, seed, checkpoint, key | _identity(model), progress)
-    plan = Plan.of(model, last.plan(), value_norms.tolist(), tau=TAU)
-    with bar("verifying", len(documents), progress) as shown:
-        verified = 0.0
-        for replay, document in zip(replays, documents, strict=True):
-            verified += float(replay.loss(_log_probs(model, plan, document), method.retrieval_weight)) / len(replays)
-            shown.advance(shown.task_ids[0])
-    made = key | {
-        "kept": round(plan.kept(shortest), 4),
-        "dtype": dtype_name(model.dtype),
-        "documents": [{"text": list(kinds), "tokens": len(d.ids)} for kinds, d in zip(KINDS, documents, strict=False)],
-        "forms": list(probes.FORMS["calibration"]),
-        "loss": {"replayed": round(last.loss, 5), "verified": round(verified, 5)},
-    }
-    plan = plan.model_copy(update={"calibration": made})
+    if (budget is None) == (max_kl is None):
+        raise HeadsinkError("budget: give a budget or max_kl, one of the two")
+    if budget is not None:
+        check_budget(budget)
+    if max_kl is not None and not max_kl > 0:
+        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats")
+    calibration = Calibration(
+        model, tokenizer, context=context, method=method, seed=seed, checkpoint=checkpoint, progress=progress
+    )
+    plan = calibration.plan(budget) if budget is not None else calibration.plan_within(max_kl or 0.0)
     if quality_contexts is None:
-        quality_contexts = default_quality_contexts(longest)
+        quality_contexts = default_quality_contexts(calibration.longest)
     quality = [measure(model, tokenizer, plan, n, seed=seed, progress=progress) for n in quality_contexts]
     return plan.model_copy(update={"quality": tuple(quality)})
 
@@ -103,14 +90,123 @@ def default_quality_contexts(longest: int) -> tuple[int, ...]:
     return tuple(n for n in dict.fromkeys((min(2048, longest // 2), longest)) if n >= 512)
 
 
-def _check(budget: float, shortest: int, longest: int, shape: Architecture) -> None:
+def check_budget(budget: float) -> None:
     if not 0 < budget <= 1:
         raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
-    if not LEAST_CONTEXT <= shortest <= longest <= shape.max_context:
-        given = shortest if shortest == longest else f"{shortest} to {longest}"
-        raise HeadsinkError(f"context: {given} is outside {LEAST_CONTEXT} to {shape.max_context}, the model's maximum")
-    if all(shape.windows):
-        raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
+
+
+class Calibration:
+    """Documents that the model has read, from which plans of any budget are made."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: Context,
+        method: Method | None = None,
+        seed: int = 0,
+        checkpoint: Path | None = None,
+        progress: bool = True,
+    ):
+        shape = describe(model)
+        check_plannable(shape)
+        self.model, self.method, self.seed = model, method or Method(), seed
+        self.checkpoint, self.progress = checkpoint, progress
+        self.shortest, self.longest = (context, context) if isinstance(context, int) else context
+        if not LEAST_CONTEXT <= self.shortest <= self.longest <= shape.max_context:
+            given = self.shortest if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
+            raise HeadsinkError(
+                f"context: {given} is outside {LEAST_CONTEXT} to {shape.max_context}, the model's maximum"
+            )
+        if all(shape.windows):
+            raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
+        self.documents = _documents(tokenizer, self.shortest, self.longest, seed)
+        self.replays: list[Replay] = []
+        with bar("reading", len(self.documents), progress) as shown:
+            for document in self.documents:
+                self.replays.append(Replay(model, document))
+                shown.advance(shown.task_ids[0])
+        self.value_norms = torch.stack([replay.value_norms for replay in self.replays]).mean(0)
+        for replay in self.replays:
+            replay.set_thresholds(TAU * self.value_norms)
+
+    def plan(self, budget: float) -> Plan:
+        """The plan for a budget, run once as it will be used; without quality on held-out text."""
+        check_budget(budget)
+        key = {
+            "budget": budget,
+            "context": [self.shortest, self.longest],
+            "seed": self.seed,
+            "method": asdict(self.method),
+        }
+        last = self._search(budget, key | _identity(self.model))
+        plan = Plan.of(self.model, last.plan(), self.value_norms.tolist(), tau=TAU)
+        kl = self._verify(plan)
+        loss = float(kl[0] + self.method.retrieval_weight * kl[1])
+        made = key | {
+            "kept": round(plan.kept(self.shortest), 4),
+            "dtype": dtype_name(self.model.dtype),
+            "documents": [
+                {"text": list(kinds), "tokens": len(document.ids)}
+                for kinds, document in zip(KINDS, self.documents, strict=True)
+            ],
+            "forms": list(probes.FORMS["calibration"]),
+            "replayed_loss": round(last.loss, 5),
+            "verified": {
+                "loss": round(loss, 5),
+                "kl_text": round(float(kl[0]), 5),
+                "kl_answers": round(float(kl[1]), 5),
+            },
+        }
+        return plan.model_copy(update={"calibration": made})
+
+    def plan_within(self, max_kl: float) -> Plan:
+        """The plan with the smallest of `BUDGETS` whose KL on the text of the calibration documents is at most `max_kl`."""
+        low, high, best = 0, len(BUDGETS) - 1, None
+        while low < high:
+            middle = (low + high) // 2
+            plan = self._plan_if_possible(BUDGETS[middle])
+            if plan is not None and plan.calibration["verified"]["kl_text"] <= max_kl:
+                high, best = middle, plan
+            else:
+                low = middle + 1
+        plan = best if best is not None else self.plan(BUDGETS[high])
+        return plan.model_copy(update={"calibration": plan.calibration | {"max_kl": max_kl}})
+
+    def _plan_if_possible(self, budget: float) -> Plan | None:
+        try:
+            return self.plan(budget)
+        except HeadsinkError:  # the budget is below the smallest plan
+            return None
+
+    def _verify(self, plan: Plan) -> torch.Tensor:
+        """KL of the text and of the answers, under the plan as it runs, mean over the documents: float32 [2]."""
+        total = torch.zeros(2)
+        with bar("verifying", len(self.documents), self.progress) as shown:
+            for replay, document in zip(self.replays, self.documents, strict=True):
+                kl = replay.divergences(_log_probs(self.model, plan, document))
+                answers = kl[1:].mean() if len(kl) > 1 else kl.new_zeros(())
+                total += torch.stack([kl[0], answers]).cpu() / len(self.documents)
+                shown.advance(shown.task_ids[0])
+        return total
+
+    def _search(self, budget: float, key: dict[str, Any]) -> Step:
+        """Run the search, keeping its steps in the checkpoint."""
+        search = Search(self.replays, self.shortest, self.method, self.seed)
+        done = [] if self.checkpoint is None else _read_checkpoint(self.checkpoint, key)
+        with bar("searching", 100, self.progress) as shown:
+            task = shown.task_ids[0]
+
+            def report(step: Step) -> None:
+                share = {"forward": 85 * step.kept / budget, "refined": 90, "done": 100}[step.phase]
+                said = f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}"
+                shown.update(task, completed=share, description=said)
+                done.append(step)
+                if self.checkpoint is not None:
+                    write_text(self.checkpoint, json.dumps({"key": key, "steps": [asdict(step) for step in done]}))
+
+            return search.run(budget, tuple(done), report)
 
 
 def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, seed: int) -> list[Document]:
@@ -133,32 +229,6 @@ def _log_probs(model: PreTrainedModel, plan: Plan, document: Document) -> torch.
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
     return {"model": Fingerprint.of(model).weights, "dtype": dtype_name(model.dtype)}
-
-
-def _search(
-    replays: Sequence[Replay],
-    budget: float,
-    context: int,
-    method: Method,
-    seed: int,
-    checkpoint: Path | None,
-    key: dict[str, Any],
-    progress: bool,
-) -> Step:
-    """Run the search, keeping its steps in the checkpoint."""
-    search = Search(replays, context, method, seed)
-    done = [] if checkpoint is None else _read_checkpoint(checkpoint, key)
-    with bar("searching", 100, progress) as shown:
-        task = shown.task_ids[0]
-
-        def report(step: Step) -> None:
-            share = 100 if step.phase == "done" else 90 if step.phase == "refined" else 85 * step.kept / budget
-            shown.update(task, completed=share, description=f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}")
-            done.append(step)
-            if checkpoint is not None:
-                write_text(checkpoint, json.dumps({"key": key, "steps": [asdict(step) for step in done]}))
-
-        return search.run(budget, done, report)
 
 
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
