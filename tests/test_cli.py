@@ -141,6 +141,35 @@ def test_a_census_is_made_again_from_its_folder(census):
     assert {**again, "folder": ""} == {**first, "folder": ""}
 
 
+def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
+    words = ("--context", "600", "--budgets", "0.0001,0.3,0.6", "--device", "cpu")
+    status, out, err = run("plan", tiny_folder, *words, "--frontier", tmp_path / "f", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert [point["budget"] for point in found["points"]] == [0.3, 0.6]  # below the smallest plan: left out
+    assert found["advice"] == json.loads((tmp_path / "f" / "frontier.json").read_text())["advice"]
+    names = {path.name for path in (tmp_path / "f").iterdir()}
+    assert names == {
+        "frontier.json",
+        "frontier.html",
+        "frontier.png",
+        "frontier.svg",
+        "plan-0300.json",
+        "plan-0600.json",
+    }
+    assert Plan.load(tmp_path / "f" / "plan-0300.json").kept(600) <= 0.3
+    assert "http" not in (tmp_path / "f" / "frontier.svg").read_text().replace("http://www.w3.org", "")
+
+
+def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
+    words = ("--context", "600", "--quality", "none", "--device", "cpu", "--out", tmp_path / "plan.json", "--json")
+    status, out, err = run("plan", tiny_folder, *words, "--max-kl", "0.5")
+    assert status == 0, err
+    calibration = json.loads(out)["calibration"]
+    assert calibration["max_kl"] == 0.5
+    assert calibration["verified"]["kl_text"] <= 0.5
+
+
 def test_plan_then_generate(run, tiny_folder, tmp_path):
     path = tmp_path / "plan.json"
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu")
@@ -152,6 +181,8 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert made.quality[0].context == 512
     assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
     assert run("plan", tiny_folder, *words, "--out", tmp_path / "b.json")[0] == 0
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "plan.json"]  # no checkpoint is left
 
     prompt = (
         "generate",
@@ -232,6 +263,14 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "0.0001"], "less than the smallest plan"),
         (["plan", "TINY", "--context", "100000"], "model's maximum"),
         (["plan", "TINY", "--out", "."], "it is a folder"),
+        (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
+        (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
+        (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
+        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is outside"),
+        (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
+        (["plan", "TINY", "--frontier", "file"], "it is a file"),
+        (["plan", "TINY", "--frontier", "new", "--budgets", "a,b"], "not a list of numbers"),
+        (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),
         (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),

@@ -20,16 +20,20 @@ from typer.exceptions import TyperException
 import headsink
 from headsink import corpus, doctor, prompt_files, show
 from headsink.bench.cli import bench
+from headsink.calibrate import check_budget
 from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again
 from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, check_replaceable, new_folder, read_text
+from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
+from headsink.frontier import FRONTIER, frontier
 from headsink.generation import Conversation, chat_prompt
 from headsink.generation import generate as generate_text
 from headsink.options import Device, Dtype, Json, Seed
 from headsink.plan import Plan
 from headsink.report import write_comparison, write_comparison_pictures
+from headsink.search import POLICIES, Method
 from headsink.sharding import is_main
 
 COMPARISON = "comparison.json"  # marks a folder of figures as one of ours
@@ -190,37 +194,83 @@ def compare(
 @app.command()
 def plan(
     model: Model = "smollm2",
-    budget: Annotated[float, typer.Option(help="Fraction of the KV cache to keep, above 0, at most 1.")] = 0.25,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of context that the budget is for; the model's maximum.")
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of the KV cache to keep, above 0, at most 1; 0.25 if not given.")
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: the KL of text, in nats a token, not to be exceeded; 0.02 is little."),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="Tokens of context that the plan is for, or a range as in 2000-8000; the model's maximum."),
+    ] = None,
+    policy: Annotated[str, typer.Option(help=f"How patterns are chosen: {', '.join(POLICIES)}.")] = "headsink",
     out_file: Annotated[Path, typer.Option("--out", help="Where the plan goes (JSON).")] = Path("plan.json"),
     quality_contexts: Annotated[
         str | None,
         typer.Option("--quality", help="Lengths to measure the plan at, separated by commas; 'none' to skip."),
     ] = None,
+    frontier_folder: Annotated[
+        Path | None,
+        typer.Option("--frontier", help="Make plans of several budgets instead, with a chart of what they cost, here."),
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="The budgets of --frontier, separated by commas.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes."""
-    if not 0 < budget <= 1:
-        raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
-    measured = (
-        None
-        if quality_contexts is None
-        else []
-        if quality_contexts == "none"
-        else _numbers("quality", quality_contexts)
-    )
-    check_file(out_file)
+    """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes.
+
+    Stopped, it goes on where it was when it is started again with the same options.
+    """
+    if budget is not None and max_kl is not None:
+        raise HeadsinkError("max-kl: give a budget or --max-kl, one of the two")
+    budget = 0.25 if budget is None and max_kl is None else budget
+    if budget is not None:
+        check_budget(budget)
+    method = Method(policy=policy)  # type: ignore[arg-type]
+    measured: list[int] | None = [] if quality_contexts == "none" else None
+    if measured is None and quality_contexts is not None:
+        measured = _numbers("quality", quality_contexts)
+    if frontier_folder is not None:
+        check_replaceable(frontier_folder, FRONTIER)
+    else:
+        check_file(out_file)
+    shares = FRONTIER_BUDGETS if budgets is None else _numbers("budgets", budgets, float)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
-    made = headsink.calibrate(
-        loaded, tokenizer, budget=budget, context=context or longest, quality_contexts=measured, seed=seed
-    )
+    wanted = longest if context is None else _context(context)
+    if frontier_folder is not None:
+        drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, seed=seed)
+        with new_folder(frontier_folder, FRONTIER) as part:
+            drawn.save(part)
+        if as_json:
+            _emit(drawn.to_dict() | {"folder": str(frontier_folder)})
+        else:
+            show.frontier(out, drawn)
+            out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
+        return
+    checkpoint = out_file.with_name(f".{out_file.name}.partial")
+    try:
+        made = headsink.calibrate(
+            loaded,
+            tokenizer,
+            budget=budget,
+            max_kl=max_kl,
+            context=wanted,
+            method=method,
+            quality_contexts=measured,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            err.print("\nwhat is done is kept: start it again to go on", highlight=False)
+        raise
     made.save(out_file)
+    checkpoint.unlink(missing_ok=True)
     if as_json:
         _emit(json.loads(made.to_json()) | {"file": str(out_file)})
     else:
@@ -329,11 +379,23 @@ def doctor_command(seed: Seed = 0, dtype: Dtype = None, device: Device = None, a
         raise typer.Exit(1)
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def _numbers(name: str, text: str, kind: type[Any] = int) -> list[Any]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise HeadsinkError(f"{name}: {text!r} is not a list of whole numbers such as 512,4096") from error
+        like = "whole numbers such as 512,4096" if kind is int else "numbers such as 0.1,0.25"
+        raise HeadsinkError(f"{name}: {text!r} is not a list of {like}") from error
+
+
+def _context(text: str) -> int | tuple[int, int]:
+    """Read "8192" or "2000-8000"."""
+    try:
+        numbers = [int(part) for part in text.split("-")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise HeadsinkError(f"context: {text!r} is neither a number of tokens nor a range such as 2000-8000")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def _memory(text: str | None) -> dict[int | str, int | str] | None:

@@ -181,7 +181,7 @@ class Replay:
         else:
             window = pattern.window or 0
             held = torch.arange(first, self.length, device=keys.device)
-            short = self._short[layer][head] if pattern.floating else torch.zeros_like(held, dtype=torch.bool)
+            short = self._short[layer][head] if pattern.floating else mask.new_zeros(self.length)
             held = _held(pattern, short[first:], held)
             context = visible(pattern, self.positions, held, short[held])
             mask = mask & (self._apart < window)

@@ -127,8 +127,10 @@ class Search:
         fixed = self._fixed(budget)
         if fixed is not None:
             return state(fixed, self.loss(fixed), "done")
+        everything = torch.full((len(self.heads),), len(self.options) - 1)
+        if budget >= 1:
+            return state(everything, self.loss(everything), "done")
         if not (self.method.gradient and self.method.steps):
-            everything = torch.full((len(self.heads),), len(self.options) - 1)
             start = self._start(budget) if self.method.gradient else everything  # errors are taken at the model itself
             pick = self._choose(self.expected(start)[1], budget)
             return state(pick, self.loss(pick), "done")
@@ -139,14 +141,17 @@ class Search:
         while last is None or (last.phase == "forward" and last.kept < budget - 1 / (len(self.heads) * self.context)):
             loss, cost = self.expected(pick)
             smaller = self.sizes < self.sizes[pick][:, None]
-            allowed = min(budget, max(self.kept(pick) * GROWTH, self.kept(pick) + 1 / len(self.heads)))
+            # Room for any one move: if none is made there is none that promises anything.
+            least = self._together() / len(self.heads)
+            allowed = min(budget, max(self.kept(pick) * GROWTH, self.kept(pick) + least))
             better = self._choose(cost.masked_fill(smaller, float("inf")), allowed)
-            if torch.equal(better, pick) and allowed >= budget:
+            if torch.equal(better, pick):
                 break
             pick = better
             last = state(pick, loss, "forward")
         loss = self.loss(pick)
-        for _ in range(REFINEMENTS if self.method.refine else 0):
+        rounds = REFINEMENTS - sum(step.phase == "refined" for step in done)
+        for _ in range(rounds if self.method.refine else 0):
             better, lower = self._swapped(pick, loss, budget)
             if lower >= loss:
                 break

@@ -17,8 +17,9 @@ from headsink.census.floating import drawing_tokens, floating_tokens, stability,
 from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
+from headsink.frontier import Frontier
 from headsink.generation import Generated
-from headsink.plan import Plan
+from headsink.plan import Plan, Quality
 from headsink.report.page import p_value, share
 
 MEGABYTE = 1e6
@@ -187,22 +188,33 @@ def comparison(console: Console, found: Comparison) -> None:
 
 
 def plan(console: Console, made: Plan) -> None:
-    context = made.calibration.get("context")
+    contexts = made.calibration.get("context")
     table = _table("Patterns", "first + floating + window", "KV heads")
     for name, count in made.counts().items():
         table.add_row(name, str(count))
     console.print(table)
-    if context:
+    for context in dict.fromkeys(contexts or ()):
         console.print(f"Keeps {made.kept(context):.1%} of the KV entries at {context} tokens.", highlight=False)
     if not made.quality:
         console.print("Quality was not measured.", highlight=False)
         return
-    columns = ("tokens", "KL, nats", "same top token", "nll change", "answers right", "model itself", "KV cache, MB")
+    console.print(_qualities("tokens", {str(q.context): q for q in made.quality}))
+    console.print(f"Verified up to {made.verified} tokens.", highlight=False)
+
+
+def frontier(console: Console, drawn: Frontier) -> None:
+    console.print(_qualities("budget", {f"{p.calibration['budget']:.1%}": p.quality[-1] for p in drawn.plans}))
+    console.print(drawn.advice(), highlight=False)
+
+
+def _qualities(first: str, rows: dict[str, Quality]) -> Table:
+    """Quality against the model itself, a row for each."""
+    columns = (first, "KL, nats", "same top token", "nll change", "answers right", "model itself", "KV cache, MB")
     table = _table("Against the model itself on held-out text (95 % interval)", *columns)
-    for q in made.quality:
-        (kl, top1, change) = (q.kl_interval, q.top1_interval, q.nll_change_interval)
+    for name, q in rows.items():
+        kl, top1, change = q.kl_interval, q.top1_interval, q.nll_change_interval
         table.add_row(
-            str(q.context),
+            name,
             f"{q.kl:.4f} ({kl[0]:.4f} to {kl[1]:.4f})",
             f"{q.top1:.1%} ({top1[0]:.1%} to {top1[1]:.1%})",
             f"{q.nll_change:+.4f} ({change[0]:+.4f} to {change[1]:+.4f})",
@@ -210,8 +222,7 @@ def plan(console: Console, made: Plan) -> None:
             f"{q.right_full} of {q.asked}",
             f"{q.kv_bytes / MEGABYTE:.1f} of {q.kv_bytes_full / MEGABYTE:.1f}",
         )
-    console.print(table)
-    console.print(f"Verified up to {made.verified} tokens.", highlight=False)
+    return table
 
 
 def generated_json(done: Generated) -> dict[str, Any]:
