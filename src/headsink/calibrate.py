@@ -29,9 +29,9 @@ from headsink.replay import Replay
 from headsink.search import TAU, Method, Search, Step
 
 KINDS: tuple[tuple[corpus.Domain, ...], ...] = (("prose", "code"), ("maths", "chat"))  # of text, in each document
-CONTINUATION = 128  # tokens of text after a document
-QUESTION = 128  # tokens that a branch may have at most, so that it fits into the model's longest context
-LEAST_CONTEXT = probes.LEAST_LENGTH + QUESTION
+CONTINUATION = 256  # tokens of text after a document
+TAIL = 256  # tokens that a branch may have, so that it fits into the longest context
+LEAST_CONTEXT = probes.LEAST_LENGTH + TAIL
 BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
 
 Context = int | tuple[int, int]
@@ -213,7 +213,7 @@ def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, 
     """Documents that fit the context with what follows them, at both ends of a range."""
     return [
         probes.document(
-            tokenizer, length - QUESTION, split="calibration", seed=seed, domains=kinds, continuation=CONTINUATION
+            tokenizer, length - TAIL, split="calibration", seed=seed, domains=kinds, continuation=CONTINUATION
         )
         for kinds, length in zip(KINDS, (longest, shortest), strict=True)
     ]
