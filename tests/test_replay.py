@@ -254,12 +254,12 @@ def test_gradients_are_finite_differences(family, precise):
         found = replay.marginals(patterns, OPTIONS, WEIGHT)
         assert found.loss == pytest.approx(float(replay.loss(replay.log_probs(patterns), WEIGHT)), rel=1e-9)
         assert float(found.gradient.abs().max()) > 1e-3
-        rng, share = random.Random(seed), 1e-4
+        rng, share = random.Random(seed), 0.003  # norms are in float32: a smaller share drowns in their rounding
         for _ in range(6):
             layer, head, n = rng.choice(planned), rng.randrange(replay.shape.kv_heads), rng.randrange(len(OPTIONS))
             up, down = (loss_along(replay, patterns, layer, head, OPTIONS[n], x) for x in (share, -share))
             expected = (up - down) / (2 * share)
-            assert float(found.gradient[layer, head, n]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+            assert float(found.gradient[layer, head, n]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", SOME)

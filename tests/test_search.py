@@ -1,0 +1,302 @@
+"""The choice under a budget against all choices; the search that makes it, step by step."""
+
+import itertools
+import json
+from dataclasses import asdict
+from functools import cache
+
+import pytest
+import torch
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_replay import SOME, replayed
+
+from headsink import HeadsinkError, Pattern, search
+from headsink.architecture import attention_modules
+from headsink.pattern import FULL
+from headsink.search import POLICIES, SINK, Method, Search, Step, choose
+
+CONTEXT = 190  # a document of the replays and the longest branch
+SMALL = {"windows": (8, 32), "floating": 4}
+ON_OFF = Pattern(4, 0, 24)
+METHODS = (
+    *(Method(policy=policy, **SMALL) for policy in POLICIES),
+    *(Method(**{switch: False}, **SMALL) for switch in ("gradient", "steps", "correction", "refine")),
+)
+
+
+def name(method):
+    off = [switch for switch in ("gradient", "steps", "correction", "refine") if not getattr(method, switch)]
+    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}"
+
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=name)
+every_family = pytest.mark.parametrize("family", SOME)
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch):
+    monkeypatch.setattr(search, "ON_OFF", ON_OFF)  # 320 tokens are more than these texts
+
+
+@cache
+def replays(family):
+    model = tiny(family)
+    return [replayed(model, seed)[0] for seed in range(2)]
+
+
+def searching(family, method, seed=0):
+    return Search(replays(family), CONTEXT, method, seed)
+
+
+def run(family, method, budget, seed=0):
+    """All steps; a search that never ends fails."""
+    steps = []
+
+    def report(step):
+        steps.append(step)
+        assert len(steps) < 60
+
+    last = searching(family, method, seed).run(budget, report=report)
+    assert last == steps[-1]
+    return steps
+
+
+def heads(step):
+    return [pattern for row in step.plan() if row is not None for pattern in row]
+
+
+def kept(step):
+    return sum(pattern.size(CONTEXT) for pattern in heads(step)) / (CONTEXT * len(heads(step)))
+
+
+# the choice
+
+SIZES = torch.tensor([20, 44, 100], dtype=torch.float64)
+
+
+def random_costs(seed, rows=4):
+    """Larger patterns cost less, as a rule; slopes know exceptions."""
+    cost = torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return cost.sort(-1, descending=True).values if seed % 2 else cost - 0.3
+
+
+def total(cost, pick):
+    return float(cost.gather(1, torch.as_tensor(pick)[:, None]).sum())
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 1))
+@settings(max_examples=60, deadline=None)
+def test_choice_fits_and_is_near_the_best(seed, budget):
+    cost, allowed = random_costs(seed), budget * 400
+    pick = choose(cost, SIZES, allowed)
+    assert float(SIZES[pick].sum()) <= allowed
+    best = min(
+        total(cost, other) for other in itertools.product(range(3), repeat=4) if SIZES[list(other)].sum() <= allowed
+    )
+    worst_head = float((cost.max(1).values - cost.min(1).values).max())
+    assert best - 1e-12 <= total(cost, pick) <= best + worst_head  # at most one head worse than the best of all
+
+
+def test_room_for_everything_takes_the_best_of_every_row():
+    for seed in range(10):
+        cost = random_costs(seed, rows=20)
+        assert torch.equal(choose(cost, SIZES, 20 * 100), cost.argmin(1))
+
+
+def test_more_room_is_never_worse():
+    cost = random_costs(3, rows=18)
+    costs = [total(cost, choose(cost, SIZES, share * 1800)) for share in (0.2, 0.25, 0.3, 0.5, 0.8, 1.0)]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_options_of_endless_cost_are_not_taken():
+    cost = random_costs(1, rows=6)
+    cost[2, 0] = cost[4, :2] = float("inf")
+    for allowed in (244, 300, 400, 600):
+        pick = choose(cost, SIZES, allowed)
+        assert float(SIZES[pick].sum()) <= allowed
+        assert torch.isfinite(cost.gather(1, pick[:, None])).all()
+
+
+def test_no_room_is_refused():
+    with pytest.raises(HeadsinkError, match="budget: 79 keys are less than the smallest plan, 80"):
+        choose(random_costs(1), SIZES, 79)
+
+
+# the search
+
+
+@every_family
+@every_method
+def test_every_step_is_within_the_budget_and_says_what_it_is(family, method):
+    for budget in (0.3, 0.55, 0.9):
+        steps, made = run(family, method, budget), searching(family, method)
+        assert [step.phase for step in steps] == sorted(
+            (step.phase for step in steps), key=["forward", "refined", "done"].index
+        )
+        assert steps[-1].phase == "done"
+        for step in steps:
+            assert step.kept == pytest.approx(kept(step))
+            assert step.kept <= budget + 1e-9
+            sliding = [window is not None for window in replays(family)[0].shape.windows]
+            assert [row is None for row in step.plan()] == sliding
+        loss = sum(float(r.loss(r.log_probs(steps[-1].plan()), method.retrieval_weight)) for r in made.replays) / 2
+        assert steps[-1].loss == pytest.approx(loss, abs=1e-6)
+        if method.policy != "streaming-llm":
+            assert {pattern for step in steps for pattern in heads(step)} <= set(method.options(CONTEXT))
+
+
+def test_the_shapes_of_other_methods():
+    for budget in (0.3, 0.55, 0.9):
+        for family in SOME:
+            shared = run(family, Method(policy="streaming-llm"), budget)[-1]
+            assert set(heads(shared)) == {Pattern(SINK, 0, int(budget * CONTEXT) - SINK)}
+            for policy in ("on-off", "layer-wise", "random"):
+                step = run(family, Method(policy=policy), budget)[-1]
+                assert set(heads(step)) <= {ON_OFF, FULL}
+                if policy == "layer-wise":
+                    assert all(len(set(row)) == 1 for row in step.plan() if row is not None)
+
+
+@every_family
+def test_layers_become_full_one_by_one(family):
+    """A layer takes more keys than a step spends: the search must still go on, and end."""
+    layers = sum(window is None for window in replays(family)[0].shape.windows)
+    one = (1 + (layers - 1) * ON_OFF.size(CONTEXT) / CONTEXT) / layers
+    found = run(family, Method(policy="layer-wise"), one + 0.01)[-1]
+    assert sum(row[0].full for row in found.plan() if row is not None) == 1
+
+
+@every_family
+def test_lots_are_repeatable_and_more_budget_keeps_what_was_drawn(family):
+    method, before = Method(policy="random"), None
+    for budget in (0.3, 0.5, 0.7, 0.9, 1.0):
+        found = run(family, method, budget, seed=5)[-1]
+        assert found == run(family, method, budget, seed=5)[-1]
+        full = {n for n, pattern in enumerate(heads(found)) if pattern.full}
+        assert before is None or before <= full
+        before = full
+    drawn = {tuple(heads(run("llama-mha", method, 0.5, seed)[-1])) for seed in range(8)}
+    assert len(drawn) > 4
+
+
+@every_family
+@every_method
+def test_the_whole_budget_keeps_everything(family, method):
+    last = run(family, method, 1.0)[-1]
+    assert all(pattern.full for pattern in heads(last))
+    assert last.kept == 1
+    assert last.loss == pytest.approx(0, abs=1e-6)
+
+
+@every_method
+def test_a_budget_below_the_smallest_plan_is_refused(method):
+    why = "leaves no window" if method.policy == "streaming-llm" else "less than the smallest plan"
+    with pytest.raises(HeadsinkError, match=f"budget: .*{why}"):
+        run("llama", method, 0.02)
+
+
+def test_the_smallest_plan_itself_is_no_refusal():
+    found = run("llama", Method(**SMALL), (SINK + 4 + 8) / CONTEXT)
+    assert set(heads(found[-1])) == {Pattern(SINK, 4, 8)}
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(HeadsinkError, match="policy: 'best' is unknown; one of headsink, "):
+        Method(policy="best")
+
+
+def test_windows_that_are_not_smaller_than_the_text_are_no_options():
+    assert Method().options(400) == (Pattern(4, 16, 32), Pattern(4, 16, 128), FULL)
+    assert Method().options(8192)[-2] == Pattern(4, 16, 512)
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
+def test_going_forward_no_head_loses_keys(family, policy):
+    """And each step says the loss of the plan before it."""
+    method = Method(policy=policy, **SMALL)
+    steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
+    assert len(steps) >= 2
+    for before, after in itertools.pairwise(steps):
+        pairs = list(zip(heads(before), heads(after), strict=True))
+        assert all(a.size(CONTEXT) <= b.size(CONTEXT) for a, b in pairs)
+        assert before.kept < after.kept
+        assert after.loss == pytest.approx(made.loss(made._pick(before)), abs=1e-6)
+
+
+@every_family
+def test_swaps_only_lower_the_loss(family):
+    swapped = False
+    for budget in (0.25, 0.35, 0.45, 0.6, 0.75):
+        without = run(family, Method(refine=False, **SMALL), budget)
+        found = run(family, Method(**SMALL), budget)
+        forward = [step for step in found if step.phase == "forward"]
+        assert forward == without[:-1]
+        losses = [without[-1].loss, *(step.loss for step in found if step.phase == "refined")]
+        assert losses == sorted(set(losses), reverse=True)
+        assert found[-1].loss == losses[-1]
+        swapped |= len(losses) > 1
+    assert swapped
+
+
+@every_family
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_search_goes_on_from_any_step(family, policy):
+    method = Method(policy=policy, **SMALL)
+    for budget in (0.35, 0.6):
+        steps = run(family, method, budget)
+        written = json.dumps([asdict(step) for step in steps])
+        for done in range(len(steps) + 1):
+            rest, read = [], [Step(**step) for step in json.loads(written)[:done]]
+            last = searching(family, method).run(budget, read, rest.append)
+            assert last.plan() == steps[-1].plan()
+            assert last.loss == pytest.approx(steps[-1].loss)
+            if policy in ("headsink", "on-off", "layer-wise"):
+                assert rest == steps[done:]
+
+
+def test_keys_go_to_the_head_that_matters():
+    """Only one head of this model writes anything: it gets all, and nobody else gets more than the least."""
+    for layer, head in [(0, 1), (1, 0), (2, 1)]:
+        model = tiny("llama")
+        with torch.no_grad():
+            for n, module in enumerate(attention_modules(model)):
+                columns = module.o_proj.weight.unflatten(1, (2, -1))
+                columns[:, [h for h in range(2) if (n, h) != (layer, head)]] = 0
+        found = Search([replayed(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
+        least = Pattern(SINK, 4, 8)
+        assert found.plan() == [[FULL if (n, h) == (layer, head) else least for h in range(2)] for n in range(3)]
+        assert found.loss == pytest.approx(0, abs=1e-6)
+
+
+@every_family
+def test_what_is_expected_comes_to_the_loss_itself(family):
+    made = searching(family, Method(**SMALL))
+    plain = searching(family, Method(correction=False, **SMALL))
+    outputs = searching(family, Method(gradient=False, **SMALL))
+    corrected = 0
+    for seed in range(4):
+        pick = torch.randint(len(made.options), (len(made.heads),), generator=torch.Generator().manual_seed(seed))
+        (loss, cost), (_, slopes), (_, errors) = (s.expected(pick) for s in (made, plain, outputs))
+        found = [r.marginals(made.patterns(pick), made.options, made.method.retrieval_weight) for r in made.replays]
+        layers = made.layers
+        slope = torch.stack([m.gradient[layers].flatten(0, 1).double() for m in found]).mean(0)
+        error = torch.stack([m.error[layers].flatten(0, 1).double() for m in found]).mean(0)
+        torch.testing.assert_close(slopes, slope, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(errors, error, rtol=1e-5, atol=1e-9)
+        assert loss == pytest.approx(made.loss(pick), abs=1e-6)
+        assert torch.equal(cost.gather(1, pick[:, None]), torch.zeros(len(pick), 1).double())
+        assert torch.all(cost >= slopes)
+        if slopes[:, -1].sum() < -loss:  # slopes promise more than there is: all heads full, and no loss is left
+            corrected += 1
+            factor = (cost - slopes) / errors.clamp(min=1e-12)
+            expected = (-loss - slopes[:, -1].sum()) / errors[:, -1].sum()
+            assert float(expected) > 0
+            assert float(cost[:, -1].sum()) == pytest.approx(-loss, rel=1e-6)
+            torch.testing.assert_close(factor[errors > 0], expected.expand_as(factor)[errors > 0], rtol=1e-4, atol=0)
+        else:
+            assert torch.equal(cost, slopes)
+    print(family, corrected)
