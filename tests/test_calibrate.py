@@ -1,104 +1,340 @@
-"""The choice under a budget, against all choices; errors, against the reference."""
+"""Plans, made from documents to the end: within the budget, as good as said, the same after an interruption."""
 
 import itertools
+import json
+from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from families import tiny as tiny_model
 
-from headsink import HeadsinkError, Pattern
+import headsink
+from headsink import HeadsinkError, Plan, calibrate, corpus, probes
 from headsink.architecture import describe
-from headsink.attention import engaged, observing
-from headsink.calibrate import TAU, Errors, candidates, choose, pattern_errors
-from headsink.pattern import FULL, reference_attention
+from headsink.calibrate import (
+    BUDGETS,
+    KINDS,
+    LEAST_CONTEXT,
+    TAIL,
+    Calibration,
+    _documents,
+    default_quality_contexts,
+)
+from headsink.pattern import FULL
+from headsink.probes import FORMS
+from headsink.quality import score
+from headsink.search import POLICIES, TAU, Method, Search
 
-PATTERNS = (Pattern(4, 0, 16), Pattern(4, 0, 40))
-
-
-def random_errors(seed, layers=2, heads=2):
-    generator = torch.Generator().manual_seed(seed)
-    cost = (
-        torch.rand(layers, heads, len(PATTERNS), generator=generator, dtype=torch.float64)
-        .sort(-1, descending=True)
-        .values
-    )
-    return Errors(PATTERNS, cost, torch.zeros_like(cost), torch.ones(layers, heads).double())
-
-
-def total(errors, choice):
-    options = (*errors.patterns, FULL)
-    cost = torch.cat([errors.natural, torch.zeros(*errors.natural.shape[:2], 1)], -1)
-    return sum(
-        float(cost[layer, head, options.index(p)]) for layer, row in choice.items() for head, p in enumerate(row)
-    )
+CONTEXT = 600
+FAMILIES = ("llama", "llama-mha", "qwen3", "gemma3", "granite")
 
 
-@given(st.integers(0, 10_000), st.floats(0.25, 1))
-@settings(max_examples=60, deadline=None)
-def test_choice_fits_and_is_near_the_best(seed, budget):
-    errors, context = random_errors(seed), 100
-    choice = choose(errors, budget, context, 0.3)
-    allowed = budget * context * 4
-    assert sum(p.size(context) for row in choice.values() for p in row) <= allowed
-    options, best = (*PATTERNS, FULL), float("inf")
-    for row in itertools.product(options, repeat=4):
-        if sum(p.size(context) for p in row) <= allowed:
-            best = min(best, total(errors, {0: row[:2], 1: row[2:]}))
-    assert total(errors, choice) <= best + float(errors.natural.max())  # at most one head worse than the best of all
+class Small:
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, **options):
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [3 + token % 208 for token in ids]}
 
 
-def test_a_budget_of_one_keeps_everything():
-    assert all(p.full for row in choose(random_errors(0), 1.0, 100, 0.3).values() for p in row)
+def tiny(family, seed=0, dtype=torch.float32):
+    model = tiny_model(family, seed, dtype)
+    model.config.max_position_embeddings = 1024
+    return model
 
 
-def test_more_budget_is_never_worse():
-    errors = random_errors(3, layers=6, heads=3)
-    costs = [total(errors, choose(errors, budget, 200, 0.3)) for budget in (0.15, 0.2, 0.3, 0.5, 0.8, 1.0)]
-    assert costs == sorted(costs, reverse=True)
-    assert costs[-1] == 0
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    return Small(tokenizer)
 
 
-def test_a_budget_below_the_smallest_plan_is_refused():
-    with pytest.raises(HeadsinkError, match="less than the smallest plan"):
-        choose(random_errors(0), 0.01, 100, 0.3)
+@pytest.fixture(scope="module")
+def make(small):
+    """A plan of a tiny model, without quality unless asked for."""
+
+    def make(family="llama", *, model=None, **options):
+        options = {"context": CONTEXT, "quality_contexts": (), "progress": False} | options
+        if "max_kl" not in options:
+            options.setdefault("budget", 0.4)
+        return calibrate(model or tiny(family), small, **options)
+
+    return make
 
 
-def test_layers_that_slide_get_no_pattern():
-    errors = random_errors(0, layers=3)
-    errors.natural[1] = float("nan")
-    assert sorted(choose(errors, 0.5, 100, 0.3)) == [0, 2]
+def patterns(plan):
+    return [layer and [head.pattern for head in layer] for layer in plan.layers]
 
 
-def test_candidates_are_smaller_than_the_text():
-    assert all(p.size(300) < 300 and not p.full for p in candidates(300))
-    assert len(candidates(8192)) > len(candidates(300)) > 0
+# from end to end
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_errors_are_those_of_the_reference(family):
-    """|W_O (o_full - o_pattern)|^2 / |W_O o_full|^2 of the layer, o_pattern by the definition."""
-    model, found = tiny(family), []
-    with engaged(model), observing(found.append), torch.no_grad():
-        model(torch.randint(3, 211, (1, 61)), use_cache=False)
-    patterns, rows = (Pattern(2, 0, 9), Pattern(2, 4, 9), Pattern(1, 2, 0)), torch.tensor([20, 33, 60])
+def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, make, small):
+    model = tiny(family, dtype=torch.float64)  # else replays round keys and values to 16 bits
     shape = describe(model)
-    for seen in found:
-        if shape.windows[seen.layer]:
-            continue
-        errors, median = pattern_errors(seen, rows, patterns)
-        w_o, group = seen.module.o_proj.weight.double(), shape.group * shape.head_dim
-        full = seen.output[0].double().transpose(0, 1).flatten(1)[rows]
-        norms = seen.value[0].norm(dim=-1).median(-1).values
-        torch.testing.assert_close(median, norms.double(), rtol=1e-6, atol=0)
-        for n, pattern in enumerate(patterns):
-            lossy = reference_attention(
-                seen.query, seen.key, seen.value, [pattern] * shape.kv_heads, TAU * norms, seen.scaling
-            )
-            moved = full - lossy[0].double().transpose(0, 1).flatten(1)[rows]
-            for head in range(shape.kv_heads):
-                columns = slice(head * group, (head + 1) * group)
-                wrong = (moved[:, columns] @ w_o[:, columns].T).square().sum(-1)
-                expected = (wrong / (full @ w_o.T).square().sum(-1)).mean()
-                torch.testing.assert_close(errors[head, n], expected, rtol=1e-3, atol=1e-9)
+    plan = make(model=model, budget=0.4, seed=3)
+    plan.check(model)
+    assert [layer is None for layer in plan.layers] == [window is not None for window in shape.windows]
+    assert 0.2 < plan.kept(CONTEXT) <= 0.4
+    made = plan.calibration
+    assert (made["budget"], made["context"], made["seed"]) == (0.4, [CONTEXT, CONTEXT], 3)
+    assert made["kept"] == pytest.approx(plan.kept(CONTEXT), abs=1e-4)
+    assert made["dtype"] == "float64"
+    assert made["method"]["policy"] == "headsink"
+    assert made["forms"] == list(FORMS["calibration"])
+    assert [document["text"] for document in made["documents"]] == list(KINDS)
+    assert all(0.7 * (CONTEXT - TAIL) < d["tokens"] <= CONTEXT - TAIL for d in made["documents"])
+    assert plan.quality == ()
+    assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
+
+    # What is said to be verified is what running the plan on the same documents shows.
+    calibration = Calibration(model, small, context=CONTEXT, seed=3, progress=False)
+    scored = [score(model, plan, document) for document in calibration.documents]
+    text = sum(float(branches[0].kl.mean()) for branches in scored) / len(scored)
+    answers = sum(sum(float(b.kl.mean()) for b in branches[1:]) / (len(branches) - 1) for branches in scored) / len(
+        scored
+    )
+    verified = made["verified"]
+    assert verified["kl_text"] == pytest.approx(text, abs=2e-5)
+    assert verified["kl_answers"] == pytest.approx(answers, abs=2e-5)
+    assert verified["loss"] == pytest.approx(verified["kl_text"] + 0.25 * verified["kl_answers"], abs=2e-5)
+    assert made["replayed_loss"] == pytest.approx(
+        sum(float(r.loss(r.log_probs(patterns(plan)), 0.25)) for r in calibration.replays) / len(scored), abs=1e-4
+    )
+
+    # Thresholds are those of the search.
+    for layer, norms in enumerate(calibration.value_norms):
+        if plan.layers[layer]:
+            torch.testing.assert_close(plan.thresholds(layer), TAU * norms)
+    assert plan.tau == TAU
+
+
+def test_plans_are_repeatable(make):
+    model = tiny("llama")
+    assert make(model=model) == make(model=model)
+    assert make(model=model).calibration != make(model=model, seed=1).calibration
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "gemma3"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_makes_plans_that_run(family, policy, make):
+    model, budget = tiny(family), 0.75  # a streaming head of on-off keeps 320 of 600 tokens
+    plan = make(model=model, budget=budget, method=Method(policy=policy))
+    assert plan.kept(CONTEXT) <= budget
+    assert plan.calibration["method"]["policy"] == policy
+    with headsink.apply(model, plan), torch.no_grad():
+        assert torch.isfinite(model(torch.randint(3, 211, (1, 580))).logits).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_whole_budget_is_the_model(family, make):
+    plan = make(model=tiny(family, dtype=torch.float64), budget=1.0)
+    assert all(pattern == FULL for row in patterns(plan) if row for pattern in row)
+    verified = plan.calibration["verified"]
+    assert max(map(abs, verified.values())) < 1e-5
+
+
+def test_quality_is_measured_at_the_contexts_asked_for(make):
+    for contexts in [(600, 512), ()]:
+        assert [quality.context for quality in make("gemma3", quality_contexts=contexts).quality] == list(contexts)
+    quality = make("gemma3", quality_contexts=None, context=1024).quality
+    assert [q.context for q in quality] == [512, 1024]
+    assert all(q.kv_bytes < q.kv_bytes_full for q in quality)
+    assert {r.form for r in quality[0].retrieval} <= set(FORMS["heldout"])
+
+
+def test_quality_is_measured_at_the_context_and_a_shorter_one():
+    assert default_quality_contexts(400) == ()
+    assert default_quality_contexts(600) == (600,)
+    assert default_quality_contexts(2000) == (1000, 2000)
+    assert default_quality_contexts(2048) == (1024, 2048)
+    assert default_quality_contexts(32_768) == (2048, 32_768)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_a_range_of_contexts_the_budget_holds_at_both_ends(family, make):
+    model, ends = tiny(family), (LEAST_CONTEXT, 1000)
+    plan = make(model=model, context=ends, budget=0.5)
+    assert 0.3 < plan.kept(ends[0]) <= 0.5
+    assert plan.kept(ends[1]) <= 0.5
+    assert plan.calibration["context"] == list(ends)
+    assert plan.calibration["kept"] == pytest.approx(plan.kept(ends[0]), abs=1e-4)
+    tokens = [document["tokens"] for document in plan.calibration["documents"]]
+    assert all(0.7 * (ends[1] - TAIL) < n <= ends[1] - TAIL for n in tokens[::2])
+    assert all(0.7 * (ends[0] - TAIL) < n <= ends[0] - TAIL for n in tokens[1::2])
+
+
+# interruptions
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, after, method):
+    """Let a method of the search fail after some calls. Returns the calls that were made."""
+    calls, original = [], getattr(Search, method)
+
+    def step(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise Interrupted
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Search, method, step)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "after"),
+    [("llama", "expected", 1), ("llama", "loss", 0), ("llama", "loss", 1), ("gemma3", "expected", 2)],
+)
+def test_an_interrupted_search_goes_on(family, method, after, make, tmp_path, monkeypatch):
+    model, file = tiny(family), tmp_path / "steps" / "search.json"
+    expected = make(model=model, budget=0.5)
+    with monkeypatch.context() as patched:
+        interrupt(patched, after, method)
+        with pytest.raises(Interrupted):
+            make(model=model, budget=0.5, checkpoint=file)
+    steps = json.loads(file.read_text())["steps"]
+    assert steps
+    assert steps[-1]["phase"] != "done"
+    with monkeypatch.context() as patched:
+        resumed = interrupt(patched, 1000, "expected")
+        assert make(model=model, budget=0.5, checkpoint=file) == expected
+    assert json.loads(file.read_text())["steps"][: len(steps)] == steps
+    with monkeypatch.context() as patched:
+        whole = interrupt(patched, 1000, "expected")
+        make(model=model, budget=0.5)
+    assert len(resumed) == len(whole) - sum(step["phase"] in ("forward", "refined") for step in steps)
+    with monkeypatch.context() as patched:  # all is done: nothing is searched again
+        interrupt(patched, 0, "expected")
+        assert make(model=model, budget=0.5, checkpoint=file) == expected
+
+
+def test_a_checkpoint_of_other_arguments_is_ignored(make, tmp_path):
+    file, usual = tmp_path / "search.json", {"model": tiny("gemma3"), "budget": 0.3}
+    expected = make(**usual)
+    for other in [
+        {"model": tiny("gemma3", seed=1)},
+        {"budget": 0.2},
+        {"seed": 1},
+        {"context": 610},
+        {"method": Method(retrieval_weight=0.5)},
+    ]:
+        make(**usual | other, checkpoint=file)
+        steps = json.loads(file.read_text())["steps"]
+        assert make(**usual, checkpoint=file) == expected
+        assert json.loads(file.read_text())["steps"][: len(steps)] != steps
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "[]", "{}", b"\xff\xfe"])
+def test_a_broken_checkpoint_is_refused(content, make, tmp_path):
+    file = tmp_path / "search.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(HeadsinkError, match=r"search\.json: not a checkpoint of headsink; remove it") as error:
+        make(checkpoint=file)
+    assert "\n" not in str(error.value)
+    assert file.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+
+
+def test_broken_steps_of_the_same_arguments_are_refused(make, tmp_path):
+    file = tmp_path / "search.json"
+    make(checkpoint=file)
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"steps": [{"phase": "forward"}]}))
+    with pytest.raises(HeadsinkError, match="not a checkpoint"):
+        make(checkpoint=file)
+
+
+# max_kl
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_max_kl_takes_the_smallest_budget_that_holds(family, small, monkeypatch):
+    calibration = Calibration(tiny(family), small, context=CONTEXT, method=Method(refine=False), progress=False)
+    monkeypatch.setattr(calibration, "plan", cache(calibration.plan))
+    plans = {budget: calibration.plan(budget) for budget in BUDGETS if budget * CONTEXT >= 4 + 16 + 32}
+    kl = {budget: plan.calibration["verified"]["kl_text"] for budget, plan in plans.items()}
+    assert list(kl.values()) == sorted(kl.values(), reverse=True)  # else another budget may be found that holds
+    limits = [(a + b) / 2 for a, b in itertools.pairwise(kl.values()) if a > b]
+    for limit in [1e-9, *limits, 2 * max(kl.values())]:
+        plan = calibration.plan_within(limit)
+        expected = next(budget for budget in plans if kl[budget] <= limit or budget == 1)
+        assert plan == plans[expected].model_copy(
+            update={"calibration": plans[expected].calibration | {"max_kl": limit}}
+        )
+
+
+def test_max_kl_from_the_outside(make):
+    plan = make(max_kl=100.0)
+    assert plan.calibration["max_kl"] == 100
+    assert plan.calibration["budget"] == 0.1  # the smallest plan is 52 of 600 tokens
+    assert plan.kept(CONTEXT) <= 0.1
+
+
+# arguments
+
+
+def test_bad_arguments_are_named(make):
+    model = tiny("llama")
+    for options, message in [
+        ({"budget": 0.5, "max_kl": 0.1}, "budget: give a budget or max_kl, one of the two"),
+        ({"budget": None}, "budget: give a budget or max_kl, one of the two"),
+        ({"budget": 0}, r"budget: 0 is outside \(0, 1\]"),
+        ({"budget": 1.2}, r"budget: 1.2 is outside \(0, 1\]"),
+        ({"budget": float("nan")}, "budget: nan is outside"),
+        ({"budget": 0.05}, "budget: 0.05 of 600 tokens is less than the smallest plan, 0.087"),
+        ({"max_kl": 0.0}, "max_kl: 0.0 is not above 0 nats"),
+        ({"max_kl": float("nan")}, "max_kl: nan is not above 0 nats"),
+        ({"context": LEAST_CONTEXT - 1}, f"context: {LEAST_CONTEXT - 1} is outside {LEAST_CONTEXT} to 1024"),
+        ({"context": 1025}, "context: 1025 is outside"),
+        ({"context": (800, 700)}, "context: 800 to 700 is outside"),
+        ({"context": (700, 2000)}, "context: 700 to 2000 is outside"),
+        ({"quality_contexts": (300,)}, "quality_contexts: 300 is outside 512 to 1024"),
+    ]:
+        with pytest.raises(HeadsinkError, match=message) as error:
+            make(model=model, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_models_that_cannot_be_planned_are_refused(make):
+    for family, message in [
+        ("mistral-sliding", "every layer of this model slides by itself"),
+        ("gemma2", "caps its attention logits"),
+        ("gpt-oss", "has learned sinks"),
+    ]:
+        with pytest.raises(HeadsinkError, match=message):
+            make(family)
+
+
+# documents
+
+
+def test_plans_are_judged_on_other_text_and_other_questions(tokenizer):
+    """No paragraph, no sentence of a fact and no form of a question is in documents of both halves."""
+
+    def parts(documents):
+        found, forms = set(), set()
+        for document in documents:
+            forms |= {question.form for question in document.questions}
+            for ids in (document.ids, document.continuation, *(question.ids for question in document.questions)):
+                found |= corpus.paragraphs(tokenizer.decode(ids))
+        return found, forms
+
+    made = [document for seed in range(2) for document in _documents(tokenizer, 1500, 3000, seed)]
+    judged = [
+        probes.document(tokenizer, 2000, split="heldout", seed=seed, domains=(domain,))
+        for seed in range(2)
+        for domain in corpus.DOMAINS
+    ]
+    (text, forms), (other_text, other_forms) = parts(made), parts(judged)
+    assert len(text) > 100 < len(other_text)
+    assert not text & other_text
+    assert forms == set(FORMS["calibration"])
+    assert other_forms == set(FORMS["heldout"])

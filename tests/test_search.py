@@ -219,7 +219,7 @@ def test_going_forward_no_head_loses_keys(family, policy):
     """And each step says the loss of the plan before it."""
     method = Method(policy=policy, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
-    assert len(steps) >= 2
+    assert len(steps) >= (1 if policy == "layer-wise" else 2)
     for before, after in itertools.pairwise(steps):
         pairs = list(zip(heads(before), heads(after), strict=True))
         assert all(a.size(CONTEXT) <= b.size(CONTEXT) for a, b in pairs)
@@ -246,16 +246,15 @@ def test_swaps_only_lower_the_loss(family):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_search_goes_on_from_any_step(family, policy):
     method = Method(policy=policy, **SMALL)
-    for budget in (0.35, 0.6):
-        steps = run(family, method, budget)
-        written = json.dumps([asdict(step) for step in steps])
-        for done in range(len(steps) + 1):
-            rest, read = [], [Step(**step) for step in json.loads(written)[:done]]
-            last = searching(family, method).run(budget, read, rest.append)
-            assert last.plan() == steps[-1].plan()
-            assert last.loss == pytest.approx(steps[-1].loss)
-            if policy in ("headsink", "on-off", "layer-wise"):
-                assert rest == steps[done:]
+    steps = run(family, method, 0.35)
+    written = json.dumps([asdict(step) for step in steps])
+    for done in range(len(steps) + 1):
+        rest, read = [], [Step(**step) for step in json.loads(written)[:done]]
+        last = searching(family, method).run(0.35, read, rest.append)
+        assert last.plan() == steps[-1].plan()
+        assert last.loss == pytest.approx(steps[-1].loss)
+        if policy in ("headsink", "on-off", "layer-wise"):
+            assert rest == steps[done:]
 
 
 def test_keys_go_to_the_head_that_matters():
@@ -272,31 +271,25 @@ def test_keys_go_to_the_head_that_matters():
         assert found.loss == pytest.approx(0, abs=1e-6)
 
 
-@every_family
-def test_what_is_expected_comes_to_the_loss_itself(family):
-    made = searching(family, Method(**SMALL))
-    plain = searching(family, Method(correction=False, **SMALL))
-    outputs = searching(family, Method(gradient=False, **SMALL))
+def test_what_is_expected_comes_to_the_loss_itself():
+    """Slopes that promise more than there is are charged with errors, so that with all heads full no loss is left."""
     corrected = 0
-    for seed in range(4):
+    for family, seed in itertools.product(SOME, range(3)):
+        made, plain, outputs = (
+            searching(family, Method(**switch, **SMALL)) for switch in ({}, {"correction": False}, {"gradient": False})
+        )
         pick = torch.randint(len(made.options), (len(made.heads),), generator=torch.Generator().manual_seed(seed))
         (loss, cost), (_, slopes), (_, errors) = (s.expected(pick) for s in (made, plain, outputs))
         found = [r.marginals(made.patterns(pick), made.options, made.method.retrieval_weight) for r in made.replays]
-        layers = made.layers
-        slope = torch.stack([m.gradient[layers].flatten(0, 1).double() for m in found]).mean(0)
-        error = torch.stack([m.error[layers].flatten(0, 1).double() for m in found]).mean(0)
-        torch.testing.assert_close(slopes, slope, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(errors, error, rtol=1e-5, atol=1e-9)
+        for mean, parts in ((slopes, [m.gradient for m in found]), (errors, [m.error for m in found])):
+            expected = (parts[0] + parts[1]).double()[made.layers].flatten(0, 1) / 2
+            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-9)
         assert loss == pytest.approx(made.loss(pick), abs=1e-6)
         assert torch.equal(cost.gather(1, pick[:, None]), torch.zeros(len(pick), 1).double())
-        assert torch.all(cost >= slopes)
-        if slopes[:, -1].sum() < -loss:  # slopes promise more than there is: all heads full, and no loss is left
+        promised = float(slopes[:, -1].sum())
+        factor = max(0.0, -loss - promised) / float(errors[:, -1].sum())
+        torch.testing.assert_close(cost, slopes + factor * errors, rtol=1e-6, atol=1e-12)
+        if promised < -loss:
             corrected += 1
-            factor = (cost - slopes) / errors.clamp(min=1e-12)
-            expected = (-loss - slopes[:, -1].sum()) / errors[:, -1].sum()
-            assert float(expected) > 0
             assert float(cost[:, -1].sum()) == pytest.approx(-loss, rel=1e-6)
-            torch.testing.assert_close(factor[errors > 0], expected.expand_as(factor)[errors > 0], rtol=1e-4, atol=0)
-        else:
-            assert torch.equal(cost, slopes)
-    print(family, corrected)
+    assert corrected

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headsink import corpus, probes
 from headsink.architecture import check_plannable, describe
 from headsink.errors import HeadsinkError
-from headsink.files import write_text
+from headsink.files import check_file, write_text
 from headsink.models import dtype_name
 from headsink.plan import Fingerprint, Plan
 from headsink.probes import Document
 from headsink.progress import bar
-from headsink.quality import branch_log_probs, measure, read
+from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
 from headsink.replay import Replay
 from headsink.search import TAU, Method, Search, Step
 
-KINDS: tuple[tuple[corpus.Domain, ...], ...] = (("prose", "code"), ("maths", "chat"))  # of text, in each document
-CONTINUATION = 256  # tokens of text after a document
-TAIL = 256  # tokens that a branch may have, so that it fits into the longest context
+KINDS = corpus.DOMAINS  # a document of each kind of text
+CONTINUATION = 128  # tokens of text after a document
+TAIL = 128  # tokens that a branch may have, so that it fits into the longest context
 LEAST_CONTEXT = probes.LEAST_LENGTH + TAIL
 BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
 
@@ -75,6 +77,12 @@ def calibrate(
         check_budget(budget)
     if max_kl is not None and not max_kl > 0:
         raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats")
+    if checkpoint is not None:
+        check_file(checkpoint)
+        _read_checkpoint(checkpoint, {})
+    most = describe(model).max_context
+    if wrong := [n for n in quality_contexts or () if not LEAST_QUALITY <= n <= most]:
+        raise HeadsinkError(f"quality_contexts: {wrong[0]} is outside {LEAST_QUALITY} to {most}")
     calibration = Calibration(
         model, tokenizer, context=context, method=method, seed=seed, checkpoint=checkpoint, progress=progress
     )
@@ -87,7 +95,7 @@ def calibrate(
 
 def default_quality_contexts(longest: int) -> tuple[int, ...]:
     """The context, and a shorter one if there is room for it."""
-    return tuple(n for n in dict.fromkeys((min(2048, longest // 2), longest)) if n >= 512)
+    return tuple(n for n in dict.fromkeys((min(2048, longest // 2), longest)) if n >= LEAST_QUALITY)
 
 
 def check_budget(budget: float) -> None:
@@ -148,8 +156,8 @@ class Calibration:
             "kept": round(plan.kept(self.shortest), 4),
             "dtype": dtype_name(self.model.dtype),
             "documents": [
-                {"text": list(kinds), "tokens": len(document.ids)}
-                for kinds, document in zip(KINDS, self.documents, strict=True)
+                {"text": kind, "tokens": len(document.ids)}
+                for kind, document in zip(KINDS, self.documents, strict=True)
             ],
             "forms": list(probes.FORMS["calibration"]),
             "replayed_loss": round(last.loss, 5),
@@ -162,23 +170,26 @@ class Calibration:
         return plan.model_copy(update={"calibration": made})
 
     def plan_within(self, max_kl: float) -> Plan:
-        """The plan with the smallest of `BUDGETS` whose KL on the text of the calibration documents is at most `max_kl`."""
-        low, high, best = 0, len(BUDGETS) - 1, None
+        """A plan whose KL on the text of the calibration documents is at most `max_kl`, found by halving `BUDGETS`.
+
+        The next smaller budget does not hold it, or is below the smallest plan.
+        """
+        budgets = [budget for budget in BUDGETS if budget >= self.least]
+        low, high, best = 0, len(budgets) - 1, None
         while low < high:
             middle = (low + high) // 2
-            plan = self._plan_if_possible(BUDGETS[middle])
-            if plan is not None and plan.calibration["verified"]["kl_text"] <= max_kl:
+            plan = self.plan(budgets[middle])
+            if plan.calibration["verified"]["kl_text"] <= max_kl:
                 high, best = middle, plan
             else:
                 low = middle + 1
-        plan = best if best is not None else self.plan(BUDGETS[high])
+        plan = best if best is not None else self.plan(budgets[high])
         return plan.model_copy(update={"calibration": plan.calibration | {"max_kl": max_kl}})
 
-    def _plan_if_possible(self, budget: float) -> Plan | None:
-        try:
-            return self.plan(budget)
-        except HeadsinkError:  # the budget is below the smallest plan
-            return None
+    @property
+    def least(self) -> float:
+        """The budget of the smallest plan."""
+        return min(pattern.size(self.shortest) for pattern in self.method.options(self.shortest)) / self.shortest
 
     def _verify(self, plan: Plan) -> torch.Tensor:
         """KL of the text and of the answers, under the plan as it runs, mean over the documents: float32 [2]."""
@@ -210,12 +221,12 @@ class Calibration:
 
 
 def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, seed: int) -> list[Document]:
-    """Documents that fit the context with what follows them, at both ends of a range."""
+    """A document of each kind that fits the context with what follows it, at both ends of a range in turn."""
     return [
         probes.document(
-            tokenizer, length - TAIL, split="calibration", seed=seed, domains=kinds, continuation=CONTINUATION
+            tokenizer, length - TAIL, split="calibration", seed=seed, domains=(kind,), continuation=CONTINUATION
         )
-        for kinds, length in zip(KINDS, (longest, shortest), strict=True)
+        for kind, length in zip(KINDS, cycle((longest, shortest)), strict=False)
     ]
 
 
@@ -228,7 +239,7 @@ def _log_probs(model: PreTrainedModel, plan: Plan, document: Document) -> torch.
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    return {"model": Fingerprint.of(model).weights, "dtype": dtype_name(model.dtype)}
+    return {"model": Fingerprint.of(model).weights, "dtype": dtype_name(model.dtype), "headsink": version("headsink")}
 
 
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:

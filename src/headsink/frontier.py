@@ -91,15 +91,12 @@ def frontier(
     for budget in budgets:
         check_budget(budget)
     calibration = Calibration(model, tokenizer, context=context, method=method, seed=seed, progress=progress)
-    plans, refused = [], None
-    for budget in sorted(budgets):
-        try:
-            plan = calibration.plan(budget)
-        except HeadsinkError as error:
-            refused = error
-            continue
+    possible = [budget for budget in sorted(budgets) if budget >= calibration.least]
+    if not possible:
+        raise HeadsinkError(f"budgets: all are less than the smallest plan, {calibration.least:.3f}")
+    plans = []
+    for budget in possible:
+        plan = calibration.plan(budget)
         quality = measure(model, tokenizer, plan, calibration.longest, seed=seed, progress=progress)
         plans.append(plan.model_copy(update={"quality": (quality,)}))
-    if not plans and refused is not None:
-        raise refused
     return Frontier(tuple(plans))

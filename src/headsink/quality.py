@@ -28,6 +28,7 @@ from headsink.runtime import apply, new_cache
 
 TEXT = "text"  # the form of the branch that is the text's own continuation
 CONTINUATION = 256  # tokens of it
+LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
 BLOCK = 32  # consecutive tokens that are resampled together
 RESAMPLES = 1000
 
@@ -123,9 +124,9 @@ def measure(
 
     Raises HeadsinkError if the context is too short, or longer than the model or the built-in text allows.
     """
-    least, most = 2 * CONTINUATION, describe(model).max_context
-    if not least <= context <= most:
-        raise HeadsinkError(f"context: {context} is outside {least} to {most} for measuring quality")
+    most = describe(model).max_context
+    if not LEAST_QUALITY <= context <= most:
+        raise HeadsinkError(f"context: {context} is outside {LEAST_QUALITY} to {most} for measuring quality")
     made = [
         probes.document(
             tokenizer,

@@ -11,6 +11,7 @@ loss is 0. So each move is charged with its squared error times the one factor t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -191,6 +192,8 @@ class Search:
         patterns = self.patterns(pick)
         found = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.replays]
         mean = _mean(found)
+        if not (math.isfinite(mean.loss) and mean.gradient.isfinite().all()):
+            raise HeadsinkError("the model's loss is not finite here; try --dtype float32 or bfloat16")
         gradient, error = (t[self.layers].flatten(0, 1).double() for t in (mean.gradient, mean.error))
         if not self.method.gradient:
             return mean.loss, error
