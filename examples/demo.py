@@ -25,7 +25,7 @@ from headsink.report import write_comparison
 
 LENGTHS = (256, 1024, 4096)
 BUDGET = 0.25
-DOCUMENT_TOKENS = 6000
+DOCUMENT_TOKENS = 3000
 FACT = "Note: the locker in the hall opens with 48213."
 QUESTION = "Question: Which number opens the locker?\nAnswer: The locker in the hall opens with"
 
