@@ -30,7 +30,7 @@ from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
 from headsink.frontier import FRONTIER, frontier
 from headsink.generation import Conversation, chat_prompt
 from headsink.generation import generate as generate_text
-from headsink.options import Device, Dtype, Json, Seed
+from headsink.options import Device, Dtype, Json, Seed, context_range, memory, numbers
 from headsink.plan import Plan
 from headsink.report import write_comparison, write_comparison_pictures
 from headsink.search import POLICIES, Method
@@ -112,14 +112,14 @@ def analyze(
 
     Stopped, it goes on where it was when it is started again with the same options.
     """
-    chosen = None if lengths is None else _numbers("lengths", lengths)
+    chosen = None if lengths is None else numbers("lengths", lengths)
     kinds = [kind.strip() for kind in domains.split(",") if kind.strip()]
     if not 0 < tau <= 1:
         raise HeadsinkError(f"tau: {tau} is outside (0, 1]")
     texts = prompt_files.read(text_file or [], prompts or [], prompt or [])
     check_replaceable(out_folder, MARKER)
     checkpoint = out_folder.parent / f".{out_folder.name}.partial"
-    where: dict[str, Any] = {"device": device, "max_memory": _memory(max_memory), "tensor_parallel": tensor_parallel}
+    where: dict[str, Any] = {"device": device, "max_memory": memory(max_memory), "tensor_parallel": tensor_parallel}
     try:
         if again is not None:
             settings = Census.load(again).settings
@@ -233,15 +233,15 @@ def plan(
     method = Method(policy=policy)  # type: ignore[arg-type]
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
-        measured = _numbers("quality", quality_contexts)
+        measured = numbers("quality", quality_contexts)
     if frontier_folder is not None:
         check_replaceable(frontier_folder, FRONTIER)
     else:
         check_file(out_file)
-    shares = FRONTIER_BUDGETS if budgets is None else _numbers("budgets", budgets, float)
+    shares = FRONTIER_BUDGETS if budgets is None else numbers("budgets", budgets, float)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
-    wanted = longest if context is None else _context(context)
+    wanted = longest if context is None else context_range(context)
     if frontier_folder is not None:
         drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, seed=seed)
         with new_folder(frontier_folder, FRONTIER) as part:
@@ -377,35 +377,6 @@ def doctor_command(seed: Seed = 0, dtype: Dtype = None, device: Device = None, a
         show.doctor(out, found)
     if not found["attention"]["right"]:
         raise typer.Exit(1)
-
-
-def _numbers(name: str, text: str, kind: type[Any] = int) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        like = "whole numbers such as 512,4096" if kind is int else "numbers such as 0.1,0.25"
-        raise HeadsinkError(f"{name}: {text!r} is not a list of {like}") from error
-
-
-def _context(text: str) -> int | tuple[int, int]:
-    """Read "8192" or "2000-8000"."""
-    try:
-        numbers = [int(part) for part in text.split("-")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise HeadsinkError(f"context: {text!r} is neither a number of tokens nor a range such as 2000-8000")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-def _memory(text: str | None) -> dict[int | str, int | str] | None:
-    """Read "0=20GB,cpu=30GB"."""
-    if text is None:
-        return None
-    parts = [part.partition("=") for part in text.split(",")]
-    if not all(device and size for device, _, size in parts):
-        raise HeadsinkError(f"max-memory: {text!r} is not of the form cpu=30GB or 0=20GB,cpu=30GB")
-    return {int(device) if device.strip().isdigit() else device.strip(): size.strip() for device, _, size in parts}
 
 
 def _write(text: str) -> None:
