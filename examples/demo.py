@@ -72,7 +72,9 @@ def main() -> None:
     show.census(console, census)
 
     console.rule(f"3. A plan that keeps {BUDGET:.0%} of the KV cache at {DOCUMENT_TOKENS} tokens")
-    plan = headsink.calibrate(model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(2048,))
+    plan = headsink.calibrate(
+        model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(DOCUMENT_TOKENS + 64,)
+    )
     plan.save(out / "plan.json")
     show.plan(console, plan)
 
