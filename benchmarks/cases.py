@@ -33,10 +33,9 @@ def cases(tokenizer: PreTrainedTokenizerBase, documents: dict[int, int]) -> list
         for number in range(count):
             for domain in corpus.DOMAINS:
                 document = probes.document(tokenizer, context, split="heldout", seed=SEED + number, domains=(domain,))
-                text = {"form": "text", "ids": document.continuation, "scored": len(document.continuation) - 1}
-                asked = [{"form": q.form, "ids": q.ids, "scored": q.answer_tokens} for q in document.questions]
+                branches = [{"form": form, "ids": ids, "scored": scored} for form, ids, scored in document.branches]
                 name = f"{domain}-{number}"
-                made.append({"context": context, "name": name, "ids": document.ids, "continuations": [text, *asked]})
+                made.append({"context": context, "name": name, "ids": document.ids, "continuations": branches})
     return made
 
 

@@ -58,7 +58,7 @@ def calibrate(
     ----------
     budget : fraction of the full KV cache, over the heads that do not slide by themselves; above 0, at most 1.
     max_kl : instead of a budget: KL(full || plan) of text, in nats per token, that is not to be exceeded on the calibration
-        documents. The smallest of `BUDGETS` that holds it is taken.
+        documents. One of `BUDGETS` that holds it is taken, of which the next smaller one does not.
     context : tokens of context that the plan is for. Of a range (shortest, longest) the budget holds at the shortest, and so
         at all of them, since windows are constant; errors are measured at both ends.
     method : how patterns are chosen; ours if not given. `Method(policy="streaming-llm")` and others are there to compare with.
@@ -233,9 +233,7 @@ def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, 
 def _log_probs(model: PreTrainedModel, plan: Plan, document: Document) -> torch.Tensor:
     """Of all scored tokens of a document's branches, run under the plan: float32 [scored tokens, vocabulary]."""
     cache = read(model, plan, document.ids)
-    branches = [(document.continuation, len(document.continuation) - 1)]
-    branches += [(question.ids, question.answer_tokens) for question in document.questions]
-    return torch.cat([branch_log_probs(model, cache, ids, scored) for ids, scored in branches])
+    return torch.cat([branch_log_probs(model, cache, ids, scored) for _, ids, scored in document.branches])
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:

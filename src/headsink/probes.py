@@ -22,6 +22,7 @@ from headsink.corpus import NAMES, Domain, Split
 from headsink.errors import HeadsinkError
 
 AFTER = 1000  # tokens of the source beyond the document, for its continuation
+TEXT = "text"  # the form of the branch that is the text's own continuation
 LEAST_LENGTH = 256  # tokens, below which a document is more facts than text
 
 
@@ -41,6 +42,12 @@ class Document:
     ids: list[int]
     continuation: list[int]
     questions: list[Question]
+
+    @property
+    def branches(self) -> list[tuple[str, list[int], int]]:
+        """What may follow: form, tokens, and how many of the last ones are scored; all but the first of the text."""
+        text = (TEXT, self.continuation, len(self.continuation) - 1)
+        return [text, *((q.form, q.ids, q.answer_tokens) for q in self.questions)]
 
 
 class _Probe(NamedTuple):

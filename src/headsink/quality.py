@@ -22,11 +22,10 @@ from headsink.cache import PlanCache, nbytes
 from headsink.corpus import Split
 from headsink.errors import HeadsinkError
 from headsink.plan import Interval, Plan, Quality, Retrieval
-from headsink.probes import Document
+from headsink.probes import TEXT, Document
 from headsink.progress import bar
 from headsink.runtime import apply, new_cache
 
-TEXT = "text"  # the form of the branch that is the text's own continuation
 CONTINUATION = 256  # tokens of it
 LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
 BLOCK = 32  # consecutive tokens that are resampled together
@@ -84,10 +83,8 @@ def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored
     """Every branch of a document: the text that follows first, then the questions."""
     full, lossy = (read(model, which, document.ids) for which in (None, plan))
     sizes = nbytes(full), nbytes(lossy)
-    branches = [(TEXT, document.continuation, len(document.continuation) - 1)]
-    branches += [(question.form, question.ids, question.answer_tokens) for question in document.questions]
     found = []
-    for form, ids, scored in branches:
+    for form, ids, scored in document.branches:
         a, b = (branch_log_probs(model, cache, ids, scored) for cache in (full, lossy))
         found.append(_compare(form, a, b, torch.tensor(ids[-scored:], device=a.device), sizes))
     return found

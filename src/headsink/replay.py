@@ -55,15 +55,13 @@ class Replay:
         self.model, self.shape = model, describe(model)
         self.length = len(document.ids)
         self._read(document.ids)
-        branches = [("text", document.continuation, len(document.continuation) - 1)]
-        branches += [(question.form, question.ids, question.answer_tokens) for question in document.questions]
-        self.forms = [form for form, _, _ in branches]
+        self.forms = [form for form, _, _ in document.branches]
         ids: list[int] = []
         positions: list[int] = []
         owner: list[int] = []
         scored: list[int] = []
         own: list[int] = []
-        for number, (_, tokens, count) in enumerate(branches):
+        for number, (_, tokens, count) in enumerate(document.branches):
             end = len(ids) + len(tokens)
             scored += range(end - count - 1, end - 1)  # each token is predicted from the one before it
             own += [number] * count

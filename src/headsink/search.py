@@ -175,6 +175,8 @@ class Search:
 
     def _half_way(self, pick: Tensor, better: Tensor, cost: Tensor, budget: float) -> Tensor:
         """Of the changes from `pick` to `better` the half that promises most, with as many more as pay for the keys it takes."""
+        if self._together() > 1:
+            return pick  # halves would part the heads of a layer
         changed = (pick != better).nonzero()[:, 0]
         order = changed[cost[changed, better[changed]].argsort()]
         half, allowed = pick.clone(), budget * self.context * len(self.heads)
