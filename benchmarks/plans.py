@@ -3,8 +3,9 @@
 python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2.json
 python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all --out benchmarks/results/ablation-smollm2.json
 
-A plan is calibrated at the context of the cases and reads each case through its own cache; the continuations, which it does not
-know then, are scored after that, each by itself. Records have the form of peers.py. Finished plans are kept beside --out.
+A plan is calibrated at the context of the cases. Their continuations are not known while a case is read; each is scored by itself
+after that. "headsink" reads under the plan and goes on letting keys go while continuations run. "headsink, once" does as the
+presses of peers.py do: the case is read in full, compressed once, and all that follows stays. Records have the form of peers.py.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ from headsink.plan import Plan
 from headsink.quality import branch_log_probs, read
 from headsink.search import Method
 
-POLICIES = {policy: Method(policy=policy) for policy in ("streaming-llm", "random", "layer-wise", "on-off")}
+POLICIES = {
+    policy: Method(policy=policy) for policy in ("streaming-llm", "random", "copy-first-layer", "layer-wise", "on-off")
+}
 PARTS = {
-    "without floating sinks": Method(floating=0),
-    "one window": Method(windows=(128,)),
+    "without floating keys": Method(floating=(0.0,), windows=(32, 128, 512)),
+    "one number of floating keys": Method(floating=(0.0, 1 / 8)),
     "squared errors, not slopes": Method(gradient=False),
     "one step": Method(steps=False, refine=False),
+    "without a start by need": Method(need=False),
     "without correction": Method(correction=False),
     "without swaps": Method(refine=False),
     "without questions": Method(retrieval_weight=0.0),
 }
-METHODS = {"headsink": Method(), **POLICIES, **PARTS}
+METHODS = {"headsink": Method(), "headsink, once": Method(hold=True), **POLICIES, **PARTS}
 
 
 def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> list[dict[str, Any]]:

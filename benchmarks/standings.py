@@ -3,8 +3,8 @@
 python benchmarks/standings.py benchmarks/results/plans-smollm2.json benchmarks/results/peers-smollm2.json
 
 Each method stands beside the model itself as measured in its own run, at the same bytes: how much the nll of text rises, how
-much that of answers, and how many of the answers that the model itself gets right it gets right too. Only cases that all
-runs have are counted.
+much that of answers, and how many of the answers that the model itself gets right it gets right too. Of each context only
+cases that all runs at that context have are counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ Row = dict[str, Any]
 
 def standings(runs: list[dict[str, Any]]) -> list[Row]:
     """A row for each method, budget and context, the best answers first."""
-    common = set.intersection(*({(r["context"], r["case"]) for r in run["records"]} for run in runs))
+    cases: dict[int, list[set[str]]] = {}
+    for run in runs:
+        for context in {r["context"] for r in run["records"]}:
+            cases.setdefault(context, []).append({r["case"] for r in run["records"] if r["context"] == context})
+    common = {(context, case) for context, found in cases.items() for case in set.intersection(*found)}
     rows: list[Row] = []
     for run in runs:
         records = [r for r in run["records"] if (r["context"], r["case"]) in common]
@@ -64,19 +68,21 @@ def table(rows: list[Row]) -> str:
         lines.append("|---|---|---|---|---|")
         for r in (r for r in rows if (r["context"], r["budget"]) == (context, budget)):
             figures = f"{r['bytes']:.3f} | {r['text']:+.3f} | {r['answers']:+.2f} | {r['kept']} of {r['solved']}"
-            name = f"**{r['method']}**" if r["method"] == "headsink" else r["method"]
+            name = f"**{r['method']}**" if r["method"].startswith("headsink") else r["method"]
             lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
 
 
 def picture(rows: list[Row]) -> Any:
     """Answers kept over the rise of the nll of text, a panel for each context and budget; up and to the left is better."""
-    ours = [r | {"label": r["method"] if r["method"] in ("headsink", "KVzip") else ""} for r in rows]
+    ours = [
+        r | {"label": r["method"] if r["method"].startswith("headsink") or r["method"] == "KVzip" else ""} for r in rows
+    ]
     base = alt.Chart().encode(
         x=alt.X("text:Q", title="rise of the nll of text, nats", scale=alt.Scale(type="symlog", constant=0.02)),
         y=alt.Y("answers_kept:Q", title="answers kept", axis=alt.Axis(format="%")),
     )
-    colour = alt.condition("datum.method == 'headsink'", alt.value(BLUE), alt.value(GREY))
+    colour = alt.condition("slice(datum.method, 0, 8) == 'headsink'", alt.value(BLUE), alt.value(GREY))
     points = base.mark_point(filled=True, size=70, opacity=0.9).encode(color=colour, tooltip=["method:N"])
     names = base.mark_text(dx=8, align="left").encode(text="label:N")
     layered = alt.layer(points, names, data=alt.Data(values=ours)).properties(width=240, height=180)

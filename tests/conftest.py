@@ -11,6 +11,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def precise(monkeypatch):
+    """What is rounded on the way to save memory stays float64, so that numbers of a float64 model can be compared closely."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The built-in model and its tokenizer."""

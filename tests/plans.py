@@ -2,8 +2,11 @@
 
 import random
 
+import torch
+
 from headsink import Pattern, Plan
 from headsink.architecture import describe
+from headsink.scores import n_features
 
 RETRIEVAL = {"form": "quote", "asked": 4, "right_full": 4, "right_plan": 3, "nll_full": 0.1, "nll_plan": 0.4}
 QUALITY = {
@@ -30,8 +33,9 @@ def random_pattern(rng: random.Random) -> Pattern:
 
 
 def random_plan(model, seed: int) -> Plan:
-    """A plan with every kind of pattern, and value norms such that a third of the keys of tiny models (families.py) are short."""
+    """A plan with every kind of pattern, and weights of keys' scores by lot."""
     rng, shape = random.Random(seed), describe(model)
     patterns = [None if window else [random_pattern(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
-    norms = [row and [rng.uniform(5.5, 7.0) for _ in row] for row in patterns]
-    return Plan.of(model, patterns, norms, tau=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
+    return Plan.of(model, patterns, weights)

@@ -8,18 +8,44 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headsink import Plan
-from headsink.pattern import reference_attention
+from headsink.pattern import FULL, reference_attention, visible
+from headsink.scores import key_scores
 
-_running: list[tuple[Plan, torch.Tensor | None]] = []
+_running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
+
+
+def held_attention(query, key, value, patterns, weights, scaling, padding, hold, once):
+    """The reference if nothing is let go from column `hold` on: later queries see what the one before it saw, and all since.
+
+    once: those before it saw everything, as if the context was read by the model itself and then compressed.
+    """
+    head = [t[:, :, :hold] for t in (query, key, value)]
+    reading = [FULL] * len(patterns) if once else patterns
+    before = reference_attention(*head, reading, weights, scaling, padding)
+    columns, scores = torch.arange(key.shape[2]), key_scores(key, value, weights)
+    positions = columns - (torch.zeros(len(key), dtype=torch.long) if padding is None else padding)[:, None]
+    since = (columns[hold:] <= columns[hold:, None]) & (positions[:, None, hold:] >= 0)
+    output, group = torch.empty_like(query[:, :, hold:]), query.shape[1] // key.shape[1]
+    for n, pattern in enumerate(patterns):
+        held = since.new_zeros(len(key), 1, 0)
+        if hold:
+            held = visible(pattern, positions[:, hold - 1 : hold], positions[:, :hold], scores[:, n, :hold])
+        mask = torch.cat([held.expand(*since.shape[:2], hold), since], -1)[:, None]
+        rows = slice(n * group, (n + 1) * group)
+        logits = query[:, rows, hold:] @ key[:, n : n + 1].transpose(-1, -2) * scaling
+        shares = logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+        output[:, rows] = shares @ value[:, n : n + 1]
+    return torch.cat([before, output], 2)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    plan, padding = _running[-1]
+    plan, padding, hold, once = _running[-1]
     heads = plan.layers[module.layer_idx]
     if heads is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
-    output = reference_attention(query, key, value, patterns, plan.thresholds(module.layer_idx), scaling, padding)
+    given = query, key, value, patterns, plan.scores(module.layer_idx), scaling, padding
+    output = reference_attention(*given) if hold is None else held_attention(*given, hold, once)
     return output.transpose(1, 2), None
 
 
@@ -28,10 +54,12 @@ AttentionMaskInterface.register("headsink_reference", sdpa_mask)
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None):
+def masked(
+    model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, hold: int | None = None, once=False
+):
     before = model.config._attn_implementation
     model.set_attn_implementation("headsink_reference")
-    _running.append((plan, padding))
+    _running.append((plan, padding, hold, once))
     try:
         yield model
     finally:
@@ -40,9 +68,12 @@ def masked(model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = No
 
 
 @torch.no_grad()
-def reference_logits(model, plan, ids, attention_mask=None):
-    """Logits [batch, tokens, vocabulary] of `model` under `plan`."""
+def reference_logits(model, plan, ids, attention_mask=None, hold=None, once=False):
+    """Logits [batch, tokens, vocabulary] of `model` under `plan`.
+
+    hold: the column from which on nothing is let go; once: what is before it is read in full (headsink.compress).
+    """
     padding = None if attention_mask is None else attention_mask.int().argmax(1)
     position_ids = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
-    with masked(model, plan, padding):
+    with masked(model, plan, padding, hold, once):
         return model(ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits

@@ -1,17 +1,17 @@
 """What a layer of the cache holds and attends to equals the reference in float64, with rings that wrap many times."""
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import held_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headsink import Pattern
+from headsink import HeadsinkError, Pattern
 from headsink.cache import PlanLayer, Update
 from headsink.head_group import Padding
 from headsink.pattern import reference_attention
+from headsink.scores import key_scores, n_features
 
 SCALE, DIM = 0.5, 6
 windowed = st.builds(
@@ -19,22 +19,20 @@ windowed = st.builds(
 )
 
 
-def text(batch, kv_heads, group, length, seed):
-    """Queries, keys, values and thresholds: of each head 20 to 60 % of the values are short, and clearly so."""
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    query = torch.randn(batch, kv_heads * group, length, DIM, generator=generator, dtype=torch.float64)
-    key, value = (torch.randn(batch, kv_heads, length, DIM, generator=generator, dtype=torch.float64) for _ in "kv")
-    shares = torch.tensor([rng.uniform(0.2, 0.6) for _ in range(kv_heads)])
-    short = torch.rand(batch, kv_heads, length, generator=generator) < shares[:, None]
-    thresholds = torch.tensor([rng.uniform(0.5, 2.0) for _ in range(kv_heads)])
-    norm = thresholds[:, None] * torch.where(short, 0.6, 1.5)
-    return query, key, value / value.norm(dim=-1, keepdim=True) * norm[..., None], thresholds, short
+def text(batch, kv_heads, group, length, seed, dtype=torch.float64):
+    """Queries, keys, values, and weights of the keys' scores."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, kv_heads * group, length, DIM, generator=generator, dtype=dtype)
+    key, value = (torch.randn(batch, kv_heads, length, DIM, generator=generator, dtype=dtype) for _ in "kv")
+    return query, key, value, torch.randn(kv_heads, n_features(DIM), generator=generator)
 
 
 def attend(layer, query, key, value, padding, start, end):
     part = slice(start, end)
     update = Update(layer, key[:, :, part], value[:, :, part])
-    return layer.attend(torch.nn.Module(), query[:, :, part], update, padding, SCALE).transpose(1, 2)
+    module = torch.nn.Module()
+    module.num_key_value_groups = query.shape[1] // key.shape[1]
+    return layer.attend(module, query[:, :, part], update, padding, SCALE).transpose(1, 2)
 
 
 def feed(layer, query, key, value, padding, sizes):
@@ -46,10 +44,10 @@ def feed(layer, query, key, value, padding, sizes):
     return torch.cat(outputs, 2)
 
 
-def close(output, expected, pads, start=0):
+def close(output, expected, pads, start=0, atol=1e-12):
     for row, pad in enumerate(pads):
         real = slice(max(0, pad - start), None)
-        torch.testing.assert_close(output[row, :, real], expected[row, :, real], rtol=0, atol=1e-12)
+        torch.testing.assert_close(output[row, :, real], expected[row, :, real], rtol=0, atol=atol)
 
 
 def padding_of(pads):
@@ -70,29 +68,30 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 @settings(max_examples=200, deadline=None)
 def test_any_way_of_feeding_gives_the_reference(patterns, group, pads, sizes, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
-    query, key, value, thresholds, _ = text(len(pads), len(patterns), group, length, seed)
-    layer = PlanLayer(patterns, thresholds, None)
+    query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
+    layer = PlanLayer(patterns, weights, None)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
-    expected = reference_attention(query, key, value, patterns, thresholds, SCALE, torch.tensor(pads))
+    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
     close(output, expected, pads)
 
 
 @pytest.mark.parametrize("sizes", WAYS)
 @pytest.mark.parametrize("pads", [[0], [0, 40]], ids=["whole", "padded"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_the_ring_of_floating_sinks_holds_the_last_ones(pattern, pads, sizes):
-    query, key, value, thresholds, short = text(len(pads), 2, 2, 400, 1)
-    layer = PlanLayer([pattern] * 2, thresholds, None)
+def test_the_floating_slots_hold_the_best_that_have_left(pattern, pads, sizes):
+    query, key, value, weights = text(len(pads), 2, 2, 400, 1)
+    layer = PlanLayer([pattern] * 2, weights, None)
     feed(layer, query, key, value, padding_of(pads), sizes)
-    (group,) = layer.groups
+    (group,), scores = layer.groups, key_scores(key, value, weights)
     for row, pad in enumerate(pads):
+        left = slice(pad + pattern.sink, 400 - pattern.window)
         for head in range(2):
-            left = [n for n in range(pad + pattern.sink, 400 - pattern.window) if short[row, head, n]]
-            assert group.floating[row, head] == len(left) > 3 * pattern.floating
-            for rank in range(len(left) - pattern.floating, len(left)):
-                slot = pattern.sink + rank % pattern.floating
-                assert torch.equal(group.keys[row, head, slot], key[row, head, left[rank]])
-                assert torch.equal(group.values[row, head, slot], value[row, head, left[rank]])
+            kept, slots = group.scores[row, head].sort(descending=True)
+            best, columns = scores[row, head, left].topk(pattern.floating)
+            assert torch.equal(kept, best)
+            slots, columns = slots + pattern.sink, columns + pad + pattern.sink
+            assert torch.equal(group.keys[row, head, slots], key[row, head, columns])
+            assert torch.equal(group.values[row, head, slots], value[row, head, columns])
     assert group.keys.shape[2] == pattern.sink + pattern.floating + pattern.window
 
 
@@ -106,8 +105,8 @@ def test_the_ring_of_floating_sinks_holds_the_last_ones(pattern, pads, sizes):
 def test_what_is_taken_back_leaves_no_trace(patterns, pads, steps, seed):
     """While recording: after each forward some of its tokens are taken back, and others come in their place."""
     length = 25 + sum(tokens for tokens, _ in steps)
-    query, key, value, thresholds, _ = text(len(pads), len(patterns), 2, length, seed)
-    layer, padding, start = PlanLayer(patterns, thresholds, None), padding_of(pads), 20
+    query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
+    layer, padding, start = PlanLayer(patterns, weights, None), padding_of(pads), 20
     outputs = [attend(layer, query, key, value, padding, 0, start)]
     layer.activate_past_recording()
     for n, (tokens, share) in enumerate(steps):
@@ -122,7 +121,7 @@ def test_what_is_taken_back_leaves_no_trace(patterns, pads, steps, seed):
         start += right
     layer.record_past = False
     outputs.append(attend(layer, query, key, value, padding, start, length))
-    expected = reference_attention(query, key, value, patterns, thresholds, SCALE, torch.tensor(pads))
+    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
     close(torch.cat(outputs, 2), expected, pads)
 
 
@@ -136,22 +135,104 @@ class Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("sizes", [[400], [1], [3, 129, 1, 150]])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_no_slot_is_written_twice_at_once(pattern):
-    query, key, value, thresholds, _ = text(2, 2, 1, 400, 1)
+def test_no_slot_is_written_twice_at_once(pattern, sizes):
+    query, key, value, weights = text(2, 2, 1, 400, 1)
     with Writes():
-        feed(PlanLayer([pattern] * 2, thresholds, None), query, key, value, padding_of([0, 40]), [400])
+        feed(PlanLayer([pattern] * 2, weights, None), query, key, value, padding_of([0, 40]), sizes)
 
 
-def test_rows_that_move_take_their_ranks_along():
+def test_rows_that_move_take_their_scores_along():
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0)], [0, 13, 30]
-    query, key, value, thresholds, _ = text(3, 2, 2, 130, 5)
-    layer = PlanLayer(patterns, thresholds, None)
+    query, key, value, weights = text(3, 2, 2, 130, 5)
+    layer = PlanLayer(patterns, weights, None)
     feed(layer, *(t[:, :, :100] for t in (query, key, value)), padding_of(pads), [100])
     rows = torch.tensor([2, 0, 1, 2])
     layer.reorder_cache(rows)
     query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
     output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
     output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
-    expected = reference_attention(query, key, value, patterns, thresholds, SCALE, torch.tensor(pads))[:, :, 100:]
+    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))[:, :, 100:]
     close(torch.cat(output, 2), expected, pads, 100)
+
+
+# hold
+
+
+@given(
+    st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
+    st.lists(st.sampled_from([0, 0, 13, 70]), min_size=1, max_size=2),
+    st.sampled_from(WAYS),
+    st.integers(0, 250),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1)), min_size=1, max_size=5),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=200, deadline=None)
+def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
+    patterns, pads, sizes, hold, recording, steps, dtype, seed
+):
+    length = hold + sum(tokens for tokens, _ in steps) + 3
+    pads = [min(pad, length - 1) for pad in pads]
+    query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
+    layer, padding, start, outputs = PlanLayer(patterns, weights, None), padding_of(pads), hold, []
+    if hold:
+        if recording:
+            layer.activate_past_recording()
+        outputs = [feed(layer, *(t[:, :, :hold] for t in (query, key, value)), padding, sizes)]
+    layer.hold()
+    for n, (tokens, share) in enumerate(steps):
+        right = round(share * tokens)
+        parts = zip(
+            text(len(pads), len(patterns), 2, tokens, seed + n + 1, dtype)[:3], (query, key, value), strict=True
+        )
+        mixed = [torch.cat([mine[:, :, start : start + right], wrong[:, :, right:]], 2) for wrong, mine in parts]
+        outputs.append(attend(layer, *mixed, padding, 0, tokens)[:, :, :right])
+        layer.crop(right - tokens)
+        start += right
+        layer.hold()  # again: nothing changes
+    outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
+    query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
+    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), hold)
+    close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 0, 0), Pattern(0, 3, 90)], ids=str)
+def test_what_was_held_cannot_be_taken_back(pattern):
+    query, key, value, weights = text(1, 2, 1, 60, 1)
+    layer = PlanLayer([pattern] * 2, weights, None)
+    attend(layer, query, key, value, None, 0, 50)
+    layer.hold()
+    attend(layer, query, key, value, None, 50, 60)
+    layer.crop(-3)
+    with pytest.raises(HeadsinkError, match=r"cannot take back 8 tokens: hold\(\) was called 7 tokens ago"):
+        layer.crop(-8)
+
+
+def test_rows_that_move_after_hold_take_all_along():
+    patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0), Pattern()], [0, 13, 30]
+    query, key, value, weights = text(3, 3, 2, 130, 5)
+    layer = PlanLayer(patterns, weights, None)
+    feed(layer, *(t[:, :, :60] for t in (query, key, value)), padding_of(pads), [50, 1])
+    layer.hold()
+    attend(layer, query, key, value, padding_of(pads), 60, 100)
+    rows = torch.tensor([2, 0, 1, 2])
+    layer.reorder_cache(rows)
+    query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
+    output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
+    output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
+    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
+    close(torch.cat(output, 2), expected, pads, 100)
+
+
+def test_a_layer_that_is_reset_lets_go_again():
+    query, key, value, weights = text(1, 1, 1, 60, 1)
+    layer = PlanLayer([Pattern(1, 2, 5)], weights, None)
+    layer.hold()
+    attend(layer, query, key, value, None, 0, 60)
+    assert layer.groups[0].keys.shape[2] >= 60
+    layer.reset()
+    attend(layer, query, key, value, None, 0, 60)
+    assert layer.groups[0].keys.shape[2] == 8

@@ -3,14 +3,17 @@
 import json
 
 import pytest
+import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import QUALITY, RETRIEVAL, random_plan
 
 from headsink import HeadsinkError, Pattern, Plan
+from headsink.scores import n_features
 
 MODEL = tiny("llama")
+FEATURES = n_features(12)
 
 
 @given(st.integers(0, 10_000))
@@ -24,7 +27,7 @@ def test_what_is_saved_comes_back(tmp_path_factory, seed):
 
 def test_a_person_can_read_it():
     text = Plan.uniform(MODEL, Pattern(4, 0, 128)).to_json()
-    assert '{"sink": 4, "floating": 0, "window": 128, "value_norm": null}' in text
+    assert '{"sink": 4, "floating": 0, "window": 128, "score": null}' in text
 
 
 def edit(tmp_path, change):
@@ -55,13 +58,21 @@ def with_retrieval(fields, **changes):
         (lambda f: head(f).update(window="64"), "layers.1.0.window"),
         (lambda f: head(f).pop("window"), "layers.1.0.window"),
         (lambda f: head(f).update(sinks=4), "layers.1.0.sinks"),
-        (lambda f: head(f).update(window=8, floating=4, value_norm=None), "layers.1.0.*value_norm"),
-        (lambda f: head(f).update(window=8, floating=4, value_norm=-1.0), "layers.1.0.value_norm"),
+        (lambda f: head(f).update(window=8, floating=4, score=None), "layers.1.0: floating keys need a score"),
+        (
+            lambda f: head(f).update(window=8, floating=4, score=[0.0] * FEATURES),
+            "layers.1.0: floating keys need a score",
+        ),
+        (lambda f: head(f).update(score=[1.0] * (FEATURES - 1)), f"layers.1.0.score: {FEATURES - 1} weights given"),
+        (lambda f: head(f).update(score=[1.0] * (FEATURES - 1) + [float("nan")]), f"layers.1.0.score.{FEATURES - 1}:"),
+        (lambda f: head(f).update(score=["some"] + [1.0] * (FEATURES - 1)), "layers.1.0.score.0:"),
         (lambda f: head(f).update(window=None, sink=4, floating=0), "layers.1.0.*window null"),
         (lambda f: f["layers"].pop(), "layers: 2 given"),
         (lambda f: f["layers"][2].pop(), "layers.2: 1 heads given"),
         (lambda f: f.update(schema_version=99), "schema_version"),
-        (lambda f: f.update(tau=float("nan")), "tau"),
+        (lambda f: f.update(schema_version=2), "schema_version"),
+        (lambda f: f.update(tau=0.4), "tau"),
+        (lambda f: f.update(hold="perhaps"), "hold"),
         (lambda f: f.update(positions="cache"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),
@@ -123,9 +134,19 @@ def test_quality_comes_back_and_says_how_far_it_goes(tmp_path):
     assert Plan.load(plan.save(path)) == plan
 
 
-def test_floating_sinks_need_measured_norms():
+def test_floating_keys_need_scores():
     with pytest.raises(HeadsinkError, match="floating"):
         Plan.uniform(MODEL, Pattern(4, 4, 16))
+
+
+def test_scores_are_those_given_for_heads_with_floating_keys():
+    given = torch.randn(3, 2, FEATURES)
+    plan = Plan.of(MODEL, [[Pattern(2, 4, 8), Pattern(2, 0, 8)], [Pattern()] * 2, [Pattern(0, 1, 0)] * 2], given)
+    assert torch.allclose(plan.scores(0)[0], given[0, 0], rtol=1e-5)
+    assert torch.allclose(plan.scores(2), given[2], rtol=1e-5)
+    assert not plan.scores(0)[1].any()
+    assert not plan.scores(1).any()
+    assert plan.layers[0][1].score is None
 
 
 def test_a_plan_for_a_sliding_layer_is_refused():

@@ -10,25 +10,27 @@ import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_replay import SOME, replayed
+from test_replay import SOME, everything, replayed
 
 from headsink import HeadsinkError, Pattern, search
 from headsink.architecture import attention_modules
 from headsink.pattern import FULL
-from headsink.search import POLICIES, SINK, Method, Search, Step, choose
+from headsink.search import POLICIES, SINK, START, Method, Search, Step, choose
 
 CONTEXT = 190  # a document of the replays and the longest branch
-SMALL = {"windows": (8, 32), "floating": 4}
+SMALL = {"windows": (8, 32), "floating": (0, 1 / 8)}  # two of the patterns are of one size
+LEAST = Pattern(SINK, 0, 8)
 ON_OFF = Pattern(4, 0, 24)
 METHODS = (
     *(Method(policy=policy, **SMALL) for policy in POLICIES),
-    *(Method(**{switch: False}, **SMALL) for switch in ("gradient", "steps", "correction", "refine")),
+    *(Method(**{switch: False}, **SMALL) for switch in ("need", "gradient", "steps", "correction", "refine")),
+    Method(hold=True, **SMALL),
 )
 
 
 def name(method):
-    off = [switch for switch in ("gradient", "steps", "correction", "refine") if not getattr(method, switch)]
-    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}"
+    off = [switch for switch in ("need", "gradient", "steps", "correction", "refine") if not getattr(method, switch)]
+    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' and holds' if method.hold else ''}"
 
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=name)
@@ -46,8 +48,18 @@ def replays(family):
     return [replayed(model, seed)[0] for seed in range(2)]
 
 
+def needs(family, seed=0):
+    """How much 100 keys are needed: by lot, in each head more than in the one before it."""
+    shape = replays(family)[0].shape
+    heads = shape.layers * shape.kv_heads
+    need = torch.randn(heads, 100, generator=torch.Generator().manual_seed(seed)) + torch.arange(heads)[:, None] / 2
+    need = need.view(shape.layers, shape.kv_heads, -1) - 7
+    need[[window is not None for window in shape.windows]] = 0
+    return need
+
+
 def searching(family, method, seed=0):
-    return Search(replays(family), CONTEXT, method, seed)
+    return Search(replays(family), CONTEXT, method, seed, needs(family))
 
 
 def run(family, method, budget, seed=0):
@@ -153,7 +165,7 @@ def test_the_shapes_of_other_methods():
         for family in SOME:
             shared = run(family, Method(policy="streaming-llm"), budget)[-1]
             assert set(heads(shared)) == {Pattern(SINK, 0, int(budget * CONTEXT) - SINK)}
-            for policy in ("on-off", "layer-wise", "random"):
+            for policy in ("on-off", "layer-wise", "copy-first-layer", "random"):
                 step = run(family, Method(policy=policy), budget)[-1]
                 assert set(heads(step)) <= {ON_OFF, FULL}
                 if policy == "layer-wise":
@@ -199,8 +211,8 @@ def test_a_budget_below_the_smallest_plan_is_refused(method):
 
 
 def test_the_smallest_plan_itself_is_no_refusal():
-    found = run("llama", Method(**SMALL), (SINK + 4 + 8) / CONTEXT)
-    assert set(heads(found[-1])) == {Pattern(SINK, 4, 8)}
+    found = run("llama", Method(**SMALL), LEAST.size(CONTEXT) / CONTEXT)
+    assert set(heads(found[-1])) == {LEAST}
 
 
 def test_an_unknown_policy_is_refused():
@@ -208,16 +220,90 @@ def test_an_unknown_policy_is_refused():
         Method(policy="best")
 
 
-def test_windows_that_are_not_smaller_than_the_text_are_no_options():
-    assert Method().options(400) == (Pattern(4, 16, 32), Pattern(4, 16, 128), FULL)
-    assert Method().options(8192)[-2] == Pattern(4, 16, 512)
+def test_options_are_every_window_with_every_share_of_floating_keys():
+    floating = [pattern.floating for pattern in Method().options(8192)[:-1]]
+    assert floating == [0, 128, 256, 512, 1024, 2048, 4096]
+    assert Method(**SMALL).options(CONTEXT) == (
+        *(Pattern(4, floating, window) for floating in (0, 24) for window in (8, 32)),
+        FULL,
+    )
+
+
+def test_patterns_that_are_not_smaller_than_the_text_are_no_options_nor_is_one_twice():
+    assert Method().options(40) == (Pattern(4, 0, 32), Pattern(4, 1, 32), Pattern(4, 2, 32), FULL)
+    assert Method().options(36) == (FULL,)
+
+
+# starts
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
+def test_a_search_starts_from_what_is_needed(family, budget):
+    """Heads get the keys that are among the most needed of all, as far as a share of the budget goes; nearly at best."""
+    made = searching(family, Method(**SMALL))
+    start, need = made._start(budget), needs(family)[made.layers].flatten(0, 1)
+    least = LEAST.size(CONTEXT) / CONTEXT
+    most = need.flatten().sort(descending=True).values[: round((START * budget - least) * need.numel())]
+    wanted = CONTEXT * (least + (need >= most[-1]).double().mean(1))
+    every = torch.cartesian_prod(*[torch.arange(len(made.options))] * len(start))
+    every = every[made.sizes[every].sum(1) <= START * budget * CONTEXT * len(start)]
+    missing = [float((wanted - made.sizes[pick]).clamp(min=0).sum(-1).min()) for pick in (every, start)]
+    assert missing[0] <= missing[1] < missing[0] + 0.2 * CONTEXT
+    assert made.kept(start) <= START * budget
+    first = run(family, Method(**SMALL), budget)[0]
+    assert all(option <= p.size(CONTEXT) for option, p in zip(made.sizes[start].tolist(), heads(first), strict=True))
+
+
+def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
+    made = searching("llama", Method(windows=(8,), floating=(0, 0.5)))
+    made.need = torch.arange(600.0).view(3, 2, 100)
+    assert made.sizes.tolist() == [12, 107, 190]
+    for dealt, expected in [(0.45, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
+        assert made._start(dealt / START).tolist() == expected
+
+
+@every_family
+def test_without_need_a_search_starts_from_the_smallest_plan(family):
+    smallest = [0] * len(searching(family, Method(**SMALL)).heads)
+    assert searching(family, Method(need=False, **SMALL))._start(0.8).tolist() == smallest
+    assert Search(replays(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
+    for policy in ("on-off", "layer-wise"):
+        assert searching(family, Method(policy=policy))._start(0.8).tolist() == smallest
+    for dealt in (START, 0.99):
+        budget = dealt / START * LEAST.size(CONTEXT) / CONTEXT
+        assert searching(family, Method(**SMALL))._start(budget).tolist() == smallest
+
+
+@every_family
+def test_the_first_layer_is_copied_to_all(family):
+    """With one full head in each layer it is the one that the first layer would miss most."""
+    most = (FULL.size(CONTEXT) + (replays(family)[0].shape.kv_heads - 1) * ON_OFF.size(CONTEXT)) / CONTEXT
+    budget = most / replays(family)[0].shape.kv_heads + 0.01
+    rows = [row for row in run(family, Method(policy="copy-first-layer"), budget)[-1].plan() if row is not None]
+    assert all(row == rows[0] for row in rows)
+    full = everything(replays(family)[0].shape)
+    error = sum(r.marginals(full, [ON_OFF], 0.0).error for r in replays(family))[full.index(full[-1])]
+    assert [pattern.full for pattern in rows[0]] == [n == int(error[:, 0].argmax()) for n in range(len(rows[0]))]
+
+
+def test_a_plan_for_caches_that_hold_is_judged_so():
+    pick = torch.zeros(6, dtype=torch.long)
+    let_go = searching("llama", Method(**SMALL)).loss(pick)
+    held = [replayed(tiny("llama"), seed, hold=True)[0] for seed in range(2)]
+    expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
+    assert searching("llama", Method(hold=True, **SMALL)).loss(pick) == pytest.approx(expected)
+    assert abs(expected - let_go) > 0.01 * let_go
+
+
+# steps
 
 
 @every_family
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
 def test_going_forward_no_head_loses_keys(family, policy):
     """And each step says the loss of the plan before it."""
-    method = Method(policy=policy, **SMALL)
+    method = Method(policy=policy, need=False, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
     assert len(steps) >= (1 if policy == "layer-wise" else 2)
     for before, after in itertools.pairwise(steps):
@@ -266,8 +352,7 @@ def test_keys_go_to_the_head_that_matters():
                 columns = module.o_proj.weight.unflatten(1, (2, -1))
                 columns[:, [h for h in range(2) if (n, h) != (layer, head)]] = 0
         found = Search([replayed(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
-        least = Pattern(SINK, 4, 8)
-        assert found.plan() == [[FULL if (n, h) == (layer, head) else least for h in range(2)] for n in range(3)]
+        assert found.plan() == [[FULL if (n, h) == (layer, head) else LEAST for h in range(2)] for n in range(3)]
         assert found.loss == pytest.approx(0, abs=1e-6)
 
 

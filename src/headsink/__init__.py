@@ -6,7 +6,7 @@ from headsink.errors import HeadsinkError
 from headsink.models import load
 from headsink.pattern import Pattern
 from headsink.plan import Plan
-from headsink.runtime import apply, new_cache
+from headsink.runtime import apply, compress, new_cache
 
 __all__ = [
     "Census",
@@ -18,6 +18,7 @@ __all__ = [
     "apply",
     "calibrate",
     "compare",
+    "compress",
     "load",
     "new_cache",
 ]

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup, Padding
-from headsink.pattern import Pattern
+from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
 
 ATTENTION = "headsink"  # the name under which attention.py registers with transformers
@@ -46,12 +46,12 @@ class PlanLayer(CacheLayerMixin):
 
     is_compileable = False
 
-    def __init__(self, patterns: list[Pattern], thresholds: Tensor, config: Any):
+    def __init__(self, patterns: list[Pattern], weights: Tensor, config: Any):
         super().__init__()
-        self.patterns, self.thresholds, self.config = patterns, thresholds, config
+        self.patterns, self.weights, self.config = patterns, weights, config
         self.groups: list[HeadGroup] = []
         self.seen = 0
-        self.recording = False
+        self.recording = self.held = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -103,8 +103,8 @@ class PlanLayer(CacheLayerMixin):
     def _make_groups(self, key: Tensor, padding: Padding | None) -> None:
         by_pattern: dict[Pattern, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
-            by_pattern.setdefault(pattern, []).append(head)
-        self.groups = [HeadGroup(p, heads, self.thresholds, key, padding) for p, heads in by_pattern.items()]
+            by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
+        self.groups = [HeadGroup(p, heads, self.weights, key, padding) for p, heads in by_pattern.items()]
         for group in self.groups:
             group.recording = self.recording
 
@@ -137,6 +137,19 @@ class PlanLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    def fill(self, key: Tensor, value: Tensor, padding: Padding | None) -> None:
+        """Let in a whole context at once, [batch, KV heads, tokens, dim], that was attended to elsewhere."""
+        self._make_groups(key, padding)
+        for group in self.groups:
+            group.enter(key[:, group.heads], value[:, group.heads])
+        self.seen, self.is_initialized = key.shape[2], True
+
+    def hold(self) -> None:
+        """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
+        self.held = True
+        for group in self.groups:
+            group.hold()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -`tokens_to_remove` tokens (transformers counts them negative)."""
         if tokens_to_remove > 0:
@@ -148,7 +161,7 @@ class PlanLayer(CacheLayerMixin):
         self.seen += tokens_to_remove
 
     def reset(self) -> None:
-        self.groups, self.seen, self.is_initialized = [], 0, False
+        self.groups, self.seen, self.is_initialized, self.held = [], 0, False, False
 
     def offload(self) -> None:
         raise HeadsinkError("offloading the cache is not supported with a plan")
@@ -176,9 +189,30 @@ class PlanCache(Cache):
             if heads is None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
-                layers.append(PlanLayer([head.pattern for head in heads], plan.thresholds(index), config))
+                layers.append(PlanLayer([head.pattern for head in heads], plan.scores(index), config))
         super().__init__(layers=layers)
         self.plan = plan
+
+    def hold(self) -> None:
+        """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.
+
+        What presses that compress a context once do; memory then grows with every token. Tokens that were recorded stay; those
+        that come after can be taken back, without recording. Layers that slide by themselves go on as they are.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PlanLayer):
+                layer.hold()
+
+    def fill(self, full: Cache, padding: Padding | None = None) -> None:
+        """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied."""
+        for index, layer in enumerate(self.layers):
+            before = full.layers[index]
+            if isinstance(layer, PlanLayer):
+                if before.keys is not None and before.values is not None:
+                    layer.fill(before.keys, before.values, padding)
+                    before.keys = before.values = None
+            else:
+                self.layers[index] = before
 
     def nbytes(self) -> int:
         """Bytes of memory held, bookkeeping included."""
@@ -190,7 +224,7 @@ def nbytes(cache: Cache) -> int:
     storages: dict[int, int] = {}
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):
-            tensors = [layer.thresholds, *(t for group in layer.groups for t in group.tensors())]
+            tensors = [layer.weights, *(t for group in layer.groups for t in group.tensors())]
         else:
             tensors = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
         for tensor in tensors:

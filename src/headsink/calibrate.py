@@ -27,12 +27,13 @@ from headsink.plan import Fingerprint, Plan
 from headsink.probes import Document
 from headsink.progress import bar
 from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
+from headsink.reconstruction import demand, fit
 from headsink.replay import Replay
-from headsink.search import TAU, Method, Search, Step
+from headsink.search import Method, Search, Step
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
-TAIL = 128  # tokens that a branch may have, so that it fits into the longest context
+TAIL = 160  # tokens that a branch may have, so that it fits into the longest context
 LEAST_CONTEXT = probes.LEAST_LENGTH + TAIL
 BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
 
@@ -131,13 +132,17 @@ class Calibration:
             raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, seed)
         self.replays: list[Replay] = []
-        with bar("reading", len(self.documents), progress) as shown:
+        told = []
+        with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
-                self.replays.append(Replay(model, document))
+                self.replays.append(Replay(model, document, self.method.hold))
                 shown.advance(shown.task_ids[0])
-        self.value_norms = torch.stack([replay.value_norms for replay in self.replays]).mean(0)
+                told.append(demand(self.replays[-1], tokenizer))
+                shown.advance(shown.task_ids[0])
+        self.weights = fit(self.replays, told)
+        self.need = torch.cat([one.attention for one in told], -1)
         for replay in self.replays:
-            replay.set_thresholds(TAU * self.value_norms)
+            replay.set_scores(self.weights)
 
     def plan(self, budget: float) -> Plan:
         """The plan for a budget, run once as it will be used; without quality on held-out text."""
@@ -149,7 +154,7 @@ class Calibration:
             "method": asdict(self.method),
         }
         last = self._search(budget, key | _identity(self.model))
-        plan = Plan.of(self.model, last.plan(), self.value_norms.tolist(), tau=TAU)
+        plan = Plan.of(self.model, last.plan(), self.weights, hold=self.method.hold)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
@@ -204,13 +209,13 @@ class Calibration:
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
         """Run the search, keeping its steps in the checkpoint."""
-        search = Search(self.replays, self.shortest, self.method, self.seed)
+        search = Search(self.replays, self.shortest, self.method, self.seed, self.need)
         done = [] if self.checkpoint is None else _read_checkpoint(self.checkpoint, key)
         with bar("searching", 100, self.progress) as shown:
             task = shown.task_ids[0]
 
             def report(step: Step) -> None:
-                share = {"forward": 85 * step.kept / budget, "refined": 90, "done": 100}[step.phase]
+                share = {"forward": 85 * (step.kept / budget) ** 2, "refined": 90, "done": 100}[step.phase]
                 said = f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}"
                 shown.update(task, completed=share, description=said)
                 done.append(step)

@@ -13,6 +13,7 @@ import torch
 from headsink.head_group import HeadGroup
 from headsink.models import BUILT_IN, cache_folder, dtype_name, parse_device, parse_dtype
 from headsink.pattern import Pattern, reference_attention
+from headsink.scores import n_features
 
 PACKAGES = (
     "headsink",
@@ -74,11 +75,11 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     """Largest difference between attention over the cache, prefill and decode, and the definition in float64."""
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
-    thresholds, scaling, worst = torch.full((2,), 7.5), 0.125, 0.0
+    weights, scaling, worst = torch.randn(2, n_features(64), generator=generator), 0.125, 0.0
     for pattern in PATTERNS:
         exact = [t.cpu().double() for t in (query, key, value)]
-        expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, thresholds, scaling)
-        group, found = HeadGroup(pattern, [0, 1], thresholds, key, None), []
+        expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, weights, scaling)
+        group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
             found.append(group.attend(torch.nn.Identity(), next(new), next(new), next(new), scaling))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from headsink.cache import nbytes
+from headsink.cache import PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, new_cache
@@ -83,6 +83,7 @@ def generate(
 ) -> Generated:
     """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
 
+    If `plan.hold`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
     cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text. options:
     passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
@@ -100,6 +101,8 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
+    if isinstance(cache, PlanCache) and cache.plan.hold and not cache.get_seq_length():
+        _read(model, cache, text[:, :-1])
     with nullcontext() if plan is None else apply(model, plan):
         model.generate(
             text,
@@ -119,6 +122,16 @@ def generate(
         token_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
         kv_bytes=nbytes(cache),
     )
+
+
+def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
+    """Read in full, and compress once, what comes before the last token of the prompt, which `generate` begins with."""
+    if text.shape[1]:
+        full = empty_cache(model, None)
+        with torch.no_grad():
+            model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
+        cache.fill(full)
+    cache.hold()
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

@@ -2,12 +2,12 @@
 
 A `HeadGroup` owns one buffer of keys and one of values, [batch, heads, slots, dim], and nothing else of that size:
 
-    | sink tokens | floating sinks |  the last `window` tokens, as a ring: column c in slot c % window  |
+    | sink tokens | floating keys |  the last `window` tokens, as a ring: column c in slot c % window  |
 
 A token enters the ring. When it is overwritten it has left the window: it moves to a slot on the left if it is one of
-the row's first tokens or a floating sink, otherwise it is gone. The floating sinks are a ring too: the r-th short key that
-leaves goes to slot r % floating of theirs, in place of the oldest. A full head is a ring that never wraps. Slots are in
-no order; softmax does not mind, because rotary positions are already in the keys.
+the row's first tokens, or in place of the floating key with the lowest score if its own is higher (scores.py); otherwise
+it is gone. A full head is a ring that never wraps, and after `hold` so is every other, behind all that was held then. Slots
+are in no order; softmax does not mind, because rotary positions are already in the keys.
 
 One token at a time attends to the buffer as it lies, without a copy. Several tokens (prefill, verification) go through
 in blocks, each over the buffer, in order, followed by the block, so that a window costs its area and not its square.
@@ -25,7 +25,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
+from headsink.scores import best, key_scores
 
+NONE = float("-inf")  # the score of what is no floating key
 QUERY_BLOCK = 128  # queries of a windowed head handled at once: 128 was the fastest of 128, 256, 512 on 2 cores
 GROWTH = 128  # slots that a ring grows by until it is as long as its window
 
@@ -41,19 +43,22 @@ class Padding:
 class HeadGroup:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
-    thresholds: [heads], the value norm below which a key can be a floating sink. Columns count from the start of the
-    batch, positions from the row's first real token; the window is the same in both.
+    weights: [KV heads of the layer, features], of the keys' scores. Columns count from the start of the batch, positions from
+    the row's first real token; the window is the same in both.
     """
 
-    def __init__(self, pattern: Pattern, heads: list[int], thresholds: Tensor, key: Tensor, padding: Padding | None):
+    def __init__(self, pattern: Pattern, heads: list[int], weights: Tensor, key: Tensor, padding: Padding | None):
         self.pattern, self.heads = pattern, heads
+        self.window = pattern.window  # None: nothing is let go
         self.anchors = pattern.sink + pattern.floating  # slots left of the ring
+        self.start = 0  # column in the first slot of a ring that never wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.anchors, key.shape[3])
         self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
-        self.floating = torch.zeros(shape[:2], dtype=torch.long, device=key.device)  # short keys that left the window
-        self.thresholds = thresholds[heads].to(key.device)[:, None]  # [heads, 1]
+        kind = torch.promote_types(key.dtype, torch.float32)
+        self.scores = torch.full((*shape[:2], pattern.floating), NONE, dtype=kind, device=key.device)
+        self.weights = weights[heads if pattern.floating else []].to(key.device)
         self.length = 0  # columns that have entered the ring
         self.recording = False
         self.recent: tuple[Tensor, Tensor] | None = None  # while recording: tokens that may still be taken back
@@ -67,18 +72,22 @@ class HeadGroup:
         [batch, heads x group, tokens, dim].
         """
         if self.pattern.full:
-            self._enter(key, value)
+            self.enter(key, value)
             return self._attend_full(module, query, scaling)
-        if self.recording:
+        if self.recording and self.window is not None:
             return self._attend_recording(query, key, value, scaling)
         if query.shape[2] == 1:
-            self._enter(key, value)
-            return _rows(query, self.keys, self.values, self.visible[:, :, None], scaling)
+            self.enter(key, value)
+            return self._attend_buffer(query, scaling)
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
-            output[:, :, block] = self._attend_block(query[:, :, block], key[:, :, block], value[:, :, block], scaling)
-            self._enter(key[:, :, block], value[:, :, block])
+            new = query[:, :, block], key[:, :, block], value[:, :, block]
+            if self.window is not None:
+                output[:, :, block] = self._attend_block(*new, scaling)
+            self.enter(*new[1:])
+            if self.window is None:
+                output[:, :, block] = self._attend_buffer(new[0], scaling)
         return output
 
     def _attend_full(self, module: nn.Module, query: Tensor, scaling: float) -> Tensor:
@@ -97,32 +106,36 @@ class HeadGroup:
             return _rows(query, keys, values, None, scaling)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0].transpose(1, 2)
 
+    def _attend_buffer(self, query: Tensor, scaling: float) -> Tensor:
+        """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
+        end = self.anchors + self._held()
+        mask = self.visible[:, :, None, :end]
+        if query.shape[2] > 1:
+            slots = torch.arange(end, device=query.device)
+            mask = mask & (slots <= slots[end - query.shape[2] :, None])
+        return _rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
+
     def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """A block of queries over what is held and the block itself: [batch, heads x group, block, dim]."""
-        first = self.length - self._held()
+        first, window, sink = self.length - self._held(), self.window or 0, self.pattern.sink
         ring_keys, ring_values = self._in_order()
         keys = torch.cat([self.keys[:, :, : self.anchors], ring_keys, key], 2)
         values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2)
         columns = torch.arange(first, self.length + key.shape[2], device=key.device)
         queries = columns[-query.shape[2] :, None]
-        window = self.pattern.window or 0
-        positions = self._positions(columns)
-        row = positions[..., None, :]
-        mask = (columns <= queries) & (row >= 0) & ((row < self.pattern.sink) | (queries - columns < window))
+        row = self._positions(columns)[..., None, :]
+        mask = (columns <= queries) & (row >= 0) & ((row < sink) | (queries - columns < window))
         mask = mask.expand(*keys.shape[:2], *mask.shape[-2:])  # [batch, heads, block, keys]
         held = self.visible[:, :, None, : self.anchors].expand(*mask.shape[:3], self.anchors)
-        if self.pattern.floating:
-            short = self._short(values[:, :, self.anchors :], positions)
-            rank = self._ranks(short)
-            gone = (queries[:, 0] - window + 1 - first).clamp(min=0)  # columns that have left the window at each query
-            most = rank[..., gone, None]  # short keys among them and before: [batch, heads, block, 1]
-            least = most - self.pattern.floating
-            rank = rank[:, :, None, :-1]
-            mask = mask | (short[:, :, None] & (rank >= least) & (rank < most))
-            last = self.floating[..., None] - 1
-            rank = last - (last - torch.arange(self.pattern.floating, device=key.device)) % self.pattern.floating
-            sink = held[..., : self.pattern.sink]
-            held = torch.cat([sink, held[..., self.pattern.sink :] & (rank[:, :, None] >= least)], -1)
+        leaving = max(0, self.length + key.shape[2] - window - first)  # columns that leave by the last query
+        if self.pattern.floating and leaving:
+            new = slice(self.anchors, self.anchors + leaving)
+            scores = self._scores(keys[:, :, new], values[:, :, new], first)
+            gone = (queries[:, 0] - window + 1 - first).clamp(min=0)
+            floating = best(self.scores, scores, gone, self.pattern.floating)
+            held = torch.cat([held[..., :sink], floating[..., : self.pattern.floating]], -1)
+            left = mask[..., :leaving] | floating[..., self.pattern.floating :]
+            mask = torch.cat([left, mask[..., leaving:]], -1)
         return _rows(query, keys, values, torch.cat([held, mask], -1), scaling)
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -143,12 +156,19 @@ class HeadGroup:
 
     # what is held
 
+    def hold(self) -> None:
+        """From now on nothing is let go: what is held stays visible, and every later token is kept."""
+        if self.window is None:
+            return
+        self.crop(0)
+        self.anchors, self.start, self.window = self.anchors + self._held(), self.length, None
+
     def _held(self) -> int:
         """Columns in the ring."""
-        return self.length if self.pattern.window is None else min(self.length, self.pattern.window)
+        return self.length - self.start if self.window is None else min(self.length, self.window)
 
     def _slots(self, columns: Tensor) -> Tensor:
-        return self.anchors + (columns if self.pattern.window is None else columns % max(self.pattern.window, 1))
+        return self.anchors + (columns - self.start if self.window is None else columns % max(self.window, 1))
 
     def _in_order(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the ring, oldest first."""
@@ -160,28 +180,29 @@ class HeadGroup:
         """Positions in the row's text: [keys], or [batch, 1, keys] with padding, where they are negative."""
         return columns if self.padding is None else columns - self.padding.tokens[:, None, None]
 
-    def _short(self, values: Tensor, positions: Tensor) -> Tensor:
-        """Which keys become floating sinks when they leave the window: bool [batch, heads, keys]."""
-        return (values.float().norm(dim=-1) < self.thresholds) & (positions >= self.pattern.sink)
+    def _scores(self, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        """Scores of the keys of columns from `first` on: [batch, heads, columns], -inf for sink tokens and padding."""
+        scores = key_scores(keys, values, self.weights)
+        if first >= self._ordinary:
+            return scores
+        positions = self._positions(torch.arange(first, first + keys.shape[2], device=keys.device))
+        return scores.masked_fill(positions < self.pattern.sink, NONE)
 
-    def _ranks(self, short: Tensor) -> Tensor:
-        """Short keys before each, those that have left among them: [batch, heads, keys + 1], the last counts them all.
+    @property
+    def _ordinary(self) -> int:
+        """The first column that is neither sink token nor padding in any row."""
+        return self.pattern.sink + (0 if self.padding is None else self.padding.most)
 
-        short: [batch, heads, keys], in order, beginning with the oldest key that is still in the ring.
-        """
-        before = self.floating[..., None]
-        return torch.cat([before, before + short.cumsum(-1)], -1)
-
-    def _enter(self, key: Tensor, value: Tensor) -> None:
+    def enter(self, key: Tensor, value: Tensor) -> None:
         """Take tokens into the ring; those that they push out of the window move left or are dropped."""
         tokens, end = key.shape[2], self.length + key.shape[2]
-        window = end if self.pattern.window is None else self.pattern.window
-        self._grow(min(window, end))
-        if end > window:
+        window = end - self.start if self.window is None else self.window
+        self._grow(min(window, end - self.start))
+        if end - window > self.length - self._held():
             self._leave(key, value, end - window)
         columns = torch.arange(max(self.length, end - window), end, device=key.device)
         if tokens == 1 and window:  # a slice is sooner written than an index
-            slot = self.anchors + self.length % window
+            slot = self.anchors + (self.length - self.start) % window
             self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
             self.visible[:, :, slot] = True if self.padding is None else (self.length >= self.padding.tokens)[:, None]
         elif len(columns):
@@ -192,34 +213,51 @@ class HeadGroup:
         self.length = end
 
     def _leave(self, key: Tensor, value: Tensor, until: int) -> None:
-        """Columns before `until` leave the window: keep the first tokens and the last floating sinks among them."""
+        """Columns before `until` leave the window: keep the first tokens, and the best scored others, among them."""
         first, held = self.length - self._held(), self._held()
-        most = 0 if self.padding is None else self.padding.most
-        if not self.anchors or (not self.pattern.floating and first >= self.pattern.sink + most):
+        sinks = bool(self.pattern.sink) and first < self._ordinary
+        if not self.pattern.floating and not sinks:
             return
-        columns = torch.arange(first, until, device=key.device)
-        slots = self._slots(columns[:held])
-        new = slice(0, max(until - self.length, 0))
-        values = torch.cat([self.values[:, :, slots], value[:, :, new]], 2)
-        target = positions = self._positions(columns)
-        lasting = (positions >= 0) & (positions < self.pattern.sink)
+        if until - first == 1 and held:  # no copy
+            slot = self.anchors + first % held  # the ring is full, or `first` is 0
+            keys, values = self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1]
+        else:
+            columns = torch.arange(first, until, device=key.device)
+            slots, new = self._slots(columns[:held]), slice(0, max(until - self.length, 0))
+            keys = torch.cat([self.keys[:, :, slots], key[:, :, new]], 2)
+            values = torch.cat([self.values[:, :, slots], value[:, :, new]], 2)
+        if sinks:
+            positions = self._positions(torch.arange(first, until, device=key.device)).expand(keys.shape[:3])
+            rows, heads, found = ((positions >= 0) & (positions < self.pattern.sink)).nonzero(as_tuple=True)
+            target = positions[rows, heads, found]
+            self.keys[rows, heads, target] = keys[rows, heads, found]
+            self.values[rows, heads, target] = values[rows, heads, found]
+            self.visible[rows, heads, target] = True
         if self.pattern.floating:
-            short = self._short(values, positions)
-            lasting = lasting | short
-        if not lasting.any():  # most tokens, when they leave one at a time
-            return
-        if self.pattern.floating:
-            rank = self._ranks(short)
-            self.floating, rank = rank[..., -1].clone(), rank[..., :-1]
-            # Of many that leave at once only the last have a slot, so that no two are written to the same one.
-            lasting = lasting & ~(short & (rank < self.floating[..., None] - self.pattern.floating))
-            target = torch.where(short, self.pattern.sink + rank % self.pattern.floating, positions)
-        keys = torch.cat([self.keys[:, :, slots], key[:, :, new]], 2)
-        rows, heads, found = lasting.expand(keys.shape[:3]).nonzero(as_tuple=True)
-        target = target.expand(keys.shape[:3])[rows, heads, found]
-        self.keys[rows, heads, target] = keys[rows, heads, found]
-        self.values[rows, heads, target] = values[rows, heads, found]
-        self.visible[rows, heads, target] = True
+            self._choose(keys, values, self._scores(keys, values, first))
+
+    def _choose(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
+        """Of the floating keys and those that leave now, [batch, heads, keys, dim], keep those with the highest scores."""
+        if scores.shape[2] == 1:  # no sort
+            least, slot = self.scores.min(-1)
+            better = scores[..., 0] > least
+            if not better.any():
+                return
+            rows, heads = better.nonzero(as_tuple=True)
+            slot, new = slot[rows, heads], torch.zeros_like(rows)
+        else:
+            every = torch.cat([self.scores, scores], -1)
+            top = every.topk(self.pattern.floating, -1, sorted=False).indices
+            kept = torch.zeros_like(every, dtype=torch.bool).scatter_(-1, top, True)
+            # Of every head as many held ones go as new ones stay, so that the two lists are of one length and in step.
+            rows, heads, slot = (~kept[..., : self.pattern.floating]).nonzero(as_tuple=True)
+            new = kept[..., self.pattern.floating :].nonzero(as_tuple=True)[2]
+        worth = scores[rows, heads, new]
+        self.scores[rows, heads, slot] = worth
+        slot = slot + self.pattern.sink
+        self.keys[rows, heads, slot] = keys[rows, heads, new]
+        self.values[rows, heads, slot] = values[rows, heads, new]
+        self.visible[rows, heads, slot] = worth > NONE
 
     def _grow(self, needed: int) -> None:
         """Make the ring at least `needed` slots long, in steps, up to the window."""
@@ -227,8 +265,8 @@ class HeadGroup:
         if needed <= slots:
             return
         slots = -(-needed // GROWTH) * GROWTH
-        if self.pattern.window is not None:
-            slots = min(slots, self.pattern.window)
+        if self.window is not None:
+            slots = min(slots, self.window)
         more = self.anchors + slots - self.keys.shape[2]
         self.keys = torch.cat([self.keys, self.keys.new_zeros(*self.keys.shape[:2], more, self.keys.shape[3])], 2)
         self.values = torch.cat(
@@ -245,23 +283,27 @@ class HeadGroup:
             left = key.shape[2] - tokens
             if left >= 0:
                 self.recent = None
-                self._enter(key[:, :, :left], value[:, :, :left])
+                self.enter(key[:, :, :left], value[:, :, :left])
                 return
             self.recent, tokens = None, -left
         if tokens == 0:
             return
-        if self.pattern.window is not None and self.length > self.pattern.window:
+        if self.window is None and tokens > self.length - self.start:
             raise HeadsinkError(
-                f"cannot take back {tokens} tokens: a window of {self.pattern.window} has let go of older ones; pass a "
+                f"cannot take back {tokens} tokens: hold() was called {self.length - self.start} tokens ago, and what was "
+                "held then stays"
+            )
+        if self.window is not None and self.length > self.window:
+            raise HeadsinkError(
+                f"cannot take back {tokens} tokens: a window of {self.window} has let go of older ones; pass a "
                 "cache of your own (headsink.new_cache) and call its activate_past_recording() first"
             )
         self.length -= tokens
-        self.visible[:, :, self.anchors + self.length :] = False
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to the batch dimension of all that is held."""
         self.keys, self.values, self.visible = change(self.keys), change(self.values), change(self.visible)
-        self.floating = change(self.floating)
+        self.scores = change(self.scores)
         if self.recent is not None:
             self.recent = change(self.recent[0]), change(self.recent[1])
         if self.padding is not None:
@@ -270,7 +312,7 @@ class HeadGroup:
             self.padding = Padding(tokens, most) if most else None
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.keys, self.values, self.visible, self.floating, self.thresholds)
+        yield from (self.keys, self.values, self.visible, self.scores, self.weights)
         if self.recent is not None:
             yield from self.recent
         if self.padding is not None:

@@ -2,11 +2,12 @@
 
 Query i (0-based position in its text) of a KV head with `Pattern(sink=s, floating=f, window=w)` sees key j iff
 
-    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's floating sinks at i )
+    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's floating keys at i )
 
-The floating sinks at i are the last f keys at s <= j <= i - w whose value is short: its norm lies below a threshold fixed at
-calibration. There are fewer while not so many short keys have left the window. The rule looks backwards only, so one
-pass, chunks and token by token agree, and no query sees more than s + f + w keys.
+The floating keys at i are the f keys at s <= j <= i - w with the highest scores, all of them while there are not so many. A
+key's score is a fixed function of the key and its value (scores.py), so the rule looks backwards only: a key that was once
+let go never comes back, one pass, chunks and token by token agree, and no query sees more than s + f + w keys. Which of
+several keys with equal scores are kept is left open.
 
 Everything here is slow and obvious. The cache, the kernels and the serving plugin are tested against it.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from headsink.errors import HeadsinkError
+from headsink.scores import key_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Pattern:
     Parameters
     ----------
     sink : first tokens of the text that stay visible.
-    floating : floating sinks that are visible, at most: the last ones that have left the window.
+    floating : keys with the highest scores, of those that have left the window, that stay visible.
     window : last keys that are visible, the query's own among them; `None` is full attention.
 
     `Pattern()` is full attention, `Pattern(4, 0, 128)` is StreamingLLM's shape (arXiv 2309.17453), `Pattern(4, 0, 0)`
@@ -67,27 +69,27 @@ class Pattern:
 FULL = Pattern()
 
 
-def floating_sinks(pattern: Pattern, queries: Tensor, keys: Tensor, short: Tensor) -> Tensor:
-    """Which keys are their head's floating sinks at each query: bool [..., queries, keys]. Arguments as for `visible`."""
-    candidates = short & (keys >= pattern.sink)
-    left = candidates[..., None, :] & (keys[..., None, :] <= queries[..., :, None] - (pattern.window or 0))
-    # A key's rank among the candidates, from 1, and how many have left: all but the last f of those are let go.
-    rank, most = candidates.cumsum(-1)[..., None, :], left.sum(-1, keepdim=True)
-    return left & (rank > most - pattern.floating)
+def floating_keys(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
+    """Which keys are their head's floating keys at each query: bool [..., queries, keys]. Arguments as for `visible`."""
+    i, j = queries[..., :, None], keys[..., None, :]
+    gone = (j >= pattern.sink) & (j <= i - (pattern.window or 0))
+    worth = scores[..., None, :].masked_fill(~gone, float("-inf"))
+    rank = worth.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return gone & (rank < pattern.floating)
 
 
-def visible(pattern: Pattern, queries: Tensor, keys: Tensor, short: Tensor) -> Tensor:
+def visible(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
     """The mask of section "definition": bool [..., queries, keys], True where the query sees the key.
 
     queries: int [..., queries] positions. keys: int [..., keys] positions, ascending from the text's first token,
-    negative for padding, which nobody sees. short: bool [..., keys].
+    negative for padding, which nobody sees. scores: float [..., keys].
     """
     i, j = queries[..., :, None], keys[..., None, :]
     causal = (j <= i) & (j >= 0)
     if pattern.window is None:
-        return causal.expand(*torch.broadcast_shapes(causal.shape[:-2], short.shape[:-1]), *causal.shape[-2:])
+        return causal.expand(*torch.broadcast_shapes(causal.shape[:-2], scores.shape[:-1]), *causal.shape[-2:])
     near = i - j < pattern.window
-    return causal & ((j < pattern.sink) | near | floating_sinks(pattern, queries, keys, short))
+    return causal & ((j < pattern.sink) | near | floating_keys(pattern, queries, keys, scores))
 
 
 def reference_attention(
@@ -95,15 +97,15 @@ def reference_attention(
     key: Tensor,
     value: Tensor,
     patterns: Sequence[Pattern],
-    thresholds: Tensor,
+    weights: Tensor,
     scaling: float,
     padding: Tensor | None = None,
 ) -> Tensor:
     """Attention of a whole text under one pattern per KV head, written out.
 
     query: [batch, query heads, keys or fewer, dim], the last queries of the text. key, value: [batch, KV heads, keys,
-    dim]. thresholds: [KV heads], the value norm below which a key can be a floating sink. padding: int [batch], tokens of
-    left padding in each row. Returns [batch, query heads, queries, dim] in the query's dtype; zero where a query
+    dim]. weights: [KV heads, features], of the keys' scores (scores.py). padding: int [batch], tokens of left padding in each
+    row. Returns [batch, query heads, queries, dim] in the query's dtype; zero where a query
     sees nothing.
     """
     batch, n_keys = key.shape[0], key.shape[2]
@@ -111,12 +113,12 @@ def reference_attention(
     columns = torch.arange(n_keys, device=key.device)
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = columns - offsets[:, None]  # [batch, keys]
-    short = value.float().norm(dim=-1) < thresholds.to(value.device)[:, None]  # [batch, KV heads, keys]
+    scores = key_scores(key, value, weights)  # [batch, KV heads, keys]
     output = torch.zeros_like(query)
     for head, pattern in enumerate(patterns):
-        mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, short[:, head])[:, None]
+        mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, scores[:, head])[:, None]
         rows = slice(head * group, (head + 1) * group)
-        scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no key at all: zero
-        output[:, rows] = weights @ value[:, head : head + 1]
+        logits = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
+        shares = logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no key at all: zero
+        output[:, rows] = shares @ value[:, head : head + 1]
     return output

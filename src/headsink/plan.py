@@ -32,6 +32,7 @@ from headsink.architecture import Architecture, check_plannable, describe, weigh
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.pattern import FULL, Pattern
+from headsink.scores import n_features
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
@@ -52,19 +53,19 @@ class _Part(BaseModel):
 
 
 class Head(_Part):
-    """The pattern of one KV head, and the value norm that its floating sinks are measured against."""
+    """The pattern of one KV head, and the weights of its keys' scores (scores.py), by which floating keys are chosen."""
 
     sink: Tokens = 0
     floating: Tokens = 0
     window: Tokens | None
-    value_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    score: tuple[Finite, ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.window is None and (self.sink or self.floating):
             raise ValueError("full attention (window null) sees every key, so sink and floating must be 0")
-        if self.floating and self.value_norm is None:
-            raise ValueError("floating sinks need a value_norm to be recognised by")
+        if self.floating and not any(self.score or ()):
+            raise ValueError("floating keys need a score to be chosen by, and not all of its weights can be 0")
         return self
 
     @property
@@ -157,13 +158,17 @@ class Quality(_Part):
 
 
 class Plan(_Part):
-    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone."""
+    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
-    schema_version: Literal[2] = 2  # 1 had the first floating sinks, not the last
+    hold: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
+    that (`headsink.compress`), rather than for caches that let go all the time.
+    """
+
+    schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
     positions: Literal["text"] = "text"
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
+    hold: bool = False
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = {}
     quality: tuple[Quality, ...] = ()
@@ -177,6 +182,12 @@ class Plan(_Part):
                 raise ValueError(
                     f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
                 )
+            for head, found in enumerate(heads or ()):
+                if found.score is not None and len(found.score) != n_features(self.model.head_dim):
+                    raise ValueError(
+                        f"layers.{index}.{head}.score: {len(found.score)} weights given, heads of size {self.model.head_dim} "
+                        f"have {n_features(self.model.head_dim)}"
+                    )
         return self
 
     # making plans
@@ -190,10 +201,10 @@ class Plan(_Part):
     def uniform(cls, model: nn.Module, pattern: Pattern) -> Plan:
         """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`.
 
-        Floating sinks need a reference value norm for each head, which `headsink.calibrate` measures.
+        Floating keys need scores, which `headsink.calibrate` fits.
         """
         if pattern.floating:
-            raise HeadsinkError("floating: a uniform plan has no measured value norms; use headsink.calibrate")
+            raise HeadsinkError("floating: a uniform plan has no scores of keys; use headsink.calibrate")
         shape = describe(model)
         return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows])
 
@@ -202,20 +213,31 @@ class Plan(_Part):
         cls,
         model: nn.Module,
         patterns: Sequence[Sequence[Pattern] | None],
-        value_norms: Sequence[Sequence[float] | None] | None = None,
+        scores: torch.Tensor | None = None,
         **fields: Any,
     ) -> Plan:
-        """A plan from patterns [layers][KV heads], None for a sliding layer, and reference value norms of the same shape."""
+        """A plan from patterns [layers][KV heads], None for a sliding layer.
+
+        scores: [layers, KV heads, features], weights of the keys' scores; needed where there are floating keys.
+        """
         check_plannable(describe(model))
-        norms = value_norms or [None] * len(patterns)
+
+        def weights(layer: int, head: int) -> tuple[float, ...] | None:
+            return None if scores is None else tuple(float(f"{x:.6g}") for x in scores[layer, head].tolist())
+
         layers = [
             None
             if row is None
             else tuple(
-                Head(sink=p.sink, floating=p.floating, window=p.window, value_norm=None if m is None else m[head])
+                Head(
+                    sink=p.sink,
+                    floating=p.floating,
+                    window=p.window,
+                    score=weights(layer, head) if p.floating else None,
+                )
                 for head, p in enumerate(row)
             )
-            for row, m in zip(patterns, norms, strict=True)
+            for layer, row in enumerate(patterns)
         ]
         return cls(model=Fingerprint.of(model), layers=tuple(layers), **fields)
 
@@ -264,10 +286,13 @@ class Plan(_Part):
                 raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
         return shape
 
-    def thresholds(self, layer: int) -> torch.Tensor:
-        """[KV heads] float32: the value norm below which a key of this layer can be a floating sink."""
-        heads = self.layers[layer] or ()
-        return torch.tensor([self.tau * (head.value_norm or 0.0) for head in heads])
+    def scores(self, layer: int) -> torch.Tensor:
+        """[KV heads, features] float32: weights of the keys' scores, 0 for heads without floating keys."""
+        weights = torch.zeros(self.model.kv_heads, n_features(self.model.head_dim))
+        for head, found in enumerate(self.layers[layer] or ()):
+            if found.score is not None:
+                weights[head] = torch.tensor(found.score)
+        return weights
 
     @property
     def verified(self) -> int | None:

@@ -24,7 +24,7 @@ from headsink.errors import HeadsinkError
 from headsink.plan import Interval, Plan, Quality, Retrieval
 from headsink.probes import TEXT, Document
 from headsink.progress import bar
-from headsink.runtime import apply, new_cache
+from headsink.runtime import apply, compress, new_cache
 
 CONTINUATION = 256  # tokens of it
 LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
@@ -54,11 +54,14 @@ class Scored:
 
 def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache:
     """The cache of a document, read by the model itself or under a plan, ready for branches that are taken back."""
-    if plan is None:
-        cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    else:
-        cache = new_cache(model, plan.model_copy(update={"quality": ()}))  # measured here, so nothing to warn of
+    cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if plan is not None:
+        plan = plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
+        if not plan.hold:
+            cache = new_cache(model, plan)
     _forward(model, cache, ids, 1)
+    if plan is not None and plan.hold:
+        cache = compress(model, plan, cache)
     cache.activate_past_recording()
     return cache
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from headsink.architecture import decoder, describe
 from headsink.attention import Seen, engaged, observing, substituting
 from headsink.blockwise import Inputs
 from headsink.output import OutputNorms
-from headsink.pattern import FULL, Pattern, visible
+from headsink.pattern import FULL, Pattern
 from headsink.probes import Document
+from headsink.scores import best, key_scores
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that slides by itself
 
@@ -43,59 +45,65 @@ class Marginals:
     error: Tensor
 
 
+class Branches:
+    """Texts that may follow a document of `length` tokens, side by side: each sees the document and itself.
+
+    ids, positions: int64 [tokens]. rows: the tokens of each.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], length: int, device: torch.device):
+        ends = list(accumulate(map(len, texts)))
+        self.rows = [slice(end - len(text), end) for end, text in zip(ends, texts, strict=True)]
+        self.ids = torch.tensor([token for text in texts for token in text], device=device)
+        self.positions = torch.cat([torch.arange(length, length + len(text), device=device) for text in texts])
+
+
 class Replay:
     """A document that the model has read, and its branches: the continuation first, then the questions.
 
     forms: names of the branches ("text" for the continuation). full: float32 [scored tokens, vocabulary], the log-probabilities
-    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. value_norms:
-    float32 [layers, KV heads], the median value norm over the document.
+    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. hold: whether
+    branches keep all of their own tokens and all that was held at the end of the document (`headsink.compress`).
     """
 
-    def __init__(self, model: PreTrainedModel, document: Document):
-        self.model, self.shape = model, describe(model)
+    def __init__(self, model: PreTrainedModel, document: Document, hold: bool = False):
+        self.model, self.document, self.shape, self.hold = model, document, describe(model), hold
         self.length = len(document.ids)
         self._read(document.ids)
+        device = model.device
         self.forms = [form for form, _, _ in document.branches]
-        ids: list[int] = []
-        positions: list[int] = []
-        owner: list[int] = []
+        self._branches = Branches([tokens for _, tokens, _ in document.branches], self.length, device)
         scored: list[int] = []
         own: list[int] = []
-        for number, (_, tokens, count) in enumerate(document.branches):
-            end = len(ids) + len(tokens)
-            scored += range(end - count - 1, end - 1)  # each token is predicted from the one before it
+        for number, (rows, (_, _, count)) in enumerate(zip(self._branches.rows, document.branches, strict=True)):
+            scored += range(rows.stop - count - 1, rows.stop - 1)  # each token is predicted from the one before it
             own += [number] * count
-            ids += tokens
-            positions += range(self.length, self.length + len(tokens))
-            owner += [number] * len(tokens)
-        device = model.device
-        self.ids, self.positions = (torch.tensor(x, device=device) for x in (ids, positions))
         self.scored, self.branch = (torch.tensor(x, device=device) for x in (scored, own))
-        self.targets = self.ids[self.scored + 1]
-        branch_of = torch.tensor(owner, device=device)
-        self._apart = self.positions[:, None] - self.positions  # [tokens, tokens]
-        self._within = (branch_of[:, None] == branch_of) & (self._apart >= 0)
+        self.targets = self._branches.ids[self.scored + 1]
         self.full = self.log_probs([None if window else [FULL] * self.shape.kv_heads for window in self.shape.windows])
 
     def _read(self, ids: list[int]) -> None:
         self._keys: list[Tensor] = []  # of each layer, [KV heads, tokens, dim], in 16 bits
         self._values: list[Tensor] = []
-        self._norms: list[Tensor] = []  # of the values, float32 [KV heads, tokens]
 
         def keep(seen: Seen) -> None:
             last = slice(0 if seen.sliding is None else max(0, seen.length - seen.sliding), None)
             kind = torch.bfloat16 if seen.key.dtype == torch.float32 else seen.key.dtype
-            self._norms.append(seen.value[0].float().norm(dim=-1))
             self._keys.append(seen.key[0, :, last].to(kind, copy=True))
             self._values.append(seen.value[0, :, last].to(kind, copy=True))
 
         with torch.no_grad(), engaged(self.model), observing(keep):
             decoder(self.model)(torch.tensor([ids], device=self.model.device), use_cache=False)
-        self.value_norms = torch.stack([norms.median(-1).values for norms in self._norms])
 
-    def set_thresholds(self, thresholds: Tensor) -> None:
-        """[layers, KV heads]: the value norms below which a key can be a floating sink."""
-        self._short = [norms < limits[:, None] for norms, limits in zip(self._norms, thresholds, strict=True)]
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the document, [KV heads, tokens, dim] in 16 bits; the last ones only in a layer that slides."""
+        return self._keys[layer], self._values[layer]
+
+    def set_scores(self, weights: Tensor) -> None:
+        """[layers, KV heads, features]: weights of the keys' scores."""
+        self._weights = weights.to(self.model.device)
+        held = zip(self._keys, self._values, self._weights, strict=True)
+        self._scores = [key_scores(keys, values, own) for keys, values, own in held]
 
     # running the branches
 
@@ -145,58 +153,115 @@ class Replay:
             gradient[layer] = by_head.flatten(2).sum(-1).T
         return Marginals(float(loss.detach()), gradient, error)
 
+    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor]) -> Tensor:
+        """Run branches, the attention of every layer computed by `attend`: the last hidden states, [tokens, hidden size]."""
+        with engaged(self.model), substituting(attend):
+            return decoder(self.model)(
+                branches.ids[None], position_ids=branches.positions[None], use_cache=False
+            ).last_hidden_state[0]
+
     def _run(self, patterns: Patterns, look: Callable[[Inputs, Tensor], Tensor] | None) -> Tensor:
         def attend(inputs: Inputs) -> Tensor:
             row = patterns[inputs.layer] or [Pattern(0, 0, inputs.sliding)] * self.shape.kv_heads
-            output = torch.cat([self._head(inputs, head, pattern) for head, pattern in enumerate(row)], 1)
+            output = inputs.query.new_empty(self.shape.kv_heads, self.shape.group, *inputs.query.shape[2:])
+            for pattern in dict.fromkeys(row):
+                heads = [head for head, own in enumerate(row) if own == pattern]
+                output[heads] = self._part(inputs, heads, pattern)
+            output = output.flatten(0, 1)[None]
             return output if look is None else look(inputs, output)
 
-        with engaged(self.model), substituting(attend):
-            hidden = decoder(self.model)(
-                self.ids[None], position_ids=self.positions[None], use_cache=False
-            ).last_hidden_state[0, self.scored]
-        return self.model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        return self.model.get_output_embeddings()(self.run(self._branches, attend)[self.scored]).float().log_softmax(-1)
 
     def _moved(self, inputs: Inputs, output: Tensor, row: Sequence[Pattern], option: Pattern) -> Tensor:
         """How far each head's output moves if it goes over to `option`: [query heads, tokens, dim]."""
-        moved, group = torch.zeros_like(output[0]), self.shape.group
-        for head, pattern in enumerate(row):
-            if pattern != option:
-                rows = slice(head * group, (head + 1) * group)
-                moved[rows] = self._head(inputs, head, option)[0] - output[0, rows]
-        return moved
+        before = output[0].unflatten(0, (self.shape.kv_heads, -1))
+        moved = torch.zeros_like(before)
+        heads = [head for head, pattern in enumerate(row) if pattern != option]
+        if heads:
+            moved[heads] = self._part(inputs, heads, option) - before[heads]
+        return moved.flatten(0, 1)
 
-    def _head(self, inputs: Inputs, head: int, pattern: Pattern) -> Tensor:
-        """Output of the query heads of one KV head: [1, group, tokens, dim]."""
+    def _part(self, inputs: Inputs, heads: list[int], pattern: Pattern) -> Tensor:
+        """Output of the query heads of some KV heads under a pattern: [KV heads, group, tokens, dim]."""
         layer, group = inputs.layer, self.shape.group
-        query = inputs.query[:, head * group : (head + 1) * group]
-        tokens, dim = query.shape[2:]
-        mask = self._within
-        keys, values = self._keys[layer][head], self._values[layer][head]
-        first = self.length - len(keys)
-        if pattern.full:
-            context = mask.new_ones(tokens, len(keys))
-        else:
-            window = pattern.window or 0
-            held = torch.arange(first, self.length, device=keys.device)
-            short = self._short[layer][head] if pattern.floating else mask.new_zeros(self.length)
-            held = _held(pattern, short[first:], held)
-            context = visible(pattern, self.positions, held, short[held])
-            mask = mask & (self._apart < window)
-            keys, values = keys[held - first], values[held - first]
-        keys = torch.cat([keys.to(query.dtype), inputs.key[0, head]])
-        values = torch.cat([values.to(query.dtype), inputs.value[0, head]])
-        rows = torch.cat([context, mask], 1).repeat(group, 1)  # queries of a group as rows: a key is read once
-        output = F.scaled_dot_product_attention(
-            query.reshape(1, 1, group * tokens, dim), keys[None, None], values[None, None], rows, scale=inputs.scaling
+        query = inputs.query[0].unflatten(0, (-1, group))[heads]
+        own = inputs.key[0, heads], inputs.value[0, heads]
+        held = None if pattern.full else self._kept(layer, heads, pattern)
+        context = [_take(kept[heads], held).to(query.dtype) for kept in self.held(layer)]
+        parts = []
+        for rows in self._branches.rows:
+            keys, values = (torch.cat([kept, new[:, rows]], 1) for kept, new in zip(context, own, strict=True))
+            mask = self._mask(layer, heads, pattern, held, own[0][:, rows], own[1][:, rows])
+            output = F.scaled_dot_product_attention(  # queries of a group as rows: a key is read once
+                query[:, :, rows].flatten(1, 2)[None],
+                keys[None],
+                values[None],
+                mask.expand(len(heads), *mask.shape[-2:]).repeat(1, group, 1)[None],
+                scale=inputs.scaling,
+            )
+            parts.append(output[0].unflatten(1, (group, -1)))
+        return torch.cat(parts, 2)
+
+    def _near(self, layer: int, pattern: Pattern) -> range:
+        """Places, among the keys of a layer, of the window of the first query after the document, first tokens left out.
+
+        That query is in the window itself, unless the cache is held: then the window stays as the document left it.
+        """
+        size, window = self._keys[layer].shape[1], pattern.window or 0
+        if not (self.hold and self.shape.windows[layer] is None):
+            window = max(window - 1, 0)
+        return range(max(size - window, min(pattern.sink, size)), size)
+
+    def _kept(self, layer: int, heads: list[int], pattern: Pattern) -> Tensor:
+        """Places of the keys that the first query after the document sees: first tokens, floating keys, the window.
+        int64 [heads, keys]."""
+        near, sink = self._near(layer, pattern), min(pattern.sink, self._keys[layer].shape[1])
+        floating = torch.empty(len(heads), 0, dtype=torch.long, device=self.model.device)
+        if pattern.floating:
+            scores = self._scores[layer][heads, sink : near.start]
+            floating = scores.topk(min(pattern.floating, scores.shape[1])).indices + sink
+        rest = [
+            torch.arange(r.start, r.stop, device=floating.device).expand(len(heads), -1) for r in (range(sink), near)
+        ]
+        return torch.cat([rest[0], floating, rest[1]], 1)
+
+    def _mask(
+        self, layer: int, heads: list[int], pattern: Pattern, held: Tensor | None, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Which of the kept keys and of a branch's own tokens each token of the branch sees: bool [heads or 1, tokens, keys].
+
+        held: as `_kept` gives it, None for all keys. key, value: of the branch, [heads, tokens, dim].
+        """
+        tokens, size = key.shape[1], self._keys[layer].shape[1]
+        places = torch.arange(tokens, device=key.device)
+        apart = places[:, None] - places
+        if held is None or (self.hold and self.shape.windows[layer] is None):
+            return F.pad(apart >= 0, (size if held is None else held.shape[1], 0), value=True)[None]
+        near, window = self._near(layer, pattern), pattern.window or 0
+        until = held.shape[1] - len(near)
+        # Query n is n + size - place away from a key of the document.
+        window_of_context = places[:, None] + size - torch.arange(near.start, near.stop, device=key.device) < window
+        mask = F.pad(torch.cat([window_of_context, (apart >= 0) & (apart < window)], 1), (until, 0), value=True)
+        if not pattern.floating:
+            return mask[None]
+        scores, sinks = self._scores[layer][heads], min(pattern.sink, size)
+        new = key_scores(key.detach(), value.detach(), self._weights[layer, heads])
+        # Query n has let go of the keys up to `window` before it.
+        gone = (places + size - window - near.start + 1).clamp(min=0)
+        leaving = torch.cat([scores[:, near.start : near.stop], new], 1)[:, : int(gone[-1])]
+        seen = best(scores.gather(1, held[:, sinks:until]), leaving, gone, pattern.floating)
+        mask = mask.repeat(len(heads), 1, 1)
+        mask[:, :, sinks : sinks + seen.shape[2]] = seen | _beyond(
+            mask[:, :, sinks : sinks + seen.shape[2]], until - sinks
         )
-        return output.view(1, group, tokens, dim)
+        return mask
 
 
-def _held(pattern: Pattern, short: Tensor, positions: Tensor) -> Tensor:
-    """Positions of a document that a query after it may see: first tokens, floating sinks, the window of the first such query."""
-    last = int(positions[-1]) + 1
-    near = positions > last - (pattern.window or 0)
-    floating = short & (positions >= pattern.sink) & ~near
-    newest = floating.flip(0).cumsum(0).flip(0) <= pattern.floating
-    return positions[(positions < pattern.sink) | near | (floating & newest)]
+def _beyond(mask: Tensor, first: int) -> Tensor:
+    """The mask, with its first columns hidden."""
+    return F.pad(mask[:, :, first:], (first, 0), value=False)
+
+
+def _take(kept: Tensor, places: Tensor | None) -> Tensor:
+    """kept: [heads, keys, dim]; places: int64 [heads, fewer], None for all."""
+    return kept if places is None else kept.gather(1, places[..., None].expand(-1, -1, kept.shape[2]))

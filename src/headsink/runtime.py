@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headsink.architecture import decoder
-from headsink.attention import engaged
+from headsink.attention import engaged, left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
@@ -32,6 +32,24 @@ def new_cache(model: PreTrainedModel, plan: Plan) -> PlanCache:
     """
     shape = plan.check(model)
     return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows)
+
+
+def compress(model: PreTrainedModel, plan: Plan, cache: Cache, attention_mask: Tensor | None = None) -> PlanCache:
+    """A context that the model itself has read, cut once to what `plan` keeps; all that comes after stays.
+
+    Reading takes the time and memory that it always takes, and memory grows with every later token, but the context is read
+    without loss: of the same plan, this is the better and the slower way. Plans with `plan.hold` are made for it.
+
+    cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
+    tokens], 0 for left padding. Use what is returned inside `apply(model, plan)`. Raises HeadsinkError for another kind of
+    cache, and if the plan was made for another model.
+    """
+    if type(cache) is not DynamicCache:
+        raise HeadsinkError(f"{type(cache).__name__} cannot be compressed: a DynamicCache can")
+    compressed = new_cache(model, plan)
+    compressed.fill(cache, left_padding(attention_mask))
+    compressed.hold()
+    return compressed
 
 
 @contextmanager

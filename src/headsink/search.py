@@ -1,9 +1,10 @@
 """The choice of a pattern for every KV head under a budget, by the loss that is measured.
 
-The search starts from small windows everywhere and spends the budget in steps. At every step the replays (replay.py) give the
-slope of the loss towards every larger pattern of every head, at the plan reached so far, and a knapsack picks what promises
-most for the keys that may be spent. Heads are judged in the company that they will be in: with ten heads full, others are
-worth something else than with none. At the end heads are swapped within the budget while the measured loss falls.
+The search starts from 0.7 of the budget, dealt out by how much each head needs its keys to tell a text again
+(reconstruction.py), and spends the rest in steps. At every step the replays (replay.py) give the slope of the loss towards every
+larger pattern of every head, at the plan reached so far, and a knapsack picks what promises most for the keys that may be spent.
+Heads are judged in the company that they will be in: with ten heads full, others are worth something else than with
+none. At the end heads are swapped within the budget while the measured loss falls.
 
 Slopes alone promise too much, since outputs move far. What their sum misses is known at one place: with every head full the
 loss is 0. So each move is charged with its squared error times the one factor that makes the sum come out right there.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,14 +24,16 @@ from headsink.errors import HeadsinkError
 from headsink.pattern import FULL, Pattern
 from headsink.replay import Marginals, Patterns, Replay
 
-Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "random"]
+Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "copy-first-layer", "random"]
 Phase = Literal["forward", "refined", "done"]
-POLICIES: tuple[Policy, ...] = ("headsink", "streaming-llm", "on-off", "layer-wise", "random")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-SINK, FLOATING, TAU = 4, 16, 0.4
-WINDOWS = (32, 128, 512)  # the search begins with the smallest one, everywhere
+SINK = 4
+WINDOWS = (32,)
+FLOATING = (0, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the context
+START = 0.7  # of the budget is dealt out by need
 GROWTH = 1.25  # of what is kept, from step to step
-REFINEMENTS = 4  # rounds of swaps within the budget, at most
+REFINEMENTS = 3  # rounds of swaps within the budget, at most
 HALVINGS = 3  # of the number of swaps of a round, where all of them together do not lower the loss
 ON_OFF = Pattern(64, 0, 256)  # what DuoAttention (arXiv 2410.10819) gives a streaming head
 
@@ -41,19 +44,23 @@ class Method:
 
     policy: "headsink", or the shape of another method: "streaming-llm" (one window for all, arXiv 2309.17453), "on-off" (heads
     are full or have one fixed window, DuoAttention's shape), "layer-wise" (layers are, SimLayerKV's shape, arXiv 2410.13846),
-    "random" (as on-off, drawn by lot). gradient: slopes of the loss, not squared errors of outputs. steps: look again after
-    every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
-    retrieval_weight: KL of answers against that of text.
+    "copy-first-layer" (heads are the same in all layers, as the first layer's errors say), "random" (as on-off, drawn by lot).
+    windows: in tokens; floating: floating keys as shares of the context; a head gets one of each, or full attention. need: start
+    from what reconstruction needs, not from nothing. gradient: slopes of the loss, not squared errors of outputs. steps: look
+    again after every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
+    retrieval_weight: KL of answers against that of text. hold: the plan is for contexts that are compressed once.
     """
 
     policy: Policy = "headsink"
     windows: tuple[int, ...] = WINDOWS
-    floating: int = FLOATING
+    floating: tuple[float, ...] = FLOATING
+    need: bool = True
     gradient: bool = True
     steps: bool = True
     correction: bool = True
     refine: bool = True
     retrieval_weight: float = 0.25
+    hold: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -61,10 +68,10 @@ class Method:
 
     def options(self, context: int) -> tuple[Pattern, ...]:
         """The patterns that a head may get, full attention last."""
-        if self.policy in ("on-off", "layer-wise", "random"):
+        if self.policy in ("on-off", "layer-wise", "copy-first-layer", "random"):
             return (ON_OFF, FULL)
-        patterns = [Pattern(SINK, self.floating, window) for window in self.windows]
-        return (*(p for p in patterns if p.size(context) < context), FULL)
+        patterns = [Pattern(SINK, round(f * context), window) for f in self.floating for window in self.windows]
+        return (*dict.fromkeys(p for p in patterns if p.size(context) < context), FULL)
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,17 @@ class Step:
 
 
 class Search:
-    """Patterns for the heads that the replays have, at `context` tokens."""
+    """Patterns for the heads that the replays have, at `context` tokens.
 
-    def __init__(self, replays: Sequence[Replay], context: int, method: Method, seed: int = 0):
-        self.replays, self.context, self.method, self.seed = replays, context, method, seed
+    need: float [layers, KV heads, samples], how much each of some keys is needed (reconstruction.py); heads compete by it.
+    """
+
+    def __init__(
+        self, replays: Sequence[Replay], context: int, method: Method, seed: int = 0, need: Tensor | None = None
+    ):
+        self.replays, self.context, self.method, self.seed, self.need = replays, context, method, seed, need
+        for replay in replays:
+            replay.hold = method.hold
         shape = replays[0].shape
         self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
         self.heads = [(layer, head) for layer in self.layers for head in range(shape.kv_heads)]
@@ -141,11 +155,12 @@ class Search:
         pick = self._start(budget) if last is None else self._pick(last)
         while last is None or (last.phase == "forward" and last.kept < budget - 1 / (len(self.heads) * self.context)):
             loss, cost = self.expected(pick)
-            smaller = self.sizes < self.sizes[pick][:, None]
+            own = pick[:, None]
+            not_larger = (self.sizes <= self.sizes[own]).scatter(1, own, False)  # than the option that a head has
             # Room for any one move: if none is made there is none that promises anything.
             least = self._together() / len(self.heads)
             allowed = min(budget, max(self.kept(pick) * GROWTH, self.kept(pick) + least))
-            better = self._choose(cost.masked_fill(smaller, float("inf")), allowed)
+            better = self._choose(cost.masked_fill(not_larger, float("inf")), allowed)
             if torch.equal(better, pick):
                 break
             pick = better
@@ -209,12 +224,20 @@ class Search:
 
     def _start(self, budget: float) -> Tensor:
         smallest = int(self.sizes.argmin())
-        if self.sizes[smallest] > budget * self.context:
-            least = float(self.sizes[smallest]) / self.context
+        least = float(self.sizes[smallest]) / self.context
+        if least > budget:
             raise HeadsinkError(
                 f"budget: {budget} of {self.context} tokens is less than the smallest plan, {least:.3f}"
             )
-        return torch.full((len(self.heads),), smallest)
+        if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
+            return torch.full((len(self.heads),), smallest)
+        need = self.need[self.layers].flatten(0, 1)
+        rest = int((1 - (START * budget - least)) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
+        needed = need > need.flatten().kthvalue(1 + rest).values
+        wanted = (needed.double().mean(1) + least)[:, None] * self.context
+        # Squares, so that no head goes without for the sake of another that has most of what it needs.
+        missing = (wanted - self.sizes).clamp(min=0).square() / wanted
+        return choose(missing, self.sizes, START * budget * self.context * len(self.heads))
 
     def _fixed(self, budget: float) -> Tensor | None:
         """Plans that nothing is measured for."""
@@ -225,6 +248,14 @@ class Search:
             self.options = (Pattern(SINK, 0, window) if window + SINK < self.context else FULL,)
             self.sizes = torch.tensor([self.options[0].size(self.context)], dtype=torch.float64)
             return torch.zeros(len(self.heads), dtype=torch.long)
+        if self.method.policy == "copy-first-layer":
+            pick = torch.full((len(self.heads),), len(self.options) - 1)
+            marginals = [r.marginals(self.patterns(pick), self.options, 0.0) for r in self.replays]
+            error = _mean(marginals).error[self.layers[0]].double()
+            heads = choose(
+                error * len(self.layers), self.sizes * len(self.layers), budget * self.context * len(self.heads)
+            )
+            return heads.repeat(len(self.layers))
         if self.method.policy == "random":
             order = torch.randperm(len(self.heads), generator=torch.Generator().manual_seed(self.seed))
             cost = torch.zeros(len(self.heads), 2, dtype=torch.float64)

@@ -1,0 +1,79 @@
+"""A context that the model itself has read, compressed once, equals the reference; and what is held is what is claimed."""
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+from reference import reference_logits
+from test_runtime import TOLERANCE, padded
+from transformers import DynamicCache, StaticCache
+
+import headsink
+from headsink import HeadsinkError, Plan
+from headsink.cache import nbytes
+
+
+def compressed(model, plan, ids, mask=None):
+    """The cache of a context that was read in full, and what it held before."""
+    cache, options = DynamicCache(config=model.config), {}
+    if mask is not None:
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        model(ids, past_key_values=cache, **options)
+    before = nbytes(cache)
+    return headsink.compress(model, plan, cache, mask), before, cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [[20], [1], [7, 1, 5]], ids=str)
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_what_follows_equals_the_reference(family, sizes, padding):
+    model = tiny(family, dtype=torch.float64)
+    for seed, context in enumerate((1, 30, 45)):
+        ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
+        if padding and context < 14:
+            continue  # a row would be padding only
+        plan = random_plan(model, seed)
+        expected = reference_logits(model, plan, ids, mask, hold=context, once=True)
+        cache, _, _ = compressed(model, plan, ids[:, :context], None if mask is None else mask[:, :context])
+        start, left = context, list(sizes)
+        with headsink.apply(model, plan), torch.no_grad():
+            while start < ids.shape[1]:
+                end = min(start + (left.pop(0) if len(left) > 1 else left[0]), ids.shape[1])
+                options = {}
+                if mask is not None:
+                    position_ids = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
+                    options = {"attention_mask": mask[:, :end], "position_ids": position_ids}
+                logits = model(ids[:, start:end], past_key_values=cache, **options).logits
+                torch.testing.assert_close(logits, expected[:, start:end], **TOLERANCE)
+                start = end
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_all_full_plan_is_the_model_bit_for_bit(family):
+    model, ids = tiny(family), torch.randint(3, 211, (1, 60))
+    plain = DynamicCache(config=model.config)
+    cache, _, _ = compressed(model, Plan.full(model), ids[:, :40])
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=plain)
+        for start, end in ((40, 41), (41, 60)):
+            expected = model(ids[:, start:end], past_key_values=plain).logits
+            with headsink.apply(model, Plan.full(model)):
+                assert torch.equal(model(ids[:, start:end], past_key_values=cache).logits, expected)
+
+
+def test_memory_is_given_back():
+    model = tiny("llama")
+    plan = Plan.uniform(model, headsink.Pattern(4, 0, 16))
+    cache, before, full = compressed(model, plan, torch.randint(3, 211, (1, 400)))
+    assert nbytes(full) == 0
+    assert cache.nbytes() < before * 0.07  # 20 of 400 keys, and bookkeeping
+    assert cache.get_seq_length() == 400
+
+
+def test_what_cannot_be_compressed_is_refused():
+    model = tiny("llama")
+    with pytest.raises(HeadsinkError, match="StaticCache cannot be compressed"):
+        headsink.compress(model, Plan.full(model), StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(HeadsinkError, match="for another model"):
+        headsink.compress(tiny("llama", 1), Plan.full(model), DynamicCache(config=model.config))

@@ -1,0 +1,41 @@
+"""Generation under a plan that is made for prompts which are compressed once."""
+
+import pytest
+import torch
+from families import tiny
+from plans import random_plan
+from reference import reference_logits
+
+import headsink
+from headsink.generation import Conversation, generate
+
+
+def follows(model, plan, ids, answer, hold):
+    """Whether an answer at the end of `ids` is the reference's greedy one, nothing being let go from column `hold` on."""
+    logits = reference_logits(model, plan, torch.tensor([ids]), hold=hold, once=hold is not None)[
+        0, -len(answer) - 1 : -1
+    ]
+    return logits.argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 50])
+@pytest.mark.parametrize("hold", [False, True])
+def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, tokens, hold):
+    model = tiny("llama", dtype=torch.float64)
+    plan = random_plan(model, 4).model_copy(update={"hold": hold})
+    ids = torch.randint(3, 211, (tokens,)).tolist()
+    done = generate(model, tokenizer, ids, plan, max_new_tokens=30)
+    assert done.prompt_tokens == tokens
+    assert len(done.ids) == 30
+    assert follows(model, plan, ids + done.ids, done.ids, tokens - 1 if hold else None)
+
+
+def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
+    model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    plan = random_plan(model, 4).model_copy(update={"hold": True})
+    talk = Conversation(model, tokenizer, plan, max_new_tokens=8)
+    first = talk.ask("What is in the box? " * 20)
+    cache = talk.cache
+    second = talk.ask("And what else?")
+    assert talk.cache is cache
+    assert follows(model, plan, talk.ids, second.ids, first.prompt_tokens - 1)

@@ -1,0 +1,166 @@
+"""What a text needs to be told again, and the weights of keys' scores, against the same found the slow way."""
+
+import itertools
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from test_replay import LENGTH, SOME, random_document, random_weights
+
+from headsink import HeadsinkError, Pattern, Plan, reconstruction
+from headsink.architecture import attention_modules
+from headsink.reconstruction import LEAD, LEAST, PROMPT, RIDGE, SPAN, TOKENS, WEIGHT, Demand, _starts, demand, fit
+from headsink.replay import Replay
+from headsink.scores import key_features, key_scores
+
+
+def letters(text, add_special_tokens=True):
+    """A tokenizer for the vocabulary of tiny models."""
+    assert not add_special_tokens
+    return {"input_ids": [3 + ord(letter) % 208 for letter in text]}
+
+
+def spans(length):
+    return [range(start, min(start + SPAN, length)) for start in _starts(length)]
+
+
+def telling(model, seed=0):
+    replay = Replay(model, random_document(seed))
+    return replay, demand(replay, letters)
+
+
+# what is told again
+
+
+@torch.no_grad()
+def slow_demand(family, ids):
+    """One pass of the model over document, prompt and span for each span: log of attention, [layers, KV heads, keys]."""
+    model, found = tiny(family, dtype=torch.float64, attention="eager"), []
+    prompt, kv_heads = letters(PROMPT, add_special_tokens=False)["input_ids"], model.config.num_key_value_heads
+    for span in spans(len(ids)):
+        told = ids + prompt + ids[span.start - LEAD : span.stop]
+        layers = model(torch.tensor([told]), use_cache=False, output_attentions=True).attentions
+        seen = torch.stack(layers)[:, 0, :, len(ids) :, span.start : span.stop]  # [layers, query heads, queries, keys]
+        found.append(seen.unflatten(1, (kv_heads, -1)).amax((2, 3)).log())
+    return torch.cat(found, -1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_demand_is_the_largest_attention_of_a_pass_over_everything(family, precise):
+    replay, told = telling(tiny(family, dtype=torch.float64))
+    expected = slow_demand(family, replay.document.ids).clamp(min=LEAST).float()
+    expected[[window is not None for window in replay.shape.windows]] = 0
+    torch.testing.assert_close(told.attention.double(), expected, rtol=0, atol=2e-5)
+    assert told.positions.tolist() == list(range(LEAD, LENGTH))
+
+
+def test_what_no_attention_falls_on_is_bounded(monkeypatch):
+    model = tiny("llama")
+    _, told = telling(model)
+    monkeypatch.setattr(reconstruction, "LEAST", -3.0)
+    _, bounded = telling(model)
+    assert float(told.attention.min()) < -3 < float(told.attention.max())
+    assert torch.equal(bounded.attention, told.attention.clamp(min=-3))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_keys_and_values_in_16_bits_hardly_move_demand(family):
+    _, told = telling(tiny(family))
+    _, exact = telling(tiny(family, dtype=torch.float64))
+    moved, spread = (told.attention - exact.attention).abs().mean(), exact.attention.std(-1).mean()
+    assert 0 < float(moved) < 0.05 * float(spread)
+
+
+def test_a_short_document_is_told_again_whole():
+    for length in (256, LEAD + SPAN, LEAD + SPAN + 1, 600, LEAD + TOKENS - 1, LEAD + TOKENS):
+        told = [position for span in spans(length) for position in span]
+        assert told == list(range(LEAD, length))
+
+
+def test_of_a_long_document_spans_lie_at_even_distances():
+    for length in (LEAD + TOKENS + 1, 2048, 5000, 131_072):
+        found = spans(length)
+        assert sum(map(len, found)) == TOKENS
+        assert {len(span) for span in found} == {SPAN}
+        assert (found[0].start, found[-1].stop) == (LEAD, length)
+        apart = [b.start - a.start for a, b in itertools.pairwise(found)]
+        assert SPAN <= min(apart) <= max(apart) <= min(apart) + 1
+
+
+# weights
+
+
+def slow_ridge(features, targets):
+    """Least squares with a row for each key, as heavy as its attention ** WEIGHT, and one for the penalty of each feature."""
+    weight = (WEIGHT * targets).exp()
+    weight = weight / weight.sum()
+    features, targets = features - weight @ features, targets - weight @ targets
+    spread = weight @ features.square()
+    penalty = (RIDGE * spread + 1e-6 * spread.mean()).sqrt().diag()
+    left = torch.cat([features * weight.sqrt()[:, None], penalty])
+    right = torch.cat([targets * weight.sqrt(), torch.zeros(len(penalty))])
+    return torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_weights_are_least_squares_over_the_keys_of_all_documents(family):
+    model = tiny(family)
+    replays, told = zip(*(telling(model, seed) for seed in range(2)), strict=True)
+    weights = fit(replays, told)
+    for layer, window in enumerate(replays[0].shape.windows):
+        if window is not None:
+            assert not weights[layer].any()
+            continue
+        held = [[t[:, one.positions] for t in r.held(layer)] for r, one in zip(replays, told, strict=True)]
+        features = torch.cat([key_features(*kept).double() for kept in held], 1)
+        targets = torch.cat([one.attention[layer].double() for one in told], 1)
+        for head in range(replays[0].shape.kv_heads):
+            expected = slow_ridge(features[head], targets[head])
+            expected = (expected / expected.abs().max()).float()
+            torch.testing.assert_close(weights[layer, head], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_weights_are_short_and_their_largest_is_1(family):
+    replay, told = telling(tiny(family))
+    for layer in fit([replay], [told])[[window is None for window in replay.shape.windows]]:
+        for head in layer.tolist():
+            assert max(map(abs, head)) == 1
+            assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as a plan writes them
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_rule_that_targets_follow_is_found(family):
+    """And it orders the keys of another document."""
+    model = tiny(family)
+    *replays, other = (Replay(model, random_document(seed)) for seed in range(3))
+    planned = [layer for layer, window in enumerate(other.shape.windows) if window is None]
+    positions, planted, told = torch.arange(LEAD, LENGTH), random_weights(other.shape), []
+    for replay in replays:
+        attention = torch.zeros(replay.shape.layers, replay.shape.kv_heads, len(positions))
+        for layer in planned:
+            keys, values = replay.held(layer)
+            attention[layer] = 0.3 * key_scores(keys, values, planted[layer])[:, positions] - 7
+        told.append(Demand(positions, attention))
+    weights = fit(replays, told)
+    for layer in planned:
+        found, right = (key_scores(*other.held(layer), w[layer]) for w in (weights, planted))
+        for a, b in zip(found, right, strict=True):
+            assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.999
+
+
+def test_a_head_that_needs_no_key_gets_a_rule_that_a_plan_takes():
+    replay, told = telling(tiny("llama"))
+    told.attention[1, 0] = LEAST
+    weights = fit([replay], [told])
+    assert weights[1, 0].any()
+    Plan.of(replay.model, [[Pattern(4, 2, 8)] * 2] * 3, weights)
+
+
+def test_a_model_that_overflows_is_refused():
+    model = tiny("llama")
+    with torch.no_grad():
+        attention_modules(model)[2].v_proj.weight[5] = float("inf")
+    replay, told = telling(model)
+    with pytest.raises(HeadsinkError, match="the model's attention is not finite here; try --dtype"):
+        fit([replay], [told])

@@ -1,0 +1,61 @@
+"""Scores of keys, and which keys they keep."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headsink.scores import best, key_features, key_scores, n_features
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [6, 64])
+def test_a_score_is_the_same_whatever_it_is_computed_with(dim, dtype):
+    key, value = torch.randn(2, 2, 3, 70, dim).to(dtype)
+    weights = torch.randn(3, n_features(dim))
+    scores = key_scores(key, value, weights)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for n in range(70):
+        alone = key_scores(key[:, :, n : n + 1], value[:, :, n : n + 1], weights)
+        assert torch.equal(alone, scores[:, :, n : n + 1])
+
+
+def test_pairs_are_those_that_rotary_embedding_turns():
+    key, value = torch.tensor([3.0, 0.0, 4.0, 2.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
+    assert key_features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
+
+
+def slow_best(held, leaving, gone, floating):
+    """One query after the other."""
+    rows = []
+    for left in gone.tolist():
+        scores = torch.cat([held, leaving], -1)
+        scores[..., held.shape[-1] + left :] = float("-inf")
+        top = scores.topk(min(floating, scores.shape[-1]), -1)
+        rows.append(torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, top.values > float("-inf")))
+    return torch.stack(rows, -2)
+
+
+@given(
+    st.sampled_from([(), (2,), (2, 3)]),
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.integers(0, 14),
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=400, deadline=None)
+def test_the_best_are_those_found_one_query_after_the_other(shape, before, later, floating, gone, seed):
+    generator = torch.Generator().manual_seed(seed)
+    held, leaving = (torch.randn(*shape, keys, generator=generator) for keys in (before, later))
+    for scores, empty in ((held, 0.3), (leaving, 0.2)):
+        scores[torch.rand(scores.shape, generator=generator) < empty] = float("-inf")
+    gone = torch.tensor(sorted(min(n, later) for n in gone))
+    assert torch.equal(best(held, leaving, gone, floating), slow_best(held, leaving, gone, floating))
+
+
+def test_of_equal_scores_no_more_are_kept_than_there_is_room_for():
+    gone = torch.arange(6)
+    found = best(torch.zeros(3), torch.zeros(5), gone, 3)
+    assert found.sum(-1).tolist() == [3] * 6
+    assert not (found[:, 3:] & (torch.arange(5) >= gone[:, None])).any()
