@@ -14,7 +14,7 @@ from headsink.scores import key_scores
 _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 
 
-def held_attention(query, key, value, patterns, weights, scaling, padding, hold, once):
+def held_attention(query, key, value, patterns, weights, scaling, padding, hold, once=False):
     """The reference if nothing is let go from column `hold` on: later queries see what the one before it saw, and all since.
 
     once: those before it saw everything, as if the context was read by the model itself and then compressed.

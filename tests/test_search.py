@@ -222,7 +222,7 @@ def test_an_unknown_policy_is_refused():
 
 def test_options_are_every_window_with_every_share_of_floating_keys():
     floating = [pattern.floating for pattern in Method().options(8192)[:-1]]
-    assert floating == [0, 128, 256, 512, 1024, 2048, 4096]
+    assert floating == [0, 64, 128, 256, 512, 1024, 2048, 4096]
     assert Method(**SMALL).options(CONTEXT) == (
         *(Pattern(4, floating, window) for floating in (0, 24) for window in (8, 32)),
         FULL,
