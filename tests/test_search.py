@@ -248,8 +248,9 @@ def test_a_search_starts_from_what_is_needed(family, budget):
     wanted = CONTEXT * (least + (need >= most[-1]).double().mean(1))
     every = torch.cartesian_prod(*[torch.arange(len(made.options))] * len(start))
     every = every[made.sizes[every].sum(1) <= START * budget * CONTEXT * len(start)]
-    missing = [float((wanted - made.sizes[pick]).clamp(min=0).sum(-1).min()) for pick in (every, start)]
-    assert missing[0] <= missing[1] < missing[0] + 0.2 * CONTEXT
+    missing = [(wanted - made.sizes[pick]).clamp(min=0) for pick in (every, start)]
+    best, found = (float((keys.square() / wanted).sum(-1).min()) for keys in missing)
+    assert best - 1e-9 <= found <= 1.05 * best
     assert made.kept(start) <= START * budget
     first = run(family, Method(**SMALL), budget)[0]
     assert all(option <= p.size(CONTEXT) for option, p in zip(made.sizes[start].tolist(), heads(first), strict=True))
@@ -259,7 +260,7 @@ def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
     made = searching("llama", Method(windows=(8,), floating=(0, 0.5)))
     made.need = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
-    for dealt, expected in [(0.45, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
+    for dealt, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
         assert made._start(dealt / START).tolist() == expected
 
 
