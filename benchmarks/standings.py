@@ -97,6 +97,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="writes PICTURE.png and PICTURE.svg")
     arguments = parser.parse_args()
     rows = standings([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
+    ours = {row["context"] for row in rows if row["method"].startswith("headsink")}
+    rows = [row for row in rows if row["context"] in ours]
     print(table(rows))
     if arguments.picture is not None:
         write_picture(arguments.picture, picture(rows).configure(**CONFIG).to_dict(validate=False))
