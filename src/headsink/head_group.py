@@ -50,14 +50,14 @@ class HeadGroup:
     def __init__(self, pattern: Pattern, heads: list[int], weights: Tensor, key: Tensor, padding: Padding | None):
         self.pattern, self.heads = pattern, heads
         self.window = pattern.window  # None: nothing is let go
-        self.anchors = pattern.sink + pattern.floating  # slots left of the ring
+        self.anchors = pattern.sink  # slots left of the ring, those for floating keys when there are any
         self.start = 0  # column in the first slot of a ring that never wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.anchors, key.shape[3])
         self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         kind = torch.promote_types(key.dtype, torch.float32)
-        self.scores = torch.full((*shape[:2], pattern.floating), NONE, dtype=kind, device=key.device)
+        self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
         self.weights = weights[heads if pattern.floating else []].to(key.device)
         self.length = 0  # columns that have entered the ring
         self.recording = False
@@ -133,8 +133,9 @@ class HeadGroup:
             scores = self._scores(keys[:, :, new], values[:, :, new], first)
             gone = (queries[:, 0] - window + 1 - first).clamp(min=0)
             floating = best(self.scores, scores, gone, self.pattern.floating)
-            held = torch.cat([held[..., :sink], floating[..., : self.pattern.floating]], -1)
-            left = mask[..., :leaving] | floating[..., self.pattern.floating :]
+            slots = self.scores.shape[2]
+            held = torch.cat([held[..., :sink], floating[..., :slots]], -1)
+            left = mask[..., :leaving] | floating[..., slots:]
             mask = torch.cat([left, mask[..., leaving:]], -1)
         return _rows(query, keys, values, torch.cat([held, mask], -1), scaling)
 
@@ -218,6 +219,8 @@ class HeadGroup:
         sinks = bool(self.pattern.sink) and first < self._ordinary
         if not self.pattern.floating and not sinks:
             return
+        if self.pattern.floating:
+            self._grow_floating(until)
         if until - first == 1 and held:  # no copy
             slot = self.anchors + first % held  # the ring is full, or `first` is 0
             keys, values = self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1]
@@ -246,12 +249,13 @@ class HeadGroup:
             rows, heads = better.nonzero(as_tuple=True)
             slot, new = slot[rows, heads], torch.zeros_like(rows)
         else:
+            slots = self.scores.shape[2]
             every = torch.cat([self.scores, scores], -1)
-            top = every.topk(self.pattern.floating, -1, sorted=False).indices
+            top = every.topk(slots, -1, sorted=False).indices
             kept = torch.zeros_like(every, dtype=torch.bool).scatter_(-1, top, True)
             # Of every head as many held ones go as new ones stay, so that the two lists are of one length and in step.
-            rows, heads, slot = (~kept[..., : self.pattern.floating]).nonzero(as_tuple=True)
-            new = kept[..., self.pattern.floating :].nonzero(as_tuple=True)[2]
+            rows, heads, slot = (~kept[..., :slots]).nonzero(as_tuple=True)
+            new = kept[..., slots:].nonzero(as_tuple=True)[2]
         worth = scores[rows, heads, new]
         self.scores[rows, heads, slot] = worth
         slot = slot + self.pattern.sink
@@ -267,12 +271,24 @@ class HeadGroup:
         slots = -(-needed // GROWTH) * GROWTH
         if self.window is not None:
             slots = min(slots, self.window)
-        more = self.anchors + slots - self.keys.shape[2]
-        self.keys = torch.cat([self.keys, self.keys.new_zeros(*self.keys.shape[:2], more, self.keys.shape[3])], 2)
-        self.values = torch.cat(
-            [self.values, self.values.new_zeros(*self.values.shape[:2], more, self.values.shape[3])], 2
-        )
-        self.visible = F.pad(self.visible, (0, more))
+        self._insert(self.keys.shape[2], self.anchors + slots - self.keys.shape[2])
+
+    def _grow_floating(self, gone: int) -> None:
+        """Make room for the floating keys among the first `gone` columns, in steps, so that a short text holds no empty slots."""
+        more = min(-(-gone // GROWTH) * GROWTH, self.pattern.floating) - self.scores.shape[2]
+        if more > 0:
+            self._insert(self.anchors, more)
+            self.anchors += more
+            self.scores = F.pad(self.scores, (0, more), value=NONE)
+
+    def _insert(self, place: int, slots: int) -> None:
+        """Put empty slots into the buffer."""
+
+        def wider(held: Tensor) -> Tensor:
+            empty = held.new_zeros(*held.shape[:2], slots, *held.shape[3:])
+            return torch.cat([held[:, :, :place], empty, held[:, :, place:]], 2)
+
+        self.keys, self.values, self.visible = wider(self.keys), wider(self.values), wider(self.visible)
 
     # what transformers asks of a cache
 
