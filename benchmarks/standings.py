@@ -3,8 +3,8 @@
 python benchmarks/standings.py benchmarks/results/plans-smollm2.json benchmarks/results/peers-smollm2.json
 
 Each method stands beside the model itself as measured in its own run, at the same bytes: how much the nll of text rises, how
-much that of answers, and how many of the answers that the model itself gets right it gets right too. Of each context only
-cases that all runs at that context have are counted.
+much that of answers, and how many of the answers that the model itself gets right it gets right too. Only cases that all
+runs have are counted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ Row = dict[str, Any]
 
 def standings(runs: list[dict[str, Any]]) -> list[Row]:
     """A row for each method, budget and context, the best answers first."""
-    cases: dict[int, list[set[str]]] = {}
-    for run in runs:
-        for context in {r["context"] for r in run["records"]}:
-            cases.setdefault(context, []).append({r["case"] for r in run["records"] if r["context"] == context})
-    common = {(context, case) for context, found in cases.items() for case in set.intersection(*found)}
+    common = set.intersection(*({(r["context"], r["case"]) for r in run["records"]} for run in runs))
     rows: list[Row] = []
     for run in runs:
         records = [r for r in run["records"] if (r["context"], r["case"]) in common]
@@ -97,8 +93,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="writes PICTURE.png and PICTURE.svg")
     arguments = parser.parse_args()
     rows = standings([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
-    ours = {row["context"] for row in rows if row["method"].startswith("headsink")}
-    rows = [row for row in rows if row["context"] in ours]
     print(table(rows))
     if arguments.picture is not None:
         write_picture(arguments.picture, picture(rows).configure(**CONFIG).to_dict(validate=False))

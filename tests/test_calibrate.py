@@ -80,12 +80,12 @@ def replayed(calibration, rows):
 
 
 @pytest.mark.parametrize(
-    ("family", "hold"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
+    ("family", "once"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
 )
-def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, hold, make, small):
+def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, small):
     model = tiny(family, dtype=torch.float64)  # else replays round keys and values to 16 bits
     shape = describe(model)
-    plan = make(model=model, budget=0.4, seed=3, method=Method(hold=hold))
+    plan = make(model=model, budget=0.4, seed=3, method=Method(once=once))
     plan.check(model)
     assert [layer is None for layer in plan.layers] == [window is not None for window in shape.windows]
     assert 0.2 < plan.kept(CONTEXT) <= 0.4
@@ -94,7 +94,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, hold, make, sm
     assert made["kept"] == pytest.approx(plan.kept(CONTEXT), abs=1e-4)
     assert made["dtype"] == "float64"
     assert made["method"]["policy"] == "headsink"
-    assert made["method"]["hold"] == plan.hold == hold
+    assert made["method"]["once"] == plan.once == once
     assert made["forms"] == list(FORMS["calibration"])
     assert [document["text"] for document in made["documents"]] == list(KINDS)
     assert all(0.7 * (CONTEXT - TAIL) < d["tokens"] <= CONTEXT - TAIL for d in made["documents"])
@@ -102,7 +102,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, hold, make, sm
     assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
 
     # What is said to be verified is what running the plan on the same documents shows.
-    calibration = Calibration(model, small, context=CONTEXT, seed=3, method=Method(hold=hold), progress=False)
+    calibration = Calibration(model, small, context=CONTEXT, seed=3, method=Method(once=once), progress=False)
     scored = [score(model, plan, document) for document in calibration.documents]
     text = sum(float(branches[0].kl.mean()) for branches in scored) / len(scored)
     answers = sum(sum(float(b.kl.mean()) for b in branches[1:]) / (len(branches) - 1) for branches in scored) / len(
@@ -113,7 +113,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, hold, make, sm
     assert verified["kl_answers"] == pytest.approx(answers, abs=2e-5)
     assert verified["loss"] == pytest.approx(verified["kl_text"] + 0.25 * verified["kl_answers"], abs=2e-5)
     assert made["replayed_loss"] == pytest.approx(replayed(calibration, patterns(plan)), abs=1e-5)
-    if hold:
+    if once:
         assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
 
     # Scores are those of the search, where there are floating keys.
@@ -124,22 +124,22 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, hold, make, sm
     torch.testing.assert_close(found, calibration.weights * floating, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-def test_a_replay_is_what_the_cache_does(family, hold, small):
+def test_a_replay_is_what_the_cache_does(family, once, small):
     """A replay leaves nothing out if the document is read in full, or by the same keys and values: with patterns in the last
     layer alone."""
     model = tiny(family, dtype=torch.float64)
-    calibration = Calibration(model, small, context=CONTEXT, method=Method(hold=hold), progress=False)
+    calibration = Calibration(model, small, context=CONTEXT, method=Method(once=once), progress=False)
     shape = describe(model)
     for pattern in (Pattern(4, 75, 32), Pattern(4, 20, 8), Pattern(0, 9, 0), Pattern(4, 0, 50)):
         rows = [None if window else [FULL] * shape.kv_heads for window in shape.windows]
-        for layer in [n for n, row in enumerate(rows) if row] if hold else [-1]:
+        for layer in [n for n, row in enumerate(rows) if row] if once else [-1]:
             rows[layer] = [Pattern(4, 4, 16), pattern]
-        plan = Plan.of(model, rows, calibration.weights, hold=hold)
+        plan = Plan.of(model, rows, calibration.weights, once=once)
         kl = calibration._verify(plan)
         assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed(calibration, rows), rel=1e-3)
-        other = calibration._verify(plan.model_copy(update={"hold": not hold}))
+        other = calibration._verify(plan.model_copy(update={"once": not once}))
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_other_arguments_is_ignored(make, tmp_path):
         {"seed": 1},
         {"context": LEAST_CONTEXT + 10},
         {"method": Method(retrieval_weight=0.5)},
-        {"method": Method(hold=True)},
+        {"method": Method(once=True)},
     ]:
         make(**usual | other, checkpoint=file)
         steps = json.loads(file.read_text())["steps"]

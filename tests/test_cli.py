@@ -174,7 +174,7 @@ def test_a_plan_for_contexts_that_are_compressed_once(run, tiny_folder, tmp_path
     words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--once")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
-    assert Plan.load(tmp_path / "plan.json").hold
+    assert Plan.load(tmp_path / "plan.json").once
 
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):

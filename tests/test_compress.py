@@ -75,5 +75,20 @@ def test_what_cannot_be_compressed_is_refused():
     model = tiny("llama")
     with pytest.raises(HeadsinkError, match="StaticCache cannot be compressed"):
         headsink.compress(model, Plan.full(model), StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(HeadsinkError, match="this cache is empty"):
+        headsink.compress(model, Plan.full(model), DynamicCache(config=model.config))
+    _, _, read = compressed(model, Plan.full(model), torch.randint(3, 211, (1, 9)))
+    with pytest.raises(HeadsinkError, match="this cache is empty"):  # it was emptied
+        headsink.compress(model, Plan.full(model), read)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_of_another_model_or_without_its_sliding_layers_is_refused(family):
+    model, cache = tiny(family), DynamicCache()
+    with torch.no_grad():
+        model(torch.randint(3, 211, (1, 9)), past_key_values=cache)
     with pytest.raises(HeadsinkError, match="for another model"):
-        headsink.compress(tiny("llama", 1), Plan.full(model), DynamicCache(config=model.config))
+        headsink.compress(tiny(family, 1), Plan.full(model), cache)
+    if family == "gemma3":
+        with pytest.raises(HeadsinkError, match="slide by themselves: make the cache"):
+            headsink.compress(model, Plan.full(model), cache)

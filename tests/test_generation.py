@@ -22,7 +22,7 @@ def follows(model, plan, ids, answer, hold):
 @pytest.mark.parametrize("hold", [False, True])
 def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, tokens, hold):
     model = tiny("llama", dtype=torch.float64)
-    plan = random_plan(model, 4).model_copy(update={"hold": hold})
+    plan = random_plan(model, 4).model_copy(update={"once": hold})
     ids = torch.randint(3, 211, (tokens,)).tolist()
     done = generate(model, tokenizer, ids, plan, max_new_tokens=30)
     assert done.prompt_tokens == tokens
@@ -32,7 +32,7 @@ def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, t
 
 def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
-    plan = random_plan(model, 4).model_copy(update={"hold": True})
+    plan = random_plan(model, 4).model_copy(update={"once": True})
     talk = Conversation(model, tokenizer, plan, max_new_tokens=8)
     first = talk.ask("What is in the box? " * 20)
     cache = talk.cache

@@ -72,7 +72,7 @@ def with_retrieval(fields, **changes):
         (lambda f: f.update(schema_version=99), "schema_version"),
         (lambda f: f.update(schema_version=2), "schema_version"),
         (lambda f: f.update(tau=0.4), "tau"),
-        (lambda f: f.update(hold="perhaps"), "hold"),
+        (lambda f: f.update(once="perhaps"), "once"),
         (lambda f: f.update(positions="cache"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),

@@ -31,7 +31,7 @@ def branches(document):
 def test_the_numbers_are_those_of_one_pass_over_everything(family, hold):
     model, document = tiny(family, dtype=torch.float64), random_document()
     for seed in range(3):
-        plan = random_plan(model, seed).model_copy(update={"hold": hold})
+        plan = random_plan(model, seed).model_copy(update={"once": hold})
         found = score(model, plan, document)
         assert [branch.form for branch in found] == ["text", "first", "second"]
         for branch, (ids, scored) in zip(found, branches(document), strict=True):
@@ -68,7 +68,7 @@ def test_a_plan_that_keeps_everything_costs_nothing(family):
 def test_taking_a_branch_back_leaves_the_cache_as_it_was(family, length):
     model, document = tiny(family), random_document(length=length)
     lossy = random_plan(model, 1)
-    for plan in (None, lossy, lossy.model_copy(update={"hold": True})):
+    for plan in (None, lossy, lossy.model_copy(update={"once": True})):
         cache = read(model, plan, document.ids)
         first = [branch_log_probs(model, cache, *branch) for branch in branches(document)]
         assert cache.get_seq_length() == length

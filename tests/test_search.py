@@ -24,13 +24,13 @@ ON_OFF = Pattern(4, 0, 24)
 METHODS = (
     *(Method(policy=policy, **SMALL) for policy in POLICIES),
     *(Method(**{switch: False}, **SMALL) for switch in ("need", "gradient", "steps", "correction", "refine")),
-    Method(hold=True, **SMALL),
+    Method(once=True, **SMALL),
 )
 
 
 def name(method):
     off = [switch for switch in ("need", "gradient", "steps", "correction", "refine") if not getattr(method, switch)]
-    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' and holds' if method.hold else ''}"
+    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' once' if method.once else ''}"
 
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=name)
@@ -288,12 +288,12 @@ def test_the_first_layer_is_copied_to_all(family):
     assert [pattern.full for pattern in rows[0]] == [n == int(error[:, 0].argmax()) for n in range(len(rows[0]))]
 
 
-def test_a_plan_for_caches_that_hold_is_judged_so():
+def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
     held = [replayed(tiny("llama"), seed, hold=True)[0] for seed in range(2)]
     expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
-    assert searching("llama", Method(hold=True, **SMALL)).loss(pick) == pytest.approx(expected)
+    assert searching("llama", Method(once=True, **SMALL)).loss(pick) == pytest.approx(expected)
     assert abs(expected - let_go) > 0.01 * let_go
 
 

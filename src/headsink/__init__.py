@@ -7,11 +7,13 @@ from headsink.models import load
 from headsink.pattern import Pattern
 from headsink.plan import Plan
 from headsink.runtime import apply, compress, new_cache
+from headsink.search import Method
 
 __all__ = [
     "Census",
     "Comparison",
     "HeadsinkError",
+    "Method",
     "Pattern",
     "Plan",
     "analyze",

@@ -205,12 +205,15 @@ class PlanCache(Cache):
 
     def fill(self, full: Cache, padding: Padding | None = None) -> None:
         """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied."""
-        for index, layer in enumerate(self.layers):
-            before = full.layers[index]
+        pairs = list(zip(self.layers, full.layers, strict=True))
+        if not all(isinstance(layer, PlanLayer) or type(layer) is type(before) for layer, before in pairs):
+            raise HeadsinkError(
+                "layers of this model slide by themselves: make the cache DynamicCache(config=model.config)"
+            )
+        for index, (layer, before) in enumerate(pairs):
             if isinstance(layer, PlanLayer):
-                if before.keys is not None and before.values is not None:
-                    layer.fill(before.keys, before.values, padding)
-                    before.keys = before.values = None
+                layer.fill(before.keys, before.values, padding)
+                before.keys, before.values, before.is_initialized = None, None, False
             else:
                 self.layers[index] = before
 

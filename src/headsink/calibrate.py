@@ -135,7 +135,7 @@ class Calibration:
         told = []
         with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
-                self.replays.append(Replay(model, document, self.method.hold))
+                self.replays.append(Replay(model, document, self.method.once))
                 shown.advance(shown.task_ids[0])
                 told.append(demand(self.replays[-1], tokenizer))
                 shown.advance(shown.task_ids[0])
@@ -154,7 +154,7 @@ class Calibration:
             "method": asdict(self.method),
         }
         last = self._search(budget, key | _identity(self.model))
-        plan = Plan.of(self.model, last.plan(), self.weights, hold=self.method.hold)
+        plan = Plan.of(self.model, last.plan(), self.weights, once=self.method.once)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {

@@ -233,7 +233,7 @@ def plan(
     budget = 0.25 if budget is None and max_kl is None else budget
     if budget is not None:
         check_budget(budget)
-    method = Method(policy=policy, hold=once)  # type: ignore[arg-type]
+    method = Method(policy=policy, once=once)  # type: ignore[arg-type]
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)

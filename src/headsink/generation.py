@@ -83,7 +83,7 @@ def generate(
 ) -> Generated:
     """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
 
-    If `plan.hold`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
+    If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
     cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text. options:
     passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
@@ -101,7 +101,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
-    if isinstance(cache, PlanCache) and cache.plan.hold and not cache.get_seq_length():
+    if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
         _read(model, cache, text[:, :-1])
     with nullcontext() if plan is None else apply(model, plan):
         model.generate(

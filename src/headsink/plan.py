@@ -160,7 +160,7 @@ class Quality(_Part):
 class Plan(_Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
-    hold: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
+    once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
     that (`headsink.compress`), rather than for caches that let go all the time.
     """
 
@@ -168,7 +168,7 @@ class Plan(_Part):
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
     positions: Literal["text"] = "text"
-    hold: bool = False
+    once: bool = False
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = {}
     quality: tuple[Quality, ...] = ()

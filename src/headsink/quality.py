@@ -57,10 +57,10 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache
     cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if plan is not None:
         plan = plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
-        if not plan.hold:
+        if not plan.once:
             cache = new_cache(model, plan)
     _forward(model, cache, ids, 1)
-    if plan is not None and plan.hold:
+    if plan is not None and plan.once:
         cache = compress(model, plan, cache)
     cache.activate_past_recording()
     return cache

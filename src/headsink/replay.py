@@ -62,12 +62,12 @@ class Replay:
     """A document that the model has read, and its branches: the continuation first, then the questions.
 
     forms: names of the branches ("text" for the continuation). full: float32 [scored tokens, vocabulary], the log-probabilities
-    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. hold: whether
+    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. once: whether
     branches keep all of their own tokens and all that was held at the end of the document (`headsink.compress`).
     """
 
-    def __init__(self, model: PreTrainedModel, document: Document, hold: bool = False):
-        self.model, self.document, self.shape, self.hold = model, document, describe(model), hold
+    def __init__(self, model: PreTrainedModel, document: Document, once: bool = False):
+        self.model, self.document, self.shape, self.once = model, document, describe(model), once
         self.length = len(document.ids)
         self._read(document.ids)
         device = model.device
@@ -208,7 +208,7 @@ class Replay:
         That query is in the window itself, unless the cache is held: then the window stays as the document left it.
         """
         size, window = self._keys[layer].shape[1], pattern.window or 0
-        if not (self.hold and self.shape.windows[layer] is None):
+        if not (self.once and self.shape.windows[layer] is None):
             window = max(window - 1, 0)
         return range(max(size - window, min(pattern.sink, size)), size)
 
@@ -235,7 +235,7 @@ class Replay:
         tokens, size = key.shape[1], self._keys[layer].shape[1]
         places = torch.arange(tokens, device=key.device)
         apart = places[:, None] - places
-        if held is None or (self.hold and self.shape.windows[layer] is None):
+        if held is None or (self.once and self.shape.windows[layer] is None):
             return F.pad(apart >= 0, (size if held is None else held.shape[1], 0), value=True)[None]
         near, window = self._near(layer, pattern), pattern.window or 0
         until = held.shape[1] - len(near)

@@ -38,7 +38,7 @@ def compress(model: PreTrainedModel, plan: Plan, cache: Cache, attention_mask: T
     """A context that the model itself has read, cut once to what `plan` keeps; all that comes after stays.
 
     Reading takes the time and memory that it always takes, and memory grows with every later token, but the context is read
-    without loss: of the same plan, this is the better and the slower way. Plans with `plan.hold` are made for it.
+    without loss: of the same plan, this is the better and the slower way. Plans with `plan.once` are made for it.
 
     cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
     tokens], 0 for left padding. Use what is returned inside `apply(model, plan)`. Raises HeadsinkError for another kind of
@@ -46,6 +46,8 @@ def compress(model: PreTrainedModel, plan: Plan, cache: Cache, attention_mask: T
     """
     if type(cache) is not DynamicCache:
         raise HeadsinkError(f"{type(cache).__name__} cannot be compressed: a DynamicCache can")
+    if not cache.get_seq_length():
+        raise HeadsinkError("this cache is empty: let the model read the context into it first")
     compressed = new_cache(model, plan)
     compressed.fill(cache, left_padding(attention_mask))
     compressed.hold()

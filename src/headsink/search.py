@@ -48,7 +48,7 @@ class Method:
     windows: in tokens; floating: floating keys as shares of the context; a head gets one of each, or full attention. need: start
     from what reconstruction needs, not from nothing. gradient: slopes of the loss, not squared errors of outputs. steps: look
     again after every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
-    retrieval_weight: KL of answers against that of text. hold: the plan is for contexts that are compressed once.
+    retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once.
     """
 
     policy: Policy = "headsink"
@@ -60,7 +60,7 @@ class Method:
     correction: bool = True
     refine: bool = True
     retrieval_weight: float = 0.25
-    hold: bool = False
+    once: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -103,7 +103,7 @@ class Search:
     ):
         self.replays, self.context, self.method, self.seed, self.need = replays, context, method, seed, need
         for replay in replays:
-            replay.hold = method.hold
+            replay.once = method.once
         shape = replays[0].shape
         self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
         self.heads = [(layer, head) for layer in self.layers for head in range(shape.kv_heads)]
