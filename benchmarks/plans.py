@@ -45,7 +45,13 @@ PARTS = {
     "without swaps": Method(refine=False),
     "without questions": Method(retrieval_weight=0.0),
 }
-METHODS = {"headsink": Method(), "headsink, once": Method(once=True), **POLICIES, **PARTS}
+METHODS = {
+    "headsink": Method(),
+    "headsink, once": Method(once=True),
+    "headsink, retold": Method(once=True, retell=True),
+    **POLICIES,
+    **PARTS,
+}
 
 
 def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> list[dict[str, Any]]:

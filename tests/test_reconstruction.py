@@ -9,8 +9,9 @@ from test_replay import LENGTH, SOME, random_document, random_weights
 
 from headsink import HeadsinkError, Pattern, Plan, reconstruction
 from headsink.architecture import attention_modules
-from headsink.reconstruction import LEAD, LEAST, PROMPT, RIDGE, SPAN, TOKENS, WEIGHT, Demand, _starts, demand, fit
+from headsink.reconstruction import LEAST, RIDGE, TOKENS, WEIGHT, Demand, _starts, demand, fit
 from headsink.replay import Replay
+from headsink.retelling import LEAD, PROMPT, SPAN, prompt_tokens
 from headsink.scores import key_features, key_scores
 
 
@@ -26,7 +27,7 @@ def spans(length):
 
 def telling(model, seed=0):
     replay = Replay(model, random_document(seed))
-    return replay, demand(replay, letters)
+    return replay, demand(replay, prompt_tokens(letters))
 
 
 # what is told again

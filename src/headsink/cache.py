@@ -7,7 +7,7 @@ function (attention.py) asks it for the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,11 +137,14 @@ class PlanLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def fill(self, key: Tensor, value: Tensor, padding: Padding | None) -> None:
-        """Let in a whole context at once, [batch, KV heads, tokens, dim], that was attended to elsewhere."""
+    def fill(self, key: Tensor, value: Tensor, padding: Padding | None, scores: Tensor | None = None) -> None:
+        """Let in a whole context at once, [batch, KV heads, tokens, dim], that was attended to elsewhere.
+
+        scores: [batch, KV heads, tokens], in place of the keys' own.
+        """
         self._make_groups(key, padding)
         for group in self.groups:
-            group.enter(key[:, group.heads], value[:, group.heads])
+            group.enter(key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads])
         self.seen, self.is_initialized = key.shape[2], True
 
     def hold(self) -> None:
@@ -203,8 +206,11 @@ class PlanCache(Cache):
             if isinstance(layer, PlanLayer):
                 layer.hold()
 
-    def fill(self, full: Cache, padding: Padding | None = None) -> None:
-        """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied."""
+    def fill(self, full: Cache, padding: Padding | None = None, scores: Mapping[int, Tensor] | None = None) -> None:
+        """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied.
+
+        scores: of layers, [batch, KV heads, tokens], to choose floating keys by in place of the plan's.
+        """
         pairs = list(zip(self.layers, full.layers, strict=True))
         if not all(isinstance(layer, PlanLayer) or type(layer) is type(before) for layer, before in pairs):
             raise HeadsinkError(
@@ -212,7 +218,7 @@ class PlanCache(Cache):
             )
         for index, (layer, before) in enumerate(pairs):
             if isinstance(layer, PlanLayer):
-                layer.fill(before.keys, before.values, padding)
+                layer.fill(before.keys, before.values, padding, None if scores is None else scores[index])
                 before.keys, before.values, before.is_initialized = None, None, False
             else:
                 self.layers[index] = before

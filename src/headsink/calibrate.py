@@ -23,13 +23,15 @@ from headsink.architecture import check_plannable, describe
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.models import dtype_name
+from headsink.pattern import FULL, Pattern
 from headsink.plan import Fingerprint, Plan
 from headsink.probes import Document
 from headsink.progress import bar
 from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
-from headsink.reconstruction import demand, fit
+from headsink.reconstruction import demand, fit, needed
 from headsink.replay import Replay
-from headsink.search import Method, Search, Step
+from headsink.retelling import prompt_tokens
+from headsink.search import SINK, Method, Search, Step
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
@@ -131,13 +133,14 @@ class Calibration:
         if all(shape.windows):
             raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, seed)
+        self.prompt = prompt_tokens(tokenizer)
         self.replays: list[Replay] = []
         told = []
         with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
                 self.replays.append(Replay(model, document, self.method.once))
                 shown.advance(shown.task_ids[0])
-                told.append(demand(self.replays[-1], tokenizer))
+                told.append(demand(self.replays[-1], self.prompt))
                 shown.advance(shown.task_ids[0])
         self.weights = fit(self.replays, told)
         self.need = torch.cat([one.attention for one in told], -1)
@@ -153,8 +156,13 @@ class Calibration:
             "seed": self.seed,
             "method": asdict(self.method),
         }
-        last = self._search(budget, key | _identity(self.model))
-        plan = Plan.of(self.model, last.plan(), self.weights, once=self.method.once)
+        if self.method.retell:
+            patterns, replayed = self._by_need(budget), None
+        else:
+            last = self._search(budget, key | _identity(self.model))
+            patterns, replayed = last.plan(), round(last.loss, 5)
+        retell = self.prompt if self.method.retell else ()
+        plan = Plan.of(self.model, patterns, self.weights, once=self.method.once, retell=retell)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
@@ -165,7 +173,7 @@ class Calibration:
                 for kind, document in zip(KINDS, self.documents, strict=True)
             ],
             "forms": list(probes.FORMS["calibration"]),
-            "replayed_loss": round(last.loss, 5),
+            "replayed_loss": replayed,
             "verified": {
                 "loss": round(loss, 5),
                 "kl_text": round(float(kl[0]), 5),
@@ -206,6 +214,21 @@ class Calibration:
                 total += torch.stack([kl[0], answers]).cpu() / len(self.documents)
                 shown.advance(shown.task_ids[0])
         return total
+
+    def _by_need(self, budget: float) -> list[list[Pattern] | None]:
+        """Floating keys in proportion to what heads need to tell the documents again; all have the same window."""
+        window, shape = self.method.windows[0], describe(self.model)
+        share = budget - self.least
+        if share < 0:
+            raise HeadsinkError(
+                f"budget: {budget} of {self.shortest} tokens is less than the smallest plan, {self.least:.3f}"
+            )
+        layers = [layer for layer, slides in enumerate(shape.windows) if slides is None]
+        patterns: list[list[Pattern] | None] = [None] * shape.layers
+        for layer, shares in zip(layers, needed(self.need[layers], share).tolist(), strict=True):
+            row = [Pattern(SINK, int(own * self.shortest), window) for own in shares]
+            patterns[layer] = [p if budget < 1 and p.size(self.shortest) < self.shortest else FULL for p in row]
+        return patterns
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
         """Run the search, keeping its steps in the checkpoint."""

@@ -216,6 +216,13 @@ def plan(
         typer.Option("--frontier", help="Make plans of several budgets instead, with a chart of what they cost, here."),
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="The budgets of --frontier, separated by commas.")] = None,
+    retell: Annotated[
+        bool,
+        typer.Option(
+            "--retell",
+            help="As --once, and the model tells a context again before: the best quality, for a second reading.",
+        ),
+    ] = False,
     once: Annotated[
         bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
     ] = False,
@@ -233,7 +240,7 @@ def plan(
     budget = 0.25 if budget is None and max_kl is None else budget
     if budget is not None:
         check_budget(budget)
-    method = Method(policy=policy, once=once)  # type: ignore[arg-type]
+    method = Method(policy=policy, once=once or retell, retell=retell)  # type: ignore[arg-type]
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from headsink.cache import PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.retelling import retell
 from headsink.runtime import apply, new_cache
 
 
@@ -130,7 +131,7 @@ def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
         full = empty_cache(model, None)
         with torch.no_grad():
             model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
-        cache.fill(full)
+        cache.fill(full, scores=retell(model, cache.plan, full, text) if cache.plan.retell else None)
     cache.hold()
 
 

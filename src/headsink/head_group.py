@@ -130,7 +130,7 @@ class HeadGroup:
         leaving = max(0, self.length + key.shape[2] - window - first)  # columns that leave by the last query
         if self.pattern.floating and leaving:
             new = slice(self.anchors, self.anchors + leaving)
-            scores = self._scores(keys[:, :, new], values[:, :, new], first)
+            scores = self._eligible(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
             gone = (queries[:, 0] - window + 1 - first).clamp(min=0)
             floating = best(self.scores, scores, gone, self.pattern.floating)
             slots = self.scores.shape[2]
@@ -163,6 +163,7 @@ class HeadGroup:
             return
         self.crop(0)
         self.anchors, self.start, self.window = self.anchors + self._held(), self.length, None
+        self.scores, self.weights = self.scores[..., :0].clone(), self.weights[:0].clone()  # nothing is chosen any more
 
     def _held(self) -> int:
         """Columns in the ring."""
@@ -181,12 +182,11 @@ class HeadGroup:
         """Positions in the row's text: [keys], or [batch, 1, keys] with padding, where they are negative."""
         return columns if self.padding is None else columns - self.padding.tokens[:, None, None]
 
-    def _scores(self, keys: Tensor, values: Tensor, first: int) -> Tensor:
-        """Scores of the keys of columns from `first` on: [batch, heads, columns], -inf for sink tokens and padding."""
-        scores = key_scores(keys, values, self.weights)
+    def _eligible(self, scores: Tensor, first: int) -> Tensor:
+        """Scores of the keys of columns from `first` on, [batch, heads, columns]: -inf for sink tokens and padding."""
         if first >= self._ordinary:
             return scores
-        positions = self._positions(torch.arange(first, first + keys.shape[2], device=keys.device))
+        positions = self._positions(torch.arange(first, first + scores.shape[2], device=scores.device))
         return scores.masked_fill(positions < self.pattern.sink, NONE)
 
     @property
@@ -194,13 +194,16 @@ class HeadGroup:
         """The first column that is neither sink token nor padding in any row."""
         return self.pattern.sink + (0 if self.padding is None else self.padding.most)
 
-    def enter(self, key: Tensor, value: Tensor) -> None:
-        """Take tokens into the ring; those that they push out of the window move left or are dropped."""
+    def enter(self, key: Tensor, value: Tensor, scores: Tensor | None = None) -> None:
+        """Take tokens into the ring; those that they push out of the window move left or are dropped.
+
+        scores: [batch, heads, tokens], of these tokens if they are the first, in place of the keys' own.
+        """
         tokens, end = key.shape[2], self.length + key.shape[2]
         window = end - self.start if self.window is None else self.window
         self._grow(min(window, end - self.start))
         if end - window > self.length - self._held():
-            self._leave(key, value, end - window)
+            self._leave(key, value, end - window, scores)
         columns = torch.arange(max(self.length, end - window), end, device=key.device)
         if tokens == 1 and window:  # a slice is sooner written than an index
             slot = self.anchors + (self.length - self.start) % window
@@ -213,7 +216,7 @@ class HeadGroup:
             self.visible[:, :, slots] = torch.as_tensor(real, device=key.device).expand(*key.shape[:2], len(columns))
         self.length = end
 
-    def _leave(self, key: Tensor, value: Tensor, until: int) -> None:
+    def _leave(self, key: Tensor, value: Tensor, until: int, scores: Tensor | None) -> None:
         """Columns before `until` leave the window: keep the first tokens, and the best scored others, among them."""
         first, held = self.length - self._held(), self._held()
         sinks = bool(self.pattern.sink) and first < self._ordinary
@@ -237,7 +240,8 @@ class HeadGroup:
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
         if self.pattern.floating:
-            self._choose(keys, values, self._scores(keys, values, first))
+            scores = key_scores(keys, values, self.weights) if scores is None else scores[..., first:until]
+            self._choose(keys, values, self._eligible(scores, first))
 
     def _choose(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         """Of the floating keys and those that leave now, [batch, heads, keys, dim], keep those with the highest scores."""

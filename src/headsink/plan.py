@@ -161,7 +161,8 @@ class Plan(_Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
     once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
-    that (`headsink.compress`), rather than for caches that let go all the time.
+    that (`headsink.compress`), rather than for caches that let go all the time. retell: tokens that ask the model to tell the
+    context again before it is compressed (retelling.py); none: keys are chosen by their scores.
     """
 
     schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
@@ -169,6 +170,7 @@ class Plan(_Part):
     model: Fingerprint
     positions: Literal["text"] = "text"
     once: bool = False
+    retell: tuple[Tokens, ...] = ()
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = {}
     quality: tuple[Quality, ...] = ()
@@ -177,6 +179,8 @@ class Plan(_Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
+        if self.retell and not self.once:
+            raise ValueError("retell: only a context that is compressed once can be told again; once must be true")
         for index, heads in enumerate(self.layers):
             if heads is not None and len(heads) != self.model.kv_heads:
                 raise ValueError(

@@ -61,7 +61,7 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache
             cache = new_cache(model, plan)
     _forward(model, cache, ids, 1)
     if plan is not None and plan.once:
-        cache = compress(model, plan, cache)
+        cache = compress(model, plan, cache, input_ids=torch.tensor([list(ids)], device=model.device))
     cache.activate_past_recording()
     return cache
 

@@ -1,7 +1,6 @@
 """The weights of keys' scores: fitted to how much a text needs each of its keys in order to be told again.
 
-Spans of a document that the model has read are run after it once more, as if it was asked to repeat them. What such a span
-looks at in the document is what a cache has to keep, whatever is asked later (KVzip, arXiv 2505.23416). The target for a key
+What spans of a document look at in it when they are told again (retelling.py) is what a cache has to keep. The target for a key
 of the span is the logarithm of the largest attention that it gets from any query of its KV head there. Ridge regression of
 the targets on the features of the keys (scores.py), for every KV head by itself, gives a rule that scores keys of other texts
 as they come. Keys that get more attention weigh more: what is far from being kept need not be told apart.
@@ -14,15 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from headsink.blockwise import Inputs
+from headsink.context import Context
 from headsink.errors import HeadsinkError
-from headsink.replay import Branches, Replay
+from headsink.retelling import LEAD, SPAN, Telling
 from headsink.scores import key_features, n_features
 
-PROMPT = "\n\nRepeat the previous context exactly.\n\n"
-LEAD, SPAN = 8, 128  # tokens before a span that tell where it begins; of a span
 TOKENS = 1536  # of a document that are told again, at most, in spans at even distances
 LEAST = -14.0  # of a target: below e^-14 no attention matters, and it may be 0
 RIDGE = 1e-4  # of the variance of each feature
@@ -38,29 +35,21 @@ class Demand:
     attention: Tensor
 
 
-def demand(replay: Replay, tokenizer: PreTrainedTokenizerBase) -> Demand:
+def demand(context: Context, prompt: Sequence[int]) -> Demand:
     """Tell spans of a document again."""
-    prompt = list(tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
-    document, shape = replay.document.ids, replay.shape
-    starts = _starts(len(document))
-    spans = [range(start, min(start + SPAN, len(document))) for start in starts]
-    branches = Branches(
-        [prompt + document[span.start - LEAD : span.stop] for span in spans], len(document), replay.model.device
-    )
+    starts, shape = _starts(context.length), context.shape
+    spans = [range(start, min(start + SPAN, context.length)) for start in starts]
+    telling = Telling(context, prompt, spans)
     found = torch.zeros(shape.layers, shape.kv_heads, sum(map(len, spans)))
 
     def attend(inputs: Inputs) -> Tensor:
-        parts, got = [], []
-        for rows, span in zip(branches.rows, spans, strict=True):
-            output, attention = _attend(replay, inputs, rows, span)
-            parts.append(output)
-            got.append(attention)
+        outputs, largest = telling.attend(inputs)
         if inputs.sliding is None:
-            found[inputs.layer] = torch.cat(got, -1).cpu()
-        return torch.cat(parts, 2)
+            found[inputs.layer] = largest.cpu()
+        return outputs.flatten(0, 1)[None]
 
     with torch.no_grad():
-        replay.run(branches, attend)
+        context.run(telling.branches, attend)
     return Demand(torch.tensor([position for span in spans for position in span]), found.clamp(min=LEAST))
 
 
@@ -72,36 +61,23 @@ def _starts(length: int) -> list[int]:
     return [LEAD + round(n * room / (count - 1)) for n in range(count)]
 
 
-def _attend(replay: Replay, inputs: Inputs, rows: slice, span: range) -> tuple[Tensor, Tensor]:
-    """Attention of one span, in full: its output [1, query heads, tokens, dim], and the log of the largest attention that
-    each of its keys in the document got, [KV heads, keys] (meaningless in a layer that slides)."""
-    keys, values = replay.held(inputs.layer)
-    first = replay.length - keys.shape[1]
-    heads, tokens = keys.shape[0], rows.stop - rows.start
-    query = inputs.query[0, :, rows].unflatten(0, (heads, -1))  # [KV heads, group, tokens, dim]
-    keys = torch.cat([keys.to(query.dtype), inputs.key[0, :, rows]], 1)
-    values = torch.cat([values.to(query.dtype), inputs.value[0, :, rows]], 1)
-    scores = (query.flatten(1, 2) @ keys.transpose(-1, -2)).float() * inputs.scaling
-    columns = torch.arange(first, replay.length + tokens, device=keys.device)
-    apart = torch.arange(replay.length, replay.length + tokens, device=keys.device)[:, None] - columns
-    hidden = apart < 0 if inputs.sliding is None else (apart < 0) | (apart >= inputs.sliding)
-    scores.masked_fill_(hidden.repeat(query.shape[1], 1), float("-inf"))
-    scores -= scores.logsumexp(-1, keepdim=True)
-    attention = scores[:, :, max(span.start - first, 0) : max(span.stop - first, 0)].amax(1)
-    output = scores.exp_().to(values.dtype) @ values
-    return output.unflatten(1, (-1, tokens)).flatten(0, 1)[None], attention
+def needed(need: Tensor, share: float) -> Tensor:
+    """How many keys each head needs if all may have `share` of them, and heads compete: shares of its own, float64 [layers, KV
+    heads]. need: [layers, KV heads, samples], as `Demand.attention`, of layers that do not slide."""
+    rest = int((1 - share) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
+    return (need > need.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
-def fit(replays: Sequence[Replay], demands: Sequence[Demand]) -> Tensor:
+def fit(contexts: Sequence[Context], demands: Sequence[Demand]) -> Tensor:
     """Weights of keys' scores, float32 [layers, KV heads, features]; the largest of each head is 1, four decimals are kept."""
-    shape = replays[0].shape
+    shape = contexts[0].shape
     weights = torch.zeros(shape.layers, shape.kv_heads, n_features(shape.head_dim))
     for layer, window in enumerate(shape.windows):
         if window is not None:
             continue
         features, targets = [], []
-        for replay, told in zip(replays, demands, strict=True):
-            keys, values = replay.held(layer)
+        for context, told in zip(contexts, demands, strict=True):
+            keys, values = context.held(layer)
             places = told.positions.to(keys.device)
             features.append(key_features(keys[:, places], values[:, places]).cpu())
             targets.append(told.attention[layer])

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.architecture import decoder, describe
-from headsink.attention import Seen, engaged, observing, substituting
 from headsink.blockwise import Inputs
+from headsink.context import Branches, Context, read
 from headsink.output import OutputNorms
 from headsink.pattern import FULL, Pattern
 from headsink.probes import Document
@@ -45,20 +43,7 @@ class Marginals:
     error: Tensor
 
 
-class Branches:
-    """Texts that may follow a document of `length` tokens, side by side: each sees the document and itself.
-
-    ids, positions: int64 [tokens]. rows: the tokens of each.
-    """
-
-    def __init__(self, texts: Sequence[Sequence[int]], length: int, device: torch.device):
-        ends = list(accumulate(map(len, texts)))
-        self.rows = [slice(end - len(text), end) for end, text in zip(ends, texts, strict=True)]
-        self.ids = torch.tensor([token for text in texts for token in text], device=device)
-        self.positions = torch.cat([torch.arange(length, length + len(text), device=device) for text in texts])
-
-
-class Replay:
+class Replay(Context):
     """A document that the model has read, and its branches: the continuation first, then the questions.
 
     forms: names of the branches ("text" for the continuation). full: float32 [scored tokens, vocabulary], the log-probabilities
@@ -67,9 +52,8 @@ class Replay:
     """
 
     def __init__(self, model: PreTrainedModel, document: Document, once: bool = False):
-        self.model, self.document, self.shape, self.once = model, document, describe(model), once
-        self.length = len(document.ids)
-        self._read(document.ids)
+        super().__init__(model, document.ids, *read(model, document.ids))
+        self.document, self.once = document, once
         device = model.device
         self.forms = [form for form, _, _ in document.branches]
         self._branches = Branches([tokens for _, tokens, _ in document.branches], self.length, device)
@@ -81,23 +65,6 @@ class Replay:
         self.scored, self.branch = (torch.tensor(x, device=device) for x in (scored, own))
         self.targets = self._branches.ids[self.scored + 1]
         self.full = self.log_probs([None if window else [FULL] * self.shape.kv_heads for window in self.shape.windows])
-
-    def _read(self, ids: list[int]) -> None:
-        self._keys: list[Tensor] = []  # of each layer, [KV heads, tokens, dim], in 16 bits
-        self._values: list[Tensor] = []
-
-        def keep(seen: Seen) -> None:
-            last = slice(0 if seen.sliding is None else max(0, seen.length - seen.sliding), None)
-            kind = torch.bfloat16 if seen.key.dtype == torch.float32 else seen.key.dtype
-            self._keys.append(seen.key[0, :, last].to(kind, copy=True))
-            self._values.append(seen.value[0, :, last].to(kind, copy=True))
-
-        with torch.no_grad(), engaged(self.model), observing(keep):
-            decoder(self.model)(torch.tensor([ids], device=self.model.device), use_cache=False)
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the document, [KV heads, tokens, dim] in 16 bits; the last ones only in a layer that slides."""
-        return self._keys[layer], self._values[layer]
 
     def set_scores(self, weights: Tensor) -> None:
         """[layers, KV heads, features]: weights of the keys' scores."""
@@ -152,13 +119,6 @@ class Replay:
             by_head = (moves[layer] * slope).float().unflatten(1, (self.shape.kv_heads, -1))
             gradient[layer] = by_head.flatten(2).sum(-1).T
         return Marginals(float(loss.detach()), gradient, error)
-
-    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor]) -> Tensor:
-        """Run branches, the attention of every layer computed by `attend`: the last hidden states, [tokens, hidden size]."""
-        with engaged(self.model), substituting(attend):
-            return decoder(self.model)(
-                branches.ids[None], position_ids=branches.positions[None], use_cache=False
-            ).last_hidden_state[0]
 
     def _run(self, patterns: Patterns, look: Callable[[Inputs, Tensor], Tensor] | None) -> Tensor:
         def attend(inputs: Inputs) -> Tensor:

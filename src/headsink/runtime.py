@@ -21,6 +21,7 @@ from headsink.attention import engaged, left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.retelling import retell
 
 _applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={})  # noqa: B039, never changed in place
 
@@ -34,22 +35,38 @@ def new_cache(model: PreTrainedModel, plan: Plan) -> PlanCache:
     return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows)
 
 
-def compress(model: PreTrainedModel, plan: Plan, cache: Cache, attention_mask: Tensor | None = None) -> PlanCache:
+def compress(
+    model: PreTrainedModel,
+    plan: Plan,
+    cache: Cache,
+    attention_mask: Tensor | None = None,
+    input_ids: Tensor | None = None,
+) -> PlanCache:
     """A context that the model itself has read, cut once to what `plan` keeps; all that comes after stays.
 
     Reading takes the time and memory that it always takes, and memory grows with every later token, but the context is read
-    without loss: of the same plan, this is the better and the slower way. Plans with `plan.once` are made for it.
+    without loss: of the same plan, this is the better and the slower way. Plans with `plan.once` are made for it. With
+    `plan.retell` the model tells the context again, which takes about as long as reading it: keys are chosen by what
+    that takes, and values make up for the keys that go (retelling.py).
 
     cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
-    tokens], 0 for left padding. Use what is returned inside `apply(model, plan)`. Raises HeadsinkError for another kind of
-    cache, and if the plan was made for another model.
+    tokens], 0 for left padding. input_ids: the context, int [batch, tokens], needed if the plan retells. Use what is returned
+    inside `apply(model, plan)`. Raises HeadsinkError for another kind of cache, for input_ids that are missing or of another
+    length than the cache, and if the plan was made for another model.
     """
     if type(cache) is not DynamicCache:
         raise HeadsinkError(f"{type(cache).__name__} cannot be compressed: a DynamicCache can")
     if not cache.get_seq_length():
         raise HeadsinkError("this cache is empty: let the model read the context into it first")
-    compressed = new_cache(model, plan)
-    compressed.fill(cache, left_padding(attention_mask))
+    compressed, padding, scores = new_cache(model, plan), left_padding(attention_mask), None
+    if plan.retell:
+        if input_ids is None or input_ids.shape[1] != cache.get_seq_length():
+            given = "missing" if input_ids is None else f"{input_ids.shape[1]} tokens"
+            raise HeadsinkError(
+                f"input_ids: {given}; this plan tells the context again, the {cache.get_seq_length()} tokens of the cache"
+            )
+        scores = retell(model, plan, cache, input_ids, None if padding is None else padding.tokens)
+    compressed.fill(cache, padding, scores)
     compressed.hold()
     return compressed
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from headsink.errors import HeadsinkError
 from headsink.pattern import FULL, Pattern
+from headsink.reconstruction import needed
 from headsink.replay import Marginals, Patterns, Replay
 
 Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "copy-first-layer", "random"]
@@ -48,7 +49,8 @@ class Method:
     windows: in tokens; floating: floating keys as shares of the context; a head gets one of each, or full attention. need: start
     from what reconstruction needs, not from nothing. gradient: slopes of the loss, not squared errors of outputs. steps: look
     again after every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
-    retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once.
+    retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once. retell: and are
+    told again before; then the need says all that there is to know, and nothing is searched for.
     """
 
     policy: Policy = "headsink"
@@ -61,10 +63,13 @@ class Method:
     refine: bool = True
     retrieval_weight: float = 0.25
     once: bool = False
+    retell: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise HeadsinkError(f"policy: {self.policy!r} is unknown; one of {', '.join(POLICIES)}")
+        if self.retell and not (self.once and self.policy == "headsink"):
+            raise HeadsinkError("retell: contexts that are compressed once are told again, by our own policy only")
 
     def options(self, context: int) -> tuple[Pattern, ...]:
         """The patterns that a head may get, full attention last."""
@@ -231,10 +236,7 @@ class Search:
             )
         if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
             return torch.full((len(self.heads),), smallest)
-        need = self.need[self.layers].flatten(0, 1)
-        rest = int((1 - (START * budget - least)) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
-        needed = need > need.flatten().kthvalue(1 + rest).values
-        wanted = (needed.double().mean(1) + least)[:, None] * self.context
+        wanted = (needed(self.need[self.layers], START * budget - least).flatten() + least)[:, None] * self.context
         # Squares, so that no head goes without for the sake of another that has most of what it needs.
         missing = (wanted - self.sizes).clamp(min=0).square() / wanted
         return choose(missing, self.sizes, START * budget * self.context * len(self.heads))

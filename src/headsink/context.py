@@ -1,0 +1,69 @@
+"""A text that a model has read, and what may come after it, run over its keys and values without reading it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headsink.architecture import decoder, describe
+from headsink.attention import Seen, engaged, observing, substituting
+from headsink.blockwise import Inputs
+
+
+class Branches:
+    """Texts that may follow a document of `length` tokens, side by side: each sees the document and itself.
+
+    ids, positions: int64 [tokens]. rows: the tokens of each.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], length: int, device: torch.device):
+        ends = list(accumulate(map(len, texts)))
+        self.rows = [slice(end - len(text), end) for end, text in zip(ends, texts, strict=True)]
+        self.ids = torch.tensor([token for text in texts for token in text], device=device)
+        self.positions = torch.cat([torch.arange(length, length + len(text), device=device) for text in texts])
+
+
+class Context:
+    """A text and the keys and values that the model made of it.
+
+    keys, values: of each layer, [KV heads, tokens, dim]; in a layer that slides by itself the last tokens only.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]):
+        self.model, self.ids, self.shape = model, ids, describe(model)
+        self._keys, self._values = keys, values
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [KV heads, tokens, dim]; the last ones only in a layer that slides."""
+        return self._keys[layer], self._values[layer]
+
+    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor]) -> Tensor:
+        """Run branches, the attention of every layer computed by `attend`: the last hidden states, [tokens, hidden size]."""
+        with engaged(self.model), substituting(attend):
+            return decoder(self.model)(
+                branches.ids[None], position_ids=branches.positions[None], use_cache=False
+            ).last_hidden_state[0]
+
+
+def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values that the model makes of a text, for a `Context`; in 16 bits."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def keep(seen: Seen) -> None:
+        last = slice(0 if seen.sliding is None else max(0, seen.length - seen.sliding), None)
+        kind = torch.bfloat16 if seen.key.dtype == torch.float32 else seen.key.dtype
+        keys.append(seen.key[0, :, last].to(kind, copy=True))
+        values.append(seen.value[0, :, last].to(kind, copy=True))
+
+    with torch.no_grad(), engaged(model), observing(keep):
+        decoder(model)(torch.tensor([list(ids)], device=model.device), use_cache=False)
+    return keys, values

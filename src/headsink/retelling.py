@@ -1,0 +1,173 @@
+"""A context told again by the model that has read it: which keys that takes, and values that make up for the others.
+
+Spans of the context are run after it once more, as if the model was asked to repeat them. The largest attention that a key gets
+there says how much it is needed, whatever is asked later (KVzip, arXiv 2505.23416). Heads keep as many of the best as
+their patterns say. What the others gave to the outputs is then put into the values of the kept ones: for each head, ridge
+regression, in closed form, of what its outputs lose on its attention to what is kept. This changes no shape and costs no byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from headsink.blockwise import Inputs
+from headsink.context import Branches, Context
+from headsink.pattern import Pattern
+from headsink.plan import Plan
+
+PROMPT = "\n\nRepeat the previous context exactly.\n\n"
+LEAD, SPAN = 8, 128  # tokens before a span that tell where it begins; of a span
+ROWS = 8192  # queries of a KV head that values are fitted to, at most, at even distances
+RIDGE = 0.01  # of the mean squared attention to a kept key
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What asks the model to tell a context again."""
+    return tuple(tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
+
+
+class Telling:
+    """Spans of a context, each told again by itself after `prompt`."""
+
+    def __init__(self, context: Context, prompt: Sequence[int], spans: Sequence[range]):
+        self.context, self.spans = context, spans
+        texts = [[*prompt, *context.ids[max(span.start - LEAD, 0) : span.stop]] for span in spans]
+        self.branches = Branches(texts, context.length, context.model.device)
+
+    def attend(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Attention in full: its output, [KV heads, group, tokens, dim]; and the log of the largest attention that every key of
+        the spans got from its own span, float32 [KV heads, keys] (meaningless in a layer that slides)."""
+        keys, values = self.context.held(inputs.layer)
+        first, length = self.context.length - keys.shape[1], self.context.length
+        outputs, largest = [], []
+        for rows, span in zip(self.branches.rows, self.spans, strict=True):
+            logits, own = self._logits(inputs, rows, keys)
+            apart = torch.arange(length, length + own.shape[-1], device=keys.device)[:, None]
+            if inputs.sliding is not None:
+                columns = torch.arange(first, length, device=keys.device)
+                hidden = (apart - columns >= inputs.sliding).repeat(inputs.query.shape[1] // len(keys), 1)
+                logits = logits.masked_fill(hidden, float("-inf"))
+            total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))
+            seen = slice(max(span.start - first, 0), max(span.stop - first, 0))
+            largest.append((logits[..., seen] - total).amax(1))
+            kind = inputs.value.dtype
+            output = (logits - total).exp_().to(kind) @ values.to(kind)
+            output += (own - total).exp_().to(kind) @ inputs.value[0, :, rows]
+            outputs.append(output.unflatten(1, (-1, own.shape[-1])))
+        return torch.cat(outputs, 2), torch.cat(largest, -1)
+
+    def _logits(self, inputs: Inputs, rows: slice, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of a span's queries towards `keys` [KV heads, keys, dim] and towards the span's own, which are causal:
+        float32 [KV heads, group x tokens, keys] and [..., tokens]."""
+        query = inputs.query[0, :, rows].unflatten(0, (len(keys), -1))  # [KV heads, group, tokens, dim]
+        group, tokens = query.shape[1:3]
+        kind = torch.promote_types(query.dtype, torch.float32)
+        query = query.flatten(1, 2).to(kind) * inputs.scaling
+        near = query @ inputs.key[0, :, rows].to(kind).transpose(-1, -2)
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=near.device).triu(1)
+        if inputs.sliding is not None:
+            later |= ~torch.ones_like(later).triu(1 - inputs.sliding)
+        near = near.masked_fill(later.repeat(group, 1), float("-inf"))
+        return query @ keys.to(kind).transpose(-1, -2), near
+
+    def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor) -> Tensor:
+        """Values for the keys at `places` of a KV head, with which its outputs come as near as they can to `outputs`, those of
+        full attention [KV heads, group, tokens, dim]: float32 [places, dim]."""
+        keys, values = (kept[head, places][None] for kept in self.context.held(inputs.layer))
+        values = values[0].float()
+        group, stride = outputs.shape[1], max(1, outputs[0, :, :, 0].numel() // ROWS)
+        mine = _head(inputs, head, group)
+        gram, missed = values.new_zeros(len(places), len(places)), torch.zeros_like(values)
+        for rows in self.branches.rows:
+            far, near = self._logits(mine, rows, keys)
+            attention = torch.cat([far, near], -1)[0, ::stride].softmax(-1)
+            seen, own = attention[:, : len(places)], attention[:, len(places) :]
+            loss = outputs[head, :, rows].flatten(0, 1)[::stride] - seen @ values - own @ mine.value[0, 0, rows].float()
+            gram += seen.T @ seen
+            missed += seen.T @ loss
+        diagonal = gram.diagonal()
+        diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        return values + torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
+
+
+def _head(inputs: Inputs, head: int, group: int) -> Inputs:
+    """The part of one KV head."""
+    own = slice(head, head + 1)
+    return replace(
+        inputs,
+        query=inputs.query[:, head * group : (head + 1) * group],
+        key=inputs.key[:, own],
+        value=inputs.value[:, own],
+    )
+
+
+def kept(pattern: Pattern, scores: Tensor) -> Tensor:
+    """Places of the keys that a head holds of a context that is over: first tokens, floating keys, the last ones.
+
+    scores: [keys], of all keys of the context. Returns int64 [places].
+    """
+    length = len(scores)
+    if pattern.full:
+        return torch.arange(length, device=scores.device)
+    sink = min(pattern.sink, length)
+    near = max(length - (pattern.window or 0), sink)
+    floating = scores[sink:near].topk(min(pattern.floating, near - sink)).indices + sink
+    first, last = (torch.arange(*ends, device=scores.device) for ends in ((0, sink), (near, length)))
+    return torch.cat([first, floating, last])
+
+
+@torch.no_grad()
+def retell(
+    model: PreTrainedModel, plan: Plan, cache: Cache, ids: Tensor, padding: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Let the model tell the contexts in `cache` again: scores of their keys, to choose by what the plan keeps.
+
+    Values in the cache change, at the places of the keys that will be kept. ids: of the contexts, int64 [batch, tokens]; padding:
+    int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by
+    itself, float32 [batch, KV heads, tokens], -inf for padding.
+    """
+    patterns = [None if row is None else [head.pattern for head in row] for row in plan.layers]
+    scores = {
+        index: torch.full(layer.keys.shape[:3], float("-inf"), device=layer.keys.device)
+        for index, (row, layer) in enumerate(zip(patterns, cache.layers, strict=True))
+        if row is not None
+    }
+    for row, text in enumerate(ids):
+        text = text[0 if padding is None else int(padding[row]) :]
+        if not len(text):
+            continue
+        keys, values = (
+            [held[row, :, -len(text) :] for held in kind]
+            for kind in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+        )
+        for layer, found in _retell_one(Context(model, text.tolist(), keys, values), patterns, plan.retell).items():
+            scores[layer][row, :, -len(text) :] = found
+    return scores
+
+
+def _retell_one(
+    context: Context, patterns: Sequence[Sequence[Pattern] | None], prompt: Sequence[int]
+) -> dict[int, Tensor]:
+    """Scores of the keys of one context, [KV heads, tokens], for each layer that has patterns; its values change."""
+    spans = [range(start, min(start + SPAN, context.length)) for start in range(0, context.length, SPAN)]
+    telling, scores = Telling(context, prompt, spans), {}
+
+    def attend(inputs: Inputs) -> Tensor:
+        outputs, largest = telling.attend(inputs)
+        row = patterns[inputs.layer]
+        if row is not None:
+            scores[inputs.layer] = largest
+            _, values = context.held(inputs.layer)
+            for head, pattern in enumerate(row):
+                if pattern.size(context.length) < context.length:
+                    places = kept(pattern, largest[head])
+                    values[head, places] = telling.fitted(inputs, outputs, head, places).to(values.dtype)
+        return outputs.flatten(0, 1)[None]
+
+    context.run(telling.branches, attend)
+    return scores
