@@ -24,6 +24,7 @@ from headsink.pattern import FULL
 from headsink.probes import FORMS
 from headsink.quality import score
 from headsink.reconstruction import demand, fit
+from headsink.retelling import prompt_tokens
 from headsink.search import POLICIES, SINK, WINDOWS, Method, Search, Step
 
 CONTEXT = 600
@@ -124,6 +125,34 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     torch.testing.assert_close(found, calibration.weights * floating, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, small):
+    model, method = tiny(family), Method(once=True, retell=True)
+    calibration = Calibration(model, small, context=CONTEXT, method=method, progress=False)
+    planned = [layer for layer, window in enumerate(calibration.replays[0].shape.windows) if window is None]
+    need = calibration.need[planned].flatten(0, 1)
+    for budget in (0.2, 0.4):
+        plan = calibration.plan(budget)
+        assert plan.once
+        assert plan.retell == tuple(small("\n\nRepeat the previous context exactly.\n\n")["input_ids"])
+        assert budget - 0.01 < plan.kept(CONTEXT) <= budget
+        assert plan.calibration["replayed_loss"] is None
+        assert plan.calibration["verified"]["kl_text"] > 0
+        # The least of what is kept by any head is needed more than the most of what another lets go.
+        rows = [head.pattern for layer in planned for head in plan.layers[layer]]
+        assert all(pattern.full or (pattern.sink, pattern.window) == (SINK, WINDOWS[0]) for pattern in rows)
+        edges = []
+        for pattern, own in zip(rows, need, strict=True):
+            if not pattern.full:
+                order = own.sort(descending=True).values
+                place = round(pattern.floating / CONTEXT * len(order))
+                edges += [(order[max(place - 3, 0)], order[min(place + 3, len(order) - 1)])]
+        assert max(low for _, low in edges) <= min(high for high, _ in edges)
+    assert all(head.pattern.full for layer in planned for head in calibration.plan(1.0).layers[layer])
+    with pytest.raises(HeadsinkError, match=r"budget: 0.05 of 600 tokens is less than the smallest plan, 0.060"):
+        calibration.plan(0.05)
+
+
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_a_replay_is_what_the_cache_does(family, once, small):
@@ -152,7 +181,7 @@ def test_scores_and_start_are_those_of_the_documents_told_again(small, tmp_path)
         checkpoint=tmp_path / "steps",
         progress=False,
     )
-    told = [demand(replay, small) for replay in calibration.replays]
+    told = [demand(replay, prompt_tokens(small)) for replay in calibration.replays]
     assert torch.equal(calibration.weights, fit(calibration.replays, told))
     need = torch.cat([one.attention for one in told], -1)
     search, steps = Search(calibration.replays, CONTEXT, calibration.method, 0, need), []

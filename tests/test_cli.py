@@ -177,6 +177,23 @@ def test_a_plan_for_contexts_that_are_compressed_once(run, tiny_folder, tmp_path
     assert Plan.load(tmp_path / "plan.json").once
 
 
+def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
+    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--retell")
+    status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
+    assert status == 0, err
+    made = Plan.load(tmp_path / "plan.json")
+    assert made.once
+    assert made.retell
+    assert made.quality
+    status, _, err = run(
+        "generate", tiny_folder, "--prompt", "a box " * 200, "--plan", tmp_path / "plan.json", "--max-new-tokens", "5"
+    )
+    assert status == 0, err
+    status, _, err = run("plan", tiny_folder, *words, "--policy", "on-off", "--out", tmp_path / "other.json")
+    assert status == 2
+    assert "retell: contexts that are compressed once" in err
+
+
 def test_plan_then_generate(run, tiny_folder, tmp_path):
     path = tmp_path / "plan.json"
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu")

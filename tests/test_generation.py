@@ -5,6 +5,7 @@ import torch
 from families import tiny
 from plans import random_plan
 from reference import reference_logits
+from transformers import DynamicCache
 
 import headsink
 from headsink.generation import Conversation, generate
@@ -28,6 +29,22 @@ def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, t
     assert done.prompt_tokens == tokens
     assert len(done.ids) == 30
     assert follows(model, plan, ids + done.ids, done.ids, tokens - 1 if hold else None)
+
+
+def test_a_prompt_is_told_again(tokenizer):
+    model = tiny("llama", dtype=torch.float64)
+    plan = random_plan(model, 4).model_copy(update={"once": True, "retell": (7, 8, 9)})
+    ids = torch.randint(3, 211, (50,)).tolist()
+    done = generate(model, tokenizer, ids, plan, max_new_tokens=12)
+    before, full = torch.tensor([ids[:-1]]), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(before, past_key_values=full)
+    cache = headsink.compress(model, plan, full, input_ids=before)
+    with headsink.apply(model, plan), torch.no_grad():
+        logits = model(torch.tensor([ids[-1:] + done.ids[:-1]]), past_key_values=cache).logits
+    assert logits[0].argmax(-1).tolist() == done.ids
+    other = generate(model, tokenizer, ids, plan.model_copy(update={"retell": ()}), max_new_tokens=12)
+    assert other.ids != done.ids
 
 
 def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):

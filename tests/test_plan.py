@@ -73,6 +73,8 @@ def with_retrieval(fields, **changes):
         (lambda f: f.update(schema_version=2), "schema_version"),
         (lambda f: f.update(tau=0.4), "tau"),
         (lambda f: f.update(once="perhaps"), "once"),
+        (lambda f: f.update(retell=[5]), "retell: only a context that is compressed once"),
+        (lambda f: f.update(once=True, retell=[5, -1]), "retell.1"),
         (lambda f: f.update(positions="cache"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),

@@ -46,7 +46,7 @@ def demand(context: Context, prompt: Sequence[int]) -> Demand:
         outputs, largest = telling.attend(inputs)
         if inputs.sliding is None:
             found[inputs.layer] = largest.cpu()
-        return outputs.flatten(0, 1)[None]
+        return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     with torch.no_grad():
         context.run(telling.branches, attend)

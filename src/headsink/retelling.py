@@ -41,7 +41,7 @@ class Telling:
 
     def attend(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Attention in full: its output, [KV heads, group, tokens, dim]; and the log of the largest attention that every key of
-        the spans got from its own span, float32 [KV heads, keys] (meaningless in a layer that slides)."""
+        the spans got from its own span, [KV heads, keys] (meaningless in a layer that slides). In float32 or better."""
         keys, values = self.context.held(inputs.layer)
         first, length = self.context.length - keys.shape[1], self.context.length
         outputs, largest = [], []
@@ -55,15 +55,14 @@ class Telling:
             total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))
             seen = slice(max(span.start - first, 0), max(span.stop - first, 0))
             largest.append((logits[..., seen] - total).amax(1))
-            kind = inputs.value.dtype
-            output = (logits - total).exp_().to(kind) @ values.to(kind)
-            output += (own - total).exp_().to(kind) @ inputs.value[0, :, rows]
+            output = (logits - total).exp_() @ values.to(total.dtype)
+            output += (own - total).exp_() @ inputs.value[0, :, rows].to(total.dtype)
             outputs.append(output.unflatten(1, (-1, own.shape[-1])))
         return torch.cat(outputs, 2), torch.cat(largest, -1)
 
     def _logits(self, inputs: Inputs, rows: slice, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of a span's queries towards `keys` [KV heads, keys, dim] and towards the span's own, which are causal:
-        float32 [KV heads, group x tokens, keys] and [..., tokens]."""
+        [KV heads, group x tokens, keys] and [..., tokens], in float32 or better."""
         query = inputs.query[0, :, rows].unflatten(0, (len(keys), -1))  # [KV heads, group, tokens, dim]
         group, tokens = query.shape[1:3]
         kind = torch.promote_types(query.dtype, torch.float32)
@@ -77,9 +76,9 @@ class Telling:
 
     def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor) -> Tensor:
         """Values for the keys at `places` of a KV head, with which its outputs come as near as they can to `outputs`, those of
-        full attention [KV heads, group, tokens, dim]: float32 [places, dim]."""
+        full attention [KV heads, group, tokens, dim]: [places, dim]."""
         keys, values = (kept[head, places][None] for kept in self.context.held(inputs.layer))
-        values = values[0].float()
+        values = values[0].to(outputs.dtype)
         group, stride = outputs.shape[1], max(1, outputs[0, :, :, 0].numel() // ROWS)
         mine = _head(inputs, head, group)
         gram, missed = values.new_zeros(len(places), len(places)), torch.zeros_like(values)
@@ -87,7 +86,11 @@ class Telling:
             far, near = self._logits(mine, rows, keys)
             attention = torch.cat([far, near], -1)[0, ::stride].softmax(-1)
             seen, own = attention[:, : len(places)], attention[:, len(places) :]
-            loss = outputs[head, :, rows].flatten(0, 1)[::stride] - seen @ values - own @ mine.value[0, 0, rows].float()
+            loss = (
+                outputs[head, :, rows].flatten(0, 1)[::stride]
+                - seen @ values
+                - own @ mine.value[0, 0, rows].to(outputs.dtype)
+            )
             gram += seen.T @ seen
             missed += seen.T @ loss
         diagonal = gram.diagonal()
@@ -129,11 +132,13 @@ def retell(
 
     Values in the cache change, at the places of the keys that will be kept. ids: of the contexts, int64 [batch, tokens]; padding:
     int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by
-    itself, float32 [batch, KV heads, tokens], -inf for padding.
+    itself, [batch, KV heads, tokens] in float32 or better, -inf for padding.
     """
     patterns = [None if row is None else [head.pattern for head in row] for row in plan.layers]
     scores = {
-        index: torch.full(layer.keys.shape[:3], float("-inf"), device=layer.keys.device)
+        index: layer.keys.new_full(
+            layer.keys.shape[:3], float("-inf"), dtype=torch.promote_types(layer.keys.dtype, torch.float32)
+        )
         for index, (row, layer) in enumerate(zip(patterns, cache.layers, strict=True))
         if row is not None
     }
@@ -167,7 +172,7 @@ def _retell_one(
                 if pattern.size(context.length) < context.length:
                     places = kept(pattern, largest[head])
                     values[head, places] = telling.fitted(inputs, outputs, head, places).to(values.dtype)
-        return outputs.flatten(0, 1)[None]
+        return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     context.run(telling.branches, attend)
     return scores

@@ -1,0 +1,208 @@
+"""Contexts that are told again before they are compressed: scores and fitted values, against the same found the slow way."""
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+from test_runtime import padded
+from transformers import DynamicCache
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan, retelling
+from headsink.architecture import describe
+from headsink.attention import engaged, observing
+from headsink.pattern import visible
+from headsink.retelling import LEAD, RIDGE, kept
+
+PROMPT = (17, 5, 90, 23)
+LENGTH = 61
+
+
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch):
+    monkeypatch.setattr(retelling, "SPAN", 16)
+
+
+def text(seed=0, tokens=LENGTH):
+    return torch.randint(3, 211, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model, ids, mask=None):
+    cache, options = DynamicCache(config=model.config), {}
+    if mask is not None:
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    model(ids, past_key_values=cache, **options)
+    return cache
+
+
+def plan_for(model, seed=1, **fields):
+    return random_plan(model, seed).model_copy(update={"once": True, "retell": PROMPT} | fields)
+
+
+@torch.no_grad()
+def passes(model, ids):
+    """One pass over everything for each span: where it lies, and what each layer computed with."""
+    for start in range(0, len(ids), retelling.SPAN):
+        span = range(start, min(start + retelling.SPAN, len(ids)))
+        seen = []
+        with engaged(model), observing(seen.append):
+            model(torch.tensor([[*ids, *PROMPT, *ids[max(start - LEAD, 0) : span.stop]]]), use_cache=False)
+        yield span, seen
+
+
+def attention(inputs, head, group, hidden):
+    """Of the query heads of a KV head: [group, tokens, tokens], nothing on columns that are `hidden`."""
+    rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
+    logits = inputs.query[0, rows] @ inputs.key[0, head].T * inputs.scaling
+    hidden = hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_values_equal_the_slow_way(family, precise):
+    model, ids = tiny(family, dtype=torch.float64), text()
+    plan, shape = plan_for(model), describe(model)
+    cache = read(model, ids)
+    before = [layer.values.clone() for layer in cache.layers]
+    scores = retelling.retell(model, plan, cache, ids)
+    told = list(passes(model, ids[0].tolist()))
+    assert scores.keys() == {layer for layer, row in enumerate(plan.layers) if row}
+    for layer, row in enumerate(plan.layers):
+        if row is None:
+            assert torch.equal(cache.layers[layer].values, before[layer])
+            continue
+        for head, pattern in enumerate(h.pattern for h in row):
+            everything = [(span, seen[layer], attention(seen[layer], head, shape.group, False)) for span, seen in told]
+            largest = torch.cat([a[:, LENGTH:, span.start : span.stop].amax((0, 1)) for span, _, a in everything])
+            found = scores[layer][0, head]
+            torch.testing.assert_close(found.exp().double(), largest, rtol=1e-5, atol=1e-7)
+            values, old = cache.layers[layer].values[0, head], before[layer][0, head]
+            if pattern.size(LENGTH) >= LENGTH:
+                assert torch.equal(values, old)
+                continue
+            places = kept(pattern, found)
+            gone = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, places, False)
+            assert torch.equal(values[gone], old[gone])
+            known, missed = [], []
+            for _, seen, a in everything:
+                left = attention(seen, head, shape.group, torch.nn.functional.pad(gone, (0, a.shape[1] - LENGTH)))
+                full, own = (t[:, LENGTH:].flatten(0, 1) @ seen.value[0, head] for t in (a, left))
+                known.append(left[:, LENGTH:, places].flatten(0, 1))
+                missed.append(full - own)
+            known, missed = torch.cat(known), torch.cat(missed)
+            ridge = (RIDGE * known.square().sum(0).mean()).sqrt()
+            known = torch.cat([known, ridge * torch.eye(len(places))])
+            missed = torch.cat([missed, missed.new_zeros(len(places), missed.shape[1])])
+            change = torch.linalg.lstsq(known, missed).solution
+            torch.testing.assert_close(values[places] - old[places], change, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_kept_is_what_the_definition_says(seed):
+    generator = torch.Generator().manual_seed(seed)
+    for length in (1, 3, 20, 57):
+        scores = torch.randn(length, generator=generator)
+        for pattern in (
+            Pattern(),
+            Pattern(0, 0, 0),
+            Pattern(4, 3, 5),
+            Pattern(0, 7, 1),
+            Pattern(5, 60, 8),
+            Pattern(2, 0, 300),
+        ):
+            positions = torch.arange(length)[None]
+            seen = visible(pattern, positions[:, -1:], positions, scores[None])[0, 0]
+            assert sorted(kept(pattern, scores).tolist()) == seen.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_the_cache_holds_the_fitted_values(family):
+    model, ids = tiny(family), text(2)
+    plan = plan_for(model, 3)
+    told = read(model, ids)
+    scores = retelling.retell(model, plan, told, ids)
+    cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
+    for index, row in enumerate(plan.layers):
+        for group in cache.layers[index].groups if row else ():
+            for n, head in enumerate(group.heads):
+                places = kept(group.pattern, scores[index][0, head]).sort().values
+                held = group.visible[0, n]
+                layer = told.layers[index]
+                for kind, whole in ((group.keys, layer.keys), (group.values, layer.values)):
+                    mine, expected = kind[0, n][held], whole[0, head, places]
+                    assert torch.equal(mine[mine[:, 0].argsort()], expected[expected[:, 0].argsort()])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_rows_of_a_padded_batch_are_told_by_themselves(family, precise):
+    model = tiny(family, dtype=torch.float64)
+    ids, mask = padded()
+    plan = plan_for(model, 5)
+    context, follows = slice(0, 50), slice(50, 61)
+    cache = headsink.compress(
+        model, plan, read(model, ids[:, context], mask[:, context]), mask[:, context], ids[:, context]
+    )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, follows]
+    with headsink.apply(model, plan), torch.no_grad():
+        both = model(ids[:, follows], past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+    for row in range(len(ids)):
+        alone = ids[row : row + 1, mask[row].bool()]
+        before = alone[:, : -both.shape[1]]
+        single = headsink.compress(model, plan, read(model, before), input_ids=before)
+        with headsink.apply(model, plan), torch.no_grad():
+            logits = model(alone[:, before.shape[1] :], past_key_values=single).logits
+        torch.testing.assert_close(both[row : row + 1], logits, rtol=1e-6, atol=1e-8)
+
+
+def test_fitted_values_bring_what_follows_nearer_to_the_model():
+    model = tiny("llama")
+    patterns = [[Pattern(4, 8, 8)] * 2] * 3
+    weights = torch.ones(3, 2, 30)
+    nearer = 0
+    for seed in range(6):
+        ids = text(seed, 200)
+        with torch.no_grad():
+            full = model(torch.cat([ids, ids[:, :60]], 1)).logits[:, 200:]
+        loss = []
+        for retell in ((), PROMPT):
+            plan = Plan.of(model, patterns, weights, once=True, retell=retell)
+            cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
+            with headsink.apply(model, plan), torch.no_grad():
+                logits = model(ids[:, :60], past_key_values=cache).logits
+            loss.append(
+                float((full.log_softmax(-1).exp() * (full.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean())
+            )
+        nearer += loss[1] < loss[0]
+    assert nearer >= 5
+
+
+def test_an_all_full_plan_stays_the_model_bit_for_bit():
+    model, ids = tiny("llama"), text(4)
+    plan = Plan.full(model).model_copy(update={"once": True, "retell": PROMPT})
+    cache, plain = headsink.compress(model, plan, read(model, ids), input_ids=ids), read(model, ids)
+    with torch.no_grad():
+        expected = model(ids[:, :9], past_key_values=plain).logits
+        with headsink.apply(model, plan):
+            assert torch.equal(model(ids[:, :9], past_key_values=cache).logits, expected)
+
+
+def test_in_16_bits_scores_hardly_move():
+    ids = text(6, 120)
+    exact, rounded = (
+        retelling.retell(model, plan_for(model), read(model, ids), ids)
+        for model in (tiny("llama"), tiny("llama").to(torch.bfloat16))
+    )
+    for layer, scores in exact.items():
+        assert rounded[layer].dtype == torch.float32
+        assert float((rounded[layer] - scores).abs().mean()) < 0.1 * float(scores.std())
+
+
+def test_the_text_must_be_given_and_fit():
+    model, ids = tiny("llama"), text()
+    plan, cache = plan_for(model), read(model, ids)
+    with pytest.raises(HeadsinkError, match="input_ids: missing; this plan tells the context again, the 61 tokens"):
+        headsink.compress(model, plan, cache)
+    with pytest.raises(HeadsinkError, match="input_ids: 60 tokens"):
+        headsink.compress(model, plan, cache, input_ids=ids[:, 1:])
+    assert cache.get_seq_length() == LENGTH  # nothing was taken
