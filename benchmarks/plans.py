@@ -5,7 +5,8 @@ python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all 
 
 A plan is calibrated at the context of the cases. Their continuations are not known while a case is read; each is scored by itself
 after that. "headsink" reads under the plan and goes on letting keys go while continuations run. "headsink, once" does as the
-presses of peers.py do: the case is read in full, compressed once, and all that follows stays. Records have the form of peers.py.
+presses of peers.py do: the case is read in full, compressed once, and all that follows stays; "headsink, retold" tells it again
+in between. Records have the form of peers.py; bytes are those of layers that do not slide by themselves.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import headsink
 from headsink.cache import nbytes
@@ -57,7 +60,8 @@ METHODS = {
 def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> list[dict[str, Any]]:
     """A record of every continuation of a case."""
     cache = read(model, plan, case["ids"])
-    held, records = nbytes(cache), []
+    governed = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
+    held, records = nbytes(governed), []  # type: ignore[arg-type]
     for part in case["continuations"]:
         log_probs = branch_log_probs(model, cache, part["ids"], part["scored"])
         targets = torch.tensor(part["ids"][-part["scored"] :], device=log_probs.device)

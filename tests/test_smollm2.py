@@ -10,6 +10,7 @@ from headsink import corpus, probes
 from headsink.census.floating import floating_tokens, suggested_tau
 from headsink.census.statistics import windows
 from headsink.quality import score
+from headsink.search import Method
 
 TOKENS = 2000
 
@@ -40,6 +41,23 @@ def test_the_plan_keeps_its_budget(half_plan):
 
 def test_the_plan_finds_floating_sinks(half_plan):
     assert any(head.floating for layer in half_plan.layers for head in layer)
+
+
+def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
+    """Held-out text again. What is worth the second reading is seen beside the same plan without it."""
+    model, tokenizer = smollm2
+    method = Method(once=True, retell=True)
+    plan = headsink.calibrate(
+        model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
+    )
+    document = probes.document(tokenizer, 900, split="heldout", seed=5)
+    told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"retell": ()})))
+    assert told[0].bytes_plan < 0.15 * told[0].bytes_full
+    assert any(branch.right_full for branch in told[1:])
+    assert all(branch.right_plan or not branch.right_full for branch in told[1:])
+    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (told, scored)]
+    assert kl[0][0] < min(0.05, 0.7 * kl[1][0])
+    assert sum(kl[0][1:]) < 0.7 * sum(kl[1][1:])
 
 
 def test_census_sees_the_first_token_and_the_floating_sinks(smollm2):

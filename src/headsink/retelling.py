@@ -23,6 +23,7 @@ from headsink.plan import Plan
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that tell where it begins; of a span
 ROWS = 8192  # queries of a KV head that values are fitted to, at most, at even distances
+FITTED = 1024  # values of a KV head that are fitted, at most: those of the keys with the highest scores
 RIDGE = 0.01  # of the mean squared attention to a kept key
 
 
@@ -74,14 +75,15 @@ class Telling:
         near = near.masked_fill(later.repeat(group, 1), float("-inf"))
         return query @ keys.to(kind).transpose(-1, -2), near
 
-    def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor) -> Tensor:
-        """Values for the keys at `places` of a KV head, with which its outputs come as near as they can to `outputs`, those of
-        full attention [KV heads, group, tokens, dim]: [places, dim]."""
+    def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor, fixed: int) -> Tensor:
+        """Values for the keys at `places` of a KV head, all but the first `fixed`, with which its outputs come as near as they
+        can to `outputs`, those of full attention [KV heads, group, tokens, dim]: [places - fixed, dim]."""
         keys, values = (kept[head, places][None] for kept in self.context.held(inputs.layer))
         values = values[0].to(outputs.dtype)
         group, stride = outputs.shape[1], max(1, outputs[0, :, :, 0].numel() // ROWS)
         mine = _head(inputs, head, group)
-        gram, missed = values.new_zeros(len(places), len(places)), torch.zeros_like(values)
+        count = len(places) - fixed
+        gram, missed = values.new_zeros(count, count), torch.zeros_like(values[fixed:])
         for rows in self.branches.rows:
             far, near = self._logits(mine, rows, keys)
             attention = torch.cat([far, near], -1)[0, ::stride].softmax(-1)
@@ -91,11 +93,11 @@ class Telling:
                 - seen @ values
                 - own @ mine.value[0, 0, rows].to(outputs.dtype)
             )
-            gram += seen.T @ seen
-            missed += seen.T @ loss
+            gram += seen[:, fixed:].T @ seen[:, fixed:]
+            missed += seen[:, fixed:].T @ loss
         diagonal = gram.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        return values + torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
+        return values[fixed:] + torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
 
 
 def _head(inputs: Inputs, head: int, group: int) -> Inputs:
@@ -171,7 +173,10 @@ def _retell_one(
             for head, pattern in enumerate(row):
                 if pattern.size(context.length) < context.length:
                     places = kept(pattern, largest[head])
-                    values[head, places] = telling.fitted(inputs, outputs, head, places).to(values.dtype)
+                    places = places[largest[head, places].argsort()]
+                    fixed = max(len(places) - FITTED, 0)
+                    fitted = telling.fitted(inputs, outputs, head, places, fixed)
+                    values[head, places[fixed:]] = fitted.to(values.dtype)
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     context.run(telling.branches, attend)
