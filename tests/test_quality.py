@@ -1,5 +1,7 @@
 """What a plan is said to cost is what it costs: the same numbers, found the slow way."""
 
+import re
+
 import pytest
 import torch
 from families import FAMILIES, tiny
@@ -143,3 +145,24 @@ def test_a_measured_plan_is_shown(loaded, capsys):
     assert f"{found.kl:.4f} ({found.kl_interval[0]:.4f} to {found.kl_interval[1]:.4f})" in out
     assert f"{found.right_plan} of {found.asked}" in out
     assert "Verified up to 512 tokens." in out
+
+
+def test_a_plan_of_many_patterns_is_shown_by_shares(capsys):
+    from rich.console import Console
+
+    model = tiny("llama-mha")
+    sizes = [0, 3, 10, 30, 60, 120, 240, 400, 700, 900, 995, 1000]
+    rows = [[headsink.Pattern(0, 0, size) for size in sizes[4 * layer : 4 * layer + 4]] for layer in range(3)]
+    show.plan(Console(width=80), Plan.of(model, rows, calibration={"context": [1000, 1000]}))
+    out = capsys.readouterr().out
+    assert "Kept at 1000 tokens" in out
+    found = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if re.search(r"\s{2,}\d+\s*$", line)]
+    assert found == [
+        ["all", "1"],
+        ["50.0% to 100.0%", "3"],
+        ["25.0% to 50.0%", "1"],
+        ["12.5% to 25.0%", "1"],
+        ["6.2% to 12.5%", "1"],
+        ["3.1% to 6.2%", "1"],
+        ["under 3.1%", "4"],
+    ]

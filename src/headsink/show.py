@@ -25,6 +25,7 @@ from headsink.report.page import p_value, share
 MEGABYTE = 1e6
 NEAR = 128  # keys: how many heads make do with a window of that
 SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen; `--json` has all
+MOST_PATTERNS = 10  # of a plan, that are listed one by one
 
 
 def census_json(census: Census) -> dict[str, Any]:
@@ -189,10 +190,14 @@ def comparison(console: Console, found: Comparison) -> None:
 
 def plan(console: Console, made: Plan) -> None:
     contexts = made.calibration.get("context")
-    table = _table("Patterns", "first + floating + window", "KV heads")
-    for name, count in made.counts().items():
-        table.add_row(name, str(count))
-    console.print(table)
+    counts = made.counts()
+    if contexts and len(counts) > MOST_PATTERNS:
+        console.print(_shares(made, contexts[0]))
+    else:
+        table = _table("Patterns", "first + floating + window", "KV heads")
+        for name, count in counts.items():
+            table.add_row(name, str(count))
+        console.print(table)
     for context in dict.fromkeys(contexts or ()):
         console.print(f"Keeps {made.kept(context):.1%} of the KV entries at {context} tokens.", highlight=False)
     if not made.quality:
@@ -200,6 +205,19 @@ def plan(console: Console, made: Plan) -> None:
         return
     console.print(_qualities("tokens", {str(q.context): q for q in made.quality}))
     console.print(f"Verified up to {made.verified} tokens.", highlight=False)
+
+
+def _shares(made: Plan, context: int) -> Table:
+    """How many KV heads keep how much."""
+    table = _table(f"Kept at {context} tokens", "share of the keys", "KV heads")
+    sizes = [head.pattern.size(context) / context for layer in made.layers for head in layer or ()]
+    above = 1.0
+    table.add_row("all", str(sum(size >= 1 for size in sizes)))
+    for below in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0):
+        if count := sum(below <= size < above for size in sizes):
+            table.add_row(f"{below:.1%} to {above:.1%}" if below else f"under {above:.1%}", str(count))
+        above = below
+    return table
 
 
 def frontier(console: Console, drawn: Frontier) -> None:
