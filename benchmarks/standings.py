@@ -80,11 +80,16 @@ def picture(rows: list[Row]) -> Any:
     )
     colour = alt.condition("slice(datum.method, 0, 8) == 'headsink'", alt.value(BLUE), alt.value(GREY))
     points = base.mark_point(filled=True, size=70, opacity=0.9).encode(color=colour, tooltip=["method:N"])
-    names = base.mark_text(dx=8, align="left").encode(text="label:N")
-    layered = alt.layer(points, names, data=alt.Data(values=ours)).properties(width=240, height=180)
-    return layered.facet(column=alt.Column("budget:O", sort="descending"), row="context:O").resolve_scale(
-        x="independent"
-    )
+    names = [  # above and below, for the best lie close together
+        base.mark_text(dx=8, dy=dy, align="left").encode(text="label:N").transform_filter(which)
+        for dy, which in ((-8, "datum.label != 'KVzip'"), (10, "datum.label == 'KVzip'"))
+    ]
+    layered = alt.layer(points, *names, data=alt.Data(values=ours)).properties(width=240, height=180)
+    kept = alt.Header(title=None, labelExpr="format(datum.value, '.1%') + ' kept'")
+    tokens = alt.Header(title=None, labelExpr="format(datum.value, ',') + ' tokens'")
+    return layered.facet(
+        column=alt.Column("budget:O", sort="descending", header=kept), row=alt.Row("context:O", header=tokens)
+    ).resolve_scale(x="independent")
 
 
 def main() -> None:
