@@ -61,18 +61,18 @@ class Telling:
             outputs.append(output.unflatten(1, (-1, own.shape[-1])))
         return torch.cat(outputs, 2), torch.cat(largest, -1)
 
-    def _logits(self, inputs: Inputs, rows: slice, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, inputs: Inputs, rows: slice, keys: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
         """Logits of a span's queries towards `keys` [KV heads, keys, dim] and towards the span's own, which are causal:
-        [KV heads, group x tokens, keys] and [..., tokens], in float32 or better."""
+        [KV heads, group x tokens, keys] and [..., tokens], in float32 or better; of every `stride`th query."""
         query = inputs.query[0, :, rows].unflatten(0, (len(keys), -1))  # [KV heads, group, tokens, dim]
         group, tokens = query.shape[1:3]
         kind = torch.promote_types(query.dtype, torch.float32)
-        query = query.flatten(1, 2).to(kind) * inputs.scaling
+        query = query.flatten(1, 2)[:, ::stride].to(kind) * inputs.scaling
         near = query @ inputs.key[0, :, rows].to(kind).transpose(-1, -2)
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=near.device).triu(1)
         if inputs.sliding is not None:
             later |= ~torch.ones_like(later).triu(1 - inputs.sliding)
-        near = near.masked_fill(later.repeat(group, 1), float("-inf"))
+        near = near.masked_fill(later.repeat(group, 1)[::stride], float("-inf"))
         return query @ keys.to(kind).transpose(-1, -2), near
 
     def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor, fixed: int) -> Tensor:
@@ -85,8 +85,8 @@ class Telling:
         count = len(places) - fixed
         gram, missed = values.new_zeros(count, count), torch.zeros_like(values[fixed:])
         for rows in self.branches.rows:
-            far, near = self._logits(mine, rows, keys)
-            attention = torch.cat([far, near], -1)[0, ::stride].softmax(-1)
+            far, near = self._logits(mine, rows, keys, stride)
+            attention = torch.cat([far, near], -1)[0].softmax(-1)
             seen, own = attention[:, : len(places)], attention[:, len(places) :]
             loss = (
                 outputs[head, :, rows].flatten(0, 1)[::stride]
