@@ -31,7 +31,7 @@ from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
 from headsink.reconstruction import demand, fit, needed
 from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
-from headsink.search import SINK, Method, Search, Step
+from headsink.search import SINK, Method, Search, Step, check_room
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
@@ -217,15 +217,11 @@ class Calibration:
 
     def _by_need(self, budget: float) -> list[list[Pattern] | None]:
         """Floating keys in proportion to what heads need to tell the documents again; all have the same window."""
-        window, shape = self.method.windows[0], describe(self.model)
-        share = budget - self.least
-        if share < 0:
-            raise HeadsinkError(
-                f"budget: {budget} of {self.shortest} tokens is less than the smallest plan, {self.least:.3f}"
-            )
+        check_room(budget, self.shortest, self.least)
+        window, shape = self.method.windows[0], self.replays[0].shape
         layers = [layer for layer, slides in enumerate(shape.windows) if slides is None]
         patterns: list[list[Pattern] | None] = [None] * shape.layers
-        for layer, shares in zip(layers, needed(self.need[layers], share).tolist(), strict=True):
+        for layer, shares in zip(layers, needed(self.need[layers], budget - self.least).tolist(), strict=True):
             row = [Pattern(SINK, int(own * self.shortest), window) for own in shares]
             patterns[layer] = [p if budget < 1 and p.size(self.shortest) < self.shortest else FULL for p in row]
         return patterns

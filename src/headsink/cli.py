@@ -216,15 +216,15 @@ def plan(
         typer.Option("--frontier", help="Make plans of several budgets instead, with a chart of what they cost, here."),
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="The budgets of --frontier, separated by commas.")] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
+    ] = False,
     retell: Annotated[
         bool,
         typer.Option(
             "--retell",
             help="As --once, and the model tells a context again before: the best quality, for a second reading.",
         ),
-    ] = False,
-    once: Annotated[
-        bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
     ] = False,
     seed: Seed = 0,
     dtype: Dtype = None,

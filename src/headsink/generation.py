@@ -20,8 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from headsink.cache import PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
-from headsink.retelling import retell
-from headsink.runtime import apply, new_cache
+from headsink.runtime import apply, compress_into, new_cache
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,13 @@ def generate(
 
 def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
     """Read in full, and compress once, what comes before the last token of the prompt, which `generate` begins with."""
-    if text.shape[1]:
-        full = empty_cache(model, None)
-        with torch.no_grad():
-            model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
-        cache.fill(full, scores=retell(model, cache.plan, full, text) if cache.plan.retell else None)
-    cache.hold()
+    if not text.shape[1]:
+        cache.hold()
+        return
+    full = empty_cache(model, None)
+    with torch.no_grad():
+        model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
+    compress_into(cache, model, full, input_ids=text)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

@@ -25,7 +25,7 @@ from headsink.context import Branches, Context, read
 from headsink.output import OutputNorms
 from headsink.pattern import FULL, Pattern
 from headsink.probes import Document
-from headsink.scores import best, key_scores
+from headsink.scores import best, key_scores, places
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that slides by itself
 
@@ -54,6 +54,7 @@ class Replay(Context):
     def __init__(self, model: PreTrainedModel, document: Document, once: bool = False):
         super().__init__(model, document.ids, *read(model, document.ids))
         self.document, self.once = document, once
+        self._scores = [keys.new_zeros(keys.shape[:2]) for keys in self._keys]  # until there are some
         device = model.device
         self.forms = [form for form, _, _ in document.branches]
         self._branches = Branches([tokens for _, tokens, _ in document.branches], self.length, device)
@@ -175,15 +176,8 @@ class Replay(Context):
     def _kept(self, layer: int, heads: list[int], pattern: Pattern) -> Tensor:
         """Places of the keys that the first query after the document sees: first tokens, floating keys, the window.
         int64 [heads, keys]."""
-        near, sink = self._near(layer, pattern), min(pattern.sink, self._keys[layer].shape[1])
-        floating = torch.empty(len(heads), 0, dtype=torch.long, device=self.model.device)
-        if pattern.floating:
-            scores = self._scores[layer][heads, sink : near.start]
-            floating = scores.topk(min(pattern.floating, scores.shape[1])).indices + sink
-        rest = [
-            torch.arange(r.start, r.stop, device=floating.device).expand(len(heads), -1) for r in (range(sink), near)
-        ]
-        return torch.cat([rest[0], floating, rest[1]], 1)
+        sink = min(pattern.sink, self._keys[layer].shape[1])
+        return places(self._scores[layer][heads], sink, pattern.floating, self._near(layer, pattern))
 
     def _mask(
         self, layer: int, heads: list[int], pattern: Pattern, held: Tensor | None, key: Tensor, value: Tensor

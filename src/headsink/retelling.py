@@ -19,6 +19,7 @@ from headsink.blockwise import Inputs
 from headsink.context import Branches, Context
 from headsink.pattern import Pattern
 from headsink.plan import Plan
+from headsink.scores import places
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that tell where it begins; of a span
@@ -112,18 +113,11 @@ def _head(inputs: Inputs, head: int, group: int) -> Inputs:
 
 
 def kept(pattern: Pattern, scores: Tensor) -> Tensor:
-    """Places of the keys that a head holds of a context that is over: first tokens, floating keys, the last ones.
-
-    scores: [keys], of all keys of the context. Returns int64 [places].
-    """
+    """Places of the keys that a head holds of a context: int64 [places]. scores: [keys], of all of them."""
     length = len(scores)
-    if pattern.full:
-        return torch.arange(length, device=scores.device)
     sink = min(pattern.sink, length)
-    near = max(length - (pattern.window or 0), sink)
-    floating = scores[sink:near].topk(min(pattern.floating, near - sink)).indices + sink
-    first, last = (torch.arange(*ends, device=scores.device) for ends in ((0, sink), (near, length)))
-    return torch.cat([first, floating, last])
+    near = range(max(length - pattern.window, sink) if pattern.window is not None else 0, length)
+    return places(scores[None], sink, pattern.floating, near)[0]
 
 
 @torch.no_grad()
@@ -133,8 +127,8 @@ def retell(
     """Let the model tell the contexts in `cache` again: scores of their keys, to choose by what the plan keeps.
 
     Values in the cache change, at the places of the keys that will be kept. ids: of the contexts, int64 [batch, tokens]; padding:
-    int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by
-    itself, [batch, KV heads, tokens] in float32 or better, -inf for padding.
+    int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by itself, [batch, KV heads, tokens] in
+    float32 or better, -inf for padding.
     """
     patterns = [None if row is None else [head.pattern for head in row] for row in plan.layers]
     scores = {
@@ -172,11 +166,11 @@ def _retell_one(
             _, values = context.held(inputs.layer)
             for head, pattern in enumerate(row):
                 if pattern.size(context.length) < context.length:
-                    places = kept(pattern, largest[head])
-                    places = places[largest[head, places].argsort()]
-                    fixed = max(len(places) - FITTED, 0)
-                    fitted = telling.fitted(inputs, outputs, head, places, fixed)
-                    values[head, places[fixed:]] = fitted.to(values.dtype)
+                    held = kept(pattern, largest[head])
+                    held = held[largest[head, held].argsort()]
+                    fixed = max(len(held) - FITTED, 0)
+                    fitted = telling.fitted(inputs, outputs, head, held, fixed)
+                    values[head, held[fixed:]] = fitted.to(values.dtype)
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     context.run(telling.branches, attend)

@@ -46,8 +46,8 @@ def compress(
 
     Reading takes the time and memory that it always takes, and memory grows with every later token, but the context is read
     without loss: of the same plan, this is the better and the slower way. Plans with `plan.once` are made for it. With
-    `plan.retell` the model tells the context again, which takes about as long as reading it: keys are chosen by what
-    that takes, and values make up for the keys that go (retelling.py).
+    `plan.retell` the model tells the context again, which takes longer than reading it did: keys are chosen by what that
+    takes, and values make up for the keys that go (retelling.py).
 
     cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
     tokens], 0 for left padding. input_ids: the context, int [batch, tokens], needed if the plan retells. Use what is returned
@@ -58,7 +58,20 @@ def compress(
         raise HeadsinkError(f"{type(cache).__name__} cannot be compressed: a DynamicCache can")
     if not cache.get_seq_length():
         raise HeadsinkError("this cache is empty: let the model read the context into it first")
-    compressed, padding, scores = new_cache(model, plan), left_padding(attention_mask), None
+    compressed = new_cache(model, plan)
+    compress_into(compressed, model, cache, attention_mask, input_ids)
+    return compressed
+
+
+def compress_into(
+    compressed: PlanCache,
+    model: PreTrainedModel,
+    cache: Cache,
+    attention_mask: Tensor | None = None,
+    input_ids: Tensor | None = None,
+) -> None:
+    """As `compress`, into an empty cache that is there already."""
+    plan, padding, scores = compressed.plan, left_padding(attention_mask), None
     if plan.retell:
         if input_ids is None or input_ids.shape[1] != cache.get_seq_length():
             given = "missing" if input_ids is None else f"{input_ids.shape[1]} tokens"
@@ -68,7 +81,6 @@ def compress(
         scores = retell(model, plan, cache, input_ids, None if padding is None else padding.tokens)
     compressed.fill(cache, padding, scores)
     compressed.hold()
-    return compressed
 
 
 @contextmanager

@@ -230,10 +230,7 @@ class Search:
     def _start(self, budget: float) -> Tensor:
         smallest = int(self.sizes.argmin())
         least = float(self.sizes[smallest]) / self.context
-        if least > budget:
-            raise HeadsinkError(
-                f"budget: {budget} of {self.context} tokens is less than the smallest plan, {least:.3f}"
-            )
+        check_room(budget, self.context, least)
         if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
             return torch.full((len(self.heads),), smallest)
         wanted = (needed(self.need[self.layers], START * budget - least).flatten() + least)[:, None] * self.context
@@ -277,6 +274,11 @@ class Search:
         tied = self._together()
         cost = cost.view(-1, tied, cost.shape[1]).sum(1)
         return choose(cost, self.sizes * tied, budget * self.context * len(self.heads)).repeat_interleave(tied)
+
+
+def check_room(budget: float, context: int, least: float) -> None:
+    if least > budget:
+        raise HeadsinkError(f"budget: {budget} of {context} tokens is less than the smallest plan, {least:.3f}")
 
 
 def choose(cost: Tensor, sizes: Tensor, allowed: float) -> Tensor:
