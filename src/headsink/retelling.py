@@ -9,7 +9,6 @@ regression, in closed form, of what its outputs lose on its attention to what is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,72 +43,52 @@ class Telling:
     def attend(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Attention in full: its output, [KV heads, group, tokens, dim]; and the log of the largest attention that every key of
         the spans got from its own span, [KV heads, keys] (meaningless in a layer that slides). In float32 or better."""
+        kind = torch.promote_types(inputs.query.dtype, torch.float32)
         keys, values = self.context.held(inputs.layer)
-        first, length = self.context.length - keys.shape[1], self.context.length
-        outputs, largest = [], []
-        for rows, span in zip(self.branches.rows, self.spans, strict=True):
-            logits, own = self._logits(inputs, rows, keys)
-            apart = torch.arange(length, length + own.shape[-1], device=keys.device)[:, None]
-            if inputs.sliding is not None:
-                columns = torch.arange(first, length, device=keys.device)
-                hidden = (apart - columns >= inputs.sliding).repeat(inputs.query.shape[1] // len(keys), 1)
-                logits = logits.masked_fill(hidden, float("-inf"))
-            total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))
-            seen = slice(max(span.start - first, 0), max(span.stop - first, 0))
-            largest.append((logits[..., seen] - total).amax(1))
-            output = (logits - total).exp_() @ values.to(total.dtype)
-            output += (own - total).exp_() @ inputs.value[0, :, rows].to(total.dtype)
-            outputs.append(output.unflatten(1, (-1, own.shape[-1])))
-        return torch.cat(outputs, 2), torch.cat(largest, -1)
+        query = inputs.query[0].unflatten(0, (len(keys), -1))
+        output = torch.empty_like(query, dtype=kind)
+        largest = output.new_empty(len(keys), sum(map(len, self.spans)))
+        for head in range(len(keys)):  # one at a time stays in the processor's cache
+            key, value, start = keys[head].to(kind), values[head].to(kind), 0
+            for rows, span in zip(self.branches.rows, self.spans, strict=True):
+                attention = self._attention(inputs, head, rows, key)
+                own = inputs.value[0, head, rows].to(kind)
+                output[head, :, rows] = (attention @ torch.cat([value, own])).unflatten(0, (query.shape[1], -1))
+                if inputs.sliding is None:
+                    most = attention[:, span.start : span.stop].amax(0)
+                    largest[head, start : start + len(span)] = most.clamp(min=torch.finfo(kind).tiny).log()
+                start += len(span)
+        return output, largest
 
-    def _logits(self, inputs: Inputs, rows: slice, keys: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-        """Logits of a span's queries towards `keys` [KV heads, keys, dim] and towards the span's own, which are causal:
-        [KV heads, group x tokens, keys] and [..., tokens], in float32 or better; of every `stride`th query."""
-        query = inputs.query[0, :, rows].unflatten(0, (len(keys), -1))  # [KV heads, group, tokens, dim]
-        group, tokens = query.shape[1:3]
-        kind = torch.promote_types(query.dtype, torch.float32)
-        query = query.flatten(1, 2)[:, ::stride].to(kind) * inputs.scaling
-        near = query @ inputs.key[0, :, rows].to(kind).transpose(-1, -2)
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=near.device).triu(1)
-        if inputs.sliding is not None:
-            later |= ~torch.ones_like(later).triu(1 - inputs.sliding)
-        near = near.masked_fill(later.repeat(group, 1)[::stride], float("-inf"))
-        return query @ keys.to(kind).transpose(-1, -2), near
+    def _attention(self, inputs: Inputs, head: int, rows: slice, keys: Tensor, stride: int = 1) -> Tensor:
+        """Attention of a span's queries of one KV head, of every `stride`th, to `keys` [keys, dim] of the context and to the
+        span itself: [group x tokens, keys + tokens]. Of a layer that slides, keys are all that it holds."""
+        group = inputs.query.shape[1] // inputs.key.shape[1]
+        query = inputs.query[0, head * group : (head + 1) * group, rows].flatten(0, 1)[::stride]
+        own = inputs.key[0, head, rows]
+        logits = (query.to(keys.dtype) * inputs.scaling) @ torch.cat([keys, own.to(keys.dtype)]).T
+        columns = torch.arange(0 if inputs.sliding is None else -len(keys), len(own), device=keys.device)
+        apart = torch.arange(len(own), device=keys.device)[:, None] - columns
+        hidden = (apart < 0) if inputs.sliding is None else (apart < 0) | (apart >= inputs.sliding)
+        logits[:, logits.shape[1] - len(columns) :].masked_fill_(hidden.repeat(group, 1)[::stride], float("-inf"))
+        return logits.softmax(-1)
 
     def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor, fixed: int) -> Tensor:
         """Values for the keys at `places` of a KV head, all but the first `fixed`, with which its outputs come as near as they
         can to `outputs`, those of full attention [KV heads, group, tokens, dim]: [places - fixed, dim]."""
-        keys, values = (kept[head, places][None] for kept in self.context.held(inputs.layer))
-        values = values[0].to(outputs.dtype)
-        group, stride = outputs.shape[1], max(1, outputs[0, :, :, 0].numel() // ROWS)
-        mine = _head(inputs, head, group)
+        keys, values = (kept[head, places].to(outputs.dtype) for kept in self.context.held(inputs.layer))
+        stride = max(1, outputs[0, :, :, 0].numel() // ROWS)
         count = len(places) - fixed
         gram, missed = values.new_zeros(count, count), torch.zeros_like(values[fixed:])
         for rows in self.branches.rows:
-            far, near = self._logits(mine, rows, keys, stride)
-            attention = torch.cat([far, near], -1)[0].softmax(-1)
-            seen, own = attention[:, : len(places)], attention[:, len(places) :]
-            loss = (
-                outputs[head, :, rows].flatten(0, 1)[::stride]
-                - seen @ values
-                - own @ mine.value[0, 0, rows].to(outputs.dtype)
-            )
-            gram += seen[:, fixed:].T @ seen[:, fixed:]
-            missed += seen[:, fixed:].T @ loss
+            attention = self._attention(inputs, head, rows, keys, stride)
+            given = attention @ torch.cat([values, inputs.value[0, head, rows].to(values.dtype)])
+            seen = attention[:, fixed : len(places)]
+            gram += seen.T @ seen
+            missed += seen.T @ (outputs[head, :, rows].flatten(0, 1)[::stride] - given)
         diagonal = gram.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
         return values[fixed:] + torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
-
-
-def _head(inputs: Inputs, head: int, group: int) -> Inputs:
-    """The part of one KV head."""
-    own = slice(head, head + 1)
-    return replace(
-        inputs,
-        query=inputs.query[:, head * group : (head + 1) * group],
-        key=inputs.key[:, own],
-        value=inputs.value[:, own],
-    )
 
 
 def kept(pattern: Pattern, scores: Tensor) -> Tensor:
