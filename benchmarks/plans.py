@@ -6,7 +6,7 @@ python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all 
 A plan is calibrated at the context of the cases. Their continuations are not known while a case is read; each is scored by itself
 after that. "headsink" reads under the plan and goes on letting keys go while continuations run. "headsink, once" does as the
 presses of peers.py do: the case is read in full, compressed once, and all that follows stays; "headsink, retold" tells it again
-in between. Records have the form of peers.py; bytes are those of layers that do not slide by themselves.
+in between. Where heads are many, numbers of keys are by need only anyway. Records have the form of peers.py; bytes are those of layers that do not slide by themselves.
 """
 
 from __future__ import annotations
@@ -48,12 +48,18 @@ PARTS = {
     "without swaps": Method(refine=False),
     "without questions": Method(retrieval_weight=0.0),
 }
+RETOLD_PARTS = {
+    "retold, values as they are": Method(once=True, retell=True, fit_values=False),
+    "retold, equal numbers": Method(once=True, retell=True, need=False, refine=False),
+    "retold, numbers by need only": Method(once=True, retell=True, refine=False),
+}
 METHODS = {
     "headsink": Method(),
     "headsink, once": Method(once=True),
     "headsink, retold": Method(once=True, retell=True),
     **POLICIES,
     **PARTS,
+    **RETOLD_PARTS,
 }
 
 

@@ -1,7 +1,9 @@
 """Plans, made from documents to the end: within the budget, as good as said, the same after an interruption."""
 
+import importlib
 import itertools
 import json
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -28,6 +30,7 @@ from headsink.retelling import prompt_tokens
 from headsink.search import POLICIES, SINK, WINDOWS, Method, Search, Step
 
 CONTEXT = 600
+calibrate_module = importlib.import_module("headsink.calibrate")  # the package has a function of that name
 FAMILIES = ("llama", "llama-mha", "qwen3", "gemma3", "granite")
 
 
@@ -127,7 +130,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, small):
-    model, method = tiny(family), Method(once=True, retell=True)
+    model, method = tiny(family), Method(once=True, retell=True, refine=False)
     calibration = Calibration(model, small, context=CONTEXT, method=method, progress=False)
     planned = [layer for layer, window in enumerate(calibration.replays[0].shape.windows) if window is None]
     need = calibration.need[planned].flatten(0, 1)
@@ -148,9 +151,51 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
                 place = round(pattern.floating / CONTEXT * len(order))
                 edges += [(order[max(place - 3, 0)], order[min(place + 3, len(order) - 1)])]
         assert max(low for _, low in edges) <= min(high for high, _ in edges)
+    calibration.method = Method(once=True, retell=True, refine=False, need=False)
+    plan = calibration.plan(0.3)
+    assert len({head for row in plan.layers if row for head in (h.pattern for h in row)}) == 1
+    assert 0.29 < plan.kept(CONTEXT) <= 0.3
+    assert plan.fit_values
+    calibration.method = Method(once=True, retell=True, refine=False, need=False, fit_values=False)
+    assert calibration.plan(0.3).layers == plan.layers
+    assert not calibration.plan(0.3).fit_values
     assert all(head.pattern.full for layer in planned for head in calibration.plan(1.0).layers[layer])
     with pytest.raises(HeadsinkError, match=r"budget: 0.05 of 600 tokens is less than the smallest plan, 0.060"):
         calibration.plan(0.05)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, monkeypatch):
+    """Not worse on the replays than by need, where keys have the scores of the retelling; and resumed if stopped."""
+    model, file = tiny(family), tmp_path / "steps.json"
+
+    def made(method, checkpoint=None):
+        return Calibration(model, small, context=CONTEXT, method=method, checkpoint=checkpoint, progress=False)
+
+    calibration = made(Method(once=True, retell=True), file)
+    plan = calibration.plan(0.3)
+    steps = [Step(**step) for step in json.loads(file.read_text())["steps"]]
+    assert steps[-1].phase == "done"
+    assert [head.pattern for row in plan.layers if row for head in row] == [
+        pattern for row in steps[-1].plan() if row for pattern in row
+    ]
+    assert 0.28 < plan.kept(CONTEXT) <= 0.3
+    by_need = made(Method(once=True, retell=True, refine=False)).plan(0.3)
+    losses = []
+    for tried in (by_need, plan):
+        patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
+        losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
+    assert losses[1] < losses[0]
+    assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)
+    monkeypatch.setattr(calibrate_module, "tuned", None)  # all is done: nothing is tuned again
+    assert made(Method(once=True, retell=True), file).plan(0.3) == plan
+    monkeypatch.undo()
+    key = json.loads(file.read_text())["key"]
+    file.write_text(json.dumps({"key": key, "steps": [asdict(step) for step in steps[:2]]}))
+    assert made(Method(once=True, retell=True), file).plan(0.3).calibration["verified"]["loss"] > 0
+    resumed = [Step(**step) for step in json.loads(file.read_text())["steps"]]
+    assert resumed[:2] == steps[:2]
+    assert resumed[-1].loss <= steps[1].loss
 
 
 @pytest.mark.parametrize("once", [False, True])

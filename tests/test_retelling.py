@@ -215,3 +215,15 @@ def test_the_text_must_be_given_and_fit():
     with pytest.raises(HeadsinkError, match="input_ids: 60 tokens"):
         headsink.compress(model, plan, cache, input_ids=ids[:, 1:])
     assert cache.get_seq_length() == LENGTH  # nothing was taken
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_values_may_stay_as_they_are(family):
+    model, ids = tiny(family), text()
+    plan, cache = plan_for(model), read(model, ids)
+    before = [layer.values.clone() for layer in cache.layers]
+    scores = retelling.retell(model, plan.model_copy(update={"fit_values": False}), cache, ids)
+    assert all(torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))
+    fitted = retelling.retell(model, plan, cache, ids)  # which they are not otherwise; scores are the same
+    assert all(torch.equal(scores[layer], fitted[layer]) for layer in scores)
+    assert any(not torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
 from headsink.architecture import check_plannable, describe
+from headsink.dealing import FEW, SWEEPS, needed, tuned
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.models import dtype_name
@@ -28,10 +29,10 @@ from headsink.plan import Fingerprint, Plan
 from headsink.probes import Document
 from headsink.progress import bar
 from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
-from headsink.reconstruction import demand, fit, needed
+from headsink.reconstruction import demand, fit
 from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
-from headsink.search import SINK, Method, Search, Step, check_room
+from headsink.search import SINK, Method, Phase, Search, Step, check_room
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
@@ -156,13 +157,14 @@ class Calibration:
             "seed": self.seed,
             "method": asdict(self.method),
         }
+        search = key | _identity(self.model)
         if self.method.retell:
-            patterns, replayed = self._by_need(budget), None
+            patterns, replayed = self._dealt(budget, search), None
         else:
-            last = self._search(budget, key | _identity(self.model))
+            last = self._search(budget, search)
             patterns, replayed = last.plan(), round(last.loss, 5)
-        retell = self.prompt if self.method.retell else ()
-        plan = Plan.of(self.model, patterns, self.weights, once=self.method.once, retell=retell)
+        told = {"retell": self.prompt, "fit_values": self.method.fit_values} if self.method.retell else {}
+        plan = Plan.of(self.model, patterns, self.weights, once=self.method.once, **told)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
@@ -215,33 +217,80 @@ class Calibration:
                 shown.advance(shown.task_ids[0])
         return total
 
-    def _by_need(self, budget: float) -> list[list[Pattern] | None]:
-        """Floating keys in proportion to what heads need to tell the documents again; all have the same window."""
+    def _dealt(self, budget: float, key: dict[str, Any]) -> list[list[Pattern] | None]:
+        """Patterns with one window and floating keys by need (dealing.py), for contexts that are told again."""
         check_room(budget, self.shortest, self.least)
-        window, shape = self.method.windows[0], self.replays[0].shape
-        layers = [layer for layer, slides in enumerate(shape.windows) if slides is None]
-        patterns: list[list[Pattern] | None] = [None] * shape.layers
-        for layer, shares in zip(layers, needed(self.need[layers], budget - self.least).tolist(), strict=True):
-            row = [Pattern(SINK, int(own * self.shortest), window) for own in shares]
-            patterns[layer] = [p if budget < 1 and p.size(self.shortest) < self.shortest else FULL for p in row]
-        return patterns
+        layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
+        share = budget - self.least
+        shares = needed(self.need[layers], share).flatten()
+        if not self.method.need:
+            shares = torch.full_like(shares, share)
+        if budget < 1 and self.method.refine and len(shares) <= FEW:
+            shares = self._tuned(shares, key)
+        return self._patterns(shares) if budget < 1 else self._patterns(torch.ones_like(shares))
+
+    def _patterns(self, shares: torch.Tensor) -> list[list[Pattern] | None]:
+        """shares: float64 [heads], of the context as floating keys."""
+        window, shape, rest = self.method.windows[0], self.replays[0].shape, iter(shares.tolist())
+
+        def pattern() -> Pattern:
+            found = Pattern(SINK, int(next(rest) * self.shortest + 1e-6), window)
+            return found if found.size(self.shortest) < self.shortest else FULL
+
+        return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
+
+    def _tuned(self, shares: torch.Tensor, key: dict[str, Any]) -> torch.Tensor:
+        """Move the numbers of heads one by one while the loss of the replays falls, keeping what is reached in the checkpoint."""
+        done = self._done(key)
+        if done:
+            rows = (row for row in done[-1].plan() if row is not None)
+            shares = torch.tensor(
+                [1.0 if p.full else p.floating / self.shortest for row in rows for p in row], dtype=torch.float64
+            )
+        if done and done[-1].phase == "done":
+            return shares
+        for replay in self.replays:
+            replay.set_told(demand(replay, self.prompt, whole=True))
+
+        def loss(trial: torch.Tensor) -> float:
+            patterns, weight = self._patterns(trial), self.method.retrieval_weight
+            return sum(float(r.loss(r.log_probs(patterns), weight)) for r in self.replays) / len(self.replays)
+
+        def step(reached: torch.Tensor, lowest: float, phase: Phase) -> None:
+            done.append(Step.of(self._patterns(reached), float(reached.mean()) + self.least, lowest, phase))
+            self._save(key, done)
+
+        with bar("tuning", SWEEPS * len(shares), self.progress) as shown:
+
+            def report(reached: torch.Tensor, lowest: float) -> None:
+                step(reached, lowest, "refined")
+                shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
+
+            shares = tuned(shares, loss, report)
+        step(shares, done[-1].loss, "done")
+        return shares
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
         """Run the search, keeping its steps in the checkpoint."""
         search = Search(self.replays, self.shortest, self.method, self.seed, self.need)
-        done = [] if self.checkpoint is None else _read_checkpoint(self.checkpoint, key)
+        done = self._done(key)
         with bar("searching", 100, self.progress) as shown:
-            task = shown.task_ids[0]
 
             def report(step: Step) -> None:
                 share = {"forward": 85 * (step.kept / budget) ** 2, "refined": 90, "done": 100}[step.phase]
                 said = f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}"
-                shown.update(task, completed=share, description=said)
+                shown.update(shown.task_ids[0], completed=share, description=said)
                 done.append(step)
-                if self.checkpoint is not None:
-                    write_text(self.checkpoint, json.dumps({"key": key, "steps": [asdict(step) for step in done]}))
+                self._save(key, done)
 
             return search.run(budget, tuple(done), report)
+
+    def _done(self, key: dict[str, Any]) -> list[Step]:
+        return [] if self.checkpoint is None else _read_checkpoint(self.checkpoint, key)
+
+    def _save(self, key: dict[str, Any], steps: Sequence[Step]) -> None:
+        if self.checkpoint is not None:
+            write_text(self.checkpoint, json.dumps({"key": key, "steps": [asdict(step) for step in steps]}))
 
 
 def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, seed: int) -> list[Document]:

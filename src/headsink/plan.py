@@ -162,7 +162,8 @@ class Plan(_Part):
 
     once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
     that (`headsink.compress`), rather than for caches that let go all the time. retell: tokens that ask the model to tell the
-    context again before it is compressed (retelling.py); none: keys are chosen by their scores.
+    context again before it is compressed (retelling.py); none: keys are chosen by their scores. fit_values: whether values of the
+    keys that are kept of a context that is told again make up for the others.
     """
 
     schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
@@ -171,6 +172,7 @@ class Plan(_Part):
     positions: Literal["text"] = "text"
     once: bool = False
     retell: tuple[Tokens, ...] = ()
+    fit_values: bool = True
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = {}
     quality: tuple[Quality, ...] = ()

@@ -35,9 +35,9 @@ class Demand:
     attention: Tensor
 
 
-def demand(context: Context, prompt: Sequence[int]) -> Demand:
-    """Tell spans of a document again."""
-    starts, shape = _starts(context.length), context.shape
+def demand(context: Context, prompt: Sequence[int], whole: bool = False) -> Demand:
+    """Tell spans of a document again, or the whole of it."""
+    starts, shape = range(0, context.length, SPAN) if whole else _starts(context.length), context.shape
     spans = [range(start, min(start + SPAN, context.length)) for start in starts]
     telling = Telling(context, prompt, spans)
     found = torch.zeros(shape.layers, shape.kv_heads, sum(map(len, spans)))
@@ -59,13 +59,6 @@ def _starts(length: int) -> list[int]:
         return list(range(LEAD, length, SPAN))
     room, count = length - LEAD - SPAN, TOKENS // SPAN
     return [LEAD + round(n * room / (count - 1)) for n in range(count)]
-
-
-def needed(need: Tensor, share: float) -> Tensor:
-    """How many keys each head needs if all may have `share` of them, and heads compete: shares of its own, float64 [layers, KV
-    heads]. need: [layers, KV heads, samples], as `Demand.attention`, of layers that do not slide."""
-    rest = int((1 - share) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
-    return (need > need.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
 def fit(contexts: Sequence[Context], demands: Sequence[Demand]) -> Tensor:

@@ -25,6 +25,7 @@ from headsink.context import Branches, Context, read
 from headsink.output import OutputNorms
 from headsink.pattern import FULL, Pattern
 from headsink.probes import Document
+from headsink.reconstruction import Demand
 from headsink.scores import best, key_scores, places
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that slides by itself
@@ -72,6 +73,13 @@ class Replay(Context):
         self._weights = weights.to(self.model.device)
         held = zip(self._keys, self._values, self._weights, strict=True)
         self._scores = [key_scores(keys, values, own) for keys, values, own in held]
+
+    def set_told(self, told: Demand) -> None:
+        """Score the keys by what telling the whole document again takes."""
+        self._scores = [
+            own.to(old.device) if window is None else old
+            for own, old, window in zip(told.attention, self._scores, self.shape.windows, strict=True)
+        ]
 
     # running the branches
 

@@ -23,7 +23,7 @@ from headsink.scores import places
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that tell where it begins; of a span
 ROWS = 8192  # queries of a KV head that values are fitted to, at most, at even distances
-FITTED = 1024  # values of a KV head that are fitted, at most: those of the keys with the highest scores
+FITTED = 2048  # values of a KV head that are fitted, at most: those of the keys with the highest scores
 RIDGE = 0.01  # of the mean squared attention to a kept key
 
 
@@ -105,16 +105,15 @@ def retell(
 ) -> dict[int, Tensor]:
     """Let the model tell the contexts in `cache` again: scores of their keys, to choose by what the plan keeps.
 
-    Values in the cache change, at the places of the keys that will be kept. ids: of the contexts, int64 [batch, tokens]; padding:
-    int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by itself, [batch, KV heads, tokens] in
-    float32 or better, -inf for padding.
+    With `plan.fit_values` values in the cache change, at the places of the keys that will be kept. ids: of the contexts, int64
+    [batch, tokens]; padding: int64 [batch], tokens to skip on the left. Returns, for each layer that does not slide by itself,
+    [batch, KV heads, tokens] in float32 or better, -inf for padding.
     """
-    patterns = [None if row is None else [head.pattern for head in row] for row in plan.layers]
     scores = {
         index: layer.keys.new_full(
             layer.keys.shape[:3], float("-inf"), dtype=torch.promote_types(layer.keys.dtype, torch.float32)
         )
-        for index, (row, layer) in enumerate(zip(patterns, cache.layers, strict=True))
+        for index, (row, layer) in enumerate(zip(plan.layers, cache.layers, strict=True))
         if row is not None
     }
     for row, text in enumerate(ids):
@@ -125,26 +124,24 @@ def retell(
             [held[row, :, -len(text) :] for held in kind]
             for kind in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
         )
-        for layer, found in _retell_one(Context(model, text.tolist(), keys, values), patterns, plan.retell).items():
+        for layer, found in _retell_one(Context(model, text.tolist(), keys, values), plan).items():
             scores[layer][row, :, -len(text) :] = found
     return scores
 
 
-def _retell_one(
-    context: Context, patterns: Sequence[Sequence[Pattern] | None], prompt: Sequence[int]
-) -> dict[int, Tensor]:
-    """Scores of the keys of one context, [KV heads, tokens], for each layer that has patterns; its values change."""
+def _retell_one(context: Context, plan: Plan) -> dict[int, Tensor]:
+    """Scores of the keys of one context, [KV heads, tokens], for each layer that has patterns; its values may change."""
     spans = [range(start, min(start + SPAN, context.length)) for start in range(0, context.length, SPAN)]
-    telling, scores = Telling(context, prompt, spans), {}
+    telling, scores = Telling(context, plan.retell, spans), {}
 
     def attend(inputs: Inputs) -> Tensor:
         outputs, largest = telling.attend(inputs)
-        row = patterns[inputs.layer]
+        row = plan.layers[inputs.layer]
         if row is not None:
             scores[inputs.layer] = largest
             _, values = context.held(inputs.layer)
-            for head, pattern in enumerate(row):
-                if pattern.size(context.length) < context.length:
+            for head, pattern in enumerate(one.pattern for one in row):
+                if plan.fit_values and pattern.size(context.length) < context.length:
                     held = kept(pattern, largest[head])
                     held = held[largest[head, held].argsort()]
                     fixed = max(len(held) - FITTED, 0)

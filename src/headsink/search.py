@@ -20,9 +20,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from headsink.dealing import needed
 from headsink.errors import HeadsinkError
 from headsink.pattern import FULL, Pattern
-from headsink.reconstruction import needed
 from headsink.replay import Marginals, Patterns, Replay
 
 Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "copy-first-layer", "random"]
@@ -50,7 +50,8 @@ class Method:
     from what reconstruction needs, not from nothing. gradient: slopes of the loss, not squared errors of outputs. steps: look
     again after every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
     retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once. retell: and are
-    told again before; then the need says all that there is to know, and nothing is searched for.
+    told again before; then numbers are dealt by need (all heads have the same without) and refined where heads are few
+    (dealing.py). fit_values: and values make up for the keys that go.
     """
 
     policy: Policy = "headsink"
@@ -64,6 +65,7 @@ class Method:
     retrieval_weight: float = 0.25
     once: bool = False
     retell: bool = False
+    fit_values: bool = True
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

@@ -1,0 +1,69 @@
+"""Numbers of keys for heads: by need, and moved while a loss falls."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from headsink.dealing import FACTORS, FEW, LEAST, SWEEPS, moved, needed, tuned
+
+some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: torch.tensor(x, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.25, 0.7, 1.0])
+def test_need_lets_the_most_needed_keys_of_all_heads_stay(share):
+    need = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
+    found = needed(need, share)
+    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most needed
+    stay = ranks < need.numel() - 1 - int((1 - share) * (need.numel() - 1))
+    assert torch.equal(found, stay.double().mean(-1))
+    assert found.mean() == pytest.approx(share, abs=0.01)
+
+
+@given(some_shares, st.integers(0, 7), st.sampled_from(FACTORS))
+def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, factor):
+    head %= len(shares)
+    assume(shares.mean() > 0.01)
+    found = moved(shares, head, factor)
+    own = min(1.0, factor * max(float(shares[head]), LEAST * float(shares.mean())))
+    rest = [n for n in range(len(shares)) if n != head]
+    if found is None:
+        left = float(shares.sum()) - own
+        assert left < 0 or left > int((shares[rest] > 0).sum())
+        return
+    assert float(found[head]) == pytest.approx(own)
+    assert float(found.sum()) == pytest.approx(float(shares.sum()))
+    assert found.min() >= 0
+    assert found.max() <= 1
+    partly = [n for n in rest if shares[n] > 1e-6 and found[n] < 1 - 1e-9]
+    ratios = found[partly] / shares[partly]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-5, atol=1e-9)
+    assert all(shares[n] * ratios[0] >= 1 - 1e-6 for n in rest if found[n] >= 1 - 1e-9 and partly)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_find_a_loss_that_depends_on_them(seed):
+    """The loss of each head falls with its keys, some far more than others: the best shares are known in closed form."""
+    weights = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(1.5).exp()
+    best = weights.sqrt() / weights.sqrt().sum() * 0.8
+    start, calls, steps = torch.full((4,), 0.2, dtype=torch.float64), [], []
+
+    def loss(shares):
+        assert float(shares.sum()) == pytest.approx(0.8)
+        calls.append(float((weights / (shares + 1e-3)).sum()))
+        return calls[-1]
+
+    found = tuned(start, loss, lambda shares, low: steps.append((shares, low)))
+    low, least, first = loss(found), loss(best), calls[0]
+    assert low == min(calls[:-2])
+    assert low - least < 0.1 * (first - least) + 0.02 * least
+    assert len(calls) <= 1 + SWEEPS * 4 * len(FACTORS) + 2
+    assert torch.equal(steps[-1][0], found)
+    assert [low for _, low in steps] == sorted((low for _, low in steps), reverse=True)
+
+
+def test_numbers_that_are_best_already_stay():
+    start = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
+    found = tuned(start, lambda shares: float((shares - start).abs().sum()), lambda shares, low: None)
+    assert torch.equal(found, start)
+    assert len(start) <= FEW
