@@ -6,8 +6,8 @@ python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all 
 A plan is calibrated at the context of the cases. Their continuations are not known while a case is read; each is scored by itself
 after that. "headsink" reads under the plan and goes on letting keys go while continuations run. "headsink, once" does as the
 presses of peers.py do: the case is read in full, compressed once, and all that follows stays; "headsink, retold" tells it again
-in between. (Where heads are many, its numbers of keys are by need only anyway.) Records have the form of peers.py; bytes are those
-of layers that do not slide by themselves.
+in between (where heads are many, its numbers of keys are by need only anyway). Records have the form of peers.py; bytes are
+those of layers that do not slide by themselves.
 """
 
 from __future__ import annotations
