@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+from plans import random_plan
 
+import headsink
 from headsink import cli, files
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
@@ -229,6 +231,38 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert "KV cache" in err
 
 
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+@pytest.mark.parametrize("way", [{}, {"once": True}, {"once": True, "retell": (7, 8, 9)}])
+def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
+    """The answers are those of the document and the question given together."""
+    model, _ = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    random_plan(model, 2).model_copy(update=way).save(tmp_path / "plan.json")
+    (tmp_path / "box.txt").write_text("There is a box. " * 60 + "It is red.")
+    usual = ("--device", "cpu", "--dtype", "float32", "--json")
+    words = ("read", tiny_folder, "--plan", tmp_path / "plan.json", "--file", tmp_path / "box.txt", *raw, *usual)
+    status, out, err = run(*words, "--out", tmp_path / "box.kv")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["prompt_tokens"] > 200
+    assert found["file"] == str(tmp_path / "box.kv")
+    for question in ("What is in the box?", "Is it red?"):
+        ask = ("generate", tiny_folder, "--prompt", question, "--max-new-tokens", "6", *usual)
+        status, out, err = run(*ask, "--prefix", tmp_path / "box.kv")
+        assert status == 0, err
+        kept = json.loads(out)
+        whole = ("--file", tmp_path / "box.txt", "--plan", tmp_path / "plan.json", *raw)
+        status, out, err = run(*ask, *whole)
+        together = json.loads(out)
+        assert kept["prompt_tokens"] == together["prompt_tokens"] > found["prompt_tokens"]
+        if not way:  # compressed once, the question is compressed with the document
+            assert kept["text"] == together["text"]
+    assert kept["prefix"] == str(tmp_path / "box.kv")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["box.kv", "box.txt", "plan.json"]
+    status, out, err = run("generate", tiny_folder, "--prefix", tmp_path / "box.kv", "--prompt", "x", *whole)
+    assert (status, out) == (2, "")
+    assert "prefix: it has a plan and a document of its own" in err
+
+
 def test_chat_goes_on_over_one_cache(run, tiny_folder):
     words = ("chat", tiny_folder, "--max-new-tokens", "4", "--device", "cpu")
     status, out, _ = run(*words, "--json", stdin="hello there\nand then?\n\nnot read\n")
@@ -281,6 +315,10 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
         (["generate", "TINY", "--prompt", "x", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
         (["generate", "TINY", "--file", "nosuch.txt"], "cannot read nosuch.txt: No such file"),
+        (["generate", "TINY", "--prefix", "nosuch.kv", "--prompt", "x"], "cannot read nosuch.kv: No such file"),
+        (["generate", "TINY", "--prefix", "file", "--prompt", "x"], "file: not a prefix that headsink has"),
+        (["read", "TINY", "--file", "file"], "Missing option '--plan'"),
+        (["read", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
         (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["plan", "TINY", "--budget", "0"], "outside (0, 1]"),
         (["plan", "TINY", "--budget", "1.5"], "outside (0, 1]"),

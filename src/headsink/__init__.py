@@ -6,6 +6,7 @@ from headsink.errors import HeadsinkError
 from headsink.models import load
 from headsink.pattern import Pattern
 from headsink.plan import Plan
+from headsink.prefix import load_prefix, save_prefix
 from headsink.runtime import apply, compress, new_cache
 from headsink.search import Method
 
@@ -22,5 +23,7 @@ __all__ = [
     "compare",
     "compress",
     "load",
+    "load_prefix",
     "new_cache",
+    "save_prefix",
 ]

@@ -12,26 +12,22 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from typer.exceptions import TyperException
 
 import headsink
 from headsink import corpus, doctor, prompt_files, show
+from headsink.answering import chat, generate, read
 from headsink.bench.cli import bench
 from headsink.calibrate import check_budget
 from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again
 from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, check_replaceable, new_folder, read_text
+from headsink.files import check_file, check_replaceable, new_folder
 from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
 from headsink.frontier import FRONTIER, frontier
-from headsink.generation import Conversation, chat_prompt
-from headsink.generation import generate as generate_text
-from headsink.options import Device, Dtype, Json, Seed, context_range, memory, numbers
-from headsink.plan import Plan
+from headsink.options import MODEL_HELP, Device, Dtype, Json, Model, Seed, context_range, memory, numbers
 from headsink.report import write_comparison, write_comparison_pictures
 from headsink.search import POLICIES, Method
 from headsink.sharding import is_main
@@ -47,13 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-MODEL_HELP = "smollm2 or gemma3-270m (built in), a folder, a .gguf file, or a Hugging Face id owner/name."
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan file to run under; without it, the model itself.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]
 
 
 @app.command()
@@ -141,17 +130,17 @@ def analyze(
             )
     except KeyboardInterrupt:
         if checkpoint.exists():
-            err.print("\nwhat is done is kept: start it again to go on", highlight=False)
+            show.err.print("\nwhat is done is kept: start it again to go on", highlight=False)
         raise
     if not is_main():
         return
     census.save(out_folder)
     shutil.rmtree(checkpoint, ignore_errors=True)
     if as_json:
-        _emit(show.census_json(census) | {"folder": str(out_folder)})
+        show.emit(show.census_json(census) | {"folder": str(out_folder)})
     else:
-        show.census(out, census)
-        out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
+        show.census(show.out, census)
+        show.out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
 
 
 @app.command()
@@ -184,11 +173,11 @@ def compare(
             write_comparison_pictures(comparison, part)
             (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
     if as_json:
-        _emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
+        show.emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:
-        show.comparison(out, comparison)
+        show.comparison(show.out, comparison)
         if report_file is not None:
-            out.print(f"\nReport: {report_file}", highlight=False)
+            show.out.print(f"\nReport: {report_file}", highlight=False)
 
 
 @app.command()
@@ -257,10 +246,10 @@ def plan(
         with new_folder(frontier_folder, FRONTIER) as part:
             drawn.save(part)
         if as_json:
-            _emit(drawn.to_dict() | {"folder": str(frontier_folder)})
+            show.emit(drawn.to_dict() | {"folder": str(frontier_folder)})
         else:
-            show.frontier(out, drawn)
-            out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
+            show.frontier(show.out, drawn)
+            show.out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
         return
     checkpoint = out_file.with_name(f".{out_file.name}.partial")
     try:
@@ -277,94 +266,19 @@ def plan(
         )
     except KeyboardInterrupt:
         if checkpoint.exists():
-            err.print("\nwhat is done is kept: start it again to go on", highlight=False)
+            show.err.print("\nwhat is done is kept: start it again to go on", highlight=False)
         raise
     made.save(out_file)
     checkpoint.unlink(missing_ok=True)
     if as_json:
-        _emit(json.loads(made.to_json()) | {"file": str(out_file)})
+        show.emit(json.loads(made.to_json()) | {"file": str(out_file)})
     else:
-        show.plan(out, made)
-        out.print(f"\nPlan: {out_file}", highlight=False)
+        show.plan(show.out, made)
+        show.out.print(f"\nPlan: {out_file}", highlight=False)
 
 
-@app.command()
-def generate(
-    model: Model = "smollm2",
-    prompt: Annotated[
-        str | None, typer.Option(help="The text to continue; standard input if neither this nor --file.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with the text, put before the prompt.")] = None,
-    plan_file: PlanFile = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat format.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Answer a prompt, under a plan or without, and say what it took."""
-    text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
-    if file is None and prompt is None:
-        text = sys.stdin.read()
-    if not text.strip():
-        raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
-    chosen = Plan.load(plan_file) if plan_file else None
-    loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    as_chat = not raw and tokenizer.chat_template is not None
-    if as_chat:  # the chat format brings its own special tokens
-        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
-    ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]
-    torch.manual_seed(seed)
-    done = generate_text(
-        loaded,
-        tokenizer,
-        ids,
-        chosen,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        show=None if as_json else _write,
-    )
-    if as_json:
-        _emit(show.generated_json(done) | {"plan": str(plan_file) if plan_file else None})
-    else:
-        _write("\n")
-        err.print(show.generated(done), style="dim", highlight=False)
-
-
-@app.command()
-def chat(
-    model: Model = "smollm2",
-    plan_file: PlanFile = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 500,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Talk to the model, under a plan or without; one line a turn, an empty line or ctrl-D ends. Answers stream."""
-    chosen = Plan.load(plan_file) if plan_file else None
-    loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    torch.manual_seed(seed)
-    talk = Conversation(loaded, tokenizer, chosen, max_new_tokens=max_new_tokens, temperature=temperature)
-    turns = []
-    while True:
-        if sys.stdin.isatty():
-            err.print("[bold]> [/bold]", end="")
-        line = sys.stdin.readline()
-        if not line.strip():
-            break
-        done = talk.ask(line.strip(), None if as_json else _write)
-        turns.append({"question": line.strip(), **show.generated_json(done)})
-        if not as_json:
-            _write("\n")
-            err.print(show.generated(done), style="dim", highlight=False)
-    if as_json:
-        _emit({"turns": turns, "plan": str(plan_file) if plan_file else None})
+for command in (read, generate, chat):
+    app.command()(command)
 
 
 @app.command()
@@ -372,9 +286,9 @@ def models(as_json: Json = False) -> None:
     """List the built-in models, and say what else can be loaded."""
     found = doctor.models()
     if as_json:
-        _emit(found)
+        show.emit(found)
     else:
-        show.models(out, found)
+        show.models(show.out, found)
 
 
 @app.command(name="doctor")
@@ -382,20 +296,11 @@ def doctor_command(seed: Seed = 0, dtype: Dtype = None, device: Device = None, a
     """Check this machine: versions, devices, threads, models, and attention against its reference."""
     found = doctor.examine(device=device, dtype=dtype, seed=seed)
     if as_json:
-        _emit(found)
+        show.emit(found)
     else:
-        show.doctor(out, found)
+        show.doctor(show.out, found)
     if not found["attention"]["right"]:
         raise typer.Exit(1)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _emit(result: dict[str, Any]) -> None:
-    _write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -411,12 +316,12 @@ def main() -> None:
     except typer.Abort:
         status = 130
     if status == 130:
-        err.print("\nstopped", highlight=False)
+        show.err.print("\nstopped", highlight=False)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str) -> None:
-    err.print(f"headsink: {message}", markup=False, highlight=False)
+    show.err.print(f"headsink: {message}", markup=False, highlight=False)
     sys.exit(2)
 
 

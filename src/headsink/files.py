@@ -50,20 +50,28 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file atomically (UTF-8), making its folder if need be."""
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file that takes its place when the block ends; an error or ctrl-C in the block leaves nothing. Makes its folder."""
     path = Path(path)
     check_file(path)
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            yield part
             os.chmod(part, 0o666 & ~_umask())
             os.replace(part, path)
         except BaseException:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
-    return path
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, compress_into, new_cache
 
+MARK = "\ue000"  # of the characters for private use: where a document ends within the chat format
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -133,6 +135,37 @@ def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
     with torch.no_grad():
         model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
     compress_into(cache, model, full, input_ids=text)
+
+
+def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
+    """What a plan keeps of a text, with all of its tokens read. Raises HeadsinkError if it does not fit the model."""
+    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    if len(ids) > longest:
+        raise HeadsinkError(f"prompt: {len(ids)} tokens are over the model's maximum of {longest}")
+    cache, text = new_cache(model, plan), torch.tensor([ids], device=model.device)
+    if plan.once:
+        _read(model, cache, text)
+        return cache
+    with torch.no_grad(), apply(model, plan):
+        model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def document_prompt(tokenizer: PreTrainedTokenizerBase, document: str, raw: bool = False) -> tuple[str, list[int]]:
+    """What comes before any question about a document: text and tokens, in the model's chat format if it has one."""
+    if raw or tokenizer.chat_template is None:
+        return document, tokenizer(document, verbose=False)["input_ids"]
+    text = chat_prompt(tokenizer, [{"role": "user", "content": document + MARK}]).partition(MARK)[0]
+    return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def question_prompt(tokenizer: PreTrainedTokenizerBase, before: str, question: str) -> list[int]:
+    """Tokens of a question that comes after the text of `document_prompt`, in the format that this has."""
+    text = f"\n\n{question}"
+    if tokenizer.chat_template is not None:
+        start, _, rest = chat_prompt(tokenizer, [{"role": "user", "content": MARK + text}]).partition(MARK)
+        text = rest if start and before.startswith(start) else text
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

@@ -8,6 +8,8 @@ import typer
 
 from headsink.errors import HeadsinkError
 
+MODEL_HELP = "smollm2 or gemma3-270m (built in), a folder, a .gguf file, or a Hugging Face id owner/name."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices: texts, shuffles, sampling.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]

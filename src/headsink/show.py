@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,9 @@ from headsink.frontier import Frontier
 from headsink.generation import Generated
 from headsink.plan import Plan, Quality
 from headsink.report.page import p_value, share
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
 
 MEGABYTE = 1e6
 NEAR = 128  # keys: how many heads make do with a window of that
@@ -241,6 +246,22 @@ def _qualities(first: str, rows: dict[str, Quality]) -> Table:
             f"{q.kv_bytes / MEGABYTE:.1f} of {q.kv_bytes_full / MEGABYTE:.1f}",
         )
     return table
+
+
+def write(text: str) -> None:
+    """A piece of a result, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def emit(result: dict[str, Any]) -> None:
+    """The one object of `--json`."""
+    write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def document_read(found: dict[str, Any]) -> str:
+    kept = f"{found['kv_bytes'] / MEGABYTE:.1f} MB kept"
+    return f"{found['prompt_tokens']} tokens read in {found['seconds']:.1f} s, {kept}: {found['file']}"
 
 
 def generated_json(done: Generated) -> dict[str, Any]:
