@@ -92,15 +92,36 @@ def picture(rows: list[Row]) -> Any:
     ).resolve_scale(x="independent")
 
 
+def bars(rows: list[Row]) -> Any:
+    """A bar for each method, for few budgets and many names: the rise of the nll of text, and answers kept."""
+    several = len({r["budget"] for r in rows}) > 1
+    rows = [
+        r | {"place": n, "name": f"{r['method']} ({r['budget']:.1%})" if several else r["method"]}
+        for n, r in enumerate(rows)
+    ]
+    colour = alt.condition("slice(datum.method, 0, 8) == 'headsink'", alt.value(BLUE), alt.value(GREY))
+    names = alt.Y("name:N", sort=alt.EncodingSortField("place"), title=None, axis=alt.Axis(labelLimit=260))
+    base = alt.Chart(alt.Data(values=rows)).mark_bar().encode(color=colour, y=names).properties(width=240)
+    bare = names.copy()
+    bare.axis = None
+    return alt.hconcat(
+        base.encode(x=alt.X("answers_kept:Q", title="answers kept", axis=alt.Axis(format="%"))),
+        base.encode(x=alt.X("text:Q", title="rise of the nll of text, nats"), y=bare),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--picture", type=Path, help="writes PICTURE.png and PICTURE.svg")
+    parser.add_argument("--bars", action="store_true", help="the picture is of bars with every name")
     arguments = parser.parse_args()
     rows = standings([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
     print(table(rows))
     if arguments.picture is not None:
-        write_picture(arguments.picture, picture(rows).configure(**CONFIG).to_dict(validate=False))
+        write_picture(
+            arguments.picture, (bars if arguments.bars else picture)(rows).configure(**CONFIG).to_dict(validate=False)
+        )
 
 
 if __name__ == "__main__":
