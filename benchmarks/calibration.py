@@ -67,14 +67,8 @@ def main() -> None:
     for context in arguments.contexts.split(","):
         commands = {"load": [sys.executable, "-c", LOAD, arguments.model, context]}
         with tempfile.TemporaryDirectory() as folder:
-            plan = [
-                str(Path(sys.executable).with_name("headsink")),
-                "plan",
-                arguments.model,
-                "--budget",
-                arguments.budget,
-            ]
-            plan += ["--context", context, "--quality", "none", "--out", f"{folder}/plan.json"]
+            plan = [str(Path(sys.executable).with_name("headsink")), "plan", arguments.model, "--context", context]
+            plan += ["--budget", arguments.budget, "--quality", "none", "--out", f"{folder}/plan.json"]
             commands |= {way: [*plan, *WAYS[way]] for way in arguments.ways.split(",")}
             for way, command in commands.items():
                 run = {"way": way, "context": int(context)} | measure(command)

@@ -180,10 +180,17 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
         pattern for row in steps[-1].plan() if row for pattern in row
     ]
     assert 0.28 < plan.kept(CONTEXT) <= 0.3
+    calibration.method, calibration.checkpoint = (
+        Method(once=True),
+        None,
+    )  # a search after it is as one without it before
+    assert calibration.plan(0.3) == made(Method(once=True)).plan(0.3)
     by_need = made(Method(once=True, retell=True, refine=False)).plan(0.3)
     losses = []
     for tried in (by_need, plan):
         patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
+        for replay in calibration.replays:
+            replay.set_told(demand(replay, calibration.prompt, whole=True))
         losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)

@@ -260,7 +260,7 @@ def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box.kv", "box.txt", "plan.json"]
     status, out, err = run("generate", tiny_folder, "--prefix", tmp_path / "box.kv", "--prompt", "x", *whole)
     assert (status, out) == (2, "")
-    assert "prefix: it has a plan and a document of its own" in err
+    assert "prefix: it has a plan, a document and a format of its own" in err
 
 
 def test_chat_goes_on_over_one_cache(run, tiny_folder):

@@ -78,8 +78,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, under a plan or without, and say what it took."""
-    if prefix is not None and (file is not None or plan_file is not None):
-        raise HeadsinkError("prefix: it has a plan and a document of its own, leave out --plan and --file")
+    if prefix is not None and (file is not None or plan_file is not None or raw):
+        raise HeadsinkError(
+            "prefix: it has a plan, a document and a format of its own; leave out --plan, --file, --raw"
+        )
     text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
         text = sys.stdin.read()
@@ -87,11 +89,14 @@ def generate(
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
     plan, before = Plan.load(plan_file) if plan_file else None, prefix_text(prefix) if prefix else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    as_chat, cache = not raw and tokenizer.chat_template is not None, None
+    cache = None
     if prefix is not None and before is not None:
         cache, seen = load_prefix(prefix, loaded)
+        if len(seen) > 1:
+            raise HeadsinkError(f"prefix: it holds {len(seen)} texts, a prompt can follow one only")
         plan, ids = cache.plan, seen[0].tolist() + generation.question_prompt(tokenizer, before, text)
     else:
+        as_chat = not raw and tokenizer.chat_template is not None
         if as_chat:  # the chat format brings its own special tokens
             text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
         ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -29,10 +30,10 @@ from headsink.plan import Fingerprint, Plan
 from headsink.probes import Document
 from headsink.progress import bar
 from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
-from headsink.reconstruction import demand, fit
+from headsink.reconstruction import Demand, demand, fit
 from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
-from headsink.search import SINK, Method, Phase, Search, Step, check_room
+from headsink.search import SINK, Method, Phase, Search, Step, check_room, mean_loss
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
@@ -221,13 +222,13 @@ class Calibration:
         """Patterns with one window and floating keys by need (dealing.py), for contexts that are told again."""
         check_room(budget, self.shortest, self.least)
         layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
-        share = budget - self.least
+        share = budget - self.least if budget < 1 else 1.0
         shares = needed(self.need[layers], share).flatten()
-        if not self.method.need:
+        if budget == 1 or not self.method.need:
             shares = torch.full_like(shares, share)
         if budget < 1 and self.method.refine and len(shares) <= FEW:
             shares = self._tuned(shares, key)
-        return self._patterns(shares) if budget < 1 else self._patterns(torch.ones_like(shares))
+        return self._patterns(shares)
 
     def _patterns(self, shares: torch.Tensor) -> list[list[Pattern] | None]:
         """shares: float64 [heads], of the context as floating keys."""
@@ -243,18 +244,15 @@ class Calibration:
         """Move the numbers of heads one by one while the loss of the replays falls, keeping what is reached in the checkpoint."""
         done = self._done(key)
         if done:
-            rows = (row for row in done[-1].plan() if row is not None)
-            shares = torch.tensor(
-                [1.0 if p.full else p.floating / self.shortest for row in rows for p in row], dtype=torch.float64
-            )
+            found = [p for row in done[-1].plan() if row is not None for p in row]
+            shares = shares.new_tensor([1 - self.least if p.full else p.floating / self.shortest for p in found])
         if done and done[-1].phase == "done":
             return shares
-        for replay in self.replays:
-            replay.set_told(demand(replay, self.prompt, whole=True))
+        for replay, told in zip(self.replays, self._told, strict=True):
+            replay.set_told(told)
 
         def loss(trial: torch.Tensor) -> float:
-            patterns, weight = self._patterns(trial), self.method.retrieval_weight
-            return sum(float(r.loss(r.log_probs(patterns), weight)) for r in self.replays) / len(self.replays)
+            return mean_loss(self.replays, self._patterns(trial), self.method.retrieval_weight)
 
         def step(reached: torch.Tensor, lowest: float, phase: Phase) -> None:
             done.append(Step.of(self._patterns(reached), float(reached.mean()) + self.least, lowest, phase))
@@ -268,7 +266,14 @@ class Calibration:
 
             shares = tuned(shares, loss, report)
         step(shares, done[-1].loss, "done")
+        for replay in self.replays:  # as another method or budget expects them
+            replay.set_scores(self.weights)
         return shares
+
+    @cached_property
+    def _told(self) -> list[Demand]:
+        """What telling the whole of each document again takes."""
+        return [demand(replay, self.prompt, whole=True) for replay in self.replays]
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
         """Run the search, keeping its steps in the checkpoint."""

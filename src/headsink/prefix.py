@@ -27,7 +27,6 @@ from headsink.pattern import Pattern
 from headsink.plan import Plan
 from headsink.runtime import new_cache
 
-FORMAT: Literal["headsink prefix 1"] = "headsink prefix 1"
 BUFFERS = "keys", "values", "visible", "scores"  # of a head group
 
 Slots = Annotated[int, Field(ge=0, strict=True)]
@@ -63,7 +62,7 @@ class _Layer(_Part):
 
 
 class _Header(_Part):
-    format: Literal["headsink prefix 1"]
+    format: Literal["headsink prefix 1"] = "headsink prefix 1"
     plan: Plan
     layers: tuple[_Layer, ...]
     text: str = ""
@@ -76,11 +75,10 @@ def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tenso
     left padding included. text: the same as a string, if that is wanted later. Raises HeadsinkError if the two differ in
     length, if the cache is empty, or if it waits for tokens to be taken back.
     """
-    seen = cache.get_seq_length()
-    if not seen or tuple(input_ids.shape) != (_batch(cache), seen):
-        raise HeadsinkError(
-            f"input_ids: {' x '.join(map(str, input_ids.shape))} tokens given, the cache has seen {_batch(cache)} x {seen}"
-        )
+    seen = _seen(cache)
+    if not seen[1] or tuple(input_ids.shape) != seen:
+        given, held = (" x ".join(map(str, shape)) for shape in (input_ids.shape, seen))
+        raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {held}")
     tensors, layers = {"input_ids": input_ids.long()}, []
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PlanLayer):
@@ -94,7 +92,7 @@ def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tenso
             if group.padding is not None:
                 tensors["padding"] = group.padding.tokens
         layers.append(_Layer(seen=layer.seen, held=layer.held, groups=tuple(map(_Group.of, layer.groups))))
-    header = _Header(format=FORMAT, plan=cache.plan, layers=tuple(layers), text=text)
+    header = _Header(plan=cache.plan, layers=tuple(layers), text=text)
     with new_file(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"headsink": header.model_dump_json()})
     return Path(path)
@@ -117,17 +115,15 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
         ids, padding = tensors["input_ids"], tensors.get("padding")
         pad = None if padding is None else Padding(padding.to(model.device), int(padding.max()))
         for index, (layer, state) in enumerate(zip(cache.layers, header.layers, strict=True)):
-            own = {
-                name.removeprefix(f"layers.{index}."): t.to(
-                    model.device, copy=True
-                )  # aligned, as in the file they are not
-                for name, t in tensors.items()
-                if name.startswith(f"layers.{index}.")
-            }
-            _restore(layer, state, own, pad)
-            if state.seen != ids.shape[1] or (own and next(iter(own.values())).shape[0] != ids.shape[0]):
+            start = f"layers.{index}."
+            own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+            # Copied even on a CPU: in the file they are not aligned, which sums in another order.
+            _restore(layer, state, {name: t.to(model.device, copy=True) for name, t in own.items()}, pad)
+            if state.seen != ids.shape[1] or any(t.shape[0] != len(ids) for t in own.values()):
                 raise ValueError(f"layer {index} is of other tokens")
-    except (KeyError, ValueError) as error:
+        if padding is not None and padding.shape != ids.shape[:1]:
+            raise ValueError("the padding is of other texts")
+    except (KeyError, IndexError, ValueError) as error:
         raise HeadsinkError(f"{path}: its parts do not fit together: {error}") from error
     return cache, ids.to(model.device)
 
@@ -189,6 +185,9 @@ def _restored(state: _Group, weights: Tensor, buffers: dict[str, Tensor], paddin
     return group
 
 
-def _batch(cache: PlanCache) -> int:
-    first = cache.layers[0]
-    return first.batch_size if isinstance(first, PlanLayer) else first.keys.shape[0]
+def _seen(cache: PlanCache) -> tuple[int, int]:
+    """Texts and tokens, 0 and 0 of an empty cache."""
+    first, tokens = cache.layers[0], cache.get_seq_length()
+    if not tokens:
+        return 0, 0
+    return first.batch_size if isinstance(first, PlanLayer) else first.keys.shape[0], tokens

@@ -129,10 +129,7 @@ class Search:
         return float(self.sizes[pick].sum()) / (self.context * len(self.heads))
 
     def loss(self, pick: Tensor) -> float:
-        """Mean loss of a plan over the replays."""
-        patterns = self.patterns(pick)
-        weight = self.method.retrieval_weight
-        return sum(float(r.loss(r.log_probs(patterns), weight)) for r in self.replays) / len(self.replays)
+        return mean_loss(self.replays, self.patterns(pick), self.method.retrieval_weight)
 
     def run(self, budget: float, done: Sequence[Step] = (), report: Callable[[Step], None] | None = None) -> Step:
         """The plan for `budget`. `done`: steps of an earlier run, to go on from; `report` is called with every step.
@@ -276,6 +273,11 @@ class Search:
         tied = self._together()
         cost = cost.view(-1, tied, cost.shape[1]).sum(1)
         return choose(cost, self.sizes * tied, budget * self.context * len(self.heads)).repeat_interleave(tied)
+
+
+def mean_loss(replays: Sequence[Replay], patterns: Patterns, retrieval_weight: float) -> float:
+    """The loss of a plan, as it is measured: the mean over the replays."""
+    return sum(float(r.loss(r.log_probs(patterns), retrieval_weight)) for r in replays) / len(replays)
 
 
 def check_room(budget: float, context: int, least: float) -> None:
