@@ -15,6 +15,7 @@ from torch import Tensor
 
 FEW = 16  # heads whose numbers are moved one by one
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the number of each head
+NONE = 1e-9  # of the context: a head with less has no keys
 LEAST = 1 / 128  # of the mean: what a head without keys is taken to have, so that it may get some
 GAIN = 0.02  # of the loss, that a sweep over the heads must gain for another to follow
 SWEEPS = 4  # at most
@@ -35,10 +36,11 @@ def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
     own = min(max(float(shares[head]), LEAST * float(shares.mean())) * factor, 1.0)
     others, left = shares.clone(), float(shares.sum()) - own
     others[head] = 0
+    others[others < NONE] = 0
     if not 0 <= left <= int((others > 0).sum()):
         return None
     full = torch.zeros_like(others, dtype=torch.bool)
-    while abs(left - float(others.sum())) > 1e-9:  # those that are full leave the rest to the others
+    while abs(left - float(others.sum())) > NONE:  # those that are full leave the rest to the others
         others = torch.where(full, 1.0, others * ((left - int(full.sum())) / others[~full].sum())).clamp(max=1)
         full = others >= 1
     others[head] = own
