@@ -269,6 +269,14 @@ def test_the_whole_budget_is_the_model(family, make):
     assert max(map(abs, verified.values())) < 1e-5
 
 
+def test_plans_of_long_contexts_run_over_fewer_documents(make, monkeypatch):
+    assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True] * 4
+    monkeypatch.setattr("headsink.calibrate.VERIFIED", 2 * CONTEXT)
+    assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, True, False, False]
+    monkeypatch.setattr("headsink.calibrate.VERIFIED", 1)
+    assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, False, False, False]
+
+
 def test_quality_is_measured_at_the_contexts_asked_for(make):
     for contexts in [(600, 512), ()]:
         assert [quality.context for quality in make("gemma3", quality_contexts=contexts).quality] == list(contexts)
