@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import sys
 from dataclasses import asdict
 from functools import cache
 
@@ -272,9 +271,9 @@ def test_the_whole_budget_is_the_model(family, make):
 
 def test_plans_of_long_contexts_run_over_fewer_documents(make, monkeypatch):
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True] * 4
-    monkeypatch.setattr(sys.modules["headsink.calibrate"], "VERIFIED", 2 * CONTEXT)
+    monkeypatch.setattr(calibrate_module, "VERIFIED", 2 * CONTEXT)
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, True, False, False]
-    monkeypatch.setattr(sys.modules["headsink.calibrate"], "VERIFIED", 1)
+    monkeypatch.setattr(calibrate_module, "VERIFIED", 1)
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, False, False, False]
 
 
