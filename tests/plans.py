@@ -32,10 +32,10 @@ def random_pattern(rng: random.Random) -> Pattern:
     return Pattern(rng.choice([0, 1, 3, 5]), rng.choice([0, 0, 2, 5]), rng.choice([0, 1, 2, 5, 8, 17, 300]))
 
 
-def random_plan(model, seed: int) -> Plan:
-    """A plan with every kind of pattern, and weights of keys' scores by lot."""
+def random_plan(model, seed: int, draw=random_pattern) -> Plan:
+    """A plan with every kind of pattern, or those that `draw` gives, and weights of keys' scores by lot."""
     rng, shape = random.Random(seed), describe(model)
-    patterns = [None if window else [random_pattern(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
+    patterns = [None if window else [draw(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
     return Plan.of(model, patterns, weights)

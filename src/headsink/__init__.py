@@ -2,6 +2,7 @@
 
 from headsink.calibrate import calibrate
 from headsink.census import Census, Comparison, analyze, compare
+from headsink.decode import decode
 from headsink.errors import HeadsinkError
 from headsink.models import load
 from headsink.pattern import Pattern
@@ -22,6 +23,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
+    "decode",
     "load",
     "load_prefix",
     "new_cache",

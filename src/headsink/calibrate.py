@@ -37,7 +37,7 @@ from headsink.search import SINK, Method, Phase, Search, Step, check_room, mean_
 
 KINDS = corpus.DOMAINS  # a document of each kind of text
 CONTINUATION = 128  # tokens of text after a document
-VERIFIED = 12_000  # tokens of documents that a plan is run over once it is made, at least one document
+VERIFIED = 8_000  # tokens of documents that a plan is run over once it is made, at least one document
 TAIL = 160  # tokens that a branch may have, so that it fits into the longest context
 LEAST_CONTEXT = probes.LEAST_LENGTH + TAIL
 BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from

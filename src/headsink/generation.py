@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 
 from headsink.cache import PlanCache, nbytes
+from headsink.decode import decode, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, compress_into, new_cache
@@ -33,8 +36,13 @@ class Generated:
     ids: list[int]
     prompt_tokens: int
     first_token_s: float
-    token_s: float | None
+    steps_s: list[float]  # of each token after the first
     kv_bytes: int
+
+    @property
+    def token_s(self) -> float | None:
+        """Mean time of the tokens after the first, None if there are none."""
+        return sum(self.steps_s) / len(self.steps_s) if self.steps_s else None
 
 
 class _Clock(BaseStreamer):
@@ -53,8 +61,7 @@ class _Clock(BaseStreamer):
             return
         self.times.append(time.perf_counter())
         self.ids += value.flatten().tolist()
-        text = self.text()
-        if self.show and not text.endswith("\ufffd"):  # half a character so far
+        if self.show and not (text := self.text()).endswith("\ufffd"):  # half a character so far
             self.show(text[self.shown :])
             self.shown = len(text)
 
@@ -81,13 +88,15 @@ def generate(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     show: Callable[[str], None] | None = None,
+    compiled: bool = True,
     **options: Any,
 ) -> Generated:
     """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
 
     If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
-    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text. options:
-    passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
+    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
+    compiled: under a plan, decode by our own step (decode.py) where that can run the model. options: passed on to
+    `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")
@@ -105,6 +114,8 @@ def generate(
     start = time.perf_counter()
     if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
         _read(model, cache, text[:, :-1])
+    if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
+        options = {"custom_generate": partial(decode, streamer=clock), **options}
     with nullcontext() if plan is None else apply(model, plan):
         model.generate(
             text,
@@ -121,7 +132,7 @@ def generate(
         ids=clock.ids,
         prompt_tokens=len(ids),
         first_token_s=times[0] - start,
-        token_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        steps_s=[later - earlier for earlier, later in pairwise(times)],
         kv_bytes=nbytes(cache),
     )
 

@@ -201,7 +201,7 @@ class HeadGroup:
         """
         tokens, end = key.shape[2], self.length + key.shape[2]
         window = end - self.start if self.window is None else self.window
-        self._grow(min(window, end - self.start))
+        self.make_room(tokens)
         if end - window > self.length - self._held():
             self._leave(key, value, end - window, scores)
         columns = torch.arange(max(self.length, end - window), end, device=key.device)
@@ -222,8 +222,6 @@ class HeadGroup:
         sinks = bool(self.pattern.sink) and first < self._ordinary
         if not self.pattern.floating and not sinks:
             return
-        if self.pattern.floating:
-            self._grow_floating(until)
         if until - first == 1 and held:  # no copy
             slot = self.anchors + first % held  # the ring is full, or `first` is 0
             keys, values = self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1]
@@ -266,6 +264,13 @@ class HeadGroup:
         self.keys[rows, heads, slot] = keys[rows, heads, new]
         self.values[rows, heads, slot] = values[rows, heads, new]
         self.visible[rows, heads, slot] = worth > NONE
+
+    def make_room(self, tokens: int) -> None:
+        """Make room for tokens that are about to enter."""
+        end = self.length + tokens - self.start
+        self._grow(end if self.window is None else min(self.window, end))
+        if self.window is not None and self.pattern.floating and end > self.window:
+            self._grow_floating(end - self.window)
 
     def _grow(self, needed: int) -> None:
         """Make the ring at least `needed` slots long, in steps, up to the window."""

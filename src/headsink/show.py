@@ -265,7 +265,8 @@ def document_read(found: dict[str, Any]) -> str:
 
 
 def generated_json(done: Generated) -> dict[str, Any]:
-    return {key: value for key, value in asdict(done).items() if key != "ids"} | {"new_tokens": len(done.ids)}
+    found = {key: value for key, value in asdict(done).items() if key not in ("ids", "steps_s")}
+    return found | {"token_s": done.token_s, "new_tokens": len(done.ids)}
 
 
 def generated(done: Generated) -> str:

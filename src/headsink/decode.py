@@ -1,0 +1,261 @@
+"""A decode step of our own on a CPU: the model's weights, its cache, one compiled call a token (kernels.py).
+
+    model.generate(**inputs, custom_generate=headsink.decode)      # inside `with headsink.apply(model, plan):`
+
+transformers prepares everything and hands over its own logits processors, stopping criteria and streamer; only the forward
+passes of single tokens are ours. Activations stay in float32, so in bfloat16 the logits are nearer to those of the exact
+model than the model's own are. Prompts go through the model. What this cannot run (`refusal`) is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headsink.architecture import attention_modules, decoder, describe
+from headsink.cache import PlanCache, PlanLayer
+from headsink.errors import HeadsinkError
+from headsink.models import dtype_name
+
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # the same layer, with or without biases and norms of queries and keys
+AHEAD = 64  # tokens that buffers and positions are made ready for at once
+FOREVER = 2**62
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why a model cannot decode here; None if it can."""
+    config, shape = model.config.get_text_config(decoder=True), describe(model)
+    if find_spec("numba") is None:
+        return "numba is not installed: pip install 'headsink[cpu]'"
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is not one of {', '.join(FAMILIES)}"
+    if any(shape.windows):
+        return "layers of this model slide by themselves"
+    if not shape.prefix_free:
+        return "its rotary positions depend on the length of the text"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    weights = [*model.parameters(), *model.buffers()]
+    if any(weight.device.type != "cpu" for weight in weights):
+        return "it is not on the CPU"
+    kinds = {weight.dtype for weight in model.parameters()}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.bfloat16}:
+        return f"its weights are {', '.join(sorted(map(dtype_name, kinds)))}, not float32 or bfloat16"
+    return next((reason for linear, may_add in _linears(model) if (reason := _odd(linear, may_add)) is not None), None)
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """A decoding loop for `model.generate(custom_generate=headsink.decode)`, greedy or sampling, of one text.
+
+    transformers 5.19 hands neither streamer nor tokenizer (for stop strings) to a loop that it is given: bind a streamer with
+    `functools.partial(headsink.decode, streamer=...)`, and give `generate` the same one, for the prompt.
+
+    Returns int64 [1, tokens], the prompt and what follows it. Raises HeadsinkError for what it cannot run: see `refusal`; and
+    batches, beams, padding, `return_dict_in_generate`, a cache of another kind than `headsink.new_cache` makes.
+    """
+    _check_call(model, input_ids, generation_config, model_kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, PlanCache):
+        raise HeadsinkError("past_key_values: give a cache from headsink.new_cache(model, plan)")
+    with torch.no_grad():
+        new = input_ids[:, cache.get_seq_length() :]
+        logits = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        with decoding(model, cache) as step:
+            while True:
+                scores = logits_processor(input_ids, logits)
+                if generation_config.do_sample:
+                    token = torch.multinomial(scores.softmax(-1), 1)
+                else:
+                    token = scores.argmax(-1, keepdim=True)
+                input_ids = torch.cat([input_ids, token], 1)
+                if streamer is not None:
+                    streamer.put(token[0])
+                if bool(stopping_criteria(input_ids, scores).all()):
+                    break
+                logits = step.run(int(token))
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+@contextmanager
+def decoding(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
+    """Decode one token after the other into a cache, which is in order again after the block."""
+    if reason := refusal(model):
+        raise HeadsinkError(f"decode: {reason}")
+    step = Decoder(model, cache)
+    try:
+        yield step
+    finally:
+        step.settle()
+
+
+class Decoder:
+    """A model and a cache, laid out for the kernel. Addresses are read once: neither may change in between."""
+
+    def __init__(self, model: PreTrainedModel, cache: PlanCache):
+        from headsink import kernels  # numba takes a second, which other commands need not wait for
+
+        self.kernels, self.cache = kernels, cache
+        self.stack = cast(Any, decoder(model))
+        self.shape = shape = describe(model)
+        self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
+        groups = [group for layer in self.layers for group in layer.groups]
+        if not groups or any(
+            g.recording or g.padding is not None or g.recent is not None or len(g.keys) != 1 for g in groups
+        ):
+            raise HeadsinkError("decode: a cache of one text is needed, without padding, that is not being recorded")
+        attention: list[Any] = attention_modules(model)  # type: ignore[assignment]
+        blocks = list(self.stack.layers)
+        self.embedding = model.get_input_embeddings().weight
+        self.unembedding = model.get_output_embeddings().weight
+        dtype = np.uint16 if self.embedding.dtype == torch.bfloat16 else np.float32
+        self.like = np.empty(0, dtype)
+        self._weights = [
+            [a.q_proj, a.k_proj, a.v_proj, a.o_proj, b.mlp.gate_proj, b.mlp.up_proj, b.mlp.down_proj]
+            for a, b in zip(attention, blocks, strict=True)
+        ]
+        self.weights = np.array([[linear.weight.data_ptr() for linear in row] for row in self._weights])
+        self.norms = _table([[b.input_layernorm.weight, b.post_attention_layernorm.weight] for b in blocks])
+        self.last_norm = _array(self.stack.norm.weight)
+        self.eps = np.float32(self.stack.norm.variance_epsilon)
+        has_norms, has_biases = hasattr(attention[0], "q_norm"), attention[0].q_proj.bias is not None
+        self.head_norms = np.zeros((shape.layers, 0, shape.head_dim), np.float32)
+        self.biases = np.zeros((shape.layers, 0), np.float32)
+        if has_norms:
+            self.head_norms = _table([[a.q_norm.weight, a.k_norm.weight] for a in attention])
+        if has_biases:
+            self.biases = np.stack([np.concatenate([_array(p.bias) for p in row[:3]]) for row in self._weights])
+        self.inner = self._weights[0][4].out_features
+        self.scaling = np.float32(attention[0].scaling)
+        self.vocabulary = len(self.unembedding)
+        self.length = cache.get_seq_length()
+        self.ready = self.length  # tokens that there is room for
+        self.threads = torch.get_num_threads()
+
+    def run(self, token: int) -> Tensor:
+        """Let a token in. Returns the logits of what follows it, float32 [1, vocabulary]."""
+        if self.length >= self.ready:
+            self._make_ready()
+        length = self.length
+        ring = np.where(self.window < FOREVER, length % np.maximum(self.window, 1), length - self.start)
+        end = self.anchors + np.minimum(length + 1 - self.start, self.window)
+        fields = self.kernels.Field
+        self.heads[..., fields.SLOT] = np.where(self.window > 0, self.anchors + ring, -1)
+        self.heads[..., fields.END] = end
+        self.heads[..., fields.LEAVING] = np.where(length >= self.window, length - self.window, -1)
+        logits = torch.empty(1, self.vocabulary)
+        place = length - self.ready + AHEAD
+        self.kernels.run(
+            self.weights,
+            self.heads,
+            self.norms,
+            self.head_norms,
+            self.biases,
+            self.last_norm,
+            self.unembedding.data_ptr(),
+            self.embedding[token].to(torch.float32, copy=True).numpy(),
+            self.cos[place],
+            self.sin[place],
+            logits.numpy()[0],
+            self.scratch,
+            self.like,
+            self.inner,
+            self.scaling,
+            self.eps,
+            self.threads,
+        )
+        self.length += 1
+        return logits
+
+    def settle(self) -> None:
+        """Tell the cache what has come in."""
+        for layer in self.layers:
+            layer.seen = self.length
+            for group in layer.groups:
+                group.length = self.length
+
+    def _make_ready(self) -> None:
+        """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
+        self.settle()
+        self.ready = self.length + AHEAD
+        positions = torch.arange(self.length, self.ready)[None]
+        cos, sin = self.stack.rotary_emb(torch.empty(0), positions)
+        self.cos, self.sin = cos[0].float().numpy(), sin[0].float().numpy()
+        shape, fields = self.shape, self.kernels.Field
+        self.heads = np.full((shape.layers, shape.kv_heads, len(fields)), -1)
+        self.window, self.anchors, self.start = np.zeros((3, shape.layers, shape.kv_heads), np.int64)
+        for index, layer in enumerate(self.layers):
+            for group in layer.groups:
+                group.make_room(AHEAD)
+                tensors = group.keys, group.values, group.visible, group.scores, group.weights
+                for place, head in enumerate(group.heads):
+                    row = self.heads[index, head]
+                    row[:5] = [
+                        t[0, place].data_ptr() if t.dim() > 2 else t[place : place + 1].data_ptr() for t in tensors
+                    ]
+                    row[fields.SINK], row[fields.FLOATING] = group.pattern.sink, group.scores.shape[-1]
+                    self.window[index, head] = FOREVER if group.window is None else group.window
+                    self.anchors[index, head], self.start[index, head] = group.anchors, group.start
+        most = max(group.keys.shape[2] for layer in self.layers for group in layer.groups)
+        self.scratch = np.empty((shape.query_heads, most), np.float32)
+
+
+def _check_call(model: PreTrainedModel, input_ids: Tensor, config: Any, given: dict[str, Any]) -> None:
+    mask = given.get("attention_mask")
+    wrong = {
+        "beams": config.num_beams is not None and config.num_beams > 1,
+        f"{len(input_ids)} texts at once": len(input_ids) != 1,
+        "return_dict_in_generate": config.return_dict_in_generate,
+        "padding": mask is not None and not bool(mask.all()),
+        "inputs_embeds": given.get("inputs_embeds") is not None,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise HeadsinkError(f"decode: it cannot do {what}; leave out custom_generate")
+
+
+def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
+    """Every linear map that the kernel runs, and whether it may have a bias."""
+    for module in attention_modules(model):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield getattr(module, name), name != "o_proj"
+    for layer in decoder(model).layers:  # type: ignore[union-attr]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield getattr(layer.mlp, name), False  # type: ignore[union-attr, arg-type]
+    yield model.get_output_embeddings(), False  # type: ignore[misc]
+
+
+def _odd(linear: nn.Module, may_add: bool) -> str | None:
+    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or not linear.weight.is_contiguous():
+        return f"it has a {type(linear).__name__} that is no plain matrix"
+    return "it adds where the kernel does not" if linear.bias is not None and not may_add else None
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().float().numpy()
+
+
+def _table(rows: list[list[Tensor]]) -> Any:
+    return np.stack([np.stack([_array(tensor) for tensor in row]) for row in rows])

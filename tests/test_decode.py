@@ -1,0 +1,188 @@
+"""Decoding by the compiled step: the same logits, cache and text as the model gives under the same plan."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.decode import AHEAD, decode, decoding, refusal
+from headsink.generation import empty_cache
+
+DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
+
+
+def prompt(tokens, seed=0):
+    return torch.randint(3, 211, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def held(group):
+    """Scores, and what is in the anchors and in the ring: one cache may have made more room ahead than another."""
+    ring = slice(group.anchors, group.anchors + group._held())
+    buffers = group.keys, group.values, group.visible
+    floating = int((group.scores[0, 0] > float("-inf")).sum())
+    return [
+        group.scores[..., :floating],
+        *(b[:, :, : group.pattern.sink + floating] for b in buffers),
+        *(b[:, :, ring] for b in buffers),
+    ]
+
+
+def same_state(found, expected):
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.get_seq_length() == other.get_seq_length()
+        for a, b in zip(one.groups, other.groups, strict=True):
+            for x, y in zip(held(a), held(b), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 7, 70])
+@pytest.mark.parametrize("family", DECODED)
+def test_tokens_give_what_the_model_gives(family, length):
+    for seed in range(3):
+        model = tiny(family, seed=seed)
+        plan, ids = random_plan(model, seed), prompt(length + 2 * AHEAD + 5, seed)
+        if seed == 2:  # floating keys whose slots grow with the text
+            plan = random_plan(model, seed, lambda _: Pattern(2, 200, 9))
+        ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
+        with headsink.apply(model, plan), torch.no_grad():
+            for one in (ours, theirs):
+                model(ids[:, :length], past_key_values=one)
+            with decoding(model, ours) as step:
+                for token in ids[0, length:].tolist():
+                    found = step.run(token)
+                    expected = model(torch.tensor([[token]]), past_key_values=theirs).logits[:, -1]
+                    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+        same_state(ours, theirs)
+        with headsink.apply(model, plan), torch.no_grad():  # and the model goes on from it
+            found, expected = (model(ids[:, :9], past_key_values=one).logits for one in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_model_is(family):
+    exact = tiny(family).bfloat16()
+    model, exact = copy.deepcopy(exact), exact.double()
+    plan, ids = Plan.full(model), prompt(60)
+    ours, theirs, truth = (headsink.new_cache(one, Plan.full(one)) for one in (model, model, exact))
+    with torch.no_grad():
+        with headsink.apply(model, plan):
+            model(ids[:, :40], past_key_values=ours)
+            model(ids[:, :40], past_key_values=theirs)
+        with headsink.apply(exact, Plan.full(exact)):
+            exact(ids[:, :40], past_key_values=truth)
+        errors = torch.zeros(2)
+        with decoding(model, ours) as step:
+            for token in ids[0, 40:].tolist():
+                found = step.run(token)
+                one = torch.tensor([[token]])
+                with headsink.apply(model, plan):
+                    expected = model(one, past_key_values=theirs).logits[:, -1].float()
+                with headsink.apply(exact, Plan.full(exact)):
+                    true = exact(one, past_key_values=truth).logits[:, -1].float()
+                errors += torch.stack([(found - true).norm(), (expected - true).norm()])
+    assert errors[0] < errors[1] < 0.1 * 20 * true.norm()
+
+
+def test_a_compressed_cache_goes_on_growing():
+    model = tiny("llama")
+    plan, ids = random_plan(model, 5), prompt(200)
+    with torch.no_grad():
+        caches = []
+        for _ in range(2):
+            full = empty_cache(model, None)
+            model(ids[:, :100], past_key_values=full)
+            caches.append(headsink.compress(model, plan, full))
+        with headsink.apply(model, plan), decoding(model, caches[0]) as step:
+            for token in ids[0, 100:].tolist():
+                expected = model(torch.tensor([[token]]), past_key_values=caches[1]).logits[:, -1]
+                torch.testing.assert_close(step.run(token), expected, rtol=2e-4, atol=2e-4)
+    same_state(*caches)
+
+
+@cache
+def generating():
+    model = tiny("llama", seed=3)
+    return model, random_plan(model, 1)
+
+
+def generate(**options):
+    model, plan = generating()
+    ids = prompt(30)
+    with headsink.apply(model, plan):
+        cache = headsink.new_cache(model, plan)
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=50, **options
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"do_sample": False, "eos_token_id": list(range(3, 60))},
+    ],
+)
+def test_generate_gives_the_same_text(options):
+    torch.manual_seed(0)
+    expected = generate(**options)
+    torch.manual_seed(0)
+    assert torch.equal(generate(**options, custom_generate=decode), expected)
+
+
+def test_an_error_in_between_leaves_the_cache_in_order():
+    model, plan = generating()
+    ids, cache = prompt(30), headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids, past_key_values=cache)
+        with decoding(model, cache) as step:
+            step.run(5)
+            with pytest.raises(IndexError):
+                step.run(211)  # no such token
+        assert cache.get_seq_length() == 31
+        model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in DECODED])
+def test_models_of_another_build_are_refused(family):
+    assert refusal(tiny(family)) is not None
+    model = tiny(family)
+    with pytest.raises(HeadsinkError, match="decode:"), headsink.apply(model, Plan.full(model)):
+        model.generate(prompt(5), past_key_values=headsink.new_cache(model, Plan.full(model)), custom_generate=decode)
+
+
+def test_what_a_model_must_be():
+    assert refusal(tiny("llama")) is None
+    assert "float16" in refusal(tiny("llama").half())
+    mixed = tiny("llama")
+    mixed.lm_head.double()
+    assert "float64" in refusal(mixed)
+    changed = tiny("llama")
+    changed.model.layers[1].mlp.up_proj = torch.nn.Sequential(changed.model.layers[1].mlp.up_proj)
+    assert "Sequential" in refusal(changed)
+    added = tiny("llama")
+    added.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    assert "adds" in refusal(added)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beams": 2}, "beams"),
+        ({"return_dict_in_generate": True}, "return_dict"),
+        ({"input_ids": prompt(5).repeat(2, 1)}, "2 texts"),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "padding"),
+        ({"past_key_values": None}, "new_cache"),
+    ],
+)
+def test_what_it_cannot_run_is_refused(options, said):
+    model, plan = generating()
+    given = {"input_ids": prompt(5), "past_key_values": headsink.new_cache(model, plan), "max_new_tokens": 3} | options
+    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):
+        model.generate(**given, custom_generate=decode)

@@ -1,0 +1,95 @@
+"""The parts of the compiled decode step, each against torch or numpy."""
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from headsink import kernels
+from headsink.scores import key_scores, n_features
+
+RANDOM = np.random.default_rng(0)
+
+
+def test_powers_of_e():
+    x = np.linspace(-87, 88, 200_001, dtype=np.float32)
+
+    @njit
+    def every(x, out):
+        for n in range(len(x)):
+            out[n] = kernels._exp(x[n])
+
+    out = np.empty_like(x)
+    every(x, out)
+    np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=3e-7)
+    every(np.array([-1e30, -np.inf], np.float32), out[:2])
+    assert out[:2].max() < 1e-37
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
+    values = torch.tensor(RANDOM.standard_normal(5000).astype(np.float32)) * 10.0 ** torch.randint(-30, 30, (5000,))
+    like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
+
+    @njit
+    def round_trip(x, narrow, wide, like):
+        for n in range(len(x)):
+            narrow[n] = kernels._narrow(x[n], like)
+            wide[n] = kernels._wide(narrow[n])
+
+    narrow, wide = np.empty(5000, like.dtype), np.empty(5000, np.float32)
+    round_trip(values.numpy(), narrow, wide, like)
+    expected = values.to(dtype)
+    assert torch.equal(torch.from_numpy(wide), expected.float())
+    if dtype == torch.bfloat16:
+        assert np.array_equal(narrow, expected.view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 576)])
+def test_rows_times_a_vector(shape, dtype, parts):
+    weight = torch.randn(shape).to(dtype)
+    x, out = torch.randn(shape[1]), np.full(shape[0], np.nan, np.float32)
+    like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
+    for part in range(parts):
+        kernels._times(weight.data_ptr(), like, x.numpy(), out, part, parts)
+    torch.testing.assert_close(torch.from_numpy(out), weight.float() @ x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 6, 64])
+def test_scores_of_keys(dim):
+    key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, n_features(dim))
+    found = kernels._score(key.numpy(), value.numpy(), weights[0].numpy())
+    assert found == pytest.approx(float(key_scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 5, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_parts(size, parts, dtype):
+    group, dim = 3, 16
+    keys, values = torch.randn(2, size, dim).to(dtype)
+    query = torch.randn(group, dim) * 2
+    visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
+    head = np.zeros(len(kernels.Field), np.int64)
+    head[[kernels.Field.KEYS, kernels.Field.VALUES, kernels.Field.VISIBLE]] = [
+        t.data_ptr() for t in (keys, values, visible)
+    ]
+    head[kernels.Field.END] = size
+    like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
+    top, total = np.full((2, group, parts), np.nan, np.float32)
+    out, result = np.full((group, parts, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
+    logits = np.empty((group, size), np.float32)
+    for part in range(parts):
+        kernels._attend(head, like, query.numpy(), logits, top[:, part], total[:, part], out[:, part], part, parts)
+    for row in range(group):
+        kernels._combine(top[row], total[row], out[row], result[row])
+    shares = (query @ keys.float().T).masked_fill(~visible, float("-inf")).softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_sees_nothing_gives_zero():
+    result = np.full(4, np.nan, np.float32)
+    kernels._combine(np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32), result)
+    assert not result.any()
