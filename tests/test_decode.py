@@ -1,6 +1,7 @@
 """Decoding by the compiled step: the same logits, cache and text as the model gives under the same plan."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -9,8 +10,8 @@ from families import FAMILIES, tiny
 from plans import random_plan
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan
-from headsink.decode import AHEAD, decode, decoding, refusal
+from headsink import HeadsinkError, Pattern, Plan, kernels
+from headsink.decode import AHEAD, decode, decoding, prepare, refusal
 from headsink.generation import empty_cache
 
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
@@ -134,6 +135,26 @@ def test_generate_gives_the_same_text(options):
     expected = generate(**options)
     torch.manual_seed(0)
     assert torch.equal(generate(**options, custom_generate=decode), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_prepared_is_what_is_called(dtype):
+    model, plan = tiny("llama", dtype=dtype), Plan.full(tiny("llama"))
+    prepare(model)
+    compiled = list(kernels.run.signatures)
+    cache = headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(prompt(5), past_key_values=cache)
+        with decoding(model, cache) as step:
+            step.run(7)
+    assert kernels.run.signatures == compiled
+
+
+def test_threads_do_not_disturb_each_other():
+    expected = generate(do_sample=False, custom_generate=decode)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(generate, do_sample=False, custom_generate=decode) for _ in range(8)]
+    assert all(torch.equal(one.result(), expected) for one in found)
 
 
 def test_an_error_in_between_leaves_the_cache_in_order():

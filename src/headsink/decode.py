@@ -9,6 +9,7 @@ model than the model's own are. Prompts go through the model. What this cannot r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ FAMILIES = (
 )  # the same layer, with or without biases and norms of queries and keys
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 FOREVER = 2**62
+_turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -99,6 +101,39 @@ def decode(
     return input_ids
 
 
+def prepare(model: PreTrainedModel) -> None:
+    """Compile the step for a model that can decode here: ten seconds the first time on a machine, then from numba's cache."""
+    from headsink import kernels
+
+    def empty(*shape: int) -> Any:
+        return np.zeros(shape, np.float32)
+
+    row = np.zeros((1, 1), _kind(model.dtype))  # a model without layers, of one number
+    tables = np.zeros((0, len(kernels.Weight)), np.int64), np.zeros((0, 1, len(kernels.Field)), np.int64)
+    arrays = empty(0, 2, 1), empty(0, 0, 2), empty(0, 0), empty(1)
+    one = np.float32(1)
+    kernels.run(
+        *tables,
+        *arrays,
+        row.ctypes.data,
+        empty(1),
+        empty(2),
+        empty(2),
+        empty(1),
+        empty(1, 1),
+        row[0, :0],
+        1,
+        one,
+        one,
+        1,
+    )
+
+
+def _kind(dtype: torch.dtype) -> Any:
+    """What numba takes a dtype for."""
+    return np.uint16 if dtype == torch.bfloat16 else np.float32
+
+
 @contextmanager
 def decoding(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
     """Decode one token after the other into a cache, which is in order again after the block."""
@@ -130,8 +165,7 @@ class Decoder:
         blocks = list(self.stack.layers)
         self.embedding = model.get_input_embeddings().weight
         self.unembedding = model.get_output_embeddings().weight
-        dtype = np.uint16 if self.embedding.dtype == torch.bfloat16 else np.float32
-        self.like = np.empty(0, dtype)
+        self.like = np.empty(0, _kind(self.embedding.dtype))
         self._weights = [
             [a.q_proj, a.k_proj, a.v_proj, a.o_proj, b.mlp.gate_proj, b.mlp.up_proj, b.mlp.down_proj]
             for a, b in zip(attention, blocks, strict=True)
@@ -167,25 +201,26 @@ class Decoder:
         self.heads[..., fields.LEAVING] = np.where(length >= self.window, length - self.window, -1)
         logits = torch.empty(1, self.vocabulary)
         place = length - self.ready + AHEAD
-        self.kernels.run(
-            self.weights,
-            self.heads,
-            self.norms,
-            self.head_norms,
-            self.biases,
-            self.last_norm,
-            self.unembedding.data_ptr(),
-            self.embedding[token].to(torch.float32, copy=True).numpy(),
-            self.cos[place],
-            self.sin[place],
-            logits.numpy()[0],
-            self.scratch,
-            self.like,
-            self.inner,
-            self.scaling,
-            self.eps,
-            self.threads,
-        )
+        with _turn:
+            self.kernels.run(
+                self.weights,
+                self.heads,
+                self.norms,
+                self.head_norms,
+                self.biases,
+                self.last_norm,
+                self.unembedding.data_ptr(),
+                self.embedding[token].to(torch.float32, copy=True).numpy(),
+                self.cos[place],
+                self.sin[place],
+                logits.numpy()[0],
+                self.scratch,
+                self.like,
+                self.inner,
+                self.scaling,
+                self.eps,
+                self.threads,
+            )
         self.length += 1
         return logits
 

@@ -24,6 +24,7 @@ PACKAGES = (
     "gguf",
     "pyarrow",
     "altair",
+    "numba",
     "triton",
     "vllm",
 )

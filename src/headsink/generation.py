@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 
 from headsink.cache import PlanCache, nbytes
-from headsink.decode import decode, refusal
+from headsink.decode import decode, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, compress_into, new_cache
@@ -111,11 +111,12 @@ def generate(
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
+    if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
+        options = {"custom_generate": partial(decode, streamer=clock), **options}
+        prepare(model)
     start = time.perf_counter()
     if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
         _read(model, cache, text[:, :-1])
-    if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
-        options = {"custom_generate": partial(decode, streamer=clock), **options}
     with nullcontext() if plan is None else apply(model, plan):
         model.generate(
             text,

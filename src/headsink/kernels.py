@@ -229,11 +229,22 @@ def _attend(
     values = carray(_pointer(head[_VALUES], like), (size, dim))
     visible = carray(_pointer(head[_VISIBLE], np.empty(0, np.uint8)), size)
     for slot in range(start, end):
-        for row in range(group):
-            logit = np.float32(0)
+        for row in range(0, group - 1, 2):  # two at once, so that a key is widened once for both
+            one, two = np.float32(0), np.float32(0)
             for n in range(dim):
-                logit += _wide(keys[slot, n]) * query[row, n]
-            logits[row, slot] = logit if visible[slot] else -np.inf
+                wide = _wide(keys[slot, n])
+                one += wide * query[row, n]
+                two += wide * query[row + 1, n]
+            logits[row, slot], logits[row + 1, slot] = one, two
+        if group % 2:
+            one = np.float32(0)
+            for n in range(dim):
+                one += _wide(keys[slot, n]) * query[group - 1, n]
+            logits[group - 1, slot] = one
+        if not visible[slot]:
+            for row in range(group):
+                logits[row, slot] = -np.inf
+    sums = np.zeros((group, dim), np.float32)
     for row in range(group):
         most = np.float32(-np.inf)
         for slot in range(start, end):
@@ -245,14 +256,22 @@ def _attend(
                 logits[row, slot] = share
                 sum_ += share
         total[row] = sum_
-        for n in range(dim):
-            out[row, n] = 0
-    for row in range(group):
-        if top[row] > -np.inf:
-            for slot in range(start, end):
-                share = logits[row, slot]
+    slot = start
+    while slot < end:  # four keys at once, so that sums are read and written once for four
+        a, b, c, d = slot, min(slot + 1, end - 1), min(slot + 2, end - 1), min(slot + 3, end - 1)
+        for row in range(group):
+            if top[row] > -np.inf:
+                of_a = logits[row, a]
+                of_b = logits[row, b] if slot + 1 < end else np.float32(0)
+                of_c = logits[row, c] if slot + 2 < end else np.float32(0)
+                of_d = logits[row, d] if slot + 3 < end else np.float32(0)
                 for n in range(dim):
-                    out[row, n] += share * _wide(values[slot, n])
+                    of_ab = of_a * _wide(values[a, n]) + of_b * _wide(values[b, n])
+                    sums[row, n] += of_ab + of_c * _wide(values[c, n]) + of_d * _wide(values[d, n])
+        slot += 4
+    for row in range(group):
+        for n in range(dim):
+            out[row, n] = sums[row, n]
 
 
 @njit(fastmath=_FAST)
