@@ -77,13 +77,15 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
     weights, scaling, worst = torch.randn(2, n_features(64), generator=generator), 0.125, 0.0
+    module: Any = torch.nn.Identity()
+    module.num_key_value_groups = 2
     for pattern in PATTERNS:
         exact = [t.cpu().double() for t in (query, key, value)]
         expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, weights, scaling)
         group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
-            found.append(group.attend(torch.nn.Identity(), next(new), next(new), next(new), scaling))
+            found.append(group.attend(module, next(new), next(new), next(new), scaling))
         worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
     return {
         "device": str(device),

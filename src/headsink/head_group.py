@@ -79,8 +79,15 @@ class HeadGroup:
         if query.shape[2] == 1:
             self.enter(key, value)
             return self._attend_buffer(query, scaling)
-        output = torch.empty_like(query)
-        for start in range(0, query.shape[2], QUERY_BLOCK):
+        output, start = torch.empty_like(query), 0
+        if not self.length and self.padding is None and self.window is not None:
+            # The first queries of a text see all that is before them.
+            start = self.pattern.size(query.shape[2])
+            new = query[:, :, :start], key[:, :, :start], value[:, :, :start]
+            if start:
+                output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=scaling)[0].transpose(1, 2)
+                self.enter(*new[1:])
+        for start in range(start, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
             new = query[:, :, block], key[:, :, block], value[:, :, block]
             if self.window is not None:
@@ -345,7 +352,7 @@ class HeadGroup:
 
 
 def _rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention with the queries of a group as rows of their KV head, so that each key is read once.
+    """Attention of grouped queries, each over the keys of its KV head.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens,
     keys] or None. Zero where a query sees no key.
@@ -354,10 +361,12 @@ def _rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scal
     if n_keys == 0:
         return torch.zeros_like(query)
     tokens, group = query.shape[2], query.shape[1] // heads
-    rows = query.reshape(batch, heads, group * tokens, dim)
-    if mask is not None:
-        mask = (
-            mask[:, :, None].expand(batch, heads, group, tokens, n_keys).reshape(batch, heads, group * tokens, n_keys)
-        )
+    if tokens == 1:  # the rows of a group as queries: a key is read once
+        rows = query.reshape(batch, heads, group, dim)
+        mask = None if mask is None else mask.expand(batch, heads, group, n_keys)
+    else:  # the heads of a group share a mask, which is made once
+        rows = query.reshape(batch * heads, group, tokens, dim)
+        keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
+        mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
     output = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
     return output.view(batch, heads * group, tokens, dim)

@@ -130,7 +130,7 @@ def _measure(way: Way, tokenizer: PreTrainedTokenizerBase, context: int, tokens:
         way.plan,
         max_new_tokens=tokens,
         compiled=way.compiled,
-        eos_token_id=-1,  # no token ends the text
+        min_new_tokens=tokens,  # no token ends the text
     )
     return {"prefill_s": done.first_token_s, "decode_s": statistics.median(done.steps_s), "kv_bytes": done.kv_bytes}
 
