@@ -9,8 +9,9 @@ the row's first tokens, or in place of the floating key with the lowest score if
 it is gone. A full head is a ring that never wraps, and after `hold` so is every other, behind all that was held then. Slots
 are in no order; softmax does not mind, because rotary positions are already in the keys.
 
-One token at a time attends to the buffer as it lies, without a copy. Several tokens (prefill, verification) go through
-in blocks, each over the buffer, in order, followed by the block, so that a window costs its area and not its square.
+One token at a time attends to the buffer as it lies, without a copy. Of several tokens (prefill, verification) it is
+settled first from which query on each key is seen no more; then they go through in blocks, each over the keys that its queries
+see, so that a window costs its area and not its square.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
-from headsink.scores import best, key_scores
+from headsink.scores import NONE, key_scores, lifetimes
 
-NONE = float("-inf")  # the score of what is no floating key
-QUERY_BLOCK = 128  # queries of a windowed head handled at once: 128 was the fastest of 128, 256, 512 on 2 cores
+QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
 GROWTH = 128  # slots that a ring grows by until it is as long as its window
 
 
@@ -87,14 +87,15 @@ class HeadGroup:
             if start:
                 output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=scaling)[0].transpose(1, 2)
                 self.enter(*new[1:])
-        for start in range(start, query.shape[2], QUERY_BLOCK):
+        if self.window is not None:
+            rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
+            output[:, :, start:] = self._attend_tokens(*rest, scaling)
+            self.enter(*rest[1:])
+            return output
+        for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
-            new = query[:, :, block], key[:, :, block], value[:, :, block]
-            if self.window is not None:
-                output[:, :, block] = self._attend_block(*new, scaling)
-            self.enter(*new[1:])
-            if self.window is None:
-                output[:, :, block] = self._attend_buffer(new[0], scaling)
+            self.enter(key[:, :, block], value[:, :, block])
+            output[:, :, block] = self._attend_buffer(query[:, :, block], scaling)
         return output
 
     def _attend_full(self, module: nn.Module, query: Tensor, scaling: float) -> Tensor:
@@ -122,45 +123,66 @@ class HeadGroup:
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
         return _rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
 
-    def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """A block of queries over what is held and the block itself: [batch, heads x group, block, dim]."""
-        first, window, sink = self.length - self._held(), self.window or 0, self.pattern.sink
+    def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Several tokens of a windowed head over what is held and themselves, in blocks. Nothing enters.
+
+        query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, these tokens or more, dim], the last ones theirs.
+        """
+        first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
-        keys = torch.cat([self.keys[:, :, : self.anchors], ring_keys, key], 2)
-        values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2)
-        columns = torch.arange(first, self.length + key.shape[2], device=key.device)
-        queries = columns[-query.shape[2] :, None]
-        row = self._positions(columns)[..., None, :]
-        mask = (columns <= queries) & (row >= 0) & ((row < sink) | (queries - columns < window))
-        mask = mask.expand(*keys.shape[:2], *mask.shape[-2:])  # [batch, heads, block, keys]
-        held = self.visible[:, :, None, : self.anchors].expand(*mask.shape[:3], self.anchors)
-        leaving = max(0, self.length + key.shape[2] - window - first)  # columns that leave by the last query
+        keys = torch.cat([self.keys[:, :, : self.anchors], ring_keys, key], 2).flatten(0, 1)
+        values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2).flatten(0, 1)
+        columns = torch.arange(first - self.anchors, end, device=key.device)
+        columns[: self.anchors] = -1  # before every query
+        until = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end).flatten(
+            0, 1
+        )
+        output = torch.empty_like(query)
+        for start in range(0, query.shape[2], QUERY_BLOCK):
+            block = query[:, :, start : start + QUERY_BLOCK]
+            begin = end - query.shape[2] + start
+            queries = torch.arange(begin, begin + block.shape[2], device=key.device)[:, None]
+            rows, places = ((until > begin) & (columns < begin + block.shape[2])).nonzero(as_tuple=True)
+            counts = rows.bincount(minlength=len(until))
+            most = int(counts.max())
+            # Keys that any query of the block sees, of every head: padded with the first one, which then nobody sees.
+            taken = places.new_zeros(len(until), most)
+            filled = torch.arange(most, device=key.device) < counts[:, None]
+            taken.masked_scatter_(filled, places)
+            mask = (columns[taken][:, None] <= queries) & (queries < (until.gather(1, taken) * filled)[:, None])
+            heads = torch.arange(len(until), device=key.device)[:, None]
+            seen = (t[heads, taken].unflatten(0, key.shape[:2]) for t in (keys, values))
+            output[:, :, start : start + QUERY_BLOCK] = _rows(
+                block, next(seen), next(seen), mask.unflatten(0, key.shape[:2]), scaling
+            )
+        return output
+
+    def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> Tensor:
+        """The column from which on each key is seen no more: int64 [batch, heads, anchors, ring and new tokens].
+
+        keys, values: the anchors, then those of the columns from `first` to `end`.
+        """
+        window, sink, anchors = self.window or 0, self.pattern.sink, self.anchors
+        columns = torch.arange(first, end, device=keys.device)
+        positions = self._positions(columns).expand(*keys.shape[:2], end - first)
+        until = torch.where(positions < sink, end, columns + window).where(positions >= 0, 0)
+        held = torch.where(self.visible[:, :, :anchors], end, 0)
+        leaving = max(0, end - window - first)  # columns that leave by the last query
         if self.pattern.floating and leaving:
-            new = slice(self.anchors, self.anchors + leaving)
+            new = slice(anchors, anchors + leaving)
             scores = self._eligible(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
-            gone = (queries[:, 0] - window + 1 - first).clamp(min=0)
-            floating = best(self.scores, scores, gone, self.pattern.floating)
+            ends = lifetimes(self.scores, scores, self.pattern.floating) + (first + window - 1)
             slots = self.scores.shape[2]
-            held = torch.cat([held[..., :sink], floating[..., :slots]], -1)
-            left = mask[..., :leaving] | floating[..., slots:]
-            mask = torch.cat([left, mask[..., leaving:]], -1)
-        return _rows(query, keys, values, torch.cat([held, mask], -1), scaling)
+            held[:, :, sink:] = torch.where(self.visible[:, :, sink:anchors], ends[..., :slots], 0)
+            until[:, :, :leaving] = torch.where(scores > NONE, ends[..., slots:], until[:, :, :leaving])
+        return torch.cat([held, until], -1)
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend without letting the tokens in: `crop` decides which of them stay."""
-        past = 0
         if self.recent is not None:
-            past = self.recent[0].shape[2]
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
         self.recent = key.contiguous(), value.contiguous()
-        output = torch.empty_like(query)
-        for start in range(0, query.shape[2], QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, query.shape[2])
-            until = slice(0, past + end)
-            output[:, :, start:end] = self._attend_block(
-                query[:, :, start:end], key[:, :, until], value[:, :, until], scaling
-            )
-        return output
+        return self._attend_tokens(query, key, value, scaling)
 
     # what is held
 

@@ -8,8 +8,12 @@ is kept does not change with the query, as in KVzip (arXiv 2505.23416), but take
 
 from __future__ import annotations
 
+import heapq
+
 import torch
 from torch import Tensor
+
+NONE = float("-inf")  # the score of what is no floating key
 
 
 def n_features(dim: int) -> int:
@@ -46,27 +50,42 @@ def places(scores: Tensor, sink: int, floating: int, near: range) -> Tensor:
     return torch.cat([first, chosen, last], 1)
 
 
-def best(held: Tensor, leaving: Tensor, gone: Tensor, floating: int) -> Tensor:
-    """Which keys are floating keys at each of some queries.
+def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
+    """When floating keys are let go, as keys leave the window one after the other: int64 [..., f' + c].
 
-    held: float [..., f'] scores of keys that left before the first query, -inf where there is none. leaving: float [..., c]
-    scores of keys that leave later, in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding).
-    gone: int [queries], how many of `leaving` have left at each query. Returns bool [..., queries, f' + c].
-
-    Keys are sorted once. At a query the missing ones, those yet to leave, are gaps in that order: the last place that
-    is still good enough lies `floating` places from its start, and one further for every gap before it.
+    held: float [..., f'] scores of keys that are floating keys to begin with, -inf where there is none. leaving: float [..., c]
+    scores of keys in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding). A key is there
+    while fewer than this number of `leaving` have left; those that leave are there from then on, or never.
     """
-    scores = torch.cat([held, leaving], -1)
-    before, keys = held.shape[-1], scores.shape[-1]
-    places = torch.arange(keys, device=scores.device)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
-    left = torch.arange(keys - before, device=scores.device) < gone[:, None]  # [queries, c]
-    gaps, who = place[..., before:].sort(-1)
-    missing = ~left.T[who].transpose(-1, -2)  # [..., queries, c], in the order of places
-    present_before = gaps[..., None, :] - missing.cumsum(-1) + 1
-    last = floating - 1 + (missing & (present_before < floating)).sum(-1, keepdim=True)  # [..., queries, 1]
-    place = place.masked_fill(scores == float("-inf"), keys + floating + 1)[..., None, :].int()
-    found = place <= last.int()
-    found[..., before:] &= left
+    rows = zip(held.flatten(0, -2).tolist(), leaving.flatten(0, -2).tolist(), strict=True)
+    found = torch.tensor([_lifetimes(*row, floating) for row in rows], dtype=torch.long, device=leaving.device)
+    return found.view(*leaving.shape[:-1], held.shape[-1] + leaving.shape[-1])
+
+
+def _lifetimes(held: list[float], leaving: list[float], floating: int) -> list[int]:
+    """Of one head. The floating keys are a heap with the lowest score in front, so that each step takes next to nothing."""
+    ends = [len(leaving) + 1] * (len(held) + len(leaving))
+    heap = [(score, key) for key, score in enumerate(held)]
+    heapq.heapify(heap)
+    while heap and (heap[0][0] == NONE or len(heap) > floating):
+        ends[heapq.heappop(heap)[1]] = 0
+    for left, (key, score) in enumerate(enumerate(leaving, len(held)), 1):
+        if score == NONE or floating == 0:
+            ends[key] = left
+        elif len(heap) < floating:
+            heapq.heappush(heap, (score, key))
+        else:
+            ends[heapq.heappushpop(heap, (score, key))[1]] = left
+    return ends
+
+
+def best(held: Tensor, leaving: Tensor, gone: Tensor, floating: int) -> Tensor:
+    """Which keys are floating keys at each of some queries: bool [..., queries, f' + c].
+
+    held, leaving, floating: as for `lifetimes`. gone: int64 [queries], how many of `leaving` have left at each query.
+    """
+    if held.dim() == 1:
+        return best(held[None], leaving[None], gone, floating)[0]
+    found = gone[:, None] < lifetimes(held, leaving, floating)[..., None, :]
+    found[..., held.shape[-1] :] &= torch.arange(leaving.shape[-1], device=gone.device) < gone[:, None]
     return found
