@@ -192,6 +192,15 @@ def test_what_a_model_must_be():
     assert "adds" in refusal(added)
 
 
+def test_without_a_cache_it_takes_that_of_the_plan_applied():
+    model, plan = generating()
+    with headsink.apply(model, plan):
+        found = model.generate(prompt(30), max_new_tokens=50, do_sample=False, custom_generate=decode)
+    assert torch.equal(found, generate(do_sample=False))
+    with pytest.raises(HeadsinkError, match="inside"):
+        model.generate(prompt(5), max_new_tokens=3, custom_generate=decode)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -199,7 +208,6 @@ def test_what_a_model_must_be():
         ({"return_dict_in_generate": True}, "return_dict"),
         ({"input_ids": prompt(5).repeat(2, 1)}, "2 texts"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "padding"),
-        ({"past_key_values": None}, "new_cache"),
     ],
 )
 def test_what_it_cannot_run_is_refused(options, said):

@@ -74,15 +74,16 @@ def decode(
     `functools.partial(headsink.decode, streamer=...)`, and give `generate` the same one, for the prompt.
 
     Returns int64 [1, tokens], the prompt and what follows it. Raises HeadsinkError for what it cannot run: see `refusal`; and
-    batches, beams, padding, `return_dict_in_generate`, a cache of another kind than `headsink.new_cache` makes.
+    batches, beams, padding, `return_dict_in_generate`, a model that no plan is applied to.
     """
     _check_call(model, input_ids, generation_config, model_kwargs)
     cache = model_kwargs.get("past_key_values")
-    if not isinstance(cache, PlanCache):
-        raise HeadsinkError("past_key_values: give a cache from headsink.new_cache(model, plan)")
     with torch.no_grad():
-        new = input_ids[:, cache.get_seq_length() :]
-        logits = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        new = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
+        read = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = read.past_key_values, read.logits[:, -1].float()
+        if not isinstance(cache, PlanCache):
+            raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
         with decoding(model, cache) as step:
             while True:
                 scores = logits_processor(input_ids, logits)
