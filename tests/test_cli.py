@@ -299,6 +299,29 @@ def test_bench_census(run, tiny_folder, tmp_path):
     )
 
 
+def test_bench_speed(run, tiny_folder, tmp_path):
+    model = headsink.load(tiny_folder, device="cpu")[0]
+    random_plan(model, 1).save(tmp_path / "plan.json")
+    words = ["bench", "speed", tiny_folder, "--device", "cpu", "--contexts", "24,90", "--tokens", "4", "--rounds", "2"]
+    words += ["--plan", tmp_path / "plan.json", "--out", tmp_path / "speed.json"]
+    status, out, err = run(*words, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert json.loads((tmp_path / "speed.json").read_text()) == found
+    ways = [row["way"] for row in found["results"] if row["context"] == 24]
+    assert ways == [row["way"] for row in found["results"] if row["context"] == 90]
+    assert [way.split(", ")[0] for way in ways] == ["transformers"] * 2 + ["headsink"] * 4
+    for row in found["results"]:
+        assert len(row["decode_s"]["all"]) == len(row["prefill_ratio"]["all"]) == 2
+        assert row["decode_s"]["min"] <= row["decode_s"]["median"] <= row["decode_s"]["max"]
+    base = [row for row in found["results"] if row["way"] == "transformers"]
+    assert all(row["decode_ratio"]["all"] == [1, 1] and row["kv_ratio"] == 1 for row in base)
+    assert base[1]["kv_bytes"] == 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 93 * 4 * (
+        model.config.hidden_size // model.config.num_attention_heads
+    )
+    assert "90 tokens" in run(*words)[1]
+
+
 def test_models_and_doctor(run):
     assert json.loads(run("models", "--json")[1])["built_in"][0]["installed"] is True
     found = json.loads(run("doctor", "--json", "--device", "cpu")[1])
@@ -350,6 +373,8 @@ def test_models_and_doctor(run):
         (["compare", "a", "b", "--out", "."], "it is a folder"),
         (["compare", "a", "b", "--out", "file/c.html"], "cannot write file/c.html"),
         (["bench", "census", "TINY", "--out", "."], "it is a folder"),
+        (["bench", "speed", "TINY", "--contexts", "a"], "contexts: 'a' is not a list of whole numbers"),
+        (["bench", "speed", "TINY", "--contexts", "5"], "contexts: 5 is outside 16 to"),
         (["analyse"], "No such command"),
     ],
 )
