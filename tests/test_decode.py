@@ -7,12 +7,13 @@ from functools import cache
 import pytest
 import torch
 from families import FAMILIES, tiny
-from plans import random_plan
+from plans import QUALITY, random_plan
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, kernels
 from headsink.decode import AHEAD, decode, decoding, prepare, refusal
 from headsink.generation import empty_cache
+from headsink.plan import Quality
 
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
 
@@ -157,6 +158,14 @@ def test_threads_do_not_disturb_each_other():
     assert all(torch.equal(one.result(), expected) for one in found)
 
 
+def test_a_text_that_grows_beyond_the_verified_length_is_warned_of_once():
+    model, plan = generating()
+    plan = plan.model_copy(update={"quality": (Quality(**{**QUALITY, "context": 40}),)})
+    with headsink.apply(model, plan), pytest.warns(UserWarning, match="has 41 tokens") as caught:
+        model.generate(prompt(30), max_new_tokens=50, do_sample=False, custom_generate=decode)
+    assert len([one for one in caught if "tokens, the plan's" in str(one.message)]) == 1
+
+
 def test_an_error_in_between_leaves_the_cache_in_order():
     model, plan = generating()
     ids, cache = prompt(30), headsink.new_cache(model, plan)
@@ -190,6 +199,10 @@ def test_what_a_model_must_be():
     added = tiny("llama")
     added.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
     assert "adds" in refusal(added)
+    watched = tiny("llama")
+    watched.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert "hooks" in refusal(watched)
+    assert "training" in refusal(tiny("llama").train())
 
 
 def test_without_a_cache_it_takes_that_of_the_plan_applied():

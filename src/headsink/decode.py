@@ -49,6 +49,10 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its rotary positions depend on the length of the text"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
+    if model.training:
+        return "it is in training mode: call model.eval()"
+    if any(m._forward_hooks or m._forward_pre_hooks for layer in decoder(model).layers for m in layer.modules()):  # type: ignore[union-attr]
+        return "its layers have hooks, which the step would pass by"
     weights = [*model.parameters(), *model.buffers()]
     if any(weight.device.type != "cpu" for weight in weights):
         return "it is not on the CPU"
@@ -193,6 +197,10 @@ class Decoder:
         """Let a token in. Returns the logits of what follows it, float32 [1, vocabulary]."""
         if self.length >= self.ready:
             self._make_ready()
+        if (
+            self.length == self.cache.plan.verified
+        ):  # the first token beyond; of a longer prompt the model's pass has warned
+            self.cache.plan.warn_beyond_verified(self.length + 1)
         length = self.length
         ring = np.where(self.window < FOREVER, length % np.maximum(self.window, 1), length - self.start)
         end = self.anchors + np.minimum(length + 1 - self.start, self.window)

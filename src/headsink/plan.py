@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -304,6 +305,16 @@ class Plan(_Part):
     def verified(self) -> int | None:
         """The longest context that quality was measured at; None if it was not."""
         return max((quality.context for quality in self.quality), default=None)
+
+    def warn_beyond_verified(self, tokens: int) -> bool:
+        """Warn if a text of so many tokens is longer than any that quality was measured at. Returns whether it is."""
+        beyond = self.verified is not None and tokens > self.verified
+        if beyond:
+            warnings.warn(
+                f"a text has {tokens} tokens, the plan's quality was measured up to {self.verified}: beyond that it is unknown",
+                stacklevel=2,
+            )
+        return beyond
 
     def kept(self, context: int) -> float:
         """Fraction of the full KV entries that the planned heads hold at `context` tokens."""

@@ -7,7 +7,6 @@ thread that entered it, as `torch.no_grad()` does, and a cache from `new_cache` 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,21 +91,10 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     on. Raises HeadsinkError if the plan was made for another model.
     """
     shape = plan.check(model)
-    config = model.config.get_text_config(decoder=True)
-
-    warned = False
-
-    def warn_beyond_verified(cache: PlanCache, tokens: int) -> None:
-        nonlocal warned
-        length, verified = cache.get_seq_length() + tokens, cache.plan.verified
-        if not warned and verified is not None and length > verified:
-            warned = True
-            warnings.warn(
-                f"a text has {length} tokens, the plan's quality was measured up to {verified}: beyond that it is unknown",
-                stacklevel=1,
-            )
+    config, warned = model.config.get_text_config(decoder=True), False
 
     def give_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        nonlocal warned
         if _applied.get().get(id(model)) is not plan:
             return None
         cache = kwargs.get("past_key_values")
@@ -114,7 +102,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
             if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
                 raise HeadsinkError(_refusal(cache))
             cache = PlanCache(plan, config, shape.windows)
-        warn_beyond_verified(cache, _new_tokens(args, kwargs))
+        warned = warned or cache.plan.warn_beyond_verified(cache.get_seq_length() + _new_tokens(args, kwargs))
         return args, {**kwargs, "past_key_values": cache}
 
     hook = decoder(model).register_forward_pre_hook(give_cache, with_kwargs=True)
