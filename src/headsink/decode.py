@@ -2,8 +2,8 @@
 
     model.generate(**inputs, custom_generate=headsink.decode)      # inside `with headsink.apply(model, plan):`
 
-transformers prepares everything and hands over its own logits processors, stopping criteria and streamer; only the forward
-passes of single tokens are ours. Activations stay in float32, so in bfloat16 the logits are nearer to those of the exact
+transformers prepares everything and hands over its own logits processors and stopping criteria; only the forward passes of
+single tokens are ours. Activations stay in float32, so in bfloat16 the logits are nearer to those of the exact
 model than the model's own are. Prompts go through the model. What this cannot run (`refusal`) is refused with the reason.
 """
 
@@ -25,12 +25,8 @@ from headsink.cache import PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.models import dtype_name
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # the same layer, with or without biases and norms of queries and keys
+# The same layer, with or without biases and norms of queries and keys.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 FOREVER = 2**62
 _turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
@@ -197,9 +193,7 @@ class Decoder:
         """Let a token in. Returns the logits of what follows it, float32 [1, vocabulary]."""
         if self.length >= self.ready:
             self._make_ready()
-        if (
-            self.length == self.cache.plan.verified
-        ):  # the first token beyond; of a longer prompt the model's pass has warned
+        if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
             self.cache.plan.warn_beyond_verified(self.length + 1)
         length = self.length
         ring = np.where(self.window < FOREVER, length % np.maximum(self.window, 1), length - self.start)

@@ -88,9 +88,10 @@ class HeadGroup:
                 output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=scaling)[0].transpose(1, 2)
                 self.enter(*new[1:])
         if self.window is not None:
-            rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
-            output[:, :, start:] = self._attend_tokens(*rest, scaling)
-            self.enter(*rest[1:])
+            if start < query.shape[2]:
+                rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
+                output[:, :, start:] = self._attend_tokens(*rest, scaling)
+                self.enter(*rest[1:])
             return output
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
