@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
 import headsink
 from headsink import corpus
 from headsink.architecture import decoder, describe
+from headsink.bench import spread
 from headsink.census.run import analyze
 from headsink.models import dtype_name
 from headsink.progress import bar, console
@@ -64,7 +64,7 @@ def run(
         "seconds": _times(model, tokenizer, tokens, rounds, seed),
     }
     plain, census = (result["seconds"][way]["all"] for way in ("plain", "census"))
-    result["ratio"] = _spread([b / a for a, b in zip(plain, census, strict=True)])
+    result["ratio"] = spread([b / a for a, b in zip(plain, census, strict=True)])
     del model
     result["peak_bytes"] = {way: _child(way, model_name, tokens, options)["peak_bytes"] for way in ("plain", "census")}
     result["peak_bytes"]["census_above_plain"] = result["peak_bytes"]["census"] - result["peak_bytes"]["plain"]
@@ -114,11 +114,7 @@ def _times(
             for way in ("plain", "census") if number % 2 == 0 else ("census", "plain"):
                 found[way].append(_pass(way, model, tokenizer, tokens, seed))
                 shown.advance(shown.task_ids[0])
-    return {way: _spread(values) | {"all": values} for way, values in found.items()}
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {way: spread(values) for way, values in found.items()}
 
 
 def _pass(way: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> float:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink import corpus
+from headsink.bench import spread
 from headsink.decode import refusal
 from headsink.errors import HeadsinkError
 from headsink.generation import generate
@@ -139,12 +140,8 @@ def _summed(own: list[dict[str, float]], base: list[dict[str, float]]) -> dict[s
     found: dict[str, Any] = {}
     for name in ("prefill", "decode"):
         times, others = ([row[f"{name}_s"] for row in rows] for rows in (own, base))
-        found[f"{name}_s"] = _spread(times)
-        found[f"{name}_ratio"] = _spread([b / a for a, b in zip(times, others, strict=True)])
+        found[f"{name}_s"] = spread(times)
+        found[f"{name}_ratio"] = spread([b / a for a, b in zip(times, others, strict=True)])
     found["kv_bytes"] = own[0]["kv_bytes"]
     found["kv_ratio"] = own[0]["kv_bytes"] / base[0]["kv_bytes"]
     return found
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
