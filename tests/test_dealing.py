@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from headsink.dealing import FACTORS, FEW, LEAST, NONE, SWEEPS, moved, needed, tuned
+from headsink.dealing import FACTORS, FEW, LEAST, NONE, RECENT, SWEEPS, Deal, moved, needed, tuned
 
 some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -42,29 +42,52 @@ def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, 
     assert all(shares[n] * ratios[0] >= 1 - 1e-6 for n in rest if found[n] >= 1 - 1e-9 and partly)
 
 
+def deal(*shares, recent=0.0):
+    shares = torch.tensor(shares, dtype=torch.float64)
+    return Deal(shares, torch.full_like(shares, recent))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_find_a_loss_that_depends_on_them(seed):
     """The loss of each head falls with its keys, some far more than others: the best shares are known in closed form."""
     weights = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(1.5).exp()
     best = weights.sqrt() / weights.sqrt().sum() * 0.8
-    start, calls, steps = torch.full((4,), 0.2, dtype=torch.float64), [], []
+    start, calls, steps = deal(0.2, 0.2, 0.2, 0.2), [], []
 
-    def loss(shares):
-        assert float(shares.sum()) == pytest.approx(0.8)
-        calls.append(float((weights / (shares + 1e-3)).sum()))
+    def loss(deal):
+        assert float(deal.shares.sum()) == pytest.approx(0.8)
+        calls.append(float((weights / (deal.shares + 1e-3)).sum()))
         return calls[-1]
 
-    found = tuned(start, loss, lambda shares, low: steps.append((shares, low)))
-    low, least, first = loss(found), loss(best), calls[0]
+    found = tuned(start, loss, lambda reached, low: steps.append((reached, low)))
+    low, least, first = loss(found), loss(Deal(best, start.recent)), calls[0]
     assert low == min(calls[:-2])
     assert low - least < 0.1 * (first - least) + 0.02 * least
-    assert len(calls) <= 1 + SWEEPS * 4 * len(FACTORS) + 2
-    assert torch.equal(steps[-1][0], found)
+    assert len(calls) <= 1 + SWEEPS * 4 * (len(FACTORS) + len(RECENT)) + 2
+    assert torch.equal(steps[-1][0].shares, found.shares)
     assert [low for _, low in steps] == sorted((low for _, low in steps), reverse=True)
 
 
+def test_heads_get_last_keys_where_those_are_what_they_need():
+    """One head wants half of its keys to be its last, one all, one none; and the first more of them."""
+    wanted = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64)
+
+    def loss(deal):
+        return float(((deal.recent - wanted) ** 2).sum() + (deal.shares[0] - 0.4).abs())
+
+    found = tuned(deal(0.2, 0.2, 0.2), loss, lambda reached, low: None)
+    assert torch.equal(found.recent, wanted)
+    assert float(found.shares[0]) == pytest.approx(0.4)
+    assert float(found.shares.sum()) == pytest.approx(0.6)
+
+
 def test_numbers_that_are_best_already_stay():
-    start = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
-    found = tuned(start, lambda shares: float((shares - start).abs().sum()), lambda shares, low: None)
-    assert torch.equal(found, start)
-    assert len(start) <= FEW
+    start = deal(0.3, 0.1, 0.2, recent=0.5)
+
+    def loss(deal):
+        return float((deal.shares - start.shares).abs().sum() + (deal.recent - start.recent).abs().sum())
+
+    found = tuned(start, loss, lambda reached, low: None)
+    assert torch.equal(found.shares, start.shares)
+    assert torch.equal(found.recent, start.recent)
+    assert len(start.shares) <= FEW

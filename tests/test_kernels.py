@@ -67,7 +67,8 @@ def test_scores_of_keys(dim):
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 5, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_in_parts(size, parts, dtype):
+@pytest.mark.parametrize("turned_sinks", [False, True])
+def test_attention_in_parts(size, parts, dtype, turned_sinks):
     group, dim = 3, 16
     keys, values = torch.randn(2, size, dim).to(dtype)
     query = torch.randn(group, dim) * 2
@@ -81,11 +82,19 @@ def test_attention_in_parts(size, parts, dtype):
     top, total = np.full((2, group, parts), np.nan, np.float32)
     out, result = np.full((group, parts, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
     logits = np.empty((group, size), np.float32)
+    sinks = min(2, size) if turned_sinks else 0
+    head[kernels.Field.SINK] = sinks
+    turned = torch.randn(group if turned_sinks else 0, dim)
     for part in range(parts):
-        kernels._attend(head, like, query.numpy(), logits, top[:, part], total[:, part], out[:, part], part, parts)
+        kernels._attend(
+            head, like, query.numpy(), turned.numpy(), logits, top[:, part], total[:, part], out[:, part], part, parts
+        )
     for row in range(group):
         kernels._combine(top[row], total[row], out[row], result[row])
-    shares = (query @ keys.float().T).masked_fill(~visible, float("-inf")).softmax(-1)
+    every = query @ keys.float().T
+    if turned_sinks:
+        every[:, :sinks] = turned @ keys[:sinks].float().T
+    shares = every.masked_fill(~visible, float("-inf")).softmax(-1)
     torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=1e-5, atol=1e-5)
 
 

@@ -46,9 +46,9 @@ class PlanLayer(CacheLayerMixin):
 
     is_compileable = False
 
-    def __init__(self, patterns: list[Pattern], weights: Tensor, config: Any):
+    def __init__(self, patterns: list[Pattern], weights: Tensor, config: Any, inverse: Tensor | None = None):
         super().__init__()
-        self.patterns, self.weights, self.config = patterns, weights, config
+        self.patterns, self.weights, self.config, self.inverse = patterns, weights, config, inverse
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.recording = self.held = False
@@ -104,7 +104,7 @@ class PlanLayer(CacheLayerMixin):
         by_pattern: dict[Pattern, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
-        self.groups = [HeadGroup(p, heads, self.weights, key, padding) for p, heads in by_pattern.items()]
+        self.groups = [HeadGroup(p, heads, self.weights, key, padding, self.inverse) for p, heads in by_pattern.items()]
         for group in self.groups:
             group.recording = self.recording
 
@@ -186,13 +186,13 @@ class PlanLayer(CacheLayerMixin):
 class PlanCache(Cache):
     """The KV cache of one plan. An ordinary transformers `Cache`; `nbytes()` is the memory that it holds."""
 
-    def __init__(self, plan: Plan, config: Any, windows: tuple[int | None, ...]):
+    def __init__(self, plan: Plan, config: Any, windows: tuple[int | None, ...], inverse: Tensor | None = None):
         layers: list[CacheLayerMixin] = []
         for index, (heads, window) in enumerate(zip(plan.layers, windows, strict=True)):
             if heads is None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
-                layers.append(PlanLayer([head.pattern for head in heads], plan.scores(index), config))
+                layers.append(PlanLayer([head.pattern for head in heads], plan.scores(index), config, inverse))
         super().__init__(layers=layers)
         self.plan = plan
 
@@ -200,8 +200,11 @@ class PlanCache(Cache):
         """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.
 
         What presses that compress a context once do; memory then grows with every token. Tokens that were recorded stay; those
-        that come after can be taken back, without recording. Layers that slide by themselves go on as they are.
+        that come after can be taken back, without recording. Layers that slide by themselves go on as they are. Raises
+        HeadsinkError where positions are counted in the cache.
         """
+        if self.plan.positions == "cache":
+            raise HeadsinkError("positions: counted in this cache, so its windows must go on; use a plan with 'text'")
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
                 layer.hold()

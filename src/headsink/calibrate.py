@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
 from headsink.architecture import check_plannable, describe
-from headsink.dealing import FEW, SWEEPS, needed, tuned
+from headsink.dealing import FEW, SWEEPS, Deal, needed, tuned
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.models import dtype_name
@@ -165,8 +165,10 @@ class Calibration:
         else:
             last = self._search(budget, search)
             patterns, replayed = last.plan(), round(last.loss, 5)
-        told = {"retell": self.prompt, "fit_values": self.method.fit_values} if self.method.retell else {}
-        plan = Plan.of(self.model, patterns, self.weights, once=self.method.once, **told)
+        ways: dict[str, Any] = {"once": self.method.once, "positions": self.method.positions}
+        if self.method.retell:
+            ways |= {"retell": self.prompt, "fit_values": self.method.fit_values}
+        plan = Plan.of(self.model, patterns, self.weights, **ways)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
@@ -226,56 +228,73 @@ class Calibration:
         return total
 
     def _dealt(self, budget: float, key: dict[str, Any]) -> list[list[Pattern] | None]:
-        """Patterns with one window and floating keys by need (dealing.py), for contexts that are told again."""
+        """Floating keys by need; where heads are few, floating and last keys by the loss (dealing.py). For contexts that are told
+        again."""
         check_room(budget, self.shortest, self.least)
         layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
         share = budget - self.least if budget < 1 else 1.0
         shares = needed(self.need[layers], share).flatten()
         if budget == 1 or not self.method.need:
             shares = torch.full_like(shares, share)
+        deal = Deal(shares, torch.zeros_like(shares))
         if budget < 1 and self.method.refine and len(shares) <= FEW:
-            shares = self._tuned(shares, key)
-        return self._patterns(shares)
+            deal = self._tuned(deal, key)
+        return self._patterns(deal)
 
-    def _patterns(self, shares: torch.Tensor) -> list[list[Pattern] | None]:
-        """shares: float64 [heads], of the context as floating keys."""
-        window, shape, rest = self.method.windows[0], self.replays[0].shape, iter(shares.tolist())
+    def _patterns(self, deal: Deal) -> list[list[Pattern] | None]:
+        window, shape = self.method.windows[0], self.replays[0].shape
+        rest = iter(zip(deal.shares.tolist(), deal.recent.tolist(), strict=True))
 
         def pattern() -> Pattern:
-            found = Pattern(SINK, int(next(rest) * self.shortest + 1e-6), window)
+            share, recent = next(rest)
+            keys = int(share * self.shortest + 1e-6)
+            found = Pattern(SINK, keys - round(keys * recent), window + round(keys * recent))
             return found if found.size(self.shortest) < self.shortest else FULL
 
         return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
 
-    def _tuned(self, shares: torch.Tensor, key: dict[str, Any]) -> torch.Tensor:
+    def _tuned(self, deal: Deal, key: dict[str, Any]) -> Deal:
         """Move the numbers of heads one by one while the loss of the replays falls, keeping what is reached in the checkpoint."""
         done = self._done(key)
         if done:
-            found = [p for row in done[-1].plan() if row is not None for p in row]
-            shares = shares.new_tensor([1 - self.least if p.full else p.floating / self.shortest for p in found])
+            deal = self._deal(done[-1])
         if done and done[-1].phase == "done":
-            return shares
+            return deal
         for replay, told in zip(self.replays, self._told, strict=True):
             replay.set_told(told)
 
-        def loss(trial: torch.Tensor) -> float:
-            return mean_loss(self.replays, self._patterns(trial), self.method.retrieval_weight)
+        @cache  # many trials of a head with next to no keys are one
+        def measured(patterns: tuple[tuple[Pattern, ...] | None, ...]) -> float:
+            return mean_loss(self.replays, patterns, self.method.retrieval_weight)
 
-        def step(reached: torch.Tensor, lowest: float, phase: Phase) -> None:
-            done.append(Step.of(self._patterns(reached), float(reached.mean()) + self.least, lowest, phase))
+        def loss(trial: Deal) -> float:
+            return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
+
+        def step(reached: Deal, lowest: float, phase: Phase) -> None:
+            kept = float(reached.shares.mean()) + self.least
+            done.append(Step.of(self._patterns(reached), kept, lowest, phase))
             self._save(key, done)
 
-        with bar("tuning", SWEEPS * len(shares), self.progress) as shown:
+        with bar("tuning", SWEEPS * len(deal.shares), self.progress) as shown:
 
-            def report(reached: torch.Tensor, lowest: float) -> None:
+            def report(reached: Deal, lowest: float) -> None:
                 step(reached, lowest, "refined")
                 shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
 
-            shares = tuned(shares, loss, report)
-        step(shares, done[-1].loss, "done")
+            deal = tuned(deal, loss, report)
+        step(deal, done[-1].loss, "done")
         for replay in self.replays:  # as another method or budget expects them
             replay.set_scores(self.weights)
-        return shares
+        return deal
+
+    def _deal(self, step: Step) -> Deal:
+        """As it was when the step was kept."""
+        patterns = [p for row in step.plan() if row is not None for p in row]
+        last = [0 if p.window is None else p.window - self.method.windows[0] for p in patterns]
+        held = [self.shortest if p.full else p.floating + more for p, more in zip(patterns, last, strict=True)]
+        shares = torch.tensor(held, dtype=torch.float64) / self.shortest
+        recent = [more / max(keys, 1) for more, keys in zip(last, held, strict=True)]
+        return Deal(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
 
     @cached_property
     def _told(self) -> list[Demand]:

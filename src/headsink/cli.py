@@ -215,6 +215,12 @@ def plan(
             help="As --once, and the model tells a context again before: the best quality, for a second reading.",
         ),
     ] = False,
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="text, or cache: of texts without end, far beyond the model's maximum; needs --policy streaming-llm."
+        ),
+    ] = "text",
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -229,7 +235,9 @@ def plan(
     budget = 0.25 if budget is None and max_kl is None else budget
     if budget is not None:
         check_budget(budget)
-    method = Method(policy=policy, once=once or retell, retell=retell)  # type: ignore[arg-type]
+    if positions not in ("text", "cache"):
+        raise HeadsinkError(f"positions: {positions!r} is neither text nor cache")
+    method = Method(policy=policy, once=once or retell, retell=retell, positions=positions)  # type: ignore[arg-type]
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)

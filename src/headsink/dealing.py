@@ -9,12 +9,14 @@ of the replays falls.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FEW = 16  # heads whose numbers are moved one by one
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the number of each head
+RECENT = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried as the part of a head's keys that are its last
 NONE = 1e-9  # of the context: a head with less has no keys
 LEAST = 1 / 128  # of the mean: what a head without keys is taken to have, so that it may get some
 GAIN = 0.02  # of the loss, that a sweep over the heads must gain for another to follow
@@ -47,19 +49,37 @@ def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
     return others
 
 
-def tuned(shares: Tensor, loss: Callable[[Tensor], float], report: Callable[[Tensor, float], None]) -> Tensor:
-    """Numbers with a lower loss, of the same sum. shares: float64 [heads]. `report` is called after each head with the numbers
-    reached and their loss."""
-    best = loss(shares)
+@dataclass(frozen=True)
+class Deal:
+    """What each head keeps. shares: float64 [heads], of the context, beyond the smallest pattern. recent: float64 [heads], how
+    much of that, from 0 to 1, are its last keys; the rest are floating keys."""
+
+    shares: Tensor
+    recent: Tensor
+
+    def trials(self, head: int) -> tuple[list[Deal], list[Deal]]:
+        """With other keys for one head, and with more or fewer of them."""
+        recent = [self.recent.clone().index_fill(0, torch.tensor(head), part) for part in RECENT]
+        shares = [found for factor in FACTORS if (found := moved(self.shares, head, factor)) is not None]
+        return (
+            [Deal(self.shares, one) for one in recent if one[head] != self.recent[head]],
+            [Deal(one, self.recent) for one in shares],
+        )
+
+
+def tuned(deal: Deal, loss: Callable[[Deal], float], report: Callable[[Deal, float], None]) -> Deal:
+    """A deal with a lower loss, of the same sum. `report` is called after each head with the deal reached and its loss."""
+    best = loss(deal)
     for _ in range(SWEEPS):
         before = best
-        for head in range(len(shares)):
-            trials = [trial for factor in FACTORS if (trial := moved(shares, head, factor)) is not None]
-            losses = [loss(trial) for trial in trials]
-            if losses and min(losses) < best:
-                best = min(losses)
-                shares = trials[losses.index(best)]
-            report(shares, best)
+        for head in range(len(deal.shares)):
+            for kind in range(2):
+                trials = deal.trials(head)[kind]
+                losses = [loss(trial) for trial in trials]
+                if losses and min(losses) < best:
+                    best = min(losses)
+                    deal = trials[losses.index(best)]
+            report(deal, best)
         if best > (1 - GAIN) * before:
             break
-    return shares
+    return deal

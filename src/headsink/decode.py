@@ -120,6 +120,7 @@ def prepare(model: PreTrainedModel) -> None:
         empty(1),
         empty(2),
         empty(2),
+        empty(2, 0, 0, 0),
         empty(1),
         empty(1, 1),
         row[0, :0],
@@ -188,11 +189,15 @@ class Decoder:
         self.length = cache.get_seq_length()
         self.ready = self.length  # tokens that there is room for
         self.threads = torch.get_num_threads()
+        self.turns: Any = (
+            None  # of places in the cache, float32 [2, places, rotated], where positions are counted in it
+        )
 
     def run(self, token: int) -> Tensor:
         """Let a token in. Returns the logits of what follows it, float32 [1, vocabulary]."""
         if self.length >= self.ready:
             self._make_ready()
+        self.cache.plan.check_length(self.length + 1, self.shape.max_context)
         if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
             self.cache.plan.warn_beyond_verified(self.length + 1)
         length = self.length
@@ -204,6 +209,12 @@ class Decoder:
         self.heads[..., fields.LEAVING] = np.where(length >= self.window, length - self.window, -1)
         logits = torch.empty(1, self.vocabulary)
         place = length - self.ready + AHEAD
+        if (
+            self.turns is not None
+        ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
+            turns = np.take(self.turns, np.minimum(length, self.last_place), 1)
+        else:
+            turns = np.zeros((2, len(self.layers), 0, 0), np.float32)
         with _turn:
             self.kernels.run(
                 self.weights,
@@ -216,6 +227,7 @@ class Decoder:
                 self.embedding[token].to(torch.float32, copy=True).numpy(),
                 self.cos[place],
                 self.sin[place],
+                turns,
                 logits.numpy()[0],
                 self.scratch,
                 self.like,
@@ -239,8 +251,7 @@ class Decoder:
         self.settle()
         self.ready = self.length + AHEAD
         positions = torch.arange(self.length, self.ready)[None]
-        cos, sin = self.stack.rotary_emb(torch.empty(0), positions)
-        self.cos, self.sin = cos[0].float().numpy(), sin[0].float().numpy()
+        self.cos, self.sin = self._rotation(positions)
         shape, fields = self.shape, self.kernels.Field
         self.heads = np.full((shape.layers, shape.kv_heads, len(fields)), -1)
         self.window, self.anchors, self.start = np.zeros((3, shape.layers, shape.kv_heads), np.int64)
@@ -256,8 +267,18 @@ class Decoder:
                     row[fields.SINK], row[fields.FLOATING] = group.pattern.sink, group.scores.shape[-1]
                     self.window[index, head] = FOREVER if group.window is None else group.window
                     self.anchors[index, head], self.start[index, head] = group.anchors, group.start
+        if self.cache.plan.positions == "cache" and self.turns is None:
+            self.last_place = np.array(
+                [[head.sink + (head.window or 0) - 1 for head in row or ()] for row in self.cache.plan.layers]
+            )
+            self.turns = np.stack(self._rotation(torch.arange(int(self.last_place.max()) + 1)[None]))
         most = max(group.keys.shape[2] for layer in self.layers for group in layer.groups)
         self.scratch = np.empty((shape.query_heads, most), np.float32)
+
+    def _rotation(self, positions: Tensor) -> tuple[Any, Any]:
+        """cos and sin of rotary positions, int64 [1, tokens]: float32 [tokens, rotated]."""
+        cos, sin = self.stack.rotary_emb(torch.empty(0), positions)
+        return cos[0].float().numpy(), sin[0].float().numpy()
 
 
 def _check_call(model: PreTrainedModel, input_ids: Tensor, config: Any, given: dict[str, Any]) -> None:

@@ -103,11 +103,12 @@ def generate(
     if max_new_tokens < 1:
         raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    if len(ids) + max_new_tokens > longest:
+    cache = empty_cache(model, plan) if cache is None else cache
+    endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache"
+    if len(ids) + max_new_tokens > longest and not endless:
         raise HeadsinkError(
             f"prompt: {len(ids)} tokens and {max_new_tokens} new ones are over the model's maximum of {longest}"
         )
-    cache = empty_cache(model, plan) if cache is None else cache
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
@@ -152,7 +153,7 @@ def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
 def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
     """What a plan keeps of a text, with all of its tokens read. Raises HeadsinkError if it does not fit the model."""
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    if len(ids) > longest:
+    if len(ids) > longest and plan.positions == "text":
         raise HeadsinkError(f"prompt: {len(ids)} tokens are over the model's maximum of {longest}")
     cache, text = new_cache(model, plan), torch.tensor([ids], device=model.device)
     if plan.once:

@@ -26,6 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
+from headsink.rotary import turned_back
+from headsink.rows import attend_rows, attend_turned
 from headsink.scores import NONE, key_scores, lifetimes
 
 QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
@@ -43,12 +45,21 @@ class Padding:
 class HeadGroup:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
-    weights: [KV heads of the layer, features], of the keys' scores. Columns count from the start of the batch, positions from
-    the row's first real token; the window is the same in both.
+    weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are counted in the cache, the
+    rotary pairs' inverse frequencies (rotary.py). Columns count from the start of the batch, positions from the row's first
+    real token; the window is the same in both.
     """
 
-    def __init__(self, pattern: Pattern, heads: list[int], weights: Tensor, key: Tensor, padding: Padding | None):
-        self.pattern, self.heads = pattern, heads
+    def __init__(
+        self,
+        pattern: Pattern,
+        heads: list[int],
+        weights: Tensor,
+        key: Tensor,
+        padding: Padding | None,
+        inverse: Tensor | None = None,
+    ):
+        self.pattern, self.heads, self.inverse = pattern, heads, inverse if pattern.sink else None
         self.window = pattern.window  # None: nothing is let go
         self.anchors = pattern.sink  # slots left of the ring, those for floating keys when there are any
         self.start = 0  # column in the first slot of a ring that never wraps
@@ -112,17 +123,21 @@ class HeadGroup:
             mask = mask.expand(batch, 1, tokens, self.length) if mask.dim() == 2 else mask[:, None]
         elif tokens == 1 and query.dtype != torch.float32:
             # The same bits as the call below, 5 times sooner at 7,500 keys (bfloat16, 2 cores); in float32 it is slower.
-            return _rows(query, keys, values, None, scaling)
+            return attend_rows(query, keys, values, None, scaling)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0].transpose(1, 2)
 
     def _attend_buffer(self, query: Tensor, scaling: float) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
         mask = self.visible[:, :, None, :end]
+        if self.inverse is not None:
+            turned = self._turned(query, self.length - query.shape[2])
+            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+            return attend_turned(query, turned, self.pattern.sink, keys, values, mask, scaling)
         if query.shape[2] > 1:
             slots = torch.arange(end, device=query.device)
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
-        return _rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
+        return attend_rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
 
     def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Several tokens of a windowed head over what is held and themselves, in blocks. Nothing enters.
@@ -152,11 +167,22 @@ class HeadGroup:
             taken.masked_scatter_(filled, places)
             mask = (columns[taken][:, None] <= queries) & (queries < (until.gather(1, taken) * filled)[:, None])
             heads = torch.arange(len(until), device=key.device)[:, None]
-            seen = (t[heads, taken].unflatten(0, key.shape[:2]) for t in (keys, values))
-            output[:, :, start : start + QUERY_BLOCK] = _rows(
-                block, next(seen), next(seen), mask.unflatten(0, key.shape[:2]), scaling
-            )
+            seen_keys, seen_values = (t[heads, taken].unflatten(0, key.shape[:2]) for t in (keys, values))
+            mask = mask.unflatten(0, key.shape[:2])
+            if self.inverse is not None:  # the first tokens are the first that are taken
+                turned = self._turned(block, begin)
+                found = attend_turned(block, turned, self.pattern.sink, seen_keys, seen_values, mask, scaling)
+            else:
+                found = attend_rows(block, seen_keys, seen_values, mask, scaling)
+            output[:, :, start : start + QUERY_BLOCK] = found
         return output
+
+    def _turned(self, query: Tensor, first: int) -> Tensor:
+        """The queries of columns from `first` on as they look at the first tokens if positions are counted in the cache."""
+        assert self.inverse is not None
+        positions = self._positions(torch.arange(first, first + query.shape[2], device=query.device))
+        most = self.pattern.sink + (self.pattern.window or 0) - 1
+        return turned_back(query, (positions - most).clamp(min=0), self.inverse)
 
     def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> Tensor:
         """The column from which on each key is seen no more: int64 [batch, heads, anchors, ring and new tokens].
@@ -372,24 +398,3 @@ class HeadGroup:
             yield from self.recent
         if self.padding is not None:
             yield self.padding.tokens
-
-
-def _rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of grouped queries, each over the keys of its KV head.
-
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens,
-    keys] or None. Zero where a query sees no key.
-    """
-    batch, heads, n_keys, dim = keys.shape
-    if n_keys == 0:
-        return torch.zeros_like(query)
-    tokens, group = query.shape[2], query.shape[1] // heads
-    if tokens == 1:  # the rows of a group as queries: a key is read once
-        rows = query.reshape(batch, heads, group, dim)
-        mask = None if mask is None else mask.expand(batch, heads, group, n_keys)
-    else:  # the heads of a group share a mask, which is made once
-        rows = query.reshape(batch * heads, group, tokens, dim)
-        keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
-        mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
-    output = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
-    return output.view(batch, heads * group, tokens, dim)

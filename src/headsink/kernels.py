@@ -215,12 +215,13 @@ def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
 
 @njit(fastmath=_FAST)
 def _attend(
-    head: Any, like: Any, query: Any, logits: Any, top: Any, total: Any, out: Any, part: Any, parts: Any
+    head: Any, like: Any, query: Any, turned: Any, logits: Any, top: Any, total: Any, out: Any, part: Any, parts: Any
 ) -> None:
     """A part of the keys of a KV head, for all of its queries.
 
-    query: float32 [group, dim], scaled. logits: scratch, float32 [group, slots or more]. Written: top, the largest logit,
-    total, the sum of e^(logit - top), float32 [group]; out, the sum of values with these weights, float32 [group, dim].
+    query: float32 [group, dim], scaled. turned: the same as they look at the first tokens, or [0, dim]. logits: scratch,
+    float32 [group, slots or more]. Written: top, the largest logit, total, the sum of e^(logit - top), float32 [group]; out,
+    the sum of values with these weights, float32 [group, dim].
     """
     group, dim = query.shape
     size = head[_END]
@@ -241,6 +242,12 @@ def _attend(
             for n in range(dim):
                 one += _wide(keys[slot, n]) * query[group - 1, n]
             logits[group - 1, slot] = one
+        if slot < head[_SINK]:
+            for row in range(turned.shape[0]):
+                one = np.float32(0)
+                for n in range(dim):
+                    one += _wide(keys[slot, n]) * turned[row, n]
+                logits[row, slot] = one
         if not visible[slot]:
             for row in range(group):
                 logits[row, slot] = -np.inf
@@ -304,6 +311,7 @@ def run(
     x: Any,
     cos: Any,
     sin: Any,
+    turns: Any,
     logits: Any,
     scratch: Any,
     like: Any,
@@ -318,8 +326,9 @@ def run(
     2, hidden], before attention and before the MLP. head_norms: float32 [layers, 2, dim] of queries and keys, or [layers, 0,
     dim]. biases: float32 [layers, (query heads + 2 KV heads) x dim], or [layers, 0]. last_norm: float32 [hidden];
     unembedding: address of [vocabulary, hidden]. x: float32 [hidden], the token's embedding, overwritten. cos, sin: float32
-    [rotated]. logits: float32 [vocabulary], written. scratch: float32 [query heads, slots or more]. like: an empty array of
-    the weights' dtype. inner: the MLP's width.
+    [rotated]. turns: float32 [2, layers, KV heads, rotated], cos and sin of the place from which a head looks at the first
+    tokens, or [2, layers, 0, 0]. logits: float32 [vocabulary], written. scratch: float32 [query heads, slots or more]. like:
+    an empty array of the weights' dtype. inner: the MLP's width.
     """
     layers, kv_heads, _ = head_table.shape
     hidden, query_heads, dim = x.shape[0], scratch.shape[0], head_norms.shape[2]
@@ -331,6 +340,7 @@ def run(
     parts = np.empty((query_heads, threads, dim), np.float32)
     attended = np.empty((query_heads, dim), np.float32)
     by_head, flat = query.reshape((kv_heads, group, dim)), attended.reshape(-1)
+    turned = np.empty((kv_heads, group if turns.shape[2] else 0, dim), np.float32)
     gate, up = np.empty(inner, np.float32), np.empty(inner, np.float32)
     for layer in range(layers):
         own = weights[layer]
@@ -346,10 +356,14 @@ def run(
             vector, is_key = rows[head * dim : (head + 1) * dim], head >= query_heads
             if head_norms.shape[1]:
                 _normalise(vector, head_norms[layer, 1 if is_key else 0], eps, vector)
-            _rotate(vector, cos, sin)
             if not is_key:
                 for n in range(dim):
                     vector[n] *= scaling
+                if turned.shape[1]:
+                    own_turned = turned[head // group, head % group]
+                    own_turned[:] = vector
+                    _rotate(own_turned, turns[0, layer, head // group], turns[1, layer, head // group])
+            _rotate(vector, cos, sin)
         for head in range(kv_heads):
             place = slice(head * dim, (head + 1) * dim)
             _enter(head_table[layer, head], key[place], value[place], like)
@@ -361,6 +375,7 @@ def run(
                     head_table[layer, head],
                     like,
                     by_head[head],
+                    turned[head],
                     scratch[of],
                     top[of, part],
                     total[of, part],

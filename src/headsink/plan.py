@@ -33,10 +33,12 @@ from headsink.architecture import Architecture, check_plannable, describe, weigh
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.pattern import FULL, Pattern
+from headsink.rotary import inverse_frequencies
 from headsink.scores import n_features
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
+Positions = Literal["text", "cache"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -162,7 +164,9 @@ class Plan(_Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
     once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
-    that (`headsink.compress`), rather than for caches that let go all the time. retell: tokens that ask the model to tell the
+    that (`headsink.compress`), rather than for caches that let go all the time. positions: "text", where a key keeps its place,
+    or "cache", where places are counted among the keys that are held (rotary.py): texts may then be of any length, and every
+    head must have a window and no floating keys. retell: tokens that ask the model to tell the
     context again before it is compressed (retelling.py); none: keys are chosen by their scores. fit_values: whether values of the
     keys that are kept of a context that is told again make up for the others.
     """
@@ -170,7 +174,7 @@ class Plan(_Part):
     schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
-    positions: Literal["text"] = "text"
+    positions: Positions = "text"
     once: bool = False
     retell: tuple[Tokens, ...] = ()
     fit_values: bool = True
@@ -184,7 +188,13 @@ class Plan(_Part):
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
         if self.retell and not self.once:
             raise ValueError("retell: only a context that is compressed once can be told again; once must be true")
+        if self.positions == "cache" and self.once:
+            raise ValueError("positions: of a context that is compressed once they are those of the text")
         for index, heads in enumerate(self.layers):
+            for head, found in enumerate(heads or ()):
+                if self.positions == "cache" and (found.window is None or found.floating):
+                    what = "sees everything" if found.window is None else "has floating keys"
+                    raise ValueError(f"positions: counted in the cache, but layers.{index}.{head} {what}")
             if heads is not None and len(heads) != self.model.kv_heads:
                 raise ValueError(
                     f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
@@ -205,15 +215,16 @@ class Plan(_Part):
         return cls.uniform(model, FULL)
 
     @classmethod
-    def uniform(cls, model: nn.Module, pattern: Pattern) -> Plan:
-        """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`.
+    def uniform(cls, model: nn.Module, pattern: Pattern, **fields: Any) -> Plan:
+        """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`; for texts without end,
+        `positions="cache"`.
 
         Floating keys need scores, which `headsink.calibrate` fits.
         """
         if pattern.floating:
             raise HeadsinkError("floating: a uniform plan has no scores of keys; use headsink.calibrate")
         shape = describe(model)
-        return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows])
+        return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows], **fields)
 
     @classmethod
     def of(
@@ -291,7 +302,17 @@ class Plan(_Part):
             if (heads is None) != (window is not None):
                 what = "slides by itself and must be null" if window else "has full attention and needs patterns"
                 raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
+        if self.positions == "cache":
+            inverse_frequencies(model)
         return shape
+
+    def check_length(self, tokens: int, longest: int) -> None:
+        """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""
+        if self.positions == "text" and tokens > longest:
+            raise HeadsinkError(
+                f"a text has {tokens} tokens, over the model's maximum of {longest}; a plan of windows with positions 'cache' "
+                "has no limit"
+            )
 
     def scores(self, layer: int) -> torch.Tensor:
         """[KV heads, features] float32: weights of the keys' scores, 0 for heads without floating keys."""

@@ -149,7 +149,7 @@ def _restore(layer: CacheLayerMixin, state: _Layer, tensors: dict[str, Tensor], 
     """Fill an empty layer. Raises KeyError or ValueError for tensors that are missing or of a wrong shape."""
     if isinstance(layer, PlanLayer):
         layer.groups = [
-            _restored(group, layer.weights, {name: tensors[f"{number}.{name}"] for name in BUFFERS}, padding)
+            _restored(group, layer, {name: tensors[f"{number}.{name}"] for name in BUFFERS}, padding)
             for number, group in enumerate(state.groups)
         ]
         if sorted(head for group in layer.groups for head in group.heads) != list(range(len(layer.patterns))):
@@ -163,7 +163,7 @@ def _restore(layer: CacheLayerMixin, state: _Layer, tensors: dict[str, Tensor], 
     layer.keys, layer.values, layer.cumulative_length = keys, values, state.seen
 
 
-def _restored(state: _Group, weights: Tensor, buffers: dict[str, Tensor], padding: Padding | None) -> HeadGroup:
+def _restored(state: _Group, layer: PlanLayer, buffers: dict[str, Tensor], padding: Padding | None) -> HeadGroup:
     """A group as it was. Raises ValueError if the buffers do not belong to it."""
     keys, pattern = buffers["keys"], Pattern(*state.pattern)
     batch, _, slots, dim = keys.shape
@@ -175,7 +175,7 @@ def _restored(state: _Group, weights: Tensor, buffers: dict[str, Tensor], paddin
     enough = (held or pattern.sink + floating == state.anchors) and 0 <= ring <= slots - state.anchors
     if any(tuple(buffers[name].shape) != shape for name, shape in shapes.items()) or not enough:
         raise ValueError(f"buffers {[list(b.shape) for b in buffers.values()]} of {state}")
-    group = HeadGroup(pattern, list(state.heads), weights, keys, padding)
+    group = HeadGroup(pattern, list(state.heads), layer.weights, keys, padding, layer.inverse)
     for name in BUFFERS:
         setattr(group, name, buffers[name])
     for name in ("window", "anchors", "start", "length"):

@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from headsink.architecture import decoder
+from headsink.architecture import Architecture, decoder
 from headsink.attention import engaged, left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.retelling import retell
+from headsink.rotary import inverse_frequencies
 
 _applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={})  # noqa: B039, never changed in place
 
@@ -30,8 +31,12 @@ def new_cache(model: PreTrainedModel, plan: Plan) -> PlanCache:
 
     Raises HeadsinkError if the plan was made for another model.
     """
-    shape = plan.check(model)
-    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows)
+    return _cache(model, plan, plan.check(model))
+
+
+def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture) -> PlanCache:
+    inverse = inverse_frequencies(model) if plan.positions == "cache" else None
+    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows, inverse)
 
 
 def compress(
@@ -88,10 +93,11 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
 
     The cache is created with the plan's shape where none is given. A cache from `new_cache` runs with its own plan.
     Acts on the calling thread only. Warns, once, when a text grows longer than those that the plan's quality was measured
-    on. Raises HeadsinkError if the plan was made for another model.
+    on. Raises HeadsinkError if the plan was made for another model, and for texts over the model's maximum, unless the plan
+    counts positions in the cache.
     """
     shape = plan.check(model)
-    config, warned = model.config.get_text_config(decoder=True), False
+    warned = False
 
     def give_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         nonlocal warned
@@ -101,8 +107,10 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
         if not isinstance(cache, PlanCache):
             if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
                 raise HeadsinkError(_refusal(cache))
-            cache = PlanCache(plan, config, shape.windows)
-        warned = warned or cache.plan.warn_beyond_verified(cache.get_seq_length() + _new_tokens(args, kwargs))
+            cache = _cache(model, plan, shape)
+        tokens = cache.get_seq_length() + _new_tokens(args, kwargs)
+        cache.plan.check_length(tokens, shape.max_context)
+        warned = warned or cache.plan.warn_beyond_verified(tokens)
         return args, {**kwargs, "past_key_values": cache}
 
     hook = decoder(model).register_forward_pre_hook(give_cache, with_kwargs=True)

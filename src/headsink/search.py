@@ -23,6 +23,7 @@ from torch import Tensor
 from headsink.dealing import needed
 from headsink.errors import HeadsinkError
 from headsink.pattern import FULL, Pattern
+from headsink.plan import Positions
 from headsink.replay import Marginals, Patterns, Replay
 
 Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "copy-first-layer", "random"]
@@ -51,7 +52,7 @@ class Method:
     again after every step, not once. correction: charge what the sum of slopes misses. refine: swap heads at the end.
     retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once. retell: and are
     told again before; then numbers are dealt by need (all heads have the same without) and refined where heads are few
-    (dealing.py). fit_values: and values make up for the keys that go.
+    (dealing.py). fit_values: and values make up for the keys that go. positions: as in a plan; "cache" is for windows only.
     """
 
     policy: Policy = "headsink"
@@ -66,12 +67,18 @@ class Method:
     once: bool = False
     retell: bool = False
     fit_values: bool = True
+    positions: Positions = "text"
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise HeadsinkError(f"policy: {self.policy!r} is unknown; one of {', '.join(POLICIES)}")
         if self.retell and not (self.once and self.policy == "headsink"):
             raise HeadsinkError("retell: contexts that are compressed once are told again, by our own policy only")
+
+        if self.positions == "cache" and (self.policy != "streaming-llm" or self.once):
+            raise HeadsinkError(
+                "positions: only windows can count them in the cache; use the policy streaming-llm, which lets go all the time"
+            )
 
     def options(self, context: int) -> tuple[Pattern, ...]:
         """The patterns that a head may get, full attention last."""
@@ -243,7 +250,8 @@ class Search:
             window = int(budget * self.context) - SINK
             if window < 1:
                 raise HeadsinkError(f"budget: {budget} of {self.context} tokens leaves no window")
-            self.options = (Pattern(SINK, 0, window) if window + SINK < self.context else FULL,)
+            full = window + SINK >= self.context and self.method.positions == "text"
+            self.options = (FULL if full else Pattern(SINK, 0, window),)
             self.sizes = torch.tensor([self.options[0].size(self.context)], dtype=torch.float64)
             return torch.zeros(len(self.heads), dtype=torch.long)
         if self.method.policy == "copy-first-layer":

@@ -1,0 +1,187 @@
+"""Positions counted in the cache: the same as StreamingLLM written out, far past the model's maximum."""
+
+import random
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+from test_decode import DECODED
+from test_runtime import WAYS, feed, padded
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.architecture import decoder
+from headsink.decode import decoding
+from headsink.generation import generate
+from headsink.rotary import inverse_frequencies, turned_back
+
+ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
+
+
+def window_pattern(rng: random.Random) -> Pattern:
+    return Pattern(rng.choice([0, 1, 3, 5]), 0, rng.choice([0, 1, 2, 5, 8, 17, 300]))
+
+
+def window_plan(model, seed):
+    plan = random_plan(model, seed, window_pattern)
+    return plan.model_copy(update={"positions": "cache"})
+
+
+def rotate(model, vectors, places, sign=1):
+    """By transformers' own cos and sin. vectors: [..., tokens, dim]; places: [tokens]."""
+    rotary = decoder(model).rotary_emb
+    kind = ("full_attention",) if hasattr(rotary, "layer_types") else ()
+    cos, sin = rotary(torch.empty(0, dtype=torch.float64), places[None], *kind)
+    cos, sin = cos[0], sin[0] * sign
+    rotated, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
+    a, b = rotated.chunk(2, -1)
+    return torch.cat([rotated * cos + torch.cat([-b, a], -1) * sin, rest], -1)
+
+
+def streaming(model, plan, ids, mask):
+    """Logits as the definition says: every query, and every key that it sees, rotated by its place among those keys."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        heads = plan.layers[module.layer_idx]
+        if heads is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        output, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
+        for row in range(len(query)):
+            first = 0 if mask is None else int(mask[row].int().argmax())
+            places = torch.arange(query.shape[2] - first)
+            q, k = (rotate(model, t[row, :, first:], places, -1) for t in (query, key))  # as before rotation
+            for i in range(len(places)):
+                for n, pattern in enumerate(head.pattern for head in heads):
+                    seen = torch.tensor(
+                        [j for j in range(i + 1) if j < pattern.sink or i - j < pattern.window], dtype=torch.long
+                    )
+                    if len(seen):
+                        rows = slice(n * group, (n + 1) * group)
+                        # A head without a window is one past the first tokens, if it can see itself no more.
+                        at = torch.tensor([len(seen) - 1])
+                        own, keys = (
+                            rotate(model, q[rows, i : i + 1], at),
+                            rotate(model, k[n, seen], torch.arange(len(seen))),
+                        )
+                        shares = (own @ keys.T * scaling).softmax(-1)
+                        output[row, rows, first + i] = (shares @ value[row, n, first + seen])[:, 0]
+        return output.transpose(1, 2), None
+
+    AttentionInterface.register("streaming", attention)
+    AttentionMaskInterface.register("streaming", sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("streaming")
+    position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    try:
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_places_are_those_of_the_cache(family, padding):
+    model = tiny(family, dtype=torch.float64)
+    for seed in range(2):
+        ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
+        plan = window_plan(model, seed)
+        expected = streaming(model, plan, ids, mask)
+        for way, sizes in WAYS.items():
+            found, _ = feed(model, plan, ids, sizes, mask)
+            if padding:
+                found, wanted = found * mask[..., None], expected * mask[..., None]
+            else:
+                wanted = expected
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4, msg=lambda m, way=way: f"{way}: {m}")
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_compiled_steps_count_the_same(family):
+    for seed in range(3):
+        model = tiny(family, seed=seed)
+        plan, ids = window_plan(model, seed), torch.randint(3, 211, (1, 640))  # over the model's 512
+        ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
+        with headsink.apply(model, plan), torch.no_grad():
+            for one in (ours, theirs):
+                model(ids[:, :3], past_key_values=one)
+            expected = model(ids[:, 3:], past_key_values=theirs).logits[0]
+            with decoding(model, ours) as step:
+                found = torch.cat([step.run(token) for token in ids[0, 3:].tolist()])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_can_be_taken_back():
+    model = tiny("llama", dtype=torch.float64)
+    plan, ids = window_plan(model, 1), torch.randint(3, 211, (1, 60))
+    expected, _ = feed(model, plan, ids, [1000])
+    cache = headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        cache.activate_past_recording()
+        model(torch.randint(3, 211, (1, 7)), past_key_values=cache)
+        cache.crop(-7)
+        found = model(ids[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected[:, 30:], rtol=0, atol=1e-5)
+
+
+def test_a_text_in_its_window_is_the_model_itself():
+    model = tiny("qwen3")
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 60), positions="cache"), torch.randint(3, 211, (2, 64))
+    found, _ = feed(model, plan, ids, [1000])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_no_distance_is_over_the_cache():
+    """A text that goes on with the same token has the same logits again and again, however far it goes."""
+    model = tiny("llama", dtype=torch.float64)
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 12), positions="cache"), torch.full((1, 3000), 7)
+    found, cache = feed(model, plan, ids, [500])
+    torch.testing.assert_close(found[:, 2900:], found[:, 100:200], rtol=0, atol=1e-4)  # angles are float32
+    assert cache.layers[0].groups[0].keys.shape[2] == 16
+    text = Plan.uniform(model, Pattern(4, 0, 12))
+    with pytest.raises(
+        HeadsinkError, match=r"a text has 1000 tokens, over the model's maximum of 512; .* positions 'cache'"
+    ):
+        feed(model, text, ids, [500])
+
+
+def test_turning_back_undoes_a_rotation():
+    model, places = tiny("phi3"), torch.tensor([3, 700, 12345])
+    vectors = torch.randn(2, 4, 3, 12, dtype=torch.float64)
+    there = rotate(model, vectors, places)
+    torch.testing.assert_close(turned_back(there, places, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
+    torch.testing.assert_close(turned_back(there, places - places, inverse_frequencies(model)), there)
+
+
+def test_only_windows_can_count_in_the_cache(tmp_path):
+    model = tiny("llama")
+    for pattern, field in (
+        (Pattern(), "layers.0.0 sees everything"),
+        (Pattern(1, 2, 3), "layers.0.0 has floating keys"),
+    ):
+        plan = random_plan(model, 0, lambda _, pattern=pattern: pattern)
+        path = tmp_path / "plan.json"
+        path.write_text(plan.to_json().replace('"positions": "text"', '"positions": "cache"'))
+        with pytest.raises(HeadsinkError, match=f"positions: counted in the cache, but {field}"):
+            Plan.load(path)
+    plan = Plan.uniform(model, Pattern(1, 0, 5), positions="cache")
+    cache = headsink.new_cache(model, plan)
+    with pytest.raises(HeadsinkError, match="positions: counted in this cache"):
+        cache.hold()
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_generate_goes_past_the_maximum(tokenizer):
+    model = tiny("llama")
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 30), positions="cache"), list(range(3, 200)) * 2
+    found = generate(model, tokenizer, ids, plan, max_new_tokens=300)
+    assert len(found.ids) == 300
+    assert found.kv_bytes < generate(model, tokenizer, ids[:100], Plan.full(model), max_new_tokens=20).kv_bytes
+    with pytest.raises(HeadsinkError, match="394 tokens and 300 new ones are over the model"):
+        generate(model, tokenizer, ids, Plan.uniform(model, Pattern(4, 0, 30)), max_new_tokens=300)
