@@ -10,6 +10,7 @@ from headsink.plan import Plan
 from headsink.prefix import load_prefix, save_prefix
 from headsink.runtime import apply, compress, new_cache
 from headsink.search import Method
+from headsink.speculate import generate_lossless
 
 __all__ = [
     "Census",
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "compress",
     "decode",
+    "generate_lossless",
     "load",
     "load_prefix",
     "new_cache",

@@ -147,6 +147,14 @@ class PlanLayer(CacheLayerMixin):
             group.enter(key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads])
         self.seen, self.is_initialized = key.shape[2], True
 
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Let in tokens that were attended to elsewhere, [batch, KV heads, tokens, dim]."""
+        if not self.groups:
+            self._make_groups(key, None)
+        for group in self.groups:
+            group.enter(key[:, group.heads], value[:, group.heads])
+        self.seen, self.is_initialized = self.seen + key.shape[2], True
+
     def hold(self) -> None:
         """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
         self.held = True
@@ -208,6 +216,13 @@ class PlanCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
                 layer.hold()
+
+    def hide(self, hidden: Tensor) -> None:
+        """Of the last columns, those that a row is not to see: bool [batch, columns]. For caches that let nothing go."""
+        for layer in self.layers:
+            if isinstance(layer, PlanLayer):
+                for group in layer.groups:
+                    group.hide(hidden)
 
     def fill(self, full: Cache, padding: Padding | None = None, scores: Mapping[int, Tensor] | None = None) -> None:
         """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied.

@@ -72,6 +72,7 @@ class HeadGroup:
         self.weights = weights[heads if pattern.floating else []].to(key.device)
         self.length = 0  # columns that have entered the ring
         self.recording = False
+        self.holes = False  # whether there are columns that a row does not see (`hide`)
         self.recent: tuple[Tensor, Tensor] | None = None  # while recording: tokens that may still be taken back
 
     # attention
@@ -82,7 +83,7 @@ class HeadGroup:
         query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]. Returns
         [batch, heads x group, tokens, dim].
         """
-        if self.pattern.full:
+        if self.pattern.full and not self.holes:
             self.enter(key, value)
             return self._attend_full(module, query, scaling)
         if self.recording and self.window is not None:
@@ -380,6 +381,17 @@ class HeadGroup:
                 "cache of your own (headsink.new_cache) and call its activate_past_recording() first"
             )
         self.length -= tokens
+
+    def hide(self, hidden: Tensor) -> None:
+        """Of the last columns, those that a row is not to see: bool [batch, columns]. Nothing may be let go any more."""
+        columns = torch.arange(self.length - hidden.shape[1], self.length, device=hidden.device)
+        self.visible[:, :, self._slots(columns)] &= ~hidden[:, None]
+        self.holes = True
+
+    def last(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last columns, of a group that lets nothing go: [batch, heads, columns, dim]."""
+        end = self.anchors + self.length - self.start
+        return self.keys[:, :, end - columns : end], self.values[:, :, end - columns : end]
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to the batch dimension of all that is held."""

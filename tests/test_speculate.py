@@ -1,0 +1,163 @@
+"""Lossless mode: greedy text is the model's own, sampled text has its distribution."""
+
+from collections import Counter
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from plans import random_plan
+from test_runtime import padded
+from transformers.generation.streamers import BaseStreamer
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.speculate import AGAIN, MOST, Pace, Speculation, generate_lossless
+
+NEW = 24
+
+
+class Streamed(BaseStreamer):
+    def __init__(self):
+        self.ids, self.ended = [], False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def own(model, ids, **options):
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | options)
+
+
+def lossless(model, plan, ids, **options):
+    return generate_lossless(model, plan, ids, **{"max_new_tokens": NEW, "do_sample": False} | options)
+
+
+@pytest.mark.parametrize("drafted", [0, 1, 3, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_models_own(family, drafted):
+    model = tiny(family, dtype=torch.float64)
+    for seed in range(2):
+        plan, (ids, mask) = random_plan(model, seed), padded()
+        expected = own(model, ids, attention_mask=mask)
+        told = Speculation()
+        found = lossless(model, plan, ids, attention_mask=mask, draft_tokens=drafted, speculation=told)
+        assert torch.equal(found, expected)
+        assert told.kv_bytes > 0
+        assert torch.equal(lossless(model, plan, ids[:1], draft_tokens=drafted), own(model, ids[:1]))
+        assert torch.equal(lossless(model, plan, ids[:1, :1], draft_tokens=drafted), own(model, ids[:1, :1]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_draft_of_an_all_full_plan_is_always_accepted(family):
+    model, told = tiny(family, dtype=torch.float64), Speculation()
+    ids, _ = padded()
+    lossless(model, Plan.full(model), ids, draft_tokens=3, speculation=told)
+    assert told.acceptance == 1
+    assert told.passes == NEW // 4
+    lossless(model, Plan.uniform(model, Pattern(0, 0, 1)), ids, draft_tokens=3, speculation=told)
+    assert told.acceptance < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": list(range(3, 40)), "pad_token_id": 0},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"max_length": 70, "max_new_tokens": None},
+    ],
+)
+def test_options_of_generate_are_kept(options):
+    model = tiny("llama", dtype=torch.float64)
+    ids, mask = padded()
+    for seed in range(3):
+        found = lossless(model, random_plan(model, seed), ids, attention_mask=mask, draft_tokens=3, **options)
+        assert torch.equal(found, own(model, ids, attention_mask=mask, **options))
+
+
+@pytest.mark.parametrize("drafted", [1, 2])
+def test_samples_have_the_models_distribution(drafted):
+    """Of three tokens after a prompt, each of three: all 27 texts, against the probabilities that the model gives them."""
+    model, kept = tiny("llama", dtype=torch.float64), 3
+    for parameter in model.parameters():  # so that none is certain
+        parameter.data *= 0.8
+    plan, ids, rows = Plan.uniform(model, Pattern(2, 0, 14)), torch.randint(3, 211, (1, 20)), 3000
+    told, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
+    found = generate_lossless(model, plan, ids.repeat(rows, 1), draft_tokens=drafted, speculation=told, **options)[
+        :, 20:
+    ]
+    assert 0.1 < told.acceptance < 0.95
+    chances = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, chance in chances.items():
+            with torch.no_grad():
+                logits = model(torch.cat([ids, torch.tensor([text], dtype=torch.long)], 1)).logits[0, -1]
+            top = (logits / 2).topk(kept)
+            for token, share in zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True):
+                longer[*text, token] = chance * share
+        chances = longer
+    counts = Counter(map(tuple, found.tolist()))
+    assert set(counts) <= set(chances)
+    expected = torch.tensor(list(chances.values()), dtype=torch.float64) * rows
+    squares = (torch.tensor([counts[text] for text in chances]) - expected) ** 2 / expected.clamp(min=1)
+    assert float(squares.sum()) < 65  # of 26 degrees of freedom: one in 30,000 is over
+
+
+def test_as_many_are_drafted_as_pay():
+    pace = Pace()
+    assert pace.choose() == 0
+    pace.saw(0, 0.0, 1.0, 0.0)
+    assert pace.choose() == 3
+    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all are accepted, and verifying more costs nothing
+    for _ in range(50):
+        pace.saw(8, 0.8, 1.0, 8.0)
+    assert pace.choose() == MOST
+    for _ in range(50):
+        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted any more
+    assert pace.choose() == 0
+    for _ in range(AGAIN):
+        pace.saw(0, 0.0, 1.0, 0.0)
+    assert pace.choose() == 1  # to see whether it pays by now
+    slow = Pace()
+    slow.saw(0, 0.0, 1.0, 0.0)
+    slow.saw(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
+    assert slow.choose() == 0
+
+
+def test_text_streams_and_stops(smollm2):
+    model, tokenizer = smollm2
+    plan, ids = (
+        Plan.uniform(model, Pattern(4, 0, 64)),
+        tokenizer("One, two, three, four,", return_tensors="pt")["input_ids"],
+    )
+    streamed = Streamed()
+    found = lossless(model, plan, ids, draft_tokens=4, streamer=streamed)
+    assert torch.equal(found, own(model, ids))
+    assert streamed.ids == found[0].tolist()
+    assert streamed.ended
+    stopped = {"stop_strings": ["eight"], "tokenizer": tokenizer}
+    assert torch.equal(lossless(model, plan, ids, **stopped), own(model, ids, **stopped))
+    assert lossless(model, plan, ids, **stopped).shape[1] < found.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beams": 2}, "beams"),
+        ({"return_dict_in_generate": True}, "return_dict"),
+        ({"past_key_values": 1}, "leave out past_key_values"),
+        ({"draft_tokens": 9}, "draft_tokens: 9 is outside 0 to 8"),
+        ({"stop_strings": ["x"]}, "stop_strings: they need tokenizer"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options, said):
+    model = tiny("llama")
+    with pytest.raises(HeadsinkError, match=said):
+        lossless(model, Plan.full(model), torch.tensor([[5, 6, 7]]), **options)
+    with pytest.raises(HeadsinkError, match="positions:"):
+        lossless(model, Plan.uniform(model, Pattern(1, 0, 4), positions="cache"), torch.tensor([[5, 6, 7]]))
+    with pytest.raises(HeadsinkError, match="another model"):
+        headsink.generate_lossless(model, Plan.full(tiny("qwen2")), torch.tensor([[5, 6, 7]]))
