@@ -124,19 +124,40 @@ def decoder(model: nn.Module) -> nn.Module:
     return model.get_decoder()  # type: ignore[operator]
 
 
-def weights_hash(model: nn.Module) -> str:
+def weights_hash(model: nn.Module, linears: bool = True) -> str:
     """SHA-256 over a fixed sample of every parameter, rounded to bfloat16.
 
     The same for a checkpoint loaded in float32 or bfloat16, in one piece, over devices, offloaded, or split over
-    processes (all of which must ask); another checkpoint of the same shape differs.
+    processes (all of which must ask); another checkpoint of the same shape differs. linears: with the matrices of linear
+    layers; without them it is also the same for a checkpoint whose linear layers are quantised.
     """
     digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", {})  # an offloaded model has these twice, one in memory once
-    for name in sorted(name for name, _ in model.named_parameters() if name not in tied):
+    left_out = set(
+        getattr(model, "all_tied_weights_keys", {})
+    )  # an offloaded model has these twice, one in memory once
+    if not linears:
+        left_out |= _matrices(model)
+    for name in sorted(name for name, _ in model.named_parameters() if name not in left_out):
         with whole_parameter(model, name) as parameter:
-            flat = parameter.flatten()
+            plain = parameter.dequantize() if is_quantised(parameter) else parameter
+            flat = plain.flatten()
             index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_WEIGHTS, flat.numel()), dtype=torch.float64).long()
             sample = flat[index.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(f"{name} {tuple(plain.shape)}".encode())
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether it is one of torchao's tensors, which compute in their own way."""
+    return type(parameter.data).__module__.startswith("torchao")
+
+
+def has_quantised_linears(model: nn.Module) -> bool:
+    return any(is_quantised(model.get_parameter(name)) for name in _matrices(model))
+
+
+def _matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices of linear layers. The output layer is one even if it is the embedding."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight" for name in linears}

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from torch import nn
 
-from headsink.architecture import Architecture, check_plannable, describe, weights_hash
+from headsink.architecture import Architecture, check_plannable, describe, has_quantised_linears, weights_hash
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.pattern import FULL, Pattern
@@ -77,7 +77,8 @@ class Head(_Part):
 
 
 class Fingerprint(_Part):
-    """The model that a plan is for."""
+    """The model that a plan is for. weights: a hash of them; unquantised: of those that quantising linear layers leaves as they
+    are, by which a plan knows a quantised copy of its model."""
 
     architecture: str
     layers: Annotated[int, Field(gt=0)]
@@ -85,18 +86,21 @@ class Fingerprint(_Part):
     kv_heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
     weights: str
+    unquantised: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        shape = describe(model)
-        return cls(
-            architecture=shape.name,
-            layers=shape.layers,
-            query_heads=shape.query_heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            weights=weights_hash(model),
-        )
+        hashes: dict[str, Any] = {
+            "weights": weights_hash(model),
+            "unquantised": weights_hash(model, linears=False),
+        }
+        return cls(**cls.shapes(describe(model)), **hashes)
+
+    @staticmethod
+    def shapes(shape: Architecture) -> dict[str, Any]:
+        """All but the hashes."""
+        numbers = {name: getattr(shape, name) for name in ("layers", "query_heads", "kv_heads", "head_dim")}
+        return {"architecture": shape.name, **numbers}
 
 
 class Retrieval(_Part):
@@ -290,12 +294,15 @@ class Plan(_Part):
 
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Returns the model's architecture."""
-        shape, actual = describe(model), Fingerprint.of(model)
+        shape = describe(model)
         check_plannable(shape)
-        for field in Fingerprint.model_fields:
-            planned, found = getattr(self.model, field), getattr(actual, field)
+        # Of a quantised copy only what is not quantised can be the same.
+        which = "unquantised" if has_quantised_linears(model) else "weights"
+        actual = Fingerprint.shapes(shape) | {which: weights_hash(model, linears=which == "weights")}
+        for field, found in actual.items():
+            planned = getattr(self.model, field)
             if planned != found:
-                if field == "weights":
+                if field == which:
                     planned, found = planned[:12], found[:12]
                 raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
         for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):

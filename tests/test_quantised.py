@@ -1,0 +1,64 @@
+"""Models that torchao has quantised run under the plans of their originals, unchanged."""
+
+import pytest
+import torch
+from families import tiny
+from plans import random_plan
+from reference import reference_logits
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.granularity import PerGroup
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.decode import refusal
+
+KINDS = {
+    "int8": Int8WeightOnlyConfig(),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_copy_runs_under_the_plan(kind):
+    model = tiny("llama")
+    plan, ids = random_plan(model, 1), torch.randint(3, 211, (1, 40))
+    quantize_(model, KINDS[kind])
+    assert "no plain matrix" in refusal(model)
+    with headsink.apply(model, plan), torch.no_grad():
+        found = model(ids).logits
+    torch.testing.assert_close(found, reference_logits(model, plan, ids), rtol=1e-4, atol=1e-4)
+    own = Plan.full(model)
+    with headsink.apply(model, own), torch.no_grad():
+        found = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits)
+    assert torch.equal(
+        headsink.generate_lossless(model, plan, ids, max_new_tokens=8, do_sample=False),
+        model.generate(ids, max_new_tokens=8, do_sample=False),
+    )
+    other = tiny("llama", seed=1)
+    quantize_(other, KINDS[kind])
+    with pytest.raises(HeadsinkError, match="another model: unquantised is"):
+        own.check(other)
+    with pytest.raises(HeadsinkError, match="another model: weights is"):
+        own.check(tiny("llama"))  # which has other linear layers than the copy that this plan was made for
+
+
+def test_smollm2_quantised_goes_on_as_it_did():
+    model, tokenizer = headsink.load("smollm2", device="cpu", dtype="bfloat16")
+    plan = Plan.uniform(model, Pattern(4, 0, 256))
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    for kind in ("int8", "int4"):
+        quantised, _ = headsink.load("smollm2", device="cpu", dtype="bfloat16")
+        config = (
+            IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)) if kind == "int4" else KINDS[kind]
+        )
+        quantize_(quantised, config)
+        with headsink.apply(quantised, plan):
+            text = tokenizer.decode(quantised.generate(ids, max_new_tokens=8, do_sample=False)[0])
+        assert "Paris" in text
