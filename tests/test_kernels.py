@@ -5,7 +5,7 @@ import pytest
 import torch
 from numba import njit
 
-from headsink import kernels
+from headsink import kernels, vectors
 from headsink.scores import key_scores, n_features
 
 RANDOM = np.random.default_rng(0)
@@ -17,7 +17,7 @@ def test_powers_of_e():
     @njit
     def every(x, out):
         for n in range(len(x)):
-            out[n] = kernels._exp(x[n])
+            out[n] = vectors.exp(x[n])
 
     out = np.empty_like(x)
     every(x, out)
@@ -34,8 +34,8 @@ def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
     @njit
     def round_trip(x, narrow, wide, like):
         for n in range(len(x)):
-            narrow[n] = kernels._narrow(x[n], like)
-            wide[n] = kernels._wide(narrow[n])
+            narrow[n] = vectors.narrow(x[n], like)
+            wide[n] = vectors.wide(narrow[n])
 
     narrow, wide = np.empty(5000, like.dtype), np.empty(5000, np.float32)
     round_trip(values.numpy(), narrow, wide, like)
@@ -47,7 +47,7 @@ def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 576)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (7, 33), (64, 576)])
 def test_rows_times_a_vector(shape, dtype, parts):
     weight = torch.randn(shape).to(dtype)
     x, out = torch.randn(shape[1]), np.full(shape[0], np.nan, np.float32)
@@ -67,9 +67,10 @@ def test_scores_of_keys(dim):
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 5, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("turned_sinks", [False, True])
-def test_attention_in_parts(size, parts, dtype, turned_sinks):
-    group, dim = 3, 16
+@pytest.mark.parametrize(("turned_sinks", "tokens"), [(False, 1), (True, 1), (False, 2), (False, 5)])
+@pytest.mark.parametrize("dim", [6, 16, 80])
+def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
+    group = 3 * tokens
     keys, values = torch.randn(2, size, dim).to(dtype)
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
@@ -79,23 +80,23 @@ def test_attention_in_parts(size, parts, dtype, turned_sinks):
     ]
     head[kernels.Field.END] = size
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
-    top, total = np.full((2, group, parts), np.nan, np.float32)
-    out, result = np.full((group, parts, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
-    logits = np.empty((group, size), np.float32)
+    top, total = np.full((2, parts, group), np.nan, np.float32)
+    out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
+    logits = np.empty((group, kernels.BLOCK), np.float32)
     sinks = min(2, size) if turned_sinks else 0
     head[kernels.Field.SINK] = sinks
     turned = torch.randn(group if turned_sinks else 0, dim)
+    given = query.numpy(), turned.numpy(), tokens, logits
     for part in range(parts):
-        kernels._attend(
-            head, like, query.numpy(), turned.numpy(), logits, top[:, part], total[:, part], out[:, part], part, parts
-        )
+        kernels._attend(head, like, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
-        kernels._combine(top[row], total[row], out[row], result[row])
+        kernels._combine(top[:, row], total[:, row], out[:, row], result[row])
     every = query @ keys.float().T
     if turned_sinks:
         every[:, :sinks] = turned @ keys[:sinks].float().T
-    shares = every.masked_fill(~visible, float("-inf")).softmax(-1)
-    torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=1e-5, atol=1e-5)
+    mask = visible & (torch.arange(size) <= size - tokens + torch.arange(group)[:, None] % tokens)
+    shares = every.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+    torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=3e-5, atol=3e-5)
 
 
 def test_a_head_that_sees_nothing_gives_zero():

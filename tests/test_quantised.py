@@ -1,33 +1,35 @@
 """Models that torchao has quantised run under the plans of their originals, unchanged."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from families import tiny
 from plans import random_plan
 from reference import reference_logits
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
-from torchao.quantization.granularity import PerGroup
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.decode import refusal
 
-KINDS = {
-    "int8": Int8WeightOnlyConfig(),
-    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
-}
+sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchao"))  # where `make setup` puts it
+quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make setup")
+
+
+def int4(group: int):
+    granularity = quantization.PerGroup(group)
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+
+
+KINDS = {"int8": quantization.Int8WeightOnlyConfig(), "int4": int4(16)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_copy_runs_under_the_plan(kind):
     model = tiny("llama")
     plan, ids = random_plan(model, 1), torch.randint(3, 211, (1, 40))
-    quantize_(model, KINDS[kind])
+    quantization.quantize_(model, KINDS[kind])
     assert "no plain matrix" in refusal(model)
     with headsink.apply(model, plan), torch.no_grad():
         found = model(ids).logits
@@ -42,7 +44,7 @@ def test_a_quantised_copy_runs_under_the_plan(kind):
         model.generate(ids, max_new_tokens=8, do_sample=False),
     )
     other = tiny("llama", seed=1)
-    quantize_(other, KINDS[kind])
+    quantization.quantize_(other, KINDS[kind])
     with pytest.raises(HeadsinkError, match="another model: unquantised is"):
         own.check(other)
     with pytest.raises(HeadsinkError, match="another model: weights is"):
@@ -55,10 +57,8 @@ def test_smollm2_quantised_goes_on_as_it_did():
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     for kind in ("int8", "int4"):
         quantised, _ = headsink.load("smollm2", device="cpu", dtype="bfloat16")
-        config = (
-            IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)) if kind == "int4" else KINDS[kind]
-        )
-        quantize_(quantised, config)
+        config = int4(32) if kind == "int4" else KINDS[kind]
+        quantization.quantize_(quantised, config)
         with headsink.apply(quantised, plan):
             text = tokenizer.decode(quantised.generate(ids, max_new_tokens=8, do_sample=False)[0])
         assert "Paris" in text

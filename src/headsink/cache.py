@@ -20,6 +20,7 @@ from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup, Padding
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
+from headsink.rows import attend_table, can_run
 
 ATTENTION = "headsink"  # the name under which attention.py registers with transformers
 
@@ -51,6 +52,7 @@ class PlanLayer(CacheLayerMixin):
         self.patterns, self.weights, self.config, self.inverse = patterns, weights, config, inverse
         self.groups: list[HeadGroup] = []
         self.seen = 0
+        self.layout: Any = None  # of the groups' buffers, while they stay where they are
         self.recording = self.held = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -78,6 +80,9 @@ class PlanLayer(CacheLayerMixin):
         key, value = update.key, update.value
         self.is_initialized = True
         self.seen += key.shape[2]
+        if self._steps(query, padding):
+            return self._step(query, key, value, scaling).transpose(1, 2)
+        self.layout = None
         if len(self.groups) == 1:
             return self.groups[0].attend(module, query, key, value, scaling).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
@@ -88,6 +93,28 @@ class PlanLayer(CacheLayerMixin):
             part = group.attend(module, part, key[:, group.heads], value[:, group.heads], scaling)
             output[:, group.heads] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
+
+    def _steps(self, query: Tensor, padding: Padding | None) -> bool:
+        """Whether one token goes through the kernels, in one call for all heads."""
+        groups = self.groups
+        return (
+            query.shape[2] == 1
+            and padding is None
+            and can_run(query)
+            and not (len(groups) == 1 and groups[0].pattern.full)  # which is to be the model itself
+            and not any(g.recording or g.padding is not None or g.inverse is not None for g in groups)
+        )
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from headsink.layout import Layout
+
+        length = self.groups[0].length
+        if self.layout is None or length >= self.layout.until:
+            self.layout = Layout(self.groups)
+        table = self.layout.at(length)
+        for group in self.groups:
+            group.length += 1
+        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, scaling, key, value)
 
     def _check_padding(self, padding: Padding) -> None:
         """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""
@@ -104,6 +131,7 @@ class PlanLayer(CacheLayerMixin):
         by_pattern: dict[Pattern, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
+        self.layout = None
         self.groups = [HeadGroup(p, heads, self.weights, key, padding, self.inverse) for p, heads in by_pattern.items()]
         for group in self.groups:
             group.recording = self.recording
@@ -128,7 +156,7 @@ class PlanLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.recording = value
+        self.recording, self.layout = value, None
         for group in self.groups:
             group.recording = value
             if not value:
@@ -151,13 +179,14 @@ class PlanLayer(CacheLayerMixin):
         """Let in tokens that were attended to elsewhere, [batch, KV heads, tokens, dim]."""
         if not self.groups:
             self._make_groups(key, None)
+        self.layout = None
         for group in self.groups:
             group.enter(key[:, group.heads], value[:, group.heads])
         self.seen, self.is_initialized = self.seen + key.shape[2], True
 
     def hold(self) -> None:
         """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
-        self.held = True
+        self.held, self.layout = True, None
         for group in self.groups:
             group.hold()
 
@@ -167,12 +196,13 @@ class PlanLayer(CacheLayerMixin):
             raise HeadsinkError("crop: give the tokens to take back as a negative number")
         if -tokens_to_remove > self.seen:
             raise HeadsinkError(f"crop: cannot take back {-tokens_to_remove} tokens of {self.seen}")
+        self.layout = None
         for group in self.groups:
             group.crop(-tokens_to_remove)
         self.seen += tokens_to_remove
 
     def reset(self) -> None:
-        self.groups, self.seen, self.is_initialized, self.held = [], 0, False, False
+        self.groups, self.seen, self.is_initialized, self.held, self.layout = [], 0, False, False, None
 
     def offload(self) -> None:
         raise HeadsinkError("offloading the cache is not supported with a plan")
@@ -187,6 +217,7 @@ class PlanLayer(CacheLayerMixin):
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.layout = None
         for group in self.groups:
             group.map_rows(change)
 

@@ -9,7 +9,6 @@ model than the model's own are. Prompts go through the model. What this cannot r
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,12 +23,10 @@ from headsink.architecture import attention_modules, decoder, describe
 from headsink.cache import PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.models import dtype_name
+from headsink.rows import turn
 
 # The same layer, with or without biases and norms of queries and keys.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-AHEAD = 64  # tokens that buffers and positions are made ready for at once
-FOREVER = 2**62
-_turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -122,8 +119,8 @@ def prepare(model: PreTrainedModel) -> None:
         empty(2),
         empty(2, 0, 0, 0),
         empty(1),
-        empty(1, 1),
         row[0, :0],
+        1,
         1,
         one,
         one,
@@ -152,9 +149,9 @@ class Decoder:
     """A model and a cache, laid out for the kernel. Addresses are read once: neither may change in between."""
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
-        from headsink import kernels  # numba takes a second, which other commands need not wait for
+        from headsink import kernels, layout  # numba takes a second, which other commands need not wait for
 
-        self.kernels, self.cache = kernels, cache
+        self.kernels, self.laid, self.cache = kernels, layout, cache
         self.stack = cast(Any, decoder(model))
         self.shape = shape = describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
@@ -201,21 +198,16 @@ class Decoder:
         if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
             self.cache.plan.warn_beyond_verified(self.length + 1)
         length = self.length
-        ring = np.where(self.window < FOREVER, length % np.maximum(self.window, 1), length - self.start)
-        end = self.anchors + np.minimum(length + 1 - self.start, self.window)
-        fields = self.kernels.Field
-        self.heads[..., fields.SLOT] = np.where(self.window > 0, self.anchors + ring, -1)
-        self.heads[..., fields.END] = end
-        self.heads[..., fields.LEAVING] = np.where(length >= self.window, length - self.window, -1)
+        self.laid.advance(self.heads, self.window, self.anchors, self.start, length)
         logits = torch.empty(1, self.vocabulary)
-        place = length - self.ready + AHEAD
+        place = length - self.ready + self.laid.AHEAD
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
             turns = np.take(self.turns, np.minimum(length, self.last_place), 1)
         else:
             turns = np.zeros((2, len(self.layers), 0, 0), np.float32)
-        with _turn:
+        with turn:
             self.kernels.run(
                 self.weights,
                 self.heads,
@@ -229,9 +221,9 @@ class Decoder:
                 self.sin[place],
                 turns,
                 logits.numpy()[0],
-                self.scratch,
                 self.like,
                 self.inner,
+                self.shape.group,
                 self.scaling,
                 self.eps,
                 self.threads,
@@ -249,31 +241,19 @@ class Decoder:
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
         self.settle()
-        self.ready = self.length + AHEAD
+        self.ready = self.length + self.laid.AHEAD
         positions = torch.arange(self.length, self.ready)[None]
         self.cos, self.sin = self._rotation(positions)
-        shape, fields = self.shape, self.kernels.Field
-        self.heads = np.full((shape.layers, shape.kv_heads, len(fields)), -1)
-        self.window, self.anchors, self.start = np.zeros((3, shape.layers, shape.kv_heads), np.int64)
-        for index, layer in enumerate(self.layers):
-            for group in layer.groups:
-                group.make_room(AHEAD)
-                tensors = group.keys, group.values, group.visible, group.scores, group.weights
-                for place, head in enumerate(group.heads):
-                    row = self.heads[index, head]
-                    row[:5] = [
-                        t[0, place].data_ptr() if t.dim() > 2 else t[place : place + 1].data_ptr() for t in tensors
-                    ]
-                    row[fields.SINK], row[fields.FLOATING] = group.pattern.sink, group.scores.shape[-1]
-                    self.window[index, head] = FOREVER if group.window is None else group.window
-                    self.anchors[index, head], self.start[index, head] = group.anchors, group.start
+        layouts = [self.laid.Layout(layer.groups) for layer in self.layers]
+        self.heads = np.stack([layout.table[0] for layout in layouts])
+        self.window, self.anchors, self.start = (
+            np.stack([getattr(layout, name) for layout in layouts]) for name in ("window", "anchors", "start")
+        )
         if self.cache.plan.positions == "cache" and self.turns is None:
             self.last_place = np.array(
                 [[head.sink + (head.window or 0) - 1 for head in row or ()] for row in self.cache.plan.layers]
             )
             self.turns = np.stack(self._rotation(torch.arange(int(self.last_place.max()) + 1)[None]))
-        most = max(group.keys.shape[2] for layer in self.layers for group in layer.groups)
-        self.scratch = np.empty((shape.query_heads, most), np.float32)
 
     def _rotation(self, positions: Tensor) -> tuple[Any, Any]:
         """cos and sin of rotary positions, int64 [1, tokens]: float32 [tokens, rotated]."""

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
 from headsink.rotary import turned_back
-from headsink.rows import attend_rows, attend_turned
+from headsink.rows import attend_few, attend_rows, attend_turned
 from headsink.scores import NONE, key_scores, lifetimes
 
 QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
@@ -130,6 +130,10 @@ class HeadGroup:
     def _attend_buffer(self, query: Tensor, scaling: float) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
+        if self.inverse is None:
+            found = attend_few(query, self.keys, self.values, self.visible, end, scaling)
+            if found is not None:
+                return found
         mask = self.visible[:, :, None, :end]
         if self.inverse is not None:
             turned = self._turned(query, self.length - query.shape[2])

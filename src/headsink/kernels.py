@@ -13,9 +13,9 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, prange, types
-from numba.extending import intrinsic
+from numba import carray, njit, prange
+
+from headsink.vectors import FAST, add_weighted, exp, narrow, pointer, products, wide
 
 
 class Weight(IntEnum):
@@ -50,76 +50,11 @@ class Field(IntEnum):
     LEAVING = 9
 
 
+BLOCK = 128  # keys at once, which stay in the processor's first cache
+
 # The numbers, for the compiler, which takes no enumerations inside arrays' indices.
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = (int(w) for w in Weight)
 _KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, _END, _SLOT, _LEAVING = (int(f) for f in Field)
-
-_FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities are real here
-_I32, _F32, _I16 = ir.IntType(32), ir.FloatType(), ir.IntType(16)
-
-
-@intrinsic
-def _pointer(context: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to elements of the dtype of the array `like`."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), generate
-
-
-@intrinsic
-def _wide(context: Any, value: Any) -> Any:
-    """float32 of a float32, or of a bfloat16 that is held as uint16."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value == types.float32:
-            return arguments[0]
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16)), _F32)
-
-    return types.float32(value), generate
-
-
-@intrinsic
-def _narrow(context: Any, value: Any, like: Any) -> Any:
-    """A float32 as an element of the array `like`, rounded to the nearest even bfloat16 if that is what it holds."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if like.dtype == types.float32:
-            return arguments[0]
-        bits = builder.bitcast(arguments[0], _I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
-        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
-
-    return like.dtype(types.float32, like), generate
-
-
-@intrinsic
-def _power_of_two(context: Any, exponent: Any) -> Any:
-    """2 to the power of an int32 between -126 and 127, as float32."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        biased = builder.add(arguments[0], ir.Constant(_I32, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(_I32, 23)), _F32)
-
-    return types.float32(types.int32), generate
-
-
-@njit(fastmath=_FAST)
-def _exp(x: Any) -> Any:
-    """e^x within 3e-7 of its value, x taken between -87 and 88. Unlike a call of the mathematics library it is vectorised."""
-    x = min(max(x, np.float32(-87)), np.float32(88))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1)
-    return p * _power_of_two(np.int32(n))
 
 
 @njit
@@ -128,20 +63,20 @@ def _share(size: Any, part: Any, parts: Any) -> Any:
     return size * part // parts, size * (part + 1) // parts
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _times(address: Any, like: Any, x: Any, out: Any, part: Any, parts: Any) -> None:
     """A part of the rows of out = W x. W: at `address`, [len(out), len(x)]; x, out: float32."""
     columns = x.shape[0]
     start, end = _share(out.shape[0], part, parts)
-    weight = carray(_pointer(address, like), (out.shape[0], columns))
-    for row in range(start, end):
+    weight = carray(pointer(address, like), (out.shape[0], columns))
+    for row in range(start, end):  # one after the other, as memory is read fastest
         total = np.float32(0)
         for column in range(columns):
-            total += _wide(weight[row, column]) * x[column]
+            total += wide(weight[row, column]) * x[column]
         out[row] = total
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _normalise(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """RMSNorm of float32 [n]."""
     total = np.float32(0)
@@ -152,7 +87,7 @@ def _normalise(x: Any, weight: Any, eps: Any, out: Any) -> None:
         out[n] = x[n] * scale * weight[n]
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _rotate(x: Any, cos: Any, sin: Any) -> None:
     """Rotary position, in place. x: float32 [dim or more]; cos, sin: [rotated]: the first coordinates are turned."""
     half = cos.shape[0] // 2
@@ -162,41 +97,41 @@ def _rotate(x: Any, cos: Any, sin: Any) -> None:
         x[n + half] = b * cos[n + half] + a * sin[n + half]
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _score(key: Any, value: Any, weights: Any) -> Any:
     """The score of a key (scores.py): float32. key, value: [dim] as they are held; weights: float32 [features]."""
     dim = key.shape[0]
     half, total = dim // 2, np.float32(0)
     for n in range(dim):
-        total += _wide(key[n]) * weights[n] + _wide(value[n]) * weights[dim + half + n]
+        total += wide(key[n]) * weights[n] + wide(value[n]) * weights[dim + half + n]
     for n in range(half):
-        a, b = _wide(key[n]), _wide(key[half + n])
+        a, b = wide(key[n]), wide(key[half + n])
         total += np.sqrt(a * a + b * b) * weights[dim + n]
     return total
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
     """Let a token into a head, and move the one that leaves the window for it. key, value: float32 [dim]."""
     dim, sink, slot, leaving = key.shape[0], head[_SINK], head[_SLOT], head[_LEAVING]
     floating = head[_FLOATING]
     slots = max(head[_END], sink + floating, slot + 1)
-    keys = carray(_pointer(head[_KEYS], like), (slots, dim))
-    values = carray(_pointer(head[_VALUES], like), (slots, dim))
-    visible = carray(_pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
+    keys = carray(pointer(head[_KEYS], like), (slots, dim))
+    values = carray(pointer(head[_VALUES], like), (slots, dim))
+    visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
     if leaving >= 0:
         if slot >= 0:
             old_key, old_value = keys[slot], values[slot]
         else:  # there is no window: it leaves at once
             old_key, old_value = np.empty_like(keys[0]), np.empty_like(keys[0])
             for n in range(dim):
-                old_key[n], old_value[n] = _narrow(key[n], like), _narrow(value[n], like)
+                old_key[n], old_value[n] = narrow(key[n], like), narrow(value[n], like)
         target = -1
         if leaving < sink:
             target = leaving
         elif floating:
-            scores = carray(_pointer(head[_SCORES], np.empty(0, np.float32)), floating)
-            weights = carray(_pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
+            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), floating)
+            weights = carray(pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
             worth, least = _score(old_key, old_value, weights), 0
             for n in range(floating):
                 if scores[n] < scores[least]:
@@ -209,79 +144,83 @@ def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
             visible[target] = 1
     if slot >= 0:
         for n in range(dim):
-            keys[slot, n], values[slot, n] = _narrow(key[n], like), _narrow(value[n], like)
+            keys[slot, n], values[slot, n] = narrow(key[n], like), narrow(value[n], like)
         visible[slot] = 1
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _attend(
-    head: Any, like: Any, query: Any, turned: Any, logits: Any, top: Any, total: Any, out: Any, part: Any, parts: Any
+    head: Any,
+    like: Any,
+    query: Any,
+    turned: Any,
+    tokens: Any,
+    logits: Any,
+    top: Any,
+    total: Any,
+    out: Any,
+    part: Any,
+    parts: Any,
 ) -> None:
-    """A part of the keys of a KV head, for all of its queries.
+    """A part of the keys of a KV head, for all of its queries, a block of keys after the other.
 
-    query: float32 [group, dim], scaled. turned: the same as they look at the first tokens, or [0, dim]. logits: scratch,
-    float32 [group, slots or more]. Written: top, the largest logit, total, the sum of e^(logit - top), float32 [group]; out,
-    the sum of values with these weights, float32 [group, dim].
+    query: float32 [group, dim], scaled. turned: the same as they look at the first tokens, or [0, dim]. tokens: that a head of
+    the group has queries of, side by side; the last slots are theirs, and hidden from those before. logits: scratch, float32
+    [group, BLOCK]. Written: top, the largest logit, total, the sum of e^(logit - top), float32 [group]; out, the sum of values
+    with these weights, float32 [group, dim].
     """
     group, dim = query.shape
-    size = head[_END]
+    size, row_bytes = head[_END], dim * like.itemsize
     start, end = _share(size, part, parts)
-    keys = carray(_pointer(head[_KEYS], like), (size, dim))
-    values = carray(_pointer(head[_VALUES], like), (size, dim))
-    visible = carray(_pointer(head[_VISIBLE], np.empty(0, np.uint8)), size)
-    for slot in range(start, end):
-        for row in range(0, group - 1, 2):  # two at once, so that a key is widened once for both
-            one, two = np.float32(0), np.float32(0)
-            for n in range(dim):
-                wide = _wide(keys[slot, n])
-                one += wide * query[row, n]
-                two += wide * query[row + 1, n]
-            logits[row, slot], logits[row + 1, slot] = one, two
-        if group % 2:
-            one = np.float32(0)
-            for n in range(dim):
-                one += _wide(keys[slot, n]) * query[group - 1, n]
-            logits[group - 1, slot] = one
-        if slot < head[_SINK]:
+    keys = carray(pointer(head[_KEYS], like), (size, dim))
+    visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), size)
+    for row in range(group):
+        top[row], total[row] = -np.inf, 0
+        for n in range(dim):
+            out[row, n] = 0
+    for first in range(start, end, BLOCK):
+        count = min(BLOCK, end - first)
+        products(head[_KEYS] + first * row_bytes, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
+        for slot in range(first, min(first + count, head[_SINK])):
             for row in range(turned.shape[0]):
                 one = np.float32(0)
                 for n in range(dim):
-                    one += _wide(keys[slot, n]) * turned[row, n]
-                logits[row, slot] = one
-        if not visible[slot]:
-            for row in range(group):
-                logits[row, slot] = -np.inf
-    sums = np.zeros((group, dim), np.float32)
-    for row in range(group):
-        most = np.float32(-np.inf)
-        for slot in range(start, end):
-            most = max(most, logits[row, slot])
-        top[row], sum_ = most, np.float32(0)
-        if most > -np.inf:
-            for slot in range(start, end):
-                share = _exp(logits[row, slot] - most)
-                logits[row, slot] = share
-                sum_ += share
-        total[row] = sum_
-    slot = start
-    while slot < end:  # four keys at once, so that sums are read and written once for four
-        a, b, c, d = slot, min(slot + 1, end - 1), min(slot + 2, end - 1), min(slot + 3, end - 1)
+                    one += wide(keys[slot, n]) * turned[row, n]
+                logits[row, slot - first] = one
+        for slot in range(first, first + count):
+            if not visible[slot]:
+                for row in range(group):
+                    logits[row, slot - first] = -np.inf
+            for token in range(slot - size + tokens):
+                for row in range(token, group, tokens):
+                    logits[row, slot - first] = -np.inf
         for row in range(group):
-            if top[row] > -np.inf:
-                of_a = logits[row, a]
-                of_b = logits[row, b] if slot + 1 < end else np.float32(0)
-                of_c = logits[row, c] if slot + 2 < end else np.float32(0)
-                of_d = logits[row, d] if slot + 3 < end else np.float32(0)
-                for n in range(dim):
-                    of_ab = of_a * _wide(values[a, n]) + of_b * _wide(values[b, n])
-                    sums[row, n] += of_ab + of_c * _wide(values[c, n]) + of_d * _wide(values[d, n])
-        slot += 4
-    for row in range(group):
-        for n in range(dim):
-            out[row, n] = sums[row, n]
+            most = np.float32(-np.inf)
+            for n in range(count):
+                most = max(most, logits[row, n])
+            if most > top[row]:
+                if top[row] > -np.inf:
+                    scale = exp(top[row] - most)
+                    total[row] *= scale
+                    for n in range(dim):
+                        out[row, n] *= scale
+                top[row] = most
+            most, sum_ = top[row], np.float32(0)
+            if most > -np.inf:
+                for n in range(count):
+                    share = exp(logits[row, n] - most)
+                    logits[row, n] = share
+                    sum_ += share
+            else:
+                for n in range(count):
+                    logits[row, n] = 0
+            total[row] += sum_
+        add_weighted(
+            head[_VALUES] + first * row_bytes, like, count, dim, logits.ctypes.data, group, BLOCK, out.ctypes.data
+        )
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _combine(top: Any, total: Any, out: Any, result: Any) -> None:
     """Parts of the keys put together. top, total: float32 [parts]; out: [parts, dim]; result: [dim], 0 if no key was seen."""
     most, sum_ = np.max(top), np.float32(0)
@@ -291,7 +230,7 @@ def _combine(top: Any, total: Any, out: Any, result: Any) -> None:
         return
     for part in range(top.shape[0]):
         if top[part] > -np.inf:
-            share = _exp(top[part] - most)
+            share = exp(top[part] - most)
             sum_ += share * total[part]
             for n in range(result.shape[0]):
                 result[n] += share * out[part, n]
@@ -299,7 +238,30 @@ def _combine(top: Any, total: Any, out: Any, result: Any) -> None:
         result[n] /= sum_
 
 
-@njit(fastmath=_FAST, parallel=True, nogil=True, cache=True)
+@njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
+def attend(head_table: Any, like: Any, key: Any, value: Any, query: Any, tokens: Any, out: Any, threads: Any) -> None:
+    """Attention of a few tokens over heads.
+
+    head_table: int64 [heads, len(Field)]. key, value: float32 [heads, dim] of one token that comes in before, or [0, dim].
+    query: float32 [heads, group x tokens, dim], scaled. out: the same shape, written.
+    """
+    for head in range(key.shape[0]):
+        _enter(head_table[head], key[head], value[head], like)
+    heads, group, dim = query.shape
+    top, total = np.empty((heads, threads, group), np.float32), np.empty((heads, threads, group), np.float32)
+    parts = np.empty((heads, threads, group, dim), np.float32)
+    turned = np.empty((0, dim), np.float32)
+    for part in prange(threads):
+        logits = np.empty((group, BLOCK), np.float32)
+        for head in range(heads):
+            sums = top[head, part], total[head, part], parts[head, part]
+            _attend(head_table[head], like, query[head], turned, tokens, logits, *sums, part, threads)
+    for head in range(heads):
+        for row in range(group):
+            _combine(top[head, :, row], total[head, :, row], parts[head, :, row], out[head, row])
+
+
+@njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
 def run(
     weights: Any,
     head_table: Any,
@@ -313,9 +275,9 @@ def run(
     sin: Any,
     turns: Any,
     logits: Any,
-    scratch: Any,
     like: Any,
     inner: Any,
+    group: Any,
     scaling: Any,
     eps: Any,
     threads: Any,
@@ -327,17 +289,17 @@ def run(
     dim]. biases: float32 [layers, (query heads + 2 KV heads) x dim], or [layers, 0]. last_norm: float32 [hidden];
     unembedding: address of [vocabulary, hidden]. x: float32 [hidden], the token's embedding, overwritten. cos, sin: float32
     [rotated]. turns: float32 [2, layers, KV heads, rotated], cos and sin of the place from which a head looks at the first
-    tokens, or [2, layers, 0, 0]. logits: float32 [vocabulary], written. scratch: float32 [query heads, slots or more]. like:
-    an empty array of the weights' dtype. inner: the MLP's width.
+    tokens, or [2, layers, 0, 0]. logits: float32 [vocabulary], written. like: an empty array of the weights' dtype.
+    inner: the MLP's width. group: query heads of a KV head.
     """
     layers, kv_heads, _ = head_table.shape
-    hidden, query_heads, dim = x.shape[0], scratch.shape[0], head_norms.shape[2]
-    group = query_heads // kv_heads
+    hidden, dim = x.shape[0], head_norms.shape[2]
+    query_heads = kv_heads * group
     normed, added = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
     rows = np.empty((query_heads + 2 * kv_heads) * dim, np.float32)
     query, key, value = rows[: query_heads * dim], rows[query_heads * dim : -kv_heads * dim], rows[-kv_heads * dim :]
-    top, total = np.empty((query_heads, threads), np.float32), np.empty((query_heads, threads), np.float32)
-    parts = np.empty((query_heads, threads, dim), np.float32)
+    top, total = np.empty((kv_heads, threads, group), np.float32), np.empty((kv_heads, threads, group), np.float32)
+    parts = np.empty((kv_heads, threads, group, dim), np.float32)
     attended = np.empty((query_heads, dim), np.float32)
     by_head, flat = query.reshape((kv_heads, group, dim)), attended.reshape(-1)
     turned = np.empty((kv_heads, group if turns.shape[2] else 0, dim), np.float32)
@@ -368,23 +330,15 @@ def run(
             place = slice(head * dim, (head + 1) * dim)
             _enter(head_table[layer, head], key[place], value[place], like)
         for part in prange(threads):
+            scratch = np.empty((group, BLOCK), np.float32)
             for head in range(kv_heads):
-                of = slice(head * group, (head + 1) * group)
-                out = parts[of, part]
-                _attend(
-                    head_table[layer, head],
-                    like,
-                    by_head[head],
-                    turned[head],
-                    scratch[of],
-                    top[of, part],
-                    total[of, part],
-                    out,
-                    part,
-                    threads,
-                )
-        for head in range(query_heads):
-            _combine(top[head], total[head], parts[head], attended[head])
+                sums = top[head, part], total[head, part], parts[head, part]
+                of = head_table[layer, head], like, by_head[head], turned[head], 1, scratch
+                _attend(*of, *sums, part, threads)
+        for head in range(kv_heads):
+            for row in range(group):
+                result = attended[head * group + row]
+                _combine(top[head, :, row], total[head, :, row], parts[head, :, row], result)
         for part in prange(threads):
             _times(own[_OUTPUT], like, flat, added, part, threads)
         for n in range(hidden):
@@ -395,7 +349,7 @@ def run(
             _times(own[_UP], like, normed, up, part, threads)
             start, end = _share(inner, part, threads)
             for n in range(start, end):
-                up[n] *= gate[n] / (np.float32(1) + _exp(-gate[n]))
+                up[n] *= gate[n] / (np.float32(1) + exp(-gate[n]))
         for part in prange(threads):
             _times(own[_DOWN], like, up, added, part, threads)
         for n in range(hidden):

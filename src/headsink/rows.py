@@ -1,10 +1,78 @@
-"""Attention of grouped queries over keys that lie ready, in plain torch: the queries of a KV head are rows of one product."""
+"""Attention of grouped queries over keys that lie ready: the queries of a KV head are rows of one product.
+
+In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads keys and values once, as they lie.
+"""
 
 from __future__ import annotations
 
+import threading
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FEW = 16  # tokens that go through the kernel at once
+turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
+
+
+@cache
+def compiled() -> bool:
+    """Whether there is what the kernels need."""
+    return find_spec("numba") is not None
+
+
+def can_run(tensor: Tensor) -> bool:
+    """Whether the kernels take tensors like this one."""
+    return (
+        compiled()
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def attend_table(
+    table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
+) -> Tensor:
+    """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
+    value: [batch, heads, 1, dim], of one token that comes in before."""
+    from headsink import kernels
+
+    dim = query.shape[3]
+    rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
+    out = torch.empty_like(rows)
+    none = rows.new_empty(0, dim)
+    new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
+    like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
+    with turn:
+        kernels.attend(
+            table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), torch.get_num_threads()
+        )
+    return out.view_as(query).to(query.dtype)
+
+
+def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float) -> Tensor | None:
+    """Attention of the last tokens over buffers up to slot `end`, the last of which are their own; None if it cannot be done.
+
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
+    """
+    batch, heads, slots, dim = keys.shape
+    whole = all(buffer.is_contiguous() for buffer in (keys, values, visible))
+    if not can_run(query) or query.shape[2] > FEW or end == 0 or not whole:
+        return None
+    from headsink.kernels import Field
+
+    table = np.zeros((batch * heads, len(Field)), np.int64)
+    number = np.arange(batch * heads) * slots
+    for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values)):
+        table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
+    table[:, Field.VISIBLE] = visible.data_ptr() + number
+    table[:, Field.END] = end
+    return attend_table(table, query, query.shape[2], scaling)
 
 
 def attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -9,7 +9,12 @@ is kept does not change with the query, as in KVzip (arXiv 2505.23416), but take
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,26 +62,39 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     scores of keys in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding). A key is there
     while fewer than this number of `leaving` have left; those that leave are there from then on, or never.
     """
-    rows = zip(held.flatten(0, -2).tolist(), leaving.flatten(0, -2).tolist(), strict=True)
-    found = torch.tensor([_lifetimes(*row, floating) for row in rows], dtype=torch.long, device=leaving.device)
-    return found.view(*leaving.shape[:-1], held.shape[-1] + leaving.shape[-1])
+    before, after = (scores.flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
+    ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
+    one = _compiled() if find_spec("numba") else _lifetimes
+    for row in range(len(ends)):
+        one(before[row], after[row], floating, ends[row])
+    return torch.from_numpy(ends).to(leaving.device).view(*leaving.shape[:-1], -1)
 
 
-def _lifetimes(held: list[float], leaving: list[float], floating: int) -> list[int]:
-    """Of one head. The floating keys are a heap with the lowest score in front, so that each step takes next to nothing."""
-    ends = [len(leaving) + 1] * (len(held) + len(leaving))
-    heap = [(score, key) for key, score in enumerate(held)]
+def _lifetimes(held: Any, leaving: Any, floating: int, ends: Any) -> None:
+    """Of one head: float64 [f'] and [c], written int64 [f' + c]. The floating keys are a heap with the lowest score in front, so
+    that each step takes next to nothing."""
+    first, heap = len(held), [(held[key], key) for key in range(len(held))]
     heapq.heapify(heap)
-    while heap and (heap[0][0] == NONE or len(heap) > floating):
+    ends[:] = len(leaving) + 1
+    while len(heap) and (heap[0][0] == NONE or len(heap) > floating):
         ends[heapq.heappop(heap)[1]] = 0
-    for left, (key, score) in enumerate(enumerate(leaving, len(held)), 1):
+    for left in range(len(leaving)):
+        score, key = leaving[left], first + left
         if score == NONE or floating == 0:
-            ends[key] = left
+            ends[key] = left + 1
         elif len(heap) < floating:
             heapq.heappush(heap, (score, key))
         else:
-            ends[heapq.heappushpop(heap, (score, key))[1]] = left
-    return ends
+            ends[heapq.heappushpop(heap, (score, key))[1]] = left + 1
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    """The same, ten times sooner."""
+    from numba import njit
+
+    found: Callable[..., None] = njit(cache=True, nogil=True)(_lifetimes)
+    return found
 
 
 def best(held: Tensor, leaving: Tensor, gone: Tensor, floating: int) -> Tensor:

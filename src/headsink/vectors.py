@@ -1,0 +1,286 @@
+"""What the compiled kernels are made of: bfloat16 and addresses, and sums of products sixteen at a time.
+
+numba knows no bfloat16, and how it turns loops into vector instructions is its own affair. Both are said here in LLVM's terms
+(which fit any processor): vectors of sixteen float32 numbers, several sums in registers at once. Matrices and vectors are given
+by their addresses; a matrix holds elements of the dtype of the array `like`, float32 or uint16 for bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities are real here
+_I32, _F32, _I16 = ir.IntType(32), ir.FloatType(), ir.IntType(16)
+
+
+@intrinsic
+def pointer(context: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to elements of the dtype of the array `like`."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic
+def wide(context: Any, value: Any) -> Any:
+    """float32 of a float32, or of a bfloat16 that is held as uint16."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if value == types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(context: Any, value: Any, like: Any) -> Any:
+    """A float32 as an element of the array `like`, rounded to the nearest even bfloat16 if that is what it holds."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if like.dtype == types.float32:
+            return arguments[0]
+        bits = builder.bitcast(arguments[0], _I32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
+
+    return like.dtype(types.float32, like), generate
+
+
+@intrinsic
+def _power_of_two(context: Any, exponent: Any) -> Any:
+    """2 to the power of an int32 between -126 and 127, as float32."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(arguments[0], ir.Constant(_I32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=FAST)
+def exp(x: Any) -> Any:
+    """e^x within 3e-7 of its value, x taken between -87 and 88. Unlike a call of the mathematics library it is vectorised."""
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    return p * _power_of_two(np.int32(n))
+
+
+LANES = 16  # numbers in a vector
+_I64, _VECTOR = ir.IntType(64), ir.VectorType(_F32, LANES)
+_VECTOR_SUM = f"llvm.vector.reduce.fadd.v{LANES}f32"
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+def _lanes(builder: Any, address: Any, narrow: bool) -> Any:
+    """The vector of float32 at an address, widened if it is bfloat16 there."""
+    if not narrow:
+        return builder.load(builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
+    short = builder.load(builder.inttoptr(address, ir.VectorType(_I16, LANES).as_pointer()), align=2)
+    wide = ir.VectorType(_I32, LANES)
+    return builder.bitcast(builder.shl(builder.zext(short, wide), ir.Constant(wide, [16] * LANES)), _VECTOR)
+
+
+def _add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
+    """total += a b, where `total` is a place on the stack, which the compiler turns into a register."""
+    product = builder.fmul(a, b, flags=("contract",))
+    builder.store(builder.fadd(product, builder.load(total), flags=("contract", "reassoc")), total)
+
+
+def _dots(rows: int) -> Callable[..., None]:
+    """Products of four rows of a matrix with `rows` vectors, as far as whole vectors of sixteen go."""
+
+    @intrinsic
+    def products(context: Any, matrix: Any, like: Any, columns: Any, vectors: Any, out: Any, stride: Any) -> Any:
+        narrow = like.dtype != types.float32
+        size = 2 if narrow else 4
+
+        def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at, _, length, given, written, apart = arguments
+            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(4)] for _ in range(rows)]
+            for total in chain.from_iterable(sums):  # on the stack once, set to zero every time
+                builder.store(zero, total)
+            with cgutils.for_range(builder, builder.udiv(length, _number(LANES))) as loop:
+                first = builder.mul(loop.index, _number(LANES))
+
+                def place(base: Any, row: int, width: int) -> Any:
+                    column = builder.add(builder.mul(length, _number(row)), first)
+                    return builder.add(base, builder.mul(column, _number(width)))
+
+                held = [_lanes(builder, place(at, row, size), narrow) for row in range(4)]
+                for row in range(rows):
+                    vector = _lanes(builder, place(given, row, 4), False)
+                    for n in range(4):
+                        _add_product(builder, held[n], vector, sums[row][n])
+            kind = ir.FunctionType(_F32, [_F32, _VECTOR])
+            add_up = cgutils.get_or_insert_function(builder.module, kind, _VECTOR_SUM)
+            for row in range(rows):
+                for n in range(4):
+                    found = builder.call(
+                        add_up, [ir.Constant(_F32, 0.0), builder.load(sums[row][n])], fastmath=("reassoc",)
+                    )
+                    number = builder.add(builder.mul(apart, _number(row)), _number(n))
+                    where = builder.add(written, builder.mul(number, _number(4)))
+                    builder.store(found, builder.inttoptr(where, _F32.as_pointer()), align=4)
+            return target.get_dummy_value()
+
+        return types.none(types.int64, like, types.int64, types.int64, types.int64, types.int64), generate
+
+    return products  # type: ignore[no-any-return]
+
+
+def _weigh(rows: int, chunks: int) -> Callable[..., None]:
+    """Rows of a matrix, in `chunks` vectors of sixteen, added to `rows` sums, each with a weight of its own."""
+
+    @intrinsic
+    def weighted(
+        context: Any, matrix: Any, like: Any, columns: Any, weights: Any, stride: Any, count: Any, out: Any
+    ) -> Any:
+        narrow = like.dtype != types.float32
+        size = 2 if narrow else 4
+
+        def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at, _, length, given, apart, number, written = arguments
+
+            def place(row: int, chunk: int) -> Any:
+                column = builder.add(builder.mul(length, _number(row)), _number(LANES * chunk))
+                return builder.add(written, builder.mul(column, _number(4)))
+
+            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(chunks)] for _ in range(rows)]
+            for row in range(rows):
+                for chunk in range(chunks):
+                    builder.store(_lanes(builder, place(row, chunk), False), sums[row][chunk])
+            with cgutils.for_range(builder, number) as loop:
+                begin = builder.add(at, builder.mul(loop.index, builder.mul(length, _number(size))))
+                held = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), narrow) for n in range(chunks)]
+                for row in range(rows):
+                    which = builder.add(builder.mul(apart, _number(row)), loop.index)
+                    where = builder.add(given, builder.mul(which, _number(4)))
+                    weight = builder.load(builder.inttoptr(where, _F32.as_pointer()), align=4)
+                    empty = ir.Constant(_VECTOR, ir.Undefined)
+                    one = builder.insert_element(empty, weight, ir.Constant(_I32, 0))
+                    same = builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+                    for chunk in range(chunks):
+                        _add_product(builder, held[chunk], same, sums[row][chunk])
+            for row in range(rows):
+                for chunk in range(chunks):
+                    pointer = builder.inttoptr(place(row, chunk), _VECTOR.as_pointer())
+                    builder.store(builder.load(sums[row][chunk]), pointer, align=4)
+            return target.get_dummy_value()
+
+        kinds = types.int64, like, types.int64, types.int64, types.int64, types.int64, types.int64
+        return types.none(*kinds), generate
+
+    return weighted  # type: ignore[no-any-return]
+
+
+_dots1, _dots2, _dots3, _dots4 = (_dots(rows) for rows in (1, 2, 3, 4))
+_wide1, _wide2, _wide3, _wide4 = (_weigh(rows, 4) for rows in (1, 2, 3, 4))
+_thin1, _thin2, _thin3, _thin4 = (_weigh(rows, 1) for rows in (1, 2, 3, 4))
+
+
+@njit(fastmath=FAST)
+def _dot(matrix: Any, like: Any, columns: Any, vector: Any, begin: Any) -> Any:
+    """The product of a row of a matrix with a vector, from column `begin` on."""
+    row, given = carray(pointer(matrix, like), columns), carray(pointer(vector, np.empty(0, np.float32)), columns)
+    total = np.float32(0)
+    for n in range(begin, columns):
+        total += wide(row[n]) * given[n]
+    return total
+
+
+@njit(fastmath=FAST)
+def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any) -> None:
+    """Products of `count` rows of a matrix, `columns` long, with `rows` vectors of float32, one after the other.
+
+    Written: float32 out[r x stride + n], of vector r and row n of the matrix.
+    """
+    width, whole = columns * like.itemsize, columns // LANES * LANES
+    first = 0
+    while first < count and count >= 4:
+        at = min(first, count - 4)  # the last four may be some of those before
+        row = 0
+        while row < rows:
+            four, given, to = matrix + at * width, vectors + row * columns * 4, out + (row * stride + at) * 4
+            if rows - row >= 4:
+                _dots4(four, like, columns, given, to, stride)
+            elif rows - row == 3:
+                _dots3(four, like, columns, given, to, stride)
+            elif rows - row == 2:
+                _dots2(four, like, columns, given, to, stride)
+            else:
+                _dots1(four, like, columns, given, to, stride)
+            row += 4
+        first += 4
+    if count < 4 or whole < columns:
+        written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
+        for row in range(rows):
+            for n in range(count):
+                begin = whole if count >= 4 else 0
+                rest = _dot(matrix + n * width, like, columns, vectors + row * columns * 4, begin)
+                written[row * stride + n] = rest + (written[row * stride + n] if count >= 4 else np.float32(0))
+
+
+@njit(fastmath=FAST)
+def add_weighted(
+    matrix: Any, like: Any, count: Any, columns: Any, weights: Any, rows: Any, stride: Any, out: Any
+) -> None:
+    """out[r] += the sum of `count` rows of a matrix, `columns` long, row n times float32 weights[r x stride + n]."""
+    size, row = like.itemsize, 0
+    while row < rows:
+        given, left, column = weights + row * stride * 4, rows - row, 0
+        while column + LANES <= columns:
+            at, to = matrix + column * size, out + (row * columns + column) * 4
+            if column + 4 * LANES <= columns:
+                if left >= 4:
+                    _wide4(at, like, columns, given, stride, count, to)
+                elif left == 3:
+                    _wide3(at, like, columns, given, stride, count, to)
+                elif left == 2:
+                    _wide2(at, like, columns, given, stride, count, to)
+                else:
+                    _wide1(at, like, columns, given, stride, count, to)
+                column += 4 * LANES
+            else:
+                if left >= 4:
+                    _thin4(at, like, columns, given, stride, count, to)
+                elif left == 3:
+                    _thin3(at, like, columns, given, stride, count, to)
+                elif left == 2:
+                    _thin2(at, like, columns, given, stride, count, to)
+                else:
+                    _thin1(at, like, columns, given, stride, count, to)
+                column += LANES
+        row += 4
+    whole = columns // LANES * LANES
+    if whole < columns:
+        held = carray(pointer(matrix, like), (count, columns))
+        shares = carray(pointer(weights, np.empty(0, np.float32)), (rows, stride))
+        written = carray(pointer(out, np.empty(0, np.float32)), (rows, columns))
+        for one in range(rows):
+            for n in range(count):
+                for column in range(whole, columns):
+                    written[one, column] += shares[one, n] * wide(held[n, column])
