@@ -11,9 +11,8 @@ from plans import QUALITY, random_plan
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, kernels
-from headsink.decode import decode, decoding, prepare, refusal
+from headsink.decode import AHEAD, decode, decoding, prepare, refusal
 from headsink.generation import empty_cache
-from headsink.layout import AHEAD
 from headsink.plan import Quality
 
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")

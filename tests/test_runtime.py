@@ -429,3 +429,25 @@ def test_a_text_beyond_the_verified_length_is_warned_of_once(recwarn):
     assert not recwarn.list
     with headsink.apply(model, verified), pytest.warns(UserWarning, match="has 80 tokens"):
         model(inputs_embeds=model.get_input_embeddings()(torch.cat([ids, ids], 1)))
+
+
+@pytest.mark.parametrize("kind", ["plan", "full", "endless"])
+def test_nothing_is_left_behind_by_200_calls(kind):
+    """Of any tensor, and of what Python holds, from the twentieth call on."""
+    model = tiny("llama")
+    plan = {
+        "plan": random_plan(model, 3),
+        "full": Plan.full(model),
+        "endless": Plan.uniform(model, Pattern(2, 0, 9), positions="cache"),
+    }[kind]
+    ids, sizes = torch.randint(3, 211, (1, 30)), []
+    for number in range(200):
+        with headsink.apply(model, plan):
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+        if number in (19, 199):
+            gc.collect()
+            tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+            sizes.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors), len(gc.get_objects())))
+    assert sizes[1][:2] == sizes[0][:2]
+    assert sizes[1][2] - sizes[0][2] < 200
+    assert not model.model._forward_pre_hooks

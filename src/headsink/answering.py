@@ -72,6 +72,13 @@ def generate(
     raw: Raw = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     temperature: Temperature = 0.0,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless",
+            help="The plan drafts and the model verifies: its own text, faster at most; the full KV cache is kept too.",
+        ),
+    ] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -82,6 +89,8 @@ def generate(
         raise HeadsinkError(
             "prefix: it has a plan, a document and a format of its own; leave out --plan, --file, --raw"
         )
+    if lossless and plan_file is None:
+        raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE")
     text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
         text = sys.stdin.read()
@@ -110,6 +119,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         show=None if as_json else show.write,
+        lossless=lossless,
     )
     if as_json:
         files = {"plan": str(plan_file) if plan_file else None, "prefix": str(prefix) if prefix else None}

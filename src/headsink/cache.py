@@ -110,7 +110,7 @@ class PlanLayer(CacheLayerMixin):
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:
-            self.layout = Layout(self.groups)
+            self.layout = Layout(self.groups, 1)
         table = self.layout.at(length)
         for group in self.groups:
             group.length += 1

@@ -25,6 +25,7 @@ from headsink.errors import HeadsinkError
 from headsink.models import dtype_name
 from headsink.rows import turn
 
+AHEAD = 64  # tokens that buffers and positions are made ready for at once
 # The same layer, with or without biases and norms of queries and keys.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -200,7 +201,7 @@ class Decoder:
         length = self.length
         self.laid.advance(self.heads, self.window, self.anchors, self.start, length)
         logits = torch.empty(1, self.vocabulary)
-        place = length - self.ready + self.laid.AHEAD
+        place = length - self.ready + AHEAD
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
@@ -241,10 +242,10 @@ class Decoder:
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
         self.settle()
-        self.ready = self.length + self.laid.AHEAD
+        self.ready = self.length + AHEAD
         positions = torch.arange(self.length, self.ready)[None]
         self.cos, self.sin = self._rotation(positions)
-        layouts = [self.laid.Layout(layer.groups) for layer in self.layers]
+        layouts = [self.laid.Layout(layer.groups, AHEAD) for layer in self.layers]
         self.heads = np.stack([layout.table[0] for layout in layouts])
         self.window, self.anchors, self.start = (
             np.stack([getattr(layout, name) for layout in layouts]) for name in ("window", "anchors", "start")

@@ -24,13 +24,15 @@ from headsink.decode import decode, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, compress_into, new_cache
+from headsink.speculate import Speculation, generate_lossless
 
 MARK = "\ue000"  # of the characters for private use: where a document ends within the chat format
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A continuation and what it took. Times in seconds; kv_bytes is what the cache holds at the end."""
+    """A continuation and what it took. Times in seconds; kv_bytes is what the cache holds at the end, in lossless mode both.
+    acceptance: in lossless mode, the share of drafted tokens that were the model's own; None if none was drafted."""
 
     text: str
     ids: list[int]
@@ -38,6 +40,7 @@ class Generated:
     first_token_s: float
     steps_s: list[float]  # of each token after the first
     kv_bytes: int
+    acceptance: float | None = None
 
     @property
     def token_s(self) -> float | None:
@@ -89,14 +92,16 @@ def generate(
     temperature: float = 0.0,
     show: Callable[[str], None] | None = None,
     compiled: bool = True,
+    lossless: bool = False,
     **options: Any,
 ) -> Generated:
     """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
 
     If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
     cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
-    compiled: under a plan, decode by our own step (decode.py) where that can run the model. options: passed on to
-    `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
+    compiled: under a plan, decode by our own step (decode.py) where that can run the model. lossless: the plan only drafts
+    (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the
+    model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")
@@ -112,6 +117,10 @@ def generate(
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
+    if lossless:
+        if plan is None or cache.get_seq_length():
+            raise HeadsinkError("lossless: give a plan that drafts, and no cache")
+        return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
     if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
         options = {"custom_generate": partial(decode, streamer=clock), **options}
         prepare(model)
@@ -136,6 +145,21 @@ def generate(
         first_token_s=times[0] - start,
         steps_s=[later - earlier for earlier, later in pairwise(times)],
         kv_bytes=nbytes(cache),
+    )
+
+
+def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generated:
+    told, start = Speculation(), time.perf_counter()
+    mask = torch.ones_like(text)
+    generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=told, **options)
+    return Generated(
+        text=clock.text(),
+        ids=clock.ids,
+        prompt_tokens=text.shape[1],
+        first_token_s=clock.times[0] - start,
+        steps_s=[later - earlier for earlier, later in pairwise(clock.times)],
+        kv_bytes=told.kv_bytes,
+        acceptance=told.acceptance,
     )
 
 

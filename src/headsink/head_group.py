@@ -31,6 +31,7 @@ from headsink.rows import attend_few, attend_rows, attend_turned
 from headsink.scores import NONE, key_scores, lifetimes
 
 QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
+FOREVER = 2**62
 GROWTH = 128  # slots that a ring grows by until it is as long as its window
 
 
@@ -332,6 +333,18 @@ class HeadGroup:
         self._grow(end if self.window is None else min(self.window, end))
         if self.window is not None and self.pattern.floating and end > self.window:
             self._grow_floating(end - self.window)
+
+    @property
+    def room(self) -> int:
+        """The first column that there is no room for, as many as may come if the buffers need not grow any more."""
+        ring, until = self.keys.shape[2] - self.anchors, FOREVER
+        if self.window is None:
+            return self.start + ring
+        if ring < self.window:
+            until = ring
+        if self.scores.shape[2] < self.pattern.floating:
+            until = min(until, self.window + self.scores.shape[2])
+        return until
 
     def _grow(self, needed: int) -> None:
         """Make the ring at least `needed` slots long, in steps, up to the window."""

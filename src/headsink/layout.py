@@ -7,24 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from headsink.head_group import HeadGroup
+from headsink.head_group import FOREVER, HeadGroup
 from headsink.kernels import Field
-
-AHEAD = 64  # tokens that buffers are made ready for at once
-FOREVER = 2**62
 
 
 class Layout:
     """The heads of some groups, of every text of a batch. table: int64 [texts, KV heads, len(Field)]. Addresses are read once:
-    the buffers must stay where they are; there is room in them for `AHEAD` more tokens.
+    the buffers must stay where they are. They are made ready for so many tokens; until: the column that they have no room for.
     """
 
-    def __init__(self, groups: Sequence[HeadGroup]):
+    def __init__(self, groups: Sequence[HeadGroup], tokens: int):
         heads, texts = sum(len(group.heads) for group in groups), len(groups[0].keys)
         self.table: Any = np.full((texts, heads, len(Field)), -1)
         self.window, self.anchors, self.start = np.zeros((3, heads), np.int64)
         for group in groups:
-            group.make_room(AHEAD)
+            group.make_room(tokens)
             own = group.heads
             for field in (Field.KEYS, Field.VALUES, Field.VISIBLE, Field.SCORES):
                 buffer = (group.keys, group.values, group.visible, group.scores)[field]
@@ -37,7 +34,7 @@ class Layout:
             self.table[:, own, Field.FLOATING] = group.scores.shape[-1]
             self.window[own] = FOREVER if group.window is None else group.window
             self.anchors[own], self.start[own] = group.anchors, group.start
-        self.until = groups[0].length + AHEAD
+        self.until = min(group.room for group in groups)
 
     def at(self, length: int) -> Any:
         """The table for a token that comes as column `length`."""

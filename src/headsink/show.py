@@ -270,10 +270,11 @@ def generated_json(done: Generated) -> dict[str, Any]:
 
 
 def generated(done: Generated) -> str:
+    drafted = "" if done.acceptance is None else f"; {done.acceptance:.0%} of what the plan drafted was right"
     per_token = "" if done.token_s is None else f", {1000 * done.token_s:.1f} ms per token"
     return (
         f"{done.prompt_tokens} tokens read, {len(done.ids)} written; first after {done.first_token_s:.2f} s{per_token}; "
-        f"KV cache {done.kv_bytes / MEGABYTE:.1f} MB"
+        f"KV cache {done.kv_bytes / MEGABYTE:.1f} MB{drafted}"
     )
 
 

@@ -163,7 +163,6 @@ def _loop(
     if streamer is not None and len(input_ids) > 1:
         raise HeadsinkError("lossless: a streamer takes one text")
     everything = Plan.full(model)
-    pick = _sampled if generation_config.do_sample else _greedy
     with torch.no_grad(), apply(model, everything):
         full = new_cache(model, everything)
         given_mask = given.get("attention_mask")
@@ -171,9 +170,16 @@ def _loop(
         places = (mask.cumsum(1) - 1).clamp(min=0)
         if input_ids.shape[1] > 1:
             _forward(model, full, input_ids[:, :-1], places[:, :-1], attention_mask=mask[:, :-1], logits_to_keep=1)
-        draft = _kept(model, plan, full)
-        state = _State(input_ids, places[:, -1], full, draft)
-        state.run(model, partial(_processed, logits_processor), pick, stopping_criteria, streamer, fixed, told)
+        draft = kept(model, plan, full)
+        state = Lossless(model, input_ids, places[:, -1], full, draft)
+        state.run(
+            partial(_processed, logits_processor),
+            stopping_criteria,
+            sample=generation_config.do_sample,
+            drafted=fixed,
+            told=told,
+            streamer=streamer,
+        )
     told.kv_bytes = full.nbytes() + draft.nbytes()
     if streamer is not None:
         streamer.end()
@@ -182,34 +188,39 @@ def _loop(
     return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=padding or 0)
 
 
-class _State:
+class Lossless:
     """Texts on their way. texts: int64 [tokens] each; place: int64 [rows], of the last token of those that go on, which neither
-    cache has seen yet."""
+    cache has seen yet. full, draft: what the model and the plan hold of all before it (`kept`)."""
 
-    def __init__(self, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
-        self.texts, self.place, self.full, self.draft = list(input_ids), place, full, draft
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
+        self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
         self.rows = list(range(len(input_ids)))  # those that go on
         # A layer that slides by itself has no unseen columns: there all rows go as far as the slowest.
         self.ragged = all(isinstance(layer, PlanLayer) for layer in full.layers)
 
     def run(
         self,
-        model: PreTrainedModel,
         processed: Callable[[Tensor, Tensor], Tensor],
-        pick: Callable[..., tuple[list[int], int]],
         stop: Any,
-        streamer: Any,
-        fixed: int | None,
+        *,
+        sample: bool,
+        drafted: int | None,
         told: Speculation,
+        streamer: Any = None,
     ) -> None:
-        pace = Pace()
+        """Go on until all texts end.
+
+        processed: of a text and [vocabulary] logits, the logits to choose by; stop: transformers' stopping criteria; drafted:
+        tokens of every round, None for as many as pay.
+        """
+        pick, pace, fixed = _sampled if sample else _greedy, Pace(), drafted
         while self.rows:
             drafted = pace.choose() if fixed is None else fixed
             start = time.perf_counter()
-            tokens, proposals = self._draft(model, drafted, processed, pick)
+            tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
             places = self.place[:, None] + torch.arange(drafted + 1, device=self.place.device)
-            logits = _forward(model, self.full, tokens, places).float()
+            logits = _forward(self.model, self.full, tokens, places).float()
             found = []
             for row, text in enumerate(self.rows):
                 guesses = tokens[row, 1:]
@@ -221,22 +232,22 @@ class _State:
             pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in found) / len(found))
             told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(found)
             told.lengths.append(drafted)
-            kept = []
+            going = []
             for row, (accepted, last) in enumerate(found):
                 if not self.ragged and len(accepted) > least:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
-                kept.append(self._enter(row, [*accepted, last], stop, streamer))
-            self._settle(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], kept)
+                going.append(self._enter(row, [*accepted, last], stop, streamer))
+            self._settle(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], going)
 
     def _draft(
-        self, model: PreTrainedModel, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
+        self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
     ) -> tuple[Tensor, list[list[Tensor]]]:
         """Tokens, int64 [rows, 1 + count], the last one of each text first, and the distributions that they were drawn from."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
         for n in range(count):
-            logits = _forward(model, self.draft, tokens[:, -1:], self.place[:, None] + n).float()[:, -1]
+            logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[:, None] + n).float()[:, -1]
             own = [
                 processed(torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
@@ -284,7 +295,7 @@ def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, places: Tens
     return found
 
 
-def _kept(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
+def kept(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
     """What the plan keeps of what the model has read; nothing of it is let go any more, and tokens can be taken back."""
     draft = new_cache(model, plan)
     for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):
