@@ -81,6 +81,8 @@ def lossless(
 def row_of(cache: PlanCache, row: int) -> PlanCache:
     one = copy.deepcopy(cache)
     one.batch_select_indices(torch.tensor([row]))
+    for layer in one.layers:
+        layer.record_past = False  # type: ignore[attr-defined]
     return one
 
 

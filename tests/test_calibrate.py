@@ -164,6 +164,16 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
         calibration.plan(0.05)
 
 
+@pytest.mark.parametrize("budget", [0.25, 1.0])
+def test_windows_can_count_positions_in_the_cache(budget, make):
+    method = Method(policy="streaming-llm", positions="cache")
+    plan = make(model=tiny("llama"), budget=budget, method=method)
+    assert plan.positions == "cache"
+    assert set(plan.counts()) == {f"4+0f+{int(budget * CONTEXT) - 4}"}
+    with pytest.raises(HeadsinkError, match="positions: only windows"):
+        Method(positions="cache")
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, monkeypatch):
     """Not worse on the replays than by need, where keys have the scores of the retelling; and resumed if stopped."""

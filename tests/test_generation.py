@@ -8,6 +8,7 @@ from reference import reference_logits
 from transformers import DynamicCache
 
 import headsink
+from headsink import HeadsinkError
 from headsink.generation import Conversation, generate
 
 
@@ -56,3 +57,16 @@ def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
     second = talk.ask("And what else?")
     assert talk.cache is cache
     assert follows(model, plan, talk.ids, second.ids, first.prompt_tokens - 1)
+
+
+def test_lossless_generation_is_the_models_own(tiny_folder):
+    model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    plan, ids = random_plan(model, 4), tokenizer("What is in the box? " * 20)["input_ids"]
+    own = generate(model, tokenizer, ids, max_new_tokens=12)
+    done = generate(model, tokenizer, ids, plan, max_new_tokens=12, lossless=True)
+    assert done.ids == own.ids
+    assert len(done.steps_s) == 11
+    assert done.acceptance is None or 0 <= done.acceptance <= 1
+    assert done.kv_bytes > own.kv_bytes  # both caches
+    with pytest.raises(HeadsinkError, match="lossless: give a plan that drafts"):
+        generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)

@@ -1,5 +1,6 @@
 """A model under a plan equals the reference, however the text is fed; an all-full plan is the model."""
 
+import copy
 import gc
 import threading
 
@@ -203,6 +204,22 @@ def test_a_short_text_holds_no_slots_for_floating_keys_of_a_long_one():
     for tokens, slots in ((10, 18), (18, 18 + 128), (140, 18 + 128), (150, 18 + 256), (500, 18 + 400)):
         cache = feed(model, plan, torch.randint(3, 211, (1, tokens)), [tokens - 2, 1])[1]
         assert [layer.groups[0].keys.shape[2] for layer in cache.layers] == [slots] * 3
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_copy_of_a_cache_goes_its_own_way(tokens):
+    """As transformers' own examples do with a prompt that many texts begin with."""
+    model, plan = tiny("llama"), random_plan(tiny("llama"), 7)
+    ids, other = torch.randint(3, 211, (1, 60)), torch.randint(3, 211, (1, 30))
+    rests = other, ids[:, 30:]
+    expected = [reference_logits(model, plan, torch.cat([ids[:, :30], rest], 1))[:, 30:] for rest in rests]
+    _, cache = feed(model, plan, ids[:, :30], [20, 1])
+    copied = copy.deepcopy(cache)
+    for one, rest, wanted in zip((copied, cache), rests, expected, strict=True):
+        with headsink.apply(model, plan), torch.no_grad():
+            found = [model(part, past_key_values=one).logits for part in rest.split(tokens, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), wanted, **TOLERANCE)
+    assert copied.layers[0].config is cache.layers[0].config
 
 
 @pytest.mark.parametrize("hold", [None, 30])

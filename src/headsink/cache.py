@@ -7,6 +7,7 @@ function (attention.py) asks it for the output.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,17 @@ class PlanLayer(CacheLayerMixin):
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
         self.recording = self.held = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
+        """A copy that goes its own way, of the same model."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared = {"config": self.config, "layout": None}  # addresses are of the original's buffers
+        copied.__dict__ |= {
+            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in shared
+        }
+        copied.__dict__ |= shared
+        return copied
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
