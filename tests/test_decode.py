@@ -129,6 +129,7 @@ def generate(**options):
         {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
         {"do_sample": False, "eos_token_id": list(range(3, 60))},
+        {"do_sample": False, "prefill_chunk_size": 7},
     ],
 )
 def test_generate_gives_the_same_text(options):

@@ -282,6 +282,13 @@ GENERATE = {
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "chunked prefill": {"do_sample": False, "prefill_chunk_size": 16},
+    "processors": {
+        "do_sample": False,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[7], [9, 11]],
+    },
+    "end of text": {"do_sample": False, "eos_token_id": list(range(3, 40)), "pad_token_id": 0},
 }
 
 
@@ -311,7 +318,8 @@ def test_generate_with_a_plan_follows_the_reference(how):
     assert isinstance(result.past_key_values, headsink.cache.PlanCache)
     if how == "beams":
         return  # its logits are per beam and step; that the beams carry their caches is tested with the full plan
-    full_mask = torch.cat([mask, torch.ones(3, 12, dtype=mask.dtype)], 1)
+    new = len(result.logits)
+    full_mask = torch.cat([mask, torch.ones(3, new, dtype=mask.dtype)], 1)
     expected = reference_logits(model, plan, result.sequences, full_mask)[:, 60:-1]
     torch.testing.assert_close(torch.stack(result.logits, 1), expected, **TOLERANCE)
 
@@ -337,6 +345,30 @@ def test_assisted_decoding_equals_greedy_under_the_plan():
         cache = headsink.new_cache(model, plan)
         options = {"prompt_lookup_num_tokens": 4, "past_key_values": cache, "do_sample": False}
         assert torch.equal(model.generate(ids, max_new_tokens=20, **options), expected)
+
+
+def test_assisted_by_another_model_with_an_all_full_plan():
+    model, assistant = tiny("llama", seed=1), tiny("llama", seed=2)
+    ids = torch.randint(3, 211, (1, 40))
+    options = {"assistant_model": assistant, "max_new_tokens": 15, "do_sample": False}
+    expected = model.generate(ids, **options)
+    with headsink.apply(model, Plan.full(model)):
+        cache = headsink.new_cache(model, Plan.full(model))
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+
+
+def test_text_streams_and_stops_under_a_plan(smollm2):
+    from transformers import TextIteratorStreamer
+
+    model, tokenizer = smollm2
+    ids = tokenizer("One, two, three, four,", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 20, "do_sample": False, "stop_strings": ["eight"], "tokenizer": tokenizer}
+    expected = model.generate(ids, **options)
+    assert expected.shape[1] < ids.shape[1] + 20
+    with headsink.apply(model, Plan.full(model)):
+        streamer = TextIteratorStreamer(tokenizer)
+        assert torch.equal(model.generate(ids, streamer=streamer, **options), expected)
+    assert "".join(streamer) == tokenizer.decode(expected[0])
 
 
 def test_a_plain_forward_runs_under_the_plan():

@@ -78,8 +78,9 @@ def decode(
     cache = model_kwargs.get("past_key_values")
     with torch.no_grad():
         new = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
-        read = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = read.past_key_values, read.logits[:, -1].float()
+        for part in new.split(generation_config.prefill_chunk_size or new.shape[1], 1):
+            read = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = read.past_key_values, read.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
         with decoding(model, cache) as step:

@@ -26,6 +26,7 @@ from headsink.plan import Plan
 from headsink.runtime import apply, compress_into, new_cache
 from headsink.speculate import Speculation, generate_lossless
 
+CHUNK = 8192  # tokens of a prompt that are read at once: a streaming head never holds more than its window and these
 MARK = "\ue000"  # of the characters for private use: where a document ends within the chat format
 
 
@@ -117,6 +118,8 @@ def generate(
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
+    if plan is not None and len(ids) > CHUNK:
+        options = {"prefill_chunk_size": CHUNK, **options}
     if lossless:
         if plan is None or cache.get_seq_length():
             raise HeadsinkError("lossless: give a plan that drafts, and no cache")
