@@ -497,6 +497,7 @@ def test_nothing_is_left_behind_by_200_calls(kind):
             gc.collect()
             tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # not proxies of what is gone
             sizes.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors), len(gc.get_objects())))
-    assert sizes[1][:2] == sizes[0][:2]
+    assert sizes[1][0] <= sizes[0][0]
+    assert sizes[1][1] <= sizes[0][1]
     assert sizes[1][2] - sizes[0][2] < 200
     assert not model.model._forward_pre_hooks
