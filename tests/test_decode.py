@@ -106,6 +106,24 @@ def test_a_compressed_cache_goes_on_growing():
     same_state(*caches)
 
 
+def test_steps_and_passes_of_single_tokens_take_turns():
+    """Each makes room in buffers whose addresses the other has read."""
+    model = tiny("llama")
+    plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
+    ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        expected = model(ids, past_key_values=theirs).logits[0]
+        found = [model(ids[:, :100], past_key_values=ours).logits[0]]
+        for start in range(100, 160, 10):
+            found += [model(ids[:, n : n + 1], past_key_values=ours).logits[0] for n in range(start, start + 5)]
+            before = ours.layers[0].groups[0].keys
+            with decoding(model, ours) as step:
+                found += [step.run(token) for token in ids[0, start + 5 : start + 10].tolist()]
+            if start == 100:
+                assert ours.layers[0].groups[0].keys is not before
+    torch.testing.assert_close(torch.cat(found), expected, rtol=2e-4, atol=2e-4)
+
+
 @cache
 def generating():
     model = tiny("llama", seed=3)

@@ -132,9 +132,8 @@ def weights_hash(model: nn.Module, linears: bool = True) -> str:
     layers; without them it is also the same for a checkpoint whose linear layers are quantised.
     """
     digest = hashlib.sha256()
-    left_out = set(
-        getattr(model, "all_tied_weights_keys", {})
-    )  # an offloaded model has these twice, one in memory once
+    # An offloaded model has tied weights twice, one in memory once.
+    left_out = set(getattr(model, "all_tied_weights_keys", {}))
     if not linears:
         left_out |= _matrices(model)
     for name in sorted(name for name, _ in model.named_parameters() if name not in left_out):

@@ -246,6 +246,8 @@ class Decoder:
         self.ready = self.length + AHEAD
         positions = torch.arange(self.length, self.ready)[None]
         self.cos, self.sin = self._rotation(positions)
+        for layer in self.layers:
+            layer.layout = None  # buffers may move now, and it has their addresses
         layouts = [self.laid.Layout(layer.groups, AHEAD) for layer in self.layers]
         self.heads = np.stack([layout.table[0] for layout in layouts])
         self.window, self.anchors, self.start = (
