@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
 from headsink.rotary import turned_back
-from headsink.rows import attend_few, attend_rows, attend_turned
+from headsink.rows import attend_few, attend_rows, attend_tiles, attend_turned, can_run
 from headsink.scores import NONE, key_scores, lifetimes
 
 QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
@@ -93,7 +93,8 @@ class HeadGroup:
             self.enter(key, value)
             return self._attend_buffer(query, scaling)
         output, start = torch.empty_like(query), 0
-        if not self.length and self.padding is None and self.window is not None:
+        compiled = self.inverse is None and can_run(query)
+        if not self.length and self.padding is None and self.window is not None and not compiled:
             # The first queries of a text see all that is before them.
             start = self.pattern.size(query.shape[2])
             new = query[:, :, :start], key[:, :, :start], value[:, :, :start]
@@ -159,6 +160,8 @@ class HeadGroup:
         until = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end).flatten(
             0, 1
         )
+        if self.inverse is None and can_run(query):
+            return attend_tiles(query, keys, values, columns, until, end - query.shape[2], scaling)
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = query[:, :, start : start + QUERY_BLOCK]

@@ -75,6 +75,40 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     return attend_table(table, query, query.shape[2], scaling)
 
 
+def attend_tiles(
+    query: Tensor, keys: Tensor, values: Tensor, columns: Tensor, until: Tensor, first: int, scaling: float
+) -> Tensor:
+    """Attention of many tokens, each over the keys that it sees: the query of column c, the first of which is `first`, sees keys
+    with columns <= c < until.
+
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; columns: int64 [keys]; until: int64
+    [batch x heads, keys]. Zero where a query sees no key. For what `can_run` takes.
+    """
+    from headsink import prefill, tiles
+
+    grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
+    out = torch.empty_like(grouped)
+    pairs = tiles.PAIRED and query.dtype == torch.bfloat16 and query.shape[3] % 2 == 0
+    work: Any = np.empty(0, np.uint16 if pairs else np.float32)
+    with turn:
+        prefill.attend(
+            *(_numbers(t.detach().contiguous()) for t in (keys, values)),
+            *(t.int().contiguous().numpy() for t in (columns, until)),
+            _numbers(grouped),
+            first,
+            scaling,
+            work,
+            _numbers(out),
+            torch.get_num_threads(),
+        )
+    return out.view_as(query)
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """As numpy has it: bfloat16 as uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
 def attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention of grouped queries, each over the keys of its KV head.
 
