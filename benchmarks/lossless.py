@@ -118,7 +118,7 @@ def main() -> None:
             for n in range(batch)
         ]
         ids = torch.tensor(texts)
-        full = headsink.new_cache(model, everything)
+        full = headsink.new_cache(model, everything, exact=False)
         with torch.no_grad(), headsink.apply(model, everything):
             for start in range(0, arguments.context - 1, 1024):
                 chunk = ids[:, start : min(start + 1024, arguments.context - 1)]

@@ -48,9 +48,12 @@ class PlanLayer(CacheLayerMixin):
 
     is_compileable = False
 
-    def __init__(self, patterns: list[Pattern], weights: Tensor, config: Any, inverse: Tensor | None = None):
+    def __init__(
+        self, patterns: list[Pattern], weights: Tensor, config: Any, inverse: Tensor | None = None, exact: bool = True
+    ):
         super().__init__()
-        self.patterns, self.weights, self.config, self.inverse = patterns, weights, config, inverse
+        self.patterns, self.weights, self.config = patterns, weights, config
+        self.inverse, self.exact = inverse, exact
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
@@ -113,7 +116,7 @@ class PlanLayer(CacheLayerMixin):
             query.shape[2] == 1
             and padding is None
             and can_run(query)
-            and not (len(groups) == 1 and groups[0].pattern.full)  # which is to be the model itself
+            and not (len(groups) == 1 and groups[0].pattern.full and groups[0].exact)  # which is to be the model itself
             and not any(g.recording or g.padding is not None or g.inverse is not None for g in groups)
         )
 
@@ -144,7 +147,11 @@ class PlanLayer(CacheLayerMixin):
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
         self.layout = None
-        self.groups = [HeadGroup(p, heads, self.weights, key, padding, self.inverse) for p, heads in by_pattern.items()]
+        exact = self.exact and len(by_pattern) == 1
+        self.groups = [
+            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)
+            for pattern, heads in by_pattern.items()
+        ]
         for group in self.groups:
             group.recording = self.recording
 
@@ -237,15 +244,23 @@ class PlanLayer(CacheLayerMixin):
 class PlanCache(Cache):
     """The KV cache of one plan. An ordinary transformers `Cache`; `nbytes()` is the memory that it holds."""
 
-    def __init__(self, plan: Plan, config: Any, windows: tuple[int | None, ...], inverse: Tensor | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        config: Any,
+        windows: tuple[int | None, ...],
+        inverse: Tensor | None = None,
+        exact: bool = True,
+    ):
         layers: list[CacheLayerMixin] = []
         for index, (heads, window) in enumerate(zip(plan.layers, windows, strict=True)):
             if heads is None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
-                layers.append(PlanLayer([head.pattern for head in heads], plan.scores(index), config, inverse))
+                patterns = [head.pattern for head in heads]
+                layers.append(PlanLayer(patterns, plan.scores(index), config, inverse, exact))
         super().__init__(layers=layers)
-        self.plan = plan
+        self.plan, self.exact = plan, exact
 
     def hold(self) -> None:
         """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.

@@ -77,9 +77,11 @@ class _Clock(BaseStreamer):
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
 
-def empty_cache(model: PreTrainedModel, plan: Plan | None) -> Cache:
-    """A cache for the plan, or transformers' own if there is none."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True)) if plan is None else new_cache(model, plan)
+def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -> Cache:
+    """A cache for the plan (`new_cache`), or transformers' own if there is none."""
+    if plan is None:
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return new_cache(model, plan, exact)
 
 
 def generate(
@@ -100,16 +102,16 @@ def generate(
 
     If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
     cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
-    compiled: under a plan, decode by our own step (decode.py) where that can run the model. lossless: the plan only drafts
-    (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the
-    model.
+    compiled: under a plan, attend by our kernels and decode by our own step (decode.py), where those can run the model.
+    lossless: the plan only drafts (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty
+    prompt or one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")
     if max_new_tokens < 1:
         raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    cache = empty_cache(model, plan) if cache is None else cache
+    cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
     endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache"
     if len(ids) + max_new_tokens > longest and not endless:
         raise HeadsinkError(
@@ -226,7 +228,10 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []  # all tokens of the conversation so far, the model's own as it gave them
         self.text = ""  # the same as text, so that the next turn's prompt can be cut where it begins
-        self.cache = empty_cache(model, plan)
+        self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> Cache:
+        return empty_cache(self.model, self.plan, exact=not self.options.get("compiled", True))
 
     def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generated:
         """One turn. On an error or ctrl-C the conversation stays as it was before the turn, with a fresh cache."""
@@ -239,12 +244,12 @@ class Conversation:
         else:  # the chat format rewrites what was said: read it anew
             ids, self.cache = (
                 self.tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                empty_cache(self.model, self.plan),
+                self._empty_cache(),
             )
         try:
             answer = generate(self.model, self.tokenizer, ids, self.plan, cache=self.cache, show=show, **self.options)
         except BaseException:
-            self.cache, self.ids, self.text = empty_cache(self.model, self.plan), [], ""
+            self.cache, self.ids, self.text = self._empty_cache(), [], ""
             raise
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         self.ids = ids + answer.ids

@@ -27,11 +27,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
 from headsink.rotary import turned_back
-from headsink.rows import attend_few, attend_rows, attend_tiles, attend_turned, can_run
+from headsink.rows import FEW, attend_few, attend_rows, attend_tiles, attend_turned, can_run
 from headsink.scores import NONE, key_scores, lifetimes
 
 QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
-FOREVER = 2**62
+FOREVER = 2**31 - 1  # a column that never comes, also as int32
 GROWTH = 128  # slots that a ring grows by until it is as long as its window
 
 
@@ -47,7 +47,8 @@ class HeadGroup:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
     weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are counted in the cache, the
-    rotary pairs' inverse frequencies (rotary.py). Columns count from the start of the batch, positions from the row's first
+    rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything attend by the very call that
+    transformers makes, even where a kernel is sooner. Columns count from the start of the batch, positions from the row's first
     real token; the window is the same in both.
     """
 
@@ -59,8 +60,10 @@ class HeadGroup:
         key: Tensor,
         padding: Padding | None,
         inverse: Tensor | None = None,
+        exact: bool = True,
     ):
-        self.pattern, self.heads, self.inverse = pattern, heads, inverse if pattern.sink else None
+        self.pattern, self.heads, self.exact = pattern, heads, exact
+        self.inverse = inverse if pattern.sink else None
         self.window = pattern.window  # None: nothing is let go
         self.anchors = pattern.sink  # slots left of the ring, those for floating keys when there are any
         self.start = 0  # column in the first slot of a ring that never wraps
@@ -84,16 +87,16 @@ class HeadGroup:
         query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]. Returns
         [batch, heads x group, tokens, dim].
         """
-        if self.pattern.full and not self.holes:
+        compiled = self.inverse is None and can_run(query)
+        if self.pattern.full and not self.holes and (self.exact or not compiled):
             self.enter(key, value)
             return self._attend_full(module, query, scaling)
         if self.recording and self.window is not None:
             return self._attend_recording(query, key, value, scaling)
-        if query.shape[2] == 1:
+        if query.shape[2] == 1 or (compiled and self.window is None):
             self.enter(key, value)
             return self._attend_buffer(query, scaling)
         output, start = torch.empty_like(query), 0
-        compiled = self.inverse is None and can_run(query)
         if not self.length and self.padding is None and self.window is not None and not compiled:
             # The first queries of a text see all that is before them.
             start = self.pattern.size(query.shape[2])
@@ -132,10 +135,14 @@ class HeadGroup:
     def _attend_buffer(self, query: Tensor, scaling: float) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
-        if self.inverse is None:
-            found = attend_few(query, self.keys, self.values, self.visible, end, scaling)
-            if found is not None:
-                return found
+        if self.inverse is None and can_run(query):
+            if query.shape[2] <= FEW:
+                return attend_few(query, self.keys, self.values, self.visible, end, scaling)
+            columns = torch.arange(self.start - self.anchors, self.start - self.anchors + self.keys.shape[2])
+            columns[: self.anchors] = -1  # before every query
+            until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
+            keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+            return attend_tiles(query, keys, values, columns, until, self.length - query.shape[2], scaling)
         mask = self.visible[:, :, None, :end]
         if self.inverse is not None:
             turned = self._turned(query, self.length - query.shape[2])

@@ -175,7 +175,8 @@ def _restored(state: _Group, layer: PlanLayer, buffers: dict[str, Tensor], paddi
     enough = (held or pattern.sink + floating == state.anchors) and 0 <= ring <= slots - state.anchors
     if any(tuple(buffers[name].shape) != shape for name, shape in shapes.items()) or not enough:
         raise ValueError(f"buffers {[list(b.shape) for b in buffers.values()]} of {state}")
-    group = HeadGroup(pattern, list(state.heads), layer.weights, keys, padding, layer.inverse)
+    exact = layer.exact and heads == len(layer.patterns)
+    group = HeadGroup(pattern, list(state.heads), layer.weights, keys, padding, layer.inverse, exact)
     for name in BUFFERS:
         setattr(group, name, buffers[name])
     for name in ("window", "anchors", "start", "length"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 16  # tokens that go through the kernel at once
+FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
 turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
 
 
@@ -55,16 +55,15 @@ def attend_table(
     return out.view_as(query).to(query.dtype)
 
 
-def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float) -> Tensor | None:
-    """Attention of the last tokens over buffers up to slot `end`, the last of which are their own; None if it cannot be done.
+def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float) -> Tensor:
+    """Attention of the last tokens over buffers up to slot `end`, the last of which are their own. For what `can_run` takes.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
     """
     batch, heads, slots, dim = keys.shape
-    whole = all(buffer.is_contiguous() for buffer in (keys, values, visible))
-    if not can_run(query) or query.shape[2] > FEW or end == 0 or not whole:
-        return None
     from headsink.kernels import Field
+
+    keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
     table = np.zeros((batch * heads, len(Field)), np.int64)
     number = np.arange(batch * heads) * slots

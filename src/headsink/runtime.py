@@ -26,17 +26,19 @@ from headsink.rotary import inverse_frequencies
 _applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={})  # noqa: B039, never changed in place
 
 
-def new_cache(model: PreTrainedModel, plan: Plan) -> PlanCache:
+def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCache:
     """An empty KV cache that keeps what `plan` keeps. Use it inside `apply(model, ...)`.
 
-    Raises HeadsinkError if the plan was made for another model.
+    exact: in layers that keep everything attention is the very call that transformers makes, bit for bit. Without, it is what is
+    soonest: on a CPU the kernels, which read and decode faster and differ by rounding. Raises HeadsinkError if the plan was made
+    for another model.
     """
-    return _cache(model, plan, plan.check(model))
+    return _cache(model, plan, plan.check(model), exact)
 
 
-def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture) -> PlanCache:
+def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
     inverse = inverse_frequencies(model) if plan.positions == "cache" else None
-    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows, inverse)
+    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows, inverse, exact)
 
 
 def compress(
@@ -88,10 +90,11 @@ def compress_into(
 
 
 @contextmanager
-def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+def apply(model: PreTrainedModel, plan: Plan, exact: bool = True) -> Iterator[PreTrainedModel]:
     """Inside the block, new texts run under `plan`: `generate`, or a plain forward pass.
 
-    The cache is created with the plan's shape where none is given. A cache from `new_cache` runs with its own plan.
+    The cache is created with the plan's shape where none is given; exact: as for `new_cache`. A cache from there runs with its
+    own plan.
     Acts on the calling thread only. Warns, once, when a text grows longer than those that the plan's quality was measured
     on. Raises HeadsinkError if the plan was made for another model, and for texts over the model's maximum, unless the plan
     counts positions in the cache.
@@ -107,7 +110,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
         if not isinstance(cache, PlanCache):
             if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
                 raise HeadsinkError(_refusal(cache))
-            cache = _cache(model, plan, shape)
+            cache = _cache(model, plan, shape, exact)
         tokens = cache.get_seq_length() + _new_tokens(args, kwargs)
         cache.plan.check_length(tokens, shape.max_context)
         warned = warned or cache.plan.warn_beyond_verified(tokens)

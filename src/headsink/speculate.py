@@ -164,7 +164,7 @@ def _loop(
         raise HeadsinkError("lossless: a streamer takes one text")
     everything = Plan.full(model)
     with torch.no_grad(), apply(model, everything):
-        full = new_cache(model, everything)
+        full = new_cache(model, everything, exact=False)
         given_mask = given.get("attention_mask")
         mask = torch.ones_like(input_ids) if given_mask is None else given_mask
         places = (mask.cumsum(1) - 1).clamp(min=0)
