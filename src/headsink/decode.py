@@ -186,7 +186,7 @@ class Decoder:
         self.scaling = np.float32(attention[0].scaling)
         self.vocabulary = len(self.unembedding)
         self.length = cache.get_seq_length()
-        self.ready = self.length  # tokens that there is room for
+        self.begun = self.ready = self.length  # columns that there is room for
         self.threads = torch.get_num_threads()
         self.turns: Any = (
             None  # of places in the cache, float32 [2, places, rotated], where positions are counted in it
@@ -202,7 +202,7 @@ class Decoder:
         length = self.length
         self.laid.advance(self.heads, self.window, self.anchors, self.start, length)
         logits = torch.empty(1, self.vocabulary)
-        place = length - self.ready + AHEAD
+        place = length - self.begun
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
@@ -243,12 +243,12 @@ class Decoder:
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
         self.settle()
-        self.ready = self.length + AHEAD
-        positions = torch.arange(self.length, self.ready)[None]
+        positions = torch.arange(self.length, self.length + AHEAD)[None]
         self.cos, self.sin = self._rotation(positions)
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
         layouts = [self.laid.Layout(layer.groups, AHEAD) for layer in self.layers]
+        self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
         self.heads = np.stack([layout.table[0] for layout in layouts])
         self.window, self.anchors, self.start = (
             np.stack([getattr(layout, name) for layout in layouts]) for name in ("window", "anchors", "start")

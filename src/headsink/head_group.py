@@ -6,7 +6,8 @@ A `HeadGroup` owns one buffer of keys and one of values, [batch, heads, slots, d
 
 A token enters the ring. When it is overwritten it has left the window: it moves to a slot on the left if it is one of
 the row's first tokens, or in place of the floating key with the lowest score if its own is higher (scores.py); otherwise
-it is gone. A full head is a ring that never wraps, and after `hold` so is every other, behind all that was held then. Slots
+it is gone. A full head is a ring that never wraps, and after `hold` so is every other, behind all that was held then. So is every
+head, too, while its text is no longer than what it keeps (`young`): nothing is scored before something must go. Slots
 are in no order; softmax does not mind, because rotary positions are already in the keys.
 
 One token at a time attends to the buffer as it lies, without a copy. Of several tokens (prefill, verification) it is
@@ -64,8 +65,9 @@ class HeadGroup:
     ):
         self.pattern, self.heads, self.exact = pattern, heads, exact
         self.inverse = inverse if pattern.sink else None
-        self.window = pattern.window  # None: nothing is let go
-        self.anchors = pattern.sink  # slots left of the ring, those for floating keys when there are any
+        self.young = not pattern.full and self.inverse is None
+        self.window = None if self.young else pattern.window  # None: nothing is let go
+        self.anchors = 0 if self.young else pattern.sink  # slots left of the ring, for floating keys when there are any
         self.start = 0  # column in the first slot of a ring that never wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.anchors, key.shape[3])
@@ -87,8 +89,10 @@ class HeadGroup:
         query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]. Returns
         [batch, heads x group, tokens, dim].
         """
-        compiled = self.inverse is None and can_run(query)
-        if self.pattern.full and not self.holes and (self.exact or not compiled):
+        if self.young and self._outgrown(query.shape[2]):
+            self._settle()
+        compiled, whole = self.inverse is None and can_run(query), self.pattern.full or self.young
+        if whole and not self.holes and not (compiled and (self.young or not self.exact)):
             self.enter(key, value)
             return self._attend_full(module, query, scaling)
         if self.recording and self.window is not None:
@@ -107,8 +111,8 @@ class HeadGroup:
         if self.window is not None:
             if start < query.shape[2]:
                 rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
-                output[:, :, start:] = self._attend_tokens(*rest, scaling)
-                self.enter(*rest[1:])
+                output[:, :, start:], scores = self._attend_tokens(*rest, scaling)
+                self.enter(*rest[1:], scores)
             return output
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
@@ -153,10 +157,11 @@ class HeadGroup:
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
         return attend_rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
 
-    def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
         """Several tokens of a windowed head over what is held and themselves, in blocks. Nothing enters.
 
         query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, these tokens or more, dim], the last ones theirs.
+        Returns the output, and the scores of the keys that leave the window (`enter`).
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
@@ -164,11 +169,10 @@ class HeadGroup:
         values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2).flatten(0, 1)
         columns = torch.arange(first - self.anchors, end, device=key.device)
         columns[: self.anchors] = -1  # before every query
-        until = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end).flatten(
-            0, 1
-        )
+        until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
+        until = until.flatten(0, 1)
         if self.inverse is None and can_run(query):
-            return attend_tiles(query, keys, values, columns, until, end - query.shape[2], scaling)
+            return attend_tiles(query, keys, values, columns, until, end - query.shape[2], scaling), scores
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = query[:, :, start : start + QUERY_BLOCK]
@@ -191,7 +195,7 @@ class HeadGroup:
             else:
                 found = attend_rows(block, seen_keys, seen_values, mask, scaling)
             output[:, :, start : start + QUERY_BLOCK] = found
-        return output
+        return output, scores
 
     def _turned(self, query: Tensor, first: int) -> Tensor:
         """The queries of columns from `first` on as they look at the first tokens if positions are counted in the cache."""
@@ -200,17 +204,18 @@ class HeadGroup:
         most = self.pattern.sink + (self.pattern.window or 0) - 1
         return turned_back(query, (positions - most).clamp(min=0), self.inverse)
 
-    def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> Tensor:
+    def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """The column from which on each key is seen no more: int64 [batch, heads, anchors, ring and new tokens].
 
-        keys, values: the anchors, then those of the columns from `first` to `end`.
+        keys, values: the anchors, then those of the columns from `first` to `end`. Returns as well the scores of those that leave
+        the window on the way, [batch, heads, columns from `first` on], if there are any to keep.
         """
         window, sink, anchors = self.window or 0, self.pattern.sink, self.anchors
         columns = torch.arange(first, end, device=keys.device)
         positions = self._positions(columns).expand(*keys.shape[:2], end - first)
         until = torch.where(positions < sink, end, columns + window).where(positions >= 0, 0)
         held = torch.where(self.visible[:, :, :anchors], end, 0)
-        leaving = max(0, end - window - first)  # columns that leave by the last query
+        leaving, scores = max(0, end - window - first), None  # columns that leave by the last query
         if self.pattern.floating and leaving:
             new = slice(anchors, anchors + leaving)
             scores = self._eligible(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
@@ -218,24 +223,37 @@ class HeadGroup:
             slots = self.scores.shape[2]
             held[:, :, sink:] = torch.where(self.visible[:, :, sink:anchors], ends[..., :slots], 0)
             until[:, :, :leaving] = torch.where(scores > NONE, ends[..., slots:], until[:, :, :leaving])
-        return torch.cat([held, until], -1)
+        return torch.cat([held, until], -1), scores
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend without letting the tokens in: `crop` decides which of them stay."""
         if self.recent is not None:
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
         self.recent = key.contiguous(), value.contiguous()
-        return self._attend_tokens(query, key, value, scaling)
+        return self._attend_tokens(query, key, value, scaling)[0]
 
     # what is held
 
     def hold(self) -> None:
         """From now on nothing is let go: what is held stays visible, and every later token is kept."""
-        if self.window is None:
+        if self.window is None and not self.young:
             return
         self.crop(0)
-        self.anchors, self.start, self.window = self.anchors + self._held(), self.length, None
+        self.anchors, self.start, self.window, self.young = self.anchors + self._held(), self.length, None, False
         self.scores, self.weights = self.scores[..., :0].clone(), self.weights[:0].clone()  # nothing is chosen any more
+
+    def _outgrown(self, tokens: int) -> bool:
+        """Whether with so many more tokens there are more than are kept."""
+        return self.pattern.size(self.length + tokens) < self.length + tokens
+
+    def _settle(self) -> None:
+        """Give each token its place; from now on keys are let go."""
+        self.young, self.window, self.anchors = False, self.pattern.window, self.pattern.sink
+        keys, values, self.length = self.keys[:, :, : self.length], self.values[:, :, : self.length], 0
+        shape = (*keys.shape[:2], self.anchors, keys.shape[3])
+        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
+        self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=keys.device)
+        self.enter(keys, values)
 
     def _held(self) -> int:
         """Columns in the ring."""
@@ -269,11 +287,11 @@ class HeadGroup:
     def enter(self, key: Tensor, value: Tensor, scores: Tensor | None = None) -> None:
         """Take tokens into the ring; those that they push out of the window move left or are dropped.
 
-        scores: [batch, heads, tokens], of these tokens if they are the first, in place of the keys' own.
+        scores: [batch, heads, columns], of those from the first in the ring on, in place of the keys' own.
         """
         tokens, end = key.shape[2], self.length + key.shape[2]
-        window = end - self.start if self.window is None else self.window
         self.make_room(tokens)
+        window = end - self.start if self.window is None else self.window
         if end - window > self.length - self._held():
             self._leave(key, value, end - window, scores)
         columns = torch.arange(max(self.length, end - window), end, device=key.device)
@@ -282,7 +300,10 @@ class HeadGroup:
             self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
             self.visible[:, :, slot] = True if self.padding is None else (self.length >= self.padding.tokens)[:, None]
         elif len(columns):
-            slots, new = self._slots(columns), slice(tokens - len(columns), tokens)
+            slots: Tensor | slice = self._slots(columns)
+            new = slice(tokens - len(columns), tokens)
+            if self.window is None:  # one after the other
+                slots = slice(self.anchors + self.length - self.start, self.anchors + end - self.start)
             self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
             real = True if self.padding is None else columns >= self.padding.tokens[:, None, None]
             self.visible[:, :, slots] = torch.as_tensor(real, device=key.device).expand(*key.shape[:2], len(columns))
@@ -310,7 +331,7 @@ class HeadGroup:
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
         if self.pattern.floating:
-            scores = key_scores(keys, values, self.weights) if scores is None else scores[..., first:until]
+            scores = key_scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
             self._choose(keys, values, self._eligible(scores, first))
 
     def _choose(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
@@ -337,8 +358,12 @@ class HeadGroup:
         self.values[rows, heads, slot] = values[rows, heads, new]
         self.visible[rows, heads, slot] = worth > NONE
 
-    def make_room(self, tokens: int) -> None:
-        """Make room for tokens that are about to enter."""
+    def make_room(self, tokens: int, early: bool = True) -> None:
+        """Make room for tokens that are about to enter; not early: only for those before something must go, but at least one."""
+        if self.young and not early:
+            tokens = max(1, min(tokens, self.pattern.size(FOREVER) - self.length))
+        if self.young and self._outgrown(tokens):
+            self._settle()
         end = self.length + tokens - self.start
         self._grow(end if self.window is None else min(self.window, end))
         if self.window is not None and self.pattern.floating and end > self.window:
@@ -349,7 +374,7 @@ class HeadGroup:
         """The first column that there is no room for, as many as may come if the buffers need not grow any more."""
         ring, until = self.keys.shape[2] - self.anchors, FOREVER
         if self.window is None:
-            return self.start + ring
+            return min(self.start + ring, self.pattern.size(FOREVER) if self.young else FOREVER)
         if ring < self.window:
             until = ring
         if self.scores.shape[2] < self.pattern.floating:
@@ -357,13 +382,13 @@ class HeadGroup:
         return until
 
     def _grow(self, needed: int) -> None:
-        """Make the ring at least `needed` slots long, in steps, up to the window."""
+        """Make the ring at least `needed` slots long, in steps, up to as many as are ever kept in it."""
         slots = self.keys.shape[2] - self.anchors
         if needed <= slots:
             return
         slots = -(-needed // GROWTH) * GROWTH
-        if self.window is not None:
-            slots = min(slots, self.window)
+        if self.young or self.window is not None:
+            slots = min(slots, self.pattern.size(FOREVER) if self.window is None else self.window)
         self._insert(self.keys.shape[2], self.anchors + slots - self.keys.shape[2])
 
     def _grow_floating(self, gone: int) -> None:
@@ -379,7 +404,7 @@ class HeadGroup:
 
         def wider(held: Tensor) -> Tensor:
             empty = held.new_zeros(*held.shape[:2], slots, *held.shape[3:])
-            return torch.cat([held[:, :, :place], empty, held[:, :, place:]], 2)
+            return empty if not held.shape[2] else torch.cat([held[:, :, :place], empty, held[:, :, place:]], 2)
 
         self.keys, self.values, self.visible = wider(self.keys), wider(self.values), wider(self.visible)
 

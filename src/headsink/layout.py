@@ -13,7 +13,8 @@ from headsink.kernels import Field
 
 class Layout:
     """The heads of some groups, of every text of a batch. table: int64 [texts, KV heads, len(Field)]. Addresses are read once:
-    the buffers must stay where they are. They are made ready for so many tokens; until: the column that they have no room for.
+    the buffers must stay where they are. They are made ready for so many tokens, or for fewer where a head is about to let keys
+    go for the first time. until: the column that they have no room for.
     """
 
     def __init__(self, groups: Sequence[HeadGroup], tokens: int):
@@ -21,7 +22,7 @@ class Layout:
         self.table: Any = np.full((texts, heads, len(Field)), -1)
         self.window, self.anchors, self.start = np.zeros((3, heads), np.int64)
         for group in groups:
-            group.make_room(tokens)
+            group.make_room(tokens, early=False)
             own = group.heads
             for field in (Field.KEYS, Field.VALUES, Field.VISIBLE, Field.SCORES):
                 buffer = (group.keys, group.values, group.visible, group.scores)[field]

@@ -28,6 +28,7 @@ from headsink.plan import Plan
 from headsink.runtime import new_cache
 
 BUFFERS = "keys", "values", "visible", "scores"  # of a head group
+STATE = "window", "anchors", "start", "length", "young"
 
 Slots = Annotated[int, Field(ge=0, strict=True)]
 
@@ -45,10 +46,11 @@ class _Group(_Part):
     anchors: Slots
     start: Slots
     length: Slots
+    young: Annotated[bool, Field(strict=True)] = False
 
     @classmethod
     def of(cls, group: HeadGroup) -> _Group:
-        own = {name: getattr(group, name) for name in ("window", "anchors", "start", "length")}
+        own = {name: getattr(group, name) for name in STATE}
         pattern = group.pattern.sink, group.pattern.floating, group.pattern.window
         return cls(heads=tuple(group.heads), pattern=pattern, **own)
 
@@ -171,15 +173,17 @@ def _restored(state: _Group, layer: PlanLayer, buffers: dict[str, Tensor], paddi
     shapes: dict[str, tuple[int, ...]] = {"keys": (batch, heads, slots, dim), "values": (batch, heads, slots, dim)}
     shapes |= {"visible": (batch, heads, slots), "scores": (batch, heads, floating)}
     ring = state.length - state.start if state.window is None else min(state.length, state.window)
-    held = pattern.window is not None and state.window is None
-    enough = (held or pattern.sink + floating == state.anchors) and 0 <= ring <= slots - state.anchors
+    held = pattern.window is not None and state.window is None and not state.young
+    fits = pattern.size(state.length) == state.length and (pattern.window, state.window) != (None, None)
+    anchors = state.anchors if held else 0 if state.young else pattern.sink + floating
+    enough = anchors == state.anchors and 0 <= ring <= slots - anchors and (not state.young or fits)
     if any(tuple(buffers[name].shape) != shape for name, shape in shapes.items()) or not enough:
         raise ValueError(f"buffers {[list(b.shape) for b in buffers.values()]} of {state}")
     exact = layer.exact and heads == len(layer.patterns)
     group = HeadGroup(pattern, list(state.heads), layer.weights, keys, padding, layer.inverse, exact)
     for name in BUFFERS:
         setattr(group, name, buffers[name])
-    for name in ("window", "anchors", "start", "length"):
+    for name in STATE:
         setattr(group, name, getattr(state, name))
     if held:
         group.weights = group.weights[:0].clone()  # as `hold` leaves it

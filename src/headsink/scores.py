@@ -62,6 +62,10 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     scores of keys in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding). A key is there
     while fewer than this number of `leaving` have left; those that leave are there from then on, or never.
     """
+    every = leaving.shape[-1]
+    if held.shape[-1] + every <= floating:  # what can be kept is
+        gone = torch.arange(1, every + 1, device=leaving.device)
+        return torch.cat([torch.where(held == NONE, 0, every + 1), gone.where(leaving == NONE, every + 1)], -1)
     before, after = (scores.flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
     ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
     one = _compiled() if find_spec("numba") else _lifetimes
