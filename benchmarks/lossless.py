@@ -45,16 +45,13 @@ def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Ten
     return torch.cat(found[1:], 1)
 
 
-def compiled(model: PreTrainedModel, caches: list[PlanCache], last: Tensor, tokens: int) -> Tensor:
-    """The same by the compiled step, one text after the other."""
-    rows = []
-    for cache, token in zip(caches, last.tolist(), strict=True):
-        found = token
-        with decoding(model, cache) as step:
-            for _ in range(tokens):
-                found = [*found, int(step.run(found[-1]).argmax())]
-        rows.append(found[1:])
-    return torch.tensor(rows)
+def compiled(model: PreTrainedModel, cache: PlanCache, last: Tensor, tokens: int) -> Tensor:
+    """The same by the compiled step."""
+    found = [last[:, 0]]
+    with decoding(model, cache) as step:
+        for _ in range(tokens):
+            found.append(step.run(found[-1]).argmax(-1))
+    return torch.stack(found[1:], 1)
 
 
 def lossless(
@@ -78,11 +75,13 @@ def lossless(
     return torch.stack(state.texts)[:, ids.shape[1] :]
 
 
-def row_of(cache: PlanCache, row: int) -> PlanCache:
+def unrecorded(cache: PlanCache) -> PlanCache:
+    """A copy that the compiled step takes."""
     one = copy.deepcopy(cache)
-    one.batch_select_indices(torch.tensor([row]))
     for layer in one.layers:
         layer.record_past = False  # type: ignore[attr-defined]
+        for group in layer.groups:  # type: ignore[attr-defined]
+            group.holes = False
     return one
 
 
@@ -151,8 +150,8 @@ def main() -> None:
                 lambda full=full: (copy.deepcopy(full),),
                 lambda c, last=last: passes(model, c, last, arguments.tokens),
             ),
-            "headsink, full, compiled, one by one": (
-                lambda full=full, batch=batch: ([row_of(full, n) for n in range(batch)],),
+            "headsink, full, compiled": (
+                lambda full=full: (unrecorded(full),),
                 lambda c, last=last: compiled(model, c, last, arguments.tokens),
             ),
         } | {f"lossless, drafts of {count or 'as many as pay'}": with_draft(count) for count in DRAFTS}

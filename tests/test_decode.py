@@ -56,12 +56,41 @@ def test_tokens_give_what_the_model_gives(family, length):
                 model(ids[:, :length], past_key_values=one)
             with decoding(model, ours) as step:
                 for token in ids[0, length:].tolist():
-                    found = step.run(token)
+                    found = step.run(torch.tensor([token]))
                     expected = model(torch.tensor([[token]]), past_key_values=theirs).logits[:, -1]
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
         same_state(ours, theirs)
         with headsink.apply(model, plan), torch.no_grad():  # and the model goes on from it
             found, expected = (model(ids[:, :9], past_key_values=one).logits for one in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("texts", [2, 3, 6])
+@pytest.mark.parametrize("family", DECODED)
+def test_several_texts_at_once(family, texts):
+    for seed in range(3):
+        model, length = tiny(family, seed=seed), 40
+        plan = random_plan(model, seed) if seed < 2 else random_plan(model, seed, lambda _: Pattern(2, 200, 9))
+        ids = torch.randint(3, 211, (texts, length + AHEAD + 20))
+        mask = torch.ones_like(ids)
+        if seed:
+            mask[0, : 3 + 30 * (seed - 1)], mask[1, : length - 1] = 0, 0
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
+        with headsink.apply(model, plan), torch.no_grad():
+
+            def read(cache, start, end, model=model, ids=ids, mask=mask, places=places):
+                new = slice(start, end)
+                given = {"attention_mask": mask[:, :end], "position_ids": places[:, new]}
+                return model(ids[:, new], past_key_values=cache, **given).logits[:, -1]
+
+            read(ours, 0, length)
+            read(theirs, 0, length)
+            with decoding(model, ours) as step:
+                for column in range(length, ids.shape[1] - 5):
+                    found, expected = step.run(ids[:, column]), read(theirs, column, column + 1)
+                    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+            found, expected = (read(one, ids.shape[1] - 5, ids.shape[1]) for one in (ours, theirs))  # goes on from it
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
@@ -80,7 +109,7 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_model_is(family):
         errors = torch.zeros(2)
         with decoding(model, ours) as step:
             for token in ids[0, 40:].tolist():
-                found = step.run(token)
+                found = step.run(torch.tensor([token]))
                 one = torch.tensor([[token]])
                 with headsink.apply(model, plan):
                     expected = model(one, past_key_values=theirs).logits[:, -1].float()
@@ -102,7 +131,7 @@ def test_a_compressed_cache_goes_on_growing():
         with headsink.apply(model, plan), decoding(model, caches[0]) as step:
             for token in ids[0, 100:].tolist():
                 expected = model(torch.tensor([[token]]), past_key_values=caches[1]).logits[:, -1]
-                torch.testing.assert_close(step.run(token), expected, rtol=2e-4, atol=2e-4)
+                torch.testing.assert_close(step.run(torch.tensor([token])), expected, rtol=2e-4, atol=2e-4)
     same_state(*caches)
 
 
@@ -118,7 +147,7 @@ def test_steps_and_passes_of_single_tokens_take_turns():
             found += [model(ids[:, n : n + 1], past_key_values=ours).logits[0] for n in range(start, start + 5)]
             before = ours.layers[0].groups[0].keys
             with decoding(model, ours) as step:
-                found += [step.run(token) for token in ids[0, start + 5 : start + 10].tolist()]
+                found += [step.run(torch.tensor([token])) for token in ids[0, start + 5 : start + 10].tolist()]
             if start == 100:
                 assert ours.layers[0].groups[0].keys is not before
     torch.testing.assert_close(torch.cat(found), expected, rtol=2e-4, atol=2e-4)
@@ -157,6 +186,21 @@ def test_generate_gives_the_same_text(options):
     assert torch.equal(generate(**options, custom_generate=decode), expected)
 
 
+@pytest.mark.parametrize("eos", [None, list(range(3, 30))])
+@pytest.mark.parametrize("ways", [{"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}])
+def test_generate_gives_the_same_texts(ways, eos):
+    model, plan = generating()
+    ids, mask = torch.cat([prompt(30), prompt(30, 1), prompt(30, 2)]), torch.ones(3, 30, dtype=torch.int64)
+    mask[0, :20], mask[2, :1] = 0, 0
+    texts = []
+    for loop in ({}, {"custom_generate": decode}):
+        torch.manual_seed(0)
+        with headsink.apply(model, plan):
+            given = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
+            texts.append(model.generate(ids, **given, **ways, **loop))
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_prepared_is_what_is_called(dtype):
     model, plan = tiny("llama", dtype=dtype), Plan.full(tiny("llama"))
@@ -166,7 +210,7 @@ def test_what_is_prepared_is_what_is_called(dtype):
     with headsink.apply(model, plan), torch.no_grad():
         model(prompt(5), past_key_values=cache)
         with decoding(model, cache) as step:
-            step.run(7)
+            step.run(torch.tensor([7]))
     assert kernels.run.signatures == compiled
 
 
@@ -191,9 +235,9 @@ def test_an_error_in_between_leaves_the_cache_in_order():
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, past_key_values=cache)
         with decoding(model, cache) as step:
-            step.run(5)
+            step.run(torch.tensor([5]))
             with pytest.raises(IndexError):
-                step.run(211)  # no such token
+                step.run(torch.tensor([211]))  # no such token
         assert cache.get_seq_length() == 31
         model(ids, past_key_values=cache)
 
@@ -238,8 +282,6 @@ def test_without_a_cache_it_takes_that_of_the_plan_applied():
     [
         ({"num_beams": 2}, "beams"),
         ({"return_dict_in_generate": True}, "return_dict"),
-        ({"input_ids": prompt(5).repeat(2, 1)}, "2 texts"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "padding"),
     ],
 )
 def test_what_it_cannot_run_is_refused(options, said):

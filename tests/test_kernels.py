@@ -48,13 +48,14 @@ def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (7, 33), (64, 576)])
-def test_rows_times_a_vector(shape, dtype, parts):
+@pytest.mark.parametrize("texts", [1, 2, 4, 7])
+def test_rows_times_vectors(shape, dtype, parts, texts):
     weight = torch.randn(shape).to(dtype)
-    x, out = torch.randn(shape[1]), np.full(shape[0], np.nan, np.float32)
+    x, out = torch.randn(texts, shape[1]), np.full((texts, shape[0]), np.nan, np.float32)
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
     for part in range(parts):
         kernels._times(weight.data_ptr(), like, x.numpy(), out, part, parts)
-    torch.testing.assert_close(torch.from_numpy(out), weight.float() @ x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(out), x @ weight.float().T, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dim", [2, 6, 64])

@@ -111,8 +111,23 @@ def test_compiled_steps_count_the_same(family):
                 model(ids[:, :3], past_key_values=one)
             expected = model(ids[:, 3:], past_key_values=theirs).logits[0]
             with decoding(model, ours) as step:
-                found = torch.cat([step.run(token) for token in ids[0, 3:].tolist()])
+                found = torch.cat([step.run(torch.tensor([token])) for token in ids[0, 3:].tolist()])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_steps_of_several_texts_count_the_same():
+    model = tiny("llama", seed=1)
+    plan, ids = window_plan(model, 1), torch.randint(3, 211, (3, 140))
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, :9] = 0, 0
+    expected, _ = feed(model, plan, ids, [10, 1], mask)
+    cache = headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        places = (mask[:, :10].cumsum(1) - 1).clamp(min=0)
+        model(ids[:, :10], past_key_values=cache, attention_mask=mask[:, :10], position_ids=places)
+        with decoding(model, cache) as step:
+            found = torch.stack([step.run(ids[:, column]) for column in range(10, 140)], 1)
+    torch.testing.assert_close(found, expected[:, 10:], rtol=1e-3, atol=1e-3)
 
 
 def test_tokens_can_be_taken_back():

@@ -95,7 +95,7 @@ class PlanLayer(CacheLayerMixin):
         key, value = update.key, update.value
         self.is_initialized = True
         self.seen += key.shape[2]
-        if self._steps(query, padding):
+        if self._steps(query):
             return self._step(query, key, value, scaling).transpose(1, 2)
         self.layout = None
         if len(self.groups) == 1:
@@ -109,15 +109,15 @@ class PlanLayer(CacheLayerMixin):
             output[:, group.heads] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
-    def _steps(self, query: Tensor, padding: Padding | None) -> bool:
+    def _steps(self, query: Tensor) -> bool:
         """Whether one token goes through the kernels, in one call for all heads."""
-        groups = self.groups
+        groups, padding = self.groups, self.groups[0].padding
         return (
             query.shape[2] == 1
-            and padding is None
+            and (padding is None or padding.most <= groups[0].length)
             and can_run(query)
             and not (len(groups) == 1 and groups[0].pattern.full and groups[0].exact)  # which is to be the model itself
-            and not any(g.recording or g.padding is not None or g.inverse is not None for g in groups)
+            and not any(g.recording or g.inverse is not None for g in groups)
         )
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

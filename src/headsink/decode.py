@@ -3,8 +3,8 @@
     model.generate(**inputs, custom_generate=headsink.decode)      # inside `with headsink.apply(model, plan):`
 
 transformers prepares everything and hands over its own logits processors and stopping criteria; only the forward passes of
-single tokens are ours. Activations stay in float32, so in bfloat16 the logits are nearer to those of the exact
-model than the model's own are. Prompts go through the model. What this cannot run (`refusal`) is refused with the reason.
+single tokens, one of every text, are ours. Activations stay in float32, so in bfloat16 the logits are nearer to those of the
+exact model than the model's own are. Prompts go through the model. What this cannot run (`refusal`) is refused with the reason.
 """
 
 from __future__ import annotations
@@ -66,23 +66,27 @@ def decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """A decoding loop for `model.generate(custom_generate=headsink.decode)`, greedy or sampling, of one text.
+    """A decoding loop for `model.generate(custom_generate=headsink.decode)`, greedy or sampling.
 
     transformers 5.19 hands neither streamer nor tokenizer (for stop strings) to a loop that it is given: bind a streamer with
     `functools.partial(headsink.decode, streamer=...)`, and give `generate` the same one, for the prompt.
 
-    Returns int64 [1, tokens], the prompt and what follows it. Raises HeadsinkError for what it cannot run: see `refusal`; and
-    batches, beams, padding, `return_dict_in_generate`, a model that no plan is applied to.
+    input_ids: int64 [texts, tokens], padded on the left with `attention_mask`. Returns int64 [texts, tokens], the prompts and
+    what follows them. Raises HeadsinkError for what it cannot run: see `refusal`; and beams, `return_dict_in_generate`, a model
+    that no plan is applied to.
     """
-    _check_call(model, input_ids, generation_config, model_kwargs)
+    _check_call(generation_config, model_kwargs)
     cache = model_kwargs.get("past_key_values")
     with torch.no_grad():
         new = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
         for part in new.split(generation_config.prefill_chunk_size or new.shape[1], 1):
-            read = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            given = _given(model_kwargs.get("attention_mask"), cache, part)
+            read = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
             cache, logits = read.past_key_values, read.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
+        ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        padding, fills = generation_config.pad_token_id, any(hasattr(c, "eos_token_id") for c in stopping_criteria)
         with decoding(model, cache) as step:
             while True:
                 scores = logits_processor(input_ids, logits)
@@ -90,12 +94,15 @@ def decode(
                     token = torch.multinomial(scores.softmax(-1), 1)
                 else:
                     token = scores.argmax(-1, keepdim=True)
+                if fills and padding is not None:
+                    token = token.masked_fill(ended[:, None], padding)
                 input_ids = torch.cat([input_ids, token], 1)
                 if streamer is not None:
-                    streamer.put(token[0])
-                if bool(stopping_criteria(input_ids, scores).all()):
+                    streamer.put(token[:, 0])
+                ended = ended | stopping_criteria(input_ids, scores)
+                if bool(ended.all()):
                     break
-                logits = step.run(int(token))
+                logits = step.run(token[:, 0])
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -109,18 +116,18 @@ def prepare(model: PreTrainedModel) -> None:
         return np.zeros(shape, np.float32)
 
     row = np.zeros((1, 1), _kind(model.dtype))  # a model without layers, of one number
-    tables = np.zeros((0, len(kernels.Weight)), np.int64), np.zeros((0, 1, len(kernels.Field)), np.int64)
+    tables = np.zeros((0, len(kernels.Weight)), np.int64), np.zeros((0, 1, 1, len(kernels.Field)), np.int64)
     arrays = empty(0, 2, 1), empty(0, 0, 2), empty(0, 0), empty(1)
     one = np.float32(1)
     kernels.run(
         *tables,
         *arrays,
         row.ctypes.data,
-        empty(1),
-        empty(2),
-        empty(2),
-        empty(2, 0, 0, 0),
-        empty(1),
+        empty(1, 1),
+        empty(1, 2),
+        empty(1, 2),
+        empty(2, 0, 1, 0, 0),
+        empty(1, 1),
         row[0, :0],
         1,
         1,
@@ -158,10 +165,8 @@ class Decoder:
         self.shape = shape = describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
         groups = [group for layer in self.layers for group in layer.groups]
-        if not groups or any(
-            g.recording or g.padding is not None or g.recent is not None or len(g.keys) != 1 for g in groups
-        ):
-            raise HeadsinkError("decode: a cache of one text is needed, without padding, that is not being recorded")
+        if not groups or any(g.recording or g.recent is not None or g.holes for g in groups):
+            raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
         attention: list[Any] = attention_modules(model)  # type: ignore[assignment]
         blocks = list(self.stack.layers)
         self.embedding = model.get_input_embeddings().weight
@@ -192,23 +197,24 @@ class Decoder:
             None  # of places in the cache, float32 [2, places, rotated], where positions are counted in it
         )
 
-    def run(self, token: int) -> Tensor:
-        """Let a token in. Returns the logits of what follows it, float32 [1, vocabulary]."""
+    def run(self, tokens: Tensor) -> Tensor:
+        """Let a token of every text in, int64 [texts]. Returns the logits of what follows, float32 [texts, vocabulary]."""
         if self.length >= self.ready:
             self._make_ready()
         self.cache.plan.check_length(self.length + 1, self.shape.max_context)
         if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
             self.cache.plan.warn_beyond_verified(self.length + 1)
         length = self.length
-        self.laid.advance(self.heads, self.window, self.anchors, self.start, length)
-        logits = torch.empty(1, self.vocabulary)
+        self.laid.advance(self.heads, self.window, self.anchors, self.start, self.pads, length)
+        texts = len(self.pads)
+        logits = torch.empty(texts, self.vocabulary)
         place = length - self.begun
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
-            turns = np.take(self.turns, np.minimum(length, self.last_place), 1)
+            turns = np.take(self.turns, np.minimum(length - self.pads, self.last_place[:, None]), 1)
         else:
-            turns = np.zeros((2, len(self.layers), 0, 0), np.float32)
+            turns = np.zeros((2, len(self.layers), texts, 0, 0), np.float32)
         with turn:
             self.kernels.run(
                 self.weights,
@@ -218,11 +224,11 @@ class Decoder:
                 self.biases,
                 self.last_norm,
                 self.unembedding.data_ptr(),
-                self.embedding[token].to(torch.float32, copy=True).numpy(),
-                self.cos[place],
-                self.sin[place],
+                self.embedding[tokens].to(torch.float32, copy=True).numpy(),
+                self.cos[:, place].copy(),
+                self.sin[:, place].copy(),
                 turns,
-                logits.numpy()[0],
+                logits.numpy(),
                 self.like,
                 self.inner,
                 self.shape.group,
@@ -243,35 +249,42 @@ class Decoder:
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
         self.settle()
-        positions = torch.arange(self.length, self.length + AHEAD)[None]
-        self.cos, self.sin = self._rotation(positions)
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
         layouts = [self.laid.Layout(layer.groups, AHEAD) for layer in self.layers]
         self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
-        self.heads = np.stack([layout.table[0] for layout in layouts])
+        self.heads, self.pads = np.stack([layout.table for layout in layouts]), layouts[0].pads
         self.window, self.anchors, self.start = (
-            np.stack([getattr(layout, name) for layout in layouts]) for name in ("window", "anchors", "start")
+            np.stack([getattr(layout, name) for layout in layouts])[:, None] for name in ("window", "anchors", "start")
         )
+        columns = torch.arange(self.length, self.length + AHEAD)
+        self.cos, self.sin = self._rotation((columns - torch.from_numpy(self.pads)).clamp(min=0))
         if self.cache.plan.positions == "cache" and self.turns is None:
             self.last_place = np.array(
                 [[head.sink + (head.window or 0) - 1 for head in row or ()] for row in self.cache.plan.layers]
             )
-            self.turns = np.stack(self._rotation(torch.arange(int(self.last_place.max()) + 1)[None]))
+            places = torch.arange(int(self.last_place.max()) + 1)[None]
+            self.turns = np.stack([found[0] for found in self._rotation(places)])
 
     def _rotation(self, positions: Tensor) -> tuple[Any, Any]:
-        """cos and sin of rotary positions, int64 [1, tokens]: float32 [tokens, rotated]."""
+        """cos and sin of rotary positions, int64 [texts, tokens]: float32 [texts, tokens, rotated]."""
         cos, sin = self.stack.rotary_emb(torch.empty(0), positions)
-        return cos[0].float().numpy(), sin[0].float().numpy()
+        return cos.float().numpy(), sin.float().numpy()
 
 
-def _check_call(model: PreTrainedModel, input_ids: Tensor, config: Any, given: dict[str, Any]) -> None:
-    mask = given.get("attention_mask")
+def _given(mask: Tensor | None, cache: Any, new: Tensor) -> dict[str, Tensor]:
+    """What a pass over new columns must be told of padding."""
+    if mask is None or bool(mask.all()):
+        return {}
+    start = 0 if cache is None else cache.get_seq_length()
+    end = start + new.shape[1]
+    return {"attention_mask": mask[:, :end], "position_ids": (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]}
+
+
+def _check_call(config: Any, given: dict[str, Any]) -> None:
     wrong = {
         "beams": config.num_beams is not None and config.num_beams > 1,
-        f"{len(input_ids)} texts at once": len(input_ids) != 1,
         "return_dict_in_generate": config.return_dict_in_generate,
-        "padding": mask is not None and not bool(mask.all()),
         "inputs_embeds": given.get("inputs_embeds") is not None,
     }
     for what, is_so in wrong.items():

@@ -1,4 +1,4 @@
-"""One token through a decoder on a CPU, compiled: rows of weights times a vector, and attention over heads of any length.
+"""One token of every text through a decoder on a CPU, compiled: weights times vectors, and attention over heads of any length.
 
 A decode step reads every weight and every kept key once, so it is as fast as memory is if nothing else takes time. All layers
 are one call: torch and Python would add some 300 calls of ten microseconds. Weights, keys and values stay where torch has them
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
-from headsink.vectors import FAST, add_weighted, exp, narrow, pointer, products, wide
+from headsink.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
 
 
 class Weight(IntEnum):
@@ -35,7 +35,7 @@ class Field(IntEnum):
 
     KEYS, VALUES: [slots, dim]. VISIBLE: bool [slots]. SCORES: float32 [floating keys]. WEIGHTS: float32 [features], of scores.
     SINK, FLOATING: slots in front of the ring, FLOATING of them with a key at this time. END: slots in use once the
-    new token is in. SLOT: its own, -1 for none. LEAVING: the column of the token that leaves the window, -1 for none.
+    new token is in. SLOT: its own, -1 for none. LEAVING: the position of the token that leaves the window, negative for none.
     """
 
     KEYS = 0
@@ -65,15 +65,25 @@ def _share(size: Any, part: Any, parts: Any) -> Any:
 
 @njit(fastmath=FAST)
 def _times(address: Any, like: Any, x: Any, out: Any, part: Any, parts: Any) -> None:
-    """A part of the rows of out = W x. W: at `address`, [len(out), len(x)]; x, out: float32."""
-    columns = x.shape[0]
-    start, end = _share(out.shape[0], part, parts)
-    weight = carray(pointer(address, like), (out.shape[0], columns))
+    """A part of the rows of W of out = x W^T. W: at `address`, [out, in]; x: float32 [texts, in], out: [texts, out]."""
+    texts, columns = x.shape
+    start, end = _share(out.shape[1], part, parts)
+    if texts > 1:
+        at, to = address + start * columns * like.itemsize, out[:, start:].ctypes.data
+        products_in_order(at, like, end - start, columns, x.ctypes.data, texts, to, out.shape[1])
+        return
+    weight, vector = carray(pointer(address, like), (out.shape[1], columns)), x[0]
     for row in range(start, end):  # one after the other, as memory is read fastest
         total = np.float32(0)
         for column in range(columns):
-            total += wide(weight[row, column]) * x[column]
-        out[row] = total
+            total += wide(weight[row, column]) * vector[column]
+        out[0, row] = total
+
+
+@njit(fastmath=FAST)
+def _add(x: Any, more: Any) -> None:
+    for n in range(x.shape[0]):
+        x[n] += more[n]
 
 
 @njit(fastmath=FAST)
@@ -282,78 +292,90 @@ def run(
     eps: Any,
     threads: Any,
 ) -> None:
-    """One token through all layers.
+    """One token of every text through all layers.
 
-    weights: int64 [layers, len(Weight)] addresses; head_table: int64 [layers, KV heads, len(Field)]. norms: float32 [layers,
-    2, hidden], before attention and before the MLP. head_norms: float32 [layers, 2, dim] of queries and keys, or [layers, 0,
-    dim]. biases: float32 [layers, (query heads + 2 KV heads) x dim], or [layers, 0]. last_norm: float32 [hidden];
-    unembedding: address of [vocabulary, hidden]. x: float32 [hidden], the token's embedding, overwritten. cos, sin: float32
-    [rotated]. turns: float32 [2, layers, KV heads, rotated], cos and sin of the place from which a head looks at the first
-    tokens, or [2, layers, 0, 0]. logits: float32 [vocabulary], written. like: an empty array of the weights' dtype.
-    inner: the MLP's width. group: query heads of a KV head.
+    weights: int64 [layers, len(Weight)] addresses; head_table: int64 [layers, texts, KV heads, len(Field)]. norms: float32
+    [layers, 2, hidden], before attention and before the MLP. head_norms: float32 [layers, 2, dim] of queries and keys, or
+    [layers, 0, dim]. biases: float32 [layers, (query heads + 2 KV heads) x dim], or [layers, 0]. last_norm: float32 [hidden];
+    unembedding: address of [vocabulary, hidden]. x: float32 [texts, hidden], the tokens' embeddings, overwritten. cos, sin:
+    float32 [texts, rotated]. turns: float32 [2, layers, texts, KV heads, rotated], cos and sin of the place from which a head
+    looks at the first tokens, or [2, layers, texts, 0, 0]. logits: float32 [texts, vocabulary], written. like: an empty array of
+    the weights' dtype. inner: the MLP's width. group: query heads of a KV head.
     """
-    layers, kv_heads, _ = head_table.shape
-    hidden, dim = x.shape[0], head_norms.shape[2]
-    query_heads = kv_heads * group
-    normed, added = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
-    rows = np.empty((query_heads + 2 * kv_heads) * dim, np.float32)
-    query, key, value = rows[: query_heads * dim], rows[query_heads * dim : -kv_heads * dim], rows[-kv_heads * dim :]
-    top, total = np.empty((kv_heads, threads, group), np.float32), np.empty((kv_heads, threads, group), np.float32)
-    parts = np.empty((kv_heads, threads, group, dim), np.float32)
-    attended = np.empty((query_heads, dim), np.float32)
-    by_head, flat = query.reshape((kv_heads, group, dim)), attended.reshape(-1)
-    turned = np.empty((kv_heads, group if turns.shape[2] else 0, dim), np.float32)
-    gate, up = np.empty(inner, np.float32), np.empty(inner, np.float32)
+    layers, texts, kv_heads, _ = head_table.shape
+    hidden, dim = x.shape[1], head_norms.shape[2]
+    query_heads, heads = kv_heads * group, texts * kv_heads
+    normed, added = np.empty((texts, hidden), np.float32), np.empty((texts, hidden), np.float32)
+    query = np.empty((texts, query_heads * dim), np.float32)
+    key, value = np.empty((texts, kv_heads * dim), np.float32), np.empty((texts, kv_heads * dim), np.float32)
+    top, total = np.empty((heads, threads, group), np.float32), np.empty((heads, threads, group), np.float32)
+    parts = np.empty((heads, threads, group, dim), np.float32)
+    attended = np.empty((heads, group, dim), np.float32)
+    by_head, flat = query.reshape((heads, group, dim)), attended.reshape((texts, query_heads * dim))
+    keys, values = key.reshape((heads, dim)), value.reshape((heads, dim))
+    turned = np.empty((heads, group if turns.shape[3] else 0, dim), np.float32)
+    gate, up = np.empty((texts, inner), np.float32), np.empty((texts, inner), np.float32)
     for layer in range(layers):
         own = weights[layer]
-        _normalise(x, norms[layer, 0], eps, normed)
+        for text in range(texts):
+            _normalise(x[text], norms[layer, 0], eps, normed[text])
         for part in prange(threads):
             _times(own[_QUERY], like, normed, query, part, threads)
             _times(own[_KEY], like, normed, key, part, threads)
             _times(own[_VALUE], like, normed, value, part, threads)
         if biases.shape[1]:
-            for n in range(rows.shape[0]):
-                rows[n] += biases[layer, n]
-        for head in range(query_heads + kv_heads):
-            vector, is_key = rows[head * dim : (head + 1) * dim], head >= query_heads
+            first, second = query_heads * dim, (query_heads + kv_heads) * dim
+            for text in range(texts):
+                _add(query[text], biases[layer, :first])
+                _add(key[text], biases[layer, first:second])
+                _add(value[text], biases[layer, second:])
+        for head in range(heads):
+            text, number, table = (
+                head // kv_heads,
+                head % kv_heads,
+                head_table[layer, head // kv_heads, head % kv_heads],
+            )
             if head_norms.shape[1]:
-                _normalise(vector, head_norms[layer, 1 if is_key else 0], eps, vector)
-            if not is_key:
+                _normalise(keys[head], head_norms[layer, 1], eps, keys[head])
+            _rotate(keys[head], cos[text], sin[text])
+            for row in range(group):
+                vector = by_head[head, row]
+                if head_norms.shape[1]:
+                    _normalise(vector, head_norms[layer, 0], eps, vector)
                 for n in range(dim):
                     vector[n] *= scaling
                 if turned.shape[1]:
-                    own_turned = turned[head // group, head % group]
-                    own_turned[:] = vector
-                    _rotate(own_turned, turns[0, layer, head // group], turns[1, layer, head // group])
-            _rotate(vector, cos, sin)
-        for head in range(kv_heads):
-            place = slice(head * dim, (head + 1) * dim)
-            _enter(head_table[layer, head], key[place], value[place], like)
+                    turned[head, row] = vector
+                    _rotate(turned[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
+                _rotate(vector, cos[text], sin[text])
+            _enter(table, keys[head], values[head], like)
         for part in prange(threads):
             scratch = np.empty((group, BLOCK), np.float32)
-            for head in range(kv_heads):
+            for head in range(heads):
                 sums = top[head, part], total[head, part], parts[head, part]
-                of = head_table[layer, head], like, by_head[head], turned[head], 1, scratch
-                _attend(*of, *sums, part, threads)
-        for head in range(kv_heads):
+                table = head_table[layer, head // kv_heads, head % kv_heads]
+                _attend(table, like, by_head[head], turned[head], 1, scratch, *sums, part, threads)
+        for head in range(heads):
             for row in range(group):
-                result = attended[head * group + row]
-                _combine(top[head, :, row], total[head, :, row], parts[head, :, row], result)
+                _combine(top[head, :, row], total[head, :, row], parts[head, :, row], attended[head, row])
         for part in prange(threads):
             _times(own[_OUTPUT], like, flat, added, part, threads)
-        for n in range(hidden):
-            x[n] += added[n]
-        _normalise(x, norms[layer, 1], eps, normed)
+        for text in range(texts):
+            _add(x[text], added[text])
+        for text in range(texts):
+            _normalise(x[text], norms[layer, 1], eps, normed[text])
         for part in prange(threads):
             _times(own[_GATE], like, normed, gate, part, threads)
             _times(own[_UP], like, normed, up, part, threads)
             start, end = _share(inner, part, threads)
-            for n in range(start, end):
-                up[n] *= gate[n] / (np.float32(1) + exp(-gate[n]))
+            for text in range(texts):
+                for n in range(start, end):
+                    up[text, n] *= gate[text, n] / (np.float32(1) + exp(-gate[text, n]))
         for part in prange(threads):
             _times(own[_DOWN], like, up, added, part, threads)
-        for n in range(hidden):
-            x[n] += added[n]
-    _normalise(x, last_norm, eps, normed)
+        for text in range(texts):
+            _add(x[text], added[text])
+    for text in range(texts):
+        _normalise(x[text], last_norm, eps, normed[text])
     for part in prange(threads):
         _times(unembedding, like, normed, logits, part, threads)

@@ -36,16 +36,19 @@ class Layout:
             self.window[own] = FOREVER if group.window is None else group.window
             self.anchors[own], self.start[own] = group.anchors, group.start
         self.until = min(group.room for group in groups)
+        padding = groups[0].padding
+        self.pads: Any = np.zeros((texts, 1), np.int64) if padding is None else padding.tokens.numpy()[:, None]
 
     def at(self, length: int) -> Any:
         """The table for a token that comes as column `length`."""
-        return advance(self.table, self.window, self.anchors, self.start, length)
+        return advance(self.table, self.window, self.anchors, self.start, self.pads, length)
 
 
-def advance(table: Any, window: Any, anchors: Any, start: Any, length: int) -> Any:
-    """Write into a table [..., heads, len(Field)] what a token that comes as column `length` changes."""
+def advance(table: Any, window: Any, anchors: Any, start: Any, pads: Any, length: int) -> Any:
+    """Write into a table [..., texts, heads, len(Field)] what a token that comes as column `length` changes. window, anchors,
+    start: int64 [..., heads]; pads: int64 [texts, 1], tokens of padding."""
     ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
     table[..., Field.SLOT] = np.where(window > 0, anchors + ring, -1)
     table[..., Field.END] = anchors + np.minimum(length + 1 - start, window)
-    table[..., Field.LEAVING] = np.where(length >= window, length - window, -1)
+    table[..., Field.LEAVING] = np.where(length >= window, length - window - pads, -1)
     return table
