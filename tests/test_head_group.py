@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
 from headsink.cache import PlanLayer, Update
-from headsink.head_group import Padding
 from headsink.pattern import reference_attention
 from headsink.scores import key_scores, n_features
+from headsink.slots import Padding
 
 SCALE, DIM = 0.5, 6
 windowed = st.builds(

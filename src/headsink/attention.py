@@ -28,7 +28,7 @@ from headsink import blockwise
 from headsink.blockwise import Inputs
 from headsink.cache import ATTENTION, PlanLength, Update
 from headsink.errors import HeadsinkError
-from headsink.head_group import Padding
+from headsink.slots import Padding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,11 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headsink.errors import HeadsinkError
-from headsink.head_group import HeadGroup, Padding
+from headsink.head_group import HeadGroup
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
 from headsink.rows import attend_table, can_run
+from headsink.slots import Padding
 
 ATTENTION = "headsink"  # the name under which attention.py registers with transformers
 

@@ -329,26 +329,23 @@ def run(
                 _add(query[text], biases[layer, :first])
                 _add(key[text], biases[layer, first:second])
                 _add(value[text], biases[layer, second:])
-        for head in range(heads):
-            text, number, table = (
-                head // kv_heads,
-                head % kv_heads,
-                head_table[layer, head // kv_heads, head % kv_heads],
-            )
-            if head_norms.shape[1]:
-                _normalise(keys[head], head_norms[layer, 1], eps, keys[head])
-            _rotate(keys[head], cos[text], sin[text])
-            for row in range(group):
-                vector = by_head[head, row]
+        for part in prange(threads):
+            for head in range(part, heads, threads):
+                text, number = head // kv_heads, head % kv_heads
                 if head_norms.shape[1]:
-                    _normalise(vector, head_norms[layer, 0], eps, vector)
-                for n in range(dim):
-                    vector[n] *= scaling
-                if turned.shape[1]:
-                    turned[head, row] = vector
-                    _rotate(turned[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
-                _rotate(vector, cos[text], sin[text])
-            _enter(table, keys[head], values[head], like)
+                    _normalise(keys[head], head_norms[layer, 1], eps, keys[head])
+                _rotate(keys[head], cos[text], sin[text])
+                for row in range(group):
+                    vector = by_head[head, row]
+                    if head_norms.shape[1]:
+                        _normalise(vector, head_norms[layer, 0], eps, vector)
+                    for n in range(dim):
+                        vector[n] *= scaling
+                    if turned.shape[1]:
+                        turned[head, row] = vector
+                        _rotate(turned[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
+                    _rotate(vector, cos[text], sin[text])
+                _enter(head_table[layer, text, number], keys[head], values[head], like)
         for part in prange(threads):
             scratch = np.empty((group, BLOCK), np.float32)
             for head in range(heads):

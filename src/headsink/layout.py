@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from headsink.head_group import FOREVER, HeadGroup
+from headsink.head_group import HeadGroup
 from headsink.kernels import Field
+from headsink.slots import FOREVER
 
 
 class Layout:

@@ -1,6 +1,6 @@
 """A context that was read once, kept in a file: a plan's cache, with the tokens that it was made of.
 
-One safetensors file. Its tensors are the buffers of every head group as they lie in memory (head_group.py), those of layers
+One safetensors file. Its tensors are the buffers of every head group as they lie in memory (slots.py), those of layers
 that slide by themselves, the tokens and the padding; its header holds the plan and, of each group, which slots mean what, as
 JSON. Loading copies them back: no token is read, or told, again.
 """
@@ -21,11 +21,12 @@ from transformers.cache_utils import CacheLayerMixin
 from headsink.cache import PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.files import new_file
-from headsink.head_group import HeadGroup, Padding
+from headsink.head_group import HeadGroup
 from headsink.models import dtype_name
 from headsink.pattern import Pattern
 from headsink.plan import Plan
 from headsink.runtime import new_cache
+from headsink.slots import Padding
 
 BUFFERS = "keys", "values", "visible", "scores"  # of a head group
 STATE = "window", "anchors", "start", "length", "young"
