@@ -9,10 +9,12 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedModel
 
 import headsink
 from headsink import generation, show
 from headsink.cache import nbytes
+from headsink.decode import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, read_text
 from headsink.generation import Conversation, chat_prompt
@@ -109,6 +111,7 @@ def generate(
         if as_chat:  # the chat format brings its own special tokens
             text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
         ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]
+    _compile(loaded, plan)
     torch.manual_seed(seed)
     done = generation.generate(
         loaded,
@@ -129,6 +132,13 @@ def generate(
         show.err.print(show.generated(done), style="dim", highlight=False)
 
 
+def _compile(model: PreTrainedModel, plan: Plan | None) -> None:
+    """Before the clock starts."""
+    if plan is not None and refusal(model) is None:
+        with show.err.status("compiling: half a minute, once on a machine"):
+            prepare(model)
+
+
 def chat(
     model: Model = "smollm2",
     plan_file: PlanFile = None,
@@ -142,6 +152,7 @@ def chat(
     """Talk to the model, under a plan or without; one line a turn, an empty line or ctrl-D ends. Answers stream."""
     chosen = Plan.load(plan_file) if plan_file else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    _compile(loaded, chosen)
     torch.manual_seed(seed)
     talk = Conversation(loaded, tokenizer, chosen, max_new_tokens=max_new_tokens, temperature=temperature)
     turns = []

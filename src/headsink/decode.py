@@ -23,7 +23,7 @@ from headsink.architecture import attention_modules, decoder, describe
 from headsink.cache import PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.models import dtype_name
-from headsink.rows import turn
+from headsink.rows import attend_few, attend_tiles, turn
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 # The same layer, with or without biases and norms of queries and keys.
@@ -109,8 +109,12 @@ def decode(
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Compile the step for a model that can decode here: ten seconds the first time on a machine, then from numba's cache."""
+    """Compile what a model that can decode here runs: half a minute the first time on a machine, then from numba's cache."""
     from headsink import kernels
+
+    key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
+    attend_few(key, key, key, key[..., 0] == 0, 1, 1.0)
+    attend_tiles(key, key[0], key[0], torch.zeros(1), torch.ones(1, 1), 0, 1.0)
 
     def empty(*shape: int) -> Any:
         return np.zeros(shape, np.float32)
