@@ -33,7 +33,7 @@ from headsink.decode import decoding, prepare
 from headsink.files import write_text
 from headsink.speculate import Lossless, Speculation, kept
 
-DRAFTS: tuple[int | None, ...] = (1, 2, 4, None)
+DRAFTS: tuple[int | None, ...] = (2, 4, 8, None)
 
 
 def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Tensor:
@@ -80,8 +80,6 @@ def unrecorded(cache: PlanCache) -> PlanCache:
     one = copy.deepcopy(cache)
     for layer in one.layers:
         layer.record_past = False  # type: ignore[attr-defined]
-        for group in layer.groups:  # type: ignore[attr-defined]
-            group.holes = False
     return one
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -140,11 +141,16 @@ def weights_hash(model: nn.Module, linears: bool = True) -> str:
         with whole_parameter(model, name) as parameter:
             plain = parameter.dequantize() if is_quantised(parameter) else parameter
             flat = plain.flatten()
-            index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_WEIGHTS, flat.numel()), dtype=torch.float64).long()
-            sample = flat[index.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+            sample = flat[_sampled(flat.numel()).to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
             digest.update(f"{name} {tuple(plain.shape)}".encode())
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+@lru_cache
+def _sampled(values: int) -> torch.Tensor:
+    """Which of so many values are sampled: int64."""
+    return torch.linspace(0, values - 1, min(SAMPLED_WEIGHTS, values), dtype=torch.float64).long()
 
 
 def is_quantised(parameter: torch.Tensor) -> bool:

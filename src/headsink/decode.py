@@ -169,7 +169,7 @@ class Decoder:
         self.shape = shape = describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
         groups = [group for layer in self.layers for group in layer.groups]
-        if not groups or any(g.recording or g.recent is not None or g.holes for g in groups):
+        if not groups or any(g.recent is not None or (g.recording and g.lets_go) for g in groups):
             raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
         attention: list[Any] = attention_modules(model)  # type: ignore[assignment]
         blocks = list(self.stack.layers)
@@ -201,8 +201,15 @@ class Decoder:
             None  # of places in the cache, float32 [2, places, rotated], where positions are counted in it
         )
 
-    def run(self, tokens: Tensor) -> Tensor:
-        """Let a token of every text in, int64 [texts]. Returns the logits of what follows, float32 [texts, vocabulary]."""
+    def resume(self) -> None:
+        """Go on after the cache was changed by others."""
+        self.length = self.ready = self.cache.get_seq_length()
+
+    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Let a token of every text in, int64 [texts]. places: their positions, if they are not those of the columns.
+
+        Returns the logits of what follows, float32 [texts, vocabulary].
+        """
         if self.length >= self.ready:
             self._make_ready()
         self.cache.plan.check_length(self.length + 1, self.shape.max_context)
@@ -212,7 +219,9 @@ class Decoder:
         self.laid.advance(self.heads, self.window, self.anchors, self.start, self.pads, length)
         texts = len(self.pads)
         logits = torch.empty(texts, self.vocabulary)
-        place = length - self.begun
+        cos, sin = (turning[:, length - self.begun] for turning in (self.cos, self.sin))
+        if places is not None:
+            cos, sin = (turning[:, 0] for turning in self._rotation(places[:, None]))
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
@@ -229,8 +238,8 @@ class Decoder:
                 self.last_norm,
                 self.unembedding.data_ptr(),
                 self.embedding[tokens].to(torch.float32, copy=True).numpy(),
-                self.cos[:, place].copy(),
-                self.sin[:, place].copy(),
+                np.ascontiguousarray(cos),
+                np.ascontiguousarray(sin),
                 turns,
                 logits.numpy(),
                 self.like,

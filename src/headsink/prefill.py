@@ -16,7 +16,7 @@ from numba import njit, prange
 from headsink.tiles import KEYS, ROWS, add_products1, add_products4, fetch, products_of_tile, soften, turn
 from headsink.vectors import FAST, LANES, narrow, wide
 
-QUERIES = 128  # of a head: the tokens for which a tile is laid out once
+QUERIES = 128  # of a head: tokens, at most, for which a tile is laid out once
 CACHE_LINE = 64  # bytes
 
 
@@ -146,14 +146,14 @@ def attend(
 
     keys, values: [heads, keys, dim]; query, out: [heads, group, tokens, dim]: float32, or uint16 for bfloat16. columns: int32
     [keys]; until: int32 [heads, keys]: the query of column c, the first of which is `first`, sees keys with columns <= c <
-    until. work: an empty array of the dtype to multiply in: uint16 where
-    processor and numbers can (`PAIRED`), or float32. Zero where a query sees no key.
+    until. work: an empty array of the dtype to multiply in: uint16 where processor and numbers can (`PAIRED`), or float32. Zero
+    where a query sees no key.
     """
     heads, group, tokens, dim = query.shape
     words, width = dim * work.itemsize // 4, -(-dim // LANES) * LANES
     lines = KEYS * work.itemsize // 4
-    most_rows = -(-group * min(QUERIES, tokens) // ROWS) * ROWS
-    blocks = -(-tokens // QUERIES)
+    block = min(QUERIES, max(ROWS, -(-heads * tokens // (2 * threads))))  # smaller if threads would have nothing to do
+    most_rows, blocks = -(-group * min(block, tokens) // ROWS) * ROWS, -(-tokens // block)
     factor = np.float32(scaling * 1.4426950408889634)
     for part in prange(threads):
         all_rows = np.zeros((most_rows, words), np.uint32)
@@ -168,8 +168,8 @@ def attend(
         taken = np.zeros(keys.shape[1] + 2 * KEYS, np.int32)
         own_columns, own_until = np.zeros(KEYS, np.int32), np.zeros(KEYS, np.int32)
         for task in range(part, heads * blocks, threads):
-            head, start = task // blocks, task % blocks * QUERIES
-            own = min(QUERIES, tokens - start)
+            head, start = task // blocks, task % blocks * block
+            own = min(block, tokens - start)
             count = -(-group * own // ROWS) * ROWS
             rows, row_columns = all_rows[:count], all_columns[:count]
             top, total, result = all_top[:count], all_total[:count], sums[:count]

@@ -77,11 +77,16 @@ class Slots:
 
     def hold(self) -> None:
         """From now on nothing is let go: what is held stays visible, and every later token is kept."""
-        if self.window is None and not self.young:
+        if not self.lets_go:
             return
         self.crop(0)
         self.anchors, self.start, self.window, self.young = self.anchors + self._held(), self.length, None, False
         self.scores, self.weights = self.scores[..., :0].clone(), self.weights[:0].clone()  # nothing is chosen any more
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether keys are let go, now or later."""
+        return self.young or self.window is not None
 
     def _outgrown(self, tokens: int) -> bool:
         """Whether with so many more tokens there are more than are kept."""

@@ -3,8 +3,9 @@
 Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the draft is the same model under a plan. Two caches are kept:
 the full one, and what the plan keeps of it, so memory is more than that of the model itself; what is saved is time, where
 reading the full cache is what takes it (long contexts, many texts at once). Keys and values of tokens that were accepted are
-copied from the full cache into the plan's, so the draft looks at exact ones only. Rows of a batch accept different numbers of
-tokens; what a row did not accept stays in its cache unseen, and its positions go on without a gap.
+copied from the full cache into the plan's, so the draft looks at exact ones only. Where the compiled step (decode.py) can run the
+model, it drafts; passes of the model decide. Rows of a batch accept different numbers of tokens; what a row did not accept stays
+in its cache unseen, and its positions go on without a gap.
 
 Greedy text is the model's own; sampled text has its distribution: a drafted token x is accepted with probability
 min(1, p(x) / q(x)), else drawn from max(0, p - q), p and q as the logits processors leave them.
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink.cache import PlanCache, PlanLayer
+from headsink.decode import Decoder, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, new_cache
@@ -195,6 +197,10 @@ class Lossless:
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
         self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
         self.rows = list(range(len(input_ids)))  # those that go on
+        self.step: Decoder | None = None  # drafts, where it can run the model: what it says binds nobody
+        self.compiled = refusal(model) is None
+        if self.compiled:
+            prepare(model)  # before the pace is set
         # A layer that slides by itself has no unseen columns: there all rows go as far as the slowest.
         self.ragged = all(isinstance(layer, PlanLayer) for layer in full.layers)
 
@@ -246,8 +252,15 @@ class Lossless:
         """Tokens, int64 [rows, 1 + count], the last one of each text first, and the distributions that they were drawn from."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
+        if self.compiled and self.step is None and self.draft.get_seq_length():
+            self.step = Decoder(self.model, self.draft)
+        elif self.step is not None:
+            self.step.resume()
         for n in range(count):
-            logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[:, None] + n).float()[:, -1]
+            if self.step is not None:
+                logits = self.step.run(tokens[:, -1], self.place + n)
+            else:
+                logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[:, None] + n).float()[:, -1]
             own = [
                 processed(torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
@@ -255,6 +268,8 @@ class Lossless:
             drawn = [pick([one], [], [])[1] for one in own]
             tokens = torch.cat([tokens, tokens.new_tensor(drawn)[:, None]], 1)
             proposals.append(own)
+        if self.step is not None:
+            self.step.settle()
         return tokens, proposals
 
     def _enter(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:

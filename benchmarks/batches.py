@@ -1,0 +1,109 @@
+"""A token of every text of a batch: the compiled step beside passes of the model, under a plan and all-full.
+
+python benchmarks/batches.py --plan plan.json --out benchmarks/results/batches-smollm2.json
+
+The caches are filled with random keys (what a step takes does not depend on them). All ways in turn, medians with the least and
+the most. Do nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import headsink
+from headsink import Plan
+from headsink.bench import spread
+from headsink.cache import PlanCache
+from headsink.decode import decoding, prepare
+from headsink.files import write_text
+
+
+def filled(model: PreTrainedModel, plan: Plan, texts: int, tokens: int) -> PlanCache:
+    cache, config = headsink.new_cache(model, plan, exact=False), model.config
+    shape = texts, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads
+    for layer in cache.layers:
+        layer.fill(*torch.randn(2, *shape, dtype=model.dtype), None)  # type: ignore[attr-defined]
+    return cache
+
+
+def steps(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) -> list[float]:
+    """Seconds of each token by the compiled step; the first, which reads addresses, is left out."""
+    times = []
+    with decoding(model, cache) as step:
+        for _ in range(count + 1):
+            start = time.perf_counter()
+            step.run(tokens)
+            times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def passes(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) -> list[float]:
+    """The same by the model."""
+    times = []
+    for _ in range(count + 1):
+        start = time.perf_counter()
+        model(tokens[:, None], past_key_values=cache, use_cache=True)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=7500)
+    parser.add_argument("--batches", default="1,2,4,8", help="how many texts at once")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model, _ = headsink.load(arguments.model, dtype=arguments.dtype)
+    plan = Plan.load(arguments.plan).model_copy(update={"quality": ()})
+    prepare(model)
+    found: dict[str, Any] = {
+        "what": "seconds for a token of every text: the compiled step, and passes of the model with compiled attention",
+        "command": "python " + " ".join(sys.argv),
+        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "context": arguments.context,
+        "kept": plan.kept(arguments.context),
+        "results": [],
+    }
+    for texts in map(int, arguments.batches.split(",")):
+        tokens, times = torch.randint(5, 2000, (texts,)), dict[tuple[str, str], list[float]]()
+        caches = {
+            name: filled(model, kept, texts, arguments.context)
+            for name, kept in (("plan", plan), ("full", Plan.full(model)))
+        }
+        for _ in range(arguments.rounds):
+            for name, cache in caches.items():
+                with torch.no_grad(), headsink.apply(model, cache.plan, exact=False):
+                    for way, run in (("step", steps), ("passes", passes)):
+                        times.setdefault((name, way), []).extend(run(model, cache, tokens, arguments.tokens))
+        for (name, way), seconds in times.items():
+            found["results"].append({"texts": texts, "cache": name, "way": way, "token_s": spread(seconds)})
+            print(
+                f"{texts} texts, {name}, {way}: {1e3 * found['results'][-1]['token_s']['median']:.1f} ms",
+                file=sys.stderr,
+            )
+    write_text(arguments.out, json.dumps(found, indent=1))
+    print(f"-> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
