@@ -35,6 +35,18 @@ def read(model, plan, ids, mask=None):
     return cache
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_whether_bits_are_the_models_own_is_kept(exact, tmp_path):
+    model, ids = tiny("llama"), torch.randint(3, 211, (1, 40))
+    plan = Plan.full(model)
+    cache = headsink.new_cache(model, plan, exact)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids, past_key_values=cache)
+    loaded, _ = headsink.load_prefix(headsink.save_prefix(tmp_path / "text.kv", cache, ids), model)
+    assert loaded.exact is exact
+    assert loaded.layers[0].groups[0].exact is exact
+
+
 @torch.no_grad()
 def goes_on(model, cache, tokens, mask=None):
     """Logits of what comes after: some tokens at once, then one by one."""

@@ -69,6 +69,7 @@ class _Header(_Part):
     plan: Plan
     layers: tuple[_Layer, ...]
     text: str = ""
+    exact: Annotated[bool, Field(strict=True)] = True
 
 
 def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tensor, text: str = "") -> Path:
@@ -95,7 +96,7 @@ def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tenso
             if group.padding is not None:
                 tensors["padding"] = group.padding.tokens
         layers.append(_Layer(seen=layer.seen, held=layer.held, groups=tuple(map(_Group.of, layer.groups))))
-    header = _Header(plan=cache.plan, layers=tuple(layers), text=text)
+    header = _Header(plan=cache.plan, layers=tuple(layers), text=text, exact=cache.exact)
     with new_file(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"headsink": header.model_dump_json()})
     return Path(path)
@@ -108,7 +109,7 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
     Raises HeadsinkError if the file is not one of `save_prefix`, or was made for another model or dtype.
     """
     header, tensors = _read(path)
-    cache = new_cache(model, header.plan)
+    cache = new_cache(model, header.plan, header.exact)
     kinds = {dtype_name(t.dtype) for name, t in tensors.items() if name.endswith((".keys", ".values"))}
     if kinds != {dtype_name(model.dtype)}:
         raise HeadsinkError(
