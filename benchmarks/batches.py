@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from transformers import PreTrainedModel
 
 import headsink
 from headsink import Plan
-from headsink.bench import spread
+from headsink.bench import heading, spread
 from headsink.cache import PlanCache
 from headsink.decode import decoding, prepare
 from headsink.files import write_text
@@ -73,11 +70,7 @@ def main() -> None:
     model, _ = headsink.load(arguments.model, dtype=arguments.dtype)
     plan = Plan.load(arguments.plan).model_copy(update={"quality": ()})
     prepare(model)
-    found: dict[str, Any] = {
-        "what": "seconds for a token of every text: the compiled step, and passes of the model with compiled attention",
-        "command": "python " + " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+    found: dict[str, Any] = heading("seconds for a token of every text: the compiled step, and passes of the model") | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,

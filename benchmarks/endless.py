@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import Pattern, Plan, corpus
+from headsink.bench import heading
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
@@ -115,11 +113,9 @@ def main() -> None:
     pattern = Pattern(arguments.sink, 0, arguments.window)
     plan = Plan.uniform(model, pattern, positions="cache")
     torch.manual_seed(0)
-    found: dict[str, Any] = {
-        "what": "nll and memory of texts far past the model's maximum, positions counted in the cache",
-        "command": "python " + " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+    found: dict[str, Any] = heading(
+        "nll and memory of texts far past the model's maximum, positions counted in the cache"
+    ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "pattern": str(pattern),

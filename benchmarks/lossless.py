@@ -3,8 +3,8 @@
 python benchmarks/lossless.py --plan runs/plan-7500.json --out benchmarks/results/lossless-smollm2.json
 
 Different held-out texts are read once. Then, in turn, from copies of the cache: the model itself by transformers, the model under
-the all-full plan (all texts in one pass), the compiled step (one text after the other), and lossless mode with drafts of 1, 2
-and 4 tokens, and of as many as pay. Greedy, the same tokens; where lossless text parts from the model's own it is counted.
+the all-full plan (all texts in one pass), the compiled step, and lossless mode with drafts of 2, 4 and 8 tokens, and of as many
+as pay. Greedy, the same tokens; where lossless text parts from the model's own it is counted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headsink
 from headsink import Plan, corpus
-from headsink.bench import spread
+from headsink.bench import heading, spread
 from headsink.cache import PlanCache
 from headsink.decode import decoding, prepare
 from headsink.files import write_text
@@ -97,11 +94,7 @@ def main() -> None:
     model, tokenizer = headsink.load(arguments.model, dtype=arguments.dtype)
     plan, everything = Plan.load(arguments.plan).model_copy(update={"quality": ()}), Plan.full(model)
     prepare(model)
-    found: dict[str, Any] = {
-        "what": "seconds for a token of every text, greedy, in full and in lossless mode",
-        "command": "python " + " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+    found: dict[str, Any] = heading("seconds for a token of every text, greedy, in full and in lossless mode") | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,

@@ -186,6 +186,8 @@ def test_another_file_is_refused(content, tmp_path):
         lambda own: own["layers"][1]["groups"][0].update(heads=[0, 1, 2, 3]),
         lambda own: own["layers"][1]["groups"][0].update(length=10**6, window=None),
         lambda own: own["layers"][1]["groups"][0].update(anchors=10**6),
+        lambda own: own["layers"][1]["groups"][0].update(young=True, anchors=0),
+        lambda own: own["layers"][1]["groups"][0].update(young=True, anchors=0, window=None),
         lambda own: own["layers"][1]["groups"][0].update(start=10**6, window=None),
     ],
 )

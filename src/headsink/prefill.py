@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from headsink.tiles import KEYS, ROWS, add_products1, add_products4, fetch, products_of_tile, soften, turn
+from headsink.tiles import KEYS, ROWS, add_products1, add_products4, fetch, products_of_tile, soften, to_columns
 from headsink.vectors import FAST, LANES, narrow, wide
 
 QUERIES = 128  # of a head: tokens, at most, for which a tile is laid out once
@@ -40,7 +40,7 @@ def _pack(keys: Any, values: Any, taken: Any, work: Any, key_tile: Any, value_ti
         for word in range(0, whole, LANES):
             to = key_tile[word:, first:].ctypes.data
             at = keys.ctypes.data + word * word_bytes
-            turn(at, taken[first:].ctypes.data, row_bytes, to, keys, work)
+            to_columns(at, taken[first:].ctypes.data, row_bytes, to, keys, work)
     if work.itemsize == 2:
         for n in range(KEYS):
             key = keys[taken[n]]

@@ -31,7 +31,7 @@ from headsink.slots import Padding
 BUFFERS = "keys", "values", "visible", "scores"  # of a head group
 STATE = "window", "anchors", "start", "length", "young"
 
-Slots = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Part(BaseModel):
@@ -41,12 +41,12 @@ class _Part(BaseModel):
 class _Group(_Part):
     """Which slots of a group's buffers mean what. window: the group's own, which `hold` ends; the pattern's is what it was."""
 
-    heads: tuple[Slots, ...]
-    pattern: tuple[Slots, Slots, Slots | None]  # sink, floating, window
-    window: Slots | None
-    anchors: Slots
-    start: Slots
-    length: Slots
+    heads: tuple[Count, ...]
+    pattern: tuple[Count, Count, Count | None]  # sink, floating, window
+    window: Count | None
+    anchors: Count
+    start: Count
+    length: Count
     young: Annotated[bool, Field(strict=True)] = False
 
     @classmethod
@@ -175,10 +175,12 @@ def _restored(state: _Group, layer: PlanLayer, buffers: dict[str, Tensor], paddi
     shapes: dict[str, tuple[int, ...]] = {"keys": (batch, heads, slots, dim), "values": (batch, heads, slots, dim)}
     shapes |= {"visible": (batch, heads, slots), "scores": (batch, heads, floating)}
     ring = state.length - state.start if state.window is None else min(state.length, state.window)
-    held = pattern.window is not None and state.window is None and not state.young
-    fits = pattern.size(state.length) == state.length and (pattern.window, state.window) != (None, None)
+    whole = pattern.window is not None and state.window is None  # nothing was let go of late: held, or young still
+    held = whole and not state.young
     anchors = state.anchors if held else 0 if state.young else pattern.sink + floating
-    enough = anchors == state.anchors and 0 <= ring <= slots - anchors and (not state.young or fits)
+    enough = anchors == state.anchors and 0 <= ring <= slots - anchors
+    if state.young:
+        enough &= whole and state.start == 0 and pattern.size(state.length) == state.length
     if any(tuple(buffers[name].shape) != shape for name, shape in shapes.items()) or not enough:
         raise ValueError(f"buffers {[list(b.shape) for b in buffers.values()]} of {state}")
     exact = layer.exact and heads == len(layer.patterns)

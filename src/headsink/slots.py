@@ -146,10 +146,12 @@ class Slots:
             self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
             self.visible[:, :, slot] = True if self.padding is None else (self.length >= self.padding.tokens)[:, None]
         elif len(columns):
-            slots: Tensor | slice = self._slots(columns)
             new = slice(tokens - len(columns), tokens)
+            slots: Tensor | slice
             if self.window is None:  # one after the other
                 slots = slice(self.anchors + self.length - self.start, self.anchors + end - self.start)
+            else:
+                slots = self._slots(columns)
             self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
             real = True if self.padding is None else columns >= self.padding.tokens[:, None, None]
             self.visible[:, :, slots] = torch.as_tensor(real, device=key.device).expand(*key.shape[:2], len(columns))

@@ -216,7 +216,7 @@ def fetch(context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def turn(context: Any, keys: Any, taken: Any, row: Any, out: Any, held: Any, work: Any) -> Any:
+def to_columns(context: Any, keys: Any, taken: Any, row: Any, out: Any, held: Any, work: Any) -> Any:
     """Sixteen words each of sixteen keys, the int32 `taken`, as columns: [16, KEYS].
 
     keys: address of the first of these words of key 0, whose rows are `row` bytes long.

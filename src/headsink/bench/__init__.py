@@ -1,9 +1,25 @@
 """Measurements of headsink itself, side by side with what one would use otherwise."""
 
+import os
+import platform
 import statistics
+import sys
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, least and most of repeated measurements, and all of them."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+
+
+def heading(what: str) -> dict[str, Any]:
+    """What a script measures, how it was called, with which versions, on what."""
+    return {
+        "what": what,
+        "command": "python " + " ".join(sys.argv),
+        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+    }
