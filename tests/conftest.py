@@ -4,11 +4,24 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(monkeypatch) -> torch.device:
+    """Where the Triton kernels run: a GPU, or a CPU by the interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    from headsink import gpu
+
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    return torch.device("cpu")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numba import njit
 
-from headsink import kernels, vectors
+from headsink.cpu import kernels, vectors
 from headsink.scores import key_scores, n_features
 
 RANDOM = np.random.default_rng(0)

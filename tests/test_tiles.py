@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headsink import tiles
+from headsink.cpu import tiles
 from headsink.rows import attend_tiles
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}

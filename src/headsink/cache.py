@@ -122,7 +122,7 @@ class PlanLayer(CacheLayerMixin):
         )
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        from headsink.layout import Layout
+        from headsink.cpu.layout import Layout
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:

@@ -110,7 +110,7 @@ def decode(
 
 def prepare(model: PreTrainedModel) -> None:
     """Compile what a model that can decode here runs: half a minute the first time on a machine, then from numba's cache."""
-    from headsink import kernels
+    from headsink.cpu import kernels
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
     attend_few(key, key, key, key[..., 0] == 0, 1, 1.0)
@@ -162,7 +162,7 @@ class Decoder:
     """A model and a cache, laid out for the kernel. Addresses are read once: neither may change in between."""
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
-        from headsink import kernels, layout  # numba takes a second, which other commands need not wait for
+        from headsink.cpu import kernels, layout  # numba takes a second, which other commands need not wait for
 
         self.kernels, self.laid, self.cache = kernels, layout, cache
         self.stack = cast(Any, decoder(model))

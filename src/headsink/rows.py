@@ -40,7 +40,7 @@ def attend_table(
 ) -> Tensor:
     """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
     value: [batch, heads, 1, dim], of one token that comes in before."""
-    from headsink import kernels
+    from headsink.cpu import kernels
 
     dim = query.shape[3]
     rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
@@ -61,7 +61,7 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
     """
     batch, heads, slots, dim = keys.shape
-    from headsink.kernels import Field
+    from headsink.cpu.kernels import Field
 
     keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
@@ -83,7 +83,7 @@ def attend_tiles(
     query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; columns: int64 [keys]; until: int64
     [batch x heads, keys]. Zero where a query sees no key. For what `can_run` takes.
     """
-    from headsink import prefill, tiles
+    from headsink.cpu import prefill, tiles
 
     grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
     out = torch.empty_like(grouped)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from headsink.cpu.kernels import Field
 from headsink.head_group import HeadGroup
-from headsink.kernels import Field
 from headsink.slots import FOREVER
 
 

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from headsink.vectors import LANES
+from headsink.cpu.vectors import LANES
 
 KEYS = 64  # of a tile: with their values they fill half of a processor's first cache
 ROWS = 4  # queries at once

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
-from headsink.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
+from headsink.cpu.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
 
 
 class Weight(IntEnum):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from headsink.tiles import KEYS, ROWS, add_products1, add_products4, fetch, products_of_tile, soften, to_columns
-from headsink.vectors import FAST, LANES, narrow, wide
+from headsink.cpu.tiles import KEYS, ROWS, add_products1, add_products4, fetch, products_of_tile, soften, to_columns
+from headsink.cpu.vectors import FAST, LANES, narrow, wide
 
 QUERIES = 128  # of a head: tokens, at most, for which a tile is laid out once
 CACHE_LINE = 64  # bytes
