@@ -1,0 +1,294 @@
+"""Attention of one token, or of the last few, over the keys that every head of a layer holds: a kernel for a GPU.
+
+All texts and KV heads of a layer are one launch, however many keys each of them holds. The keys of all heads, in tiles, are
+one long row, of which every program takes an equal part, wherever heads begin and end in it (as in LeanAttention, arXiv
+2405.10480); so a full head of 131,072 keys and a window of 128 share the card without one waiting for the other. The queries of
+a group are the rows of a product, so each key and value is read once. What the programs found of a head is put together by
+a second, small launch (FlashDecoding).
+
+Heads are told by a table of addresses (`Table`) that stays on the card. What changes from token to token is only the number of
+columns so far, which is read from the card too: the same launch serves every token, and a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headsink.gpu.parts import LOG2E, capped, processors, product
+
+TILE_BYTES = 2**14  # of the keys of a tile, and of their values
+
+
+class Field(IntEnum):
+    """What a table says of a KV head: addresses of its own buffers, and how they fill.
+
+    KEYS, VALUES: [slots, dim]. VISIBLE: bool [slots]. SCORES: float32 [floating keys]. WEIGHTS: float32 [features], of scores.
+    SINK, FLOATING: slots in front of the ring, for first tokens and floating keys. ANCHORS: their sum, or what else lies in front
+    of the ring. START: the column in the ring's first slot, if it never wraps. WINDOW: slots of the ring, FOREVER if it never wraps.
+    PAD: tokens of padding of the text.
+    """
+
+    KEYS = 0
+    VALUES = 1
+    VISIBLE = 2
+    SCORES = 3
+    WEIGHTS = 4
+    SINK = 5
+    FLOATING = 6
+    ANCHORS = 7
+    START = 8
+    WINDOW = 9
+    PAD = 10
+
+
+# The same for the compiler.
+FIELDS = tl.constexpr(len(Field))
+_KEYS, _VALUES, _VISIBLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_ANCHORS, _START, _WINDOW = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
+
+
+@triton.jit
+def _ends(table, length, heads: tl.constexpr, HEADS: tl.constexpr):
+    """Slots in use of every head once `length` columns have come in: int32 [HEADS], 0 beyond the last head."""
+    head = tl.arange(0, HEADS)
+    real = head < heads
+    row = table + head * FIELDS
+    anchors, start = tl.load(row + _ANCHORS, real, other=0), tl.load(row + _START, real, other=0)
+    window = tl.load(row + _WINDOW, real, other=0)
+    return tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
+
+
+@triton.jit
+def _part(total, program, PROGRAMS: tl.constexpr):
+    """The first tile of a program's part."""
+    return (total.to(tl.int64) * program // PROGRAMS).to(tl.int32)
+
+
+@triton.jit
+def _of(values, index, n):
+    """values[n]."""
+    return tl.sum(tl.where(index == n, values, 0))
+
+
+@triton.jit
+def _attend(
+    query,
+    table,
+    length_at,
+    found,
+    tops,
+    totals,
+    scaling,
+    softcap,
+    heads: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    kind = query.dtype.element_ty
+    program = tl.program_id(0)
+    length = tl.load(length_at)
+    head_index = tl.arange(0, HEADS)
+    ends = _ends(table, length, heads, HEADS)
+    tiles = tl.cdiv(ends, TILE)
+    until = tl.cumsum(tiles)
+    total = tl.sum(tiles)
+    tile, last = _part(total, program, PROGRAMS), _part(total, program + 1, PROGRAMS)
+
+    row, column, slot = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    rows: tl.constexpr = GROUP * TOKENS
+    inside = (row < rows)[:, None] & (column < dim)[None, :]
+    while tile < last:
+        head = tl.sum((until <= tile).to(tl.int32))
+        end, begun = _of(ends, head_index, head), _of(until - tiles, head_index, head)
+        stop = tl.minimum(last, _of(until, head_index, head))
+        at = table + head * FIELDS
+        keys = tl.multiple_of(tl.load(at + _KEYS).to(tl.pointer_type(kind)), 16)
+        values = tl.multiple_of(tl.load(at + _VALUES).to(tl.pointer_type(kind)), 16)
+        visible = tl.load(at + _VISIBLE).to(tl.pointer_type(tl.int8))
+        asked = tl.load(query + (head * rows + row)[:, None] * dim + column[None, :], inside, other=0.0)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        sum_ = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, DIM], tl.float32)
+        for first in tl.range((tile - begun) * TILE, (stop - begun) * TILE, TILE, num_stages=STAGES):
+            slots = first + slot
+            held = slots < end
+            there = held[:, None] & (column < dim)[None, :]
+            place = slots[:, None] * dim + column[None, :]
+            key = tl.load(keys + place, there, other=0.0)
+            value = tl.load(values + place, there, other=0.0)
+            seen = (tl.load(visible + slots, held, other=0) != 0)[None, :]
+            if TOKENS > 1:  # the last tokens lie in the last slots
+                seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
+            logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32)) * scaling
+            if CAPPED:
+                logits = capped(logits, softcap)
+            logits = tl.where(seen, logits * LOG2E, float("-inf"))
+            most = tl.maximum(top, tl.max(logits, 1))
+            calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
+            shares = tl.exp2(logits - calm[:, None])
+            factor = tl.exp2(top - calm)
+            sum_ = sum_ * factor + tl.sum(shares, 1)
+            out = product(shares.to(kind), value, out * factor[:, None])
+            top = most
+        part = (program + head) * rows + row  # no two programs have the same sum with a head that both have a part of
+        tl.store(tops + part, top, row < rows)
+        tl.store(totals + part, sum_, row < rows)
+        tl.store(found + part[:, None] * dim + column[None, :], out, inside)
+        tile = stop
+
+
+@triton.jit
+def _combine(
+    found,
+    tops,
+    totals,
+    table,
+    length_at,
+    learned,
+    output,
+    lse,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LEARNED: tl.constexpr,
+):
+    """Put the parts of a head together: one program a row of it, and `COLUMNS` of the row."""
+    rows: tl.constexpr = GROUP * TOKENS
+    head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    head_index = tl.arange(0, HEADS)
+    tiles = tl.cdiv(_ends(table, tl.load(length_at), heads, HEADS), TILE)
+    until, total = tl.cumsum(tiles), tl.sum(tiles).to(tl.int64)
+    own, ended = _of(tiles, head_index, head), _of(until, head_index, head).to(tl.int64)
+    # Program p's part begins at tile `total p // PROGRAMS`; the last one that begins at t or before is ((t + 1) PROGRAMS - 1) // total.
+    first = ((ended - own + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
+    parts = tl.where(own > 0, (ended * PROGRAMS - 1) // tl.maximum(total, 1) - first + 1, 0).to(tl.int32)
+    at = (first.to(tl.int32) + head) * rows + row
+
+    every = tl.arange(0, PARTS)
+    theirs = tl.load(tops + at + every * rows, every < parts, other=float("-inf"))
+    most = tl.max(theirs, 0)
+    calm = tl.where(most == float("-inf"), 0.0, most)
+    sum_ = tl.sum(tl.load(totals + at + every * rows, every < parts, other=0.0) * tl.exp2(theirs - calm), 0)
+    out = tl.zeros([COLUMNS], tl.float32)
+    some = tl.arange(0, SOME)
+    for start in range(0, parts, SOME):
+        part = start + some
+        there = part < parts
+        weight = tl.exp2(tl.load(tops + at + part * rows, there, other=float("-inf")) - calm)
+        place = (at + part * rows)[:, None] * dim + column[None, :]
+        vectors = tl.load(found + place, there[:, None] & (column < dim)[None, :], other=0.0)
+        out += tl.sum(vectors * weight[:, None], 0)
+    logarithm = calm + tl.log2(sum_)  # -inf where nothing was seen
+    divisor = sum_
+    if LEARNED:
+        extra = tl.load(learned + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
+        divisor += tl.exp2(extra - calm)
+    divisor = tl.where(sum_ == 0.0, 1.0, divisor)
+    row_at = head * rows + row
+    tl.store(output + row_at * dim + column, (out / divisor).to(output.dtype.element_ty), column < dim)
+    if tl.program_id(1) == 0:
+        tl.store(lse + row_at, logarithm / LOG2E)
+
+
+class Work:
+    """Memory that the kernel works in, for a number of heads, rows of each and coordinates: the parts of all programs."""
+
+    def __init__(self, heads: int, rows: int, dim: int, programs: int, device: torch.device):
+        self.found = torch.empty(programs + heads, rows, dim, device=device)
+        self.tops = torch.empty(programs + heads, rows, device=device)
+        self.totals = torch.empty_like(self.tops)
+
+
+def attend(
+    query: Tensor,
+    table: Tensor,
+    length: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last tokens of every text over what each head holds of it.
+
+    query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
+    that are in, those of the queries too. With more than one token nothing may have wrapped. softcap: logits become softcap x
+    tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value. programs: of the
+    launch, twice as many as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is
+    seen, and the log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
+    """
+    texts, query_heads, tokens, dim = query.shape
+    kv_heads = table.shape[1]
+    heads, group = texts * kv_heads, query_heads // kv_heads
+    rows = group * tokens
+    programs = 2 * processors(query.device) if programs is None else programs
+    work = Work(heads, rows, dim, programs, query.device)
+    output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    wide = triton.next_power_of_2(dim)
+    same: dict[str, Any] = {
+        "heads": heads,
+        "GROUP": group,
+        "TOKENS": tokens,
+        "dim": dim,
+        "HEADS": triton.next_power_of_2(heads),
+        "TILE": min(128, TILE_BYTES // (wide * query.element_size())),
+        "PROGRAMS": programs,
+    }
+    _attend[(programs,)](
+        query,
+        table,
+        length,
+        work.found,
+        work.tops,
+        work.totals,
+        scaling,
+        1.0 if softcap is None else softcap,
+        ROWS=max(16, triton.next_power_of_2(rows)),
+        DIM=wide,
+        CAPPED=softcap is not None,
+        STAGES=3,
+        num_warps=4,
+        **same,
+    )
+    columns = min(32, wide)
+    _combine[(heads * rows, triton.cdiv(dim, columns))](
+        work.found,
+        work.tops,
+        work.totals,
+        table,
+        length,
+        work.tops if learned is None else learned,
+        output,
+        lse,
+        kv_heads=kv_heads,
+        PARTS=triton.next_power_of_2(programs),
+        SOME=min(64, triton.next_power_of_2(programs)),
+        COLUMNS=columns,
+        LEARNED=learned is not None,
+        num_warps=4,
+        **same,
+    )
+    return output, lse
+

@@ -1,0 +1,87 @@
+"""Compile Triton kernels for an H100 without having one: by the very calls that would launch them there.
+
+    python tests/offline.py FILE      # runs FILE, in which every launch compiles and does not run; prints one JSON object a kernel
+
+Run in a process of its own, where Triton is not its interpreter. What is written by a kernel stays what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TARGET = 90  # compute capability, times ten
+
+
+def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
+    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, and its code (`ptx`)."""
+    path = folder / "launches.py"
+    path.write_text(script)
+    here = Path(__file__)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(here.parent), "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, here, path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _run(path: str) -> None:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """A driver of a card that is not there."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", TARGET, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(json.dumps({"name": kernel.name, "shared": kernel.metadata.shared, **_resources(kernel.asm["cubin"])} | {
+                "ptx": kernel.asm["ptx"]
+            }))
+        return kernel
+
+    seen: set[str] = set()
+    triton.runtime.driver.set_active(Driver())
+    launch = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = run  # type: ignore[method-assign]
+    from headsink import gpu
+
+    gpu.DEVICES = {"cpu"}
+    torch.manual_seed(0)
+    runpy.run_path(path)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of local memory (what is spilled), of a kernel."""
+    import tempfile
+
+    from triton import backends
+
+    tool = Path(backends.__path__[0]) / "nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    return {"registers": numbers["REG"], "spilled": max(numbers["STACK"], numbers["LOCAL"])}
+
+
+if __name__ == "__main__":
+    _run(sys.argv[1])
