@@ -25,7 +25,11 @@ def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
     path.write_text(script)
     here = Path(__file__)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(here.parent), "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONWARNINGS": "ignore"}
+    environment |= {
+        "PYTHONPATH": str(here.parent),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run([sys.executable, here, path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -52,9 +56,12 @@ def _run(path: str) -> None:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(json.dumps({"name": kernel.name, "shared": kernel.metadata.shared, **_resources(kernel.asm["cubin"])} | {
-                "ptx": kernel.asm["ptx"]
-            }))
+            print(
+                json.dumps(
+                    {"name": kernel.name, "shared": kernel.metadata.shared, **_resources(kernel.asm["cubin"])}
+                    | {"ptx": kernel.asm["ptx"]}
+                )
+            )
         return kernel
 
     seen: set[str] = set()
@@ -78,7 +85,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     return {"registers": numbers["REG"], "spilled": max(numbers["STACK"], numbers["LOCAL"])}
 

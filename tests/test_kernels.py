@@ -6,6 +6,7 @@ import torch
 from numba import njit
 
 from headsink.cpu import kernels, vectors
+from headsink.layout import Field
 from headsink.scores import key_scores, n_features
 
 RANDOM = np.random.default_rng(0)
@@ -75,17 +76,15 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     keys, values = torch.randn(2, size, dim).to(dtype)
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
-    head = np.zeros(len(kernels.Field), np.int64)
-    head[[kernels.Field.KEYS, kernels.Field.VALUES, kernels.Field.VISIBLE]] = [
-        t.data_ptr() for t in (keys, values, visible)
-    ]
-    head[kernels.Field.END] = size
+    head = np.zeros(len(Field), np.int64)
+    head[[Field.KEYS, Field.VALUES, Field.VISIBLE]] = [t.data_ptr() for t in (keys, values, visible)]
+    head[Field.END] = size
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
     top, total = np.full((2, parts, group), np.nan, np.float32)
     out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
     logits = np.empty((group, kernels.BLOCK), np.float32)
     sinks = min(2, size) if turned_sinks else 0
-    head[kernels.Field.SINK] = sinks
+    head[Field.SINK] = sinks
     turned = torch.randn(group if turned_sinks else 0, dim)
     given = query.numpy(), turned.numpy(), tokens, logits
     for part in range(parts):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
+from headsink import gpu
 from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup
 from headsink.pattern import FULL, Pattern
@@ -44,6 +45,28 @@ class Update:
         return self.key.shape
 
 
+@dataclass(frozen=True)
+class OnCard:
+    """Where the heads of a layer lie, for kernels of a GPU: the table of a `Layout`, int64 [texts, KV heads, fields], and how many
+    columns have come in, int64 [1]."""
+
+    table: Tensor
+    length: Tensor
+
+    @classmethod
+    def of(cls, table: Any, length: int, device: torch.device) -> OnCard:
+        return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Let a token of every text in and attend from it: query [batch, heads x group, 1, dim], key and value [batch, heads, 1,
+        dim]. The host waits for nothing. `length` stays what it is."""
+        from headsink.gpu.attention import attend
+        from headsink.gpu.enter import enter
+
+        enter(key.contiguous(), value.contiguous(), self.table, self.length)
+        return attend(query.contiguous(), self.table, self.length, scaling)[0]
+
+
 class PlanLayer(CacheLayerMixin):
     """One layer of a plan's cache: its KV heads, grouped by pattern."""
 
@@ -58,13 +81,16 @@ class PlanLayer(CacheLayerMixin):
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
+        self.on_card: OnCard | None = (
+            None  # while a step on a GPU runs, which says nothing of single tokens (gpu/decoder.py)
+        )
         self.recording = self.held = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """A copy that goes its own way, of the same model."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = {"config": self.config, "layout": None}  # addresses are of the original's buffers
+        shared = {"config": self.config, "layout": None, "on_card": None}  # addresses are of the original's buffers
         copied.__dict__ |= {
             name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in shared
         }
@@ -94,6 +120,8 @@ class PlanLayer(CacheLayerMixin):
         elif padding is not None:
             self._check_padding(padding)
         key, value = update.key, update.value
+        if self.on_card is not None:
+            return self.on_card.attend(query, key, value, scaling).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
         if self._steps(query):
@@ -115,21 +143,26 @@ class PlanLayer(CacheLayerMixin):
         groups, padding = self.groups, self.groups[0].padding
         return (
             query.shape[2] == 1
-            and (padding is None or padding.most <= groups[0].length)
+            and (padding is None or padding.most <= groups[0].length or query.device.type in gpu.DEVICES)
             and can_run(query)
             and not (len(groups) == 1 and groups[0].pattern.full and groups[0].exact)  # which is to be the model itself
             and not any(g.recording or g.inverse is not None for g in groups)
         )
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        from headsink.cpu.layout import Layout
+        from headsink.layout import Layout
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:
             self.layout = Layout(self.groups, 1)
-        table = self.layout.at(length)
+            if query.device.type in gpu.DEVICES:
+                self.layout.table = OnCard.of(self.layout.table, length, query.device)
         for group in self.groups:
             group.length += 1
+        if isinstance(self.layout.table, OnCard):
+            self.layout.table.length.fill_(length)
+            return self.layout.table.attend(query, key, value, scaling)
+        table = self.layout.at(length)
         return attend_table(table.reshape(-1, table.shape[-1]), query, 1, scaling, key, value)
 
     def _check_padding(self, padding: Padding) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from headsink import gpu
+from headsink.gpu import full
 from headsink.rotary import turned_back
-from headsink.rows import FEW, attend_few, attend_rows, attend_tiles, attend_turned, can_run
+from headsink.rows import Sight, attend_few, attend_rows, attend_tiles, attend_turned, can_run, few
 from headsink.scores import NONE, key_scores, lifetimes
 from headsink.slots import FOREVER, Slots
 
@@ -31,7 +33,7 @@ class HeadGroup(Slots):
         if self.young and self._outgrown(query.shape[2]):
             self._settle()
         compiled, whole = self.inverse is None and can_run(query), self.pattern.full or self.young
-        if whole and not self.holes and not (compiled and (self.young or not self.exact)):
+        if whole and not self.holes and not (compiled and (self.young or not self.exact) and self._sooner(query)):
             self.enter(key, value)
             return self._attend_full(module, query, scaling)
         if self.recording and self.window is not None:
@@ -59,10 +61,17 @@ class HeadGroup(Slots):
             output[:, :, block] = self._attend_buffer(query[:, :, block], scaling)
         return output
 
+    def _sooner(self, query: Tensor) -> bool:
+        """Whether our kernels are sooner than those for causal attention over everything: on a GPU not for many tokens."""
+        return query.device.type not in gpu.DEVICES or self.padding is not None or few(query, len(self.heads))
+
     def _attend_full(self, module: nn.Module, query: Tensor, scaling: float) -> Tensor:
-        """Full attention by the very call that transformers makes, so that an all-full plan is the model itself."""
+        """Full attention by the very call that transformers makes, so that an all-full plan is the model itself; unless that is
+        not asked for and there is a sooner one."""
         batch, _, tokens, _ = query.shape
         keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        if not self.exact and self.padding is None and gpu.can_run(query):
+            return full.attend(query, keys, values, scaling)
         mask = None
         if self.padding is not None or (tokens > 1 and self.length > tokens):
             columns = torch.arange(self.length, device=query.device)
@@ -70,7 +79,7 @@ class HeadGroup(Slots):
             if self.padding is not None:
                 mask = mask & (columns >= self.padding.tokens[:, None, None])
             mask = mask.expand(batch, 1, tokens, self.length) if mask.dim() == 2 else mask[:, None]
-        elif tokens == 1 and query.dtype != torch.float32:
+        elif tokens == 1 and query.dtype != torch.float32 and query.device.type == "cpu":
             # The same bits as the call below, 5 times sooner at 7,500 keys (bfloat16, 2 cores); in float32 it is slower.
             return attend_rows(query, keys, values, None, scaling)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0].transpose(1, 2)
@@ -79,13 +88,11 @@ class HeadGroup(Slots):
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
         if self.inverse is None and can_run(query):
-            if query.shape[2] <= FEW:
+            if few(query, len(self.heads)):
                 return attend_few(query, self.keys, self.values, self.visible, end, scaling)
-            columns = torch.arange(self.start - self.anchors, self.start - self.anchors + self.keys.shape[2])
-            columns[: self.anchors] = -1  # before every query
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
-            keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-            return attend_tiles(query, keys, values, columns, until, self.length - query.shape[2], scaling)
+            sight = self._sight(until, self.length - query.shape[2], self.start)
+            return attend_tiles(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, scaling)
         mask = self.visible[:, :, None, :end]
         if self.inverse is not None:
             turned = self._turned(query, self.length - query.shape[2])
@@ -106,12 +113,12 @@ class HeadGroup(Slots):
         ring_keys, ring_values = self._in_order()
         keys = torch.cat([self.keys[:, :, : self.anchors], ring_keys, key], 2).flatten(0, 1)
         values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2).flatten(0, 1)
-        columns = torch.arange(first - self.anchors, end, device=key.device)
-        columns[: self.anchors] = -1  # before every query
         until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
         until = until.flatten(0, 1)
         if self.inverse is None and can_run(query):
-            return attend_tiles(query, keys, values, columns, until, end - query.shape[2], scaling), scores
+            return attend_tiles(query, keys, values, self._sight(until, end - query.shape[2], first), scaling), scores
+        columns = torch.arange(first - self.anchors, end, device=key.device)
+        columns[: self.anchors] = -1  # before every query
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = query[:, :, start : start + QUERY_BLOCK]
@@ -135,6 +142,15 @@ class HeadGroup(Slots):
                 found = attend_rows(block, seen_keys, seen_values, mask, scaling)
             output[:, :, start : start + QUERY_BLOCK] = found
         return output, scores
+
+    def _sight(self, until: Tensor, first: int, start: int) -> Sight:
+        """What queries from column `first` on see of the anchors and of what follows them, from column `start` on."""
+        gaps, held = self.padding is not None or self.holes, self.window is None
+        reach = self.anchors if held else until.shape[1]
+        if not held and not self.pattern.floating:
+            reach = min(reach, self.anchors + max(0, self._ordinary - start))
+        far = self.anchors if held else self.pattern.sink + self.pattern.floating
+        return Sight(until, first, self.anchors, start, self.window, gaps, far, reach)
 
     def _turned(self, query: Tensor, first: int) -> Tensor:
         """The queries of columns from `first` on as they look at the first tokens if positions are counted in the cache."""

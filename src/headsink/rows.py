@@ -6,6 +6,7 @@ In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,8 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headsink import gpu
+
 FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
+ROWS = 64  # queries of a KV head up to which it is so on a GPU
 turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
+
+
+def few(query: Tensor, kv_heads: int) -> bool:
+    """Whether these are tokens so few, [batch, query heads, tokens, dim], that keys are best read as they lie."""
+    if query.device.type in gpu.DEVICES:
+        return query.shape[2] * query.shape[1] <= ROWS * kv_heads
+    return query.shape[2] <= FEW
 
 
 @cache
@@ -27,7 +38,7 @@ def compiled() -> bool:
 
 def can_run(tensor: Tensor) -> bool:
     """Whether the kernels take tensors like this one."""
-    return (
+    return gpu.can_run(tensor) or (
         compiled()
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
@@ -60,8 +71,12 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
     """
+    if query.device.type in gpu.DEVICES:
+        from headsink.gpu.attention import attend_buffers
+
+        return attend_buffers(query.contiguous(), keys, values, visible, end, scaling)[0]
     batch, heads, slots, dim = keys.shape
-    from headsink.cpu.kernels import Field
+    from headsink.layout import Field
 
     keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
@@ -74,27 +89,51 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     return attend_table(table, query, query.shape[2], scaling)
 
 
-def attend_tiles(
-    query: Tensor, keys: Tensor, values: Tensor, columns: Tensor, until: Tensor, first: int, scaling: float
-) -> Tensor:
-    """Attention of many tokens, each over the keys that it sees: the query of column c, the first of which is `first`, sees keys
-    with columns <= c < until.
+@dataclass(frozen=True)
+class Sight:
+    """Which keys many queries see: that of column c those with columns <= c < until.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; columns: int64 [keys]; until: int64
-    [batch x heads, keys]. Zero where a query sees no key. For what `can_run` takes.
+    until: int [batch x heads, keys]. first: the column of the first query. anchors: the first so many keys come before every query;
+    those after them are of the columns from `start` on, one after the other. The rest is what is known of `until`. window: all of
+    the last so many columns are seen, None: all; gaps: but for some. far: other keys that a query sees at most; reach: they are
+    among the first so many.
     """
+
+    until: Tensor
+    first: int
+    anchors: int
+    start: int
+    window: int | None
+    gaps: bool
+    far: int
+    reach: int
+
+
+def attend_tiles(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scaling: float) -> Tensor:
+    """Attention of many tokens, each over the keys that it sees.
+
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]. Zero where a query sees no key. For what
+    `can_run` takes.
+    """
+    if query.device.type in gpu.DEVICES:
+        from headsink.gpu import prefill as on_gpu
+
+        return on_gpu.attend(query, keys, values, sight, scaling)[0]
     from headsink.cpu import prefill, tiles
 
     grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
     out = torch.empty_like(grouped)
     pairs = tiles.PAIRED and query.dtype == torch.bfloat16 and query.shape[3] % 2 == 0
     work: Any = np.empty(0, np.uint16 if pairs else np.float32)
+    columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (sight.start - sight.anchors)
+    columns[: sight.anchors] = -1
     with turn:
         prefill.attend(
             *(_numbers(t.detach().contiguous()) for t in (keys, values)),
-            *(t.int().contiguous().numpy() for t in (columns, until)),
+            columns.astype(np.int32),
+            sight.until.int().contiguous().numpy(),
             _numbers(grouped),
-            first,
+            sight.first,
             scaling,
             work,
             _numbers(out),

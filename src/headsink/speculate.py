@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink.cache import PlanCache, PlanLayer
-from headsink.decode import Decoder, prepare, refusal
+from headsink.decode import Decoder, decoder, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.runtime import apply, new_cache
@@ -253,7 +253,7 @@ class Lossless:
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
         if self.compiled and self.step is None and self.draft.get_seq_length():
-            self.step = Decoder(self.model, self.draft)
+            self.step = decoder(self.model, self.draft)
         elif self.step is not None:
             self.step.resume()
         for n in range(count):

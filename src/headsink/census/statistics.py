@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headsink import gpu
 from headsink.attention import Seen
 from headsink.blockwise import Block, attend, block, normaliser, rows_per_block
 from headsink.output import OutputNorms
@@ -148,7 +149,7 @@ def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
 def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
     """Statistics of one layer on the first `length` tokens of what was seen; queries: most that are read."""
     inputs, limits = seen.prefix(length), limits.at(length)
-    key, value, output = (t[0].float() for t in (inputs.key, inputs.value, inputs.output))
+    key, value, output = inputs.key[0].float(), inputs.value[0].float(), inputs.output[0]
     (n_heads, _, dim), kv_heads, device = output.shape, key.shape[0], key.device
     norms = OutputNorms(seen.module, kv_heads, dim)
     positions = torch.arange(length, device=device)
@@ -159,27 +160,43 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     floating &= floating.cumsum(-1) <= limits.floating  # all of them, or the first of very many
     sinks = SinkKeys(floating | (positions < limits.first), limits.first)
 
-    size = rows_per_block(n_heads, length)
+    fused = _fused(inputs.key)
+    size = QUERIES if fused else rows_per_block(n_heads, length)
     attention = torch.zeros(n_heads, length, device=device)
 
     def mean_over(
-        first: int, end: int, most: int, read: Callable[[Block, Tensor], dict[str, Tensor]]
+        first: int, end: int, most: int, read: Callable[[Tensor, Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Means over queries of what `read` finds for each query of a block: float64 [...], on the CPU."""
+        """Means over queries of what `read` finds for each, given some and their weights: float64 [...], on the CPU."""
         rows, share = (t.to(device) for t in sampled(first, end, most))
-        parts = [read(block(inputs, r), w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
+        parts = [read(r, w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
         return {name: (torch.cat([part[name] for part in parts], -1).double() @ share).cpu() for name in parts[0]}
 
-    def masses(part: Block, share: Tensor) -> dict[str, Tensor]:
-        attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
-        layer = norms.layer(output[:, part.rows]).clamp(min=TINY)
-        sizes = {"output": (norms.heads(output[:, part.rows]) / layer).sqrt()}
-        return _masses(part, sinks, limits.window, distances(length)) | sizes
+    def masses(rows: Tensor, share: Tensor) -> dict[str, Tensor]:
+        if fused:
+            found, columns = fused.masses(inputs, rows, share, sinks.flags, limits.window, distances(length))
+            attention.add_(columns)
+        else:
+            part = block(inputs, rows)
+            attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
+            found = _masses(part, sinks, limits.window, distances(length))
+        layer = norms.layer(output[:, rows]).clamp(min=TINY)
+        return found | {"output": (norms.heads(output[:, rows]) / layer).sqrt()}
+
+    def errors(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
+        if fused:
+            outputs = fused.kept(inputs, rows, sinks.flags, limits.first, windows(length))
+        else:
+            outputs = _kept(block(inputs, rows), value, sinks)
+        return _errors(outputs, output[:, rows], norms)
+
+    def first_and_all(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"both": fused.first_and_all(inputs, rows) if fused else _first_and_all(block(inputs, rows))}
 
     start = first_row(length)
     means = mean_over(start, length, queries, masses)
-    wrong = mean_over(start, length, max(1, queries // 4), lambda part, _: _errors(part, value, output, sinks, norms))
-    early = mean_over(0, start, max(1, queries // 4), lambda part, _: {"both": _first_and_all(part)})["both"]
+    wrong = mean_over(start, length, max(1, queries // 4), errors)
+    early = mean_over(0, start, max(1, queries // 4), first_and_all)["both"]
     late = torch.stack([means["first"], 1 - means["learned"]])
     scores = {name: means[name] for name in SCORES if name != "legacy"}
     of_column, of_matrix = early * start + late * (length - start)
@@ -210,6 +227,15 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         short_keys=below.sum(-1).double().cpu(),
         short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
+
+
+def _fused(key: Tensor) -> Any:
+    """The kernels that do in few launches what blocks do in many, where they can run."""
+    if not gpu.can_run(key):
+        return None
+    from headsink.gpu import census
+
+    return census
 
 
 class SinkKeys:
@@ -297,36 +323,46 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
     }
 
 
-def _errors(part: Block, value: Tensor, output: Tensor, sinks: SinkKeys, norms: OutputNorms) -> dict[str, Tensor]:
-    """Output errors of every window, for each query of a block: float32 [query or KV heads, queries]. Uses the weights up."""
-    full, learned = output[:, part.rows], part.learned
-    layer = norms.layer(full).clamp(min=TINY)
+def _kept(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
+    """Outputs under every window, for each query of a block: float32 [query heads, queries, dim]. Uses the weights up."""
+    heads, queries, _ = part.weights.shape
+    learned = part.learned
     at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block holds the others only
     ages = part.rows[:, None] - sinks.index[:, None, None]
     sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
     opening = at_sinks * sinks.opening[:, None, None]
-    over, mass = torch.zeros_like(full), torch.zeros_like(learned)  # of a window's keys, sink tokens left out
-    names, wrong = [], []
+    over = value.new_zeros(heads, queries, value.shape[2])  # of a window's keys, sink tokens left out
+    mass = torch.zeros_like(learned)
+    outputs = {}
 
     def record(window: int) -> None:
-        """What the output lacks under a window."""
         close = opening + (at_sinks - opening) * (ages < window)
         for kept, tokens in (("first", close), ("floating", at_sinks)):
             seen = (mass + tokens.sum(-1).view_as(mass) + learned).clamp(min=TINY)  # what a learned logit takes stays
-            names.append(f"{kept}_{window}")
-            wrong.append(full - (over + (tokens @ sink_values).view_as(full)) / seen[..., None])
+            outputs[f"{kept}_{window}"] = (over + (tokens @ sink_values).view_as(over)) / seen[..., None]
 
     record(0)
     for window, start, tile in _bands(part, windows(value.shape[1])):
         if tile.shape[2]:
             over, mass = over + attend(tile, start, value), mass + tile.sum(-1)
         record(window)
-    every = torch.cat(wrong, 1)  # all windows at once: one after another they are many small products
-    sizes = {"": norms.heads(every), "_group": norms.groups(every)}
+    return outputs
+
+
+def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dict[str, Tensor]:
+    """Output errors of every window, for each query: float32 [query or KV heads, queries].
+
+    outputs, full: [query heads, queries, dim], under each window and without one.
+    """
+    layer = norms.layer(full).clamp(min=TINY)
+    wrong = torch.cat(
+        [full - output for output in outputs.values()], 1
+    )  # all at once: else they are many small products
+    sizes = {"": norms.heads(wrong), "_group": norms.groups(wrong)}
     return {
         name + suffix: of_window / layer
         for suffix, size in sizes.items()
-        for name, of_window in zip(names, size.split(len(part.rows), -1), strict=True)
+        for name, of_window in zip(outputs, size.split(full.shape[1], -1), strict=True)
     }
 
 

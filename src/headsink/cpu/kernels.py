@@ -4,7 +4,7 @@ A decode step reads every weight and every kept key once, so it is as fast as me
 are one call: torch and Python would add some 300 calls of ten microseconds. Weights, keys and values stay where torch has them
 and are reached by their addresses; they are float32, or bfloat16 (held as uint16, which is what numba knows), sums are float32.
 
-Heads have a row each in a table of addresses and numbers (`Field`); decode.py fills it.
+Heads have a row each in a table of addresses and numbers (layout.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from headsink.cpu.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
+from headsink.layout import Field
 
 
 class Weight(IntEnum):
@@ -30,31 +31,11 @@ class Weight(IntEnum):
     DOWN = 6
 
 
-class Field(IntEnum):
-    """What the table says of a KV head: addresses of its own buffers, and where the new token goes.
-
-    KEYS, VALUES: [slots, dim]. VISIBLE: bool [slots]. SCORES: float32 [floating keys]. WEIGHTS: float32 [features], of scores.
-    SINK, FLOATING: slots in front of the ring, FLOATING of them with a key at this time. END: slots in use once the
-    new token is in. SLOT: its own, -1 for none. LEAVING: the position of the token that leaves the window, negative for none.
-    """
-
-    KEYS = 0
-    VALUES = 1
-    VISIBLE = 2
-    SCORES = 3
-    WEIGHTS = 4
-    SINK = 5
-    FLOATING = 6
-    END = 7
-    SLOT = 8
-    LEAVING = 9
-
-
 BLOCK = 128  # keys at once, which stay in the processor's first cache
 
 # The numbers, for the compiler, which takes no enumerations inside arrays' indices.
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = (int(w) for w in Weight)
-_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, _END, _SLOT, _LEAVING = (int(f) for f in Field)
+_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, *_, _END, _SLOT, _LEAVING = (int(f) for f in Field)
 
 
 @njit

@@ -15,10 +15,9 @@ def product(a, b, sum_):
     """sum_ + a b, summed in float32; float32 numbers are not rounded first."""
     if INTERPRETED:  # it takes bfloat16 for whole numbers; as float32 their products are the same
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_, input_precision="ieee")
-    elif a.dtype == tl.float32:
+    if a.dtype == tl.float32:
         return tl.dot(a, b, sum_, input_precision="ieee")
-    else:
-        return tl.dot(a, b, sum_)
+    return tl.dot(a, b, sum_)
 
 
 @triton.jit

@@ -6,13 +6,12 @@ one long row, of which every program takes an equal part, wherever heads begin a
 a group are the rows of a product, so each key and value is read once. What the programs found of a head is put together by
 a second, small launch (FlashDecoding).
 
-Heads are told by a table of addresses (`Table`) that stays on the card. What changes from token to token is only the number of
+Where heads lie is told by a table (layout.py) that stays on the card. What changes from token to token is only the number of
 columns so far, which is read from the card too: the same launch serves every token, and a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -21,36 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.gpu.parts import LOG2E, capped, processors, product
+from headsink.layout import Field
 
 TILE_BYTES = 2**14  # of the keys of a tile, and of their values
-
-
-class Field(IntEnum):
-    """What a table says of a KV head: addresses of its own buffers, and how they fill.
-
-    KEYS, VALUES: [slots, dim]. VISIBLE: bool [slots]. SCORES: float32 [floating keys]. WEIGHTS: float32 [features], of scores.
-    SINK, FLOATING: slots in front of the ring, for first tokens and floating keys. ANCHORS: their sum, or what else lies in front
-    of the ring. START: the column in the ring's first slot, if it never wraps. WINDOW: slots of the ring, FOREVER if it never wraps.
-    PAD: tokens of padding of the text.
-    """
-
-    KEYS = 0
-    VALUES = 1
-    VISIBLE = 2
-    SCORES = 3
-    WEIGHTS = 4
-    SINK = 5
-    FLOATING = 6
-    ANCHORS = 7
-    START = 8
-    WINDOW = 9
-    PAD = 10
-
-
-# The same for the compiler.
 FIELDS = tl.constexpr(len(Field))
-_KEYS, _VALUES, _VISIBLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_ANCHORS, _START, _WINDOW = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
+KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, PAD = (
+    tl.constexpr(int(field)) for field in list(Field)[: Field.END]
+)
 
 
 @triton.jit
@@ -58,16 +34,16 @@ def _ends(table, length, heads: tl.constexpr, HEADS: tl.constexpr):
     """Slots in use of every head once `length` columns have come in: int32 [HEADS], 0 beyond the last head."""
     head = tl.arange(0, HEADS)
     real = head < heads
-    row = table + head * FIELDS
-    anchors, start = tl.load(row + _ANCHORS, real, other=0), tl.load(row + _START, real, other=0)
-    window = tl.load(row + _WINDOW, real, other=0)
+    own = table + head * FIELDS
+    anchors, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
+    window = tl.load(own + WINDOW, real, other=0)
     return tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
 
 
 @triton.jit
-def _part(total, program, PROGRAMS: tl.constexpr):
+def _part(total, program, programs):
     """The first tile of a program's part."""
-    return (total.to(tl.int64) * program // PROGRAMS).to(tl.int32)
+    return (total.to(tl.int64) * program // programs).to(tl.int32)
 
 
 @triton.jit
@@ -100,13 +76,16 @@ def _attend(
 ):
     kind = query.dtype.element_ty
     program = tl.program_id(0)
-    length = tl.load(length_at)
+    length = tl.load(length_at) + TOKENS
     head_index = tl.arange(0, HEADS)
     ends = _ends(table, length, heads, HEADS)
     tiles = tl.cdiv(ends, TILE)
     until = tl.cumsum(tiles)
     total = tl.sum(tiles)
-    tile, last = _part(total, program, PROGRAMS), _part(total, program + 1, PROGRAMS)
+    programs = tl.minimum(total, PROGRAMS)  # every one of them has a tile, at least
+    tile, last = 0, 0
+    if program < programs:
+        tile, last = _part(total, program, programs), _part(total, program + 1, programs)
 
     row, column, slot = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     rows: tl.constexpr = GROUP * TOKENS
@@ -115,10 +94,10 @@ def _attend(
         head = tl.sum((until <= tile).to(tl.int32))
         end, begun = _of(ends, head_index, head), _of(until - tiles, head_index, head)
         stop = tl.minimum(last, _of(until, head_index, head))
-        at = table + head * FIELDS
-        keys = tl.multiple_of(tl.load(at + _KEYS).to(tl.pointer_type(kind)), 16)
-        values = tl.multiple_of(tl.load(at + _VALUES).to(tl.pointer_type(kind)), 16)
-        visible = tl.load(at + _VISIBLE).to(tl.pointer_type(tl.int8))
+        own = table + head * FIELDS
+        keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
+        values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
+        visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
         asked = tl.load(query + (head * rows + row)[:, None] * dim + column[None, :], inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         sum_ = tl.zeros([ROWS], tl.float32)
@@ -179,12 +158,13 @@ def _combine(
     head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     head_index = tl.arange(0, HEADS)
-    tiles = tl.cdiv(_ends(table, tl.load(length_at), heads, HEADS), TILE)
+    tiles = tl.cdiv(_ends(table, tl.load(length_at) + TOKENS, heads, HEADS), TILE)
     until, total = tl.cumsum(tiles), tl.sum(tiles).to(tl.int64)
     own, ended = _of(tiles, head_index, head), _of(until, head_index, head).to(tl.int64)
-    # Program p's part begins at tile `total p // PROGRAMS`; the last one that begins at t or before is ((t + 1) PROGRAMS - 1) // total.
-    first = ((ended - own + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
-    parts = tl.where(own > 0, (ended * PROGRAMS - 1) // tl.maximum(total, 1) - first + 1, 0).to(tl.int32)
+    # Program p's part begins at tile `total p // programs`: the last that begins at t or before is the one with this number.
+    programs = tl.maximum(tl.minimum(total, PROGRAMS), 1)
+    first = ((ended - own + 1) * programs - 1) // tl.maximum(total, 1)
+    parts = tl.where(own > 0, (ended * programs - 1) // tl.maximum(total, 1) - first + 1, 0).to(tl.int32)
     at = (first.to(tl.int32) + head) * rows + row
 
     every = tl.arange(0, PARTS)
@@ -234,7 +214,7 @@ def attend(
     """Attention of the last tokens of every text over what each head holds of it.
 
     query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
-    that are in, those of the queries too. With more than one token nothing may have wrapped. softcap: logits become softcap x
+    before those of the queries, which are in too. With more than one token nothing may have wrapped. softcap: logits become softcap x
     tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value. programs: of the
     launch, twice as many as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is
     seen, and the log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
@@ -292,3 +272,18 @@ def attend(
     )
     return output, lse
 
+
+def attend_buffers(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
+    bool [texts, KV heads, slots]."""
+    texts, kv_heads, slots, dim = keys.shape
+    keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
+    number = torch.arange(texts * kv_heads, device=query.device).view(texts, kv_heads) * slots
+    table = number.new_zeros(texts, kv_heads, len(Field))
+    for field, buffer, size in ((KEYS, keys, dim), (VALUES, values, dim), (VISIBLE, visible, 1)):
+        table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
+    table[..., Field.WINDOW] = end
+    length = torch.full((1,), end - query.shape[2], device=query.device)
+    return attend(query, table, length, scaling)

@@ -1,0 +1,144 @@
+"""A decode step on a GPU: the model's own forward pass of one token of every text, as a CUDA graph.
+
+The first token goes through the model as ever, which compiles what there is to compile. The second is recorded: attention lets it in
+and attends by kernels that read the length of the text from the card (enter.py, attention.py), so that nothing in the pass depends
+on the host. From then on a token is one launch of the graph. When buffers grow or a head begins to let keys go, the table of
+addresses is written anew, in its place; the graph stays.
+
+Any model that a plan can run will do, unless layers of its own slide: transformers' cache of those grows with every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headsink import gpu
+from headsink.architecture import describe
+from headsink.cache import OnCard, PlanCache, PlanLayer
+from headsink.errors import HeadsinkError
+from headsink.layout import Field, Layout
+
+AHEAD = 64  # tokens that buffers are made ready for at once
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why a model cannot decode here; None if it can."""
+    shape = describe(model)
+    if not gpu.installed():
+        return "triton is not installed: pip install 'headsink[gpu]'"
+    if any(shape.windows):
+        return "layers of this model slide by themselves"
+    if not shape.prefix_free:
+        return "its rotary positions depend on the length of the text"
+    if model.training:
+        return "it is in training mode: call model.eval()"
+    if len({weight.device for weight in model.parameters()}) > 1:
+        return "its weights are on several devices"
+    if model.dtype not in gpu.TYPES:
+        return f"it is in {str(model.dtype).removeprefix('torch.')}"
+    return None
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """The kernels are compiled with the first token."""
+
+
+class Decoder:
+    """A model and a cache that holds a text. Neither may be changed by others in between, but for `resume`."""
+
+    def __init__(self, model: PreTrainedModel, cache: PlanCache):
+        self.model, self.cache, self.shape = model, cache, describe(model)
+        self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
+        groups = [group for layer in self.layers for group in layer.groups]
+        if not groups or any(g.recent is not None or (g.recording and g.lets_go) for g in groups):
+            raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
+        if cache.plan.positions == "cache":
+            raise HeadsinkError("decode: on a GPU positions cannot be counted in the cache; use a plan with 'text'")
+        self.begin(groups[0].keys.shape[0])
+        self.resume()
+
+    def begin(self, texts: int) -> None:
+        """Make ready for so many texts."""
+        device = self.model.device
+        self.token, self.place = torch.zeros(2, texts, 1, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(
+            len(self.layers), texts, self.shape.kv_heads, len(Field), dtype=torch.int64, device=device
+        )
+        self.columns = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0)
+        self.warm = False
+        self.graph: Any = None  # the graph that is replayed once a token has gone through the model
+
+    def resume(self) -> None:
+        """Go on after the cache was changed by others."""
+        self.length = self.ready = self.cache.get_seq_length()
+
+    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Let a token of every text in, int64 [texts]. places: their positions, if they are not those of the columns.
+
+        Returns the logits of what follows, float32 [texts, vocabulary].
+        """
+        if self.length >= self.ready:
+            self._make_ready()
+        self.cache.plan.check_length(self.length + 1, self.shape.max_context)
+        if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
+            self.cache.plan.warn_beyond_verified(self.length + 1)
+        self.token.copy_(tokens[:, None])
+        self.place.copy_((self.length - self.pads).clamp(min=0)[:, None] if places is None else places[:, None])
+        if self.token.device.type == "cuda" and self.warm:
+            if self.graph is None:
+                self.graph = self._record()
+            self.graph.replay()
+        else:
+            self._pass()
+            self.warm = True
+        self.length += 1
+        return self.logits.clone()
+
+    def settle(self) -> None:
+        """Tell the cache what has come in."""
+        for layer in self.layers:
+            layer.seen = self.length
+            for group in layer.groups:
+                group.length = self.length
+
+    def _pass(self) -> None:
+        """The model, over what lies in `token` and `place`, to `logits`. Reads nothing from the host."""
+        for layer, table in zip(self.layers, self.tables, strict=True):
+            layer.on_card = OnCard(table, self.columns)
+        try:
+            with torch.no_grad():
+                found = self.model(
+                    self.token, position_ids=self.place, past_key_values=self.cache, use_cache=True
+                ).logits[:, -1]
+                self.logits = found.float()
+            self.columns.add_(1)
+        finally:
+            for layer in self.layers:
+                layer.on_card = None
+
+    def _record(self) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._pass()
+        return graph
+
+    def _make_ready(self) -> None:
+        """Room in the buffers for the next tokens, and the tables of what lies where."""
+        self.settle()
+        for layer in self.layers:
+            layer.layout = None  # buffers may move now, and it has their addresses
+        layouts = [Layout(layer.groups, AHEAD) for layer in self.layers]
+        self.ready = min(self.length + AHEAD, *(layout.until for layout in layouts))
+        tables = torch.from_numpy(np.stack([layout.table for layout in layouts]))
+        if tables.shape != self.tables.shape:
+            self.begin(tables.shape[1])
+        self.tables.copy_(tables)
+        self.columns.fill_(self.length)
+        padding = self.layers[0].groups[0].padding
+        self.pads = torch.zeros_like(self.token[:, 0]) if padding is None else padding.tokens

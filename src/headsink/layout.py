@@ -1,0 +1,82 @@
+"""Where the heads of a layer lie in memory, and how they fill: a table for the kernels of a CPU and of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from headsink.slots import FOREVER, Slots
+
+
+class Field(IntEnum):
+    """What the table says of a KV head of a text.
+
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32 [features],
+    of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front of the ring. START:
+    the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it never wraps. PAD: tokens of
+    padding before the text.
+
+    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none. LEAVING: the
+    position of the token that leaves the window, negative for none.
+    """
+
+    KEYS = 0
+    VALUES = 1
+    VISIBLE = 2
+    SCORES = 3
+    WEIGHTS = 4
+    SINK = 5
+    FLOATING = 6
+    ANCHORS = 7
+    START = 8
+    WINDOW = 9
+    PAD = 10
+    END = 11
+    SLOT = 12
+    LEAVING = 13
+
+
+class Layout:
+    """The heads of some groups, of every text of a batch. table: int64 [texts, KV heads, len(Field)]. Addresses are read once:
+    the buffers must stay where they are. They are made ready for so many tokens, or for fewer where a head is about to let keys
+    go for the first time. until: the column that they have no room for.
+    """
+
+    def __init__(self, groups: Sequence[Slots], tokens: int):
+        heads, texts = sum(len(group.heads) for group in groups), len(groups[0].keys)
+        self.table: Any = np.full((texts, heads, len(Field)), -1)
+        for group in groups:
+            group.make_room(tokens, early=False)
+            own = group.heads
+            for field in (Field.KEYS, Field.VALUES, Field.VISIBLE, Field.SCORES):
+                buffer = (group.keys, group.values, group.visible, group.scores)[field]
+                apart = buffer.stride(1) * buffer.element_size()
+                number = np.arange(texts * len(own)).reshape(texts, len(own))
+                self.table[:, own, field] = buffer.data_ptr() + apart * number
+            weights = group.weights
+            self.table[:, own, Field.WEIGHTS] = weights.data_ptr() + 4 * weights.shape[-1] * np.arange(len(own))
+            self.table[:, own, Field.SINK] = group.pattern.sink
+            self.table[:, own, Field.FLOATING] = group.scores.shape[-1]
+            self.table[:, own, Field.ANCHORS] = group.anchors
+            self.table[:, own, Field.START] = group.start
+            self.table[:, own, Field.WINDOW] = FOREVER if group.window is None else group.window
+        padding = groups[0].padding
+        self.table[..., Field.PAD] = 0 if padding is None else padding.tokens.cpu().numpy()[:, None]
+        self.until = min(group.room for group in groups)
+
+    def at(self, length: int) -> Any:
+        """The table for a token that comes as column `length`."""
+        return advance(self.table, length)
+
+
+def advance(table: Any, length: int) -> Any:
+    """Write into a table, int64 [..., len(Field)], what follows for a token that comes as column `length`."""
+    anchors, start, window, pad = (table[..., field] for field in (Field.ANCHORS, Field.START, Field.WINDOW, Field.PAD))
+    ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
+    table[..., Field.SLOT] = np.where(window > 0, anchors + ring, -1)
+    table[..., Field.END] = anchors + np.minimum(length + 1 - start, window)
+    table[..., Field.LEAVING] = np.where(length >= window, length - window - pad, -1)
+    return table

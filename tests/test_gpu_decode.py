@@ -1,0 +1,243 @@
+"""Single tokens on a GPU: the kernels against float64, and whole models by the step that a CUDA graph holds."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+
+import offline
+import pytest
+import torch
+from families import tiny
+from plans import random_plan
+from reference import reference_logits
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headsink import Pattern, Plan, apply, decode, new_cache
+from headsink.decode import decoding, refusal
+from headsink.gpu.attention import attend
+from headsink.gpu.decoder import Decoder
+from headsink.layout import Field
+
+TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def slow(query, keys, values, visible, scaling, softcap, learned):
+    """query: [group, tokens, dim] over the keys of one head. Returns output and log-sum-exp in float64."""
+    tokens, n_keys = query.shape[1], len(keys)
+    logits = query.double() @ keys.double().T * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    slots = torch.arange(n_keys, device=keys.device)
+    ends = n_keys - tokens + torch.arange(tokens, device=keys.device)[:, None]
+    logits = logits.masked_fill(~(visible & (slots <= ends)), float("-inf"))
+    lse = logits.logsumexp(-1)
+    if learned is not None:
+        logits = torch.cat([logits, learned.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
+    return logits.softmax(-1).nan_to_num(0.0)[..., :n_keys] @ values.double(), lse
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("sizes", "group", "tokens", "dim", "programs", "options"),
+    [
+        ([[100, 300]], 3, 1, 64, 4, {}),
+        ([[1, 5, 200], [700, 64, 65]], 4, 1, 80, 5, {}),
+        ([[3, 5, 200], [270, 64, 65]], 2, 3, 96, 7, {"softcap": 0.8}),
+        ([[0, 64]], 2, 1, 128, 7, {"learned": True}),
+        ([[0, 0]], 2, 1, 16, 3, {"learned": True}),
+        ([[130]], 1, 1, 256, 4, {"softcap": 3.0, "learned": True}),
+        ([[130], [1], [1]], 1, 5, 192, 1, {}),
+    ],
+    ids=str,
+)
+def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens, dim, programs, options):
+    texts, heads = len(sizes), len(sizes[0])
+    query = (torch.randn(texts, heads * group, tokens, dim) * 2).to(device, dtype)
+    learned = torch.randn(heads * group, device=device) if options.get("learned") else None
+    table = torch.zeros(texts, heads, len(Field), dtype=torch.int64)
+    buffers, expected, expected_lse = [], [], []
+    for text in range(texts):
+        for head in range(heads):
+            size, spare = sizes[text][head], 7
+            keys, values = torch.randn(2, size + spare, dim).to(device, dtype)
+            keys[size:], values[size:] = float("nan"), float("nan")  # of which nothing may be read
+            visible = torch.rand(size + spare).to(device) < 0.8
+            buffers.append((keys, values, visible))
+            for field, buffer in zip((Field.KEYS, Field.VALUES, Field.VISIBLE), buffers[-1], strict=True):
+                table[text, head, field] = buffer.data_ptr()
+            table[text, head, Field.WINDOW] = size
+            own = slice(head * group, (head + 1) * group)
+            given = query[text, own], keys[:size], values[:size], visible[:size], dim**-0.5
+            found = slow(*given, options.get("softcap"), None if learned is None else learned[own])
+            expected.append(found[0])
+            expected_lse.append(found[1])
+    length = torch.tensor([1000 - tokens], device=device)
+    output, lse = attend(query, table.to(device), length, dim**-0.5, options.get("softcap"), learned, programs)
+    error = TYPES[dtype]
+    torch.testing.assert_close(output.double(), torch.stack(expected).view_as(output), atol=error, rtol=error)
+    torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
+
+
+class Waiting(TorchDispatchMode):
+    """Fails where the host would have to wait for the card, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert not any(part in name for part in ("_local_scalar", "nonzero", "masked_select", "unique", "is_nonzero")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def not_waiting(monkeypatch):
+    def watched(self):
+        with Waiting():
+            one_pass(self)
+
+    one_pass = Decoder._pass
+    monkeypatch.setattr(Decoder, "_pass", watched)
+
+
+def small(rng: random.Random) -> Pattern:
+    """Patterns that let go soon."""
+    if rng.random() < 0.2:
+        return Pattern()
+    return Pattern(rng.choice([0, 1, 3]), rng.choice([0, 2, 4]), rng.choice([0, 1, 5, 9]))
+
+
+@contextmanager
+def on(device: torch.device, family: str, seed: int, draw=small, dtype=torch.float32):
+    model = tiny(family, seed, dtype)
+    plan = random_plan(model, seed, draw)
+    yield model.to(device), plan
+
+
+@pytest.mark.usefixtures("not_waiting")
+@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("llama-mha", 1), ("qwen3", 2), ("phi3", 3), ("olmo2", 4)])
+def test_a_model_by_the_step(device, family, seed):
+    """Prefill in two chunks, then tokens by the step, padding and all, against the reference."""
+    with on(device, family, seed) as (model, plan):
+        ids = torch.randint(3, 200, (2, 34), device=device)
+        mask = torch.ones_like(ids)
+        mask[1, :6] = 0
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu())
+        model.to(device)
+        with torch.no_grad(), apply(model, plan):
+            cache = new_cache(model, plan)
+            for part in (slice(0, 17), slice(17, 26)):
+                read = model(
+                    ids[:, part], past_key_values=cache, attention_mask=mask[:, : part.stop], position_ids=places[:, part]
+                )
+            torch.testing.assert_close(read.logits.cpu(), expected[:, 17:26], atol=2e-4, rtol=2e-4)
+            assert refusal(model) is None
+            with decoding(model, cache) as step:
+                for token in range(26, 33):
+                    found = step.run(ids[:, token])
+                    torch.testing.assert_close(found.cpu(), expected[:, token], atol=2e-4, rtol=2e-4)
+            again = model(ids[:, 33:], past_key_values=cache, attention_mask=mask, position_ids=places[:, 33:]).logits
+    torch.testing.assert_close(again.cpu(), expected[:, 33:], atol=2e-4, rtol=2e-4)
+
+
+def test_generate_is_the_same_with_the_step_and_without(device):
+    with on(device, "qwen2", 5) as (model, plan), apply(model, plan):
+        ids = torch.randint(3, 200, (1, 21), device=device)
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        plain = model.generate(ids, **options)
+        assert torch.equal(plain, model.generate(ids, custom_generate=decode, **options))
+
+
+def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
+    """Buffers, scores and places after single tokens, against those of the layers' own way."""
+    with on(device, "llama", 6) as (model, plan):
+        ids = torch.randint(3, 200, (1, 40), device=device)
+        with torch.no_grad(), apply(model, plan):
+            one, other = new_cache(model, plan), new_cache(model, plan)
+            for cache in (one, other):
+                model(ids[:, :20], past_key_values=cache)
+            with decoding(model, one) as step:
+                for token in range(20, 40):
+                    step.run(ids[:, token])
+        layers = zip(one.layers, other.layers, strict=True)
+        before, after = next(layers)
+        generator = torch.Generator().manual_seed(0)
+        for mine, theirs in zip(before.groups, after.groups, strict=True):
+            assert mine.length == 40
+            # The first layer's keys depend on the token alone, so plain code can let the same ones in.
+            key, value = first_layer(model, ids[:, 20:])
+            for token in range(20):
+                theirs.enter(key[:, theirs.heads, token : token + 1], value[:, theirs.heads, token : token + 1])
+            assert torch.equal(mine.visible, theirs.visible)
+            torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mine.values, theirs.values, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mine.scores, theirs.scores, atol=1e-4, rtol=1e-4)
+        del generator
+
+
+def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that the first layer of a Llama makes of the tokens from column 20 on."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    layer = model.model.layers[0]
+    states = layer.input_layernorm(model.model.embed_tokens(ids))
+    shape = (*ids.shape, -1, layer.self_attn.head_dim)
+    key, value = (
+        projection(states).view(shape).transpose(1, 2) for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    )
+    cos, sin = model.model.rotary_emb(states, torch.arange(20, 20 + ids.shape[1], device=ids.device)[None])
+    return apply_rotary_pos_emb(key, key, cos, sin)[0], value
+
+
+def test_refusals_say_why(device, monkeypatch):
+    model = tiny("gemma3")
+    assert refusal(model) == "layers of this model slide by themselves"
+    model = tiny("llama").train()
+    assert refusal(model) == "it is in training mode: call model.eval()"
+    monkeypatch.setattr("headsink.gpu.installed", lambda: False)
+    assert refusal(tiny("llama")) == "triton is not installed: pip install 'headsink[gpu]'"
+
+
+def test_an_all_full_plan_runs_by_the_step(device):
+    model = tiny("llama")
+    plan = Plan.full(model)
+    ids = torch.randint(3, 200, (1, 30), device=device)
+    with torch.no_grad(), apply(model.to(device), plan):
+        expected = model(ids).logits
+        cache = new_cache(model, plan, exact=False)
+        model(ids[:, :25], past_key_values=cache)
+        with decoding(model, cache) as step:
+            for token in range(25, 30):
+                torch.testing.assert_close(step.run(ids[:, token]), expected[:, token], atol=1e-4, rtol=1e-4)
+
+
+LAUNCHES = """
+import torch
+from headsink.gpu.attention import attend
+from headsink.gpu.decoder import Decoder
+from headsink.gpu.enter import enter
+from headsink.gpu.prefill import attend as attend_many
+from headsink.layout import Field
+from headsink.rows import Sight
+
+for dim in (64, 128, 256):
+    table = torch.zeros(4, 8, len(Field), dtype=torch.int64)
+    for tokens in (1, 5):
+        query = torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16)
+        attend(query, table, torch.tensor([0]), 1.0, programs=264)
+    enter(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
+    query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
+    attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+"""
+
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    """As they would be launched for models of 1 to 8 billion parameters: within the card's memory, and next to nothing spilled."""
+    kernels = offline.compiled(LAUNCHES, tmp_path)
+    assert {kernel["name"] for kernel in kernels} == {"_attend", "_combine", "_enter", "_list"}
+    for kernel in kernels:
+        assert kernel["shared"] <= 227 * 1024, kernel["name"]
+        assert kernel["spilled"] <= 64, kernel["name"]
+    few = [kernel["ptx"] for kernel in kernels if kernel["name"] == "_attend"]
+    assert all("cp.async.cg.shared.global" in ptx for ptx in few)  # 16 bytes at once, past the registers
+    assert any("wgmma" in ptx for ptx in few)  # prefill runs on Hopper's matrix units

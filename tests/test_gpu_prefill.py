@@ -1,0 +1,110 @@
+"""Attention of many tokens on a GPU against the definition, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headsink.gpu import prefill
+from headsink.rows import Sight
+
+TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def slow(query, keys, values, columns, until, first, scaling, softcap=None, learned=None):
+    """query: [heads, group, tokens, dim]. Returns the output and the log-sum-exp in float64."""
+    now = first + torch.arange(query.shape[2], device=query.device)[:, None]
+    seen = (columns <= now) & (now < until[:, None])
+    logits = torch.einsum("hgtd,hkd->hgtk", query.double(), keys.double()) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen[:, None], float("-inf"))
+    lse = logits.logsumexp(-1)
+    if learned is not None:
+        extra = learned.double().view(len(keys), -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, extra], -1)
+    shares = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[1]]
+    return shares @ values.double()[:, None], lse
+
+
+def case(heads, tokens, dim, sink, floating, window, context, gaps, seed):
+    """What heads with one pattern see of a text whose first `context` columns are held: columns, until, Sight."""
+    torch.manual_seed(seed)
+    held, end = min(context, window), context + tokens
+    start, anchors = context - held, sink + floating if context > window else 0
+    columns = torch.cat([torch.full((anchors,), -1), torch.arange(start, end)])
+    until = columns + window
+    until = until.expand(heads, -1).clone()
+    until[:, :anchors] = end
+    if floating:  # some of those that leave stay for a while, as many as there may be at once: each in place of another
+        taken = torch.full((heads, floating), -1)
+        taken[:] = torch.arange(sink, sink + floating) if anchors else -1
+        for head in range(heads):
+            for column in range(start + sink, end - window):
+                if torch.rand(()) < 0.5:
+                    slot = int(torch.randint(floating, ()))
+                    if taken[head, slot] >= 0:
+                        until[head, taken[head, slot]] = column + window
+                    taken[head, slot] = anchors + column - start
+                    until[head, anchors + column - start] = end
+    if not anchors:
+        until[:, :sink] = end
+    if gaps:
+        until[torch.rand(until.shape) < 0.2] = 0
+    reach = until.shape[1] if floating else anchors + sink
+    return columns, until, Sight(until, context, anchors, start, window, gaps, sink + floating, reach)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        # heads, group, tokens, dim, sink, floating, window, context
+        (2, 2, 150, 64, 4, 0, 20, 0),
+        (1, 3, 300, 32, 4, 0, 150, 0),
+        (2, 1, 131, 80, 2, 5, 33, 0),
+        (1, 2, 70, 128, 3, 7, 40, 90),
+        (1, 2, 5, 16, 3, 7, 40, 45),
+        (2, 2, 140, 16, 3, 2, 0, 0),
+        (1, 1, 40, 256, 1, 0, 3, 200),
+        (1, 2, 1, 64, 2, 3, 16, 77),
+        (2, 2, 129, 64, 0, 0, 10**9, 0),
+    ],
+    ids=str,
+)
+def test_prefill_is_attention(device: torch.device, dtype: torch.dtype, how: tuple[int, ...]) -> None:
+    heads, group, tokens, dim, *pattern, context = how
+    for gaps in (False, True):
+        columns, until, sight = case(heads, tokens, dim, *pattern, context, gaps, sum(how))
+        check(device, dtype, heads, group, tokens, dim, columns, until, sight)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_capped_logits_and_learned_sinks(device: torch.device, group: int) -> None:
+    columns, until, sight = case(2, 90, 32, 3, 4, 30, 50, True, 0)
+    learned = torch.randn(2 * group)
+    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, softcap=3.0)
+    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, learned=learned)
+    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, softcap=0.7, learned=learned)
+
+
+def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softcap=None, learned=None) -> None:
+    query = (torch.randn(1, heads * group, tokens, dim) * 2).to(device, dtype)
+    keys, values = torch.randn(2, heads, until.shape[1], dim).to(device, dtype)
+    moved = Sight(**{**vars(sight), "until": until.to(device)})
+    learned = None if learned is None else learned.to(device)
+    found, lse = prefill.attend(query, keys, values, moved, dim**-0.5, softcap, learned)
+    expected, expected_lse = slow(
+        query.view(heads, group, tokens, dim),
+        keys,
+        values,
+        columns.to(device),
+        until.to(device),
+        sight.first,
+        dim**-0.5,
+        softcap,
+        learned,
+    )
+    error = TYPES[dtype]
+    torch.testing.assert_close(found.double(), expected.view_as(query), atol=error, rtol=error)
+    torch.testing.assert_close(lse.double(), expected_lse.view_as(lse), atol=error, rtol=error)
