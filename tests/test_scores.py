@@ -1,11 +1,13 @@
 """Scores of keys, and which keys they keep."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsink.scores import best, key_features, key_scores, n_features
+from headsink import scores as scores_module
+from headsink.scores import best, key_features, key_scores, lifetimes, n_features, prefix_quantiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -59,3 +61,30 @@ def test_of_equal_scores_no_more_are_kept_than_there_is_room_for():
     found = best(torch.zeros(3), torch.zeros(5), gone, 3)
     assert found.sum(-1).tolist() == [3] * 6
     assert not (found[:, 3:] & (torch.arange(5) >= gone[:, None])).any()
+
+
+@given(st.integers(0, 12), st.integers(0, 40), st.integers(0, 14), st.integers(0, 10_000))
+@settings(max_examples=300, deadline=None)
+def test_lifetimes_by_rank_are_those_of_a_heap(before, later, floating, seed):
+    """Equal scores too: which of them stay must not depend on the machine."""
+    generator = torch.Generator().manual_seed(seed)
+    held, leaving = (torch.randint(-3, 4, (2, keys), generator=generator).float() for keys in (before, later))
+    for scores in (held, leaving):
+        scores[scores == -3] = float("-inf")
+    found = scores_module._by_rank(held, leaving, floating)
+    for row in range(2):
+        one = np.empty(before + later, np.int64)
+        scores_module._lifetimes(held[row].double().numpy(), leaving[row].double().numpy(), floating, one)
+        assert found[row].tolist() == one.tolist()
+    assert torch.equal(lifetimes(held, leaving, floating), found)
+
+
+@given(st.integers(1, 40), st.integers(0, 10_000))
+@settings(max_examples=100, deadline=None)
+def test_quantiles_of_prefixes(keys, seed):
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.stack([torch.randperm(keys, generator=generator) for _ in range(3)])
+    for n in range(keys):
+        ends = torch.arange(n + 1, keys + 1)
+        expected = torch.stack([numbers[:, :end].sort(-1).values[:, n] for end in ends.tolist()], -1)
+        assert torch.equal(prefix_quantiles(numbers, ends, n), expected)
