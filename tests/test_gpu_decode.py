@@ -14,7 +14,7 @@ from reference import reference_logits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headsink import Pattern, Plan, apply, decode, new_cache
+from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
 from headsink.decode import decoding, refusal
 from headsink.gpu.attention import attend
 from headsink.gpu.decoder import Decoder
@@ -89,11 +89,16 @@ class Waiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_waiting_would_be_seen():
+    with pytest.raises(AssertionError, match="_local_scalar"), Waiting():
+        torch.ones(1).item()
+
+
 @pytest.fixture
 def not_waiting(monkeypatch):
-    def watched(self):
+    def watched(self, one):
         with Waiting():
-            one_pass(self)
+            one_pass(self, one)
 
     one_pass = Decoder._pass
     monkeypatch.setattr(Decoder, "_pass", watched)
@@ -209,6 +214,17 @@ def test_an_all_full_plan_runs_by_the_step(device):
         with decoding(model, cache) as step:
             for token in range(25, 30):
                 torch.testing.assert_close(step.run(ids[:, token]), expected[:, token], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("llama", 7), ("gemma3", 8)])
+def test_lossless_text_is_the_models_own(device, family, seed):
+    """Drafts by the step where it can run the model, verified by passes over several tokens."""
+    with on(device, family, seed) as (model, plan):
+        ids, mask = torch.randint(3, 200, (2, 21), device=device), torch.ones(2, 21, dtype=torch.int64, device=device)
+        mask[0, :4] = 0
+        options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+        expected = model.generate(ids, **options)
+        assert torch.equal(generate_lossless(model, plan, ids, draft_tokens=2, **options), expected)
 
 
 LAUNCHES = """

@@ -47,8 +47,8 @@ class Update:
 
 @dataclass(frozen=True)
 class OnCard:
-    """Where the heads of a layer lie, for kernels of a GPU: the table of a `Layout`, int64 [texts, KV heads, fields], and how many
-    columns have come in, int64 [1]."""
+    """Where the heads of a layer lie, for kernels of a GPU: the table of a `Layout`, int64 [texts, KV heads, fields], and how
+    many columns have come in, int64 [1]."""
 
     table: Tensor
     length: Tensor
@@ -58,8 +58,11 @@ class OnCard:
         return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Let a token of every text in and attend from it: query [batch, heads x group, 1, dim], key and value [batch, heads, 1,
-        dim]. The host waits for nothing. `length` stays what it is."""
+        """Let a token of every text in, or several where nothing is let go, and attend from them.
+
+        query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. The host waits for nothing. `length`
+        stays what it is.
+        """
         from headsink.gpu.attention import attend
         from headsink.gpu.enter import enter
 
@@ -82,7 +85,7 @@ class PlanLayer(CacheLayerMixin):
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
         self.on_card: OnCard | None = (
-            None  # while a step on a GPU runs, which says nothing of single tokens (gpu/decoder.py)
+            None  # while a step on a GPU runs, which lets tokens in by itself (gpu/decoder.py)
         )
         self.recording = self.held = False
 

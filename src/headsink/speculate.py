@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from headsink import gpu
 from headsink.cache import PlanCache, PlanLayer
 from headsink.decode import Decoder, decoder, prepare, refusal
 from headsink.errors import HeadsinkError
@@ -198,6 +199,7 @@ class Lossless:
         self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
         self.rows = list(range(len(input_ids)))  # those that go on
         self.step: Decoder | None = None  # drafts, where it can run the model: what it says binds nobody
+        self.judge: Any = None  # verifies, on a GPU
         self.compiled = refusal(model) is None
         if self.compiled:
             prepare(model)  # before the pace is set
@@ -226,7 +228,7 @@ class Lossless:
             tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
             places = self.place[:, None] + torch.arange(drafted + 1, device=self.place.device)
-            logits = _forward(self.model, self.full, tokens, places).float()
+            logits = self._verify(tokens, places)
             found = []
             for row, text in enumerate(self.rows):
                 guesses = tokens[row, 1:]
@@ -271,6 +273,19 @@ class Lossless:
         if self.step is not None:
             self.step.settle()
         return tokens, proposals
+
+    def _verify(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """The model's own logits after each of some tokens, [rows, tokens, vocabulary]: by its pass, on a GPU held by a graph."""
+        if self.judge is None and self.compiled and self.full.get_seq_length() and tokens.device.type in gpu.DEVICES:
+            from headsink.gpu.decoder import Decoder as OnGpu
+
+            self.judge = OnGpu(self.model, self.full)
+        if self.judge is None:
+            return _forward(self.model, self.full, tokens, places).float()
+        self.judge.resume()
+        logits: Tensor = self.judge.read(tokens, places)
+        self.judge.settle()
+        return logits
 
     def _enter(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:
         """Add tokens to a text, up to the one that ends it. Returns whether the text goes on."""

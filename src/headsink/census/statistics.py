@@ -2,8 +2,9 @@
 
 The statistics are means over queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4): the first query sees one
 key and must give it everything. Where more than `queries` of them count, about that many are read, evenly spaced, and a quarter
-as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), so
-memory is O(n) per head. Beside each score stands `uniform`: what flat attention over the visible keys would give.
+as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), or
+inside kernels of a GPU (gpu/census.py), so memory is O(n) per head. Beside each score stands `uniform`: what flat attention
+over the visible keys would give.
 """
 
 from __future__ import annotations
@@ -210,10 +211,8 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         "floating_value": (value_norm * floating).sum(-1) / count / mean_value,
         "floating_key": (key_norm * floating).sum(-1) / count / mean_key,
     }
-    below = (
-        value_norm[:, None] < torch.tensor(TAUS, device=device)[:, None] * median[:, None, None]
-    )  # [KV heads, taus, keys]
-    below &= positions >= limits.first
+    taus = torch.tensor(TAUS, device=device)[:, None]
+    below = (value_norm[:, None] < taus * median[:, None, None]) & (positions >= limits.first)  # [KV heads, taus, keys]
     by_group = attention.view(kv_heads, -1, length).mean(1)
     return HeadStatistics(
         scores={name: scores[name] for name in SCORES},
@@ -293,9 +292,7 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
     entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
     first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(learned)
     at_sinks = sinks.weights(part)  # from here on `weights` holds the others only
-    ages = (
-        part.rows[:, None] - sinks.index[:, None, None]
-    )  # [KV heads, 1, queries, most], how far back each sink token is
+    ages = part.rows[:, None] - sinks.index[:, None, None]  # of sink tokens: [KV heads, 1, queries, most]
     near = _near(part, window)
     others = weights.gather(2, near.clamp(min=0).expand(len(weights), -1, -1)) * (near >= 0)
     others = others.cumsum(-1)  # [query heads, queries, window], sink tokens not counted

@@ -221,7 +221,8 @@ class _Asked:
         self.positions = rows.to(torch.int32).repeat_interleave(self.group)
         wide, size = max(16, triton.next_power_of_2(self.dim)), self.key.element_size()
         self.tile = max(16, min(64, TILE_BYTES // (wide * size)))
-        self.rows = 16 if size == 4 else 64  # exact products of float32 numbers need many registers
+        # Rows of a product; exact ones of float32 numbers take many registers.
+        self.rows = 16 if size == 4 else min(64, TILE_BYTES // wide)
         self.same: dict[str, Any] = {
             "scaling": inputs.scaling,
             "softcap": 1.0 if inputs.softcap is None else inputs.softcap,

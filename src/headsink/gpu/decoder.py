@@ -10,6 +10,7 @@ Any model that a plan can run will do, unless layers of its own slide: transform
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from headsink import gpu
 from headsink.architecture import describe
 from headsink.cache import OnCard, PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
-from headsink.layout import Field, Layout
+from headsink.layout import Layout
 
 AHEAD = 64  # tokens that buffers are made ready for at once
 
@@ -48,6 +49,28 @@ def prepare(model: PreTrainedModel) -> None:
     """The kernels are compiled with the first token."""
 
 
+class Pass:
+    """The model's pass over so many tokens of every text, in memory of its own: run once as ever, then recorded, then replayed."""
+
+    def __init__(self, texts: int, tokens: int, device: torch.device):
+        self.token, self.place = torch.zeros(2, texts, tokens, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0)
+        self.runs = 0
+        self.graph: Any = None
+
+    def run(self, work: Callable[[Pass], None]) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.runs and self.token.device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                work(self)
+            self.graph.replay()
+        else:
+            work(self)
+        self.runs += 1
+
+
 class Decoder:
     """A model and a cache that holds a text. Neither may be changed by others in between, but for `resume`."""
 
@@ -59,20 +82,10 @@ class Decoder:
             raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
         if cache.plan.positions == "cache":
             raise HeadsinkError("decode: on a GPU positions cannot be counted in the cache; use a plan with 'text'")
-        self.begin(groups[0].keys.shape[0])
+        self.columns = torch.zeros(1, dtype=torch.int64, device=model.device)  # that have come in
+        self.tables = self.columns.new_zeros(0)  # of all layers
+        self.passes: dict[int, Pass] = {}  # by their number of tokens
         self.resume()
-
-    def begin(self, texts: int) -> None:
-        """Make ready for so many texts."""
-        device = self.model.device
-        self.token, self.place = torch.zeros(2, texts, 1, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(
-            len(self.layers), texts, self.shape.kv_heads, len(Field), dtype=torch.int64, device=device
-        )
-        self.columns = torch.zeros(1, dtype=torch.int64, device=device)
-        self.logits = torch.empty(0)
-        self.warm = False
-        self.graph: Any = None  # the graph that is replayed once a token has gone through the model
 
     def resume(self) -> None:
         """Go on after the cache was changed by others."""
@@ -83,22 +96,28 @@ class Decoder:
 
         Returns the logits of what follows, float32 [texts, vocabulary].
         """
-        if self.length >= self.ready:
-            self._make_ready()
-        self.cache.plan.check_length(self.length + 1, self.shape.max_context)
+        return self.read(tokens[:, None], None if places is None else places[:, None])[:, 0]
+
+    def read(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Let some tokens of every text in, int64 [texts, tokens]; more than one where nothing is let go.
+
+        Returns the logits of what follows each of them, float32 [texts, tokens, vocabulary].
+        """
+        count = tokens.shape[1]
+        if self.length + count > self.ready:
+            self._make_ready(count)
+        self.cache.plan.check_length(self.length + count, self.shape.max_context)
         if self.length == self.cache.plan.verified:  # of a prompt beyond it the model's pass has warned
             self.cache.plan.warn_beyond_verified(self.length + 1)
-        self.token.copy_(tokens[:, None])
-        self.place.copy_((self.length - self.pads).clamp(min=0)[:, None] if places is None else places[:, None])
-        if self.token.device.type == "cuda" and self.warm:
-            if self.graph is None:
-                self.graph = self._record()
-            self.graph.replay()
-        else:
-            self._pass()
-            self.warm = True
-        self.length += 1
-        return self.logits.clone()
+        if places is None:
+            columns = torch.arange(self.length, self.length + count, device=tokens.device)
+            places = (columns - self.pads[:, None]).clamp(min=0)
+        one = self.passes.setdefault(count, Pass(len(tokens), count, self.columns.device))
+        one.token.copy_(tokens)
+        one.place.copy_(places)
+        one.run(self._pass)
+        self.length += count
+        return one.logits.clone()
 
     def settle(self) -> None:
         """Tell the cache what has come in."""
@@ -107,38 +126,30 @@ class Decoder:
             for group in layer.groups:
                 group.length = self.length
 
-    def _pass(self) -> None:
-        """The model, over what lies in `token` and `place`, to `logits`. Reads nothing from the host."""
+    def _pass(self, one: Pass) -> None:
+        """The model, over what lies in `one`, to its logits. Reads nothing from the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
             layer.on_card = OnCard(table, self.columns)
         try:
             with torch.no_grad():
-                found = self.model(
-                    self.token, position_ids=self.place, past_key_values=self.cache, use_cache=True
-                ).logits[:, -1]
-                self.logits = found.float()
-            self.columns.add_(1)
+                found = self.model(one.token, position_ids=one.place, past_key_values=self.cache, use_cache=True)
+                one.logits = found.logits.float()
+            self.columns.add_(one.token.shape[1])
         finally:
             for layer in self.layers:
                 layer.on_card = None
 
-    def _record(self) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._pass()
-        return graph
-
-    def _make_ready(self) -> None:
+    def _make_ready(self, tokens: int) -> None:
         """Room in the buffers for the next tokens, and the tables of what lies where."""
         self.settle()
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
-        layouts = [Layout(layer.groups, AHEAD) for layer in self.layers]
-        self.ready = min(self.length + AHEAD, *(layout.until for layout in layouts))
+        layouts = [Layout(layer.groups, max(AHEAD, tokens)) for layer in self.layers]
+        self.ready = min(self.length + max(AHEAD, tokens), *(layout.until for layout in layouts))
         tables = torch.from_numpy(np.stack([layout.table for layout in layouts]))
-        if tables.shape != self.tables.shape:
-            self.begin(tables.shape[1])
+        if tables.shape != self.tables.shape:  # other texts than before
+            self.tables, self.passes = torch.empty_like(tables, device=self.columns.device), {}
         self.tables.copy_(tables)
         self.columns.fill_(self.length)
         padding = self.layers[0].groups[0].padding
-        self.pads = torch.zeros_like(self.token[:, 0]) if padding is None else padding.tokens
+        self.pads = self.columns.new_zeros(tables.shape[1]) if padding is None else padding.tokens

@@ -43,11 +43,13 @@ def _worth(key_first, key_second, value, weights, column, pair, dim: tl.constexp
 
 
 @triton.jit
-def _enter(key, value, table, length_at, dim: tl.constexpr, DIM: tl.constexpr, SOME: tl.constexpr):
+def _enter(
+    key, value, table, length_at, TOKENS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, SOME: tl.constexpr
+):
     kind = key.dtype.element_ty
     half: tl.constexpr = dim // 2
-    head = tl.program_id(0)
-    length = tl.load(length_at)
+    head, token = tl.program_id(0), tl.program_id(1)
+    length = tl.load(length_at) + token
     own = table + head * FIELDS
     keys = tl.load(own + KEYS).to(tl.pointer_type(kind))
     values = tl.load(own + VALUES).to(tl.pointer_type(kind))
@@ -60,7 +62,7 @@ def _enter(key, value, table, length_at, dim: tl.constexpr, DIM: tl.constexpr, S
 
     column, pair = tl.arange(0, DIM), tl.arange(0, DIM // 2)
     inside = column < dim
-    key, value = key + head * dim, value + head * dim
+    key, value = key + (head * TOKENS + token) * dim, value + (head * TOKENS + token) * dim
     new_key, new_value = tl.load(key + column, inside, other=0.0), tl.load(value + column, inside, other=0.0)
     if leaving >= 0:
         from_keys, from_values = key, value  # without a window it leaves at once
@@ -102,9 +104,11 @@ def _enter(key, value, table, length_at, dim: tl.constexpr, DIM: tl.constexpr, S
 
 
 def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
-    """Let a token of every text in. key, value: [texts, KV heads, 1, dim], contiguous; table: int64 [texts, KV heads, len(Field)];
-    length: int64 [1], columns before it."""
-    dim = key.shape[3]
-    _enter[(key.shape[0] * key.shape[1],)](
-        key, value, table, length, dim=dim, DIM=triton.next_power_of_2(dim), SOME=SCAN, num_warps=4
-    )
+    """Let tokens of every text in: one, or several where nothing is let go.
+
+    key, value: [texts, KV heads, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
+    before them.
+    """
+    texts, heads, tokens, dim = key.shape
+    wide = triton.next_power_of_2(dim)
+    _enter[(texts * heads, tokens)](key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4)
