@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +20,13 @@ def heading(what: str) -> dict[str, Any]:
     return {
         "what": what,
         "command": "python " + " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers", "numba")},
+        "versions": {name: _version(name) for name in ("headsink", "torch", "transformers", "numba", "triton")},
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not there, or run from its sources
+        return None

@@ -1,0 +1,285 @@
+"""Single layers for gpu.py: keys that heads of different patterns hold, kernels over them, and what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headsink import gpu
+from headsink.attention import Seen
+from headsink.census.statistics import Thresholds, head_statistics
+from headsink.gpu import full
+from headsink.gpu.attention import attend
+from headsink.gpu.prefill import attend as attend_many
+from headsink.layout import Field
+from headsink.pattern import FULL, Pattern, reference_attention
+from headsink.plan import Plan
+from headsink.rows import Sight
+from headsink.runtime import apply, new_cache
+from headsink.scores import n_features
+
+SINK = 4
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the whole output, relative
+
+
+class Heads(NamedTuple):
+    """The heads of a layer."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+MODELS = {"Llama-3.1-8B": Heads(32, 8, 128), "Llama-3.2-1B": Heads(32, 8, 64)}
+REHEARSED = Heads(4, 2, 64)
+
+
+def sizes(budget: float, context: int, heads: int) -> list[int]:
+    """Keys of each KV head, each half as many as the one before it, all together a share of what full heads have."""
+    kept, left = [context] * heads, round(budget * context * heads)
+    low, high = 0.0, 2.0**heads
+    for _ in range(60):  # by what factor the halving begins above the context
+        middle = (low + high) / 2
+        kept = [min(context, max(64, int(context * middle / 2**n))) for n in range(heads)]
+        low, high = (middle, high) if sum(kept) < left else (low, middle)
+    return kept
+
+
+def patterns(budget: float, context: int, heads: int) -> list[Pattern]:
+    """The same as patterns: first tokens, then as many floating keys as last ones."""
+    found = []
+    for size in sizes(budget, context, heads):
+        rest = max(0, min(size, context) - SINK)
+        found.append(FULL if size >= context else Pattern(SINK, rest // 2, rest - rest // 2))
+    return found
+
+
+def full_kernels() -> list[str]:
+    """Those of others for attention over everything, by name, the one that is used first."""
+    return list(full.installed())
+
+
+def decode_kernel(
+    clock: Any, shape: Heads, context: int, batch: int, budgets: Sequence[float], copied: float
+) -> list[dict[str, Any]]:
+    """One token of every text over what plans of several budgets keep, beside full attention by others."""
+    device, scaling = clock.device, shape.dim**-0.5
+    room = 2 * 2 * batch * shape.kv * context * shape.dim
+    if device.type == "cuda" and room > 0.8 * torch.cuda.mem_get_info()[0]:
+        return [{"not measured": "it does not fit into the card's memory"}]
+    query = torch.randn(batch, shape.query, 1, shape.dim, device=device, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, batch, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
+    visible = torch.ones(batch, shape.kv, context, dtype=torch.bool, device=device)
+    rows = []
+    for name in full_kernels():
+        seconds = clock.kernel(lambda name=name: full.KERNELS[name](query, keys, values, scaling))  # type: ignore[misc]
+        bytes_ = keys.numel() * 2 * keys.element_size()
+        rows.append({"way": f"full by {name}", "seconds": seconds, "of_copy": bytes_ / seconds["median"] / copied})
+    if device.type == "cuda":
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            seconds = clock.kernel(
+                lambda: F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
+            )
+        rows.append({"way": "full by sdpa's flash", "seconds": seconds})
+    for budget in budgets:
+        table = torch.zeros(batch, shape.kv, len(Field), dtype=torch.int64, device=device)
+        for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values), (Field.VISIBLE, visible)):
+            apart = buffer.stride(1) * buffer.element_size()
+            number = torch.arange(batch * shape.kv, device=device).view(batch, -1)
+            table[..., field] = buffer.data_ptr() + apart * number
+        held = torch.tensor(sizes(budget, context, shape.kv), device=device)
+        table[..., Field.WINDOW] = held
+        length = torch.tensor([context - 1], device=device)
+        bytes_ = batch * int(held.sum()) * (2 * shape.dim * keys.element_size() + 1)
+        seconds = clock.kernel(lambda table=table, length=length: attend(query, table, length, scaling))  # type: ignore[misc]
+        rows.append(
+            {
+                "way": "headsink",
+                "budget": budget,
+                "kept": int(held.sum()) / shape.kv / context,
+                "seconds": seconds,
+                "of_copy": bytes_ / seconds["median"] / copied,
+            }
+        )
+    return rows
+
+
+def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
+    """A whole text by one layer: all heads in full by others, and by us with one window, first tokens, and floating keys."""
+    device, scaling = clock.device, shape.dim**-0.5
+    query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
+    rows, area, best = [], context * (context + 1) / 2, None
+    for name in full_kernels():
+        seconds = clock.kernel(lambda name=name: full.KERNELS[name](query, keys, values, scaling), 5)  # type: ignore[misc]
+        rows.append({"way": f"full by {name}", "seconds": seconds})
+        best = seconds["median"] if best is None else best
+    if device.type == "cuda":
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            try:
+                with sdpa_kernel(backend):
+                    seconds = clock.kernel(
+                        lambda: F.scaled_dot_product_attention(
+                            query, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+                        ),
+                        5,
+                    )
+            except RuntimeError as error:
+                rows.append({"way": f"full by sdpa's {name}", "not measured": str(error).splitlines()[0]})
+                continue
+            rows.append({"way": f"full by sdpa's {name}", "seconds": seconds})
+            best = seconds["median"] if name == "flash" else best
+    assert best is not None
+    columns = torch.arange(context, device=device)
+    for budget in budgets:
+        window = round(budget * context)
+        for floating in (0, window // 2):
+            near = window - SINK - floating
+            until = (columns + near).expand(shape.kv, -1).clone()
+            until[:, :SINK] = context
+            if floating:  # each of those that leave stays for `floating` tokens: as many as there may be at once
+                until[:, SINK:] += floating
+            sight = Sight(until, 0, 0, 0, near, False, SINK + floating, context if floating else SINK)
+            seconds = clock.kernel(
+                lambda sight=sight: attend_many(query, keys[0], values[0], sight, scaling),  # type: ignore[misc]
+                5,
+            )
+            seen = float((columns + 1).clamp(max=window).sum())
+            rows.append(
+                {
+                    "way": "headsink",
+                    "window": near,
+                    "floating": floating,
+                    "area": seen / area,
+                    "seconds": seconds,
+                    "of_what_the_area_predicts": seconds["median"] / (best * seen / area),
+                }
+            )
+    return rows
+
+
+def census_of_a_layer(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
+    """The statistics of a layer beside its attention."""
+    device = clock.device
+    query, output = torch.randn(2, 1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
+    module = nn.Module()
+    module.o_proj = nn.Linear(shape.query * shape.dim, shape.query * shape.dim, bias=False).to(device, torch.bfloat16)
+    module.config = LlamaConfig(num_attention_heads=shape.query, num_key_value_heads=shape.kv)
+    seen = Seen(module, 0, query, key, value, shape.dim**-0.5, output=output)
+    statistics = clock.host(lambda: head_statistics(seen, context, Thresholds()), 1 if context < 1000 else 3)
+    attention = clock.kernel(lambda: full.attend(query, key, value, shape.dim**-0.5), 5)
+    return [{"tokens": context, "statistics": statistics, "attention": attention}]
+
+
+def largest_errors(device: torch.device, small: bool) -> list[dict[str, Any]]:
+    """Every kernel against float64, on random input: norm of the difference relative to what is right."""
+    found = []
+    for dtype in TOLERANCE:
+        for dim in (64, 128):
+            for name, error in (
+                ("decode attention", _decode_error(device, dtype, dim, 1)),
+                ("attention of five tokens", _decode_error(device, dtype, dim, 5)),
+                ("prefill attention", _prefill_error(device, dtype, dim, 80 if small else 700)),
+                ("attention over everything", _full_error(device, dtype, dim)),
+            ):
+                what = f"{name}, {str(dtype).removeprefix('torch.')}, heads of {dim}"
+                found.append({"what": what, "error": error, "right": error <= TOLERANCE[dtype]})
+    error = _model_error(device, 40 if small else 300)
+    return [*found, {"what": "a model by the step, float32", "error": error, "right": error <= 1e-4}]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    error = (found.double() - expected).norm() / expected.norm()
+    return float(error) if bool(found.isfinite().all()) else float("inf")
+
+
+def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
+    held, group, texts = [7, 130, 1000], 4, 2
+    keys, values = torch.randn(2, texts, 3, 1000, dim, device=device).to(dtype)
+    query = torch.randn(texts, 3 * group, tokens, dim, device=device).to(dtype)
+    visible = torch.rand(texts, 3, 1000, device=device) < 0.9
+    table = torch.zeros(texts, 3, len(Field), dtype=torch.int64, device=device)
+    expected = torch.empty_like(query, dtype=torch.float64)
+    for head, size in enumerate(held):
+        for text in range(texts):
+            for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values), (Field.VISIBLE, visible)):
+                table[text, head, field] = buffer[text, head].data_ptr()
+        table[:, head, Field.WINDOW] = size
+        slots = torch.arange(size, device=device)
+        mask = visible[:, head, None, :size] & (slots <= slots[size - tokens :, None])
+        own = slice(head * group, (head + 1) * group)
+        logits = query[:, own].double() @ keys[:, head, :size].double().transpose(-1, -2)[:, None] * dim**-0.5
+        shares = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+        expected[:, own] = shares @ values[:, head, None, :size].double()
+    length = torch.tensor([1000 - tokens], device=device)
+    return _relative(attend(query, table, length, dim**-0.5)[0], expected)
+
+
+def _prefill_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
+    keys, values = torch.randn(2, 2, tokens, dim, device=device).to(dtype)
+    query = torch.randn(1, 8, tokens, dim, device=device).to(dtype)
+    columns, near, floating = torch.arange(tokens, device=device), 33, 9
+    until = (columns + near + floating).expand(2, -1).clone()
+    until[:, :SINK] = tokens
+    sight = Sight(until, 0, 0, 0, near, False, SINK + floating, tokens)
+    mask = (columns <= columns[:, None]) & (columns[:, None] < until[:, None])
+    logits = query.double().view(2, 4, tokens, dim) @ keys.double()[:, None].transpose(-1, -2) * dim**-0.5
+    shares = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return _relative(
+        attend_many(query, keys, values, sight, dim**-0.5)[0], (shares @ values.double()[:, None]).view_as(query)
+    )
+
+
+def _full_error(device: torch.device, dtype: torch.dtype, dim: int) -> float:
+    """The worst of those of others that take the dtype, for queries that are the last of the keys."""
+    keys, values = torch.randn(2, 2, 2, 500, dim, device=device).to(dtype)
+    query = torch.randn(2, 8, 77, dim, device=device).to(dtype)
+    weights = torch.zeros(2, n_features(dim), device=device)
+    given = (t.double() for t in (query, keys, values))
+    expected = reference_attention(next(given), next(given), next(given), [FULL] * 2, weights, dim**-0.5)
+    names = full_kernels() if dtype == torch.bfloat16 else ["sdpa"]
+    return max(_relative(full.KERNELS[name](query, keys, values, dim**-0.5), expected) for name in names)
+
+
+def _model_error(device: torch.device, tokens: int) -> float:
+    """A plan by the kernels, its tokens by the step that a graph holds, against the same in plain PyTorch."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = LlamaForCausalLM(config).to(device).eval()
+    plan = Plan.of(
+        model,
+        [[Pattern(3, 5, 9), FULL], [Pattern(2, 0, 20), Pattern(1, 11, 4)]],
+        torch.randn(2, 2, n_features(64)),
+    )
+    ids = torch.randint(3, 300, (2, tokens + 8), device=device)
+    logits = {}
+    devices = gpu.DEVICES
+    for where in (set[str](), devices):
+        gpu.DEVICES = where
+        with torch.no_grad(), apply(model, plan):
+            cache = new_cache(model, plan)
+            found = [model(ids[:, :tokens], past_key_values=cache).logits[:, -1]]
+            if where:
+                from headsink.gpu.decoder import Decoder
+
+                step = Decoder(model, cache)
+                found += [step.run(ids[:, n]) for n in range(tokens, tokens + 8)]
+            else:
+                for n in range(tokens, tokens + 8):
+                    found.append(model(ids[:, n : n + 1], past_key_values=cache).logits[:, -1])
+        logits[bool(where)] = torch.stack(found)
+    return _relative(logits[True], logits[False].double())
