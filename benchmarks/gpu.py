@@ -30,10 +30,12 @@ from gpu_cases import (
     Heads,
     census_of_a_layer,
     decode_kernel,
+    flex_beside,
     full_kernels,
     largest_errors,
     prefill_kernel,
     sizes,
+    tuning,
 )
 from gpu_models import Rig
 
@@ -114,7 +116,7 @@ def machine(clock: Clock, small: bool) -> dict[str, Any]:
 
 def kernels(clock: Clock, copied: float, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """Attention of a layer: of one token, and of many."""
-    contexts = (256, 512) if small else (32_768, 131_072, 8192)
+    contexts = (256, 512) if small else (131_072, 32_768, 8192)
     for name, shape in {"rehearsed": REHEARSED}.items() if small else MODELS.items():
         for context in contexts:
             for batch in (1,) if small else (1, 4, 16):
@@ -135,6 +137,13 @@ def kernels(clock: Clock, copied: float, small: bool) -> Iterator[tuple[str, Cal
         )
     shape, tokens = (REHEARSED, 256) if small else (MODELS["Llama-3.1-8B"], 131_072)
     yield "census of a layer", lambda: census_of_a_layer(clock, shape, tokens)
+
+
+def others(clock: Clock, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """What says where to go on."""
+    shape, tokens = (REHEARSED, 256) if small else (MODELS["Llama-3.1-8B"], 131_072)
+    yield f"FlexAttention, {tokens} tokens", lambda: flex_beside(clock, shape, tokens, 0.25)
+    yield f"tuning, {tokens} tokens", lambda: tuning(clock, shape, tokens)
 
 
 def models(clock: Clock, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
@@ -189,7 +198,7 @@ def main() -> None:
     if wrong:
         raise SystemExit(1)
     copied = found["machine"]["copy_bytes_per_s"]
-    for source in (kernels(clock, copied, small), models(clock, small)):
+    for source in (kernels(clock, copied, small), models(clock, small), others(clock, small)):
         for name, run in source:
             if arguments.only not in name:
                 continue

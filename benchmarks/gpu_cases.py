@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headsink import gpu
 from headsink.attention import Seen
 from headsink.census.statistics import Thresholds, head_statistics
-from headsink.gpu import full
-from headsink.gpu.attention import attend
+from headsink.gpu import full, prefill
+from headsink.gpu.attention import attend, attend_buffers
+from headsink.gpu.parts import processors
 from headsink.gpu.prefill import attend as attend_many
 from headsink.layout import Field
 from headsink.pattern import FULL, Pattern, reference_attention
@@ -161,6 +163,54 @@ def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[flo
                     "of_what_the_area_predicts": seconds["median"] / (best * seen / area),
                 }
             )
+    return rows
+
+
+def flex_beside(clock: Any, shape: Heads, context: int, budget: float) -> list[dict[str, Any]]:
+    """First tokens and a window, in turn by PyTorch's FlexAttention with a block mask and by our kernel: why there is one."""
+    device, scaling, window = clock.device, shape.dim**-0.5, round(budget * context) - SINK
+    query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
+
+    def mask(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ((q - k < window) | (k < SINK))
+
+    cuda = device.type == "cuda"
+    blocks = create_block_mask(mask, None, None, context, context, device=device, _compile=cuda)
+    by_flex = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
+    until = (torch.arange(context, device=device) + window).expand(shape.kv, -1).clone()
+    until[:, :SINK] = context
+    sight = Sight(until, 0, 0, 0, window, False, SINK, SINK)
+    ways: dict[str, Callable[[], Any]] = {
+        "flex_attention": lambda: by_flex(query, keys, values, block_mask=blocks, scale=scaling, enable_gqa=True),
+        "headsink": lambda: attend_many(query, keys[0], values[0], sight, scaling)[0],
+    }
+    difference = _relative(ways["headsink"](), ways["flex_attention"]().double())
+    return [
+        {"way": way, "window": window, "seconds": clock.kernel(run, 5), "difference": difference}
+        for way, run in ways.items()
+    ]
+
+
+def tuning(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
+    """The kernels laid out otherwise: programs of decode attention for each multiprocessor, tiles of prefill."""
+    device, scaling, rows = clock.device, shape.dim**-0.5, list[dict[str, Any]]()
+    query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
+    visible, last = torch.ones(1, shape.kv, context, dtype=torch.bool, device=device), query[:, :, -1:].contiguous()
+    for programs in (1, 2, 3, 4):
+        count = programs * processors(device)
+        seconds = clock.kernel(
+            lambda count=count: attend_buffers(last, keys, values, visible, context, scaling, count)  # type: ignore[misc]
+        )
+        rows.append({"programs a multiprocessor": programs, "seconds": seconds})
+    sight = Sight(torch.arange(context, device=device).expand(shape.kv, -1) + 4096, 0, 0, 0, 4096, False, 0, 0)
+    for tile in (prefill.Shape(128, 64, 8, 3), prefill.Shape(128, 128, 8, 2), prefill.Shape(64, 64, 4, 3)):
+        seconds = clock.kernel(
+            lambda tile=tile: attend_many(query, keys[0], values[0], sight, scaling, tile=tile),  # type: ignore[misc]
+            5,
+        )
+        rows.append({"tile": str(tile), "seconds": seconds})
     return rows
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gpu_cases import MODELS, REHEARSED, patterns
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from headsink import Plan, apply, new_cache
 from headsink.cache import PlanCache, nbytes
@@ -60,10 +60,10 @@ class Rig:
 
     def __init__(self, clock: Any, name: str, small: bool):
         self.clock, self.name, self.small, self.heads = clock, name, small, REHEARSED if small else MODELS[name]
-        self._model: LlamaForCausalLM | None = None
+        self._model: Any = None
 
     @property
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> Any:
         if self._model is None:
             hidden, inner, layers, vocabulary, tied = (256, 256, 2, 500, True) if self.small else WIDTHS[self.name]
             config = LlamaConfig(
@@ -79,7 +79,7 @@ class Rig:
                 dtype="bfloat16",
             )
             with self.clock.device:
-                self._model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+                self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         return self._model
 
     def close(self) -> None:

@@ -49,6 +49,7 @@ def slow(query, keys, values, visible, scaling, softcap, learned):
         ([[0, 0]], 2, 1, 16, 3, {"learned": True}),
         ([[130]], 1, 1, 256, 4, {"softcap": 3.0, "learned": True}),
         ([[130], [1], [1]], 1, 5, 192, 1, {}),
+        ([[300, 70], [1, 200]], 2, 1, 64, 4, {"padded": True}),
     ],
     ids=str,
 )
@@ -62,14 +63,21 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
         for head in range(heads):
             size, spare = sizes[text][head], 7
             keys, values = torch.randn(2, size + spare, dim).to(device, dtype)
-            keys[size:], values[size:] = float("nan"), float("nan")  # of which nothing may be read
+            keys[size:] = values[size:] = float("nan")  # of which nothing may be read
             visible = torch.rand(size + spare).to(device) < 0.8
             buffers.append((keys, values, visible))
             for field, buffer in zip((Field.KEYS, Field.VALUES, Field.VISIBLE), buffers[-1], strict=True):
                 table[text, head, field] = buffer.data_ptr()
-            table[text, head, Field.WINDOW] = size
+            pad = int(torch.randint(size + 1, ())) if options.get("padded") else 0
+            visible[:pad] = False
+            keys[: pad // 128 * 128] = float("nan")  # whole tiles of padding are not read
+            table[text, head, Field.WINDOW], table[text, head, Field.PAD] = (1000 if pad else size), pad
+            if pad:  # a head that has let nothing go
+                table[text, head, Field.START] = 1000 - size
+                table[text, head, Field.PAD] += 1000 - size
             own = slice(head * group, (head + 1) * group)
             given = query[text, own], keys[:size], values[:size], visible[:size], dim**-0.5
+            given = tuple(t.nan_to_num(0.0) if torch.is_tensor(t) else t for t in given)
             found = slow(*given, options.get("softcap"), None if learned is None else learned[own])
             expected.append(found[0])
             expected_lse.append(found[1])

@@ -78,10 +78,15 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
 def _by_rank(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     """`lifetimes`, of all keys at once: a key is there as long as it is among the best `floating` of those so far."""
     every, first = torch.cat([held, leaving], -1), held.shape[-1]
-    keys, left = torch.arange(every.shape[-1], device=every.device), torch.arange(leaving.shape[-1] + 1, device=every.device)
+    keys, left = (
+        torch.arange(every.shape[-1], device=every.device),
+        torch.arange(leaving.shape[-1] + 1, device=every.device),
+    )
     order = every.argsort(stable=True).flip(-1)  # of two with one score the later is better
     ranks = torch.empty_like(order).scatter_(-1, order, keys.expand_as(order))
-    last = ranks.new_full((*ranks.shape[:-1], len(left)), len(keys))  # the rank of the worst that is there, once so many have left
+    last = ranks.new_full(
+        (*ranks.shape[:-1], len(left)), len(keys)
+    )  # the rank of the worst that is there, once so many have left
     begun = max(0, floating - first)  # how many must leave before there are more than `floating`
     if not floating:
         last[:] = -1

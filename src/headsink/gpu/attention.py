@@ -30,14 +30,18 @@ KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, 
 
 
 @triton.jit
-def _ends(table, length, heads: tl.constexpr, HEADS: tl.constexpr):
-    """Slots in use of every head once `length` columns have come in: int32 [HEADS], 0 beyond the last head."""
+def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """The first slot of every head that is read once `length` columns have come in, the end of those in use, and how many tiles that
+    are: int32 [HEADS], nothing beyond the last head. Padding in front of a head that lets nothing go is not read."""
     head = tl.arange(0, HEADS)
     real = head < heads
     own = table + head * FIELDS
     anchors, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
-    window = tl.load(own + WINDOW, real, other=0)
-    return tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
+    window, pad = tl.load(own + WINDOW, real, other=0), tl.load(own + PAD, real, other=0)
+    ends = tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
+    unseen = tl.where((window >= length) & (anchors == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
+    firsts = tl.minimum(unseen, ends) // TILE * TILE
+    return firsts, ends, tl.cdiv(ends - firsts, TILE)
 
 
 @triton.jit
@@ -78,8 +82,7 @@ def _attend(
     program = tl.program_id(0)
     length = tl.load(length_at) + TOKENS
     head_index = tl.arange(0, HEADS)
-    ends = _ends(table, length, heads, HEADS)
-    tiles = tl.cdiv(ends, TILE)
+    firsts, ends, tiles = _spans(table, length, heads, HEADS, TILE)
     until = tl.cumsum(tiles)
     total = tl.sum(tiles)
     programs = tl.minimum(total, PROGRAMS)  # every one of them has a tile, at least
@@ -92,7 +95,7 @@ def _attend(
     inside = (row < rows)[:, None] & (column < dim)[None, :]
     while tile < last:
         head = tl.sum((until <= tile).to(tl.int32))
-        end, begun = _of(ends, head_index, head), _of(until - tiles, head_index, head)
+        end, begun = _of(ends, head_index, head), _of(until - tiles - firsts // TILE, head_index, head)
         stop = tl.minimum(last, _of(until, head_index, head))
         own = table + head * FIELDS
         keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
@@ -158,7 +161,7 @@ def _combine(
     head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     head_index = tl.arange(0, HEADS)
-    tiles = tl.cdiv(_ends(table, tl.load(length_at) + TOKENS, heads, HEADS), TILE)
+    _, _, tiles = _spans(table, tl.load(length_at) + TOKENS, heads, HEADS, TILE)
     until, total = tl.cumsum(tiles), tl.sum(tiles).to(tl.int64)
     own, ended = _of(tiles, head_index, head), _of(until, head_index, head).to(tl.int64)
     # Program p's part begins at tile `total p // programs`: the last that begins at t or before is the one with this number.
@@ -274,7 +277,13 @@ def attend(
 
 
 def attend_buffers(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    end: int,
+    scaling: float,
+    programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
     bool [texts, KV heads, slots]."""
@@ -286,4 +295,4 @@ def attend_buffers(
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
     table[..., Field.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(query, table, length, scaling)
+    return attend(query, table, length, scaling, programs=programs)

@@ -210,6 +210,7 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     learned: Tensor | None = None,
+    tile: Shape | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of many tokens, each over the keys that it sees.
 
@@ -220,7 +221,7 @@ def attend(
     batch, query_heads, tokens, dim = query.shape
     heads, n_keys = keys.shape[:2]
     wide = triton.next_power_of_2(dim)
-    tile = shape(wide, query.dtype)
+    tile = shape(wide, query.dtype) if tile is None else tile
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     until = sight.until.int().contiguous()
     window = n_keys + 1 if sight.window is None else min(sight.window, n_keys + 1)
