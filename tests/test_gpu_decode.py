@@ -19,6 +19,7 @@ from headsink.decode import decoding, refusal
 from headsink.gpu.attention import attend
 from headsink.gpu.decoder import Decoder
 from headsink.layout import Field
+from headsink.speculate import Speculation, kept
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -93,7 +94,9 @@ class Waiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        assert not any(part in name for part in ("_local_scalar", "nonzero", "masked_select", "unique", "is_nonzero")), name
+        assert not any(
+            part in name for part in ("_local_scalar", "nonzero", "masked_select", "unique", "is_nonzero")
+        ), name
         return func(*args, **(kwargs or {}))
 
 
@@ -141,7 +144,10 @@ def test_a_model_by_the_step(device, family, seed):
             cache = new_cache(model, plan)
             for part in (slice(0, 17), slice(17, 26)):
                 read = model(
-                    ids[:, part], past_key_values=cache, attention_mask=mask[:, : part.stop], position_ids=places[:, part]
+                    ids[:, part],
+                    past_key_values=cache,
+                    attention_mask=mask[:, : part.stop],
+                    position_ids=places[:, part],
                 )
             torch.testing.assert_close(read.logits.cpu(), expected[:, 17:26], atol=2e-4, rtol=2e-4)
             assert refusal(model) is None
@@ -196,7 +202,8 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
     states = layer.input_layernorm(model.model.embed_tokens(ids))
     shape = (*ids.shape, -1, layer.self_attn.head_dim)
     key, value = (
-        projection(states).view(shape).transpose(1, 2) for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        projection(states).view(shape).transpose(1, 2)
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
     )
     cos, sin = model.model.rotary_emb(states, torch.arange(20, 20 + ids.shape[1], device=ids.device)[None])
     return apply_rotary_pos_emb(key, key, cos, sin)[0], value
@@ -232,7 +239,36 @@ def test_lossless_text_is_the_models_own(device, family, seed):
         mask[0, :4] = 0
         options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
         expected = model.generate(ids, **options)
-        assert torch.equal(generate_lossless(model, plan, ids, draft_tokens=2, **options), expected)
+        told = Speculation()
+        found = generate_lossless(model, plan, ids, draft_tokens=2, speculation=told, **options)
+    assert torch.equal(found, expected)
+    assert 0 < told.accepted < told.drafted  # rows part ways: some columns are hidden from one of them
+
+
+def test_taking_and_hiding_columns_is_what_the_cache_does(device):
+    """What lossless mode does with accepted tokens, in launches of its own and by the cache's own code."""
+    with on(device, "llama", 9) as (model, plan):
+        ids = torch.randint(3, 200, (2, 30), device=device)
+        everything = Plan.full(model)
+        with torch.no_grad(), apply(model, everything):
+            full = new_cache(model, everything, exact=False)
+            model(ids[:, :25], past_key_values=full)
+            one, other = kept(model, plan, full), kept(model, plan, full)
+            model(ids[:, 25:], past_key_values=full)
+        hidden = torch.tensor([[False, False, True, True], [False] * 4], device=device)
+        step = Decoder(model, one)
+        step.take(full, 4)
+        step.hide(hidden)
+        step.settle()
+        for mine, theirs in zip(other.layers, full.layers, strict=True):
+            mine.append(*theirs.groups[0].last(4))
+        other.hide(hidden)
+    assert one.get_seq_length() == other.get_seq_length() == 29
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        for ours, own in zip(mine.groups, theirs.groups, strict=True):
+            end = own.anchors + own.length - own.start
+            for name in ("keys", "values", "visible"):
+                assert torch.equal(getattr(ours, name)[:, :, :end], getattr(own, name)[:, :, :end]), name
 
 
 LAUNCHES = """

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -305,10 +305,7 @@ class Lossless:
         _crop(self.draft, drafted)
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
-        _follow(self.draft, self.full, columns)
-        if hidden.any():
-            for cache in (self.full, self.draft):
-                cache.hide(hidden)
+        self._follow(columns, hidden)
         self.place = self.place + counts + 1
         going = [row for row, goes_on in enumerate(kept) if goes_on]
         self.rows = [self.rows[row] for row in going]
@@ -317,6 +314,26 @@ class Lossless:
             self.place = self.place[rows]
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
+
+    def _follow(self, columns: int, hidden: Tensor) -> None:
+        """Let the last columns of the full cache into the draft's; hidden: bool [rows, columns], those that a row is not to see."""
+        some = bool(hidden.any())
+        if self.judge is not None and self.step is not None:
+            both = self.judge, cast(Any, self.step)
+            for one in both:
+                one.resume()
+            both[1].take(self.full, columns)
+            for one in both if some else ():
+                one.hide(hidden)
+            both[1].settle()
+            return
+        for mine, theirs in zip(self.draft.layers, self.full.layers, strict=True):
+            if isinstance(mine, PlanLayer) and isinstance(theirs, PlanLayer):
+                mine.append(*theirs.groups[0].last(columns))
+            else:
+                mine.update(theirs.keys[:, :, -columns:], theirs.values[:, :, -columns:])  # type: ignore[index]
+        for cache in (self.full, self.draft) if some else ():
+            cache.hide(hidden)
 
 
 def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, places: Tensor, **options: Any) -> Tensor:
@@ -346,15 +363,6 @@ def _crop(cache: PlanCache, tokens: int) -> None:
     for layer in cache.layers:
         if tokens or (not isinstance(layer, PlanLayer) and layer.get_seq_length() >= layer.sliding_window):
             layer.crop(-tokens)
-
-
-def _follow(draft: PlanCache, full: PlanCache, columns: int) -> None:
-    """Let the last columns of the full cache into the draft's."""
-    for mine, theirs in zip(draft.layers, full.layers, strict=True):
-        if isinstance(mine, PlanLayer) and isinstance(theirs, PlanLayer):
-            mine.append(*theirs.groups[0].last(columns))
-        else:
-            mine.update(theirs.keys[:, :, -columns:], theirs.values[:, :, -columns:])  # type: ignore[index]
 
 
 def _processed(processor: Any, text: Tensor, logits: Tensor) -> Tensor:

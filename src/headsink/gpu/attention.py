@@ -239,40 +239,41 @@ def attend(
         "TILE": min(128, TILE_BYTES // (wide * query.element_size())),
         "PROGRAMS": programs,
     }
-    _attend[(programs,)](
-        query,
-        table,
-        length,
-        work.found,
-        work.tops,
-        work.totals,
-        scaling,
-        1.0 if softcap is None else softcap,
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        DIM=wide,
-        CAPPED=softcap is not None,
-        STAGES=3,
-        num_warps=4,
-        **same,
-    )
     columns = min(32, wide)
-    _combine[(heads * rows, triton.cdiv(dim, columns))](
-        work.found,
-        work.tops,
-        work.totals,
-        table,
-        length,
-        work.tops if learned is None else learned,
-        output,
-        lse,
-        kv_heads=kv_heads,
-        PARTS=triton.next_power_of_2(programs),
-        SOME=min(64, triton.next_power_of_2(programs)),
-        COLUMNS=columns,
-        LEARNED=learned is not None,
-        num_warps=4,
-        **same,
-    )
+    with torch.cuda.device_of(query):
+        _attend[(programs,)](
+            query,
+            table,
+            length,
+            work.found,
+            work.tops,
+            work.totals,
+            scaling,
+            1.0 if softcap is None else softcap,
+            ROWS=max(16, triton.next_power_of_2(rows)),
+            DIM=wide,
+            CAPPED=softcap is not None,
+            STAGES=3,
+            num_warps=4,
+            **same,
+        )
+        _combine[(heads * rows, triton.cdiv(dim, columns))](
+            work.found,
+            work.tops,
+            work.totals,
+            table,
+            length,
+            work.tops if learned is None else learned,
+            output,
+            lse,
+            kv_heads=kv_heads,
+            PARTS=triton.next_power_of_2(programs),
+            SOME=min(64, triton.next_power_of_2(programs)),
+            COLUMNS=columns,
+            LEARNED=learned is not None,
+            num_warps=4,
+            **same,
+        )
     return output, lse
 
 

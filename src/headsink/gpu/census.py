@@ -38,7 +38,7 @@ def _logits(a, b, scaling, softcap, M: tl.constexpr, N: tl.constexpr, CAPPED: tl
     return capped(logits * scaling, softcap) * LOG2E if CAPPED else logits * (scaling * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _sum_bands(
     asked,
     keys,
@@ -131,7 +131,7 @@ def _sum_bands(
         tl.store(peaks + at, peak, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "reach"])
 def _sum_rows(
     asked,
     keys,

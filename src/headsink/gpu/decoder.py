@@ -85,11 +85,31 @@ class Decoder:
         self.columns = torch.zeros(1, dtype=torch.int64, device=model.device)  # that have come in
         self.tables = self.columns.new_zeros(0)  # of all layers
         self.passes: dict[int, Pass] = {}  # by their number of tokens
+        self.buffers: list[Any] = []
         self.resume()
 
     def resume(self) -> None:
         """Go on after the cache was changed by others."""
-        self.length = self.ready = self.cache.get_seq_length()
+        self.length = self.cache.get_seq_length()
+        if self.buffers == self._buffers():
+            self.columns.fill_(self.length)
+        else:
+            self.ready = self.length
+
+    def _buffers(self) -> list[Any]:
+        """What the tables say, but for what is read from the card: they need be written again if this changes."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        return [
+            (
+                *(t.data_ptr() for t in (g.keys, g.values, g.visible)),
+                g.keys.shape,
+                g.anchors,
+                g.start,
+                g.window,
+                g.padding,
+            )
+            for g in groups
+        ]
 
     def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Let a token of every text in, int64 [texts]. places: their positions, if they are not those of the columns.
@@ -126,6 +146,26 @@ class Decoder:
             for group in layer.groups:
                 group.length = self.length
 
+    def take(self, other: PlanCache, count: int) -> None:
+        """Let in the last columns of another cache of the model, as they are. Neither lets anything go."""
+        from headsink.gpu.enter import enter
+
+        if self.length + count > self.ready:
+            self._make_ready(count)
+        for theirs, table in zip(other.layers, self.tables, strict=True):
+            key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
+            enter(key.contiguous(), value.contiguous(), table, self.columns)
+        self.columns.add_(count)
+        self.length += count
+
+    def hide(self, hidden: Tensor) -> None:
+        """Of the last columns, those that a row is not to see: bool [texts, columns]. Nothing may be let go any more."""
+        from headsink.gpu.enter import hide
+
+        hide(hidden, self.tables, self.columns)
+        for group in (group for layer in self.layers for group in layer.groups):
+            group.holes = True
+
     def _pass(self, one: Pass) -> None:
         """The model, over what lies in `one`, to its logits. Reads nothing from the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
@@ -150,6 +190,7 @@ class Decoder:
         if tables.shape != self.tables.shape:  # other texts than before
             self.tables, self.passes = torch.empty_like(tables, device=self.columns.device), {}
         self.tables.copy_(tables)
+        self.buffers = self._buffers()
         self.columns.fill_(self.length)
         padding = self.layers[0].groups[0].padding
         self.pads = self.columns.new_zeros(tables.shape[1]) if padding is None else padding.tokens

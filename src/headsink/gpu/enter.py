@@ -1,4 +1,4 @@
-"""Letting a token of every text into the heads of a layer: one launch, without a word from the host.
+"""Letting a token of every text into the heads of a layer: one launch, without a word from the host. And hiding some again.
 
 What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it moves
 to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its own is higher.
@@ -6,6 +6,7 @@ to the slots in front if it is one of the first tokens, or in place of the float
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -111,4 +112,39 @@ def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
     """
     texts, heads, tokens, dim = key.shape
     wide = triton.next_power_of_2(dim)
-    _enter[(texts * heads, tokens)](key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4)
+    with torch.cuda.device_of(key):
+        _enter[(texts * heads, tokens)](
+            key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4
+        )
+
+
+@triton.jit
+def _hide(
+    hidden, table, length_at, COLUMNS: tl.constexpr, HEADS: tl.constexpr, TEXTS: tl.constexpr, SOME: tl.constexpr
+):
+    head = tl.program_id(0)
+    own = table + head.to(tl.int64) * FIELDS
+    visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
+    column = tl.arange(0, SOME)
+    slot = tl.load(own + ANCHORS) + tl.load(length_at) - COLUMNS + column - tl.load(own + START)
+    text = head // HEADS % TEXTS
+    away = tl.load(hidden + text * COLUMNS + column, column < COLUMNS, other=0) != 0
+    tl.store(visible + slot, 0, away)
+
+
+def hide(hidden: Tensor, tables: Tensor, length: Tensor) -> None:
+    """Of the last columns, those that a row is not to see: bool [texts, columns], in heads that let nothing go. tables: int64
+    [layers, texts, KV heads, len(Field)]; length: int64 [1], all columns so far."""
+    layers, texts, heads, _ = tables.shape
+    columns = hidden.shape[1]
+    with torch.cuda.device_of(tables):
+        _hide[(layers * texts * heads,)](
+            hidden.to(torch.int8),
+            tables,
+            length,
+            COLUMNS=columns,
+            HEADS=heads,
+            TEXTS=texts,
+            SOME=triton.next_power_of_2(columns),
+            num_warps=1,
+        )

@@ -18,6 +18,8 @@ from headsink.gpu.parts import LOG2E, capped, product
 from headsink.rows import Sight
 
 SCAN = 1024  # keys looked through at once
+# Numbers that change from text to text, for which nothing is compiled anew.
+ANY = ["first", "anchors", "start", "window", "n_keys", "reach", "most", "tokens"]
 
 
 class Shape(NamedTuple):
@@ -45,7 +47,7 @@ def _near_from(begin, anchors, start, window, n_keys):
     return tl.minimum(tl.maximum(first, anchors), n_keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _list(
     until, lists, counts, first, anchors, start, window, n_keys, reach, most, QUERIES: tl.constexpr, SOME: tl.constexpr
 ):
@@ -105,7 +107,7 @@ def _over(
     return most, sum_ * factor + tl.sum(shares, 1), out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _attend(
     query,
     keys,
@@ -229,33 +231,34 @@ def attend(
     lists = torch.empty(heads, blocks, most, dtype=torch.int32, device=query.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=query.device)
     where = (sight.first, sight.anchors, sight.start, window, n_keys)
-    _list[(blocks, heads)](until, lists, counts, *where, sight.reach, most, QUERIES=tile.queries, SOME=SCAN)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    _attend[(blocks, batch * query_heads)](
-        query,
-        keys,
-        values,
-        until,
-        lists,
-        counts,
-        lse if learned is None else learned,
-        output,
-        lse,
-        *where,
-        most,
-        tokens,
-        scaling,
-        1.0 if softcap is None else softcap,
-        GROUP=batch * query_heads // heads,
-        QUERY_HEADS=query_heads,
-        dim=dim,
-        DIM=wide,
-        QUERIES=tile.queries,
-        KEYS=tile.keys,
-        GAPS=sight.gaps,
-        CAPPED=softcap is not None,
-        LEARNED=learned is not None,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-    )
+    with torch.cuda.device_of(query):
+        _list[(blocks, heads)](until, lists, counts, *where, sight.reach, most, QUERIES=tile.queries, SOME=SCAN)
+        _attend[(blocks, batch * query_heads)](
+            query,
+            keys,
+            values,
+            until,
+            lists,
+            counts,
+            lse if learned is None else learned,
+            output,
+            lse,
+            *where,
+            most,
+            tokens,
+            scaling,
+            1.0 if softcap is None else softcap,
+            GROUP=batch * query_heads // heads,
+            QUERY_HEADS=query_heads,
+            dim=dim,
+            DIM=wide,
+            QUERIES=tile.queries,
+            KEYS=tile.keys,
+            GAPS=sight.gaps,
+            CAPPED=softcap is not None,
+            LEARNED=learned is not None,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
     return output, lse
