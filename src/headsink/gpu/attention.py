@@ -90,6 +90,9 @@ def _attend(
     if program < programs:
         tile, last = _part(total, program, programs), _part(total, program + 1, programs)
 
+    unit = scaling * LOG2E  # makes powers of two of logits, which are scaled there, unless they are capped
+    if CAPPED:
+        unit = tl.cast(LOG2E, tl.float32)
     row, column, slot = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     rows: tl.constexpr = GROUP * TOKENS
     inside = (row < rows)[:, None] & (column < dim)[None, :]
@@ -115,19 +118,19 @@ def _attend(
             seen = (tl.load(visible + slots, held, other=0) != 0)[None, :]
             if TOKENS > 1:  # the last tokens lie in the last slots
                 seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
-            logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32)) * scaling
+            logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
             if CAPPED:
-                logits = capped(logits, softcap)
-            logits = tl.where(seen, logits * LOG2E, float("-inf"))
+                logits = capped(logits * scaling, softcap)
+            logits = tl.where(seen, logits, float("-inf"))
             most = tl.maximum(top, tl.max(logits, 1))
             calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
-            shares = tl.exp2(logits - calm[:, None])
-            factor = tl.exp2(top - calm)
+            shares = tl.exp2(logits * unit - (calm * unit)[:, None])
+            factor = tl.exp2((top - calm) * unit)
             sum_ = sum_ * factor + tl.sum(shares, 1)
             out = product(shares.to(kind), value, out * factor[:, None])
             top = most
         part = (program + head) * rows + row  # no two programs have the same sum with a head that both have a part of
-        tl.store(tops + part, top, row < rows)
+        tl.store(tops + part, top * unit, row < rows)
         tl.store(totals + part, sum_, row < rows)
         tl.store(found + part[:, None] * dim + column[None, :], out, inside)
         tile = stop

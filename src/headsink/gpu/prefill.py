@@ -79,12 +79,16 @@ def _over(
     now,
     scaling,
     softcap,
+    unit,
     dim: tl.constexpr,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """A tile of keys, for all queries of a block. state: highest logits, sums, outputs. key, there, columns: [KEYS]; now: [QUERIES]."""
+    """A tile of keys, for all queries of a block.
+
+    state: highest logits, sums, outputs. key, there, columns: [KEYS]; now: [QUERIES]. unit: what makes powers of two of logits, above 0.
+    """
     top, sum_, out = state
     column = tl.arange(0, DIM)
     place = key[:, None] * dim + column[None, :]
@@ -92,17 +96,15 @@ def _over(
     its_keys, its_values = tl.load(keys + place, inside, other=0.0), tl.load(values + place, inside, other=0.0)
     logits = product(asked, tl.trans(its_keys), tl.zeros([asked.shape[0], key.shape[0]], tl.float32))
     if CAPPED:
-        logits = capped(logits * scaling, softcap) * LOG2E
-    else:
-        logits = logits * (scaling * LOG2E)
+        logits = capped(logits * scaling, softcap)
     if MASKED:
         ends = tl.load(until + key, there, other=0)
         seen = (columns[None, :] <= now[:, None]) & (now[:, None] < ends[None, :])
         logits = tl.where(seen, logits, float("-inf"))
     most = tl.maximum(top, tl.max(logits, 1))
     calm = tl.where(most == float("-inf"), 0.0, most)
-    shares = tl.exp2(logits - calm[:, None])
-    factor = tl.exp2(top - calm)
+    shares = tl.exp2(logits * unit - (calm * unit)[:, None])  # one instruction each, where scaled logits would take another
+    factor = tl.exp2((top - calm) * unit)
     out = product(shares.to(asked.dtype), its_values, out * factor[:, None])
     return most, sum_ * factor + tl.sum(shares, 1), out
 
@@ -151,6 +153,9 @@ def _attend(
     begin = first + block * QUERIES
     last = tl.minimum(begin + QUERIES, first + tokens) - 1
     now = first + row
+    unit = scaling * LOG2E  # logits are scaled in the exponent, unless they are capped
+    if CAPPED:
+        unit = tl.cast(LOG2E, tl.float32)
     state = (
         tl.full([QUERIES], float("-inf"), tl.float32),
         tl.zeros([QUERIES], tl.float32),
@@ -164,7 +169,7 @@ def _attend(
         key = tl.load(lists + own * most + place + some, there, other=0)
         never = tl.full([KEYS], -1, tl.int32)  # all of them come before every query
         state = _over(
-            state, asked, keys, values, until, key, there, never, now, scaling, softcap, dim, DIM, True, CAPPED
+            state, asked, keys, values, until, key, there, never, now, scaling, softcap, unit, dim, DIM, True, CAPPED
         )
 
     near = _near_from(begin, anchors, start, window, n_keys)
@@ -179,18 +184,18 @@ def _attend(
         key = place + some
         columns = key - anchors + start
         state = _over(
-            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, dim, DIM, True, CAPPED
+            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, unit, dim, DIM, True, CAPPED
         )
     for place in tl.range(calm_from, calm_to, KEYS, num_stages=STAGES):
         key = place + some
         state = _over(
-            state, asked, keys, values, until, key, key < n_keys, key, now, scaling, softcap, dim, DIM, False, CAPPED
+            state, asked, keys, values, until, key, key < n_keys, key, now, scaling, softcap, unit, dim, DIM, False, CAPPED
         )
     for place in tl.range(calm_to, end, KEYS, num_stages=STAGES):
         key = place + some
         columns = key - anchors + start
         state = _over(
-            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, dim, DIM, True, CAPPED
+            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, unit, dim, DIM, True, CAPPED
         )
 
     top, sum_, out = state
@@ -198,10 +203,10 @@ def _attend(
     divisor = sum_
     if LEARNED:
         extra = tl.load(learned + query_head % QUERY_HEADS).to(tl.float32) * LOG2E
-        divisor += tl.exp2(extra - calm)
+        divisor += tl.exp2(extra - calm * unit)
     divisor = tl.where(sum_ == 0.0, 1.0, divisor)
     tl.store(output + at, (out / divisor[:, None]).to(output.dtype.element_ty), inside)
-    tl.store(lse + query_head * tokens + row, (calm + tl.log2(sum_)) / LOG2E, row < tokens)
+    tl.store(lse + query_head * tokens + row, (calm * unit + tl.log2(sum_)) / LOG2E, row < tokens)
 
 
 def attend(
