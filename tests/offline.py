@@ -13,14 +13,17 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 TARGET = 90  # compute capability, times ten
+LONG = 60  # instructions of a loop that is told
 
 
 def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
-    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, and its code (`ptx`)."""
+    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, instructions of its loops,
+    and its code (`ptx`)."""
     path = folder / "launches.py"
     path.write_text(script)
     here = Path(__file__)
@@ -75,21 +78,33 @@ def _run(path: str) -> None:
     runpy.run_path(path)
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of local memory (what is spilled), of a kernel."""
-    import tempfile
-
-    from triton import backends
-
-    tool = Path(backends.__path__[0]) / "nvidia/bin/cuobjdump"
+def _resources(cubin: bytes) -> dict[str, Any]:
+    """Registers of a thread, bytes of local memory (what is spilled), and instructions of its longer loops, in order."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        told, code = (
+            _tool(*command, file.name) for command in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    return {"registers": numbers["REG"], "spilled": max(numbers["STACK"], numbers["LOCAL"])}
+    loops, labels, count = [], dict[str, int](), 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = count
+        elif re.match(r"/\*[0-9a-f]+\*/", line.strip()):
+            count += 1
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels and count - labels[back[1]] >= LONG:
+                loops.append(count - labels[back[1]])
+    return {"registers": numbers["REG"], "spilled": max(numbers["STACK"], numbers["LOCAL"]), "loops": loops}
+
+
+def _tool(name: str, *options: str) -> str:
+    """What one of the tools that come with Triton says."""
+    from triton import backends
+
+    path = Path(backends.__path__[0]) / "nvidia/bin" / name
+    return subprocess.run([path, *options], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _of(values, index, n):
 
 
 @triton.jit
-def _attend(
+def _attend_part(
     query,
     table,
     length_at,
@@ -244,7 +244,7 @@ def attend(
     }
     columns = min(32, wide)
     with torch.cuda.device_of(query):
-        _attend[(programs,)](
+        _attend_part[(programs,)](
             query,
             table,
             length,

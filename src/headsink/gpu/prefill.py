@@ -110,7 +110,7 @@ def _over(
 
 
 @triton.jit(do_not_specialize=ANY)
-def _attend(
+def _attend_block(
     query,
     keys,
     values,
@@ -239,7 +239,7 @@ def attend(
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
         _list[(blocks, heads)](until, lists, counts, *where, sight.reach, most, QUERIES=tile.queries, SOME=SCAN)
-        _attend[(blocks, batch * query_heads)](
+        _attend_block[(blocks, batch * query_heads)](
             query,
             keys,
             values,

@@ -1,0 +1,59 @@
+"""What the GPU kernels compile to for an H100, without one: registers, shared memory, and instructions of their loops.
+
+python benchmarks/gpu_code.py --out benchmarks/results/gpu-code.json
+
+Launches are those of Llama-3.1-8B's and 3.2-1B's shapes in bfloat16. Nothing is run, so nothing is timed: it says what a
+multiprocessor has room for, and how many instructions stand beside the products and the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import offline
+
+from headsink.bench import heading
+from headsink.files import write_text
+
+LAUNCHES = """
+import torch
+from headsink.gpu.attention import attend
+from headsink.gpu.enter import enter
+from headsink.gpu.prefill import attend as attend_many
+from headsink.layout import Field
+from headsink.rows import Sight
+
+dim = {dim}
+table = torch.zeros(1, 8, len(Field), dtype=torch.int64)
+query = torch.zeros(1, 32, 1, dim, dtype=torch.bfloat16)
+attend(query, table, torch.tensor([0]), 1.0, programs=264)
+enter(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
+query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
+attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = heading("code of the GPU kernels for compute capability 9.0") | {"results": []}
+    for dim in (64, 128):
+        with TemporaryDirectory() as folder:
+            kernels = offline.compiled(LAUNCHES.format(dim=dim), Path(folder))
+        for kernel in kernels:
+            row = {"dim": dim} | {name: value for name, value in kernel.items() if name != "ptx"}
+            found["results"].append(row)
+            print(row)
+    write_text(arguments.out, json.dumps(found, indent=1))
+    print(f"-> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
