@@ -25,6 +25,7 @@ LAUNCHES = """
 import torch
 from headsink.gpu.attention import attend
 from headsink.gpu.enter import enter
+from headsink.gpu.lifetimes import better_ones
 from headsink.gpu.prefill import attend as attend_many
 from headsink.layout import Field
 from headsink.rows import Sight
@@ -35,6 +36,7 @@ query = torch.zeros(1, 32, 1, dim, dtype=torch.bfloat16)
 attend(query, table, torch.tensor([0]), 1.0, programs=264)
 enter(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
 query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
+better_ones(torch.randn(8, 1000), 100)
 attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
 """
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headsink import gpu
+
 NONE = float("-inf")  # the score of what is no floating key
 
 
@@ -66,62 +68,26 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     if held.shape[-1] + every <= floating:  # what can be kept is
         gone = torch.arange(1, every + 1, device=leaving.device)
         return torch.cat([torch.where(held == NONE, 0, every + 1), gone.where(leaving == NONE, every + 1)], -1)
-    if leaving.device.type != "cpu" or find_spec("numba") is None:
-        return _by_rank(held, leaving, floating)
-    before, after = (scores.flatten(0, -2).double().numpy() for scores in (held, leaving))
+    if gpu.can_run(leaving):
+        return _at_once(held, leaving, floating)
+    before, after = (scores.flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
     ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
+    one = _compiled() if find_spec("numba") else _lifetimes
     for row in range(len(ends)):
-        _compiled()(before[row], after[row], floating, ends[row])
-    return torch.from_numpy(ends).view(*leaving.shape[:-1], -1)
+        one(before[row], after[row], floating, ends[row])
+    return torch.from_numpy(ends).to(leaving.device).view(*leaving.shape[:-1], -1)
 
 
-def _by_rank(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
-    """`lifetimes`, of all keys at once: a key is there as long as it is among the best `floating` of those so far."""
+def _at_once(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
+    """The same of all keys at once, on a GPU."""
+    from headsink.gpu.lifetimes import better_ones
+
     every, first = torch.cat([held, leaving], -1), held.shape[-1]
-    keys, left = (
-        torch.arange(every.shape[-1], device=every.device),
-        torch.arange(leaving.shape[-1] + 1, device=every.device),
-    )
-    order = every.argsort(stable=True).flip(-1)  # of two with one score the later is better
-    ranks = torch.empty_like(order).scatter_(-1, order, keys.expand_as(order))
-    last = ranks.new_full(
-        (*ranks.shape[:-1], len(left)), len(keys)
-    )  # the rank of the worst that is there, once so many have left
-    begun = max(0, floating - first)  # how many must leave before there are more than `floating`
+    comes = (torch.arange(every.shape[-1], device=every.device) - first + 1).clamp(min=0)  # when they are there
     if not floating:
-        last[:] = -1
-    elif begun < len(left):
-        last[..., begun:] = prefix_quantiles(ranks, first + left[begun:], floating - 1)
-    # The worst rank only falls, so a key is gone when it falls below its own, and never before it comes.
-    ends = torch.searchsorted(-last, -ranks, right=True)
-    ends = torch.maximum(ends, (keys - first + 1).clamp(min=0))
-    return torch.where(every == NONE, (keys - first + 1).clamp(min=0), ends)
-
-
-def prefix_quantiles(numbers: Tensor, ends: Tensor, n: int) -> Tensor:
-    """The n-th smallest, from 0, of the first `ends` numbers of every row.
-
-    numbers: int64 [..., keys], every row 0 to keys - 1 in some order; ends: int64 [prefixes], more than n. Returns int64
-    [..., prefixes]. A wavelet matrix (Claude, Navarro and Ordóñez 2015): bit by bit from the highest, numbers whose bit is 0 are moved to
-    the front, in order, and each prefix follows those that its answer is among.
-    """
-    keys, places = numbers.shape[-1], torch.arange(numbers.shape[-1], device=numbers.device)
-    low = torch.zeros_like(ends).expand(*numbers.shape[:-1], -1)
-    high, rest = ends.expand_as(low), torch.full_like(low, n)
-    found = torch.zeros_like(low)
-    for bit in reversed(range(max(1, (keys - 1).bit_length()))):
-        ones = numbers >> bit & 1
-        zeros = torch.nn.functional.pad((1 - ones).cumsum(-1), (1, 0))  # before each place
-        all_zeros = zeros[..., -1:]
-        from_, to = zeros.gather(-1, low), zeros.gather(-1, high)
-        is_one = rest >= to - from_
-        found += is_one.long() << bit
-        rest = torch.where(is_one, rest - (to - from_), rest)
-        low = torch.where(is_one, all_zeros + low - from_, from_)
-        high = torch.where(is_one, all_zeros + high - to, to)
-        moved = torch.where(ones == 1, all_zeros + places - zeros[..., :-1], zeros[..., :-1])
-        numbers = torch.empty_like(numbers).scatter_(-1, moved, numbers)
-    return found
+        return comes.expand(every.shape)
+    goes = better_ones(every.flatten(0, -2), floating).view(every.shape).long() - first
+    return torch.where(every == NONE, comes, goes.clamp(max=leaving.shape[-1] + 1).maximum(comes))
 
 
 def _lifetimes(held: Any, leaving: Any, floating: int, ends: Any) -> None:

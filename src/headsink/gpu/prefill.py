@@ -103,7 +103,9 @@ def _over(
         logits = tl.where(seen, logits, float("-inf"))
     most = tl.maximum(top, tl.max(logits, 1))
     calm = tl.where(most == float("-inf"), 0.0, most)
-    shares = tl.exp2(logits * unit - (calm * unit)[:, None])  # one instruction each, where scaled logits would take another
+    shares = tl.exp2(
+        logits * unit - (calm * unit)[:, None]
+    )  # one instruction each, where scaled logits would take another
     factor = tl.exp2((top - calm) * unit)
     out = product(shares.to(asked.dtype), its_values, out * factor[:, None])
     return most, sum_ * factor + tl.sum(shares, 1), out
@@ -184,18 +186,63 @@ def _attend_block(
         key = place + some
         columns = key - anchors + start
         state = _over(
-            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, unit, dim, DIM, True, CAPPED
+            state,
+            asked,
+            keys,
+            values,
+            until,
+            key,
+            key < end,
+            columns,
+            now,
+            scaling,
+            softcap,
+            unit,
+            dim,
+            DIM,
+            True,
+            CAPPED,
         )
     for place in tl.range(calm_from, calm_to, KEYS, num_stages=STAGES):
         key = place + some
         state = _over(
-            state, asked, keys, values, until, key, key < n_keys, key, now, scaling, softcap, unit, dim, DIM, False, CAPPED
+            state,
+            asked,
+            keys,
+            values,
+            until,
+            key,
+            key < n_keys,
+            key,
+            now,
+            scaling,
+            softcap,
+            unit,
+            dim,
+            DIM,
+            False,
+            CAPPED,
         )
     for place in tl.range(calm_to, end, KEYS, num_stages=STAGES):
         key = place + some
         columns = key - anchors + start
         state = _over(
-            state, asked, keys, values, until, key, key < end, columns, now, scaling, softcap, unit, dim, DIM, True, CAPPED
+            state,
+            asked,
+            keys,
+            values,
+            until,
+            key,
+            key < end,
+            columns,
+            now,
+            scaling,
+            softcap,
+            unit,
+            dim,
+            DIM,
+            True,
+            CAPPED,
         )
 
     top, sum_, out = state

@@ -1,0 +1,75 @@
+"""When floating keys are let go (scores.lifetimes), for all keys of all heads at once, on a GPU.
+
+A key is there as long as fewer than f better ones have come. So what is asked for every key is when the f-th better one comes. How
+many of the best `BLOCK` m came before `BLOCK` n is a table, made by counting; the kernel looks the block up in it that the f-th
+falls into, by bisection, and counts inside of two blocks for what the table does not say.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128  # keys
+NEVER = 2**31 - 1
+
+
+@triton.jit
+def _find(order, ranks, table, found, keys, floating, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """For the keys of one block of ranks: after how many keys the `floating`-th that is better has come.
+
+    order: [rows, keys], the key of each rank. ranks: [rows, keys]. table: [rows, blocks, blocks + 1], of ranks and of keys.
+    """
+    own, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    order, ranks, found = order + row * keys, ranks + row * keys, found + row * keys
+    table += (row * blocks + own) * (blocks + 1)
+    some = tl.arange(0, BLOCK)
+    rank = own * BLOCK + some
+    key = tl.load(order + rank, rank < keys, other=2147483647)
+    better = some[None, :] < some[:, None]  # in this block
+    low, high = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + blocks + 1
+    for _ in range(STEPS):  # the count is below `floating` at low, and not at high
+        middle = (low + high) // 2
+        count = tl.load(table + middle, middle <= blocks, other=0)
+        count += tl.sum((better & (key[None, :] < (middle * BLOCK)[:, None])).to(tl.int32), 1)
+        enough = (count >= floating) | (middle > blocks)
+        low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
+    count = tl.load(table + low) + tl.sum((better & (key[None, :] < (low * BLOCK)[:, None])).to(tl.int32), 1)
+    place = (low * BLOCK)[:, None] + some[None, :]
+    others = tl.load(ranks + place, place < keys, other=2147483647)
+    count = count[:, None] + tl.cumsum((others < rank[:, None]).to(tl.int32), 1)
+    after = low * BLOCK + 1 + tl.sum((count < floating).to(tl.int32), 1)
+    tl.store(found + key, tl.where(high > blocks, 2147483647, after), rank < keys)
+
+
+def better_ones(scores: Tensor, floating: int) -> Tensor:
+    """After how many keys of its row the `floating`-th with a higher score than a key's own has come, or as high and later.
+
+    scores: [rows, keys]; floating: 1 or more. Returns int32 [rows, keys], NEVER where so many do not come.
+    """
+    rows, keys = scores.shape
+    blocks = triton.cdiv(keys, BLOCK)
+    order = scores.argsort(stable=True).flip(-1)
+    number = torch.arange(keys, dtype=torch.int32, device=scores.device)
+    ranks = torch.empty(rows, keys, dtype=torch.int32, device=scores.device).scatter_(1, order, number.expand(rows, -1))
+    place = (ranks // BLOCK + 1).long() * (blocks + 1) + number // BLOCK + 1
+    table = torch.zeros(rows, (blocks + 1) * (blocks + 1), dtype=torch.int32, device=scores.device)
+    table.scatter_add_(1, place, torch.ones_like(ranks))
+    table = table.view(rows, blocks + 1, blocks + 1).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    found = torch.empty_like(ranks)
+    with torch.cuda.device_of(scores):
+        _find[(blocks, rows)](
+            order.int(),
+            ranks,
+            table[:, :blocks].contiguous(),
+            found,
+            keys,
+            floating,
+            blocks,
+            STEPS=(blocks + 1).bit_length(),
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+    return found
