@@ -1,6 +1,6 @@
 """Compile Triton kernels for an H100 without having one: by the very calls that would launch them there.
 
-    python tests/offline.py FILE      # runs FILE, in which every launch compiles and does not run; prints one JSON object a kernel
+    python tests/offline.py FILE      # runs FILE, in which launches compile and do not run; prints a JSON object for each kernel
 
 Run in a process of its own, where Triton is not its interpreter. What is written by a kernel stays what it was.
 """
@@ -22,8 +22,8 @@ LONG = 60  # instructions of a loop that is told
 
 
 def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
-    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, instructions of its loops,
-    and its code (`ptx`)."""
+    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, instructions of its
+    loops, and its code (`ptx`)."""
     path = folder / "launches.py"
     path.write_text(script)
     here = Path(__file__)

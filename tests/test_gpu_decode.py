@@ -24,10 +24,12 @@ from headsink.speculate import Speculation, kept
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def slow(query, keys, values, visible, scaling, softcap, learned):
+def slow(query, keys, values, visible, scaling, softcap, learned, turned=None, sink=0):
     """query: [group, tokens, dim] over the keys of one head. Returns output and log-sum-exp in float64."""
     tokens, n_keys = query.shape[1], len(keys)
     logits = query.double() @ keys.double().T * scaling
+    if turned is not None:
+        logits[..., :sink] = turned.double() @ keys[:sink].double().T * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     slots = torch.arange(n_keys, device=keys.device)
@@ -51,6 +53,7 @@ def slow(query, keys, values, visible, scaling, softcap, learned):
         ([[130]], 1, 1, 256, 4, {"softcap": 3.0, "learned": True}),
         ([[130], [1], [1]], 1, 5, 192, 1, {}),
         ([[300, 70], [1, 200]], 2, 1, 64, 4, {"padded": True}),
+        ([[300, 70], [1, 200]], 2, 1, 64, 4, {"turned": True}),
     ],
     ids=str,
 )
@@ -58,6 +61,7 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
     texts, heads = len(sizes), len(sizes[0])
     query = (torch.randn(texts, heads * group, tokens, dim) * 2).to(device, dtype)
     learned = torch.randn(heads * group, device=device) if options.get("learned") else None
+    turned = torch.randn_like(query) if options.get("turned") else None
     table = torch.zeros(texts, heads, len(Field), dtype=torch.int64)
     buffers, expected, expected_lse = [], [], []
     for text in range(texts):
@@ -79,11 +83,13 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
             own = slice(head * group, (head + 1) * group)
             given = query[text, own], keys[:size], values[:size], visible[:size], dim**-0.5
             given = tuple(t.nan_to_num(0.0) if torch.is_tensor(t) else t for t in given)
-            found = slow(*given, options.get("softcap"), None if learned is None else learned[own])
+            sink = table[text, head, Field.SINK] = min(size, 5 + head)
+            extra = (t if t is None else t[own] for t in (learned, None if turned is None else turned[text]))
+            found = slow(*given, options.get("softcap"), *extra, sink)
             expected.append(found[0])
             expected_lse.append(found[1])
     length = torch.tensor([1000 - tokens], device=device)
-    output, lse = attend(query, table.to(device), length, dim**-0.5, options.get("softcap"), learned, programs)
+    output, lse = attend(query, table.to(device), length, dim**-0.5, options.get("softcap"), learned, turned, programs)
     error = TYPES[dtype]
     torch.testing.assert_close(output.double(), torch.stack(expected).view_as(output), atol=error, rtol=error)
     torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
@@ -295,7 +301,7 @@ for dim in (64, 128, 256):
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
-    """As they would be launched for models of 1 to 8 billion parameters: within the card's memory, and next to nothing spilled."""
+    """As launched for models of 1 to 8 billion parameters: within the card's memory, and next to nothing spilled."""
     kernels = offline.compiled(LAUNCHES, tmp_path)
     assert {kernel["name"] for kernel in kernels} == {
         "_attend_part",

@@ -14,13 +14,13 @@ from headsink.slots import FOREVER, Slots
 class Field(IntEnum):
     """What the table says of a KV head of a text.
 
-    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32 [features],
-    of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front of the ring. START:
-    the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it never wraps. PAD: tokens of
-    padding before the text.
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32
+    [features], of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front
+    of the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it
+    never wraps. PAD: tokens of padding before the text.
 
-    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none. LEAVING: the
-    position of the token that leaves the window, negative for none.
+    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none.
+    LEAVING: the position of the token that leaves the window, negative for none.
     """
 
     KEYS = 0

@@ -316,7 +316,7 @@ class Lossless:
                 cache.batch_select_indices(rows)
 
     def _follow(self, columns: int, hidden: Tensor) -> None:
-        """Let the last columns of the full cache into the draft's; hidden: bool [rows, columns], those that a row is not to see."""
+        """Let the last columns of the full cache into the draft's. hidden: bool [rows, columns], not for a row to see."""
         some = bool(hidden.any())
         if self.judge is not None and self.step is not None:
             both = self.judge, cast(Any, self.step)

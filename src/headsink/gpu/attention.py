@@ -31,8 +31,9 @@ KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, 
 
 @triton.jit
 def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """The first slot of every head that is read once `length` columns have come in, the end of those in use, and how many tiles that
-    are: int32 [HEADS], nothing beyond the last head. Padding in front of a head that lets nothing go is not read."""
+    """The first slot of every head that is read once `length` columns have come in, the end of those in use, and how many
+    tiles that are: int32 [HEADS], nothing beyond the last head. Padding in front of a head that lets nothing go is not
+    read."""
     head = tl.arange(0, HEADS)
     real = head < heads
     own = table + head * FIELDS
@@ -59,6 +60,7 @@ def _of(values, index, n):
 @triton.jit
 def _attend_part(
     query,
+    turned,
     table,
     length_at,
     found,
@@ -76,6 +78,7 @@ def _attend_part(
     TILE: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CAPPED: tl.constexpr,
+    TURNED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     kind = query.dtype.element_ty
@@ -104,7 +107,10 @@ def _attend_part(
         keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
         values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
         visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
-        asked = tl.load(query + (head * rows + row)[:, None] * dim + column[None, :], inside, other=0.0)
+        place = (head * rows + row)[:, None] * dim + column[None, :]
+        asked = tl.load(query + place, inside, other=0.0)
+        if TURNED:
+            sink, asked_first = tl.load(own + SINK), tl.load(turned + place, inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         sum_ = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, DIM], tl.float32)
@@ -119,6 +125,9 @@ def _attend_part(
             if TOKENS > 1:  # the last tokens lie in the last slots
                 seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
             logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+            if TURNED:
+                of_first = product(asked_first, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+                logits = tl.where((slots < sink)[None, :], of_first, logits)
             if CAPPED:
                 logits = capped(logits * scaling, softcap)
             logits = tl.where(seen, logits, float("-inf"))
@@ -215,15 +224,17 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     learned: Tensor | None = None,
+    turned: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last tokens of every text over what each head holds of it.
 
-    query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
-    before those of the queries, which are in too. With more than one token nothing may have wrapped. softcap: logits become softcap x
-    tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value. programs: of the
-    launch, twice as many as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is
-    seen, and the log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
+    query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1],
+    columns before those of the queries, which are in too. With more than one token nothing may have wrapped. softcap: logits
+    become softcap x tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value.
+    turned: the queries as they look at the first tokens, if not as at others (rotary.py). programs: of the launch, twice as many
+    as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is seen, and the
+    log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
     """
     texts, query_heads, tokens, dim = query.shape
     kv_heads = table.shape[1]
@@ -246,6 +257,7 @@ def attend(
     with torch.cuda.device_of(query):
         _attend_part[(programs,)](
             query,
+            query if turned is None else turned,
             table,
             length,
             work.found,
@@ -256,6 +268,7 @@ def attend(
             ROWS=max(16, triton.next_power_of_2(rows)),
             DIM=wide,
             CAPPED=softcap is not None,
+            TURNED=turned is not None,
             STAGES=3,
             num_warps=4,
             **same,

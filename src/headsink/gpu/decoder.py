@@ -1,9 +1,9 @@
 """A decode step on a GPU: the model's own forward pass of one token of every text, as a CUDA graph.
 
-The first token goes through the model as ever, which compiles what there is to compile. The second is recorded: attention lets it in
-and attends by kernels that read the length of the text from the card (enter.py, attention.py), so that nothing in the pass depends
-on the host. From then on a token is one launch of the graph. When buffers grow or a head begins to let keys go, the table of
-addresses is written anew, in its place; the graph stays.
+The first token goes through the model as ever, which compiles what there is to compile. The second is recorded: attention
+lets it in and attends by kernels that read the length of the text from the card (enter.py, attention.py), so that nothing
+in the pass depends on the host. From then on a token is one launch of the graph. When buffers grow or a head begins to let
+keys go, the table of addresses is written anew, in its place; the graph stays.
 
 Any model that a plan can run will do, unless layers of its own slide: transformers' cache of those grows with every token.
 """
@@ -50,7 +50,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 class Pass:
-    """The model's pass over so many tokens of every text, in memory of its own: run once as ever, then recorded, then replayed."""
+    """The model's pass over so many tokens of every text, in memory of its own: run once, then recorded, then replayed."""
 
     def __init__(self, texts: int, tokens: int, device: torch.device):
         self.token, self.place = torch.zeros(2, texts, tokens, dtype=torch.int64, device=device)

@@ -1,7 +1,8 @@
 """Letting a token of every text into the heads of a layer: one launch, without a word from the host. And hiding some again.
 
-What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it moves
-to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its own is higher.
+What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it
+moves to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its
+own is higher.
 """
 
 from __future__ import annotations

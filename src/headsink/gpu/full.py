@@ -1,6 +1,7 @@
 """Causal attention over everything, by kernels of others: FlashAttention-3 or -2, flashinfer, or what PyTorch has.
 
-All of them are exact and align queries with the last keys. Which are installed is looked up once; the soonest on paper goes first.
+All of them are exact and align queries with the last keys. Which are installed is looked up once; the soonest on paper goes
+first.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def installed() -> tuple[str, ...]:
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """Attention of the last tokens, each over all keys up to its own.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]. Returns [batch, heads x group, tokens, dim].
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]. Returns [batch, heads x group,
+    tokens, dim].
     """
     name = installed()[0] if query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
     return KERNELS[name](query, keys, values, scaling)

@@ -1,8 +1,8 @@
 """When floating keys are let go (scores.lifetimes), for all keys of all heads at once, on a GPU.
 
-A key is there as long as fewer than f better ones have come. So what is asked for every key is when the f-th better one comes. How
-many of the best `BLOCK` m came before `BLOCK` n is a table, made by counting; the kernel looks the block up in it that the f-th
-falls into, by bisection, and counts inside of two blocks for what the table does not say.
+A key is there as long as fewer than f better ones have come. So what is asked for every key is when the f-th better one
+comes. How many of the best `BLOCK` m came before `BLOCK` n is a table, made by counting; the kernel looks the block up in
+it that the f-th falls into, by bisection, and counts inside of two blocks for what the table does not say.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def _over(
 ):
     """A tile of keys, for all queries of a block.
 
-    state: highest logits, sums, outputs. key, there, columns: [KEYS]; now: [QUERIES]. unit: what makes powers of two of logits, above 0.
+    state: highest logits, sums, outputs. key, there, columns: [KEYS]; now: [QUERIES]. unit: what makes powers of two of
+    logits, above 0.
     """
     top, sum_, out = state
     column = tl.arange(0, DIM)
