@@ -33,18 +33,14 @@ def _flash(module: str) -> Kernel:
 
 
 def _flashinfer(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    attend = import_module("flashinfer").single_prefill_with_kv_cache
-    texts = [
-        attend(
-            q.transpose(0, 1).contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            causal=True,
-            kv_layout="HND",
-            sm_scale=scaling,
-        )
-        for q, k, v in zip(query, keys, values, strict=True)
-    ]
+    library, options = import_module("flashinfer"), {"kv_layout": "HND", "sm_scale": scaling}
+    texts = []
+    for q, k, v in zip(query, keys.contiguous(), values.contiguous(), strict=True):
+        if query.shape[2] == 1:
+            found = library.single_decode_with_kv_cache(q[:, 0], k, v, use_tensor_cores=True, **options)[None]
+        else:
+            found = library.single_prefill_with_kv_cache(q.transpose(0, 1).contiguous(), k, v, causal=True, **options)
+        texts.append(found)
     return torch.stack(texts).transpose(1, 2)
 
 
