@@ -28,6 +28,7 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SLIDING = ["sliding_attention", "full_attention", "full_attention"]
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "llama-mha": lambda: LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
@@ -39,24 +40,49 @@ CONFIGS = {
         **SHAPE,
         head_dim=16,
         sliding_window=11,
-        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        layer_types=SLIDING,
     ),
     "phi3": lambda: Phi3Config(**SHAPE),
     "olmo2": lambda: Olmo2Config(**SHAPE),
-    "granite": lambda: GraniteConfig(**SHAPE, attention_multiplier=0.2),
-    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, sliding_window=11, attn_logit_softcapping=5.0),
+    "granite": lambda: GraniteConfig(**SHAPE, attention_multiplier=0.2, logits_scaling=0.5),
+    "gemma2": lambda: Gemma2Config(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=11,
+        layer_types=SLIDING,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=0.5,
+    ),
     "gpt-oss": lambda: GptOssConfig(
-        **SHAPE, head_dim=16, sliding_window=11, num_local_experts=2, num_experts_per_tok=1
+        **SHAPE,
+        head_dim=16,
+        sliding_window=11,
+        layer_types=SLIDING,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        experts_implementation="eager",  # the others know no float64
     ),
 }
-ANALYSED = tuple(CONFIGS)
-FAMILIES = tuple(name for name in CONFIGS if name not in ("gemma2", "gpt-oss"))  # those that a plan can run
+FAMILIES = tuple(CONFIGS)
+EAGER = (
+    "gemma2",
+    "gpt-oss",
+)  # `sdpa` cannot express their attention: with an all-full plan they are the model up to rounding
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """A random model whose attention is far from flat, so that a wrong mask shows."""
     torch.manual_seed(seed)
-    attention = "eager" if family == "gpt-oss" else attention  # sdpa cannot express learned sinks
+    attention = "eager" if family in EAGER else attention
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:

@@ -1,27 +1,30 @@
 """A model under a plan, computed the slow way: one pass over the whole text, every head masked by the definition."""
 
+import sys
 from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
 
 from headsink import Plan
-from headsink.pattern import FULL, reference_attention, visible
+from headsink.pattern import FULL, masked_attention, reference_attention, visible
 from headsink.scores import key_scores
 
 _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 
 
-def held_attention(query, key, value, patterns, weights, scaling, padding, hold, once=False):
+def held_attention(
+    query, key, value, patterns, weights, scaling, padding, hold, once=False, softcap=None, learned=None
+):
     """The reference if nothing is let go from column `hold` on: later queries see what the one before it saw, and all since.
 
     once: those before it saw everything, as if the context was read by the model itself and then compressed.
     """
     head = [t[:, :, :hold] for t in (query, key, value)]
     reading = [FULL] * len(patterns) if once else patterns
-    before = reference_attention(*head, reading, weights, scaling, padding)
+    before = reference_attention(*head, reading, weights, scaling, padding, softcap, learned)
     columns, scores = torch.arange(key.shape[2]), key_scores(key, value, weights)
     positions = columns - (torch.zeros(len(key), dtype=torch.long) if padding is None else padding)[:, None]
     since = (columns[hold:] <= columns[hold:, None]) & (positions[:, None, hold:] >= 0)
@@ -32,25 +35,34 @@ def held_attention(query, key, value, patterns, weights, scaling, padding, hold,
             held = visible(pattern, positions[:, hold - 1 : hold], positions[:, :hold], scores[:, n, :hold])
         mask = torch.cat([held.expand(*since.shape[:2], hold), since], -1)[:, None]
         rows = slice(n * group, (n + 1) * group)
-        logits = query[:, rows, hold:] @ key[:, n : n + 1].transpose(-1, -2) * scaling
-        shares = logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
-        output[:, rows] = shares @ value[:, n : n + 1]
+        given = query[:, rows, hold:], key[:, n : n + 1], value[:, n : n + 1], mask
+        output[:, rows] = masked_attention(*given, scaling, softcap, None if learned is None else learned[rows])
     return torch.cat([before, output], 2)
+
+
+def own_attention(module, query, key, value, mask, **kwargs):
+    """A layer's own, by what transformers has for it. mask: float, as `eager_mask` makes it."""
+    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    attend = sdpa_attention_forward if plain else sys.modules[type(module).__module__].eager_attention_forward
+    return attend(
+        module, query, key, value, mask.clamp(min=torch.finfo(torch.float32).min), **kwargs
+    )  # Gemma 2 rounds to it
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     plan, padding, hold, once = _running[-1]
     heads = plan.layers[module.layer_idx]
     if heads is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
     given = query, key, value, patterns, plan.scores(module.layer_idx), scaling, padding
-    output = reference_attention(*given) if hold is None else held_attention(*given, hold, once)
+    more = {"softcap": kwargs.get("softcap"), "learned": kwargs.get("s_aux")}
+    output = reference_attention(*given, **more) if hold is None else held_attention(*given, hold, once, **more)
     return output.transpose(1, 2), None
 
 
 AttentionInterface.register("headsink_reference", _attention)
-AttentionMaskInterface.register("headsink_reference", sdpa_mask)
+AttentionMaskInterface.register("headsink_reference", eager_mask)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import ANALYSED, tiny
+from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +102,7 @@ def whole_matrix(weights, seen, n):
     return scores, errors, group_errors, weights[:, list(rows)].mean(1), profile
 
 
-@pytest.mark.parametrize("family", ANALYSED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_the_eager_matrix(family, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**11)
     eager, ids = tiny(family, attention="eager"), torch.randint(3, 211, (1, 61))
@@ -131,7 +131,7 @@ def close(actual, expected, name):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("family", ANALYSED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_observed_model_is_the_model(family):
     """Layers that are computed in blocks (sliding, capped, learned sinks) give the outputs of eager attention."""
     ids = torch.randint(3, 211, (1, 61))

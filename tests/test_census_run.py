@@ -219,10 +219,8 @@ def three_heads():
     return headsink.analyze(AutoModelForCausalLM.from_config(config), Letters(), **OPTIONS)
 
 
-def test_what_a_plan_cannot_run_can_be_analysed():
-    for family, reason in (("gemma2", "caps its attention logits"), ("gpt-oss", "has learned sinks")):
+def test_attention_to_learned_sinks_is_where_there_are_some():
+    for family in ("gemma2", "gpt-oss"):
         model = tiny(family)
         census = headsink.analyze(model, Letters(), **{**OPTIONS, "domains": ("random",)})
         assert (float(census.score("learned", 100).max()) > 0) == (family == "gpt-oss")
-        with pytest.raises(HeadsinkError, match=reason):
-            headsink.Plan.full(model)

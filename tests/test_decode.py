@@ -10,8 +10,10 @@ from families import FAMILIES, tiny
 from plans import QUALITY, random_plan
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, kernels
-from headsink.decode import AHEAD, decode, decoding, prepare, refusal
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.cpu import kernels
+from headsink.cpu.decoder import AHEAD
+from headsink.decode import decode, decoding, prepare, refusal
 from headsink.generation import empty_cache
 from headsink.plan import Quality
 

@@ -165,6 +165,29 @@ def test_a_model_by_the_step(device, family, seed):
     torch.testing.assert_close(again.cpu(), expected[:, 33:], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(("family", "seed"), [("gemma2", 0), ("gpt-oss", 1)])
+def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, everything):
+    """Layers of these models slide by themselves, so there is no step. Two chunks, single tokens, and some that are held."""
+    with on(device, family, seed) as (model, plan):
+        plan = Plan.full(model) if everything else plan
+        ids = torch.randint(3, 200, (2, 33), device=device)
+        mask = torch.ones_like(ids)
+        mask[1, :6] = 0
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), hold=30)
+        model.to(device)
+        with torch.no_grad(), apply(model, plan):
+            cache = new_cache(model, plan)
+            for start, end in ((0, 17), (17, 26), *((n, n + 1) for n in range(26, 30)), (30, 33)):
+                if start == 30:
+                    cache.hold()
+                given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+                found = model(ids[:, start:end], past_key_values=cache, **given).logits.cpu()
+                real = mask[:, start:end].bool().cpu()
+                torch.testing.assert_close(found[real], expected[:, start:end][real], atol=2e-4, rtol=2e-4)
+
+
 def test_generate_is_the_same_with_the_step_and_without(device):
     with on(device, "qwen2", 5) as (model, plan), apply(model, plan):
         ids = torch.randint(3, 200, (1, 21), device=device)

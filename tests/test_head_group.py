@@ -9,11 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
 from headsink.cache import PlanLayer, Update
+from headsink.head_group import QUERY_BLOCK
 from headsink.pattern import reference_attention
+from headsink.rows import Softmax
 from headsink.scores import key_scores, n_features
 from headsink.slots import Padding
 
 SCALE, DIM = 0.5, 6
+PLAIN = Softmax(SCALE)
 windowed = st.builds(
     Pattern, st.sampled_from([0, 1, 3]), st.sampled_from([0, 1, 2, 5, 16, 200]), st.sampled_from([0, 1, 2, 7, 20, 90])
 )
@@ -27,19 +30,19 @@ def text(batch, kv_heads, group, length, seed, dtype=torch.float64):
     return query, key, value, torch.randn(kv_heads, n_features(DIM), generator=generator)
 
 
-def attend(layer, query, key, value, padding, start, end):
+def attend(layer, query, key, value, padding, start, end, softmax=PLAIN):
     part = slice(start, end)
     update = Update(layer, key[:, :, part], value[:, :, part])
     module = torch.nn.Module()
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    return layer.attend(module, query[:, :, part], update, padding, SCALE).transpose(1, 2)
+    return layer.attend(module, query[:, :, part], update, padding, softmax).transpose(1, 2)
 
 
-def feed(layer, query, key, value, padding, sizes):
+def feed(layer, query, key, value, padding, sizes, softmax=PLAIN):
     outputs, start, sizes = [], 0, list(sizes)
     while start < query.shape[2]:
         end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), query.shape[2])
-        outputs.append(attend(layer, query, key, value, padding, start, end))
+        outputs.append(attend(layer, query, key, value, padding, start, end, softmax))
         start = end
     return torch.cat(outputs, 2)
 
@@ -73,6 +76,47 @@ def test_any_way_of_feeding_gives_the_reference(patterns, group, pads, sizes, le
     output = feed(layer, query, key, value, padding_of(pads), sizes)
     expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
     close(output, expected, pads)
+
+
+@given(
+    st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
+    st.lists(st.sampled_from([0, 0, 13, 70]), min_size=1, max_size=2),
+    st.sampled_from(WAYS),
+    st.sampled_from([None, 0.7, 20.0]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.integers(1, 600),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=100, deadline=None)
+def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, some, dtype, length, seed):
+    pads = [min(pad, length - 1) for pad in pads]
+    query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
+    learned = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
+    layer = PlanLayer(patterns, weights, None)
+    output = feed(layer, query, key, value, padding_of(pads), sizes, Softmax(SCALE, softcap, learned))
+    exact = (t.double() for t in (query, key, value))
+    expected = reference_attention(*exact, patterns, weights, SCALE, torch.tensor(pads), softcap, learned)
+    close(output.double(), expected, pads, atol=1e-12 if dtype == torch.float64 else 1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, found.numel() if isinstance(found, torch.Tensor) else 0)
+        return found
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 16, 100)], ids=str)
+def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
+    query, key, value, weights = text(1, 2, 1, 2000, 1)
+    with Largest() as largest:
+        feed(PlanLayer([pattern] * 2, weights, None), query, key, value, None, [2000], Softmax(SCALE, 5.0))
+    assert largest.elements <= 2 * QUERY_BLOCK * 2000
 
 
 @pytest.mark.parametrize("sizes", WAYS)

@@ -11,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headsink.architecture import attention_modules, describe
 from headsink.attention import engaged, observing
-from headsink.pattern import FULL, Pattern, visible
+from headsink.pattern import FULL, Pattern, masked_attention, visible
 from headsink.probes import Document, Question
 from headsink.replay import Replay
 from headsink.scores import key_scores, n_features
@@ -70,15 +70,14 @@ def replayed(model, seed=0, hold=False):
 _running = []
 
 
-def _masked(query, key, value, masks, scaling):
+def _masked(query, key, value, masks, scaling, softcap, learned):
     """The last queries over all keys. masks: bool [queries, keys] of each KV head."""
     group = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for head, mask in enumerate(masks):
         rows = slice(head * group, (head + 1) * group)
-        logits = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        shares = logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
-        output[:, rows] = shares @ value[:, head : head + 1]
+        given = query[:, rows], key[:, head : head + 1], value[:, head : head + 1], mask
+        output[:, rows] = masked_attention(*given, scaling, softcap, None if learned is None else learned[rows])
     return output
 
 
@@ -98,14 +97,15 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     natural = [Pattern(0, 0, windows[layer]) if windows[layer] else FULL] * heads
     positions, any_scores = torch.arange(LENGTH), torch.zeros(LENGTH)
     masks = [visible(pattern, positions, positions, any_scores) for pattern in natural]
-    before = _masked(*(t[:, :, :LENGTH] for t in (query, key, value)), masks, scaling)
+    softmax = scaling, kwargs.get("softcap"), kwargs.get("s_aux")
+    before = _masked(*(t[:, :, :LENGTH] for t in (query, key, value)), masks, *softmax)
     key, value = (torch.cat([t[:, :, :LENGTH].to(stored_as).to(t.dtype), t[:, :, LENGTH:]], 2) for t in (key, value))
     scores = key_scores(key[0], value[0], weights[layer])
     masks = [
         branch_mask(pattern, own, windows[layer] is not None, hold)
         for pattern, own in zip(patterns[layer] or natural, scores, strict=True)
     ]
-    after = _masked(query[:, :, LENGTH:], key, value, masks, scaling)
+    after = _masked(query[:, :, LENGTH:], key, value, masks, *softmax)
     return torch.cat([before, after], 2).transpose(1, 2), None
 
 
@@ -148,8 +148,9 @@ def test_with_every_head_full_a_replay_is_the_model(family, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     replay = Replay(model, document)
     expected = plain_log_probs(model, document)
-    torch.testing.assert_close(replay.full, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(replay.log_probs(everything(replay.shape)), expected, rtol=0, atol=1e-9)
+    error = 1e-5 if family == "gemma2" else 1e-9  # its eager attention takes the softmax in float32
+    torch.testing.assert_close(replay.full, expected, rtol=0, atol=error)
+    torch.testing.assert_close(replay.log_probs(everything(replay.shape)), expected, rtol=0, atol=error)
     assert replay.forms == ["text", "one", "two"]
     assert replay.targets.tolist() == [token for ids, scored in branches(document) for token in ids[-scored:]]
     assert replay.branch.tolist() == [0] * (BRANCH - 1) + [1] * 4 + [2]

@@ -11,7 +11,7 @@ import headsink
 from headsink import HeadsinkError, Pattern, Plan, retelling
 from headsink.architecture import describe
 from headsink.attention import engaged, observing
-from headsink.pattern import visible
+from headsink.pattern import masked_attention, visible
 from headsink.retelling import LEAD, RIDGE, kept
 
 PROMPT = (17, 5, 90, 23)
@@ -54,9 +54,10 @@ def passes(model, ids):
 def attention(inputs, head, group, hidden):
     """Of the query heads of a KV head: [group, tokens, tokens], nothing on columns that are `hidden`."""
     rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
-    logits = inputs.query[0, rows] @ inputs.key[0, head].T * inputs.scaling
-    hidden = hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    seen = ~(hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1))
+    learned = None if inputs.learned is None else inputs.learned[rows]
+    given = inputs.query[:, rows], inputs.key[:, head : head + 1], torch.eye(tokens, dtype=inputs.key.dtype)[None, None]
+    return masked_attention(*given, seen, inputs.scaling, inputs.softcap, learned)[0]
 
 
 @pytest.mark.parametrize(

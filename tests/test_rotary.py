@@ -6,17 +6,18 @@ import pytest
 import torch
 from families import FAMILIES, tiny
 from plans import random_plan
+from reference import own_attention
 from test_decode import DECODED
 from test_runtime import WAYS, feed, padded
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.architecture import decoder
 from headsink.decode import decoding
 from headsink.generation import generate
+from headsink.pattern import masked_attention
 from headsink.rotary import inverse_frequencies, turned_back
 
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
@@ -36,7 +37,10 @@ def rotate(model, vectors, places, sign=1):
     rotary = decoder(model).rotary_emb
     kind = ("full_attention",) if hasattr(rotary, "layer_types") else ()
     cos, sin = rotary(torch.empty(0, dtype=torch.float64), places[None], *kind)
-    cos, sin = cos[0], sin[0] * sign
+    if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one of each pair
+        cos, sin = (torch.cat([t, t], -1) for t in (cos, sin))
+    size = getattr(rotary, "attention_scaling", 1.0)  # of yarn, which keys and queries have on top
+    cos, sin = cos[0] / size, sin[0] / size * sign
     rotated, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, -1)
     return torch.cat([rotated * cos + torch.cat([-b, a], -1) * sin, rest], -1)
@@ -48,7 +52,8 @@ def streaming(model, plan, ids, mask):
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         heads = plan.layers[module.layer_idx]
         if heads is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        learned = kwargs.get("s_aux")
         output, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
         for row in range(len(query)):
             first = 0 if mask is None else int(mask[row].int().argmax())
@@ -67,12 +72,14 @@ def streaming(model, plan, ids, mask):
                             rotate(model, q[rows, i : i + 1], at),
                             rotate(model, k[n, seen], torch.arange(len(seen))),
                         )
-                        shares = (own @ keys.T * scaling).softmax(-1)
-                        output[row, rows, first + i] = (shares @ value[row, n, first + seen])[:, 0]
+                        given = own[None], keys[None, None], value[row : row + 1, n : n + 1, first + seen]
+                        softmax = scaling, kwargs.get("softcap"), None if learned is None else learned[rows]
+                        every = torch.ones(1, 1, 1, len(seen), dtype=torch.bool)
+                        output[row, rows, first + i] = masked_attention(*given, every, *softmax)[0, :, 0]
         return output.transpose(1, 2), None
 
     AttentionInterface.register("streaming", attention)
-    AttentionMaskInterface.register("streaming", sdpa_mask)
+    AttentionMaskInterface.register("streaming", eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation("streaming")
     position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)

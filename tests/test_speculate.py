@@ -38,7 +38,8 @@ def lossless(model, plan, ids, **options):
 @pytest.mark.parametrize("drafted", [0, 1, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_is_the_models_own(family, drafted):
-    model = tiny(family, dtype=torch.float64)
+    # In float64 transformers' eager attention of Gemma 2 makes NaN of padding.
+    model = tiny(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
     for seed in range(2):
         plan, (ids, mask) = random_plan(model, seed), padded()
         expected = own(model, ids, attention_mask=mask)

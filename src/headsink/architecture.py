@@ -26,8 +26,9 @@ class Architecture:
     """The heads of a model.
 
     windows: per layer the model's own sliding window, None where it sees all. softcap: attention logits are capped (Gemma 2).
-    learned_sinks: a learned logit takes part in every softmax (gpt-oss). prefix_free: positions are encoded without regard to how
-    long the text is, so that the beginning of a long text is computed as the short text would be.
+    uncapped: but the attention that the model was given, `sdpa`, does not. learned_sinks: a learned logit takes part in every
+    softmax (gpt-oss). prefix_free: positions are encoded without regard to how long the text is, so that the beginning of a
+    long text is computed as the short text would be.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Architecture:
     windows: tuple[int | None, ...]
     max_context: int
     softcap: bool = False
+    uncapped: bool = False
     learned_sinks: bool = False
     prefix_free: bool = True
 
@@ -79,7 +81,7 @@ def describe(model: nn.Module) -> Architecture:
     check_config(config, name)
     config = config.get_text_config(decoder=True)
     kinds, arguments = get_layer_types_and_kwargs(config)
-    query_heads = config.num_attention_heads
+    query_heads, softcap = config.num_attention_heads, bool(getattr(config, "attn_logit_softcapping", None))
     return Architecture(
         name=name,
         layers=len(kinds),
@@ -88,7 +90,8 @@ def describe(model: nn.Module) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
         windows=tuple(a.get("sliding_window") for a in arguments),
         max_context=config.max_position_embeddings,
-        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        softcap=softcap,
+        uncapped=softcap and config._attn_implementation == "sdpa",
         learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in model.modules()),
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
@@ -103,10 +106,11 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 def check_plannable(shape: Architecture) -> None:
-    """Raise if a plan cannot run this model: the census can look at more families than the cache can serve."""
-    if shape.softcap or shape.learned_sinks:
-        what = "caps its attention logits" if shape.softcap else "has learned sinks"
-        raise HeadsinkError(f"{shape.name} {what}: headsink can analyse it, but not run it under a plan yet")
+    """Raise if the model itself computes something else than it would under a plan that keeps everything."""
+    if shape.uncapped:
+        raise HeadsinkError(
+            f"{shape.name} caps its attention logits, but not with sdpa: call model.set_attn_implementation('eager')"
+        )
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

@@ -1,11 +1,12 @@
 """headsink's place in transformers: an attention function and a mask function under one name.
 
-While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended by
-that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers'
-`sdpa`, so an engaged model without a plan is the model itself. `observing(callback)` shows every layer's queries, keys,
-values and output to a callback on the way; the census is built on that. `substituting(attend)` computes attention by other
-means; calibration tries patterns so. What is observed is one whole text without padding, so no mask is made for it, and layers
-that `sdpa` has no causal kernel for are computed in blocks (blockwise.py).
+While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended
+by that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers' `sdpa`,
+so an engaged model without a plan is the model itself; where `sdpa` cannot express the softmax, it is computed in blocks and
+differs by rounding. `observing(callback)` shows every layer's queries, keys, values and output to a callback on the way; the
+census is built on that. `substituting(attend)` computes attention by other means; calibration tries patterns so. What is
+observed is one whole text without padding, so no mask is made for it, and layers that `sdpa` has no causal kernel for are
+computed in blocks (blockwise.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from headsink import blockwise
 from headsink.blockwise import Inputs
 from headsink.cache import ATTENTION, PlanLength, Update
 from headsink.errors import HeadsinkError
+from headsink.head_group import QUERY_BLOCK
+from headsink.rows import Softmax, attend_rows
 from headsink.slots import Padding
 
 
@@ -101,22 +104,20 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it. Returns [batch, tokens, query heads, dim]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
         if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
-        return key.layer.attend(module, query, key, attention_mask, scale), None
+        return key.layer.attend(module, query, key, attention_mask, softmax), None
     observer, substitute = _observer.get(), _substitute.get()
-    softcap, learned = kwargs.get("softcap"), kwargs.get("s_aux")
     if observer is None and substitute is None:
-        if softcap is not None or learned is not None:
-            raise HeadsinkError(
-                f"{type(module).__name__} caps its logits or learns sinks: headsink can only analyse it"
-            )
+        if not softmax.plain:
+            return _by_blocks(query, key, value, attention_mask, softmax).transpose(1, 2), None  # type: ignore[arg-type]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise HeadsinkError("observed attention takes one text at a time, whole")
     sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
-    inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, softcap, learned)  # type: ignore[arg-type]
+    inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, *softmax[1:])  # type: ignore[arg-type]
     if substitute is not None:
         return substitute(inputs).transpose(1, 2), None
     if inputs.plain:
@@ -128,6 +129,23 @@ def _attention(
     assert observer is not None
     observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
     return output.transpose(1, 2), None
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
+    """What `sdpa` cannot express, over a cache that is not a plan's, in blocks of queries: [batch, query heads, tokens, dim].
+
+    key, value: [batch, KV heads, keys, dim]; mask: bool [batch, 1, tokens, keys], None: causal, the last query sees all keys.
+    """
+    output, tokens, columns = torch.empty_like(query), query.shape[2], torch.arange(key.shape[2], device=query.device)
+    for start in range(0, tokens, QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        seen = (columns <= columns[-tokens:][block, None])[None, None] if mask is None else mask[:, :, block]
+        some = seen.flatten(0, 2).any(0).nonzero()  # of a sliding window not many
+        near = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0)
+        output[:, :, block] = attend_rows(
+            query[:, :, block], key[:, :, near], value[:, :, near], seen[..., near], softmax
+        )
+    return output
 
 
 def _mask(

@@ -22,7 +22,7 @@ from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
-from headsink.rows import attend_table, can_run
+from headsink.rows import Softmax, attend_table, can_run
 from headsink.slots import Padding
 
 ATTENTION = "headsink"  # the name under which attention.py registers with transformers
@@ -57,7 +57,7 @@ class OnCard:
     def of(cls, table: Any, length: int, device: torch.device) -> OnCard:
         return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Let a token of every text in, or several where nothing is let go, and attend from them.
 
         query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. The host waits for nothing. `length`
@@ -67,7 +67,7 @@ class OnCard:
         from headsink.gpu.enter import enter
 
         enter(key.contiguous(), value.contiguous(), self.table, self.length)
-        return attend(query.contiguous(), self.table, self.length, scaling)[0]
+        return attend(query.contiguous(), self.table, self.length, *softmax)[0]
 
 
 class PlanLayer(CacheLayerMixin):
@@ -115,7 +115,7 @@ class PlanLayer(CacheLayerMixin):
         return update, update
 
     def attend(
-        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, scaling: float
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
     ) -> Tensor:
         """Attention of every head over what its pattern keeps: [batch, tokens, query heads, dim]."""
         if not self.groups:
@@ -124,35 +124,36 @@ class PlanLayer(CacheLayerMixin):
             self._check_padding(padding)
         key, value = update.key, update.value
         if self.on_card is not None:
-            return self.on_card.attend(query, key, value, scaling).transpose(1, 2)
+            return self.on_card.attend(query, key, value, softmax).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
-        if self._steps(query):
-            return self._step(query, key, value, scaling).transpose(1, 2)
+        if self._steps(query, softmax):
+            return self._step(query, key, value, softmax).transpose(1, 2)
         self.layout = None
         if len(self.groups) == 1:
-            return self.groups[0].attend(module, query, key, value, scaling).transpose(1, 2)
+            return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
         grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
         output = torch.empty_like(grouped)
         for group in self.groups:
-            part = grouped[:, group.heads].flatten(1, 2)
-            part = group.attend(module, part, key[:, group.heads], value[:, group.heads], scaling)
+            part, own = grouped[:, group.heads].flatten(1, 2), softmax.of(group.heads, kv_heads)
+            part = group.attend(module, part, key[:, group.heads], value[:, group.heads], own)
             output[:, group.heads] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
-    def _steps(self, query: Tensor) -> bool:
+    def _steps(self, query: Tensor, softmax: Softmax) -> bool:
         """Whether one token goes through the kernels, in one call for all heads."""
         groups, padding = self.groups, self.groups[0].padding
         return (
             query.shape[2] == 1
             and (padding is None or padding.most <= groups[0].length or query.device.type in gpu.DEVICES)
-            and can_run(query)
-            and not (len(groups) == 1 and groups[0].pattern.full and groups[0].exact)  # which is to be the model itself
+            and can_run(query, softmax)
+            # not what is to be the model itself
+            and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
             and not any(g.recording or g.inverse is not None for g in groups)
         )
 
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         from headsink.layout import Layout
 
         length = self.groups[0].length
@@ -164,9 +165,9 @@ class PlanLayer(CacheLayerMixin):
             group.length += 1
         if isinstance(self.layout.table, OnCard):
             self.layout.table.length.fill_(length)
-            return self.layout.table.attend(query, key, value, scaling)
+            return self.layout.table.attend(query, key, value, softmax)
         table = self.layout.at(length)
-        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, scaling, key, value)
+        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, softmax.scaling, key, value)
 
     def _check_padding(self, padding: Padding) -> None:
         """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""

@@ -45,12 +45,14 @@ class Context:
         """Keys and values of a layer, [KV heads, tokens, dim]; the last ones only in a layer that slides."""
         return self._keys[layer], self._values[layer]
 
-    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor]) -> Tensor:
-        """Run branches, the attention of every layer computed by `attend`: the last hidden states, [tokens, hidden size]."""
+    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor], keep: Tensor | int = 1) -> Tensor:
+        """Run branches, the attention of every layer computed by `attend`: the model's logits, [tokens, vocabulary].
+
+        keep: the tokens whose logits are made: the last so many, or those at int64 [tokens].
+        """
+        given = {"position_ids": branches.positions[None], "use_cache": False, "logits_to_keep": keep}
         with engaged(self.model), substituting(attend):
-            return decoder(self.model)(
-                branches.ids[None], position_ids=branches.positions[None], use_cache=False
-            ).last_hidden_state[0]
+            return self.model(branches.ids[None], **given).logits[0]
 
 
 def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from headsink.head_group import HeadGroup
 from headsink.models import BUILT_IN, cache_folder, dtype_name, parse_device, parse_dtype
 from headsink.pattern import Pattern, reference_attention
+from headsink.rows import Softmax
 from headsink.scores import n_features
 
 PACKAGES = (
@@ -50,8 +51,18 @@ def models() -> dict[str, Any]:
     return {
         "built_in": listed,
         "others": "a folder as transformers saves it, a .gguf file, or a Hugging Face id owner/name",
-        "tested_families": ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 3", "Phi-3", "OLMo-2", "Granite"],
-        "analysed_only": ["Gemma 2", "gpt-oss"],
+        "tested_families": [
+            "Llama",
+            "Qwen2",
+            "Qwen3",
+            "Mistral",
+            "Gemma 2",
+            "Gemma 3",
+            "Phi-3",
+            "OLMo-2",
+            "Granite",
+            "gpt-oss",
+        ],
     }
 
 
@@ -85,7 +96,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
         group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
-            found.append(group.attend(module, next(new), next(new), next(new), scaling))
+            found.append(group.attend(module, next(new), next(new), next(new), Softmax(scaling)))
         worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
     return {
         "device": str(device),

@@ -14,64 +14,68 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headsink import gpu
 from headsink.gpu import full
 from headsink.rotary import turned_back
-from headsink.rows import Sight, attend_few, attend_rows, attend_tiles, attend_turned, can_run, few
+from headsink.rows import Sight, Softmax, attend_few, attend_rows, attend_tiles, can_run, few
 from headsink.scores import NONE, key_scores, lifetimes
 from headsink.slots import FOREVER, Slots
 
-QUERY_BLOCK = 256  # queries of a windowed head handled at once: the fastest of 128, 256, 512 on 2 cores
+QUERY_BLOCK = 256  # queries handled at once in torch: the fastest of 128, 256, 512 on 2 cores, of a windowed head
 
 
 class HeadGroup(Slots):
     """The KV heads of one layer that share a pattern."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Let in new tokens and attend from them.
 
-        query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]. Returns
-        [batch, heads x group, tokens, dim].
+        query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]; softmax: that of these heads.
+        Returns [batch, heads x group, tokens, dim].
         """
         if self.young and self._outgrown(query.shape[2]):
             self._settle()
-        compiled, whole = self.inverse is None and can_run(query), self.pattern.full or self.young
+        compiled = self.inverse is None and can_run(query, softmax)
+        whole = softmax.plain and (self.pattern.full or self.young)
         if whole and not self.holes and not (compiled and (self.young or not self.exact) and self._sooner(query)):
             self.enter(key, value)
-            return self._attend_full(module, query, scaling)
+            return self._attend_full(module, query, softmax)
         if self.recording and self.window is not None:
-            return self._attend_recording(query, key, value, scaling)
+            return self._attend_recording(query, key, value, softmax)
         if query.shape[2] == 1 or (compiled and self.window is None):
             self.enter(key, value)
-            return self._attend_buffer(query, scaling)
+            return self._attend_buffer(query, softmax)
         output, start = torch.empty_like(query), 0
-        if not self.length and self.padding is None and self.window is not None and not compiled:
+        first = not self.length and self.padding is None
+        if first and self.window is not None and not compiled and softmax.plain:
             # The first queries of a text see all that is before them.
             start = self.pattern.size(query.shape[2])
             new = query[:, :, :start], key[:, :, :start], value[:, :, :start]
             if start:
-                output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=scaling)[0].transpose(1, 2)
+                output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=softmax.scaling)[0].transpose(
+                    1, 2
+                )
                 self.enter(*new[1:])
         if self.window is not None:
             if start < query.shape[2]:
                 rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
-                output[:, :, start:], scores = self._attend_tokens(*rest, scaling)
+                output[:, :, start:], scores = self._attend_tokens(*rest, softmax)
                 self.enter(*rest[1:], scores)
             return output
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
             self.enter(key[:, :, block], value[:, :, block])
-            output[:, :, block] = self._attend_buffer(query[:, :, block], scaling)
+            output[:, :, block] = self._attend_buffer(query[:, :, block], softmax)
         return output
 
     def _sooner(self, query: Tensor) -> bool:
         """Whether our kernels are sooner than those for causal attention over everything: on a GPU not for many tokens."""
         return query.device.type not in gpu.DEVICES or self.padding is not None or few(query, len(self.heads))
 
-    def _attend_full(self, module: nn.Module, query: Tensor, scaling: float) -> Tensor:
+    def _attend_full(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
         """Full attention by the very call that transformers makes, so that an all-full plan is the model itself; unless that is
         not asked for and there is a sooner one."""
         batch, _, tokens, _ = query.shape
         keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         if not self.exact and self.padding is None and gpu.can_run(query):
-            return full.attend(query, keys, values, scaling)
+            return full.attend(query, keys, values, softmax.scaling)
         mask = None
         if self.padding is not None or (tokens > 1 and self.length > tokens):
             columns = torch.arange(self.length, device=query.device)
@@ -81,29 +85,29 @@ class HeadGroup(Slots):
             mask = mask.expand(batch, 1, tokens, self.length) if mask.dim() == 2 else mask[:, None]
         elif tokens == 1 and query.dtype != torch.float32 and query.device.type == "cpu":
             # The same bits as the call below, 5 times sooner at 7,500 keys (bfloat16, 2 cores); in float32 it is slower.
-            return attend_rows(query, keys, values, None, scaling)
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0].transpose(1, 2)
+            return attend_rows(query, keys, values, None, softmax)
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=softmax.scaling)[0].transpose(1, 2)
 
-    def _attend_buffer(self, query: Tensor, scaling: float) -> Tensor:
+    def _attend_buffer(self, query: Tensor, softmax: Softmax) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
-        if self.inverse is None and can_run(query):
-            if few(query, len(self.heads)):
-                return attend_few(query, self.keys, self.values, self.visible, end, scaling)
+        if self.inverse is None and can_run(query, softmax):
+            if softmax.plain and few(query, len(self.heads)):
+                return attend_few(query, self.keys, self.values, self.visible, end, softmax.scaling)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
             sight = self._sight(until, self.length - query.shape[2], self.start)
-            return attend_tiles(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, scaling)
+            return attend_tiles(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, *softmax)
         mask = self.visible[:, :, None, :end]
-        if self.inverse is not None:
-            turned = self._turned(query, self.length - query.shape[2])
-            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-            return attend_turned(query, turned, self.pattern.sink, keys, values, mask, scaling)
         if query.shape[2] > 1:
             slots = torch.arange(end, device=query.device)
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
-        return attend_rows(query, self.keys[:, :, :end], self.values[:, :, :end], mask, scaling)
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        turned = self._turned(query, self.length - query.shape[2])
+        return attend_rows(query, keys, values, mask, softmax, turned, self.pattern.sink)
 
-    def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+    def _attend_tokens(
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax
+    ) -> tuple[Tensor, Tensor | None]:
         """Several tokens of a windowed head over what is held and themselves, in blocks. Nothing enters.
 
         query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, these tokens or more, dim], the last ones theirs.
@@ -115,8 +119,8 @@ class HeadGroup(Slots):
         values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2).flatten(0, 1)
         until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
         until = until.flatten(0, 1)
-        if self.inverse is None and can_run(query):
-            return attend_tiles(query, keys, values, self._sight(until, end - query.shape[2], first), scaling), scores
+        if self.inverse is None and can_run(query, softmax):
+            return attend_tiles(query, keys, values, self._sight(until, end - query.shape[2], first), *softmax), scores
         columns = torch.arange(first - self.anchors, end, device=key.device)
         columns[: self.anchors] = -1  # before every query
         output = torch.empty_like(query)
@@ -134,12 +138,9 @@ class HeadGroup(Slots):
             mask = (columns[taken][:, None] <= queries) & (queries < (until.gather(1, taken) * filled)[:, None])
             heads = torch.arange(len(until), device=key.device)[:, None]
             seen_keys, seen_values = (t[heads, taken].unflatten(0, key.shape[:2]) for t in (keys, values))
-            mask = mask.unflatten(0, key.shape[:2])
-            if self.inverse is not None:  # the first tokens are the first that are taken
-                turned = self._turned(block, begin)
-                found = attend_turned(block, turned, self.pattern.sink, seen_keys, seen_values, mask, scaling)
-            else:
-                found = attend_rows(block, seen_keys, seen_values, mask, scaling)
+            mask, turned = mask.unflatten(0, key.shape[:2]), self._turned(block, begin)
+            # The first tokens are the first that are taken.
+            found = attend_rows(block, seen_keys, seen_values, mask, softmax, turned, self.pattern.sink)
             output[:, :, start : start + QUERY_BLOCK] = found
         return output, scores
 
@@ -152,9 +153,10 @@ class HeadGroup(Slots):
         far = self.anchors if held else self.pattern.sink + self.pattern.floating
         return Sight(until, first, self.anchors, start, self.window, gaps, far, reach)
 
-    def _turned(self, query: Tensor, first: int) -> Tensor:
+    def _turned(self, query: Tensor, first: int) -> Tensor | None:
         """The queries of columns from `first` on as they look at the first tokens if positions are counted in the cache."""
-        assert self.inverse is not None
+        if self.inverse is None:
+            return None
         positions = self._positions(torch.arange(first, first + query.shape[2], device=query.device))
         most = self.pattern.sink + (self.pattern.window or 0) - 1
         return turned_back(query, (positions - most).clamp(min=0), self.inverse)
@@ -180,9 +182,9 @@ class HeadGroup(Slots):
             until[:, :, :leaving] = torch.where(scores > NONE, ends[..., slots:], until[:, :, :leaving])
         return torch.cat([held, until], -1), scores
 
-    def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attend without letting the tokens in: `crop` decides which of them stay."""
         if self.recent is not None:
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
         self.recent = key.contiguous(), value.contiguous()
-        return self._attend_tokens(query, key, value, scaling)[0]
+        return self._attend_tokens(query, key, value, softmax)[0]

@@ -26,6 +26,7 @@ from headsink.output import OutputNorms
 from headsink.pattern import FULL, Pattern
 from headsink.probes import Document
 from headsink.reconstruction import Demand
+from headsink.rows import Softmax, attend_rows
 from headsink.scores import best, key_scores, places
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that slides by itself
@@ -139,7 +140,7 @@ class Replay(Context):
             output = output.flatten(0, 1)[None]
             return output if look is None else look(inputs, output)
 
-        return self.model.get_output_embeddings()(self.run(self._branches, attend)[self.scored]).float().log_softmax(-1)
+        return self.run(self._branches, attend, self.scored).float().log_softmax(-1)
 
     def _moved(self, inputs: Inputs, output: Tensor, row: Sequence[Pattern], option: Pattern) -> Tensor:
         """How far each head's output moves if it goes over to `option`: [query heads, tokens, dim]."""
@@ -153,6 +154,7 @@ class Replay(Context):
     def _part(self, inputs: Inputs, heads: list[int], pattern: Pattern) -> Tensor:
         """Output of the query heads of some KV heads under a pattern: [KV heads, group, tokens, dim]."""
         layer, group = inputs.layer, self.shape.group
+        softmax = Softmax(inputs.scaling, inputs.softcap, inputs.learned).of(heads, self.shape.kv_heads)
         query = inputs.query[0].unflatten(0, (-1, group))[heads]
         own = inputs.key[0, heads], inputs.value[0, heads]
         held = None if pattern.full else self._kept(layer, heads, pattern)
@@ -161,14 +163,18 @@ class Replay(Context):
         for rows in self._branches.rows:
             keys, values = (torch.cat([kept, new[:, rows]], 1) for kept, new in zip(context, own, strict=True))
             mask = self._mask(layer, heads, pattern, held, own[0][:, rows], own[1][:, rows])
-            output = F.scaled_dot_product_attention(  # queries of a group as rows: a key is read once
-                query[:, :, rows].flatten(1, 2)[None],
-                keys[None],
-                values[None],
-                mask.expand(len(heads), *mask.shape[-2:]).repeat(1, group, 1)[None],
-                scale=inputs.scaling,
-            )
-            parts.append(output[0].unflatten(1, (group, -1)))
+            asked = query[:, :, rows]
+            if softmax.plain:
+                output = F.scaled_dot_product_attention(  # queries of a group as rows: a key is read once
+                    asked.flatten(1, 2)[None],
+                    keys[None],
+                    values[None],
+                    mask.expand(len(heads), *mask.shape[-2:]).repeat(1, group, 1)[None],
+                    scale=softmax.scaling,
+                )
+            else:
+                output = attend_rows(asked.flatten(0, 1)[None], keys[None], values[None], mask[None], softmax)
+            parts.append(output.view(asked.shape))
         return torch.cat(parts, 2)
 
     def _near(self, layer: int, pattern: Pattern) -> range:

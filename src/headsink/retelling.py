@@ -18,6 +18,7 @@ from headsink.blockwise import Inputs
 from headsink.context import Branches, Context
 from headsink.pattern import Pattern
 from headsink.plan import Plan
+from headsink.rows import Softmax, shares
 from headsink.scores import places
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
@@ -66,12 +67,14 @@ class Telling:
         group = inputs.query.shape[1] // inputs.key.shape[1]
         query = inputs.query[0, head * group : (head + 1) * group, rows].flatten(0, 1)[::stride]
         own = inputs.key[0, head, rows]
-        logits = (query.to(keys.dtype) * inputs.scaling) @ torch.cat([keys, own.to(keys.dtype)]).T
+        softmax = Softmax(inputs.scaling, inputs.softcap, inputs.learned).of([head], len(inputs.key[0]))
+        logits = softmax.capped((query.to(keys.dtype) * inputs.scaling) @ torch.cat([keys, own.to(keys.dtype)]).T)
         columns = torch.arange(0 if inputs.sliding is None else -len(keys), len(own), device=keys.device)
         apart = torch.arange(len(own), device=keys.device)[:, None] - columns
         hidden = (apart < 0) if inputs.sliding is None else (apart < 0) | (apart >= inputs.sliding)
         logits[:, logits.shape[1] - len(columns) :].masked_fill_(hidden.repeat(group, 1)[::stride], float("-inf"))
-        return logits.softmax(-1)
+        learned = None if softmax.learned is None else softmax.learned.repeat_interleave(len(own))[::stride, None]
+        return shares(logits, learned)
 
     def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor, fixed: int) -> Tensor:
         """Values for the keys at `places` of a KV head, all but the first `fixed`, with which its outputs come as near as they

@@ -16,7 +16,7 @@ from headsink.architecture import decoder, describe
 from headsink.errors import HeadsinkError
 
 # Rotary pairs are (n, n + half) in these; others may pair neighbours.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "gemma2", "gemma3_text", "gpt_oss")
 
 
 def inverse_frequencies(model: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,39 @@ from headsink import gpu
 FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
 ROWS = 64  # queries of a KV head up to which it is so on a GPU
 turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
+
+
+class Softmax(NamedTuple):
+    """How products of queries and keys become weights.
+
+    Logits are products x scaling. softcap: they become softcap x tanh(logits / softcap), None if they are not capped. learned:
+    float [query heads], a logit of each that takes part in the softmax and has no value, None in most families.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    learned: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether `sdpa` can express it."""
+        return self.softcap is None and self.learned is None
+
+    def of(self, heads: list[int], kv_heads: int) -> Softmax:
+        """That of the queries of some of the KV heads."""
+        if self.learned is None:
+            return self
+        return self._replace(learned=self.learned.view(kv_heads, -1)[heads].flatten())
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def shares(logits: Tensor, learned: Tensor | None) -> Tensor:
+    """The softmax of logits, [..., keys]. learned: float, to be broadcast to [..., 1]: logits of the rows that have no value."""
+    if learned is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, learned.to(logits).expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
 def few(query: Tensor, kv_heads: int) -> bool:
@@ -36,10 +69,11 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
-def can_run(tensor: Tensor) -> bool:
-    """Whether the kernels take tensors like this one."""
+def can_run(tensor: Tensor, softmax: Softmax) -> bool:
+    """Whether the kernels take tensors like this one; those of a CPU neither cap logits nor know learned ones."""
     return gpu.can_run(tensor) or (
-        compiled()
+        softmax.plain
+        and compiled()
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and not (tensor.requires_grad and torch.is_grad_enabled())
@@ -93,10 +127,10 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
 class Sight:
     """Which keys many queries see: that of column c those with columns <= c < until.
 
-    until: int [batch x heads, keys]. first: the column of the first query. anchors: the first so many keys come before every query;
-    those after them are of the columns from `start` on, one after the other. The rest is what is known of `until`. window: all of
-    the last so many columns are seen, None: all; gaps: but for some. far: other keys that a query sees at most; reach: they are
-    among the first so many.
+    until: int [batch x heads, keys]. first: the column of the first query. anchors: the first so many keys come before every
+    query; those after them are of the columns from `start` on, one after the other. The rest is what is known of `until`.
+    window: all of the last so many columns are seen, None: all; gaps: but for some. far: other keys that a query sees at
+    most; reach: they are among the first so many.
     """
 
     until: Tensor
@@ -109,16 +143,24 @@ class Sight:
     reach: int
 
 
-def attend_tiles(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scaling: float) -> Tensor:
+def attend_tiles(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sight: Sight,
+    scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+) -> Tensor:
     """Attention of many tokens, each over the keys that it sees.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]. Zero where a query sees no key. For what
-    `can_run` takes.
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; the rest: see `Softmax`. Zero where a
+    query sees no key. For what `can_run` takes.
     """
     if query.device.type in gpu.DEVICES:
         from headsink.gpu import prefill as on_gpu
 
-        return on_gpu.attend(query, keys, values, sight, scaling)[0]
+        return on_gpu.attend(query, keys, values, sight, scaling, softcap, learned)[0]
     from headsink.cpu import prefill, tiles
 
     grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
@@ -147,15 +189,26 @@ def _numbers(tensor: Tensor) -> Any:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    softmax: Softmax,
+    turned: Tensor | None = None,
+    sink: int = 0,
+) -> Tensor:
     """Attention of grouped queries, each over the keys of its KV head.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens,
-    keys] or None. Zero where a query sees no key.
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens, keys],
+    or [1, 1, tokens, keys] where `softmax` is not plain, or None. turned: queries with which the first `sink` keys are looked at
+    instead. Zero where a query sees no key.
     """
     batch, heads, n_keys, dim = keys.shape
     if n_keys == 0:
         return torch.zeros_like(query)
+    if turned is not None or not softmax.plain:
+        return _attend_by_logits(query, keys, values, mask, softmax, turned, sink)
     tokens, group = query.shape[2], query.shape[1] // heads
     if tokens == 1:  # the rows of a group as queries: a key is read once
         rows = query.reshape(batch, heads, group, dim)
@@ -164,22 +217,33 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
         rows = query.reshape(batch * heads, group, tokens, dim)
         keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
         mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
-    output = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
+    output = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=softmax.scaling)
     return output.view(batch, heads * group, tokens, dim)
 
 
-def attend_turned(
-    query: Tensor, turned: Tensor, sink: int, keys: Tensor, values: Tensor, mask: Tensor, scaling: float
+def _attend_by_logits(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    softmax: Softmax,
+    turned: Tensor | None,
+    sink: int,
 ) -> Tensor:
-    """As `attend_rows`, where the first `sink` keys are looked at with other queries."""
-    batch, heads = keys.shape[:2]
+    """What `sdpa` cannot express: all logits at once, in float32 or better."""
+    batch, heads, n_keys, _ = keys.shape
+    kind = torch.promote_types(query.dtype, torch.float32)
 
     def logits(of: Tensor, seen: Tensor) -> Tensor:
-        rows = of.to(turned.dtype).reshape(batch, heads, -1, of.shape[3])
-        return rows @ seen.to(turned.dtype).transpose(-1, -2) * scaling
+        rows = of.to(kind).reshape(batch, heads, -1, of.shape[3]) * softmax.scaling
+        return rows @ seen.to(kind).transpose(-1, -2)
 
     every = logits(query, keys)
-    every[..., :sink] = logits(turned, keys[:, :, :sink])
-    every = every.unflatten(2, (-1, query.shape[2])).masked_fill_(~mask[:, :, None], float("-inf"))
-    shares = every.softmax(-1).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
-    return (shares.to(values.dtype) @ values).view_as(query)
+    if turned is not None:
+        every[..., :sink] = logits(turned, keys[:, :, :sink])
+    every = softmax.capped(every).view(batch, heads, -1, query.shape[2], n_keys)
+    if mask is not None:
+        every = every.masked_fill_(~mask[:, :, None], float("-inf"))
+    learned = None if softmax.learned is None else softmax.learned.view(heads, -1, 1, 1)
+    weights = shares(every, learned).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
+    return (weights.to(values.dtype) @ values).view_as(query)

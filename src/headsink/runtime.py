@@ -29,9 +29,10 @@ _applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={
 def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCache:
     """An empty KV cache that keeps what `plan` keeps. Use it inside `apply(model, ...)`.
 
-    exact: in layers that keep everything attention is the very call that transformers makes, bit for bit. Without, it is what is
-    soonest: on a CPU the kernels, which read and decode faster and differ by rounding. Raises HeadsinkError if the plan was made
-    for another model.
+    exact: in layers that keep everything attention is the very call that transformers makes, bit for bit; where logits are capped
+    (Gemma 2) or sinks learned (gpt-oss), which `sdpa` cannot express, it differs by rounding. Without, it is what is soonest: on
+    a CPU the kernels, which read and decode faster and differ by rounding. Raises HeadsinkError if the plan was made for another
+    model.
     """
     return _cache(model, plan, plan.check(model), exact)
 

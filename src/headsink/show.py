@@ -285,8 +285,7 @@ def models(console: Console, found: dict[str, Any]) -> None:
         table.add_row(model["name"], model["title"], model["licence"], state)
     console.print(table)
     console.print(f"Also: {found['others']}.", highlight=False)
-    families, analysed = (", ".join(found[name]) for name in ("tested_families", "analysed_only"))
-    console.print(f"Tested families: {families}; for the census also {analysed}.", highlight=False)
+    console.print(f"Tested families: {', '.join(found['tested_families'])}.", highlight=False)
 
 
 def doctor(console: Console, found: dict[str, Any]) -> None:
