@@ -201,7 +201,7 @@ def tuning(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
     for programs in (1, 2, 3, 4):
         count = programs * processors(device)
         seconds = clock.kernel(
-            lambda count=count: attend_buffers(last, keys, values, visible, context, scaling, count)  # type: ignore[misc]
+            lambda count=count: attend_buffers(last, keys, values, visible, context, scaling, programs=count)  # type: ignore[misc]
         )
         rows.append({"programs a multiprocessor": programs, "seconds": seconds})
     sight = Sight(torch.arange(context, device=device).expand(shape.kv, -1) + 4096, 0, 0, 0, 4096, False, 0, 0)

@@ -39,3 +39,12 @@ def random_plan(model, seed: int, draw=random_pattern) -> Plan:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
     return Plan.of(model, patterns, weights)
+
+
+def window_pattern(rng: random.Random) -> Pattern:
+    return Pattern(rng.choice([0, 1, 3, 5]), 0, rng.choice([0, 1, 2, 5, 8, 17, 300]))
+
+
+def window_plan(model, seed):
+    plan = random_plan(model, seed, window_pattern)
+    return plan.model_copy(update={"positions": "cache"})

@@ -9,7 +9,7 @@ import offline
 import pytest
 import torch
 from families import tiny
-from plans import random_plan
+from plans import random_plan, window_plan
 from reference import reference_logits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -186,6 +186,26 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
                 found = model(ids[:, start:end], past_key_values=cache, **given).logits.cpu()
                 real = mask[:, start:end].bool().cpu()
                 torch.testing.assert_close(found[real], expected[:, start:end][real], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.usefixtures("not_waiting")
+def test_places_are_counted_in_the_cache_by_the_step(device):
+    model = tiny("llama", seed=1).to(device)
+    plan, ids = window_plan(model, 1), torch.randint(3, 200, (2, 40), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), apply(model, plan):
+        one, other = new_cache(model, plan), new_cache(model, plan)
+        for cache in (one, other):
+            model(ids[:, :33], past_key_values=cache, attention_mask=mask[:, :33], position_ids=places[:, :33])
+        with decoding(model, one) as step:
+            for token in range(33, 40):
+                now = slice(token, token + 1)
+                expected = model(
+                    ids[:, now], past_key_values=other, attention_mask=mask[:, : token + 1], position_ids=places[:, now]
+                ).logits[:, 0]
+                torch.testing.assert_close(step.run(ids[:, token]), expected, atol=2e-4, rtol=2e-4)
 
 
 def test_generate_is_the_same_with_the_step_and_without(device):

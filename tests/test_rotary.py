@@ -1,11 +1,9 @@
 """Positions counted in the cache: the same as StreamingLLM written out, far past the model's maximum."""
 
-import random
-
 import pytest
 import torch
 from families import FAMILIES, tiny
-from plans import random_plan
+from plans import random_plan, window_plan
 from reference import own_attention
 from test_decode import DECODED
 from test_runtime import WAYS, feed, padded
@@ -21,15 +19,6 @@ from headsink.pattern import masked_attention
 from headsink.rotary import inverse_frequencies, turned_back
 
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
-
-
-def window_pattern(rng: random.Random) -> Pattern:
-    return Pattern(rng.choice([0, 1, 3, 5]), 0, rng.choice([0, 1, 2, 5, 8, 17, 300]))
-
-
-def window_plan(model, seed):
-    plan = random_plan(model, seed, window_pattern)
-    return plan.model_copy(update={"positions": "cache"})
 
 
 def rotate(model, vectors, places, sign=1):

@@ -22,6 +22,7 @@ from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
+from headsink.rotary import turned_back
 from headsink.rows import Softmax, attend_table, can_run
 from headsink.slots import Padding
 
@@ -57,17 +58,29 @@ class OnCard:
     def of(cls, table: Any, length: int, device: torch.device) -> OnCard:
         return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    def turned(self, query: Tensor, inverse: Tensor) -> Tensor:
+        """The queries of a token as they look at the first tokens where positions are counted in the cache (rotary.py)."""
+        from headsink.layout import Field
+
+        places = self.length - self.table[..., Field.PAD]  # [batch, heads]
+        last = self.table[..., Field.SINK] + self.table[..., Field.WINDOW] - 1
+        group = query.shape[1] // places.shape[1]
+        back = (places - last).clamp(min=0).repeat_interleave(group, 1)
+        return turned_back(query, back[..., None], inverse).to(query.dtype)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, turned: Tensor | None = None
+    ) -> Tensor:
         """Let a token of every text in, or several where nothing is let go, and attend from them.
 
-        query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. The host waits for nothing. `length`
-        stays what it is.
+        query, turned: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. The host waits for nothing.
+        `length` stays what it is.
         """
         from headsink.gpu.attention import attend
         from headsink.gpu.enter import enter
 
         enter(key.contiguous(), value.contiguous(), self.table, self.length)
-        return attend(query.contiguous(), self.table, self.length, *softmax)[0]
+        return attend(query.contiguous(), self.table, self.length, *softmax, turned)[0]
 
 
 class PlanLayer(CacheLayerMixin):
@@ -124,7 +137,8 @@ class PlanLayer(CacheLayerMixin):
             self._check_padding(padding)
         key, value = update.key, update.value
         if self.on_card is not None:
-            return self.on_card.attend(query, key, value, softmax).transpose(1, 2)
+            turned = None if self.inverse is None else self.on_card.turned(query, self.inverse)
+            return self.on_card.attend(query, key, value, softmax, turned).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
         if self._steps(query, softmax):

@@ -92,8 +92,8 @@ class HeadGroup(Slots):
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.anchors + self._held()
         if self.inverse is None and can_run(query, softmax):
-            if softmax.plain and few(query, len(self.heads)):
-                return attend_few(query, self.keys, self.values, self.visible, end, softmax.scaling)
+            if few(query, len(self.heads)):
+                return attend_few(query, self.keys, self.values, self.visible, end, softmax)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
             sight = self._sight(until, self.length - query.shape[2], self.start)
             return attend_tiles(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, *softmax)

@@ -140,7 +140,7 @@ def load(
             max_memory=max_memory and dict(max_memory),
             offload_folder=own_folder.name if own_folder else offload_folder,
             distributed_config=DistributedConfig(tp_size=processes) if processes > 1 else None,
-            attn_implementation="sdpa" if mapping[type(config)]._supports_sdpa else "eager",
+            attn_implementation=_attention(config, mapping[type(config)]),
             use_safetensors=True,
             local_files_only=local,
             trust_remote_code=False,
@@ -207,6 +207,12 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("HEADSINK_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsink"
+
+
+def _attention(config: Any, kind: Any) -> str:
+    """The attention of transformers that computes what the model is: its `sdpa` silently does not cap logits (Gemma 2)."""
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return "sdpa" if kind._supports_sdpa and not capped else "eager"
 
 
 def _offload_folder() -> TemporaryDirectory[str]:

@@ -100,7 +100,7 @@ def attend_table(
     return out.view_as(query).to(query.dtype)
 
 
-def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, scaling: float) -> Tensor:
+def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, softmax: Softmax) -> Tensor:
     """Attention of the last tokens over buffers up to slot `end`, the last of which are their own. For what `can_run` takes.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
@@ -108,7 +108,7 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     if query.device.type in gpu.DEVICES:
         from headsink.gpu.attention import attend_buffers
 
-        return attend_buffers(query.contiguous(), keys, values, visible, end, scaling)[0]
+        return attend_buffers(query.contiguous(), keys, values, visible, end, *softmax)[0]
     batch, heads, slots, dim = keys.shape
     from headsink.layout import Field
 
@@ -120,7 +120,7 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
         table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
     table[:, Field.VISIBLE] = visible.data_ptr() + number
     table[:, Field.END] = end
-    return attend_table(table, query, query.shape[2], scaling)
+    return attend_table(table, query, query.shape[2], softmax.scaling)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class Slots:
 
     weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are counted in the cache, the
     rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything attend by the very call that
-    transformers makes, even where a kernel is sooner. Columns count from the start of the batch, positions from the row's first
-    real token; the window is the same in both.
+    transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count from the start of the batch,
+    positions from the row's first real token; the window is the same in both.
     """
 
     def __init__(

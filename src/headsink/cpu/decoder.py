@@ -19,7 +19,7 @@ from headsink.cache import PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.layout import Field, Layout, advance
 from headsink.models import dtype_name
-from headsink.rows import Sight, attend_few, attend_tiles, turn
+from headsink.rows import Sight, Softmax, attend_few, attend_tiles, turn
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 # The same layer, with or without biases and norms of queries and keys.
@@ -57,7 +57,7 @@ def prepare(model: PreTrainedModel) -> None:
     from headsink.cpu import kernels
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
-    attend_few(key, key, key, key[..., 0] == 0, 1, 1.0)
+    attend_few(key, key, key, key[..., 0] == 0, 1, Softmax(1.0))
     attend_tiles(key, key[0], key[0], Sight(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), 1.0)
 
     def empty(*shape: int) -> Any:

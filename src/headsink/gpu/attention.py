@@ -300,6 +300,8 @@ def attend_buffers(
     visible: Tensor,
     end: int,
     scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
@@ -312,4 +314,4 @@ def attend_buffers(
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
     table[..., Field.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(query, table, length, scaling, programs=programs)
+    return attend(query, table, length, scaling, softcap, learned, programs=programs)

@@ -80,8 +80,6 @@ class Decoder:
         groups = [group for layer in self.layers for group in layer.groups]
         if not groups or any(g.recent is not None or (g.recording and g.lets_go) for g in groups):
             raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
-        if cache.plan.positions == "cache":
-            raise HeadsinkError("decode: on a GPU positions cannot be counted in the cache; use a plan with 'text'")
         self.columns = torch.zeros(1, dtype=torch.int64, device=model.device)  # that have come in
         self.tables = self.columns.new_zeros(0)  # of all layers
         self.passes: dict[int, Pass] = {}  # by their number of tokens
