@@ -188,7 +188,7 @@ def main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = heading("attention and models on a GPU, seconds; a rehearsal" if small else "on a GPU")
     found["machine"] |= machine(clock, small)
-    found["full_kernels"] = full_kernels()
+    found["full_kernels"] = full_kernels(clock.device)
     found["errors"] = largest_errors(clock.device, small)
     found["results"] = []
     wrong = [row for row in found["errors"] if not row["right"]]
