@@ -77,3 +77,12 @@ def smollm2():
     from headsink.models import find
 
     return headsink.load("smollm2", dtype="float32", device="cpu")[0], Path(find("smollm2")[0])
+
+
+@pytest.fixture(scope="session")
+def served(model_folder):
+    """A tiny model, a plan for it, its folder."""
+    import tiny
+
+    model = tiny.tiny("llama-mha")
+    return model, tiny.plan_for(model, seed=1), model_folder(model)
