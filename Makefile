@@ -1,11 +1,14 @@
 # make demo: the main job on the built-in model.   make test: lint, types, all tests.   Both set up .venv first.
+# make test-vllm: serving by vLLM, in .venv-vllm.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv-peers/bin
 PEERS_READY := .venv-peers/ready
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/ready
 
-.PHONY: setup demo test lint peers clean
+.PHONY: setup demo test test-vllm lint peers clean
 
 setup: $(READY)
 
@@ -31,6 +34,16 @@ lint: setup
 test: lint
 	$(BIN)/pytest
 
+test-vllm: $(VLLM_READY)
+	$(VLLM)/pytest --config-file tests_vllm/pytest.ini tests_vllm
+
+$(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
+	@echo "Setting up .venv-vllm (once; about 2 minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM)/python -m pip install --quiet --no-deps --requirement tests_vllm/requirements.txt
+	@$(VLLM)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(VLLM_READY)
+
 # The presses of kvpress on the cases that plans are judged on (an hour or two; finished cases are kept if interrupted).
 peers: $(PEERS_READY) runs/cases.json
 	@$(PEERS)/python benchmarks/peers.py --cases runs/cases.json --out benchmarks/results/peers-smollm2.json
@@ -46,4 +59,4 @@ $(PEERS_READY): constraints.txt benchmarks/peers-constraints.txt
 	@touch $(PEERS_READY)
 
 clean:
-	rm -rf .venv .venv-peers runs
+	rm -rf .venv .venv-peers .venv-vllm runs

@@ -137,18 +137,26 @@ def weights_hash(model: nn.Module, linears: bool = True) -> str:
     layers; without them it is also the same for a checkpoint whose linear layers are quantised.
     """
     digest = hashlib.sha256()
+    for name in hashed_names(model, linears):
+        with whole_parameter(model, name) as parameter:
+            digest.update(weight_sample(name, parameter.dequantize() if is_quantised(parameter) else parameter))
+    return digest.hexdigest()
+
+
+def hashed_names(model: nn.Module, linears: bool = True) -> list[str]:
+    """Names of the parameters that go into `weights_hash`, in order."""
     # An offloaded model has tied weights twice, one in memory once.
     left_out = set(getattr(model, "all_tied_weights_keys", {}))
     if not linears:
         left_out |= _matrices(model)
-    for name in sorted(name for name, _ in model.named_parameters() if name not in left_out):
-        with whole_parameter(model, name) as parameter:
-            plain = parameter.dequantize() if is_quantised(parameter) else parameter
-            flat = plain.flatten()
-            sample = flat[_sampled(flat.numel()).to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-            digest.update(f"{name} {tuple(plain.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+    return sorted(name for name, _ in model.named_parameters() if name not in left_out)
+
+
+def weight_sample(name: str, weight: torch.Tensor) -> bytes:
+    """What goes into `weights_hash` of one parameter."""
+    flat = weight.flatten()
+    sample = flat[_sampled(flat.numel()).to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+    return f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes()
 
 
 @lru_cache

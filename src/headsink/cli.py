@@ -30,6 +30,7 @@ from headsink.frontier import FRONTIER, frontier
 from headsink.options import MODEL_HELP, Device, Dtype, Json, Model, Seed, context_range, memory, numbers
 from headsink.report import write_comparison, write_comparison_pictures
 from headsink.search import POLICIES, Method
+from headsink.serving import PASS_ON, serve
 from headsink.sharding import is_main
 
 COMPARISON = "comparison.json"  # marks a folder of figures as one of ours
@@ -287,6 +288,7 @@ def plan(
 
 for command in (read, generate, chat):
     app.command()(command)
+app.command(context_settings=PASS_ON)(serve)
 
 
 @app.command()

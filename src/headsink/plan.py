@@ -39,6 +39,7 @@ from headsink.scores import n_features
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
 Positions = Literal["text", "cache"]
+Hashed = Literal["weights", "unquantised"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -295,23 +296,34 @@ class Plan(_Part):
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Returns the model's architecture."""
         shape = describe(model)
-        check_plannable(shape)
+        self.check_shape(shape)
         # Of a quantised copy only what is not quantised can be the same.
-        which = "unquantised" if has_quantised_linears(model) else "weights"
-        actual = Fingerprint.shapes(shape) | {which: weights_hash(model, linears=which == "weights")}
-        for field, found in actual.items():
-            planned = getattr(self.model, field)
-            if planned != found:
-                if field == which:
-                    planned, found = planned[:12], found[:12]
-                raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
+        which: Hashed = "unquantised" if has_quantised_linears(model) else "weights"
+        self.check_weights(weights_hash(model, linears=which == "weights"), which)
+        if self.positions == "cache":
+            inverse_frequencies(model)
+        return shape
+
+    def check_shape(self, shape: Architecture) -> None:
+        """Raise if the plan was made for a model of another shape, or none can run models of this one."""
+        check_plannable(shape)
+        for field, found in Fingerprint.shapes(shape).items():
+            self._compare(field, getattr(self.model, field), found)
         for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
             if (heads is None) != (window is not None):
                 what = "slides by itself and must be null" if window else "has full attention and needs patterns"
                 raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
-        if self.positions == "cache":
-            inverse_frequencies(model)
-        return shape
+
+    def check_weights(self, found: str, which: Hashed = "weights") -> None:
+        """Raise if the plan was made for other weights than those with this hash; `which` of the fingerprint's it is."""
+        planned: str = getattr(self.model, which)
+        if planned != found:
+            self._compare(which, planned[:12], found[:12])
+
+    @staticmethod
+    def _compare(field: str, planned: Any, found: Any) -> None:
+        if planned != found:
+            raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
 
     def check_length(self, tokens: int, longest: int) -> None:
         """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""

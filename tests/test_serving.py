@@ -1,0 +1,191 @@
+"""What serving by vLLM says and decides without vLLM; that it computes the right thing is tested in tests_vllm."""
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import random_plan
+
+import headsink.vllm
+from headsink import HeadsinkError, Pattern, Plan, serving
+from headsink.pattern import visible
+from headsink.vllm import blocks, groups
+from headsink.vllm import settings as vllm_settings
+from headsink.vllm.fingerprint import check_folder
+
+patterns = st.one_of(
+    st.just(Pattern()), st.builds(Pattern, sink=st.integers(0, 70), window=st.integers(0, 150), floating=st.just(0))
+)
+
+
+def windowed(rng: random.Random) -> Pattern:
+    return Pattern() if rng.random() < 0.2 else Pattern(rng.choice([0, 4]), 0, rng.choice([16, 100, 128, 500]))
+
+
+@pytest.fixture
+def vllm_of(tmp_path, monkeypatch):
+    """Makes a package called vllm of some version appear in the path."""
+
+    def install(version):
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('vLLM is not to be imported')")
+        (tmp_path / "vllm" / "_version.py").write_text(f"__version__ = version = '{version}'\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install
+
+
+@given(patterns, st.sampled_from([1, 16, 32, 128]), st.integers(0, 300), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_whole_blocks_hold_what_the_pattern_sees_and_no_block_less_would(pattern, block, start, length):
+    queries, keys = torch.arange(start, start + length), torch.arange(start + length)
+    exact = visible(pattern, queries, keys, torch.zeros(len(keys)))
+    kept = blocks.widen(pattern, block)
+    assert not (exact & ~blocks.visible(kept, block, queries, keys)).any()
+    if kept.back:
+        far = torch.arange(block * (kept.sink + kept.back + 2))
+        less = blocks.visible(blocks.Blocks(kept.sink, kept.back - 1), block, far, far)
+        assert (visible(pattern, far, far, torch.zeros(len(far))) & ~less).any()
+
+
+def test_held_is_the_most_blocks_with_a_key_that_a_later_query_sees():
+    for kept in (blocks.Blocks(0, 0), blocks.Blocks(2, 1), blocks.Blocks(1, 3), blocks.ALL):
+        for tokens in (1, 15, 16, 17, 100):
+            places = torch.arange(tokens)
+            seen = blocks.visible(kept, 16, places, places)
+            most = max(len({int(key) // 16 for key in row.nonzero()}) for row in seen)
+            assert kept.held(tokens, 16) == most
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_groups_keep_what_every_head_needs_and_cost_what_they_say(ranks):
+    model = tiny("llama-mha")
+    for seed in range(20):
+        plan = random_plan(model, seed, windowed)
+        found = groups.choose(plan, [None] * 3, 16, 4096, 256, ranks)
+        for heads, units in zip(plan.layers, found.units, strict=True):
+            for mine in groups.rank_heads(4, ranks):
+                order = groups.widest_first([head.pattern for head in heads], mine)
+                for unit, n in zip(units, order, strict=True):
+                    needed = blocks.widen(heads[mine[n]].pattern, 16)
+                    assert blocks.union([unit, needed]) == unit
+        kinds = Counter(unit for units in found.units for unit in units)
+        size = groups.group_size(list(kinds.values()))
+        slots = {kind: -(-count // size) * size for kind, count in kinds.items()}
+        assert found.groups == sum(slots.values()) // size <= groups.MOST_GROUPS
+        assert found.used == sum(slots[kind] * kind.held(4096, 16) for kind in kinds) * 16 * 256
+        assert found.planned <= found.used
+
+
+def test_merging_is_never_worse_than_groups_of_equal_patterns():
+    model = tiny("llama-mha")
+    for seed in range(20):
+        plan = random_plan(model, seed, windowed)
+        kinds = Counter(blocks.widen(head.pattern, 16) for layer in plan.layers for head in layer)
+        size = groups.group_size(list(kinds.values()))
+        number = sum(-(-count // size) for count in kinds.values())
+        alone = sum(-(-count // size) * size * kind.held(4096, 16) for kind, count in kinds.items()) * 16 * 256
+        if number <= groups.MOST_GROUPS:
+            assert groups.choose(plan, [None] * 3, 16, 4096, 256, 1).used <= alone
+
+
+def test_heads_are_split_over_ranks_or_repeated():
+    assert groups.rank_heads(4, 2) == [[0, 1], [2, 3]]
+    assert groups.rank_heads(2, 4) == [[0], [0], [1], [1]]
+
+
+def test_a_folder_is_checked_by_its_shape_and_its_weights(tmp_path):
+    model = tiny("llama")
+    plan = Plan.uniform(model, Pattern(4, 0, 64))
+    model.save_pretrained(tmp_path / "same")
+    check_folder(plan, tmp_path / "same")
+    tiny("llama", seed=1).save_pretrained(tmp_path / "weights")
+    with pytest.raises(HeadsinkError, match=r"another model: weights is \w{12} here and \w{12} in the plan"):
+        check_folder(plan, tmp_path / "weights")
+    tiny("llama-mha").save_pretrained(tmp_path / "shape")
+    with pytest.raises(HeadsinkError, match="kv_heads is 4 here and 2 in the plan"):
+        check_folder(plan, tmp_path / "shape")
+
+
+def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
+    model = tiny("gemma3")
+    model.save_pretrained(tmp_path)
+    check_folder(Plan.uniform(model, Pattern(4, 0, 64)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "floating keys.*--policy streaming-llm"),
+        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), once=True), "compressed once"),
+        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache"), "--positions text"),
+    ],
+)
+def test_plans_that_vllm_cannot_run_are_refused_with_what_to_do(vllm_of, make, message):
+    vllm_of("0.32.1")
+    with pytest.raises(HeadsinkError, match=message):
+        headsink.vllm.engine_args(make(tiny("llama")))
+
+
+def test_families_that_are_not_served_are_refused(vllm_of):
+    vllm_of("0.32.1")
+    with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM is not a family.*Llama, Mistral"):
+        headsink.vllm.engine_args(Plan.uniform(tiny("phi3"), Pattern(4, 0, 64)))
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0"])
+def test_another_version_of_vllm_is_refused(vllm_of, version):
+    vllm_of(version)
+    with pytest.raises(HeadsinkError, match=rf"vLLM {version} is installed; headsink serves with 0\.32 only"):
+        vllm_settings.check_version()
+
+
+def test_the_plan_travels_in_vllms_configuration(vllm_of):
+    vllm_of("0.32.0")
+    plan = Plan.uniform(tiny("llama"), Pattern(4, 0, 64))
+    given = headsink.vllm.engine_args(plan)
+    assert given["hf_overrides"] == {"architectures": ["HeadsinkLlamaForCausalLM"]}
+    assert vllm_settings.given_plan(given["additional_config"]).layers == plan.layers
+    with pytest.raises(HeadsinkError, match="has no headsink_plan"):
+        vllm_settings.given_plan({})
+    with pytest.raises(HeadsinkError, match="not a valid plan"):
+        vllm_settings.given_plan({"headsink_plan": {}})
+
+
+def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_path):
+    vllm_of("0.32.0")
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    plan = Plan.uniform(model, Pattern(4, 0, 64)).save(tmp_path / "plan.json")
+    folder = str(tmp_path / "model")
+    found = serving.command(folder, plan, ["--port", "80", "--max-model-len=128"])
+    assert found[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    assert f"--served-model-name={folder}" in found
+    assert ("--block-size=32" in found) != torch.cuda.is_available()
+    assert "--block-size=32" not in serving.command(folder, plan, ["--block_size", "64"])
+    assert found[-3:] == ["--port", "80", "--max-model-len=128"]
+    with pytest.raises(HeadsinkError, match="--hf-overrides: headsink serve sets it itself"):
+        serving.command(folder, plan, ["--hf_overrides={}"])
+
+
+def test_serve_without_vllm_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    from headsink.cli import main
+
+    monkeypatch.setattr(
+        sys, "argv", ["headsink", "serve", "smollm2", "--plan", str(tmp_path / "no.json"), "--port", "1"]
+    )
+    monkeypatch.setattr(
+        sys, "path", [p for p in sys.path if not Path(p, "vllm").is_dir() or Path(p, "headsink").is_dir()]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "headsink: vLLM is not installed; headsink serves with vLLM 0.32: pip install 'vllm==0.32.*'\n"
+    )

@@ -1,0 +1,89 @@
+"""Engines of vLLM in this very process, on tiny random models in float32 and on the built-in one."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that spin wait for each other for ever on a busy machine
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler can be looked into
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def engine():
+    """Starts engines, one at a time: `engine(folder, plan, **options)` is a `vllm.LLM`."""
+    import gc
+
+    from vllm import LLM
+
+    import headsink.vllm
+
+    started = []
+
+    def start(folder, plan=None, **options):
+        close()
+        given = {} if plan is None else headsink.vllm.engine_args(plan)
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 256,
+            "max_logprobs": 500,
+            "disable_log_stats": False,
+        }
+        started.append(LLM(str(folder), **defaults | given | options))
+        return started[-1]
+
+    def close():
+        while started:
+            started.pop().llm_engine.engine_core.shutdown()
+        gc.collect()
+
+    yield start
+    close()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Saves models in folders: `model_folder(model)`; `model.folder` is where."""
+
+    def save(model, tokenizer=None):
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The built-in model in float32, and its folder."""
+    import headsink
+    from headsink.models import find
+
+    return headsink.load("smollm2", dtype="float32", device="cpu")[0], Path(find("smollm2")[0])
+
+
+@pytest.fixture(scope="session")
+def served(model_folder):
+    """A tiny model, a plan for it, its folder."""
+    import tiny
+
+    model = tiny.tiny("llama-mha")
+    return model, tiny.plan_for(model, seed=1), model_folder(model)

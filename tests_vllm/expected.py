@@ -1,0 +1,80 @@
+"""What vLLM must give: the model in transformers, every head masked to the blocks that its grouping says it keeps."""
+
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from headsink.architecture import describe
+from headsink.vllm.blocks import visible
+from headsink.vllm.groups import choose, rank_heads, widest_first
+
+_running = []
+
+
+def grouping(model, plan, block, context=1024, ranks=1):
+    shape = describe(model)
+    return choose(plan, shape.windows, block, context, 2 * shape.head_dim * 4, ranks)
+
+
+def kept_by_head(plan, found, ranks=1):
+    """Blocks [layers][KV heads], None for a sliding layer."""
+    kept = []
+    for heads, units in zip(plan.layers, found.units, strict=True):
+        row = None if heads is None else [None] * len(heads)
+        for mine in rank_heads(plan.model.kv_heads, ranks) if row is not None else ():
+            order = widest_first([head.pattern for head in heads], mine)
+            for unit, n in enumerate(order):
+                row[mine[n]] = units[unit]
+        kept.append(row)
+    return kept
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **options):
+    kept, block = _running[-1]
+    if kept[module.layer_idx] is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    places, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
+    output = torch.empty_like(query)
+    for head, blocks in enumerate(kept[module.layer_idx]):
+        rows = slice(head * group, (head + 1) * group)
+        scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
+        mask = visible(blocks, block, places, places)
+        output[:, rows] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, head : head + 1]
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("blocks_reference", _attention)
+AttentionMaskInterface.register("blocks_reference", sdpa_mask)
+
+
+@contextmanager
+def masked(model, plan, block, context=1024, ranks=1):
+    before = model.config._attn_implementation
+    model.set_attn_implementation("blocks_reference")
+    _running.append((kept_by_head(plan, grouping(model, plan, block, context, ranks), ranks), block))
+    try:
+        yield
+    finally:
+        _running.pop()
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def logprobs(model, ids):
+    """[tokens, vocabulary]"""
+    return model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def worst(model, output):
+    """The largest difference between an output of vLLM and the model as it is masked now, over all log-probabilities given."""
+    prompt, answer = output.prompt_token_ids, output.outputs[0]
+    expected = logprobs(model, [*prompt, *answer.token_ids])
+    given = [(n - 1, row) for n, row in enumerate(output.prompt_logprobs or []) if row]
+    given += [(len(prompt) - 1 + n, row) for n, row in enumerate(answer.logprobs)]
+    assert given
+    return max(
+        abs(expected[place, token] - found.logprob).item() for place, row in given for token, found in row.items()
+    )

@@ -1,0 +1,29 @@
+"""What vLLM cannot do under a plan is refused when it starts."""
+
+import pytest
+import tiny
+
+from headsink import HeadsinkError
+
+
+def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
+    _, plan, _ = served
+    with pytest.raises(HeadsinkError, match="another model: weights is"):
+        engine(model_folder(tiny.tiny("llama-mha", seed=1)), plan)
+    with pytest.raises(HeadsinkError, match="another model: kv_heads is 2 here and 4 in the plan"):
+        engine(model_folder(tiny.tiny("llama")), plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+        # Last: once its modules are imported no engine starts in this process (a fault in vLLM's triton_utils/dispatcher.py).
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_the_start(engine, served, options, message):
+    _, plan, folder = served
+    with pytest.raises(HeadsinkError, match=f"{message} cannot be used together with a plan"):
+        engine(folder, plan, **options)

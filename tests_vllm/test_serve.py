@@ -1,0 +1,83 @@
+"""`headsink serve`, as a user starts it, asked by OpenAI's own client."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import expected
+import pytest
+from openai import APIConnectionError, OpenAI
+from transformers import AutoTokenizer
+
+from headsink import Pattern, Plan
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    """The built-in model in float32 under first 4 + last 64: its OpenAI client, and the plan."""
+    plan = Plan.uniform(smollm2[0], Pattern(4, 0, 64))
+    folder = tmp_path_factory.mktemp("serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "headsink.cli", "serve", "smollm2", "--plan", str(plan.save(folder / "plan.json"))]
+    options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *options], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            try:
+                client.models.list()
+                break
+            except APIConnectionError:
+                time.sleep(0.5)
+        yield client, plan
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_streams_and_answers_at_once_what_the_masked_model_says(server, smollm2):
+    client, plan = server
+    model, folder = smollm2
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = " ".join(f"Line {n} says {n * n}." for n in range(30))
+    assert [found.id for found in client.models.list().data] == ["smollm2"]
+
+    def ask(count):
+        parts = client.completions.create(
+            model="smollm2",
+            prompt=text[: 80 * count],
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return "".join(part.choices[0].text for part in parts)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(1, 7)))
+    with expected.masked(model, plan, 32, 512):
+        for count, answer in enumerate(answers, 1):
+            ids = tokenizer(text[: 80 * count])["input_ids"]
+            start = len(ids)
+            for _ in range(12):
+                ids.append(int(expected.logprobs(model, ids)[-1].argmax()))
+            assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_a_plan_for_another_model_ends_with_one_line_and_status_2(smollm2, tmp_path):
+    plan = Plan.uniform(smollm2[0], Pattern(4, 0, 64))
+    other = plan.model_copy(update={"model": plan.model.model_copy(update={"weights": "0" * 64})})
+    words = ["-m", "headsink.cli", "serve", "smollm2", "--plan", str(other.save(tmp_path / "plan.json"))]
+    found = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert "the plan is for another model: weights is" in found.stderr.splitlines()[-1]

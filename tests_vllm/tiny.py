@@ -1,0 +1,49 @@
+"""Tiny random models of the served families, with heads of a size that vLLM's CPU kernels have, and random plans and prompts."""
+
+import random
+
+import families
+import torch
+from plans import random_plan
+from transformers import AutoModelForCausalLM
+
+from headsink import Pattern
+
+SIZE = {"head_dim": 32, "max_position_embeddings": 1024, "num_hidden_layers": 4}
+SERVED = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
+
+
+def tiny(family, seed=0, **sizes):
+    """As tests/families.py has it."""
+    config = families.CONFIGS[family]()
+    if family == "qwen2":  # whose heads are the hidden size over their number
+        config.hidden_size = 32 * config.num_attention_heads
+    for name, size in (SIZE | sizes).items():
+        setattr(config, name, size)
+    if getattr(config, "layer_types", None) is not None:
+        kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+        config.layer_types = kinds if family == "gemma3" else ["full_attention"] * config.num_hidden_layers
+    config = type(config)(**config.to_dict())
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def servable(rng):
+    """A pattern without floating keys, of blocks' size and around it."""
+    if rng.random() < 0.3:
+        return Pattern()
+    return Pattern(rng.choice([0, 1, 4, 32, 70]), 0, rng.choice([0, 1, 2, 32, 33, 64, 65, 100, 129, 300]))
+
+
+def plan_for(model, seed=0):
+    return random_plan(model, seed, servable)
+
+
+def prompts(lengths, vocabulary=211, seed=0):
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": [rng.randrange(3, vocabulary) for _ in range(length)]} for length in lengths]
