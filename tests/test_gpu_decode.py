@@ -337,9 +337,11 @@ for dim in (64, 128, 256):
     for tokens in (1, 5):
         query = torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16)
         attend(query, table, torch.tensor([0]), 1.0, programs=264)
+    attend(query, table, torch.tensor([0]), 1.0, 5.0, torch.zeros(32), query, programs=264)  # all that there may be
     enter(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
     query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
     attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+    attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, True, 5, 400), 1.0, 5.0, torch.zeros(32))
 """
 
 

@@ -107,10 +107,10 @@ def _attend_part(
         keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
         values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
         visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
-        place = (head * rows + row)[:, None] * dim + column[None, :]
-        asked = tl.load(query + place, inside, other=0.0)
+        theirs = (head * rows + row)[:, None] * dim + column[None, :]
+        asked = tl.load(query + theirs, inside, other=0.0)
         if TURNED:
-            sink, asked_first = tl.load(own + SINK), tl.load(turned + place, inside, other=0.0)
+            sink, asked_first = tl.load(own + SINK), tl.load(turned + theirs, inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         sum_ = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, DIM], tl.float32)

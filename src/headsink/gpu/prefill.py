@@ -68,28 +68,14 @@ def _list(
 
 @triton.jit
 def _over(
-    state,
-    asked,
-    keys,
-    values,
-    until,
-    key,
-    there,
-    columns,
-    now,
-    scaling,
-    softcap,
-    unit,
-    dim: tl.constexpr,
-    DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    state, block, key, there, columns, dim: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr
 ):
     """A tile of keys, for all queries of a block.
 
-    state: highest logits, sums, outputs. key, there, columns: [KEYS]; now: [QUERIES]. unit: what makes powers of two of
-    logits, above 0.
+    state: highest logits, sums, outputs. block: what is the same for all tiles. key, there, columns: [KEYS], which keys, whether
+    they are there, and their columns.
     """
+    asked, keys, values, until, now, scaling, softcap, unit = block
     top, sum_, out = state
     column = tl.arange(0, DIM)
     place = key[:, None] * dim + column[None, :]
@@ -104,9 +90,8 @@ def _over(
         logits = tl.where(seen, logits, float("-inf"))
     most = tl.maximum(top, tl.max(logits, 1))
     calm = tl.where(most == float("-inf"), 0.0, most)
-    shares = tl.exp2(
-        logits * unit - (calm * unit)[:, None]
-    )  # one instruction each, where scaled logits would take another
+    # One instruction each, where logits that are scaled before would take another.
+    shares = tl.exp2(logits * unit - (calm * unit)[:, None])
     factor = tl.exp2((top - calm) * unit)
     out = product(shares.to(asked.dtype), its_values, out * factor[:, None])
     return most, sum_ * factor + tl.sum(shares, 1), out
@@ -156,7 +141,7 @@ def _attend_block(
     begin = first + block * QUERIES
     last = tl.minimum(begin + QUERIES, first + tokens) - 1
     now = first + row
-    unit = scaling * LOG2E  # logits are scaled in the exponent, unless they are capped
+    unit = scaling * LOG2E  # above 0: logits are scaled in the exponent, unless they are capped
     if CAPPED:
         unit = tl.cast(LOG2E, tl.float32)
     state = (
@@ -165,15 +150,14 @@ def _attend_block(
         tl.zeros([QUERIES, DIM], tl.float32),
     )
 
+    same = (asked, keys, values, until, now, scaling, softcap, unit)
     own = head * tl.num_programs(0) + block
     far = tl.load(counts + own)
     for place in tl.range(0, far, KEYS, num_stages=STAGES):
         there = place + some < far
         key = tl.load(lists + own * most + place + some, there, other=0)
         never = tl.full([KEYS], -1, tl.int32)  # all of them come before every query
-        state = _over(
-            state, asked, keys, values, until, key, there, never, now, scaling, softcap, unit, dim, DIM, True, CAPPED
-        )
+        state = _over(state, same, key, there, never, dim, DIM, True, CAPPED)
 
     near = _near_from(begin, anchors, start, window, n_keys)
     end = tl.minimum(anchors + last + 1 - start, n_keys)
@@ -185,66 +169,13 @@ def _attend_block(
         calm_to = calm_from + tl.maximum(anchors + begin + 1 - start - calm_from, 0) // KEYS * KEYS
     for place in tl.range(near, tl.minimum(calm_from, end), KEYS, num_stages=STAGES):
         key = place + some
-        columns = key - anchors + start
-        state = _over(
-            state,
-            asked,
-            keys,
-            values,
-            until,
-            key,
-            key < end,
-            columns,
-            now,
-            scaling,
-            softcap,
-            unit,
-            dim,
-            DIM,
-            True,
-            CAPPED,
-        )
+        state = _over(state, same, key, key < end, key - anchors + start, dim, DIM, True, CAPPED)
     for place in tl.range(calm_from, calm_to, KEYS, num_stages=STAGES):
         key = place + some
-        state = _over(
-            state,
-            asked,
-            keys,
-            values,
-            until,
-            key,
-            key < n_keys,
-            key,
-            now,
-            scaling,
-            softcap,
-            unit,
-            dim,
-            DIM,
-            False,
-            CAPPED,
-        )
+        state = _over(state, same, key, key < n_keys, key, dim, DIM, False, CAPPED)
     for place in tl.range(calm_to, end, KEYS, num_stages=STAGES):
         key = place + some
-        columns = key - anchors + start
-        state = _over(
-            state,
-            asked,
-            keys,
-            values,
-            until,
-            key,
-            key < end,
-            columns,
-            now,
-            scaling,
-            softcap,
-            unit,
-            dim,
-            DIM,
-            True,
-            CAPPED,
-        )
+        state = _over(state, same, key, key < end, key - anchors + start, dim, DIM, True, CAPPED)
 
     top, sum_, out = state
     calm = tl.where(top == float("-inf"), 0.0, top)
