@@ -1,7 +1,7 @@
 """What headsink does on a GPU: checked against float64 first, then timed, beside what one would use otherwise.
 
 python benchmarks/gpu.py --out benchmarks/results/gpu-h100.json        # under 8 minutes on an H100
-python benchmarks/gpu.py --rehearse --out /tmp/gpu.json                # without a GPU: small shapes, by Triton's interpreter
+python benchmarks/gpu.py --rehearse --out rehearsal.json                 # without a GPU: small shapes, by Triton's interpreter
 
 Weights, keys and queries are random, shapes are those of Llama-3.1-8B and Llama-3.2-1B, in bfloat16. A check that fails ends
 the run with status 1. Kernels are timed as CUDA graphs, with the L2 cache flushed in between; a token of a model as a caller
