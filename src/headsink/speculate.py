@@ -277,9 +277,7 @@ class Lossless:
     def _verify(self, tokens: Tensor, places: Tensor) -> Tensor:
         """The model's own logits after each of some tokens, [rows, tokens, vocabulary]: by its pass, on a GPU held by a graph."""
         if self.judge is None and self.compiled and self.full.get_seq_length() and tokens.device.type in gpu.DEVICES:
-            from headsink.gpu.decoder import Decoder as OnGpu
-
-            self.judge = OnGpu(self.model, self.full)
+            self.judge = decoder(self.model, self.full)
         if self.judge is None:
             return _forward(self.model, self.full, tokens, places).float()
         self.judge.resume()

@@ -208,15 +208,6 @@ def _combine(
         tl.store(lse + row_at, logarithm / LOG2E)
 
 
-class Work:
-    """Memory that the kernel works in, for a number of heads, rows of each and coordinates: the parts of all programs."""
-
-    def __init__(self, heads: int, rows: int, dim: int, programs: int, device: torch.device):
-        self.found = torch.empty(programs + heads, rows, dim, device=device)
-        self.tops = torch.empty(programs + heads, rows, device=device)
-        self.totals = torch.empty_like(self.tops)
-
-
 def attend(
     query: Tensor,
     table: Tensor,
@@ -241,7 +232,8 @@ def attend(
     heads, group = texts * kv_heads, query_heads // kv_heads
     rows = group * tokens
     programs = 2 * processors(query.device) if programs is None else programs
-    work = Work(heads, rows, dim, programs, query.device)
+    found = query.new_empty(programs + heads, rows, dim, dtype=torch.float32)  # the parts of all programs
+    tops, totals = query.new_empty(2, programs + heads, rows, dtype=torch.float32)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     wide = triton.next_power_of_2(dim)
     same: dict[str, Any] = {
@@ -260,9 +252,9 @@ def attend(
             query if turned is None else turned,
             table,
             length,
-            work.found,
-            work.tops,
-            work.totals,
+            found,
+            tops,
+            totals,
             scaling,
             1.0 if softcap is None else softcap,
             ROWS=max(16, triton.next_power_of_2(rows)),
@@ -274,12 +266,12 @@ def attend(
             **same,
         )
         _combine[(heads * rows, triton.cdiv(dim, columns))](
-            work.found,
-            work.tops,
-            work.totals,
+            found,
+            tops,
+            totals,
             table,
             length,
-            work.tops if learned is None else learned,
+            tops if learned is None else learned,
             output,
             lse,
             kv_heads=kv_heads,

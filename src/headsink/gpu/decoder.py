@@ -130,7 +130,9 @@ class Decoder:
         if places is None:
             columns = torch.arange(self.length, self.length + count, device=tokens.device)
             places = (columns - self.pads[:, None]).clamp(min=0)
-        one = self.passes.setdefault(count, Pass(len(tokens), count, self.columns.device))
+        if count not in self.passes:
+            self.passes[count] = Pass(len(tokens), count, self.columns.device)
+        one = self.passes[count]
         one.token.copy_(tokens)
         one.place.copy_(places)
         one.run(self._pass)
