@@ -379,3 +379,33 @@ def test_what_is_expected_comes_to_the_loss_itself():
             corrected += 1
             assert float(cost[:, -1].sum()) == pytest.approx(-loss, rel=1e-6)
     assert corrected
+
+
+def test_heads_in_the_same_place_of_different_ranks_go_the_same_way():
+    """Of each rank the head that needs most keeps as much as the other's, and so on: no rank is fuller."""
+    differ = 0
+    for policy, budget in itertools.product(("headsink", "on-off"), (0.35, 0.55, 0.8)):
+        made = searching("llama-mha", Method(policy=policy, ranks=2, **SMALL))
+        need = needs("llama-mha").mean(-1)
+        for step in run("llama-mha", made.method, budget):
+            assert step.kept == pytest.approx(kept(step))
+            assert step.kept <= budget + 1e-9
+            for layer, row in enumerate(step.plan()):
+                ranks = [sorted(heads, key=lambda head: -need[layer, head]) for heads in ([0, 1], [2, 3])]
+                for one, other in zip(*ranks, strict=True):
+                    assert row[one] == row[other]
+                differ += row[ranks[0][0]] != row[ranks[0][1]]
+    assert differ
+
+
+def test_more_ranks_than_heads_keep_alike_in_a_layer():
+    for row in run("llama", Method(ranks=4, **SMALL), 0.55)[-1].plan():
+        assert row[0] == row[1]
+
+
+def test_ranks_that_cannot_be_balanced_are_refused():
+    with pytest.raises(HeadsinkError, match="tensor-parallel: 4 KV heads cannot be split evenly over 3 ranks"):
+        searching("llama-mha", Method(ranks=3, **SMALL))
+    for wrong in ({"ranks": 0}, {"ranks": 2, "policy": "random"}, {"ranks": 2, "once": True, "retell": True}):
+        with pytest.raises(HeadsinkError, match=f"tensor-parallel: {wrong['ranks']} ranks; at least 1"):
+            Method(**wrong)

@@ -15,6 +15,7 @@ from plans import random_plan
 import headsink.vllm
 from headsink import HeadsinkError, Pattern, Plan, serving
 from headsink.pattern import visible
+from headsink.sharding import rank_heads
 from headsink.vllm import blocks, groups
 from headsink.vllm import settings as vllm_settings
 from headsink.vllm.fingerprint import check_folder
@@ -70,7 +71,7 @@ def test_groups_keep_what_every_head_needs_and_cost_what_they_say(ranks):
         plan = random_plan(model, seed, windowed)
         found = groups.choose(plan, [None] * 3, 16, 4096, 256, ranks)
         for heads, units in zip(plan.layers, found.units, strict=True):
-            for mine in groups.rank_heads(4, ranks):
+            for mine in rank_heads(4, ranks):
                 order = groups.widest_first([head.pattern for head in heads], mine)
                 for unit, n in zip(units, order, strict=True):
                     needed = blocks.widen(heads[mine[n]].pattern, 16)
@@ -95,9 +96,21 @@ def test_merging_is_never_worse_than_groups_of_equal_patterns():
             assert groups.choose(plan, [None] * 3, 16, 4096, 256, 1).used <= alone
 
 
+def test_a_plan_made_for_the_ranks_wastes_nothing_on_them():
+    """What vLLM reserves on each of two ranks is half of what one would, for any plan whose ranks keep alike; else more."""
+    model = tiny("llama-mha")
+    for seed in range(20):
+        plan = random_plan(model, seed, windowed)
+        alike = plan.model_copy(update={"layers": tuple((*row[:2], *row[1::-1]) for row in plan.layers)})
+        one, two = (groups.choose(alike, [None] * 3, 16, 4096, 256, ranks) for ranks in (1, 2))
+        assert two.planned == one.planned / 2
+        uneven = groups.choose(plan, [None] * 3, 16, 4096, 256, 2)
+        assert uneven.planned >= groups.choose(plan, [None] * 3, 16, 4096, 256, 1).planned / 2
+
+
 def test_heads_are_split_over_ranks_or_repeated():
-    assert groups.rank_heads(4, 2) == [[0, 1], [2, 3]]
-    assert groups.rank_heads(2, 4) == [[0], [0], [1], [1]]
+    assert rank_heads(4, 2) == [[0, 1], [2, 3]]
+    assert rank_heads(2, 4) == [[0], [0], [1], [1]]
 
 
 def test_a_folder_is_checked_by_its_shape_and_its_weights(tmp_path):
@@ -122,7 +135,7 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "floating keys.*--policy streaming-llm"),
+        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "floating keys.*--no-floating"),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), once=True), "compressed once"),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache"), "--positions text"),
     ],

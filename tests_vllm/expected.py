@@ -8,8 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headsink.architecture import describe
+from headsink.sharding import rank_heads
 from headsink.vllm.blocks import visible
-from headsink.vllm.groups import choose, rank_heads, widest_first
+from headsink.vllm.groups import choose, widest_first
 
 _running = []
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
 from headsink.architecture import check_plannable, describe
+from headsink.corpus import Domain
 from headsink.dealing import FEW, SWEEPS, Deal, needed, tuned
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
@@ -35,7 +36,8 @@ from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
 from headsink.search import SINK, Method, Phase, Search, Step, check_room, mean_loss
 
-KINDS = corpus.DOMAINS  # a document of each kind of text
+KINDS: tuple[Domain, ...] = (*corpus.DOMAINS, "qa")  # of text that documents can be made of
+DOCUMENTS = len(corpus.DOMAINS)  # at least
 CONTINUATION = 128  # tokens of text after a document
 VERIFIED = 8_000  # tokens of documents that a plan is run over once it is made, at least one document
 TAIL = 160  # tokens that a branch may have, so that it fits into the longest context
@@ -54,6 +56,7 @@ def calibrate(
     max_kl: float | None = None,
     method: Method | None = None,
     quality_contexts: Sequence[int] | None = None,
+    domains: Sequence[Domain] = corpus.DOMAINS,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
@@ -70,6 +73,7 @@ def calibrate(
     method : how patterns are chosen; ours if not given. `Method(policy="streaming-llm")` and others are there to compare with.
     quality_contexts : lengths at which the plan is measured on held-out text; the context and a shorter one if not given, ()
         to leave that out.
+    domains : kinds of text that the calibration documents are made of, of `KINDS`; four documents at least, in turn.
     checkpoint : a file that keeps the steps done; an interrupted search goes on from there, given the same arguments.
     progress : show bars on standard error.
 
@@ -90,7 +94,14 @@ def calibrate(
     if wrong := [n for n in quality_contexts or () if not LEAST_QUALITY <= n <= most]:
         raise HeadsinkError(f"quality_contexts: {wrong[0]} is outside {LEAST_QUALITY} to {most}")
     calibration = Calibration(
-        model, tokenizer, context=context, method=method, seed=seed, checkpoint=checkpoint, progress=progress
+        model,
+        tokenizer,
+        context=context,
+        method=method,
+        domains=domains,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
     )
     plan = calibration.plan(budget) if budget is not None else calibration.plan_within(max_kl or 0.0)
     if quality_contexts is None:
@@ -109,6 +120,15 @@ def check_budget(budget: float) -> None:
         raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
 
 
+def check_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
+    """The kinds of text that are named, each once. Raises HeadsinkError for one that documents cannot be made of."""
+    found = tuple(dict.fromkeys(domains))
+    if not found or (wrong := [name for name in found if name not in KINDS]):
+        given = repr(wrong[0]) if found else "none"
+        raise HeadsinkError(f"domains: {given} given; one or more of {', '.join(KINDS)}")
+    return found  # type: ignore[return-value]
+
+
 class Calibration:
     """Documents that the model has read, from which plans of any budget are made."""
 
@@ -119,6 +139,7 @@ class Calibration:
         *,
         context: Context,
         method: Method | None = None,
+        domains: Sequence[Domain] = corpus.DOMAINS,
         seed: int = 0,
         checkpoint: Path | None = None,
         progress: bool = True,
@@ -127,6 +148,7 @@ class Calibration:
         check_plannable(shape)
         self.model, self.method, self.seed = model, method or Method(), seed
         self.checkpoint, self.progress = checkpoint, progress
+        self.domains = check_domains(domains)
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
         if not LEAST_CONTEXT <= self.shortest <= self.longest <= shape.max_context:
             given = self.shortest if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
@@ -135,7 +157,7 @@ class Calibration:
             )
         if all(shape.windows):
             raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
-        self.documents = _documents(tokenizer, self.shortest, self.longest, seed)
+        self.documents = _documents(tokenizer, self.shortest, self.longest, self.domains, seed)
         self.prompt = prompt_tokens(tokenizer)
         self.replays: list[Replay] = []
         told = []
@@ -156,6 +178,7 @@ class Calibration:
         key = {
             "budget": budget,
             "context": [self.shortest, self.longest],
+            "domains": list(self.domains),
             "seed": self.seed,
             "method": asdict(self.method),
         }
@@ -176,7 +199,7 @@ class Calibration:
             "dtype": dtype_name(self.model.dtype),
             "documents": [
                 {"text": kind, "tokens": len(one.document.ids), "verified": one in self._verified}
-                for kind, one in zip(KINDS, self.replays, strict=True)
+                for (kind, _), one in zip(_kinds(self.domains), self.replays, strict=True)
             ],
             "forms": list(probes.FORMS["calibration"]),
             "replayed_loss": replayed,
@@ -324,13 +347,20 @@ class Calibration:
             write_text(self.checkpoint, json.dumps({"key": key, "steps": [asdict(step) for step in steps]}))
 
 
-def _documents(tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, seed: int) -> list[Document]:
-    """A document of each kind that fits the context with what follows it, at both ends of a range in turn."""
+def _kinds(domains: Sequence[Domain]) -> list[tuple[Domain, int]]:
+    """The kind of text of each document, and how many of its kind come before it: the kinds in turn, four documents at least."""
+    return [(domains[n % len(domains)], n // len(domains)) for n in range(max(DOCUMENTS, len(domains)))]
+
+
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, domains: Sequence[Domain], seed: int
+) -> list[Document]:
+    """Documents that fit the context with what follows them, at both ends of a range in turn."""
     return [
         probes.document(
-            tokenizer, length - TAIL, split="calibration", seed=seed, domains=(kind,), continuation=CONTINUATION
+            tokenizer, length - TAIL, split="calibration", seed=seed + n, domains=(kind,), continuation=CONTINUATION
         )
-        for kind, length in zip(KINDS, cycle((longest, shortest)), strict=False)
+        for (kind, n), length in zip(_kinds(domains), cycle((longest, shortest)), strict=False)
     ]
 
 

@@ -19,7 +19,7 @@ import headsink
 from headsink import corpus, doctor, prompt_files, show
 from headsink.answering import chat, generate, read
 from headsink.bench.cli import bench
-from headsink.calibrate import check_budget
+from headsink.calibrate import KINDS, check_budget, check_domains
 from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again
 from headsink.census.statistics import QUERIES, Thresholds
@@ -29,7 +29,7 @@ from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
 from headsink.frontier import FRONTIER, frontier
 from headsink.options import MODEL_HELP, Device, Dtype, Json, Model, Seed, context_range, memory, numbers
 from headsink.report import write_comparison, write_comparison_pictures
-from headsink.search import POLICIES, Method
+from headsink.search import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.serving import PASS_ON, serve
 from headsink.sharding import is_main
 
@@ -206,6 +206,9 @@ def plan(
         typer.Option("--frontier", help="Make plans of several budgets instead, with a chart of what they cost, here."),
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="The budgets of --frontier, separated by commas.")] = None,
+    domains: Annotated[
+        str, typer.Option(help=f"Kinds of text to calibrate on, separated by commas: {', '.join(KINDS)}.")
+    ] = ",".join(corpus.DOMAINS),
     once: Annotated[
         bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
     ] = False,
@@ -216,6 +219,20 @@ def plan(
             help="As --once, and the model tells a context again before: the best quality, for a second reading.",
         ),
     ] = False,
+    no_floating: Annotated[
+        bool,
+        typer.Option(
+            "--no-floating",
+            help="First tokens and windows of several sizes only, which vLLM can serve (headsink serve).",
+        ),
+    ] = False,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="For serving on so many GPUs: heads in the same place of different ranks keep alike, so that no rank is fuller.",
+        ),
+    ] = 1,
     positions: Annotated[
         str,
         typer.Option(
@@ -236,9 +253,20 @@ def plan(
     budget = 0.25 if budget is None and max_kl is None else budget
     if budget is not None:
         check_budget(budget)
+    kinds = check_domains([kind.strip() for kind in domains.split(",") if kind.strip()])
     if positions not in ("text", "cache"):
         raise HeadsinkError(f"positions: {positions!r} is neither text nor cache")
-    method = Method(policy=policy, once=once or retell, retell=retell, positions=positions)  # type: ignore[arg-type]
+    if no_floating and policy != "headsink":
+        raise HeadsinkError(f"no-floating: the policy {policy} has no floating keys anyway; leave one of the two out")
+    method = Method(
+        policy=policy,  # type: ignore[arg-type]
+        once=once or retell,
+        retell=retell,
+        positions=positions,  # type: ignore[arg-type]
+        ranks=tensor_parallel,
+        windows=SEVERAL_WINDOWS if no_floating else WINDOWS,
+        floating=(0.0,) if no_floating else FLOATING,
+    )
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)
@@ -251,7 +279,7 @@ def plan(
     longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
     wanted = longest if context is None else context_range(context)
     if frontier_folder is not None:
-        drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, seed=seed)
+        drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, domains=kinds, seed=seed)
         with new_folder(frontier_folder, FRONTIER) as part:
             drawn.save(part)
         if as_json:
@@ -270,6 +298,7 @@ def plan(
             context=wanted,
             method=method,
             quality_contexts=measured,
+            domains=kinds,
             seed=seed,
             checkpoint=checkpoint,
         )

@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headsink import corpus
 from headsink.calibrate import Calibration, Context, check_budget
+from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan, Quality
 from headsink.quality import measure
@@ -81,6 +83,7 @@ def frontier(
     context: Context,
     budgets: Sequence[float] = BUDGETS,
     method: Method | None = None,
+    domains: Sequence[Domain] = corpus.DOMAINS,
     seed: int = 0,
     progress: bool = True,
 ) -> Frontier:
@@ -90,7 +93,9 @@ def frontier(
     """
     for budget in budgets:
         check_budget(budget)
-    calibration = Calibration(model, tokenizer, context=context, method=method, seed=seed, progress=progress)
+    calibration = Calibration(
+        model, tokenizer, context=context, method=method, domains=domains, seed=seed, progress=progress
+    )
     possible = [budget for budget in sorted(budgets) if budget >= calibration.least]
     if not possible:
         raise HeadsinkError(f"budgets: all are less than the smallest plan, {calibration.least:.3f}")

@@ -25,6 +25,7 @@ from headsink.errors import HeadsinkError
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Positions
 from headsink.replay import Marginals, Patterns, Replay
+from headsink.sharding import rank_heads
 
 Policy = Literal["headsink", "streaming-llm", "on-off", "layer-wise", "copy-first-layer", "random"]
 Phase = Literal["forward", "refined", "done"]
@@ -32,6 +33,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 SINK = 4
 WINDOWS = (32,)
+SEVERAL_WINDOWS = (32, 128, 512, 2048)  # for plans without floating keys
 FLOATING = (0, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the context
 START = 0.7  # of the budget is dealt out by need
 GROWTH = 1.25  # of what is kept, from step to step
@@ -53,6 +55,8 @@ class Method:
     retrieval_weight: KL of answers against that of text. once: the plan is for contexts that are compressed once. retell: and are
     told again before; then numbers are dealt by need (all heads have the same without) and refined where heads are few
     (dealing.py). fit_values: and values make up for the keys that go. positions: as in a plan; "cache" is for windows only.
+    ranks: of tensor parallelism, in which every rank reserves what the fullest one takes; so heads in the same place of different
+    ranks go the same way.
     """
 
     policy: Policy = "headsink"
@@ -68,13 +72,18 @@ class Method:
     retell: bool = False
     fit_values: bool = True
     positions: Positions = "text"
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise HeadsinkError(f"policy: {self.policy!r} is unknown; one of {', '.join(POLICIES)}")
         if self.retell and not (self.once and self.policy == "headsink"):
             raise HeadsinkError("retell: contexts that are compressed once are told again, by our own policy only")
-
+        if self.ranks < 1 or (self.ranks > 1 and (self.retell or self.policy in ("copy-first-layer", "random"))):
+            raise HeadsinkError(
+                f"tensor-parallel: {self.ranks} ranks; at least 1, and more neither with --retell nor with the policies "
+                "copy-first-layer and random, which do not choose heads one by one"
+            )
         if self.positions == "cache" and (self.policy != "streaming-llm" or self.once):
             raise HeadsinkError(
                 "positions: only windows can count them in the cache; use the policy streaming-llm, which lets go all the time"
@@ -120,17 +129,32 @@ class Search:
             replay.once = method.once
         shape = replays[0].shape
         self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
-        self.heads = [(layer, head) for layer in self.layers for head in range(shape.kv_heads)]
+        self.ranks = list(dict.fromkeys(tuple(heads) for heads in rank_heads(shape.kv_heads, method.ranks)))
+        self.heads = [(layer, head) for layer in self.layers for head in self._in_order(layer)]
         self.options = method.options(context)
         self.sizes = torch.tensor([p.size(context) for p in self.options], dtype=torch.float64)
+
+    def _in_order(self, layer: int) -> list[int]:
+        """The heads of a layer; of several ranks side by side those that need most, then those that need the next most, ..."""
+        if len(self.ranks) == 1 or self.need is None:
+            return [head for place in zip(*self.ranks, strict=True) for head in place]
+        need = self.need[layer].mean(-1).tolist()
+        ranks = [sorted(heads, key=lambda head: -need[head]) for heads in self.ranks]
+        return [head for place in zip(*ranks, strict=True) for head in place]
 
     # plans as rows of a table: int64 [heads], the option of each
 
     def patterns(self, pick: Tensor) -> list[list[Pattern] | None]:
         rows: list[list[Pattern] | None] = [None] * self.replays[0].shape.layers
-        for (layer, _), option in zip(self.heads, pick.tolist(), strict=True):
-            rows[layer] = [*(rows[layer] or []), self.options[option]]
+        for layer in self.layers:
+            rows[layer] = [FULL] * self.replays[0].shape.kv_heads
+        for (layer, head), option in zip(self.heads, pick.tolist(), strict=True):
+            rows[layer][head] = self.options[option]  # type: ignore[index]
         return rows
+
+    def _rows(self, found: Tensor) -> Tensor:
+        """What was found for [layers that do not slide, KV heads, ...], in rows as plans are."""
+        return torch.stack([found[self.layers.index(layer), head] for layer, head in self.heads])
 
     def kept(self, pick: Tensor) -> float:
         return float(self.sizes[pick].sum()) / (self.context * len(self.heads))
@@ -202,7 +226,7 @@ class Search:
     def _half_way(self, pick: Tensor, better: Tensor, cost: Tensor, budget: float) -> Tensor:
         """Of the changes from `pick` to `better` the half that promises most, with as many more as pay for the keys it takes."""
         if self._together() > 1:
-            return pick  # halves would part the heads of a layer
+            return pick  # halves would part heads that go the same way
         changed = (pick != better).nonzero()[:, 0]
         order = changed[cost[changed, better[changed]].argsort()]
         half, allowed = pick.clone(), budget * self.context * len(self.heads)
@@ -222,7 +246,7 @@ class Search:
         mean = _mean(found)
         if not (math.isfinite(mean.loss) and mean.gradient.isfinite().all()):
             raise HeadsinkError("the model's loss is not finite here; try --dtype float32 or bfloat16")
-        gradient, error = (t[self.layers].flatten(0, 1).double() for t in (mean.gradient, mean.error))
+        gradient, error = (self._rows(t[self.layers]).double() for t in (mean.gradient, mean.error))
         if not self.method.gradient:
             return mean.loss, error
         if not self.method.correction:
@@ -239,10 +263,11 @@ class Search:
         check_room(budget, self.context, least)
         if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
             return torch.full((len(self.heads),), smallest)
-        wanted = (needed(self.need[self.layers], START * budget - least).flatten() + least)[:, None] * self.context
+        share = needed(self.need[self.layers], START * budget - least)
+        wanted = (self._rows(share) + least)[:, None] * self.context
         # Squares, so that no head goes without for the sake of another that has most of what it needs.
         missing = (wanted - self.sizes).clamp(min=0).square() / wanted
-        return choose(missing, self.sizes, START * budget * self.context * len(self.heads))
+        return self._choose(missing, START * budget)
 
     def _fixed(self, budget: float) -> Tensor | None:
         """Plans that nothing is measured for."""
@@ -270,12 +295,12 @@ class Search:
         return None
 
     def _pick(self, step: Step) -> Tensor:
-        flat = [p for row in step.plan() if row is not None for p in row]
-        return torch.tensor([self.options.index(p) for p in flat])
+        plan = step.plan()
+        return torch.tensor([self.options.index(plan[layer][head]) for layer, head in self.heads])  # type: ignore[index]
 
     def _together(self) -> int:
-        """Heads that go the same way: all of a layer, or each by itself."""
-        return len(self.heads) // len(self.layers) if self.method.policy == "layer-wise" else 1
+        """How many heads, one after the other, go the same way: all of a layer, one of each rank, or each by itself."""
+        return len(self.heads) // len(self.layers) if self.method.policy == "layer-wise" else len(self.ranks)
 
     def _choose(self, cost: Tensor, budget: float) -> Tensor:
         tied = self._together()

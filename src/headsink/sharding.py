@@ -77,6 +77,16 @@ def gather_heads(tensor: Tensor, heads: int) -> Tensor:
     return torch.cat(shares).to(tensor.device)
 
 
+def rank_heads(kv_heads: int, ranks: int) -> list[list[int]]:
+    """Which KV heads of a layer each tensor-parallel rank has: heads are split, or repeated if there are more ranks."""
+    if max(kv_heads, ranks) % min(kv_heads, ranks):
+        raise HeadsinkError(f"tensor-parallel: {kv_heads} KV heads cannot be split evenly over {ranks} ranks")
+    if kv_heads >= ranks:
+        part = kv_heads // ranks
+        return [list(range(rank * part, (rank + 1) * part)) for rank in range(ranks)]
+    return [[rank * kv_heads // ranks] for rank in range(ranks)]
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes and shows; every process is, outside of torchrun."""
     return not dist.is_initialized() or dist.get_rank() == 0

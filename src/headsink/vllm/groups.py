@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from headsink.pattern import Pattern
 from headsink.plan import Plan
+from headsink.sharding import rank_heads
 from headsink.vllm.blocks import ALL, Blocks, union, widen
 
 MOST_GROUPS = 8  # a group takes a block table, slots and metadata at every step: some 0.2 ms on a CPU
@@ -44,14 +45,6 @@ class Grouping:
             f"KV cache of a text of {self.context} tokens: {mib[2]} MiB used in {self.groups} groups, {mib[1]} MiB planned, "
             f"{mib[0]} MiB without a plan"
         )
-
-
-def rank_heads(kv_heads: int, ranks: int) -> list[list[int]]:
-    """Which KV heads of a layer each tensor-parallel rank has: heads are split, or repeated if there are more ranks."""
-    if kv_heads >= ranks:
-        part = kv_heads // ranks
-        return [list(range(rank * part, (rank + 1) * part)) for rank in range(ranks)]
-    return [[rank * kv_heads // ranks] for rank in range(ranks)]
 
 
 def widest_first(patterns: Sequence[Pattern], heads: Sequence[int]) -> list[int]:

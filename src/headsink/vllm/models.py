@@ -26,10 +26,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from headsink.architecture import Architecture, describe
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.sharding import rank_heads
 from headsink.vllm.backend import over_blocks
 from headsink.vllm.cache import SinkWindowSpec
 from headsink.vllm.fingerprint import PassingWeights, skeleton
-from headsink.vllm.groups import Grouping, choose, rank_heads, widest_first
+from headsink.vllm.groups import Grouping, choose, widest_first
 from headsink.vllm.settings import check_version, given_plan
 
 check_version()

@@ -22,7 +22,7 @@ from headsink_vllm import FAMILIES, PREFIX
 
 VERSION = "0.32"  # the minor version of vLLM that this is written for: its plugins' interface changes with every one
 KEY = "headsink_plan"  # in additional_config
-ANOTHER_PLAN = "make one with `headsink plan --policy streaming-llm`, or another policy without floating keys"
+ANOTHER_PLAN = "make one with `headsink plan --no-floating`"
 
 
 def check_version() -> str:
