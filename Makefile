@@ -1,5 +1,5 @@
 # make demo: the main job on the built-in model.   make test: lint, types, all tests.   Both set up .venv first.
-# make test-vllm: serving by vLLM, in .venv-vllm.
+# make test-vllm: serving by vLLM, in .venv-vllm.   make test-harness: the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
@@ -7,8 +7,10 @@ PEERS := .venv-peers/bin
 PEERS_READY := .venv-peers/ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/ready
+HARNESS := .venv-harness/bin
+HARNESS_READY := .venv-harness/ready
 
-.PHONY: setup demo test test-vllm lint peers clean
+.PHONY: setup demo test test-vllm test-harness lint peers clean
 
 setup: $(READY)
 
@@ -44,6 +46,18 @@ $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 	@$(VLLM)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(VLLM_READY)
 
+test-harness: $(HARNESS_READY)
+	$(HARNESS)/python -m pytest tests/test_harness.py
+
+# Over .venv, whose packages it sees: beside them, transformers would import some of the harness's, which takes a second each time.
+$(HARNESS_READY): $(READY)
+	@echo "Setting up .venv-harness (once; about half a minute)"
+	@$(PYTHON) -m venv .venv-harness
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(HARNESS)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headsink.pth"
+	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt lm-eval
+	@touch $(HARNESS_READY)
+
 # The presses of kvpress on the cases that plans are judged on (an hour or two; finished cases are kept if interrupted).
 peers: $(PEERS_READY) runs/cases.json
 	@$(PEERS)/python benchmarks/peers.py --cases runs/cases.json --out benchmarks/results/peers-smollm2.json
@@ -59,4 +73,4 @@ $(PEERS_READY): constraints.txt benchmarks/peers-constraints.txt
 	@touch $(PEERS_READY)
 
 clean:
-	rm -rf .venv .venv-peers .venv-vllm runs
+	rm -rf .venv .venv-peers .venv-vllm .venv-harness runs

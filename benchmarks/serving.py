@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headsink import corpus, models, serving
 from headsink.bench import heading, spread
-from headsink.files import write_text
+from headsink.files import read_text, write_text
 
 STARTS = 600  # seconds that a server may take to start; the first compiles
 POLL = 0.25  # seconds between looks at the server's own figures
@@ -190,6 +190,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
         "stock": stock(arguments.model, *common),
         "plan": under_plan(arguments.model, arguments.plan, *common),
     }
+    ways = {name: ways[name] for name in arguments.ways.split(",")}
     found: dict[str, Any] = {
         "model": arguments.model,
         "plan": json.loads(arguments.plan.read_text())["calibration"],
@@ -201,9 +202,16 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
         "options": {"stock": [*common], "plan": [*common, *(f"{k}={v}" for k, v in serving.ON_CPU.items())]},
         "rounds": [],
     }
+    if arguments.out.is_file():  # stopped before: what is done is kept, if it was done in the same way
+        earlier = json.loads(read_text(arguments.out))
+        if all(earlier.get(key) == value for key, value in found.items() if key != "rounds"):
+            found["rounds"] = earlier["rounds"]
+    done = {(row["round"], row["way"]) for row in found["rounds"]}
     for turn in range(arguments.rounds):
         requests = [(text(tokenizer, 1000 * turn + n, prompt), new) for n in range(arguments.requests)]
         for name in ways if turn % 2 == 0 else reversed(ways):
+            if (turn, name) in done:
+                continue
             log = arguments.out.with_suffix(f".{name}.log")
             space = {"VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_gib), **serving.environment([])}
             with started(ways[name], log, **space) as server:
@@ -230,11 +238,10 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
             print(json.dumps(row | {"says": None}), flush=True)
             write_text(arguments.out, json.dumps(heading("serving under load") | found, indent=1) + "\n")
     rows = {name: [row for row in found["rounds"] if row["way"] == name] for name in ways}
-    ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rows["plan"], rows["stock"], strict=True)]
-    found["throughput_ratio"] = spread(ratios)
-    found["running_ratio"] = max(r["most_running"] for r in rows["plan"]) / max(
-        r["most_running"] for r in rows["stock"]
-    )
+    if len(ways) == 2:
+        pairs = list(zip(rows["plan"], rows["stock"], strict=True))
+        found["throughput_ratio"] = spread([plan["tokens_per_s"] / other["tokens_per_s"] for plan, other in pairs])
+        found["running_ratio"] = spread([plan["mean_running"] / other["mean_running"] for plan, other in pairs])
     return found
 
 
@@ -297,6 +304,7 @@ def main() -> None:
     )
     parser.add_argument("--new", type=int, default=400, help="tokens to generate; at most, where lengths are mixed")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", default="stock,plan", help="of load; one of them, to see how many texts fit")
     parser.add_argument("--blocks", type=int, default=300, help="of the small KV cache")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(models.find(arguments.model)[0])

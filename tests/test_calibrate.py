@@ -15,7 +15,6 @@ from headsink import HeadsinkError, Pattern, Plan, calibrate, corpus, probes
 from headsink.architecture import describe
 from headsink.calibrate import (
     BUDGETS,
-    KINDS,
     LEAST_CONTEXT,
     TAIL,
     Calibration,
@@ -95,12 +94,13 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     assert 0.2 < plan.kept(CONTEXT) <= 0.4
     made = plan.calibration
     assert (made["budget"], made["context"], made["seed"]) == (0.4, [CONTEXT, CONTEXT], 3)
+    assert made["domains"] == list(corpus.DOMAINS)
     assert made["kept"] == pytest.approx(plan.kept(CONTEXT), abs=1e-4)
     assert made["dtype"] == "float64"
     assert made["method"]["policy"] == "headsink"
     assert made["method"]["once"] == plan.once == once
     assert made["forms"] == list(FORMS["calibration"])
-    assert [document["text"] for document in made["documents"]] == list(KINDS)
+    assert [document["text"] for document in made["documents"]] == list(corpus.DOMAINS)
     assert all(0.7 * (CONTEXT - TAIL) < d["tokens"] <= CONTEXT - TAIL for d in made["documents"])
     assert plan.quality == ()
     assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
@@ -475,7 +475,7 @@ def test_plans_are_judged_on_other_text_and_other_questions(tokenizer):
                 found |= corpus.paragraphs(tokenizer.decode(ids))
         return found, forms
 
-    made = [document for seed in range(2) for document in _documents(tokenizer, 1500, 3000, seed)]
+    made = [document for seed in range(2) for document in _documents(tokenizer, 1500, 3000, corpus.DOMAINS, seed)]
     judged = [
         probes.document(tokenizer, 2000, split="heldout", seed=seed, domains=(domain,))
         for seed in range(2)

@@ -198,12 +198,13 @@ def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):
     path = tmp_path / "plan.json"
-    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu")
+    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--domains", "maths,qa", "--device", "cpu")
     status, out, err = run("plan", tiny_folder, *words, "--out", path, "--json")
     assert status == 0, err
     made = Plan.load(path)
     assert json.loads(out)["file"] == str(path)
     assert made.kept(600) <= 0.3
+    assert [document["text"] for document in made.calibration["documents"]] == ["maths", "qa"] * 2
     assert made.quality[0].context == 512
     assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
     assert run("plan", tiny_folder, *words, "--out", tmp_path / "b.json")[0] == 0
@@ -348,6 +349,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "1.5"], "outside (0, 1]"),
         (["plan", "TINY", "--budget", "0.0001"], "less than the smallest plan"),
         (["plan", "TINY", "--context", "100000"], "model's maximum"),
+        (["plan", "TINY", "--domains", "code,random"], "domains: 'random' given; one or more of prose, code"),
         (["plan", "TINY", "--out", "."], "it is a folder"),
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),

@@ -182,6 +182,9 @@ def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_
     assert f"--served-model-name={folder}" in found
     assert ("--block-size=32" in found) != torch.cuda.is_available()
     assert "--block-size=32" not in serving.command(folder, plan, ["--block_size", "64"])
+    other = serving.command(folder, plan, ["--headless", "--node-rank=1"])  # a machine without the server
+    assert other[1:4] == ["vllm.entrypoints.cli.main", "serve", str(folder)]
+    assert other[4:] == [*found[4:-3], "--headless", "--node-rank=1"]
     assert found[-3:] == ["--port", "80", "--max-model-len=128"]
     with pytest.raises(HeadsinkError, match="--hf-overrides: headsink serve sets it itself"):
         serving.command(folder, plan, ["--hf_overrides={}"])

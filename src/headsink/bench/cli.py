@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headsink.bench import census as census_bench
+from headsink.bench import everything as all_bench
+from headsink.bench import memory as memory_bench
+from headsink.bench import peers
+from headsink.bench import results as results_bench
 from headsink.bench import speed as speed_bench
+from headsink.bench.everything import Options
+from headsink.bench.families_command import families
+from headsink.bench.quality_command import quality
+from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.options import Device, Dtype, Json, Seed, numbers
 from headsink.plan import Plan
@@ -19,6 +28,33 @@ from headsink.progress import console
 bench = typer.Typer(
     help="Measure headsink on this machine, side by side with what one would use otherwise.", no_args_is_help=True
 )
+bench.command()(families)
+bench.command()(quality)
+DEFAULT = Options()
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+ALL_CONTEXTS, ALL_BATCHES = _listed(DEFAULT.contexts), _listed(DEFAULT.batches)
+PlanFiles = Annotated[
+    list[Path] | None, typer.Option("--plan", help="Plan to measure beside the all-full one; may be repeated.")
+]
+Contexts = Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")]
+Batches = Annotated[str, typer.Option(help="How many texts at once, with commas.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the medians are to be quoted.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="Write the JSON here too.")]
+LlamaCpp = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Measure llama.cpp too: a folder with node-llama-cpp in its node_modules ({peers.NODE_PACKAGE})."
+    ),
+]
+Vllm = Annotated[
+    Path | None,
+    typer.Option(help="Measure vLLM too: the Python of an environment that has it; the one that runs this, if it has."),
+]
 
 
 @bench.command(name="census")
@@ -53,35 +89,202 @@ def census(
 @bench.command(name="speed")
 def speed(
     model: Annotated[str, typer.Argument(help="Model to measure.")] = "smollm2",
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan to measure beside the all-full one.")] = None,
-    contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = "512,2000,7500",
+    plan_files: PlanFiles = None,
+    contexts: Contexts = "512,2000,7500",
+    batches: Batches = "1",
     tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate after a prompt.")] = 33,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the medians are to be quoted.")] = 5,
-    out_file: Annotated[Path | None, typer.Option("--out", help="Write the JSON here too.")] = None,
+    rounds: Rounds = 5,
+    llama_cpp: LlamaCpp = None,
+    vllm: Vllm = None,
+    out_file: OutFile = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Time to the first token, time per token and bytes of the KV cache, under a plan, against transformers.
+    """Time to the first token, time per token and bytes of the KV cache, under plans, against transformers and peers.
 
-    Do nothing else on the machine. Takes about 15 minutes on 2 cores.
+    Do nothing else on the machine. Takes about 15 minutes on 2 cores for one plan and one text at a time.
     """
     if out_file is not None:
         check_file(out_file)
-    lengths = numbers("contexts", contexts)
+    lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
     result = speed_bench.run(
         model,
         contexts=lengths,
+        batches=texts,
         tokens=tokens,
         rounds=rounds,
-        plan=Plan.load(plan_file) if plan_file else None,
+        plans=named_plans(plan_files or []),
+        llama_cpp=llama_cpp,
+        vllm=vllm,
         seed=seed,
         dtype=dtype,
         device=device,
         report=lambda line: console.print(line, highlight=False),
     )
+    tables = [speed_bench.table(result, length, batch) for length in lengths for batch in texts]
+    _tell(result, tables, out_file, as_json)
+
+
+@bench.command(name="memory")
+def memory(
+    model: Annotated[str, typer.Argument(help="Model to measure.")] = "smollm2",
+    plan_files: PlanFiles = None,
+    contexts: Contexts = "512,2000,7500",
+    batches: Batches = "1",
+    rounds: Rounds = 2,
+    llama_cpp: LlamaCpp = None,
+    vllm: Vllm = None,
+    out_file: OutFile = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes of the KV cache and peak memory of a process, under plans, against transformers and peers.
+
+    Takes about 10 minutes on 2 cores for one plan and one text at a time.
+    """
+    if out_file is not None:
+        check_file(out_file)
+    lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
+    result = memory_bench.run(
+        model,
+        contexts=lengths,
+        batches=texts,
+        rounds=rounds,
+        plans=named_plans(plan_files or []),
+        llama_cpp=llama_cpp,
+        vllm=vllm,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        report=lambda line: console.print(line, highlight=False),
+    )
+    tables = [memory_bench.table(result, length, batch) for length in lengths for batch in texts]
+    _tell(result, tables, out_file, as_json)
+
+
+@bench.command(name="all")
+def everything(
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the rows and plans; what is there is kept.")],
+    models: Annotated[str, typer.Option(help="Models, with commas.")] = _listed(DEFAULT.models),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows to measure, as patterns: 'speed/*', '*/smollm2/gsm8k'; may be repeated."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = _listed(DEFAULT.tasks),
+    items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items,
+    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and families.")] = DEFAULT.context,
+    budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = _listed(DEFAULT.budgets),
+    families: Annotated[str, typer.Option(help="Kinds of text of the rows of families, with commas.")] = _listed(
+        DEFAULT.families
+    ),
+    documents: Annotated[int, typer.Option(min=1, help="Held-out documents of each family.")] = DEFAULT.documents,
+    contexts: Contexts = ALL_CONTEXTS,
+    batches: Batches = ALL_BATCHES,
+    tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate after a prompt.")] = DEFAULT.tokens,
+    rounds: Rounds = DEFAULT.rounds,
+    llama_cpp: LlamaCpp = None,
+    vllm: Vllm = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Measure nothing: say which rows there are, and their state.")
+    ] = False,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure all that docs/results.md shows, row by row, into a folder. Takes hours; stopped, it goes on where it was.
+
+    Rows that are there with the same settings are kept. What a missing package keeps from being measured is recorded so.
+    """
+    options = Options(
+        models=tuple(models.split(",")),
+        tasks=tuple(tasks.split(",")),
+        items=items,
+        context=context,
+        budgets=tuple(numbers("budgets", budgets, float)),
+        families=tuple(families.split(",")),
+        documents=documents,
+        contexts=tuple(numbers("contexts", contexts)),
+        batches=tuple(batch_sizes(batches)),
+        tokens=tokens,
+        rounds=rounds,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        llama_cpp=llama_cpp,
+        vllm=vllm,
+    )
+    done = (all_bench.states if listed else all_bench.run)(options, out_folder, only or ())
+    if as_json:
+        sys.stdout.write(json.dumps(done, indent=1) + "\n")
+    else:
+        sys.stdout.write("".join(f"{name:<40} {state}\n" for name, state in done.items()))
+
+
+@bench.command(name="again")
+def again(
+    folder: Annotated[Path, typer.Argument(help="Folder that headsink bench all filled.")],
+    row: Annotated[str, typer.Argument(help="Name of the row, such as quality/smollm2/gsm8k.")],
+    models: Annotated[str, typer.Option(help="Where models are that are not built in, with commas.")] = _listed(
+        DEFAULT.models
+    ),
+    llama_cpp: LlamaCpp = None,
+    vllm: Vllm = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a row again and compare every figure with the one that is there. The folder stays as it is.
+
+    Ends with exit status 1 if a figure lies outside the interval or range that was committed, or has changed where it should not.
+    """
+    options = Options(models=tuple(models.split(",")), llama_cpp=llama_cpp, vllm=vllm, device=device)
+    found = all_bench.again(options, folder, row)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    else:
+        sys.stdout.write("".join(f"{one.figure:<60} {one.before} -> {one.now}: {one.verdict}\n" for one in found))
+    if any(one.verdict in ("outside", "changed") for one in found):
+        raise typer.Exit(1)
+
+
+@bench.command(name="results")
+def results(
+    folder: Annotated[Path, typer.Argument(help="Folder that headsink bench all filled.")],
+    out_file: Annotated[
+        Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ beside it.")
+    ] = Path("docs/results.md"),
+) -> None:
+    """Write the page of results from the rows of a folder, and from nothing else."""
+    check_file(out_file)
+    results_bench.write(folder, out_file)
+    sys.stdout.write(f"{out_file}\n")
+
+
+def batch_sizes(text: str) -> list[int]:
+    """Read "1,4": how many texts at once."""
+    found = numbers("batches", text)
+    if wrong := [n for n in found if n < 1]:
+        raise HeadsinkError(f"batches: {wrong[0]} texts at once are none; give numbers such as 1,4")
+    return found
+
+
+def named_plans(files: list[Path]) -> dict[str, Plan]:
+    """Plans by the budgets that they were made for, or by their files where those do not tell them apart."""
+    plans = [Plan.load(file) for file in files]
+    budgets = [plan.calibration.get("budget") for plan in plans]
+    named = None not in budgets and len(set(budgets)) == len(plans)
+    names = [str(budget) if named else file.stem for budget, file in zip(budgets, files, strict=True)]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise HeadsinkError(f"plan: two files are called {repeated[0]}.json and were made for one budget; rename one")
+    return dict(zip(names, plans, strict=True))
+
+
+def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, as_json: bool) -> None:
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
         write_text(out_file, text)
-    sys.stdout.write(text if as_json else "\n".join(speed_bench.table(result, n) for n in lengths) + "\n")
+    sys.stdout.write(text if as_json else "\n".join(tables) + "\n")

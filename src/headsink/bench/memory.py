@@ -1,0 +1,161 @@
+"""Bytes of the KV cache and peak memory of a process that reads texts and goes on, under plans and without; each by itself.
+
+Every way gets a process of its own, which loads the model and waits. Then its peak is forgotten, it reads the texts and makes a
+few tokens, and the operating system says what it took at most: weights, cache and all that it needed on the way (Linux only).
+Bytes of a cache are those of the storages behind its tensors; llama.cpp and vLLM say theirs, in whole blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headsink
+from headsink.bench import peers, spread
+from headsink.bench.peers import Failed, Process
+from headsink.bench.rows import machine, versions
+from headsink.bench.speed import BASE, Way, check_contexts, kv_token_bytes, texts_of
+from headsink.decode import refusal
+from headsink.models import dtype_name
+from headsink.plan import Plan
+from headsink.progress import bar
+
+
+def run(
+    model_name: str,
+    *,
+    contexts: Sequence[int],
+    rounds: int,
+    tokens: int = 4,
+    batches: Sequence[int] = (1,),
+    plans: Mapping[str, Plan] | None = None,
+    llama_cpp: Path | None = None,
+    vllm: Path | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """All measurements, in bytes. `report` is given the results of each finished context and batch."""
+    peers.check(llama_cpp, vllm)
+    model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
+    check_contexts(model, contexts, tokens)
+    others, missing = peers.find(model_name, model, llama_cpp, vllm)
+    found: dict[str, Any] = {
+        "what": "bytes of the KV cache, and peak memory of a process",
+        "command": "headsink " + " ".join(sys.argv[1:]),
+        "versions": versions(),
+        "machine": machine(),
+        "model": model_name,
+        "dtype": dtype_name(model.dtype),
+        "device": str(model.device),
+        "plans": {name: plan.counts() for name, plan in (plans or {}).items()},
+        "peers": [{"peer": peer.name, "version": peer.version} for peer in others] + [one.told() for one in missing],
+        "tokens": tokens,
+        "rounds": rounds,
+        "results": [],
+    }
+    kept = {f"headsink, {name}": plan for name, plan in {"full": Plan.full(model), **(plans or {})}.items()}
+    token_bytes = kv_token_bytes(model)
+    request = {"model_name": model_name, "dtype": dtype_name(model.dtype), "device": str(model.device)}
+    del model
+    with tempfile.TemporaryDirectory() as folder:
+        starts: dict[str, Callable[[int, int], Process]] = {BASE: partial(_start, BASE, request, None)}
+        for number, (name, plan) in enumerate(kept.items()):
+            file = plan.save(Path(folder) / f"{number}.json")
+            starts[name] = partial(_start, name, request, file)
+        for peer in others:
+            starts[peer.name] = partial(peer.start, token_bytes=token_bytes)
+        for context in contexts:
+            for batch in batches:
+                texts = texts_of(tokenizer, context, batch, seed)
+                measured: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
+                with bar(f"{context} tokens x {batch}", rounds * len(starts), True) as shown:
+                    for _ in range(rounds):
+                        for name in list(starts):
+                            try:
+                                with starts[name](context + tokens, batch) as process:
+                                    measured[name].append(_measured(process, texts, tokens))
+                            except Failed as error:
+                                if name in kept or name == BASE:
+                                    raise
+                                del starts[name]
+                                found["peers"] += [{"peer": name, "missing": str(error)}]
+                            shown.advance(shown.task_ids[0])
+                for name in starts:
+                    row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
+                    row |= {"kept": kept[name].kept(context)} if name in kept else {}
+                    found["results"].append(row | _summed(measured[name], measured[BASE]))
+                if report is not None:
+                    report(table(found, context, batch))
+    return found
+
+
+def table(found: dict[str, Any], context: int, batch: int) -> str:
+    """The results at a context and a batch, a line for each way."""
+    lines = [f"{context} tokens x {batch}, {found['model']}, {found['dtype']}"]
+    for row in found["results"]:
+        if (row["context"], row["batch"]) == (context, batch):
+            kv = (
+                "KV not told"
+                if row["kv_bytes"] is None
+                else f"KV {row['kv_bytes'] / 1e6:7.1f} MB, {row['kv_ratio']:.3f}"
+            )
+            peak = row["peak_bytes"]
+            told = "" if peak is None else f"; peak {peak['median'] / 1e6:7.0f} MB, {row['peak_ratio']['median']:.3f}"
+            lines.append(f"  {row['way']:<24} {kv}{told}")
+    lines += [f"  {one['peer']}: {one['missing']}" for one in found["peers"] if "missing" in one]
+    return "\n".join(lines)
+
+
+def _start(name: str, request: dict[str, Any], plan: Path | None, longest: int, texts: int) -> Process:
+    """A way of ours or transformers', ready to read; it needs to know no lengths before."""
+    given = json.dumps({**request, "name": name, "plan": None if plan is None else str(plan)})
+    return Process(name, [sys.executable, "-m", __name__, given], {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+
+def _measured(process: Process, texts: list[list[int]], tokens: int) -> dict[str, Any]:
+    process.forget_peak()
+    loaded = process.memory("VmRSS")
+    done = process.ask(ids=texts, tokens=tokens)
+    peak = done.get("peak_bytes") or process.memory()
+    return {"kv_bytes": done["kv_bytes"], "peak_bytes": peak, "loaded_bytes": loaded}
+
+
+def _summed(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    kv, full = own[0]["kv_bytes"], base[0]["kv_bytes"]
+    found: dict[str, Any] = {"kv_bytes": kv, "kv_ratio": kv and kv / full}
+    for name in ("peak_bytes", "loaded_bytes"):
+        found[name] = None if own[0][name] is None else spread([one[name] for one in own])
+    if own[0]["peak_bytes"] is not None:
+        pairs = zip(own, base, strict=True)
+        found["peak_ratio"] = spread([one["peak_bytes"] / other["peak_bytes"] for one, other in pairs])
+    return found
+
+
+def _answer(name: str, model_name: str, dtype: str, device: str, plan: str | None) -> None:
+    """Load a model, say so, and answer every line of standard input (peers.Process)."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    model, _ = headsink.load(model_name, dtype=dtype, device=device)
+    way = Way(name, model, None if plan is None else Plan.load(plan), plan is not None and refusal(model) is None)
+    way.run([[1] * 16], 3)  # what is compiled, is now
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        done = way.run(request["ids"], request["tokens"])
+        if model.device.type == "cuda":
+            done["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
+        print(json.dumps(done), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _answer(**json.loads(sys.argv[1]))

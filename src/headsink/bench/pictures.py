@@ -1,0 +1,63 @@
+"""The pictures of docs/results.md: what plans cost on tasks, and time and memory against context, for each model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from headsink.report.charts import BLUE, Drawn, spec
+
+WAYS = alt.Legend(orient="bottom", columns=3, labelLimit=300)
+
+
+def drawn(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Charts as Vega-Lite by their names."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in dict.fromkeys(name.split("/")[1] for name in done):
+        rows = {
+            kind: [row["found"] for name, row in done.items() if name.startswith(f"{kind}/{model}/") and "found" in row]
+            for kind in ("quality", "speed")
+        }
+        if rows["quality"]:
+            found[f"quality-{model}"] = spec(_quality(rows["quality"]), f"{model}: change of the score under a plan")
+        if rows["speed"]:
+            found[f"speed-{model}"] = spec(_speed(rows["speed"]), f"{model}: one text at a time")
+    return found
+
+
+def _quality(tasks: list[dict[str, Any]]) -> Drawn:
+    """Changes of scores with their intervals over the budget, a panel for each task."""
+    points = [
+        {"task": f"{task['task']}, {task['metric']}", "budget": way["way"], "change": way["change"]}
+        | dict(zip(("low", "high"), way["change_interval"], strict=True))
+        for task in tasks
+        for way in task["ways"]
+        if "change" in way
+    ]
+    budgets = sorted({point["budget"] for point in points}, key=float, reverse=True)
+    base = alt.Chart().encode(x=alt.X("budget:N", sort=budgets, title="budget").axis(labelAngle=0))
+    zero = alt.Chart().mark_rule(strokeDash=[2, 3], color="#333").encode(y=alt.datum(0))
+    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(y=alt.Y("low:Q", title="change"), y2="high:Q")
+    middle = base.mark_point(filled=True, color=BLUE, size=50, opacity=1).encode(y="change:Q")
+    layered = alt.layer(zero, interval, middle, data=alt.Data(values=points)).properties(width=130, height=110)
+    return layered.facet(facet=alt.Facet("task:N", title=None), columns=5).resolve_scale(y="independent")
+
+
+def _speed(cases: list[dict[str, Any]]) -> Drawn:
+    """Milliseconds a token, seconds to the first one, and the KV cache, against the context."""
+    points = [
+        {"context": one["context"], "way": one["way"], "decode": 1e3 * one["decode_s"]["median"]}
+        | {"prefill": one["prefill_s"]["median"], "kv": one["kv_bytes"] and one["kv_bytes"] / 1e6}
+        for case in cases
+        for one in case["results"]
+        if one["batch"] == 1 and not one["way"].endswith("model.generate")
+    ]
+    ways = list(dict.fromkeys(point["way"] for point in points))
+    base = alt.Chart(alt.Data(values=points)).mark_line(point=True).properties(width=230, height=200)
+    base = base.encode(
+        x=alt.X("context:Q", title="tokens of context"),
+        color=alt.Color("way:N", sort=ways, title=None, legend=WAYS),
+    )
+    panels = {"decode": "ms a token", "prefill": "seconds to the first token", "kv": "KV cache, MB"}
+    return alt.hconcat(*(base.encode(y=alt.Y(f"{key}:Q", title=title)) for key, title in panels.items()))

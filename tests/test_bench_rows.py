@@ -1,0 +1,260 @@
+"""Rows of `headsink bench all`, what measuring them again says, and the page that is made of them."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from headsink import HeadsinkError
+from headsink.bench import pictures, results, rows, spread
+from headsink.bench.rows import Row
+
+ROOT = Path(__file__).parent.parent
+COMMITTED = ROOT / "benchmarks" / "results" / "all"
+MACHINE = {"cores": 2, "threads": 2, "cpu": "a CPU (x86_64)", "memory_bytes": 2**34}
+VERSIONS = {"headsink": "0.1.0", "torch": "2.13.0"}
+FULL = {"way": "full", "score": 0.5, "score_interval": [0.4, 0.6], "kept": 1.0}
+PLAN = {
+    "way": "0.25",
+    "kept": 0.251,
+    "score": 0.423,
+    "score_interval": [0.33, 0.52],
+    "change": -0.077,
+    "change_interval": [-0.12, -0.03],
+    "p": 0.011,
+    "same_output": 0.37,
+    "same_tokens": 0.717,
+    "same_tokens_interval": [0.65, 0.78],
+    "kl": 0.1234,
+    "kl_interval": [0.09, 0.15],
+}
+
+
+def record(name, found, **more):
+    command = f"headsink bench all --out DIR --only {name}"
+    on = {"versions": VERSIONS, "machine": MACHINE, "date": "2026-11-26", "seconds": 61.0}
+    return {
+        "row": name,
+        "command": command,
+        **on,
+        "settings": {"contexts": [512], "batches": [1]},
+        "found": found,
+        **more,
+    }
+
+
+def timed(way, decode, prefill, kv):
+    base = {"context": 512, "batch": 1, "way": way, "kept": 1.0, "kv_bytes": kv, "kv_ratio": kv / 10**7}
+    ratios = {
+        "decode_ratio": spread([0.04 / one for one in decode]),
+        "prefill_ratio": spread([0.5 / one for one in prefill]),
+    }
+    return base | {"decode_s": spread(decode), "prefill_s": spread(prefill)} | ratios
+
+
+@pytest.fixture
+def done():
+    """A row of each kind, and one that could not be measured. The plan is slower than transformers at reading."""
+    quality = {"task": "gsm8k", "metric": "right", "higher_is_better": True, "context": 2000, "items": 50, "seed": 0}
+    quality |= {"prompt_tokens": {"median": 1800, "min": 1500, "max": 1999}, "ways": [FULL, PLAN], "records": [[1, 0]]}
+    ways = [
+        timed("transformers", [0.04, 0.041], [0.5, 0.51], 10**7),
+        timed("headsink, 0.25", [0.01, 0.012], [0.625, 0.62], 3 * 10**6),
+    ]
+    missing = {"peer": "vLLM", "missing": "not installed", "install": "make it"}
+    speed = {"dtype": "bfloat16", "peers": [missing], "results": ways}
+    sizes = [
+        {
+            "context": 512,
+            "batch": 1,
+            "way": way,
+            "kv_bytes": kv,
+            "kv_ratio": kv / 10**7,
+            "peak_bytes": spread([peak]),
+            "peak_ratio": spread([peak / 8e8]),
+        }
+        for way, kv, peak in (("transformers", 10**7, 8e8), ("headsink, 0.25", 3 * 10**6, 8.4e8))
+    ]
+    memory = {"dtype": "bfloat16", "peers": [missing], "results": sizes}
+    found = {"quality/smollm2/gsm8k": quality, "speed/smollm2/512x1": speed, "memory/smollm2/512x1": memory}
+    absent = record("quality/smollm2/squad", {}, missing="pip install it")
+    del absent["found"], absent["seconds"]
+    return {name: record(name, one) for name, one in found.items()} | {"quality/smollm2/squad": absent}
+
+
+@pytest.fixture
+def folder(done, tmp_path):
+    for row in done.values():
+        rows.save(tmp_path / "all", row)
+    return tmp_path / "all"
+
+
+def test_rows_are_files_that_are_read_back(done, folder):
+    assert rows.read_rows(folder) == done
+    path = rows.file_of(folder, "speed/smollm2/512x1")
+    assert path == folder / "rows" / "speed" / "smollm2" / "512x1.json"
+    for text in ("{", "[]", '{"row": "a", "settings": {}, "command": ""}'):
+        path.write_text(text)
+        with pytest.raises(HeadsinkError, match=r"512x1\.json: not a row"):
+            rows.read_rows(folder)
+
+
+def test_a_row_is_measured_once_for_its_settings(tmp_path):
+    row = Row("a/b", {"items": (1, 2)}, lambda checkpoint: {"command": "x", "figure": 3}, 60, " --items 1,2")
+    assert rows.state(row, {}) == "to do"
+    made = rows.measure(row, tmp_path / "partial")
+    assert made["found"] == {"figure": 3}
+    assert made["command"] == "headsink bench all --out DIR --only a/b --items 1,2"
+    rows.save(tmp_path, made)
+    assert rows.state(row, rows.read_rows(tmp_path)) == "measured"
+    other = Row("a/b", {"items": (1, 3)}, row.measure, 60)
+    assert rows.state(other, rows.read_rows(tmp_path)) == "measured with other settings"
+
+
+def test_what_cannot_be_measured_is_recorded_with_the_reason(tmp_path):
+    def measure(checkpoint):
+        raise HeadsinkError("tasks: /a/b/data.json is not here: pip install it and/or look at owner/name")
+
+    made = rows.measure(Row("a/b", {}, measure, 60), tmp_path / "partial")
+    assert made["missing"] == "tasks: data.json is not here: pip install it and/or look at owner/name"
+    rows.save(tmp_path, made)
+    assert rows.state(Row("a/b", {}, measure, 60), rows.read_rows(tmp_path)) == "missing"
+
+
+def verdicts(before, now):
+    return {one.figure: one.verdict for one in rows.compare(before, now)}
+
+
+def test_again_the_same_is_the_same(done):
+    for row in done.values():
+        found = verdicts(row, copy.deepcopy(row))
+        assert found
+        assert set(found.values()) == {"the same"}
+
+
+def test_again_finds_figures_that_changed(done):
+    before = done["quality/smollm2/gsm8k"]
+    now = copy.deepcopy(before)
+    plan = now["found"]["ways"][1]
+    plan |= {"score": 0.45, "kl": 0.2, "same_output": 0.3, "p": 0.5}
+    now["found"]["records"] = []
+    found = verdicts(before, now)
+    assert found["ways[0.25].score"] == "within"
+    assert found["ways[0.25].kl"] == "outside"
+    assert found["ways[0.25].same_output"] == "changed"
+    assert found["ways[0.25].change"] == found["ways[full].score"] == found["items"] == "the same"
+    assert not [name for name in found if name.endswith(".p") or "records" in name]
+    del plan["kept"]
+    assert verdicts(before, now)["ways[0.25].kept"] == "changed"
+    now["machine"] = MACHINE | {"cpu": "another"}
+    found = verdicts(before, now)
+    assert found["ways[0.25].same_output"] == "not compared"  # rounded otherwise there
+    assert found["ways[0.25].kl"] == "outside"
+
+
+@pytest.mark.parametrize(
+    ("decode", "verdict"), [([0.0109, 0.0111], "overlaps"), ([0.0131, 0.0135], "overlaps"), ([0.016, 0.017], "outside")]
+)
+def test_times_overlap_within_a_tenth_on_one_machine(done, decode, verdict):
+    before = done["speed/smollm2/512x1"]
+    now = copy.deepcopy(before)
+    now["found"]["results"][1]["decode_s"] = spread(decode)
+    assert verdicts(before, now)["results[headsink, 0.25].decode_s"] == verdict
+    now["machine"] = MACHINE | {"cores": 4}
+    assert verdicts(before, now)["results[headsink, 0.25].decode_s"] == "not compared"
+    del now["found"]["results"][0]
+    assert verdicts(before, now)["results[transformers]"] == "not compared"
+
+
+def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
+    text = results.write(folder, tmp_path / "docs" / "results.md").read_text()
+    for figure in (
+        *("0.500 (0.400 to 0.600)", "0.423; -0.077 (-0.120 to -0.030); keeps 25.1%", "1,800 tokens (1,500 to 1,999)"),
+        *("0.1234 (0.0900 to 0.1500)", "71.7% (65.0% to 78.0%)", "37.0%", "11.0 (10.0 to 12.0)", "0.62 (0.62 to 0.62)"),
+        *(
+            "3.0 | 0.300",
+            "840 (840 to 840) | 1.050",
+            "a CPU (x86_64), 2 cores, 2 threads, 16 GiB; headsink 0.1.0, torch 2.13.0",
+        ),
+    ):
+        assert figure in text
+    for name, row in done.items():
+        assert f"[{name}](../all/rows/{name}.json)" in text
+        assert row["command"] in text
+    assert f"{results.SERVING}" not in text
+    for line in text.splitlines():
+        if line.startswith("| ") and not set(line) <= set("|- ") and not line.endswith(("| row |", "| took |")):
+            assert "/rows/" in line
+    for picture in re.findall(r"\]\((pictures/[^)]*)\)", text):
+        assert (tmp_path / "docs" / picture).stat().st_size > 1000
+
+
+def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    part = text[text.index("## Where it is slower or worse") : text.index("## What was not measured")]
+    slow, more, scores, divergences = (
+        re.findall(r"^\| (?!-)(.*)", one, re.MULTILINE)[1:] for one in part.split("**")[2::2]
+    )
+    assert [line.split(" | ")[:5] for line in slow] == [
+        ["first token", "smollm2, 512 x 1", "headsink, 0.25", "transformers", "0.811 (0.800 to 0.823)"]
+    ]
+    assert [line.split(" | ")[:4] for line in more] == [
+        ["peak of the process", "smollm2, 512 x 1", "headsink, 0.25", "transformers"]
+    ]
+    assert [line.split(" | ")[:4] for line in scores] == [["smollm2, gsm8k", "0.25", "0.500", "0.423"]]
+    assert len(divergences) == 1
+    rest = text[text.index("## What was not measured") :]
+    assert "squad.json): pip install it" in rest
+    assert "vLLM: not installed (make it), in [memory/smollm2/512x1]" in rest
+
+
+def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, tmp_path):
+    row = done["speed/smollm2/512x1"]
+    row["found"]["results"].append(timed("headsink, 0.5", [0.4, 0.4], [0.1, 0.1], 5 * 10**6))
+    row["found"]["results"].append(timed("llama.cpp", [0.2, 0.2], [0.9, 0.9], 10**7))
+    rows.save(folder, row)
+    quality = done["quality/smollm2/gsm8k"]
+    quality["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": None, "kl_interval": None}
+    rows.save(folder, quality)
+    part = results.write(folder, tmp_path / "results.md").read_text().split("## Where it is slower or worse")[1]
+    slow = [line for line in part.splitlines() if "| smollm2, 512 x 1 |" in line]
+    assert slow[0].startswith("| a token | smollm2, 512 x 1 | headsink, 0.5 | transformers | 0.101")
+    assert slow[1].startswith("| a token | smollm2, 512 x 1 | headsink, 0.5 | llama.cpp | 0.500")
+    assert part.split("## What was not")[0].count("Nowhere in these rows.") == 2
+
+
+def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
+    rounds = [
+        {"round": n, "way": way, "tokens_per_s": speed + n, "first_s": {"50": 1.5}, "failed": [], "says": ["x"]}
+        for n in (0, 1)
+        for way, speed in (("stock", 100), ("plan", 150))
+    ]
+    found = {"command": "python benchmarks/serving.py load", "rounds": rounds, "throughput_ratio": spread([1.5, 1.495])}
+    (folder.parent / results.SERVING).write_text(json.dumps(found | {"running_ratio": 2.4, "waiting_ratio": 0.5}))
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    part = text[text.index("## Serving") :]
+    for figure in (
+        "tokens_per_s | 100 (100 to 101) | 150 (150 to 151)",
+        "first_s 50 | 1.5 (1.5 to 1.5)",
+        "running ratio: 2.4",
+    ):
+        assert figure in part
+
+    assert "| serving: waiting |  | headsink serve | vLLM | 0.500 (0.500 to 0.500) |" in part
+    assert "serving: running" not in part
+
+
+@pytest.mark.skipif(not (COMMITTED / "rows").is_dir(), reason="no rows are committed")
+def test_the_committed_page_is_what_the_committed_rows_make(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done, page = rows.read_rows(COMMITTED), Path("docs/results.md")
+    drawn = list(pictures.drawn(done))
+    assert results.page(COMMITTED.relative_to(ROOT), done, page, drawn) == page.read_text(encoding="utf-8")
+    assert all(Path(f"docs/pictures/results-{name}.png").is_file() for name in drawn)
+
+
+def test_a_folder_without_rows_makes_no_page(tmp_path):
+    with pytest.raises(HeadsinkError, match=r"no row in it was measured; headsink bench all --out"):
+        results.write(tmp_path, tmp_path / "results.md")
