@@ -59,7 +59,9 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
         assert row["command"].startswith(f"headsink bench all --out DIR --only {row['row']} --models tiny --tasks")
         assert row["machine"]["cores"]
         assert row["versions"]["torch"]
-    plan, quality, speed = (found[name]["found"] for name in ("plan/tiny", "quality/tiny/retrieval", "speed/tiny/200x1"))
+    plan, quality, speed = (
+        found[name]["found"] for name in ("plan/tiny", "quality/tiny/retrieval", "speed/tiny/200x1")
+    )
     assert [one["budget"] for one in plan["plans"]] == [0.5, 0.25]
     assert [way["way"] for way in quality["ways"]] == ["full", "0.5", "0.25"]
     assert {"vLLM", "llama.cpp"} == {peer["peer"] for peer in speed["peers"]}

@@ -225,6 +225,36 @@ def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, 
     assert part.split("## What was not")[0].count("Nowhere in these rows.") == 2
 
 
+def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
+    sure = {"kl": 0.0123, "interval": [0.01, 0.015]}
+    names = ("default", "prose", "code")
+    cells = [
+        {"calibrated_on": a, "tested_on": b, **sure, "right": 5, "right_full": 6}
+        for a in names
+        for b in ("prose", "code")
+    ]
+    pairs = [
+        {"families": both, "scores": {"far": {"beyond_chance": share}}, "other_role": share / 2}
+        for both, share in ((["prose", "prose"], 0.02), (["prose", "code"], 0.3))
+    ]
+    agreement = [
+        {"plans": both, "moved": moved} for both, moved in ((["prose", "prose"], 0.1), (["prose", "code"], 0.4))
+    ]
+    found = {"families": ["prose", "code"], "context": 2000, "budget": 0.25, "cells": cells, "own": sure}
+    found |= {"noise": [{"tested_on": "prose", **sure}], "census": {"pairs": pairs}, "agreement": agreement}
+    rows.save(folder, record("families/smollm2", found))
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    part = text[text.index("## Are specialised prompts different?") : text.index("## Where it is")]
+    for figure in (
+        *("| plan made on | on prose | on code | row |", "| default | 0.0123 (0.0100 to 0.0150); 5 of 6 |"),
+        *("another family's by 0.0123 (0.0100 to 0.0150)", "differ by: prose +0.0123 (+0.0100 to +0.0150)"),
+        "texts of one family, 2.0% of the heads differ in attention to what is far and 1.0% in role; between plans, 10.0%",
+        "texts of two, 30.0% of the heads differ in attention to what is far and 15.0% in role; between plans, 40.0%",
+        "[families/smollm2](all/rows/families/smollm2.json)",
+    ):
+        assert figure in part
+
+
 def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
     rounds = [
         {"round": n, "way": way, "tokens_per_s": speed + n, "first_s": {"50": 1.5}, "failed": [], "says": ["x"]}

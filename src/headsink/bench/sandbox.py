@@ -107,9 +107,8 @@ def _main() -> None:
         os._exit(0)
     _, status, used = os.wait4(child, 0)
     if round(used.ru_utime + used.ru_stime) >= told["cpu_seconds"]:
-        os.kill(
-            os.getpid(), signal.SIGXCPU
-        )  # the child, alone in its namespace, may have died of another signal for it
+        # The first process of a namespace does not die of every signal, so the child's own may be another one.
+        os.kill(os.getpid(), signal.SIGXCPU)
     os._exit(os.waitstatus_to_exitcode(status) & 255)
 
 
