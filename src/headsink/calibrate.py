@@ -35,6 +35,7 @@ from headsink.reconstruction import Demand, demand, fit
 from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
 from headsink.search import SINK, Method, Phase, Search, Step, check_room, mean_loss
+from headsink.sharding import rank_heads
 
 KINDS: tuple[Domain, ...] = (*corpus.DOMAINS, "qa")  # of text that documents can be made of
 DOCUMENTS = len(corpus.DOMAINS)  # at least
@@ -147,6 +148,7 @@ class Calibration:
         shape = describe(model)
         check_plannable(shape)
         self.model, self.method, self.seed = model, method or Method(), seed
+        rank_heads(shape.kv_heads, self.method.ranks)  # raises if they cannot be split
         self.checkpoint, self.progress = checkpoint, progress
         self.domains = check_domains(domains)
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
