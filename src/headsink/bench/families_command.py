@@ -37,7 +37,7 @@ def families(
     """Whether prose, code, maths, chat and questions need plans of their own: a census of each, and plans made on one and tested
     on the others.
 
-    Takes HOURS on 2 cores.
+    Takes 1 to 2 hours on 2 cores.
     """
     if out_file is not None:
         check_file(out_file)
@@ -69,10 +69,10 @@ def table(result: dict[str, Any]) -> str:
     cells = {(cell["calibrated_on"], cell["tested_on"]): cell for cell in result["cells"]}
     for name in (DEFAULT, *kinds):
         lines.append(f"{name:13}" + "".join(f"{cells[name, kind]['kl']:12.4f}" for kind in kinds))
-    lines.append("answers right, of those that the model itself gets right")
+    lines.append("answers right / of the model itself")
     for name in (DEFAULT, *kinds):
         row = (cells[name, kind] for kind in kinds)
-        lines.append(f"{name:13}" + "".join(f"{cell['right']:>6} of {cell['right_full']:<2}" for cell in row))
+        lines.append(f"{name:13}" + "".join(f"{cell['right']:>7} / {cell['right_full']:<2}" for cell in row))
     own, (low, high) = result["own"]["kl"], result["own"]["interval"]
     lines.append(f"a family's own plan is better there than another family's by {own:.4f} ({low:.4f} to {high:.4f})")
     same, other = (
