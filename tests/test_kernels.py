@@ -1,5 +1,9 @@
 """The parts of the compiled decode step, each against torch or numpy."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +107,23 @@ def test_a_head_that_sees_nothing_gives_zero():
     result = np.full(4, np.nan, np.float32)
     kernels._combine(np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32), result)
     assert not result.any()
+
+
+THREADS = """
+import torch
+from headsink.rows import Softmax, attend_few
+torch.set_num_threads({threads})
+query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
+attend_few(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, Softmax(1.0))
+import numba
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_compiled_calls_leave_torch_its_threads(threads):
+    """In a fresh process: it is the first call that starts numba's own."""
+    command = [sys.executable, "-c", THREADS.format(threads=threads)]
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert found.split() == [str(threads), str(min(threads, 2))]

@@ -6,6 +6,8 @@ In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,7 +22,7 @@ from headsink import gpu
 
 FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
 ROWS = 64  # queries of a KV head up to which it is so on a GPU
-turn = threading.Lock()  # numba's own thread pool, where there is neither OpenMP nor TBB, must not be entered twice
+_alone = threading.Lock()
 
 
 class Softmax(NamedTuple):
@@ -69,6 +71,25 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
+@contextmanager
+def turn() -> Iterator[int]:
+    """Within, compiled code may run in parallel: with as many threads as torch, which it gives, and no other call of it beside.
+
+    Left to itself numba takes every processor, and torch after it as well, since OpenMP counts for both. numba's own pool, where
+    there is neither OpenMP nor TBB, must not be entered twice.
+    """
+    import numba
+
+    threads = torch.get_num_threads()
+    with _alone:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        try:
+            yield threads
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
 def can_run(tensor: Tensor, softmax: Softmax) -> bool:
     """Whether the kernels take tensors like this one; those of a CPU neither cap logits nor know learned ones."""
     return gpu.can_run(tensor) or (
@@ -93,10 +114,8 @@ def attend_table(
     none = rows.new_empty(0, dim)
     new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
     like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
-    with turn:
-        kernels.attend(
-            table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), torch.get_num_threads()
-        )
+    with turn() as threads:
+        kernels.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
     return out.view_as(query).to(query.dtype)
 
 
@@ -169,7 +188,7 @@ def attend_tiles(
     work: Any = np.empty(0, np.uint16 if pairs else np.float32)
     columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (sight.start - sight.anchors)
     columns[: sight.anchors] = -1
-    with turn:
+    with turn() as threads:
         prefill.attend(
             *(_numbers(t.detach().contiguous()) for t in (keys, values)),
             columns.astype(np.int32),
@@ -179,7 +198,7 @@ def attend_tiles(
             scaling,
             work,
             _numbers(out),
-            torch.get_num_threads(),
+            threads,
         )
     return out.view_as(query)
 

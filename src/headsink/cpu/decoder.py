@@ -128,7 +128,6 @@ class Decoder:
         self.vocabulary = len(self.unembedding)
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # columns that there is room for
-        self.threads = torch.get_num_threads()
         self.turns: Any = (
             None  # of places in the cache, float32 [2, places, rotated], where positions are counted in it
         )
@@ -160,7 +159,7 @@ class Decoder:
             turns = np.take(self.turns, np.minimum(length - self.pads, self.last_place[:, None]), 1)
         else:
             turns = np.zeros((2, len(self.layers), texts, 0, 0), np.float32)
-        with turn:
+        with turn() as threads:
             self.kernels.run(
                 self.weights,
                 self.heads,
@@ -179,7 +178,7 @@ class Decoder:
                 self.shape.group,
                 self.scaling,
                 self.eps,
-                self.threads,
+                threads,
             )
         self.length += 1
         return logits
