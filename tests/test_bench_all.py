@@ -111,6 +111,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder
     monkeypatch.setattr(everything.quality, "generate", lambda *a, **k: answered.append(1) or generate(*a, **k))
     assert everything.run(options, tmp_path, ["quality/*"])["quality/tiny/retrieval"] == "measured"
     assert len(answered) <= 2  # of one item, by the model itself and by the plan
+    assert everything.rows.read_rows(tmp_path)["quality/tiny/retrieval"]["resumed"]
     assert not kept[0].exists()
 
 

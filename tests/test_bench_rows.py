@@ -46,7 +46,7 @@ def record(name, found, **more):
 
 
 def timed(way, decode, prefill, kv):
-    base = {"context": 512, "batch": 1, "way": way, "kept": 1.0, "kv_bytes": kv, "kv_ratio": kv / 10**7}
+    base = {"context": 512, "batch": 1, "way": way, "kept": 1.0, "kv_bytes": kv, "kv_ratio": kv and kv / 10**7}
     ratios = {
         "decode_ratio": spread([0.04 / one for one in decode]),
         "prefill_ratio": spread([0.5 / one for one in prefill]),
@@ -189,6 +189,30 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
             assert "/rows/" in line
     for picture in re.findall(r"\]\((pictures/[^)]*)\)", text):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
+
+
+def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
+    squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
+    squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}
+    rows.save(folder, squad | {"row": "quality/smollm2/squad"})
+    longer = copy.deepcopy(done["speed/smollm2/512x1"])
+    for one in longer["found"]["results"]:
+        one["context"] = 2000
+    longer["found"]["results"].append(timed("llama.cpp", [0.2, 0.3], [0.9, 0.9], None) | {"context": 2000})
+    rows.save(folder, longer | {"row": "speed/smollm2/2000x1"})
+    plan = {
+        "budget": 0.25,
+        "kept": 0.249,
+        "verified": {"kl_text": 0.01, "kl_answers": 0.02},
+        "patterns": {"4+9f+32": 80, "full": 10},
+    }
+    rows.save(folder, record("plan/smollm2", {"plans": [plan]}))
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    part = text[text.index("## In short") : text.index("## What it costs")]
+    assert "| smollm2 | 25.0% | 1 of 2 | 0.312 (0.123 to 0.500) | 48% (25% to 72%) | 2,000 | " in part
+    assert "| **11.0**; transformers 40.5; llama.cpp 250.0 | **0.62**; transformers 0.51; llama.cpp 0.90 |" in part
+    assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
+    assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part
 
 
 def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):

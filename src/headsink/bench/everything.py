@@ -275,7 +275,8 @@ def _time_left(wanted: list[Row], done: dict[str, dict[str, Any]], name: str) ->
     """Of a row and of all from it on: what is typical, times what rows of its kind took in this folder against that."""
     took: dict[str, tuple[float, float]] = {}
     for row in wanted:
-        if seconds := done.get(row.name, {}).get("seconds"):
+        there = done.get(row.name, {})
+        if (seconds := there.get("seconds")) and "resumed" not in there:
             for kind in ("", row.name.split("/")[0]):
                 so_far = took.get(kind, (0.0, 0.0))
                 took[kind] = (so_far[0] + seconds, so_far[1] + row.typical)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from headsink.bench import pictures
 from headsink.bench.rows import file_of, read_rows
+from headsink.bench.summary import plans, summary
 from headsink.bench.tables import Link, Record, named, of_kind, ranged, relative, sure, table, values
 from headsink.bench.worse import worse
 from headsink.errors import HeadsinkError
@@ -51,6 +52,10 @@ def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> 
         "`headsink bench all`; change nothing here by hand. Every line names its row: a JSON file, whose command is at the end. "
         "Medians stand with the least and the most, other figures with intervals of 95 %.",
         *machines(found),
+        "## In short",
+        *summary(found, link),
+        "## The plans",
+        *plans(found, link),
         "## What it costs",
         *quality(found, link),
         *shown(drawn, "quality"),
@@ -126,7 +131,7 @@ def agreement(found: dict[str, Record], link: Link) -> list[str]:
     for model, tasks in of_kind(found, "quality").items():
         lines = [
             [
-                *(row["found"]["task"], way["way"], f"{way['kept']:.1%}"),
+                *(row["found"]["task"], f"{float(way['way']):.1%}", f"{way['kept']:.1%}"),
                 *(sure(way, "kl", ".4f"), sure(way, "same_tokens", ".1%"), sure(way, "same_output", ".1%")),
                 link(row["row"]),
             ]
@@ -278,7 +283,7 @@ def commands(done: dict[str, Record], link: Link) -> list[str]:
             link(name),
             f"`{row['command']}`",
             row["date"],
-            f"{row['seconds']:,.0f} s" if "seconds" in row else "not measured",
+            _took(row),
         ]
         for name, row in done.items()
     ]
@@ -287,3 +292,9 @@ def commands(done: dict[str, Record], link: Link) -> list[str]:
         "measures a row again and compares every figure with the one that stands here."
     )
     return [said, table(["row", "command", "date", "took"], lines)]
+
+
+def _took(row: Record) -> str:
+    if "seconds" not in row:
+        return "not measured"
+    return f"{row['seconds']:,.0f} s" + (" since it was stopped last" if "resumed" in row else "")

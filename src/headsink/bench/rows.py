@@ -3,8 +3,9 @@
     {"row": "quality/smollm2/gsm8k", "command": "headsink bench all --out DIR --only quality/smollm2/gsm8k", "versions": {...},
      "machine": {...}, "date": "2026-11-26", "seconds": 812.0, "settings": {...}, "found": {...}}
 
-What could not be measured has "missing", the reason and what to install, in place of "found". A row that is there with the same
-settings is kept. There are no paths of a machine in it: DIR is the folder that holds rows/.
+What could not be measured has "missing", the reason and what to install, in place of "found". "resumed" is there, and true, where
+the seconds are those since the row was stopped last. A row that is there with the same settings is kept. There are no paths of a
+machine in it: DIR is the folder that holds rows/.
 
 **Again.** Every figure of a row is compared with what a second measurement found. One that did not change is *the same*. A figure
 with an interval has to lie *within* it. Figures of repeated measurements (`spread`: median, min, max) *overlap* if the two ranges
@@ -117,7 +118,7 @@ def state(row: Row, done: dict[str, dict[str, Any]]) -> str:
 
 def measure(row: Row, checkpoint: Path) -> dict[str, Any]:
     """Measure a row. What the user could mend, a package that is not installed, makes it a missing one."""
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), checkpoint.exists()
     record: dict[str, Any] = {
         "row": row.name,
         "command": row.command,
@@ -134,7 +135,8 @@ def measure(row: Row, checkpoint: Path) -> dict[str, Any]:
     checkpoint.unlink(missing_ok=True)
     found = {key: value for key, value in found.items() if key not in COPIED}
     seconds = round(time.perf_counter() - start, 1)
-    return record | {"seconds": seconds, "settings": row.settings, "found": found}
+    told = {"seconds": seconds} | ({"resumed": True} if resumed else {})
+    return record | told | {"settings": row.settings, "found": found}
 
 
 def save(folder: Path, record: dict[str, Any]) -> Path:

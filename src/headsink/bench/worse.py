@@ -91,13 +91,16 @@ def scores(found: dict[str, Record], link: Link) -> Iterator[Worse]:
             full = next(way["score"] for way in row["found"]["ways"] if way["way"] == "full")
             higher = row["found"]["higher_is_better"]
             for way in row["found"]["ways"]:
-                if "change" not in way:
-                    continue
-                low, high = way["change_interval"]
-                if high < 0 if higher else low > 0:
+                if "change" in way and is_worse(row["found"], way):
                     left = way["score"] / full if higher else full / way["score"]
                     case = [f"{model}, {row['found']['task']}", way["way"], f"{full:.3f}", f"{way['score']:.3f}"]
                     yield Worse(left, [*case, sure(way, "change", "+.3f"), link(row["row"])])
+
+
+def is_worse(task: Record, way: Record) -> bool:
+    """Whether the interval of the change of a task's score leaves out 0 on the bad side."""
+    low, high = way["change_interval"]
+    return bool(high < 0 if task["higher_is_better"] else low > 0)
 
 
 def divergences(found: dict[str, Record], link: Link) -> Iterator[Worse]:
