@@ -195,6 +195,10 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
     squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}
     rows.save(folder, squad | {"row": "quality/smollm2/squad"})
+    hopeless = copy.deepcopy(squad)
+    hopeless["found"]["ways"][0] |= {"score": 0.0}
+    hopeless["found"]["ways"][1] |= {"kl": 0.2, "same_tokens": 0.5}
+    rows.save(folder, hopeless | {"row": "quality/smollm2/qasper"})
     longer = copy.deepcopy(done["speed/smollm2/512x1"])
     for one in longer["found"]["results"]:
         one["context"] = 2000
@@ -209,7 +213,7 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     rows.save(folder, record("plan/smollm2", {"plans": [plan]}))
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## In short") : text.index("## What it costs")]
-    assert "| smollm2 | 25.0% | 1 of 2 | 0.312 (0.123 to 0.500) | 48% (25% to 72%) | 2,000 | " in part
+    assert "| smollm2 | 25.0% | 1 of 2 | 0.200 (0.123 to 0.500) | 50% (25% to 72%) | 2,000 | " in part
     assert "| **11.0**; transformers 40.5; llama.cpp 250.0 | **0.62**; transformers 0.51; llama.cpp 0.90 |" in part
     assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
     assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part

@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md: what plans cost on tasks, and time and memory against context, for each model."""
+"""The pictures of docs/results.md: what plans cost on tasks, how far they are from the model, and time and memory against context, for each model."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def drawn(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         if rows["quality"]:
             found[f"quality-{model}"] = spec(_quality(rows["quality"]), f"{model}: change of the score under a plan")
+            found[f"agreement-{model}"] = spec(
+                _agreement(rows["quality"]), f"{model}: how far plans are from the model"
+            )
         if rows["speed"]:
             found[f"speed-{model}"] = spec(_speed(rows["speed"]), f"{model}: one text at a time")
     return found
@@ -42,6 +45,29 @@ def _quality(tasks: list[dict[str, Any]]) -> Drawn:
     middle = base.mark_point(filled=True, color=BLUE, size=50, opacity=1).encode(y="change:Q")
     layered = alt.layer(zero, interval, middle, data=alt.Data(values=points)).properties(width=130, height=110)
     return layered.facet(facet=alt.Facet("task:N", title=None), columns=5).resolve_scale(y="independent")
+
+
+def _agreement(tasks: list[dict[str, Any]]) -> Drawn:
+    """KL with its interval over the tasks, those with the least first, in a colour for each budget."""
+    points = [
+        {"task": task["task"], "plan": f"{float(way['way']):.1%}", "kl": way["kl"]}
+        | dict(zip(("low", "high"), way["kl_interval"], strict=True))
+        for task in tasks
+        for way in task["ways"]
+        if way.get("kl_interval")
+    ]
+    plans = list(dict.fromkeys(point["plan"] for point in points))
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("task:N", title=None, sort=alt.EncodingSortField("kl", op="mean")).axis(labelAngle=-30),
+        xOffset=alt.XOffset("plan:N", sort=plans),
+        color=alt.Color("plan:N", sort=plans, title=None, legend=WAYS),
+    )
+    scale = alt.Scale(type="log")
+    interval = base.mark_rule(strokeWidth=2).encode(
+        y=alt.Y("low:Q", scale=scale, title="KL, nats a token"), y2="high:Q"
+    )
+    middle = base.mark_point(filled=True, size=50, opacity=1).encode(y=alt.Y("kl:Q", scale=scale))
+    return alt.layer(interval, middle).properties(width=620, height=220)
 
 
 def _speed(cases: list[dict[str, Any]]) -> Drawn:

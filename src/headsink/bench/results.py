@@ -61,6 +61,7 @@ def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> 
         *shown(drawn, "quality"),
         "## Agreement with the model itself",
         *agreement(found, link),
+        *shown(drawn, "agreement"),
         "## Speed",
         *speed(found, link),
         *shown(drawn, "speed"),
@@ -117,7 +118,11 @@ def quality(found: dict[str, Record], link: Link) -> list[str]:
             )
         columns = ["task", "metric", *(way if way == "full" else f"{float(way):.1%} planned" for way in kept)]
         parts += [f"**{model}**", table([*columns, "prompts", "row"], lines)]
-    return parts or ["Not measured yet."]
+    said = (
+        "Under a plan: the score; its change, on the same prompts; and the bytes of the KV cache that were held in the end, of the "
+        "model's own. Of a model with layers that slide by themselves these are in it, as they are in the model's own."
+    )
+    return [said, *parts] if parts else ["Not measured yet."]
 
 
 def _score(way: Record) -> str:

@@ -18,9 +18,10 @@ def summary(found: dict[str, Record], link: Link) -> list[str]:
         for budget in dict.fromkeys(way["way"] for one in measured for way in one["ways"] if "change" in way):
             ways = [(one, way) for one in measured for way in one["ways"] if way["way"] == budget]
             bad = sum(is_worse(one, way) for one, way in ways)
+            able = sum(not one["higher_is_better"] or one["ways"][0]["score"] > 0 for one, _ in ways)
             lines.append(
                 [
-                    *(model, f"{float(budget):.1%}", f"{bad} of {len(ways)}"),
+                    *(model, f"{float(budget):.1%}", f"{bad} of {able}"),
                     _over([way["kl"] for _, way in ways], ".3f"),
                     _over([way["same_tokens"] for _, way in ways], ".0%"),
                     *_beside(longest, budget),
@@ -30,9 +31,10 @@ def summary(found: dict[str, Record], link: Link) -> list[str]:
     heads = ["model", "plan", "tasks that it makes worse", "KL, nats a token", "same tokens"]
     heads += ["tokens", "ms a token", "first token, s", "KV cache, MB", "row"]
     said = (
-        "A task is made worse if the interval of the change leaves out 0. KL and the share of the model's own tokens before the "
-        "first that differs: the median of the tasks, with the least and the most. Then, at the longest context that was timed, "
-        "one text: under the plan, and without it by transformers and whatever else was there."
+        "A task is made worse if the interval of the change of its score leaves out 0; counted are those in which the model itself "
+        "scores anything. With few prompts only large changes are seen so: KL and the share of the model's own tokens before the "
+        "first that differs say more (the median of the tasks, with the least and the most). Then, at the longest context that was "
+        "timed, one text: under the plan, and without it by transformers and whatever else was there."
     )
     return [said, table(heads, lines)] if lines else ["Not measured yet."]
 
