@@ -1,4 +1,5 @@
-"""The pictures of docs/results.md: what plans cost on tasks, how far they are from the model, and time and memory against context, for each model."""
+"""The pictures of docs/results.md, for each model: what plans cost on tasks, how far they are from the model, and time and memory
+against context."""
 
 from __future__ import annotations
 
@@ -21,9 +22,8 @@ def drawn(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         if rows["quality"]:
             found[f"quality-{model}"] = spec(_quality(rows["quality"]), f"{model}: change of the score under a plan")
-            found[f"agreement-{model}"] = spec(
-                _agreement(rows["quality"]), f"{model}: how far plans are from the model"
-            )
+        if points := _divergences(rows["quality"]):
+            found[f"agreement-{model}"] = spec(_agreement(points), f"{model}: how far plans are from the model")
         if rows["speed"]:
             found[f"speed-{model}"] = spec(_speed(rows["speed"]), f"{model}: one text at a time")
     return found
@@ -47,15 +47,19 @@ def _quality(tasks: list[dict[str, Any]]) -> Drawn:
     return layered.facet(facet=alt.Facet("task:N", title=None), columns=5).resolve_scale(y="independent")
 
 
-def _agreement(tasks: list[dict[str, Any]]) -> Drawn:
-    """KL with its interval over the tasks, those with the least first, in a colour for each budget."""
-    points = [
+def _divergences(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """KL with its interval of every plan in every task, where there is one; none that is 0, which has no logarithm."""
+    return [
         {"task": task["task"], "plan": f"{float(way['way']):.1%}", "kl": way["kl"]}
         | dict(zip(("low", "high"), way["kl_interval"], strict=True))
         for task in tasks
         for way in task["ways"]
-        if way.get("kl_interval")
+        if way.get("kl_interval") and way["kl_interval"][0] > 0
     ]
+
+
+def _agreement(points: list[dict[str, Any]]) -> Drawn:
+    """KL over the tasks, those with the least first, in a colour for each budget."""
     plans = list(dict.fromkeys(point["plan"] for point in points))
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("task:N", title=None, sort=alt.EncodingSortField("kl", op="mean")).axis(labelAngle=-30),

@@ -119,8 +119,8 @@ def quality(found: dict[str, Record], link: Link) -> list[str]:
         columns = ["task", "metric", *(way if way == "full" else f"{float(way):.1%} planned" for way in kept)]
         parts += [f"**{model}**", table([*columns, "prompts", "row"], lines)]
     said = (
-        "Under a plan: the score; its change, on the same prompts; and the bytes of the KV cache that were held in the end, of the "
-        "model's own. Of a model with layers that slide by themselves these are in it, as they are in the model's own."
+        "Under a plan: the score; its change, on the same prompts; and the bytes of the KV cache that were held in the end, of "
+        "the model's own. Of a model with layers that slide by themselves these are in it, as they are in the model's own."
     )
     return [said, *parts] if parts else ["Not measured yet."]
 

@@ -31,10 +31,10 @@ def summary(found: dict[str, Record], link: Link) -> list[str]:
     heads = ["model", "plan", "tasks that it makes worse", "KL, nats a token", "same tokens"]
     heads += ["tokens", "ms a token", "first token, s", "KV cache, MB", "row"]
     said = (
-        "A task is made worse if the interval of the change of its score leaves out 0; counted are those in which the model itself "
-        "scores anything. With few prompts only large changes are seen so: KL and the share of the model's own tokens before the "
-        "first that differs say more (the median of the tasks, with the least and the most). Then, at the longest context that was "
-        "timed, one text: under the plan, and without it by transformers and whatever else was there."
+        "A task is made worse if the interval of the change of its score leaves out 0; counted are those in which the model "
+        "itself scores anything. With few prompts only large changes are seen so: KL and the share of the model's own tokens "
+        "before the first that differs say more (the median of the tasks, with the least and the most). Then, at the longest "
+        "context that was timed, one text: under the plan, and without it by transformers and whatever else was there."
     )
     return [said, table(heads, lines)] if lines else ["Not measured yet."]
 
