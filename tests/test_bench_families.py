@@ -86,10 +86,11 @@ def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
     assert list(cells) == [(a, b) for a in (DEFAULT, *KINDS) for b in KINDS]
     first = document(small, CONTEXT - 256, split="heldout", seed=0, domains=("code",), continuation=256)
     scored = score(model, Plan.load(folder / "maths-0.json"), first)
-    record = json.loads((folder / "cells" / "maths-0-on-code.json").read_text())[0]
+    kept = [json.loads(path.read_text()) for path in sorted((folder / "tested").glob("code-*.json"))]
+    record = kept[0]["maths-0"]
     assert record["kl"] == pytest.approx(scored[0].kl.tolist(), abs=1e-6)
     assert (record["asked"], record["right"]) == (len(scored) - 1, sum(one.right_plan for one in scored[1:]))
-    both = [json.loads((folder / "cells" / f"maths-{seed}-on-code.json").read_text()) for seed in (0, APART)]
+    both = [[one[f"maths-{seed}"] for one in kept] for seed in (0, APART)]
     kl = torch.tensor([row["kl"] for rows in both for row in rows], dtype=torch.float64)
     cell = cells["maths", "code"]
     assert cell["kl"] == pytest.approx(float(kl.mean()))
@@ -125,7 +126,7 @@ def test_the_census_compares_halves_of_one_family_and_of_two(result):
 
 
 def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
-    lost = folder / "cells" / "code-0-on-maths.json"
+    lost = folder / "tested" / "maths-0.json"
     before, kept = lost.read_text(), (folder / "code-0.json").stat().st_mtime_ns
     lost.unlink()
     assert run(model, small, checkpoint=folder, **OPTIONS) == result

@@ -84,12 +84,30 @@ def _forward(model: PreTrainedModel, cache: Cache, ids: Sequence[int], keep: int
 
 def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored]:
     """Every branch of a document: the text that follows first, then the questions."""
-    full, lossy = (read(model, which, document.ids) for which in (None, plan))
-    sizes = nbytes(full), nbytes(lossy)
+    return score_each(model, [plan], document)[0]
+
+
+def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[Scored]]:
+    """The same under each plan; the model itself reads the document once."""
+    full = read(model, None, document.ids)
+    held = nbytes(full)
+    own = [branch_log_probs(model, full, ids, scored) for _, ids, scored in document.branches]
     found = []
-    for form, ids, scored in document.branches:
-        a, b = (branch_log_probs(model, cache, ids, scored) for cache in (full, lossy))
-        found.append(_compare(form, a, b, torch.tensor(ids[-scored:], device=a.device), sizes))
+    for plan in plans:
+        lossy = read(model, plan, document.ids)
+        sizes = held, nbytes(lossy)
+        found.append(
+            [
+                _compare(
+                    form,
+                    expected,
+                    branch_log_probs(model, lossy, ids, scored),
+                    torch.tensor(ids[-scored:], device=expected.device),
+                    sizes,
+                )
+                for (form, ids, scored), expected in zip(document.branches, own, strict=True)
+            ]
+        )
     return found
 
 

@@ -57,7 +57,7 @@ from headsink.models import dtype_name
 from headsink.plan import Fingerprint, Plan
 from headsink.probes import TEXT, Document
 from headsink.progress import bar
-from headsink.quality import CONTINUATION, intervals, score
+from headsink.quality import CONTINUATION, Scored, intervals, score_each
 
 DEFAULT = "default"  # the plan of corpus.DOMAINS
 APART = 1000  # between the seeds of a family's two plans: documents have the seeds after theirs
@@ -310,21 +310,24 @@ def _tested(
     folder: Path,
     progress: bool,
 ) -> Cells:
-    """Every plan on every document: KL of the text token by token, and answers right. Kept by plan and family."""
+    """Every plan on every document: KL of the text token by token, and answers right. Kept by document."""
     found: Cells = {}
-    with bar("testing", len(plans) * sum(map(len, documents.values())), progress) as shown:
-        for (name, seed), plan in plans.items():
-            for kind, of_kind in documents.items():
-                path = folder / "cells" / f"{_name(name, seed)}-on-{kind}.json"
+    with bar("testing", sum(map(len, documents.values())), progress) as shown:
+        for kind, of_kind in documents.items():
+            for number, document in enumerate(of_kind):
+                path = folder / "tested" / f"{kind}-{number}.json"
                 if not path.is_file():
-                    write_text(path, json.dumps([_record(model, plan, document) for document in of_kind]))
-                found[name, seed, kind] = json.loads(path.read_text(encoding="utf-8"))
-                shown.advance(shown.task_ids[0], len(of_kind))
+                    scored = score_each(model, list(plans.values()), document)
+                    records = {_name(*key): _record(one) for key, one in zip(plans, scored, strict=True)}
+                    write_text(path, json.dumps(records))
+                records = json.loads(path.read_text(encoding="utf-8"))
+                for name, seed in plans:
+                    found.setdefault((name, seed, kind), []).append(records[_name(name, seed)])
+                shown.advance(shown.task_ids[0])
     return found
 
 
-def _record(model: PreTrainedModel, plan: Plan, document: Document) -> dict[str, Any]:
-    scored = score(model, plan, document)
+def _record(scored: Sequence[Scored]) -> dict[str, Any]:
     asked = [one for one in scored if one.form != TEXT]
     return {
         "kl": scored[0].kl.tolist(),
