@@ -56,7 +56,8 @@ def main() -> None:
         skip_tokenizer_init=True,
     ).llm_engine
     config = engine.engine_core.engine_core.scheduler.kv_cache_config
-    block = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    # Each entry names the whole allocation, which groups of layers (full, sliding) share: a block is one group's at a time.
+    block = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
     answer({"ready": True, "version": vllm.__version__})
     for line in sys.stdin:
         request = json.loads(line)
