@@ -217,6 +217,10 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     assert "| **11.0**; transformers 40.5; llama.cpp 250.0 | **0.62**; transformers 0.51; llama.cpp 0.90 |" in part
     assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
     assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part
+    squad["found"]["ways"][1] |= {"way": "0.5"}  # which was not timed
+    rows.save(folder, squad | {"row": "quality/smollm2/squad"})
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    assert "| smollm2 | 50.0% | 0 of 1 | 0.500 (0.500 to 0.500) | 25% (25% to 25%) | not measured |" in text
 
 
 def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):

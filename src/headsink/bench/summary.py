@@ -75,10 +75,10 @@ def _over(told: list[float | None], form: str) -> str:
 
 def _beside(row: Record | None, budget: str) -> list[str]:
     """Context, and times and bytes of a plan, of transformers and of peers."""
-    if row is None:
+    results = {one["way"]: one for one in row["found"]["results"]} if row else {}
+    ours = next((way for way in (f"{OURS}, {budget}", f"{OURS}, {budget}, model.generate") if way in results), None)
+    if ours is None:
         return ["not measured", "", "", ""]
-    results = {one["way"]: one for one in row["found"]["results"]}
-    ours = next(way for way in (f"{OURS}, {budget}", f"{OURS}, {budget}, model.generate") if way in results)
     others = [way for way in results if not way.startswith(OURS)]
 
     def cell(figure: Callable[[Record], str]) -> str:
