@@ -36,7 +36,7 @@ query = torch.zeros(1, 32, 1, dim, dtype=torch.bfloat16)
 attend(query, table, torch.tensor([0]), 1.0, programs=264)
 enter(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
 query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
-better_ones(torch.randn(8, 1000), 100)
+better_ones(torch.randn(8, 1000), torch.full((8,), 100))
 attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
 """
 

@@ -29,7 +29,7 @@ def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
     here = Path(__file__)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
-        "PYTHONPATH": str(here.parent),
+        "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "PYTHONWARNINGS": "ignore",
     }

@@ -259,12 +259,12 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_refusals_say_why(device, monkeypatch):
-    model = tiny("gemma3")
+    model = tiny("gemma3").to(device)
     assert refusal(model) == "layers of this model slide by themselves"
-    model = tiny("llama").train()
+    model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
     monkeypatch.setattr("headsink.gpu.installed", lambda: False)
-    assert refusal(tiny("llama")) == "triton is not installed: pip install 'headsink[gpu]'"
+    assert refusal(tiny("llama").to(device)) == "triton is not installed: pip install 'headsink[gpu]'"
 
 
 def test_an_all_full_plan_runs_by_the_step(device):
@@ -330,7 +330,7 @@ from headsink.gpu.prefill import attend as attend_many
 from headsink.layout import Field
 from headsink.rows import Sight
 
-better_ones(torch.randn(8, 1000), 100)
+better_ones(torch.randn(8, 1000), torch.full((8,), 100))
 hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(Field), dtype=torch.int64), torch.tensor([0]))
 for dim in (64, 128, 256):
     table = torch.zeros(4, 8, len(Field), dtype=torch.int64)

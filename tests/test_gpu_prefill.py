@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from headsink.gpu import prefill
-from headsink.rows import Sight
+from headsink.cache import ATTENTION, PlanLayer, Update
+from headsink.gpu import first, prefill
+from headsink.pattern import FULL, Pattern
+from headsink.rows import Sight, Softmax
+from headsink.scores import n_features
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -108,3 +114,55 @@ def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softc
     error = TYPES[dtype]
     torch.testing.assert_close(found.double(), expected.view_as(query), atol=error, rtol=error)
     torch.testing.assert_close(lse.double(), expected_lse.view_as(lse), atol=error, rtol=error)
+
+
+class Waiting(TorchDispatchMode):
+    """Fails where the host would have to wait for the card."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert not any(part in name for part in ("_local_scalar", "nonzero", "masked_select", "unique")), name
+        return func(*args, **(kwargs or {}))
+
+
+SOME = [Pattern(4, 9, 20), Pattern(0, 5, 0), Pattern(2, 0, 31), Pattern(4, 9, 20), Pattern(3, 0, 0), Pattern(1, 30, 7)]
+YOUNG = Pattern(10, 100, 20)  # it keeps all of the text
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("patterns", [SOME, [FULL, *SOME, YOUNG], [SOME[2]] * 2, [SOME[0]], [YOUNG, FULL]], ids=len)
+def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(device, dtype, patterns, monkeypatch):
+    batch, tokens, dim, more, scaling = 2, 93, 32, 41, 0.2
+    query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
+    keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
+    weights, config = torch.randn(len(patterns), n_features(dim)), SimpleNamespace(_attn_implementation=ATTENTION)
+    read, softmax, ran = first.read, Softmax(scaling, 5.0, torch.randn(2 * len(patterns), device=device)), []
+
+    def watched(*given):
+        ran.append(given[0])
+        with Waiting():
+            read(*given)
+
+    monkeypatch.setattr(first, "read", watched)
+    one, other = (PlanLayer(patterns, weights, config, exact=False) for _ in range(2))
+    monkeypatch.setattr(other, "_at_once", lambda query: [])
+    error = TYPES[dtype]
+    for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and on from there
+        found, expected = (
+            layer.attend(
+                torch.nn.Module(), query[:, :, part], Update(layer, keys[:, :, part], values[:, :, part]), None, softmax
+            )
+            for layer in (one, other)
+        )
+        torch.testing.assert_close(found, expected, atol=error, rtol=error)
+        for mine, theirs in zip(one.groups, other.groups, strict=True):
+            assert (mine.length, mine.anchors, mine.window) == (theirs.length, theirs.anchors, theirs.window)
+            assert mine.keys.shape == theirs.keys.shape
+            assert torch.equal(mine.visible, theirs.visible)
+            sink, ring = slice(mine.pattern.sink), slice(mine.anchors, None)
+            for ours, own in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert torch.equal(ours[:, :, ring], own[:, :, ring])
+                assert torch.equal(ours[:, :, sink], own[:, :, sink])
+                assert torch.equal(ours.sort(2).values, own.sort(2).values)  # floating keys are in no order
+            torch.testing.assert_close(mine.scores.sort(-1).values, theirs.scores.sort(-1).values)
+    assert len(ran) == any(p in SOME for p in patterns)

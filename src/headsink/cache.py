@@ -144,12 +144,19 @@ class PlanLayer(CacheLayerMixin):
         if self._steps(query, softmax):
             return self._step(query, key, value, softmax).transpose(1, 2)
         self.layout = None
-        if len(self.groups) == 1:
+        at_once = self._at_once(query)
+        if len(self.groups) == 1 and not at_once:
             return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
         grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
         output = torch.empty_like(grouped)
+        if at_once:
+            from headsink.gpu.first import read
+
+            read(at_once, grouped, key, value, softmax, output)
         for group in self.groups:
+            if group in at_once:
+                continue
             part, own = grouped[:, group.heads].flatten(1, 2), softmax.of(group.heads, kv_heads)
             part = group.attend(module, part, key[:, group.heads], value[:, group.heads], own)
             output[:, group.heads] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
@@ -166,6 +173,13 @@ class PlanLayer(CacheLayerMixin):
             and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
             and not any(g.recording or g.inverse is not None for g in groups)
         )
+
+    def _at_once(self, query: Tensor) -> list[HeadGroup]:
+        """The groups that a GPU reads a text into together (gpu/first.py): those that begin with more of it than they keep."""
+        tokens, first = query.shape[2], self.seen == query.shape[2]
+        if not first or tokens == 1 or self.recording or self.groups[0].padding is not None or not gpu.can_run(query):
+            return []
+        return [group for group in self.groups if group.inverse is None and group.young and group.outgrown(tokens)]
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         from headsink.layout import Layout

@@ -30,7 +30,7 @@ class HeadGroup(Slots):
         query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]; softmax: that of these heads.
         Returns [batch, heads x group, tokens, dim].
         """
-        if self.young and self._outgrown(query.shape[2]):
+        if self.young and self.outgrown(query.shape[2]):
             self._settle()
         compiled = self.inverse is None and can_run(query, softmax)
         whole = softmax.plain and (self.pattern.full or self.young)

@@ -142,6 +142,14 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     return attend_table(table, query, query.shape[2], softmax.scaling)
 
 
+class Own(NamedTuple):
+    """What a KV head sees by a pattern of its own: the fields of `Sight` of the same names."""
+
+    window: int | None
+    far: int
+    reach: int
+
+
 @dataclass(frozen=True)
 class Sight:
     """Which keys many queries see: that of column c those with columns <= c < until.
@@ -149,7 +157,7 @@ class Sight:
     until: int [batch x heads, keys]. first: the column of the first query. anchors: the first so many keys come before every
     query; those after them are of the columns from `start` on, one after the other. The rest is what is known of `until`.
     window: all of the last so many columns are seen, None: all; gaps: but for some. far: other keys that a query sees at
-    most; reach: they are among the first so many.
+    most; reach: they are among the first so many. each: of every head, where these differ.
     """
 
     until: Tensor
@@ -160,6 +168,7 @@ class Sight:
     gaps: bool
     far: int
     reach: int
+    each: list[Own] | None = None
 
 
 def attend_tiles(

@@ -86,7 +86,9 @@ def _at_once(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     comes = (torch.arange(every.shape[-1], device=every.device) - first + 1).clamp(min=0)  # when they are there
     if not floating:
         return comes.expand(every.shape)
-    goes = better_ones(every.flatten(0, -2), floating).view(every.shape).long() - first
+    rows = every.flatten(0, -2)
+    wanted = torch.full(rows.shape[:1], floating, device=rows.device)
+    goes = better_ones(rows, wanted)[0].view(every.shape).long() - first
     return torch.where(every == NONE, comes, goes.clamp(max=leaving.shape[-1] + 1).maximum(comes))
 
 

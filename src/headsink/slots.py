@@ -88,7 +88,7 @@ class Slots:
         """Whether keys are let go, now or later."""
         return self.young or self.window is not None
 
-    def _outgrown(self, tokens: int) -> bool:
+    def outgrown(self, tokens: int) -> bool:
         """Whether with so many more tokens there are more than are kept."""
         return self.pattern.size(self.length + tokens) < self.length + tokens
 
@@ -157,6 +157,22 @@ class Slots:
             self.visible[:, :, slots] = torch.as_tensor(real, device=key.device).expand(*key.shape[:2], len(columns))
         self.length = end
 
+    def take(self, key: Tensor, value: Tensor, kept: Tensor, scores: Tensor) -> None:
+        """Take a whole text, longer than what is kept of it, without padding, into an empty group.
+
+        kept: int64 [batch, heads, floating keys], the columns of those; scores: float [batch, heads, columns]. The host waits for
+        nothing.
+        """
+        end, sink, window = key.shape[2], self.pattern.sink, self.pattern.window or 0
+        near = torch.arange(end - window, end, device=key.device).roll(end % max(window, 1))
+        first, near = (columns.expand(*key.shape[:2], -1) for columns in (torch.arange(sink, device=key.device), near))
+        places = torch.cat([first, kept, near], 2)
+        self.keys, self.values = (
+            t.gather(2, places[..., None].expand(*places.shape, t.shape[3])) for t in (key, value)
+        )
+        self.visible, self.scores = torch.ones_like(places, dtype=torch.bool), scores.gather(2, kept)
+        self.young, self.window, self.anchors, self.length = False, window, sink + kept.shape[2], end
+
     def _leave(self, key: Tensor, value: Tensor, until: int, scores: Tensor | None) -> None:
         """Columns before `until` leave the window: keep the first tokens, and the best scored others, among them."""
         first, held = self.length - self._held(), self._held()
@@ -210,7 +226,7 @@ class Slots:
         """Make room for tokens that are about to enter; not early: only for those before something must go, but at least one."""
         if self.young and not early:
             tokens = max(1, min(tokens, self.pattern.size(FOREVER) - self.length))
-        if self.young and self._outgrown(tokens):
+        if self.young and self.outgrown(tokens):
             self._settle()
         end = self.length + tokens - self.start
         self._grow(end if self.window is None else min(self.window, end))

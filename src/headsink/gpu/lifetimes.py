@@ -17,12 +17,14 @@ NEVER = 2**31 - 1
 
 
 @triton.jit
-def _find(order, ranks, table, found, keys, floating, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _find(order, ranks, table, found, keys, wanted, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """For the keys of one block of ranks: after how many keys the `floating`-th that is better has come.
 
     order: [rows, keys], the key of each rank. ranks: [rows, keys]. table: [rows, blocks, blocks + 1], of ranks and of keys.
+    wanted: [rows], `floating`.
     """
     own, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    floating = tl.load(wanted + row)
     order, ranks, found = order + row * keys, ranks + row * keys, found + row * keys
     table += (row * blocks + own) * (blocks + 1)
     some = tl.arange(0, BLOCK)
@@ -44,10 +46,11 @@ def _find(order, ranks, table, found, keys, floating, blocks, STEPS: tl.constexp
     tl.store(found + key, tl.where(high > blocks, 2147483647, after), rank < keys)
 
 
-def better_ones(scores: Tensor, floating: int) -> Tensor:
+def better_ones(scores: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
     """After how many keys of its row the `floating`-th with a higher score than a key's own has come, or as high and later.
 
-    scores: [rows, keys]; floating: 1 or more. Returns int32 [rows, keys], NEVER where so many do not come.
+    scores: [rows, keys]; floating: int64 [rows], 1 or more. Returns int32 [rows, keys], NEVER where so many do not come, and the
+    keys of each row, the best first: int64 [rows, keys].
     """
     rows, keys = scores.shape
     blocks = triton.cdiv(keys, BLOCK)
@@ -72,4 +75,4 @@ def better_ones(scores: Tensor, floating: int) -> Tensor:
             BLOCK=BLOCK,
             num_warps=16,
         )
-    return found
+    return found, order

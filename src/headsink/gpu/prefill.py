@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.gpu.parts import LOG2E, capped, product
-from headsink.rows import Sight
+from headsink.gpu.parts import LOG2E, capped, on_card, product
+from headsink.rows import Own, Sight
 
 SCAN = 1024  # keys looked through at once
 # Numbers that change from text to text, for which nothing is compiled anew.
-ANY = ["first", "anchors", "start", "window", "n_keys", "reach", "most", "tokens"]
+ANY = ["first", "anchors", "start", "n_keys", "tokens"]
+# What is a KV head's own: its window, how far its far keys reach, how many a query sees at most, where their lists begin.
+WINDOW, REACH, MOST, LISTS, OWN = (tl.constexpr(n) for n in range(5))
 
 
 class Shape(NamedTuple):
@@ -48,22 +50,26 @@ def _near_from(begin, anchors, start, window, n_keys):
 
 
 @triton.jit(do_not_specialize=ANY)
-def _list(
-    until, lists, counts, first, anchors, start, window, n_keys, reach, most, QUERIES: tl.constexpr, SOME: tl.constexpr
-):
+def _list(until, lists, counts, table, first, anchors, start, n_keys, QUERIES: tl.constexpr, SOME: tl.constexpr):
     """The far keys that any query of a block sees, in order."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = first + block * QUERIES
+    table += head * OWN
+    window, reach, most = (
+        tl.load(table + WINDOW).to(tl.int32),
+        tl.load(table + REACH).to(tl.int32),
+        tl.load(table + MOST),
+    )
     end = tl.minimum(_near_from(begin, anchors, start, window, n_keys), reach)
-    own = head * tl.num_programs(0) + block
+    lists += tl.load(table + LISTS) + block * most
     some, count = tl.arange(0, SOME), 0
     for place in range(0, end, SOME):
         key = place + some
         seen = tl.load(until + head * n_keys + key, key < end, other=0) > begin
         number = count + tl.cumsum(seen.to(tl.int32)) - 1
-        tl.store(lists + own * most + number, key, seen & (number < most))
+        tl.store(lists + number, key, seen & (number < most))
         count += tl.sum(seen.to(tl.int32))
-    tl.store(counts + own, tl.minimum(count, most))
+    tl.store(counts + head * tl.num_programs(0) + block, tl.minimum(count, most.to(tl.int32)))
 
 
 @triton.jit
@@ -105,15 +111,14 @@ def _attend_block(
     until,
     lists,
     counts,
+    table,
     learned,
     output,
     lse,
     first,
     anchors,
     start,
-    window,
     n_keys,
-    most,
     tokens,
     scaling,
     softcap,
@@ -134,6 +139,9 @@ def _attend_block(
     keys += head * n_keys * dim
     values += head * n_keys * dim
     until += head * n_keys
+    table += head * OWN
+    window = tl.load(table + WINDOW).to(tl.int32)
+    lists += tl.load(table + LISTS) + block * tl.load(table + MOST)
     row, column, some = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, DIM), tl.arange(0, KEYS)
     inside = (row < tokens)[:, None] & (column < dim)[None, :]
     at = (query_head * tokens + row)[:, None] * dim + column[None, :]
@@ -151,11 +159,10 @@ def _attend_block(
     )
 
     same = (asked, keys, values, until, now, scaling, softcap, unit)
-    own = head * tl.num_programs(0) + block
-    far = tl.load(counts + own)
+    far = tl.load(counts + head * tl.num_programs(0) + block)
     for place in tl.range(0, far, KEYS, num_stages=STAGES):
         there = place + some < far
-        key = tl.load(lists + own * most + place + some, there, other=0)
+        key = tl.load(lists + place + some, there, other=0)
         never = tl.full([KEYS], -1, tl.int32)  # all of them come before every query
         state = _over(state, same, key, there, never, dim, DIM, True, CAPPED)
 
@@ -210,14 +217,18 @@ def attend(
     tile = shape(wide, query.dtype) if tile is None else tile
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     until = sight.until.int().contiguous()
-    window = n_keys + 1 if sight.window is None else min(sight.window, n_keys + 1)
-    blocks, most = triton.cdiv(tokens, tile.queries), max(1, min(n_keys, sight.far))
-    lists = torch.empty(heads, blocks, most, dtype=torch.int32, device=query.device)
+    blocks, listed, table = triton.cdiv(tokens, tile.queries), 0, []
+    own = sight.each or [Own(sight.window, sight.far, sight.reach)] * heads
+    for window, far, reach in own:
+        most = max(1, min(n_keys, far))
+        table.append([n_keys + 1 if window is None else min(window, n_keys + 1), reach, most, listed])
+        listed += blocks * most
+    lists = torch.empty(listed, dtype=torch.int32, device=query.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=query.device)
-    where = (sight.first, sight.anchors, sight.start, window, n_keys)
+    where = (on_card(table, query.device), sight.first, sight.anchors, sight.start, n_keys)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
-        _list[(blocks, heads)](until, lists, counts, *where, sight.reach, most, QUERIES=tile.queries, SOME=SCAN)
+        _list[(blocks, heads)](until, lists, counts, *where, QUERIES=tile.queries, SOME=SCAN)
         _attend_block[(blocks, batch * query_heads)](
             query,
             keys,
@@ -225,11 +236,11 @@ def attend(
             until,
             lists,
             counts,
+            where[0],
             lse if learned is None else learned,
             output,
             lse,
-            *where,
-            most,
+            *where[1:],
             tokens,
             scaling,
             1.0 if softcap is None else softcap,
