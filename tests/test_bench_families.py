@@ -157,5 +157,5 @@ def test_errors_name_the_option(options, message, result, model, small, folder, 
 def test_what_the_command_tells(result):
     text = table(result)
     assert text.splitlines()[1].split()[:4] == ["calibrated", "on", "code", "maths"]
-    assert "a family's own plan is better there" in text
+    assert "beyond a family's own" in text
     assert f"{result['cells'][0]['kl']:.4f}" in text

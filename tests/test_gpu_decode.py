@@ -12,7 +12,7 @@ from families import tiny
 from plans import random_plan, window_plan
 from reference import reference_logits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Waiting
 
 from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
 from headsink.decode import decoding, refusal
@@ -93,17 +93,6 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
     error = TYPES[dtype]
     torch.testing.assert_close(output.double(), torch.stack(expected).view_as(output), atol=error, rtol=error)
     torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
-
-
-class Waiting(TorchDispatchMode):
-    """Fails where the host would have to wait for the card, which a CUDA graph cannot hold."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        assert not any(
-            part in name for part in ("_local_scalar", "nonzero", "masked_select", "unique", "is_nonzero")
-        ), name
-        return func(*args, **(kwargs or {}))
 
 
 def test_waiting_would_be_seen():

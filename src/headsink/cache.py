@@ -157,9 +157,9 @@ class PlanLayer(CacheLayerMixin):
         for group in self.groups:
             if group in at_once:
                 continue
-            part, own = grouped[:, group.heads].flatten(1, 2), softmax.of(group.heads, kv_heads)
-            part = group.attend(module, part, key[:, group.heads], value[:, group.heads], own)
-            output[:, group.heads] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
+            part, own = grouped[:, group.index].flatten(1, 2), softmax.of(group.heads, kv_heads)
+            part = group.attend(module, part, key[:, group.index], value[:, group.index], own)
+            output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
     def _steps(self, query: Tensor, softmax: Softmax) -> bool:
@@ -213,6 +213,7 @@ class PlanLayer(CacheLayerMixin):
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
         self.layout = None
+        self.weights = gpu.on_card(self.weights, key.device)
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
             HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)

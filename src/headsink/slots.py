@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headsink import gpu
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
 from headsink.scores import NONE, key_scores
@@ -39,10 +40,10 @@ class Padding:
 class Slots:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
-    weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are counted in the cache, the
-    rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything attend by the very call that
-    transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count from the start of the batch,
-    positions from the row's first real token; the window is the same in both.
+    weights: [KV heads of the layer, features], of the keys' scores, where the keys are. inverse: where positions are
+    counted in the cache, the rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything
+    attend by the very call that transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count
+    from the start of the batch, positions from the row's first real token; the window is the same in both.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Slots:
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
-        self.weights = weights[heads if pattern.floating else []].to(key.device)
+        self.index = gpu.index(heads, key.device)
+        self.weights = weights[self.index] if pattern.floating else weights[:0]
         self.length = 0  # columns that have entered the ring
         self.recording = False
         self.holes = False  # whether there are columns that a row does not see (`hide`)
@@ -153,25 +155,30 @@ class Slots:
             else:
                 slots = self._slots(columns)
             self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
-            real = True if self.padding is None else columns >= self.padding.tokens[:, None, None]
-            self.visible[:, :, slots] = torch.as_tensor(real, device=key.device).expand(*key.shape[:2], len(columns))
+            if self.padding is None:
+                self.visible[:, :, slots] = True
+            else:
+                real = columns >= self.padding.tokens[:, None, None]
+                self.visible[:, :, slots] = real.expand(*key.shape[:2], len(columns))
         self.length = end
 
-    def take(self, key: Tensor, value: Tensor, kept: Tensor, scores: Tensor) -> None:
-        """Take a whole text, longer than what is kept of it, without padding, into an empty group.
+    def take(self, key: Tensor, value: Tensor, scores: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """Take a whole text, longer than what is kept of it, without padding, into an empty group. The host waits for nothing.
 
-        kept: int64 [batch, heads, floating keys], the columns of those; scores: float [batch, heads, columns]. The host waits for
-        nothing.
+        Where there are floating keys, scores: float [batch, heads, columns]; kept: their columns, int64 [batch, heads, floating].
         """
         end, sink, window = key.shape[2], self.pattern.sink, self.pattern.window or 0
-        near = torch.arange(end - window, end, device=key.device).roll(end % max(window, 1))
-        first, near = (columns.expand(*key.shape[:2], -1) for columns in (torch.arange(sink, device=key.device), near))
-        places = torch.cat([first, kept, near], 2)
-        self.keys, self.values = (
-            t.gather(2, places[..., None].expand(*places.shape, t.shape[3])) for t in (key, value)
-        )
-        self.visible, self.scores = torch.ones_like(places, dtype=torch.bool), scores.gather(2, kept)
-        self.young, self.window, self.anchors, self.length = False, window, sink + kept.shape[2], end
+        columns = torch.arange(end, device=key.device).expand(*key.shape[:2], end)
+        wrapped = end - end % max(window, 1)  # the column in the ring's first slot
+        parts = [columns[..., :sink], columns[..., wrapped:], columns[..., end - window : wrapped]]
+        if scores is not None and kept is not None:
+            parts.insert(1, kept)
+            self.scores = scores.gather(2, kept)
+        places = torch.cat(parts, 2)
+        at = places[..., None].expand(*places.shape, key.shape[3])
+        self.keys, self.values = key.gather(2, at), value.gather(2, at)
+        self.visible = torch.ones_like(places, dtype=torch.bool)
+        self.young, self.window, self.anchors, self.length = False, window, places.shape[2] - window, end
 
     def _leave(self, key: Tensor, value: Tensor, until: int, scores: Tensor | None) -> None:
         """Columns before `until` leave the window: keep the first tokens, and the best scored others, among them."""

@@ -74,7 +74,7 @@ def table(result: dict[str, Any]) -> str:
         row = (cells[name, kind] for kind in kinds)
         lines.append(f"{name:13}" + "".join(f"{cell['right']:>7} / {cell['right_full']:<2}" for cell in row))
     own, (low, high) = result["own"]["kl"], result["own"]["interval"]
-    lines.append(f"a family's own plan is better there than another family's by {own:.4f} ({low:.4f} to {high:.4f})")
+    lines.append(f"another family's plan costs {own:+.4f} ({low:+.4f} to {high:+.4f}) beyond a family's own")
     same, other = (
         [pair for pair in result["census"]["pairs"] if _is_one(pair["families"]) is one] for one in (True, False)
     )

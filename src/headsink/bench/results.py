@@ -251,8 +251,8 @@ def families(found: dict[str, Record], link: Link) -> list[str]:
                 f"**{model}**, {one['context']:,} tokens, plans of {one['budget']:.1%}: KL of text in nats a token, and answers "
                 "right of those that the model itself gets right, plans of two seeds together",
                 table(["plan made on", *tested, "row"], lines),
-                f"- A family's own plan is better there than another family's by {sure(one['own'], 'kl', '.4f')}; two plans "
-                f"of one family, of different seeds, differ by: {noise}.\n"
+                f"- Another family's plan costs {sure(one['own'], 'kl', '+.4f')} beyond a family's own (below 0: its own is the "
+                f"worse one); two plans of one family, of different seeds, differ by: {noise}.\n"
                 + "\n".join(_differences(one, same, what) for same, what in ((True, "one family"), (False, "two"))),
             ]
     return parts or ["Not measured yet."]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headsink.gpu import index, on_card
 from headsink.gpu.lifetimes import better_ones
-from headsink.gpu.parts import on_card
 from headsink.gpu.prefill import attend
 from headsink.rows import Own, Sight, Softmax
 from headsink.scores import NONE, key_scores
@@ -32,9 +32,10 @@ def read(groups: Sequence[Slots], query: Tensor, key: Tensor, value: Tensor, sof
     heads = [head for group in groups for head in group.heads]
     patterns = [group.pattern for group in groups for _ in group.heads]
     kv_heads, (batch, _, tokens, _) = key.shape[1], key.shape
-    if heads != list(range(kv_heads)):
-        query, key, value = query[:, heads], key[:, heads], value[:, heads]
-    sink, floating, window = on_card([[p.sink, p.floating, p.window] for p in patterns], key.device).T[..., None]
+    own = index(heads, key.device)
+    query, key, value = query[:, own], key[:, own], value[:, own]
+    numbers = torch.tensor([[p.sink, p.floating, p.window or 0] for p in patterns])
+    sink, floating, window = on_card(numbers, key.device).T[..., None]
     columns = torch.arange(tokens, device=key.device)
     until = torch.where(columns < sink, tokens, columns + window).expand(batch, -1, -1)
     scores, best = until.new_zeros(0), until.new_zeros(0)
@@ -52,13 +53,9 @@ def read(groups: Sequence[Slots], query: Tensor, key: Tensor, value: Tensor, sof
     each = [Own(p.window, p.sink + p.floating, tokens if p.floating else p.sink) for p in patterns]
     sight = Sight(until.flatten(0, 1), 0, 0, 0, None, False, 0, 0, each * batch)
     found, _ = attend(query.flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1), sight, *softmax.of(heads, kv_heads))
-    output[:, heads] = found.view(query.shape)
+    output[:, own] = found.view(query.shape)
     begin = 0
     for group in groups:
-        own = slice(begin, begin := begin + len(group.heads))
-        kept = (
-            best[:, own, : group.pattern.floating]
-            if group.pattern.floating
-            else columns[:0].expand(batch, len(group.heads), 0)
-        )
-        group.take(key[:, own], value[:, own], kept, scores[:, own] if group.pattern.floating else group.scores)
+        part = slice(begin, begin := begin + len(group.heads))
+        floats = group.pattern.floating
+        group.take(key[:, part], value[:, part], *((scores[:, part], best[:, part, :floats]) if floats else ()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,11 +24,6 @@ def product(a, b, sum_):
 def capped(logits, softcap):
     """softcap x tanh(logits / softcap)."""
     return softcap - 2 * softcap / (tl.exp2(logits * (2 * LOG2E / softcap)) + 1)
-
-
-def on_card(numbers: Any, device: torch.device) -> torch.Tensor:
-    """Whole numbers, int64, without waiting for what the card is doing: that is done from pinned memory only."""
-    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def processors(device: torch.device) -> int:

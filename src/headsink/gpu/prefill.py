@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.gpu.parts import LOG2E, capped, on_card, product
+from headsink.gpu import on_card
+from headsink.gpu.parts import LOG2E, capped, product
 from headsink.rows import Own, Sight
 
 SCAN = 1024  # keys looked through at once
@@ -225,7 +226,7 @@ def attend(
         listed += blocks * most
     lists = torch.empty(listed, dtype=torch.int32, device=query.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=query.device)
-    where = (on_card(table, query.device), sight.first, sight.anchors, sight.start, n_keys)
+    where = (on_card(torch.tensor(table), query.device), sight.first, sight.anchors, sight.start, n_keys)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
         _list[(blocks, heads)](until, lists, counts, *where, QUERIES=tile.queries, SOME=SCAN)
