@@ -279,7 +279,7 @@ def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
     part = text[text.index("## Are specialised prompts different?") : text.index("## Where it is")]
     for figure in (
         *("| plan made on | on prose | on code | row |", "| default | 0.0123 (0.0100 to 0.0150); 5 of 6 |"),
-        *("another family's by 0.0123 (0.0100 to 0.0150)", "differ by: prose +0.0123 (+0.0100 to +0.0150)"),
+        *("costs +0.0123 (+0.0100 to +0.0150) beyond a family's own", "differ by: prose +0.0123 (+0.0100 to +0.0150)"),
         "texts of one family, 2.0% of the heads differ in attention to what is far and 1.0% in role; between plans, 10.0%",
         "texts of two, 30.0% of the heads differ in attention to what is far and 15.0% in role; between plans, 40.0%",
         "[families/smollm2](all/rows/families/smollm2.json)",
