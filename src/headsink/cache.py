@@ -213,7 +213,7 @@ class PlanLayer(CacheLayerMixin):
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
         self.layout = None
-        self.weights = gpu.on_card(self.weights, key.device)
+        self.weights = gpu.on_card(self.weights, key.device)  # once, and not for every group
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
             HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)

@@ -40,7 +40,7 @@ class Padding:
 class Slots:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
-    weights: [KV heads of the layer, features], of the keys' scores, where the keys are. inverse: where positions are
+    weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are
     counted in the cache, the rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything
     attend by the very call that transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count
     from the start of the batch, positions from the row's first real token; the window is the same in both.
@@ -69,6 +69,7 @@ class Slots:
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
         self.index = gpu.index(heads, key.device)
+        weights = gpu.on_card(weights, key.device)
         self.weights = weights[self.index] if pattern.floating else weights[:0]
         self.length = 0  # columns that have entered the ring
         self.recording = False
