@@ -2,7 +2,7 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITS = ("_local_scalar", "nonzero", "masked_select", "unique", "is_nonzero")
+WAITS = ("_local_scalar", "nonzero", "masked_select", "unique")
 
 
 class Waiting(TorchDispatchMode):

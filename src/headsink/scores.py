@@ -68,8 +68,8 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     if held.shape[-1] + every <= floating:  # what can be kept is
         gone = torch.arange(1, every + 1, device=leaving.device)
         return torch.cat([torch.where(held == NONE, 0, every + 1), gone.where(leaving == NONE, every + 1)], -1)
-    if gpu.can_run(leaving):
-        return _at_once(held, leaving, floating)
+    if floating and gpu.can_run(leaving):
+        return at_once(held, leaving, torch.full(leaving.shape[:-1], floating, device=leaving.device))[0]
     before, after = (scores.flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
     ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
     one = _compiled() if find_spec("numba") else _lifetimes
@@ -78,18 +78,18 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     return torch.from_numpy(ends).to(leaving.device).view(*leaving.shape[:-1], -1)
 
 
-def _at_once(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
-    """The same of all keys at once, on a GPU."""
+def at_once(held: Tensor, leaving: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of all keys at once, on a GPU, with a number of floating keys for each row: int64 [...], 1 or more.
+
+    Returns as well the keys of each row, the best first: int64 [..., f' + c].
+    """
     from headsink.gpu.lifetimes import better_ones
 
     every, first = torch.cat([held, leaving], -1), held.shape[-1]
     comes = (torch.arange(every.shape[-1], device=every.device) - first + 1).clamp(min=0)  # when they are there
-    if not floating:
-        return comes.expand(every.shape)
-    rows = every.flatten(0, -2)
-    wanted = torch.full(rows.shape[:1], floating, device=rows.device)
-    goes = better_ones(rows, wanted)[0].view(every.shape).long() - first
-    return torch.where(every == NONE, comes, goes.clamp(max=leaving.shape[-1] + 1).maximum(comes))
+    goes, best = (found.view(every.shape) for found in better_ones(every.flatten(0, -2), floating.flatten()))
+    goes = (goes.long() - first).clamp(max=leaving.shape[-1] + 1).maximum(comes)
+    return torch.where(every == NONE, comes, goes), best
 
 
 def _lifetimes(held: Any, leaving: Any, floating: int, ends: Any) -> None:

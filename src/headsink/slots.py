@@ -40,10 +40,10 @@ class Padding:
 class Slots:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
-    weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are
-    counted in the cache, the rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything
-    attend by the very call that transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count
-    from the start of the batch, positions from the row's first real token; the window is the same in both.
+    weights: [KV heads of the layer, features], of the keys' scores. inverse: where positions are counted in the cache, the
+    rotary pairs' inverse frequencies (rotary.py). exact: whether heads that keep everything attend by the very call that
+    transformers makes, where `sdpa` can express it, even if a kernel is sooner. Columns count from the start of the batch,
+    positions from the row's first real token; the window is the same in both.
     """
 
     def __init__(
@@ -156,11 +156,8 @@ class Slots:
             else:
                 slots = self._slots(columns)
             self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
-            if self.padding is None:
-                self.visible[:, :, slots] = True
-            else:
-                real = columns >= self.padding.tokens[:, None, None]
-                self.visible[:, :, slots] = real.expand(*key.shape[:2], len(columns))
+            real = True if self.padding is None else columns >= self.padding.tokens[:, None, None]
+            self.visible[:, :, slots] = real
         self.length = end
 
     def take(self, key: Tensor, value: Tensor, scores: Tensor | None = None, kept: Tensor | None = None) -> None:

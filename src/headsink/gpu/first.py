@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from headsink.gpu import index, on_card
-from headsink.gpu.lifetimes import better_ones
 from headsink.gpu.prefill import attend
 from headsink.rows import Own, Sight, Softmax
-from headsink.scores import NONE, key_scores
+from headsink.scores import NONE, at_once, key_scores
 from headsink.slots import Slots
 
 AT_ONCE = 2**18  # keys that are scored at once: their features take 5 bytes for one of a key
@@ -45,11 +44,8 @@ def read(groups: Sequence[Slots], query: Tensor, key: Tensor, value: Tensor, sof
         scores = torch.cat([key_scores(key[:, part], value[:, part], weights[part]) for part in parts], 1)
         leave = (columns >= sink) & (columns < tokens - window)
         scores = scores.masked_fill(~leave[:some], NONE)
-        wanted = floating[:some, 0].repeat(batch)
-        gone, best = (found.view(batch, some, tokens) for found in better_ones(scores.flatten(0, 1), wanted))
-        # Gone as soon as so many have left, and not before it has left itself; what is there to the end is seen to the end.
-        last = torch.minimum(gone.long(), tokens - window[:some] + 1).maximum(columns + 1) + (window[:some] - 1)
-        until = torch.cat([torch.where(scores > NONE, last, until[:, :some]), until[:, some:]], 1)
+        ends, best = at_once(scores[..., :0], scores, floating[:some, 0].expand(batch, some))
+        until = torch.cat([torch.where(scores > NONE, ends + (window[:some] - 1), until[:, :some]), until[:, some:]], 1)
     each = [Own(p.window, p.sink + p.floating, tokens if p.floating else p.sink) for p in patterns]
     sight = Sight(until.flatten(0, 1), 0, 0, 0, None, False, 0, 0, each * batch)
     found, _ = attend(query.flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1), sight, *softmax.of(heads, kv_heads))

@@ -69,7 +69,7 @@ def better_ones(scores: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
             table[:, :blocks].contiguous(),
             found,
             keys,
-            floating,
+            floating.contiguous(),
             blocks,
             STEPS=(blocks + 1).bit_length(),
             BLOCK=BLOCK,

@@ -226,10 +226,11 @@ def attend(
         listed += blocks * most
     lists = torch.empty(listed, dtype=torch.int32, device=query.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=query.device)
-    where = (on_card(torch.tensor(table), query.device), sight.first, sight.anchors, sight.start, n_keys)
+    of_heads = on_card(torch.tensor(table), query.device)
+    where = (sight.first, sight.anchors, sight.start, n_keys)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
-        _list[(blocks, heads)](until, lists, counts, *where, QUERIES=tile.queries, SOME=SCAN)
+        _list[(blocks, heads)](until, lists, counts, of_heads, *where, QUERIES=tile.queries, SOME=SCAN)
         _attend_block[(blocks, batch * query_heads)](
             query,
             keys,
@@ -237,11 +238,11 @@ def attend(
             until,
             lists,
             counts,
-            where[0],
+            of_heads,
             lse if learned is None else learned,
             output,
             lse,
-            *where[1:],
+            *where,
             tokens,
             scaling,
             1.0 if softcap is None else softcap,
