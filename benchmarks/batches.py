@@ -25,6 +25,7 @@ from headsink.bench import heading, spread
 from headsink.cache import PlanCache
 from headsink.decode import decoding, prepare
 from headsink.files import write_text
+from headsink.transformers_names import cache_argument
 
 
 def filled(model: PreTrainedModel, plan: Plan, texts: int, tokens: int) -> PlanCache:
@@ -51,7 +52,7 @@ def passes(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int)
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
-        model(tokens[:, None], past_key_values=cache, use_cache=True)
+        model(tokens[:, None], **cache_argument(cache), use_cache=True)
         times.append(time.perf_counter() - start)
     return times[1:]
 

@@ -29,6 +29,7 @@ from headsink.bench import heading
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
+from headsink.transformers_names import cache_argument
 
 SETTLED = 4_000, 8_000  # tokens within the model's maximum, past the beginning
 LAST = 10_000
@@ -50,7 +51,7 @@ def score(model: PreTrainedModel, plan: Plan, ids: list[int], memory: list[dict[
     for start in range(0, len(ids), CHUNK):
         chunk = text[:, start : start + CHUNK]
         with headsink.apply(model, plan), torch.no_grad():
-            logits = model(chunk, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(chunk, **cache_argument(cache), use_cache=True).logits[0]
         targets = text[0, start + 1 : start + 1 + CHUNK]
         found.append(torch.nn.functional.cross_entropy(logits[: len(targets)].float(), targets, reduction="none"))
         if memory is not None and (start // EVERY) != ((start + CHUNK) // EVERY):
@@ -83,7 +84,7 @@ def generate(model: PreTrainedModel, plan: Plan, ids: list[int], tokens: int) ->
         out = model.generate(
             text,
             attention_mask=torch.ones_like(text),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,

@@ -26,6 +26,7 @@ from headsink.plan import Plan
 from headsink.rows import Sight
 from headsink.runtime import apply, new_cache
 from headsink.scores import n_features
+from headsink.transformers_names import cache_argument
 
 SINK = 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the whole output, relative
@@ -334,7 +335,7 @@ def _model_error(device: torch.device, tokens: int) -> float:
         gpu.DEVICES = where
         with torch.no_grad(), apply(model, plan):
             cache = new_cache(model, plan)
-            found = [model(ids[:, :tokens], past_key_values=cache).logits[:, -1]]
+            found = [model(ids[:, :tokens], **cache_argument(cache)).logits[:, -1]]
             if where:
                 from headsink.gpu.decoder import Decoder
 
@@ -342,6 +343,6 @@ def _model_error(device: torch.device, tokens: int) -> float:
                 found += [step.run(ids[:, n]) for n in range(tokens, tokens + 8)]
             else:
                 for n in range(tokens, tokens + 8):
-                    found.append(model(ids[:, n : n + 1], past_key_values=cache).logits[:, -1])
+                    found.append(model(ids[:, n : n + 1], **cache_argument(cache)).logits[:, -1])
         logits[bool(where)] = torch.stack(found)
     return _relative(logits[True], logits[False].double())

@@ -18,6 +18,7 @@ from headsink.cache import PlanCache, nbytes
 from headsink.gpu.decoder import Decoder, Pass
 from headsink.scores import n_features
 from headsink.speculate import Lossless, Speculation, kept
+from headsink.transformers_names import cache_argument
 
 WIDTHS = {"Llama-3.1-8B": (4096, 14_336, 32, 128_256, False), "Llama-3.2-1B": (2048, 8192, 16, 128_256, True)}
 TOKENS = 24  # that are decoded, and timed
@@ -169,7 +170,7 @@ class Rig:
         rows: list[dict[str, Any]] = []
 
         def read(cache: Any) -> None:
-            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
         def measured(way: str, backends: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
             cuda = self.clock.device.type == "cuda"

@@ -29,6 +29,7 @@ from headsink.cache import PlanCache
 from headsink.decode import decoding, prepare
 from headsink.files import write_text
 from headsink.speculate import Lossless, Speculation, kept
+from headsink.transformers_names import cache_argument
 
 DRAFTS: tuple[int | None, ...] = (2, 4, 8, None)
 
@@ -37,7 +38,7 @@ def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Ten
     """Greedy tokens by passes of the model: int64 [texts, tokens]."""
     found = [last]
     for _ in range(tokens):
-        logits = model(found[-1], past_key_values=cache, use_cache=True).logits
+        logits = model(found[-1], **cache_argument(cache), use_cache=True).logits
         found.append(logits[:, -1:].argmax(-1))
     return torch.cat(found[1:], 1)
 
@@ -112,7 +113,7 @@ def main() -> None:
         with torch.no_grad(), headsink.apply(model, everything):
             for start in range(0, arguments.context - 1, 1024):
                 chunk = ids[:, start : min(start + 1024, arguments.context - 1)]
-                model(chunk, past_key_values=full, use_cache=True, logits_to_keep=1)
+                model(chunk, **cache_argument(full), use_cache=True, logits_to_keep=1)
         draft, last = kept(model, plan, full), ids[:, -1:]
         told: dict[str, Speculation] = {}
 

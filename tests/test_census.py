@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headsink import blockwise, corpus
 from headsink.architecture import attention_modules, decoder, describe
-from headsink.attention import engaged, observing
+from headsink.attention import observing
 from headsink.census import statistics
 from headsink.census.compare import rank_correlation
 from headsink.census.intervals import difference, interval
@@ -25,7 +25,7 @@ LENGTHS = (2, 3, 7, 30, 61)
 def run(model, ids):
     """What every layer computed with."""
     found = []
-    with torch.no_grad(), engaged(model), observing(found.append):
+    with torch.no_grad(), observing(model, found.append):
         decoder(model)(ids, use_cache=False)
     return found
 
@@ -138,7 +138,7 @@ def test_the_observed_model_is_the_model(family):
     with torch.no_grad():
         expected = decoder(tiny(family, attention="eager"))(ids, use_cache=False).last_hidden_state
         model = tiny(family)
-        with engaged(model), observing(lambda _: None):
+        with observing(model, lambda _: None):
             found = decoder(model)(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

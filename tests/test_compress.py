@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 import headsink
 from headsink import HeadsinkError, Plan
 from headsink.cache import nbytes
+from headsink.transformers_names import cache_argument
 
 
 def compressed(model, plan, ids, mask=None):
@@ -19,7 +20,7 @@ def compressed(model, plan, ids, mask=None):
     if mask is not None:
         options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
-        model(ids, past_key_values=cache, **options)
+        model(ids, **cache_argument(cache), **options)
     before = nbytes(cache)
     return headsink.compress(model, plan, cache, mask), before, cache
 
@@ -45,7 +46,7 @@ def test_what_follows_equals_the_reference(family, sizes, padding):
                 if mask is not None:
                     position_ids = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
                     options = {"attention_mask": mask[:, :end], "position_ids": position_ids}
-                logits = model(ids[:, start:end], past_key_values=cache, **options).logits
+                logits = model(ids[:, start:end], **cache_argument(cache), **options).logits
                 torch.testing.assert_close(logits, expected[:, start:end], **TOLERANCE)
                 start = end
 
@@ -57,11 +58,11 @@ def test_an_all_full_plan_is_the_model(family):
     plain = DynamicCache(config=model.config)
     cache, _, _ = compressed(model, Plan.full(model), ids[:, :40])
     with torch.no_grad():
-        model(ids[:, :40], past_key_values=plain)
+        model(ids[:, :40], **cache_argument(plain))
         for start, end in ((40, 41), (41, 60)):
-            expected = model(ids[:, start:end], past_key_values=plain).logits
+            expected = model(ids[:, start:end], **cache_argument(plain)).logits
             with headsink.apply(model, Plan.full(model)):
-                found = model(ids[:, start:end], past_key_values=cache).logits
+                found = model(ids[:, start:end], **cache_argument(cache)).logits
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if family in EAGER else 0)
 
 
@@ -89,7 +90,7 @@ def test_what_cannot_be_compressed_is_refused():
 def test_a_cache_of_another_model_or_without_its_sliding_layers_is_refused(family):
     model, cache = tiny(family), DynamicCache()
     with torch.no_grad():
-        model(torch.randint(3, 211, (1, 9)), past_key_values=cache)
+        model(torch.randint(3, 211, (1, 9)), **cache_argument(cache))
     with pytest.raises(HeadsinkError, match="for another model"):
         headsink.compress(tiny(family, 1), Plan.full(model), cache)
     if family == "gemma3":

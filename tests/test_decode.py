@@ -16,6 +16,7 @@ from headsink.cpu.decoder import AHEAD
 from headsink.decode import decode, decoding, prepare, refusal
 from headsink.generation import empty_cache
 from headsink.plan import Quality
+from headsink.transformers_names import cache_argument
 
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
 
@@ -55,15 +56,15 @@ def test_tokens_give_what_the_model_gives(family, length):
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
             for one in (ours, theirs):
-                model(ids[:, :length], past_key_values=one)
+                model(ids[:, :length], **cache_argument(one))
             with decoding(model, ours) as step:
                 for token in ids[0, length:].tolist():
                     found = step.run(torch.tensor([token]))
-                    expected = model(torch.tensor([[token]]), past_key_values=theirs).logits[:, -1]
+                    expected = model(torch.tensor([[token]]), **cache_argument(theirs)).logits[:, -1]
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
         same_state(ours, theirs)
         with headsink.apply(model, plan), torch.no_grad():  # and the model goes on from it
-            found, expected = (model(ids[:, :9], past_key_values=one).logits for one in (ours, theirs))
+            found, expected = (model(ids[:, :9], **cache_argument(one)).logits for one in (ours, theirs))
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
@@ -84,7 +85,7 @@ def test_several_texts_at_once(family, texts):
             def read(cache, start, end, model=model, ids=ids, mask=mask, places=places):
                 new = slice(start, end)
                 given = {"attention_mask": mask[:, :end], "position_ids": places[:, new]}
-                return model(ids[:, new], past_key_values=cache, **given).logits[:, -1]
+                return model(ids[:, new], **cache_argument(cache), **given).logits[:, -1]
 
             read(ours, 0, length)
             read(theirs, 0, length)
@@ -104,19 +105,19 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_model_is(family):
     ours, theirs, truth = (headsink.new_cache(one, Plan.full(one)) for one in (model, model, exact))
     with torch.no_grad():
         with headsink.apply(model, plan):
-            model(ids[:, :40], past_key_values=ours)
-            model(ids[:, :40], past_key_values=theirs)
+            model(ids[:, :40], **cache_argument(ours))
+            model(ids[:, :40], **cache_argument(theirs))
         with headsink.apply(exact, Plan.full(exact)):
-            exact(ids[:, :40], past_key_values=truth)
+            exact(ids[:, :40], **cache_argument(truth))
         errors = torch.zeros(2)
         with decoding(model, ours) as step:
             for token in ids[0, 40:].tolist():
                 found = step.run(torch.tensor([token]))
                 one = torch.tensor([[token]])
                 with headsink.apply(model, plan):
-                    expected = model(one, past_key_values=theirs).logits[:, -1].float()
+                    expected = model(one, **cache_argument(theirs)).logits[:, -1].float()
                 with headsink.apply(exact, Plan.full(exact)):
-                    true = exact(one, past_key_values=truth).logits[:, -1].float()
+                    true = exact(one, **cache_argument(truth)).logits[:, -1].float()
                 errors += torch.stack([(found - true).norm(), (expected - true).norm()])
     assert errors[0] < errors[1] < 0.1 * 20 * true.norm()
 
@@ -128,11 +129,11 @@ def test_a_compressed_cache_goes_on_growing():
         caches = []
         for _ in range(2):
             full = empty_cache(model, None)
-            model(ids[:, :100], past_key_values=full)
+            model(ids[:, :100], **cache_argument(full))
             caches.append(headsink.compress(model, plan, full))
         with headsink.apply(model, plan), decoding(model, caches[0]) as step:
             for token in ids[0, 100:].tolist():
-                expected = model(torch.tensor([[token]]), past_key_values=caches[1]).logits[:, -1]
+                expected = model(torch.tensor([[token]]), **cache_argument(caches[1])).logits[:, -1]
                 torch.testing.assert_close(step.run(torch.tensor([token])), expected, rtol=2e-4, atol=2e-4)
     same_state(*caches)
 
@@ -143,10 +144,10 @@ def test_steps_and_passes_of_single_tokens_take_turns():
     plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        expected = model(ids, past_key_values=theirs).logits[0]
-        found = [model(ids[:, :100], past_key_values=ours).logits[0]]
+        expected = model(ids, **cache_argument(theirs)).logits[0]
+        found = [model(ids[:, :100], **cache_argument(ours)).logits[0]]
         for start in range(100, 160, 10):
-            found += [model(ids[:, n : n + 1], past_key_values=ours).logits[0] for n in range(start, start + 5)]
+            found += [model(ids[:, n : n + 1], **cache_argument(ours)).logits[0] for n in range(start, start + 5)]
             before = ours.layers[0].groups[0].keys
             with decoding(model, ours) as step:
                 found += [step.run(torch.tensor([token])) for token in ids[0, start + 5 : start + 10].tolist()]
@@ -167,7 +168,7 @@ def generate(**options):
     with headsink.apply(model, plan):
         cache = headsink.new_cache(model, plan)
         return model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=50, **options
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=50, **options
         )
 
 
@@ -210,7 +211,7 @@ def test_what_is_prepared_is_what_is_called(dtype):
     compiled = list(kernels.run.signatures)
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        model(prompt(5), past_key_values=cache)
+        model(prompt(5), **cache_argument(cache))
         with decoding(model, cache) as step:
             step.run(torch.tensor([7]))
     assert kernels.run.signatures == compiled
@@ -235,13 +236,13 @@ def test_an_error_in_between_leaves_the_cache_in_order():
     model, plan = generating()
     ids, cache = prompt(30), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         with decoding(model, cache) as step:
             step.run(torch.tensor([5]))
             with pytest.raises(IndexError):
                 step.run(torch.tensor([211]))  # no such token
         assert cache.get_seq_length() == 31
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in DECODED])
@@ -249,7 +250,7 @@ def test_models_of_another_build_are_refused(family):
     assert refusal(tiny(family)) is not None
     model = tiny(family)
     with pytest.raises(HeadsinkError, match="decode:"), headsink.apply(model, Plan.full(model)):
-        model.generate(prompt(5), past_key_values=headsink.new_cache(model, Plan.full(model)), custom_generate=decode)
+        model.generate(prompt(5), **cache_argument(headsink.new_cache(model, Plan.full(model))), custom_generate=decode)
 
 
 def test_what_a_model_must_be():
@@ -288,6 +289,6 @@ def test_without_a_cache_it_takes_that_of_the_plan_applied():
 )
 def test_what_it_cannot_run_is_refused(options, said):
     model, plan = generating()
-    given = {"input_ids": prompt(5), "past_key_values": headsink.new_cache(model, plan), "max_new_tokens": 3} | options
+    given = {"input_ids": prompt(5), **cache_argument(headsink.new_cache(model, plan)), "max_new_tokens": 3} | options
     with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):
         model.generate(**given, custom_generate=decode)

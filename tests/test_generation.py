@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import headsink
 from headsink import HeadsinkError
 from headsink.generation import Conversation, generate
+from headsink.transformers_names import cache_argument
 
 
 def follows(model, plan, ids, answer, hold):
@@ -39,10 +40,10 @@ def test_a_prompt_is_told_again(tokenizer):
     done = generate(model, tokenizer, ids, plan, max_new_tokens=12)
     before, full = torch.tensor([ids[:-1]]), DynamicCache(config=model.config)
     with torch.no_grad():
-        model(before, past_key_values=full)
+        model(before, **cache_argument(full))
     cache = headsink.compress(model, plan, full, input_ids=before)
     with headsink.apply(model, plan), torch.no_grad():
-        logits = model(torch.tensor([ids[-1:] + done.ids[:-1]]), past_key_values=cache).logits
+        logits = model(torch.tensor([ids[-1:] + done.ids[:-1]]), **cache_argument(cache)).logits
     assert logits[0].argmax(-1).tolist() == done.ids
     other = generate(model, tokenizer, ids, plan.model_copy(update={"retell": ()}), max_new_tokens=12)
     assert other.ids != done.ids

@@ -20,6 +20,7 @@ from headsink.gpu.attention import attend
 from headsink.gpu.decoder import Decoder
 from headsink.layout import Field
 from headsink.speculate import Speculation, kept
+from headsink.transformers_names import cache_argument
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -140,7 +141,7 @@ def test_a_model_by_the_step(device, family, seed):
             for part in (slice(0, 17), slice(17, 26)):
                 read = model(
                     ids[:, part],
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     attention_mask=mask[:, : part.stop],
                     position_ids=places[:, part],
                 )
@@ -150,7 +151,7 @@ def test_a_model_by_the_step(device, family, seed):
                 for token in range(26, 33):
                     found = step.run(ids[:, token])
                     torch.testing.assert_close(found.cpu(), expected[:, token], atol=2e-4, rtol=2e-4)
-            again = model(ids[:, 33:], past_key_values=cache, attention_mask=mask, position_ids=places[:, 33:]).logits
+            again = model(ids[:, 33:], **cache_argument(cache), attention_mask=mask, position_ids=places[:, 33:]).logits
     torch.testing.assert_close(again.cpu(), expected[:, 33:], atol=2e-4, rtol=2e-4)
 
 
@@ -172,7 +173,7 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
                 if start == 30:
                     cache.hold()
                 given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
-                found = model(ids[:, start:end], past_key_values=cache, **given).logits.cpu()
+                found = model(ids[:, start:end], **cache_argument(cache), **given).logits.cpu()
                 real = mask[:, start:end].bool().cpu()
                 torch.testing.assert_close(found[real], expected[:, start:end][real], atol=2e-4, rtol=2e-4)
 
@@ -187,12 +188,15 @@ def test_places_are_counted_in_the_cache_by_the_step(device):
     with torch.no_grad(), apply(model, plan):
         one, other = new_cache(model, plan), new_cache(model, plan)
         for cache in (one, other):
-            model(ids[:, :33], past_key_values=cache, attention_mask=mask[:, :33], position_ids=places[:, :33])
+            model(ids[:, :33], **cache_argument(cache), attention_mask=mask[:, :33], position_ids=places[:, :33])
         with decoding(model, one) as step:
             for token in range(33, 40):
                 now = slice(token, token + 1)
                 expected = model(
-                    ids[:, now], past_key_values=other, attention_mask=mask[:, : token + 1], position_ids=places[:, now]
+                    ids[:, now],
+                    **cache_argument(other),
+                    attention_mask=mask[:, : token + 1],
+                    position_ids=places[:, now],
                 ).logits[:, 0]
                 torch.testing.assert_close(step.run(ids[:, token]), expected, atol=2e-4, rtol=2e-4)
 
@@ -212,7 +216,7 @@ def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
         with torch.no_grad(), apply(model, plan):
             one, other = new_cache(model, plan), new_cache(model, plan)
             for cache in (one, other):
-                model(ids[:, :20], past_key_values=cache)
+                model(ids[:, :20], **cache_argument(cache))
             with decoding(model, one) as step:
                 for token in range(20, 40):
                     step.run(ids[:, token])
@@ -263,7 +267,7 @@ def test_an_all_full_plan_runs_by_the_step(device):
     with torch.no_grad(), apply(model.to(device), plan):
         expected = model(ids).logits
         cache = new_cache(model, plan, exact=False)
-        model(ids[:, :25], past_key_values=cache)
+        model(ids[:, :25], **cache_argument(cache))
         with decoding(model, cache) as step:
             for token in range(25, 30):
                 torch.testing.assert_close(step.run(ids[:, token]), expected[:, token], atol=1e-4, rtol=1e-4)
@@ -290,9 +294,9 @@ def test_taking_and_hiding_columns_is_what_the_cache_does(device):
         everything = Plan.full(model)
         with torch.no_grad(), apply(model, everything):
             full = new_cache(model, everything, exact=False)
-            model(ids[:, :25], past_key_values=full)
+            model(ids[:, :25], **cache_argument(full))
             one, other = kept(model, plan, full), kept(model, plan, full)
-            model(ids[:, 25:], past_key_values=full)
+            model(ids[:, 25:], **cache_argument(full))
         hidden = torch.tensor([[False, False, True, True], [False] * 4], device=device)
         step = Decoder(model, one)
         step.take(full, 4)
@@ -318,6 +322,7 @@ from headsink.gpu.lifetimes import better_ones
 from headsink.gpu.prefill import attend as attend_many
 from headsink.layout import Field
 from headsink.rows import Sight
+from headsink.transformers_names import cache_argument
 
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
 hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(Field), dtype=torch.int64), torch.tensor([0]))

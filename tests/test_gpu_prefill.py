@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from waiting import Waiting
 
-from headsink.cache import ATTENTION, PlanLayer, Update
+from headsink.cache import PlanLayer, Update
 from headsink.gpu import first, prefill
 from headsink.pattern import FULL, Pattern
 from headsink.rows import Sight, Softmax
@@ -126,7 +124,7 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
     batch, tokens, dim, more, scaling = 2, 93, 32, 41, 0.2
     query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
-    weights, config = torch.randn(len(patterns), n_features(dim)), SimpleNamespace(_attn_implementation=ATTENTION)
+    weights = torch.randn(len(patterns), n_features(dim))
     read, softmax, ran = first.read, Softmax(scaling, 5.0, torch.randn(2 * len(patterns), device=device)), []
 
     def watched(*given):
@@ -135,7 +133,7 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
             read(*given)
 
     monkeypatch.setattr(first, "read", watched)
-    one, other = (PlanLayer(patterns, weights, config, exact=False) for _ in range(2))
+    one, other = (PlanLayer(patterns, weights, exact=False) for _ in range(2))
     monkeypatch.setattr(other, "_at_once", lambda query: [])
     error = TYPES[dtype]
     for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and on from there

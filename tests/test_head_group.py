@@ -72,7 +72,7 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 def test_any_way_of_feeding_gives_the_reference(patterns, group, pads, sizes, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
-    layer = PlanLayer(patterns, weights, None)
+    layer = PlanLayer(patterns, weights)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
     expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
     close(output, expected, pads)
@@ -93,7 +93,7 @@ def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, s
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
     learned = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
-    layer = PlanLayer(patterns, weights, None)
+    layer = PlanLayer(patterns, weights)
     output = feed(layer, query, key, value, padding_of(pads), sizes, Softmax(SCALE, softcap, learned))
     exact = (t.double() for t in (query, key, value))
     expected = reference_attention(*exact, patterns, weights, SCALE, torch.tensor(pads), softcap, learned)
@@ -115,7 +115,7 @@ class Largest(TorchDispatchMode):
 def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
     query, key, value, weights = text(1, 2, 1, 2000, 1)
     with Largest() as largest:
-        feed(PlanLayer([pattern] * 2, weights, None), query, key, value, None, [2000], Softmax(SCALE, 5.0))
+        feed(PlanLayer([pattern] * 2, weights), query, key, value, None, [2000], Softmax(SCALE, 5.0))
     assert largest.elements <= 2 * QUERY_BLOCK * 2000
 
 
@@ -124,7 +124,7 @@ def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
 def test_the_floating_slots_hold_the_best_that_have_left(pattern, pads, sizes):
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
-    layer = PlanLayer([pattern] * 2, weights, None)
+    layer = PlanLayer([pattern] * 2, weights)
     feed(layer, query, key, value, padding_of(pads), sizes)
     (group,), scores = layer.groups, key_scores(key, value, weights)
     for row, pad in enumerate(pads):
@@ -150,7 +150,7 @@ def test_what_is_taken_back_leaves_no_trace(patterns, pads, steps, seed):
     """While recording: after each forward some of its tokens are taken back, and others come in their place."""
     length = 25 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
-    layer, padding, start = PlanLayer(patterns, weights, None), padding_of(pads), 20
+    layer, padding, start = PlanLayer(patterns, weights), padding_of(pads), 20
     outputs = [attend(layer, query, key, value, padding, 0, start)]
     layer.activate_past_recording()
     for n, (tokens, share) in enumerate(steps):
@@ -184,13 +184,13 @@ class Writes(TorchDispatchMode):
 def test_no_slot_is_written_twice_at_once(pattern, sizes):
     query, key, value, weights = text(2, 2, 1, 400, 1)
     with Writes():
-        feed(PlanLayer([pattern] * 2, weights, None), query, key, value, padding_of([0, 40]), sizes)
+        feed(PlanLayer([pattern] * 2, weights), query, key, value, padding_of([0, 40]), sizes)
 
 
 def test_rows_that_move_take_their_scores_along():
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0)], [0, 13, 30]
     query, key, value, weights = text(3, 2, 2, 130, 5)
-    layer = PlanLayer(patterns, weights, None)
+    layer = PlanLayer(patterns, weights)
     feed(layer, *(t[:, :, :100] for t in (query, key, value)), padding_of(pads), [100])
     rows = torch.tensor([2, 0, 1, 2])
     layer.reorder_cache(rows)
@@ -221,7 +221,7 @@ def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
     length = hold + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    layer, padding, start, outputs = PlanLayer(patterns, weights, None), padding_of(pads), hold, []
+    layer, padding, start, outputs = PlanLayer(patterns, weights), padding_of(pads), hold, []
     if hold:
         if recording:
             layer.activate_past_recording()
@@ -246,7 +246,7 @@ def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 0, 0), Pattern(0, 3, 90)], ids=str)
 def test_what_was_held_cannot_be_taken_back(pattern):
     query, key, value, weights = text(1, 2, 1, 60, 1)
-    layer = PlanLayer([pattern] * 2, weights, None)
+    layer = PlanLayer([pattern] * 2, weights)
     attend(layer, query, key, value, None, 0, 50)
     layer.hold()
     attend(layer, query, key, value, None, 50, 60)
@@ -258,7 +258,7 @@ def test_what_was_held_cannot_be_taken_back(pattern):
 def test_rows_that_move_after_hold_take_all_along():
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0), Pattern()], [0, 13, 30]
     query, key, value, weights = text(3, 3, 2, 130, 5)
-    layer = PlanLayer(patterns, weights, None)
+    layer = PlanLayer(patterns, weights)
     feed(layer, *(t[:, :, :60] for t in (query, key, value)), padding_of(pads), [50, 1])
     layer.hold()
     attend(layer, query, key, value, padding_of(pads), 60, 100)
@@ -273,7 +273,7 @@ def test_rows_that_move_after_hold_take_all_along():
 
 def test_a_layer_that_is_reset_lets_go_again():
     query, key, value, weights = text(1, 1, 1, 60, 1)
-    layer = PlanLayer([Pattern(1, 2, 5)], weights, None)
+    layer = PlanLayer([Pattern(1, 2, 5)], weights)
     layer.hold()
     attend(layer, query, key, value, None, 0, 60)
     assert layer.groups[0].keys.shape[2] >= 60

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from headsink.architecture import attention_modules, describe
-from headsink.attention import engaged, observing
+from headsink.attention import observing
 from headsink.pattern import FULL, Pattern, masked_attention, visible
 from headsink.probes import Document, Question
 from headsink.replay import Replay
@@ -232,7 +232,7 @@ def test_only_the_documents_keys_and_values_are_rounded(family, hold):
 @pytest.mark.parametrize("family", SOME)
 def test_held_are_the_keys_and_values_of_the_document(family):
     model, document, seen = tiny(family), random_document(), []
-    with engaged(model), observing(seen.append), torch.no_grad():
+    with observing(model, seen.append), torch.no_grad():
         model(torch.tensor([document.ids]), use_cache=False)
     replay = Replay(model, document)
     for layer, window in enumerate(replay.shape.windows):

@@ -10,9 +10,10 @@ from transformers import DynamicCache
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, retelling
 from headsink.architecture import describe
-from headsink.attention import engaged, observing
+from headsink.attention import observing
 from headsink.pattern import masked_attention, visible
 from headsink.retelling import LEAD, RIDGE, kept
+from headsink.transformers_names import cache_argument
 
 PROMPT = (17, 5, 90, 23)
 LENGTH = 61
@@ -32,7 +33,7 @@ def read(model, ids, mask=None):
     cache, options = DynamicCache(config=model.config), {}
     if mask is not None:
         options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    model(ids, past_key_values=cache, **options)
+    model(ids, **cache_argument(cache), **options)
     return cache
 
 
@@ -46,7 +47,7 @@ def passes(model, ids):
     for start in range(0, len(ids), retelling.SPAN):
         span = range(start, min(start + retelling.SPAN, len(ids)))
         seen = []
-        with engaged(model), observing(seen.append):
+        with observing(model, seen.append):
             model(torch.tensor([[*ids, *PROMPT, *ids[max(start - LEAD, 0) : span.stop]]]), use_cache=False)
         yield span, seen
 
@@ -155,13 +156,13 @@ def test_rows_of_a_padded_batch_are_told_by_themselves(family, precise):
     )
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, follows]
     with headsink.apply(model, plan), torch.no_grad():
-        both = model(ids[:, follows], past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+        both = model(ids[:, follows], **cache_argument(cache), attention_mask=mask, position_ids=positions).logits
     for row in range(len(ids)):
         alone = ids[row : row + 1, mask[row].bool()]
         before = alone[:, : -both.shape[1]]
         single = headsink.compress(model, plan, read(model, before), input_ids=before)
         with headsink.apply(model, plan), torch.no_grad():
-            logits = model(alone[:, before.shape[1] :], past_key_values=single).logits
+            logits = model(alone[:, before.shape[1] :], **cache_argument(single)).logits
         torch.testing.assert_close(both[row : row + 1], logits, rtol=1e-6, atol=1e-8)
 
 
@@ -179,7 +180,7 @@ def test_fitted_values_bring_what_follows_nearer_to_the_model():
             plan = Plan.of(model, patterns, weights, once=True, retell=retell)
             cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
             with headsink.apply(model, plan), torch.no_grad():
-                logits = model(ids[:, :60], past_key_values=cache).logits
+                logits = model(ids[:, :60], **cache_argument(cache)).logits
             loss.append(
                 float((full.log_softmax(-1).exp() * (full.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean())
             )
@@ -192,9 +193,9 @@ def test_an_all_full_plan_stays_the_model_bit_for_bit():
     plan = Plan.full(model).model_copy(update={"once": True, "retell": PROMPT})
     cache, plain = headsink.compress(model, plan, read(model, ids), input_ids=ids), read(model, ids)
     with torch.no_grad():
-        expected = model(ids[:, :9], past_key_values=plain).logits
+        expected = model(ids[:, :9], **cache_argument(plain)).logits
         with headsink.apply(model, plan):
-            assert torch.equal(model(ids[:, :9], past_key_values=cache).logits, expected)
+            assert torch.equal(model(ids[:, :9], **cache_argument(cache)).logits, expected)
 
 
 def test_in_16_bits_scores_hardly_move():

@@ -17,6 +17,7 @@ from headsink.decode import decoding
 from headsink.generation import generate
 from headsink.pattern import masked_attention
 from headsink.rotary import inverse_frequencies, turned_back
+from headsink.transformers_names import cache_argument
 
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
 
@@ -104,8 +105,8 @@ def test_compiled_steps_count_the_same(family):
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
             for one in (ours, theirs):
-                model(ids[:, :3], past_key_values=one)
-            expected = model(ids[:, 3:], past_key_values=theirs).logits[0]
+                model(ids[:, :3], **cache_argument(one))
+            expected = model(ids[:, 3:], **cache_argument(theirs)).logits[0]
             with decoding(model, ours) as step:
                 found = torch.cat([step.run(torch.tensor([token])) for token in ids[0, 3:].tolist()])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -120,7 +121,7 @@ def test_compiled_steps_of_several_texts_count_the_same():
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
         places = (mask[:, :10].cumsum(1) - 1).clamp(min=0)
-        model(ids[:, :10], past_key_values=cache, attention_mask=mask[:, :10], position_ids=places)
+        model(ids[:, :10], **cache_argument(cache), attention_mask=mask[:, :10], position_ids=places)
         with decoding(model, cache) as step:
             found = torch.stack([step.run(ids[:, column]) for column in range(10, 140)], 1)
     torch.testing.assert_close(found, expected[:, 10:], rtol=1e-3, atol=1e-3)
@@ -132,11 +133,11 @@ def test_tokens_can_be_taken_back():
     expected, _ = feed(model, plan, ids, [1000])
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **cache_argument(cache))
         cache.activate_past_recording()
-        model(torch.randint(3, 211, (1, 7)), past_key_values=cache)
+        model(torch.randint(3, 211, (1, 7)), **cache_argument(cache))
         cache.crop(-7)
-        found = model(ids[:, 30:], past_key_values=cache).logits
+        found = model(ids[:, 30:], **cache_argument(cache)).logits
     torch.testing.assert_close(found, expected[:, 30:], rtol=0, atol=1e-5)
 
 

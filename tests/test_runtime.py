@@ -13,9 +13,10 @@ from transformers import DynamicCache, StaticCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention import engaged
+from headsink.passes import engaged
 from headsink.plan import Quality
 from headsink.scores import n_features
+from headsink.transformers_names import cache_argument, returned_cache
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -35,7 +36,7 @@ def feed(model, plan, ids, sizes, mask=None, hold=None, exact=True):
             if mask is not None:
                 options["attention_mask"] = mask[:, :end]
                 options["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
-            parts.append(model(ids[:, start:end], past_key_values=cache, **options).logits)
+            parts.append(model(ids[:, start:end], **cache_argument(cache), **options).logits)
             start = end
     return torch.cat(parts, 1), cache
 
@@ -132,7 +133,7 @@ def test_all_full_plan_is_the_model(family, padding):
         if mask is not None:
             positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
             options = {"attention_mask": mask[:, :end], "position_ids": positions}
-        parts.append(model(ids[:, start:end], past_key_values=plain, **options).logits)
+        parts.append(model(ids[:, start:end], **cache_argument(plain), **options).logits)
     real = slice(None) if mask is None else mask.bool()
     for plan, hold in ((Plan.full(model), None), (Plan.full(model), 40), (random_plan(model, 1), 0)):
         logits, _ = feed(model, plan, ids, [40, 1, 1, 19], mask, hold)
@@ -150,7 +151,7 @@ def test_ordinary_caches_get_the_models_own_attention_meanwhile(family):
             found = [model(ids, **given).logits]
             for start, end in ((0, 20), (20, 299), (299, 300)):
                 part = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]} if given else {}
-                found.append(model(ids[:, start:end], past_key_values=cache, **part).logits)
+                found.append(model(ids[:, start:end], **cache_argument(cache), **part).logits)
         real = mask.bool() if given else slice(None)
         for logits in (found[0], torch.cat(found[1:], 1)):
             torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=1e-5)
@@ -161,7 +162,7 @@ def test_all_full_plan_is_the_model_in_bfloat16():
     model = tiny("llama", dtype=torch.bfloat16)
     ids = torch.randint(3, 211, (2, 61))
     plain = DynamicCache(config=model.config)
-    expected = [model(part, past_key_values=plain).logits for part in ids.split([50, 1, 10], 1)]
+    expected = [model(part, **cache_argument(plain)).logits for part in ids.split([50, 1, 10], 1)]
     logits, _ = feed(model, Plan.full(model), ids, [50, 1, 10])
     assert torch.equal(logits, torch.cat(expected, 1))
 
@@ -217,7 +218,7 @@ def test_crop_while_recording_leaves_no_trace(padding):
             full = torch.cat([mask[:, :start], torch.ones_like(tokens)], 1) if start else mask[:, : tokens.shape[1]]
             positions = (full.cumsum(1) - 1).clamp(min=0)[:, start:]
             options = {"attention_mask": full, "position_ids": positions}
-        return model(tokens, past_key_values=cache, **options).logits
+        return model(tokens, **cache_argument(cache), **options).logits
 
     with headsink.apply(model, plan), torch.no_grad():
         step(ids[:, :30], 0)
@@ -251,7 +252,7 @@ def test_a_copy_of_a_cache_goes_its_own_way(tokens):
     copied = copy.deepcopy(cache)
     for one, rest, wanted in zip((copied, cache), rests, expected, strict=True):
         with headsink.apply(model, plan), torch.no_grad():
-            found = [model(part, past_key_values=one).logits for part in rest.split(tokens, 1)]
+            found = [model(part, **cache_argument(one)).logits for part in rest.split(tokens, 1)]
         torch.testing.assert_close(torch.cat(found, 1), wanted, **TOLERANCE)
     assert copied.layers[0].config is cache.layers[0].config
 
@@ -266,7 +267,9 @@ def test_crop_inside_the_window_needs_no_recording(hold):
     if hold:
         cache.hold()
     with headsink.apply(model, plan), torch.no_grad():
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids[:, 30:].split([1, 49, 20], 1)], 1)
+        logits = torch.cat(
+            [model(part, **cache_argument(cache)).logits for part in ids[:, 30:].split([1, 49, 20], 1)], 1
+        )
     torch.testing.assert_close(logits, reference_logits(model, plan, ids, hold=hold)[:, 30:], **TOLERANCE)
 
 
@@ -281,14 +284,14 @@ def test_hold_takes_in_what_was_recorded_and_lets_later_tokens_be_taken_back():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 3)
     ids, cache = torch.randint(3, 211, (1, 80)), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **cache_argument(cache))
         cache.activate_past_recording()
-        model(ids[:, 30:40], past_key_values=cache)
+        model(ids[:, 30:40], **cache_argument(cache))
         cache.hold()
         for tokens in (20, 1, 150):
-            model(torch.randint(3, 211, (1, tokens)), past_key_values=cache)
+            model(torch.randint(3, 211, (1, tokens)), **cache_argument(cache))
             cache.crop(-tokens)
-        logits = model(ids[:, 40:], past_key_values=cache).logits
+        logits = model(ids[:, 40:], **cache_argument(cache)).logits
     assert cache.get_seq_length() == 80
     torch.testing.assert_close(logits, reference_logits(model, plan, ids, hold=40)[:, 40:], **TOLERANCE)
 
@@ -304,7 +307,7 @@ def test_reorder_repeat_and_select_rows():
     full, full_mask = torch.cat([ids[rows], new], 1), torch.cat([mask[rows], torch.ones_like(new)], 1)
     positions = (full_mask.cumsum(1) - 1)[:, 61:]
     with headsink.apply(model, plan), torch.no_grad():
-        logits = model(new, past_key_values=cache, attention_mask=full_mask, position_ids=positions).logits
+        logits = model(new, **cache_argument(cache), attention_mask=full_mask, position_ids=positions).logits
     torch.testing.assert_close(logits, reference_logits(model, plan, full, full_mask)[:, 61:], **TOLERANCE)
 
 
@@ -349,7 +352,7 @@ def test_generate_with_a_plan_follows_the_reference(how):
     options = {"attention_mask": mask, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
     with headsink.apply(model, plan):
         result = model.generate(ids, **options, **GENERATE[how])
-    assert isinstance(result.past_key_values, headsink.cache.PlanCache)
+    assert isinstance(returned_cache(result), headsink.cache.PlanCache)
     if how == "beams":
         return  # its logits are per beam and step; that the beams carry their caches is tested with the full plan
     new = len(result.logits)
@@ -377,7 +380,7 @@ def test_assisted_decoding_equals_greedy_under_the_plan():
     with headsink.apply(model, plan):
         expected = model.generate(ids, max_new_tokens=20, do_sample=False)
         cache = headsink.new_cache(model, plan)
-        options = {"prompt_lookup_num_tokens": 4, "past_key_values": cache, "do_sample": False}
+        options = {"prompt_lookup_num_tokens": 4, **cache_argument(cache), "do_sample": False}
         assert torch.equal(model.generate(ids, max_new_tokens=20, **options), expected)
 
 
@@ -388,7 +391,7 @@ def test_assisted_by_another_model_with_an_all_full_plan():
     expected = model.generate(ids, **options)
     with headsink.apply(model, Plan.full(model)):
         cache = headsink.new_cache(model, Plan.full(model))
-        assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+        assert torch.equal(model.generate(ids, **cache_argument(cache), **options), expected)
 
 
 def test_text_streams_and_stops_under_a_plan(smollm2):
@@ -467,14 +470,14 @@ def test_the_fingerprint_is_the_same_in_bfloat16():
 def test_caches_that_cannot_hold_the_plan_are_refused():
     model, ids = tiny("llama"), torch.randint(3, 211, (1, 20))
     plan, used = Plan.full(model), DynamicCache(config=model.config)
-    model(ids, past_key_values=used)
+    model(ids, **cache_argument(used))
     with headsink.apply(model, plan):
         with pytest.raises(HeadsinkError, match="filled without the plan"):
-            model(ids, past_key_values=used)
+            model(ids, **cache_argument(used))
         with pytest.raises(HeadsinkError, match="StaticCache cannot hold a plan"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+            model(ids, **cache_argument(StaticCache(config=model.config, max_cache_len=64)))
     with pytest.raises(HeadsinkError, match=r"inside `with headsink.apply"):
-        model(ids, past_key_values=headsink.new_cache(model, plan))
+        model(ids, **cache_argument(headsink.new_cache(model, plan)))
 
 
 def test_padding_that_changes_midway_is_refused():
@@ -482,7 +485,7 @@ def test_padding_that_changes_midway_is_refused():
     _, cache = feed(model, Plan.full(model), ids, [61], mask)
     other = torch.cat([mask.roll(1, 0), mask[:, -1:]], 1)
     with headsink.apply(model, Plan.full(model)), pytest.raises(HeadsinkError, match="not the one that this cache"):
-        model(ids[:, :1], past_key_values=cache, attention_mask=other)
+        model(ids[:, :1], **cache_argument(cache), attention_mask=other)
 
 
 @pytest.mark.parametrize(
@@ -503,11 +506,11 @@ def test_a_text_beyond_the_verified_length_is_warned_of_once(recwarn):
     with headsink.apply(model, plan):
         model(torch.cat([ids, ids], 1))
     with headsink.apply(model, verified):
-        cache = model(ids).past_key_values
+        cache = returned_cache(model(ids))
         assert not recwarn.list
         with pytest.warns(UserWarning, match="a text has 41 tokens, the plan's quality was measured up to 40"):
-            model(ids[:, :1], past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
+        model(ids[:, :1], **cache_argument(cache))
         model(torch.cat([ids, ids], 1))
     assert not recwarn.list
     with headsink.apply(model, verified), pytest.warns(UserWarning, match="has 80 tokens"):

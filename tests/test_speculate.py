@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.speculate import AGAIN, MOST, Pace, Speculation, generate_lossless
+from headsink.transformers_names import cache_argument
 
 NEW = 24
 
@@ -149,7 +150,7 @@ def test_text_streams_and_stops(smollm2):
     [
         ({"num_beams": 2}, "beams"),
         ({"return_dict_in_generate": True}, "return_dict"),
-        ({"past_key_values": 1}, "leave out past_key_values"),
+        ({**cache_argument(1)}, "leave out past_key_values"),
         ({"draft_tokens": 9}, "draft_tokens: 9 is outside 0 to 8"),
         ({"stop_strings": ["x"]}, "stop_strings: they need tokenizer"),
     ],

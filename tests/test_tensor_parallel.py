@@ -16,7 +16,7 @@ from torch import Tensor
 import headsink
 from headsink import HeadsinkError
 from headsink.architecture import decoder
-from headsink.attention import engaged, observing
+from headsink.attention import observing
 from headsink.sharding import input_device, is_main
 
 SPLIT = ("llama", "llama-mha", "qwen2", "qwen3", "gemma3")  # each process has some heads
@@ -33,7 +33,7 @@ def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
         name: array for name, array in census.arrays.items() if not name.endswith(".top")
     }  # of equals any may be first
     found["fingerprint"] = torch.tensor(list(bytes.fromhex(census.settings["model"]["weights"])))
-    with torch.no_grad(), engaged(model), observing(lambda seen: found.update(kv=torch.tensor(seen.key.shape[1]))):
+    with torch.no_grad(), observing(model, lambda seen: found.update(kv=torch.tensor(seen.key.shape[1]))):
         decoder(model)(torch.arange(3, 60, device=input_device(model))[None], use_cache=False)
     return found
 

@@ -11,8 +11,6 @@ computed in blocks (blockwise.py).
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,10 +24,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headsink import blockwise
+from headsink.architecture import describe
 from headsink.blockwise import Inputs
-from headsink.cache import ATTENTION, PlanLength, Update
+from headsink.cache import PlanLength, Update, cast
 from headsink.errors import HeadsinkError
 from headsink.head_group import QUERY_BLOCK
+from headsink.passes import ATTENTION, check_uncached, engaged, watching
 from headsink.rows import Softmax, attend_rows
 from headsink.slots import Padding
 
@@ -47,52 +47,60 @@ class Sliding(int):
 
 _observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
 _substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsink_substitute", default=None)
-_engaged: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 @contextmanager
-def engaged(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention through headsink until the last such block ends."""
-    with _lock:
-        depth, before = _engaged.get(model, (0, model.config._attn_implementation))
-        if not depth:
-            model.set_attn_implementation(ATTENTION)
-        _engaged[model] = depth + 1, before
-    try:
-        yield
-    finally:
-        with _lock:
-            depth, before = _engaged.pop(model)
-            if depth > 1:
-                _engaged[model] = depth - 1, before
-            else:
-                model.set_attn_implementation(before)
+def observing(model: PreTrainedModel, callback: Callable[[Seen], None]) -> Iterator[None]:
+    """Call `callback` for every attention layer that the model runs in this thread.
 
-
-@contextmanager
-def observing(callback: Callable[[Seen], None]) -> Iterator[None]:
-    """Call `callback` for every attention layer that an engaged model runs in this thread."""
-    token = _observer.set(callback)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
-
-
-@contextmanager
-def substituting(attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
-    """Let `attend` compute the attention of every layer that an engaged model runs in this thread.
-
-    It is given one row of tokens and returns [1, query heads, tokens, dim]; which tokens see which is its own affair.
+    Raises HeadsinkError at the end of the block if a layer did not come.
     """
-    token = _substitute.set(attend)
-    try:
+    came: set[int] = set()
+
+    def call(seen: Seen) -> None:
+        came.add(seen.layer)
+        callback(seen)
+
+    with _watched(model, _observer, call, came):
         yield
+
+
+@contextmanager
+def substituting(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
+    """Let `attend` compute the attention of every layer that the model runs in this thread.
+
+    It is given one row of tokens and returns [1, query heads, tokens, dim]; which tokens see which is its own affair. Raises
+    HeadsinkError at the end of the block if a layer did not come.
+    """
+    came: set[int] = set()
+
+    def call(inputs: Inputs) -> Tensor:
+        came.add(inputs.layer)
+        return attend(inputs)
+
+    with _watched(model, _substitute, call, came):
+        yield
+
+
+@contextmanager
+def _watched(
+    model: PreTrainedModel, variable: ContextVar[Any], call: Callable[..., Any], came: set[int]
+) -> Iterator[None]:
+    token = variable.set(call)
+    try:
+        with engaged(model), watching():
+            yield
     finally:
-        _substitute.reset(token)
+        variable.reset(token)
+    missing = sorted(set(range(describe(model).layers)) - came)
+    if missing:
+        raise HeadsinkError(
+            f"{type(model).__name__}: the attention of layer {missing[0]} was not seen; it must go through "
+            "transformers' AttentionInterface, and must not be patched, compiled or set to another implementation meanwhile"
+        )
 
 
+@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -102,24 +110,28 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it. Returns [batch, tokens, query heads, dim]."""
+    """Attention as transformers calls it. Returns [batch, tokens, query heads, dim], contiguous: some models take a view of
+    it."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
         if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
-        return key.layer.attend(module, query, key, attention_mask, softmax), None
+        query = cast(query)
+        with torch.autocast(query.device.type, enabled=False):
+            return key.layer.attend(module, query, key, attention_mask, softmax).contiguous(), None
     observer, substitute = _observer.get(), _substitute.get()
     if observer is None and substitute is None:
+        check_uncached(module)
         if not softmax.plain:
-            return _by_blocks(query, key, value, attention_mask, softmax).transpose(1, 2), None  # type: ignore[arg-type]
+            return _by_blocks(query, key, value, attention_mask, softmax).transpose(1, 2).contiguous(), None  # type: ignore[arg-type]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise HeadsinkError("observed attention takes one text at a time, whole")
     sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
     inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, *softmax[1:])  # type: ignore[arg-type]
     if substitute is not None:
-        return substitute(inputs).transpose(1, 2), None
+        return substitute(inputs).transpose(1, 2).contiguous(), None
     if inputs.plain:
         output = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0].transpose(
             1, 2
@@ -128,7 +140,7 @@ def _attention(
         output = blockwise.attention(inputs)
     assert observer is not None
     observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
@@ -174,6 +186,11 @@ def _mask(
         )
     if mask_function is not causal_mask_function:
         raise HeadsinkError("a plan works on causal attention only, not on packed sequences or two-way blocks")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, int(kv_length)):
+        raise HeadsinkError(
+            f"attention_mask: its shape is {list(attention_mask.shape)} and must be [{batch_size}, "
+            f"{int(kv_length)}], of all tokens in the cache and the new ones"
+        )
     return left_padding(attention_mask)
 
 
@@ -186,7 +203,7 @@ def left_padding(mask: Tensor | None) -> Padding | None:
     tokens = torch.where(mask.any(1), mask.int().argmax(1), columns)  # a row may be padding only, so far
     ends = columns - mask.flip(1).int().argmax(1)
     if not ((ends - tokens == mask.sum(1)) | (tokens == columns)).all():
-        raise HeadsinkError("attention_mask has gaps: pad on the left")
+        raise HeadsinkError("attention_mask has gaps: pad on the left (tokenizer.padding_side = 'left')")
     return Padding(tokens, int(tokens.max()))
 
 

@@ -20,13 +20,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from headsink import gpu
 from headsink.errors import HeadsinkError
 from headsink.head_group import HeadGroup
+from headsink.passes import check_pass
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
 from headsink.rotary import turned_back
 from headsink.rows import Softmax, attend_table, can_run
+from headsink.scores import n_features
 from headsink.slots import Padding
-
-ATTENTION = "headsink"  # the name under which attention.py registers with transformers
 
 
 class PlanLength(int):
@@ -83,17 +83,22 @@ class OnCard:
         return attend(query.contiguous(), self.table, self.length, *softmax, turned)[0]
 
 
+def cast(tensor: Tensor) -> Tensor:
+    """What attention computes with: under `torch.autocast` its dtype, into which `sdpa` casts too."""
+    kind = tensor.device.type
+    cast_here = torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.to(torch.get_autocast_dtype(kind)) if cast_here else tensor
+
+
 class PlanLayer(CacheLayerMixin):
     """One layer of a plan's cache: its KV heads, grouped by pattern."""
 
-    is_compileable = False
+    is_compileable, is_croppable = False, True
 
-    def __init__(
-        self, patterns: list[Pattern], weights: Tensor, config: Any, inverse: Tensor | None = None, exact: bool = True
-    ):
+    def __init__(self, patterns: list[Pattern], weights: Tensor, inverse: Tensor | None = None, exact: bool = True):
         super().__init__()
-        self.patterns, self.weights, self.config = patterns, weights, config
-        self.inverse, self.exact = inverse, exact
+        self.patterns, self.weights, self.inverse, self.exact = patterns, weights, inverse, exact
+        self.attended = 0  # calls of `attend`, by which passes.py sees that the plan holds
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
@@ -106,31 +111,56 @@ class PlanLayer(CacheLayerMixin):
         """A copy that goes its own way, of the same model."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = {"config": self.config, "layout": None, "on_card": None}  # addresses are of the original's buffers
+        left_out = {"layout": None, "on_card": None}  # addresses are of the original's buffers
         copied.__dict__ |= {
-            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in shared
+            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in left_out
         }
-        copied.__dict__ |= shared
+        copied.__dict__ |= left_out
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"layout": None, "on_card": None}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Update, Update]:  # type: ignore[override]
         """Offer [batch, KV heads, tokens, dim] keys and values; they enter when the attention function attends."""
-        if self.config._attn_implementation != ATTENTION:
-            raise HeadsinkError("this cache carries a plan: run the model inside `with headsink.apply(model, plan):`")
-        if key_states.shape[1] != len(self.patterns):
-            raise HeadsinkError(
-                f"this cache is for {len(self.patterns)} KV heads, the model gave {key_states.shape[1]}"
-            )
+        check_pass(self)
+        key_states, value_states = cast(key_states), cast(value_states)
+        self._check(key_states, value_states)
         update = Update(self, key_states, value_states)
         return update, update
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        """Raise unless new keys and values fit what is held: kernels go by addresses, and see no shapes."""
+        found = {"keys": list(key.shape), "dtype": key.dtype, "device": key.device}
+        fits = {
+            "keys": [key.shape[0], len(self.patterns), key.shape[2], key.shape[3]],
+            "dtype": value.dtype,
+            "device": value.device,
+        }
+        if self.groups:
+            held = self.groups[0].keys
+            rows, dim = held.shape[0], held.shape[3]
+            fits = {"keys": [rows, len(self.patterns), key.shape[2], dim], "dtype": held.dtype, "device": held.device}
+        if n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
+            raise HeadsinkError(
+                f"this cache is for another model: it got keys {list(key.shape)} and values {list(value.shape)}, "
+                f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} weights of scores for "
+                f"{len(self.patterns)} KV heads"
+            )
+        for what, expected in fits.items():
+            if found[what] != expected:
+                raise HeadsinkError(
+                    f"this cache does not fit the model: {what} are {found[what]} and must be {expected}; start with a new cache"
+                )
 
     def attend(
         self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
     ) -> Tensor:
         """Attention of every head over what its pattern keeps: [batch, tokens, query heads, dim]."""
+        self.attended += 1
         if not self.groups:
             self._make_groups(update.key, padding)
         elif padding is not None:
@@ -276,12 +306,18 @@ class PlanLayer(CacheLayerMixin):
         for group in self.groups:
             group.hold()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -`tokens_to_remove` tokens (transformers counts them negative)."""
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise if `crop` cannot do this. Nothing is changed."""
         if tokens_to_remove > 0:
             raise HeadsinkError("crop: give the tokens to take back as a negative number")
         if -tokens_to_remove > self.seen:
             raise HeadsinkError(f"crop: cannot take back {-tokens_to_remove} tokens of {self.seen}")
+        for group in self.groups:
+            group.check_crop(-tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -`tokens_to_remove` tokens (transformers counts them negative)."""
+        self.check_crop(tokens_to_remove)
         self.layout = None
         for group in self.groups:
             group.crop(-tokens_to_remove)
@@ -314,7 +350,6 @@ class PlanCache(Cache):
     def __init__(
         self,
         plan: Plan,
-        config: Any,
         windows: tuple[int | None, ...],
         inverse: Tensor | None = None,
         exact: bool = True,
@@ -325,7 +360,7 @@ class PlanCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
                 patterns = [head.pattern for head in heads]
-                layers.append(PlanLayer(patterns, plan.scores(index), config, inverse, exact))
+                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact))
         super().__init__(layers=layers)
         self.plan, self.exact = plan, exact
 
@@ -341,6 +376,34 @@ class PlanCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
                 layer.hold()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -`tokens_to_remove` tokens of every layer, or of none if one of them cannot."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, PlanLayer):
+                layer.check_crop(tokens_to_remove)
+            elif not layer.record_past and layer.get_seq_length() >= layer.sliding_window:
+                raise HeadsinkError(
+                    f"crop: layer {number} has a sliding window that is full; call the cache's activate_past_recording() first"
+                )
+        super().crop(tokens_to_remove)
+
+    @property
+    def rows(self) -> int:
+        """Texts of the batch that the cache holds, 0 if it is empty."""
+        first = self.layers[0]
+        if isinstance(first, PlanLayer):
+            return first.groups[0].keys.shape[0] if first.groups else 0
+        return first.keys.shape[0] if first.is_initialized else 0
+
+    def check_whole(self) -> None:
+        """Raise if the layers hold different numbers of tokens, as an interrupted pass leaves them."""
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1:
+            raise HeadsinkError(
+                f"this cache is incomplete: its layers hold {min(lengths)} to {max(lengths)} tokens, since a pass "
+                "over it was interrupted; start with a new cache"
+            )
 
     def hide(self, hidden: Tensor) -> None:
         """Of the last columns, those that a row is not to see: bool [batch, columns]. For caches that let nothing go."""

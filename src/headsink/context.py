@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.architecture import decoder, describe
-from headsink.attention import Seen, engaged, observing, substituting
+from headsink.attention import Seen, observing, substituting
 from headsink.blockwise import Inputs
 
 
@@ -51,7 +51,7 @@ class Context:
         keep: the tokens whose logits are made: the last so many, or those at int64 [tokens].
         """
         given = {"position_ids": branches.positions[None], "use_cache": False, "logits_to_keep": keep}
-        with engaged(self.model), substituting(attend):
+        with substituting(self.model, attend):
             return self.model(branches.ids[None], **given).logits[0]
 
 
@@ -66,6 +66,6 @@ def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list
         keys.append(seen.key[0, :, last].to(kind, copy=True))
         values.append(seen.value[0, :, last].to(kind, copy=True))
 
-    with torch.no_grad(), engaged(model), observing(keep):
+    with torch.no_grad(), observing(model, keep):
         decoder(model)(torch.tensor([list(ids)], device=model.device), use_cache=False)
     return keys, values

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from headsink import gpu
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
+from headsink.transformers_names import cache_argument, given_cache, returned_cache
 
 
 class Decoder(Protocol):
@@ -97,13 +98,13 @@ def decode(
     that no plan is applied to.
     """
     _check_call(generation_config, model_kwargs)
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     with torch.no_grad():
         new = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
         for part in new.split(generation_config.prefill_chunk_size or new.shape[1], 1):
             given = _given(model_kwargs.get("attention_mask"), cache, part)
-            read = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
-            cache, logits = read.past_key_values, read.logits[:, -1].float()
+            read = model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1, **given)
+            cache, logits = returned_cache(read), read.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -23,8 +23,9 @@ from headsink.cache import PlanCache, nbytes
 from headsink.decode import decode, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
-from headsink.runtime import apply, compress_into, new_cache
+from headsink.runtime import apply, compress_into, full_cache, new_cache
 from headsink.speculate import Speculation, generate_lossless
+from headsink.transformers_names import cache_argument
 
 CHUNK = 8192  # tokens of a prompt that are read at once: a streaming head never holds more than its window and these
 MARK = "\ue000"  # of the characters for private use: where a document ends within the chat format
@@ -138,7 +139,7 @@ def generate(
         model.generate(
             text,
             attention_mask=torch.ones_like(text),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             streamer=clock,
             **sampling,
@@ -176,8 +177,8 @@ def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
         cache.hold()
         return
     full = empty_cache(model, None)
-    with torch.no_grad():
-        model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
+    with torch.no_grad(), full_cache(model):
+        model(text, **cache_argument(full), use_cache=True, logits_to_keep=1)
     compress_into(cache, model, full, input_ids=text)
 
 
@@ -191,7 +192,7 @@ def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
         _read(model, cache, text)
         return cache
     with torch.no_grad(), apply(model, plan):
-        model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(text, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return cache
 
 

@@ -28,6 +28,7 @@ from headsink.generation import read
 from headsink.plan import Plan
 from headsink.progress import bar
 from headsink.runtime import apply
+from headsink.transformers_names import cache_argument
 
 OPTIONS = (  # of the harness's own model that mean the same here
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "add_bos_token", "prefix_token_id"),
@@ -95,7 +96,7 @@ class HeadsinkLM(HFLM):
                 new = torch.tensor([[last, *continuation]], device=self.device)
                 inputs, targets = new[:, :-1], new[0, 1:]
                 with torch.no_grad(), self._applied(len(context) + len(continuation)):
-                    logits = self.model(inputs, past_key_values=cache, use_cache=True).logits[0]
+                    logits = self.model(inputs, **cache_argument(cache), use_cache=True).logits[0]
                 cache.crop(-len(continuation))
                 log_probs = logits.float().log_softmax(-1)
                 likelihood = float(log_probs.gather(1, targets[:, None]).sum())
@@ -118,7 +119,7 @@ class HeadsinkLM(HFLM):
             text = row[mask.bool()]
             cache, longest = read(self.model, self.plan, text[:-1].tolist()), max_length - len(row) + len(text)
             with self._applied(longest):
-                whole = super()._model_generate(text[None], longest, stop, past_key_values=cache, **options)
+                whole = super()._model_generate(text[None], longest, stop, **cache_argument(cache), **options)
             rows.append(torch.cat([row, whole[0, len(text) :]]))
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 

@@ -9,7 +9,6 @@ but the first of the text, the answer of a question.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,8 @@ from headsink.errors import HeadsinkError
 from headsink.plan import Interval, Plan, Quality, Retrieval
 from headsink.probes import TEXT, Document
 from headsink.progress import bar
-from headsink.runtime import apply, compress, new_cache
+from headsink.runtime import apply_here, compress, full_cache, new_cache
+from headsink.transformers_names import cache_argument
 
 CONTINUATION = 256  # tokens of it
 LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
@@ -78,8 +78,8 @@ def branch_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[int], s
 def _forward(model: PreTrainedModel, cache: Cache, ids: Sequence[int], keep: int) -> Tensor:
     """Logits of the last `keep` tokens of `ids`, which come after what the cache holds."""
     text = torch.tensor([ids], device=model.device)
-    with torch.no_grad(), apply(model, cache.plan) if isinstance(cache, PlanCache) else nullcontext():
-        return model(text, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+    with torch.no_grad(), apply_here(model, cache.plan) if isinstance(cache, PlanCache) else full_cache(model):
+        return model(text, **cache_argument(cache), use_cache=True, logits_to_keep=keep).logits[0]
 
 
 def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored]:

@@ -1,29 +1,30 @@
 """Run a model under a plan: `with apply(model, plan): model.generate(...)`.
 
 Nothing of the model is replaced. Its attention goes through transformers' own interface (attention.py), and a plan lives in a
-cache (cache.py). `apply` adds one forward hook that gives a new text a cache with the plan's shape; it acts in the
-thread that entered it, as `torch.no_grad()` does, and a cache from `new_cache` keeps its own plan.
+cache (cache.py). Inside `apply` every new text gets a cache with the plan's shape, in every thread (passes.py); a cache from
+`new_cache` keeps its own plan.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headsink.architecture import Architecture, decoder
-from headsink.attention import engaged, left_padding
+from headsink.attention import left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
+from headsink.passes import scoped
 from headsink.plan import Plan
 from headsink.retelling import retell
 from headsink.rotary import inverse_frequencies
-
-_applied: ContextVar[dict[int, Plan]] = ContextVar("headsink_applied", default={})  # noqa: B039, never changed in place
+from headsink.transformers_names import assists, given_cache
 
 
 def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCache:
@@ -39,7 +40,7 @@ def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCac
 
 def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
     inverse = inverse_frequencies(model) if plan.positions == "cache" else None
-    return PlanCache(plan, model.config.get_text_config(decoder=True), shape.windows, inverse, exact)
+    return PlanCache(plan, shape.windows, inverse, exact)
 
 
 def compress(
@@ -92,48 +93,118 @@ def compress_into(
 
 @contextmanager
 def apply(model: PreTrainedModel, plan: Plan, exact: bool = True) -> Iterator[PreTrainedModel]:
-    """Inside the block, new texts run under `plan`: `generate`, or a plain forward pass.
+    """Inside the block, new texts run under `plan`: `generate`, or a plain forward pass, in every thread.
 
-    The cache is created with the plan's shape where none is given; exact: as for `new_cache`. A cache from there runs with its
-    own plan.
-    Acts on the calling thread only. Warns, once, when a text grows longer than those that the plan's quality was measured
-    on. Raises HeadsinkError if the plan was made for another model, and for texts over the model's maximum, unless the plan
-    counts positions in the cache.
+    The cache is created with the plan's shape where none is given; an empty `DynamicCache` that is given becomes one. A
+    cache from `new_cache` runs with its own plan. A thread that enters a block of its own has that one's plan. exact: as for
+    `new_cache`.
+
+    Warns, once, when a text grows longer than those that the plan's quality was measured on, and when a plan that was made
+    for prefill compression (`headsink.compress`) evicts while it reads. Raises HeadsinkError if the plan was made for
+    another model, and inside the block: for texts over the model's maximum, unless the plan counts positions in the cache;
+    for calls that a plan cannot hold for; and where a layer attended without the plan.
     """
-    shape = plan.check(model)
-    warned = False
-
-    def give_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        nonlocal warned
-        if _applied.get().get(id(model)) is not plan:
-            return None
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, PlanCache):
-            if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
-                raise HeadsinkError(_refusal(cache))
-            cache = _cache(model, plan, shape, exact)
-        tokens = cache.get_seq_length() + _new_tokens(args, kwargs)
-        cache.plan.check_length(tokens, shape.max_context)
-        warned = warned or cache.plan.warn_beyond_verified(tokens)
-        return args, {**kwargs, "past_key_values": cache}
-
-    hook = decoder(model).register_forward_pre_hook(give_cache, with_kwargs=True)
-    token = _applied.set({**_applied.get(), id(model): plan})
-    try:
-        with engaged(model):
-            yield model
-    finally:
-        _applied.reset(token)
-        hook.remove()
+    with scoped(model, plan, _Texts(model, plan, exact).prepare):
+        yield model
 
 
-def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens a row that a decoder is called with."""
-    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    return next((int(tokens.shape[1]) for tokens in given if tokens is not None), 0)
+@contextmanager
+def apply_here(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """As `apply`, but for calls from the block only: other threads go on with what is applied to the model elsewhere."""
+    with scoped(model, plan, _Texts(model, plan, True).prepare, private=True):
+        yield
 
 
-def _refusal(cache: Cache) -> str:
-    if type(cache) is DynamicCache:
-        return "this cache was filled without the plan: start with headsink.new_cache(model, plan)"
-    return f"{type(cache).__name__} cannot hold a plan: use headsink.new_cache(model, plan) or leave the cache out"
+@contextmanager
+def full_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside the block the model runs with the full cache, whatever is applied outside of it. For calls from the block only."""
+    with scoped(model, None, None, private=True):
+        yield model
+
+
+class _Texts:
+    """What comes through a model in an `apply` block: makes and checks the caches."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, exact: bool):
+        self.model, self.plan, self.shape, self.exact = model, plan, plan.check(model), exact
+        self.warned: set[str] = set()
+
+    def prepare(self, given: dict[str, Any], kept: bool) -> PlanCache:
+        """The cache of a pass, given its arguments. kept: whether the caller wants it back. Raises HeadsinkError for what
+        cannot run under a plan."""
+        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        if tokens is None or not tokens.shape[1]:
+            raise HeadsinkError("the model was called without tokens; give input_ids or inputs_embeds with one or more")
+        cache = given_cache(given)
+        _refuse(decoder(self.model), given, kept)
+        if cache is None:
+            cache = self._new()
+        elif type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading:
+            self._adopt(cache)
+        elif not isinstance(cache, PlanCache):
+            raise HeadsinkError(_refusal(cache))
+        elif cache.plan is not self.plan and cache.plan.model != self.plan.model:
+            raise HeadsinkError("this cache was made for another model: start with headsink.new_cache(model, plan)")
+        cache.check_whole()
+        rows, count = tokens.shape[:2]
+        if cache.rows == 1 and rows > 1:
+            cache.batch_repeat_interleave(rows)
+        elif cache.rows not in (0, rows):
+            raise HeadsinkError(
+                f"this cache holds {cache.rows} texts and the model was given {rows}; give as many, or a cache of "
+                "one text, which is repeated"
+            )
+        length = cache.get_seq_length() + count
+        cache.plan.check_length(length, self.shape.max_context)
+        if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
+            self.warned.add("length")
+        if cache.plan.once and not cache.get_seq_length() and count > 1 and "once" not in self.warned:
+            self.warned.add("once")
+            warnings.warn(
+                "this plan was made for prefill compression: read the prompt with the full cache and call "
+                "headsink.compress(model, plan, cache), as `headsink generate` does. Here it evicts while it reads, "
+                "which costs more quality",
+                stacklevel=2,
+            )
+        return cache
+
+    def _new(self) -> PlanCache:
+        return _cache(self.model, self.plan, self.shape, self.exact)
+
+    def _adopt(self, cache: DynamicCache) -> None:
+        """Make an empty cache of transformers the plan's, so that whoever holds it finds the text in it."""
+        records = any(getattr(layer, "record_past", False) for layer in cache.layers) or assists()
+        cache.__class__ = PlanCache
+        cache.__dict__.update(self._new().__dict__)
+        if records:
+            cache.activate_past_recording()
+
+
+def _refuse(stack: Any, given: dict[str, Any], kept: bool) -> None:
+    """Raise for arguments that mean nothing under a plan."""
+    if getattr(stack, "gradient_checkpointing", False) and stack.training and torch.is_grad_enabled():
+        raise HeadsinkError(
+            "gradient checkpointing drops the KV cache, and the plan with it: call "
+            "model.gradient_checkpointing_disable(), or model.eval()"
+        )
+    places = given.get("position_ids")
+    if (
+        not kept
+        and given.get("attention_mask") is None
+        and places is not None
+        and places.dim() == 2
+        and (places.diff(dim=1) != 1).any()
+    ):
+        raise HeadsinkError(
+            "position_ids start again within a row, as packed documents do; a plan takes one document a row, padded on the left"
+        )
+
+
+def _refusal(cache: Any) -> str:
+    if type(cache) is DynamicCache and cache.get_seq_length():
+        return (
+            "this cache was filled without the plan (prefix tuning does so too): compress it with "
+            "headsink.compress(model, plan, cache), or start with headsink.new_cache(model, plan)"
+        )
+    what = "an offloaded DynamicCache" if type(cache) is DynamicCache else type(cache).__name__
+    return f"{what} cannot hold a plan: use headsink.new_cache(model, plan) or leave the cache out"

@@ -70,7 +70,7 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
         return torch.cat([torch.where(held == NONE, 0, every + 1), gone.where(leaving == NONE, every + 1)], -1)
     if floating and gpu.can_run(leaving):
         return at_once(held, leaving, torch.full(leaving.shape[:-1], floating, device=leaving.device))[0]
-    before, after = (scores.flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
+    before, after = (scores.detach().flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
     ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
     one = _compiled() if find_spec("numba") else _lifetimes
     for row in range(len(ends)):

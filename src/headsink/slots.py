@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ from headsink import gpu
 from headsink.errors import HeadsinkError
 from headsink.pattern import Pattern
 from headsink.scores import NONE, key_scores
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 FOREVER = 2**31 - 1  # a column that never comes, also as int32
 GROWTH = 128  # slots that a ring grows by until it is as long as its window
@@ -37,6 +41,19 @@ class Padding:
     most: int
 
 
+def lasting(method: Method) -> Method:
+    """Let a method make its tensors as if outside `torch.inference_mode`: what a cache holds may be used later without it."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(Method, run)
+
+
 class Slots:
     """Keys and values of the KV heads `heads` of one layer, which share `pattern`.
 
@@ -46,6 +63,7 @@ class Slots:
     positions from the row's first real token; the window is the same in both.
     """
 
+    @lasting
     def __init__(
         self,
         pattern: Pattern,
@@ -78,6 +96,7 @@ class Slots:
 
     # what is held
 
+    @lasting
     def hold(self) -> None:
         """From now on nothing is let go: what is held stays visible, and every later token is kept."""
         if not self.lets_go:
@@ -133,6 +152,7 @@ class Slots:
         """The first column that is neither sink token nor padding in any row."""
         return self.pattern.sink + (0 if self.padding is None else self.padding.most)
 
+    @lasting
     def enter(self, key: Tensor, value: Tensor, scores: Tensor | None = None) -> None:
         """Take tokens into the ring; those that they push out of the window move left or are dropped.
 
@@ -160,6 +180,7 @@ class Slots:
             self.visible[:, :, slots] = real
         self.length = end
 
+    @lasting
     def take(self, key: Tensor, value: Tensor, scores: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Take a whole text, longer than what is kept of it, without padding, into an empty group. The host waits for nothing.
 
@@ -227,6 +248,7 @@ class Slots:
         self.values[rows, heads, slot] = values[rows, heads, new]
         self.visible[rows, heads, slot] = worth > NONE
 
+    @lasting
     def make_room(self, tokens: int, early: bool = True) -> None:
         """Make room for tokens that are about to enter; not early: only for those before something must go, but at least one."""
         if self.young and not early:
@@ -279,8 +301,24 @@ class Slots:
 
     # what transformers asks of a cache
 
+    def check_crop(self, tokens: int) -> None:
+        """Raise if the last `tokens` tokens cannot be taken back. Nothing is changed."""
+        tokens -= 0 if self.recent is None else min(tokens, self.recent[0].shape[2])
+        if tokens and self.window is None and tokens > self.length - self.start:
+            raise HeadsinkError(
+                f"cannot take back {tokens} tokens: hold() was called {self.length - self.start} tokens ago, and what was "
+                "held then stays"
+            )
+        if tokens and self.window is not None and self.length > self.window:
+            raise HeadsinkError(
+                f"cannot take back {tokens} tokens: a window of {self.window} has evicted older ones; pass a "
+                "cache of your own (headsink.new_cache) and call its activate_past_recording() first"
+            )
+
+    @lasting
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` tokens. Those that pushed others out can be taken back only while recording."""
+        self.check_crop(tokens)
         if self.recent is not None:
             key, value = self.recent
             left = key.shape[2] - tokens
@@ -289,20 +327,9 @@ class Slots:
                 self.enter(key[:, :, :left], value[:, :, :left])
                 return
             self.recent, tokens = None, -left
-        if tokens == 0:
-            return
-        if self.window is None and tokens > self.length - self.start:
-            raise HeadsinkError(
-                f"cannot take back {tokens} tokens: hold() was called {self.length - self.start} tokens ago, and what was "
-                "held then stays"
-            )
-        if self.window is not None and self.length > self.window:
-            raise HeadsinkError(
-                f"cannot take back {tokens} tokens: a window of {self.window} has let go of older ones; pass a "
-                "cache of your own (headsink.new_cache) and call its activate_past_recording() first"
-            )
         self.length -= tokens
 
+    @lasting
     def hide(self, hidden: Tensor) -> None:
         """Of the last columns, those that a row is not to see: bool [batch, columns]. Nothing may be let go any more."""
         columns = torch.arange(self.length - hidden.shape[1], self.length, device=hidden.device)
@@ -314,6 +341,7 @@ class Slots:
         end = self.anchors + self.length - self.start
         return self.keys[:, :, end - columns : end], self.values[:, :, end - columns : end]
 
+    @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to the batch dimension of all that is held."""
         self.keys, self.values, self.visible = change(self.keys), change(self.values), change(self.visible)

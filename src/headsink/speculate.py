@@ -30,7 +30,8 @@ from headsink.cache import PlanCache, PlanLayer
 from headsink.decode import Decoder, decoder, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
-from headsink.runtime import apply, new_cache
+from headsink.runtime import apply_here, new_cache
+from headsink.transformers_names import cache_argument, given_cache
 
 MOST = 8  # tokens drafted at once
 MEMORY = 0.9  # weight of what was seen before, in the running means of acceptance and time
@@ -117,10 +118,10 @@ def generate_lossless(
         raise HeadsinkError(
             "positions: counted in the cache, which is not what the full model does; use a plan with 'text'"
         )
-    if options.get("past_key_values") is not None or options.get("custom_generate") is not None:
-        raise HeadsinkError(
-            "lossless: it has caches and a loop of its own; leave out past_key_values and custom_generate"
-        )
+    if given_cache(options) is not None or options.get("custom_generate") is not None:
+        raise HeadsinkError("lossless: it has caches and a loop of its own; leave out the cache and custom_generate")
+    if options.pop("use_cache", True) is False:
+        raise HeadsinkError("lossless: it keeps two caches; leave out use_cache=False")
     plan.check(model)
     options = with_stop_strings(options)
     plan = plan.model_copy(update={"quality": ()})  # no length is beyond what is verified: all of it is
@@ -166,7 +167,7 @@ def _loop(
     if streamer is not None and len(input_ids) > 1:
         raise HeadsinkError("lossless: a streamer takes one text")
     everything = Plan.full(model)
-    with torch.no_grad(), apply(model, everything):
+    with torch.no_grad(), apply_here(model, everything):
         full = new_cache(model, everything, exact=False)
         given_mask = given.get("attention_mask")
         mask = torch.ones_like(input_ids) if given_mask is None else given_mask
@@ -336,7 +337,7 @@ class Lossless:
 
 def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, places: Tensor, **options: Any) -> Tensor:
     """Logits, [rows, tokens, vocabulary], of tokens at `places` of their texts."""
-    found: Tensor = model(ids, position_ids=places, past_key_values=cache, use_cache=True, **options).logits
+    found: Tensor = model(ids, position_ids=places, **cache_argument(cache), use_cache=True, **options).logits
     return found
 
 

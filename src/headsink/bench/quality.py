@@ -55,6 +55,7 @@ from headsink.plan import Fingerprint, Plan
 from headsink.progress import bar
 from headsink.quality import branch_log_probs
 from headsink.runtime import apply, compress_into, new_cache
+from headsink.transformers_names import cache_argument
 
 __all__ = ["TASKS", "run", "table"]
 
@@ -203,11 +204,11 @@ def _read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
     if plan.once:
         full = empty_cache(model, None)
         with torch.no_grad():
-            model(text, past_key_values=full, use_cache=True, logits_to_keep=1)
+            model(text, **cache_argument(full), use_cache=True, logits_to_keep=1)
         compress_into(cache, model, full, input_ids=text)
     else:
         with torch.no_grad(), apply(model, plan):
-            model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(text, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return cache
 
 

@@ -36,6 +36,7 @@ from headsink.models import dtype_name
 from headsink.plan import Plan
 from headsink.progress import bar
 from headsink.runtime import apply, compress_into
+from headsink.transformers_names import cache_argument
 
 LEAST_CONTEXT = 16
 BASE = "transformers"  # in the dtype asked for: what ratios are taken to
@@ -86,7 +87,7 @@ class Way:
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,  # no token ends a text
                 do_sample=False,
@@ -98,7 +99,7 @@ class Way:
     def _compress(self, cache: PlanCache, context: Tensor) -> None:
         full = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         with torch.no_grad():
-            self.model(context, past_key_values=full, use_cache=True, logits_to_keep=1)
+            self.model(context, **cache_argument(full), use_cache=True, logits_to_keep=1)
         compress_into(cache, self.model, full, input_ids=context)
 
 

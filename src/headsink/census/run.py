@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, models
 from headsink.architecture import Architecture, decoder, describe
-from headsink.attention import Seen, engaged, observing
+from headsink.attention import Seen, observing
 from headsink.census.census import SCHEMA, TOP_KEYS, Census
 from headsink.census.statistics import KEPT, QUERIES, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
 from headsink.errors import HeadsinkError
@@ -231,7 +231,7 @@ def _read(
         layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in found])
         step()
 
-    with torch.no_grad(), engaged(model), observing(see):
+    with torch.no_grad(), observing(model, see):
         decoder(model)(torch.tensor([ids], device=input_device(model)), use_cache=False)
     arrays: dict[str, Tensor] = {}
     for length, found in zip(lengths, zip(*layers, strict=True), strict=True):

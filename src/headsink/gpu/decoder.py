@@ -23,6 +23,7 @@ from headsink.architecture import describe
 from headsink.cache import OnCard, PlanCache, PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.layout import Layout
+from headsink.transformers_names import cache_argument
 
 AHEAD = 64  # tokens that buffers are made ready for at once
 
@@ -172,7 +173,7 @@ class Decoder:
             layer.on_card = OnCard(table, self.columns)
         try:
             with torch.no_grad():
-                found = self.model(one.token, position_ids=one.place, past_key_values=self.cache, use_cache=True)
+                found = self.model(one.token, position_ids=one.place, **cache_argument(self.cache), use_cache=True)
                 one.logits = found.logits.float()
             self.columns.add_(one.token.shape[1])
         finally:
