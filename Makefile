@@ -1,4 +1,5 @@
 # make demo: the main job on the built-in model.   make test: lint, types, all tests.   Both set up .venv first.
+# make test-oldest: the oldest transformers that headsink runs with, in .venv-oldest.
 # make test-vllm: serving by vLLM, in .venv-vllm.   make test-harness: the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,10 +8,15 @@ PEERS := .venv-peers/bin
 PEERS_READY := .venv-peers/ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/ready
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/ready
+OLDEST_VERSION := 5.19.0
+OLDEST_TESTS := $(addprefix tests/test_, passes.py table_of_calls.py runtime.py head_group.py generation.py decode.py \
+	compress.py prefix.py models.py census.py cli.py)
 HARNESS := .venv-harness/bin
 HARNESS_READY := .venv-harness/ready
 
-.PHONY: setup demo test test-vllm test-harness lint peers clean
+.PHONY: setup demo test test-oldest test-vllm test-harness lint peers clean
 
 setup: $(READY)
 
@@ -35,6 +41,18 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+
+# Over .venv, whose packages it sees, but for transformers.
+$(OLDEST_READY): $(READY)
+	@echo "Setting up .venv-oldest (once; about half a minute)"
+	@$(PYTHON) -m venv .venv-oldest
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headsink.pth"
+	@$(OLDEST)/python -m pip install --quiet --no-deps --ignore-installed transformers==$(OLDEST_VERSION)
+	@touch $(OLDEST_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM)/pytest --config-file tests_vllm/pytest.ini tests_vllm
@@ -73,4 +91,4 @@ $(PEERS_READY): constraints.txt benchmarks/peers-constraints.txt
 	@touch $(PEERS_READY)
 
 clean:
-	rm -rf .venv .venv-peers .venv-vllm .venv-harness runs
+	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-harness runs
