@@ -119,7 +119,7 @@ def errors_by_layer() -> alt.Chart:
 
 def pairs(layers: int) -> alt.Chart:
     """P(sink in layer b | sink in layer a) minus the base rate of b. Named data: pairs (a, b, found, base, lift)."""
-    size = max(3, min(14, 420 // layers))
+    side = max(180, layers * max(3, min(14, 420 // layers)))  # at least as long as the titles of the axes in any font
     axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False, domain=False)
     every = alt.Scale(domain=list(range(layers)))
     return (
@@ -139,7 +139,7 @@ def pairs(layers: int) -> alt.Chart:
                 alt.Tooltip("lift:Q", title="difference", format="+.2f"),
             ],
         )
-        .properties(width=size * layers, height=size * layers)
+        .properties(width=side, height=side)
     )
 
 

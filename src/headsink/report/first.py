@@ -6,6 +6,7 @@ census.js writes the same words into the same places for every other view.
 
 from __future__ import annotations
 
+import math
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +121,10 @@ def ramp() -> list[tuple[str, str]]:
 
 def short(value: float | None, digits: int = 3) -> str:
     """A number in three digits, as `figures` in common.js writes it."""
-    if value is None or not abs(value) < float("inf"):
+    if value is None or not math.isfinite(value):
         return "–"
     if abs(value) >= 1000:
-        return f"{int(Decimal(value).quantize(Decimal(1), ROUND_HALF_UP)):,}"
+        return f"{math.floor(value + 0.5):,}"
     rounded = Context(prec=digits, rounding=ROUND_HALF_UP).create_decimal(value).normalize()
     if 0 < abs(rounded) < Decimal("1e-6"):
         return f"{rounded:e}"

@@ -320,7 +320,15 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"share": share, "p": p_value, "figures": figures, "visible": visible, "short": first.short, "percent": percent, "capital": capital}
+    found.filters |= {
+        "share": share,
+        "p": p_value,
+        "figures": figures,
+        "visible": visible,
+        "short": first.short,
+        "percent": percent,
+        "capital": capital,
+    }
     found.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
     return found
 
@@ -343,7 +351,7 @@ def share(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share as a length of CSS."""
-    return f"{100 * min(1, max(0, value or 0)):g}%"
+    return f"{100 * min(1, max(0, value or 0))}%"
 
 
 def p_value(value: float | None) -> str:
