@@ -3,6 +3,7 @@
 
 const SHADES = 10; // steps of the token view: twice flat attention, four times, ... 1024 times
 const AROUND = 5; // tokens of context on either side of a top key
+const MOST_KEYS = 10;
 
 let data, state, rows, statistics, layers, heads, group;
 const shaded = {}; // text -> what the token view needs of it, unpacked when it is first shown
@@ -129,7 +130,9 @@ function showKeys() {
   }
   found.sort((a, b) => b.attention - a.attention);
   const {first} = data.limits[state.length];
-  [...$("keys").tBodies[0].rows].forEach((line, n) => {
+  const [body] = $("keys").tBodies;
+  while (body.rows.length < Math.min(found.length, MOST_KEYS)) body.append(body.rows[0].cloneNode(true));
+  [...body.rows].forEach((line, n) => {
     line.hidden = n >= found.length;
     if (line.hidden) return;
     const {text, position, attention, sink} = found[n], [context, token, ...cells] = line.cells;
