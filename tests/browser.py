@@ -28,10 +28,17 @@ class Browser:
 
     def open(self, url: str) -> float:
         """Open a page and wait until it says that it is ready: milliseconds from the start of the navigation to there."""
-        _call("POST", f"{self.session}/url", url="about:blank")
-        _call("POST", f"{self.session}/url", url=url)
+        self.load(url)
         self.wait("return document.documentElement.dataset.complete !== undefined")
         return float(self.run("return document.documentElement.dataset.ready"))
+
+    def load(self, url: str) -> None:
+        """Open a page, and do not wait for its scripts."""
+        _call("POST", f"{self.session}/url", url="about:blank")
+        _call("POST", f"{self.session}/url", url=url)
+
+    def resize(self, width: int, height: int) -> None:
+        _call("POST", f"{self.session}/window/rect", width=width, height=height)
 
     def wait(self, condition: str) -> None:
         end = time.monotonic() + PATIENCE

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from browser import INSTALLED, browser
 from families import tiny
 
 import headsink
-from headsink.report import write_comparison, write_comparison_pictures
-from headsink.report.page import share
+from headsink.census.statistics import distances
+from headsink.report import charts, write_comparison, write_comparison_pictures, write_report
+from headsink.report.first import flat_keys, flat_profile, short
+from headsink.report.page import drawing, share, write_picture
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 
 MARKUP = "<img src=x onerror=alert(1)></script>"
 LAYERS, HEADS = 3, 4
+SHAPES = {"svg", "g", "path", "rect", "text", "line", "defs", "linearGradient", "stop", "clipPath"}
 needs_browser = pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
 
 
@@ -39,11 +43,13 @@ def census():
     letters = [chr(40 + 7 * n % 61) for n in range(400)]
     texts = {
         "prose": ["".join(letters[:220]), "".join(letters[100:320])],
-        MARKUP: ["".join(letters[50:280]), "".join(letters[9:90])],  # the second does not reach every length
+        "markup": ["".join(letters[50:280]), "".join(letters[9:90])],  # the second does not reach every length
         "short": ["".join(letters[7:80])],
     }
     found = headsink.analyze(tiny("llama"), Markup(), texts=texts, lengths=(16, 64, 200), progress=False)
     found.settings["model"]["name"] = f"tiny {MARKUP}"
+    for text in found.settings["texts"]:  # `analyze` need not take what a file may hold
+        text["domain"] = text["domain"].replace("markup", MARKUP)
     return found
 
 
@@ -97,7 +103,7 @@ def test_a_token_with_markup_is_there_as_text(folder):
 def test_nothing_is_fetched(page):
     assert "default-src 'none'" in page
     assert not re.search(r'<link|<iframe|(src|href)="(?!#)', markup_free(page))
-    assert len(page) < 10_000_000
+    assert len(page) < 5_000_000
 
 
 def test_the_page_holds_the_numbers_of_the_census(census, folder):
@@ -150,6 +156,74 @@ def test_a_comparison_is_pictures_too(folder, tmp_path):
     write_comparison_pictures(headsink.compare(folder, f"{folder}@64"), tmp_path)
     assert (tmp_path / "figure-change-sink-64.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "figure-change-output-64.svg").read_text()
+
+
+def test_every_chart_stands_in_the_page_as_a_picture_in_a_box_of_its_size(page):
+    specs = json.loads(re.search(r"const SPECS = (.*);</script>", page)[1])
+    boxes = re.findall(
+        r'<figure class="chart" id="([^"]*)".*?style="--w: (.*?)px; --h: (.*?)px">(<svg.*?</svg>)</figure>', page
+    )
+    assert sorted(name for name, *_ in boxes) == sorted({re.sub("^map-.*", "map", name) for name in specs})
+    assert len(boxes) == page.count('class="chart"')
+    for name, width, height, svg in boxes:
+        root = ElementTree.fromstring(svg)
+        assert {element.tag.split("}")[1] for element in root.iter()} <= SHAPES
+        room = (float(width), float(height))
+        taken = (float(root.get("width")), float(root.get("height")))
+        assert room == taken or (name == "map" and room[0] >= taken[0] and room[1] >= taken[1])
+    names = re.findall(r'\bid="([^"]*)"', page)
+    assert len(names) == len(set(names))
+
+
+def test_flat_attention_is_the_mean_of_the_rows_that_count():
+    for length, sliding in ((1, None), (2, None), (37, None), (37, 8), (37, 100)):
+        rows = torch.ones(length, length).tril().triu(1 - (sliding or length)).double()
+        rows /= rows.sum(-1, keepdim=True)
+        first = min(max(1, length // 4), length - 1)
+        torch.testing.assert_close(flat_keys(length, sliding), rows[first:].mean(0))
+        within = [rows.triu(1 - distance)[first:].sum(-1).mean() for distance in distances(length)]
+        torch.testing.assert_close(flat_profile(length, sliding), torch.stack(within))
+
+
+NAMES = [
+    "line\u2028end",
+    "paragraph\u2029end",
+    "null\0",
+    "escape\x1b[31m",
+    "\ufffe\uffff",
+    "half \ud83d",
+    "\\ \" ' ` ${1}",
+]
+
+
+def test_every_character_of_a_name_is_drawn_or_escaped(tmp_path):
+    rows = [{"a": a, "b": b, "share": 0.5} for a in NAMES for b in NAMES]
+    sort = charts.alt.X("a:N", sort=NAMES)
+    chart = charts.alt.Chart(charts.alt.Data(values=rows)).mark_rect().encode(x=sort, y="b:N")
+    write_picture(tmp_path / "figure", charts.filled(charts.spec(chart, NAMES), more=rows))
+    svg = (tmp_path / "figure.svg").read_text()
+    for escaped in (
+        "line\\u2028end",
+        "paragraph\\u2029end",
+        "null\\x00",
+        "escape\\x1b[31m",
+        "\\ufffe\\uffff",
+        "half \\ud83d",
+    ):
+        assert svg.count(f">{escaped}<") == 3  # on both axes, and in the title
+    write_picture(tmp_path / "bare", chart.to_dict(validate=False))
+    assert "null\\x00" in (tmp_path / "bare.svg").read_text()
+
+
+def test_names_of_a_picture_are_its_own():
+    gradient = charts.alt.Chart(charts.alt.Data(values=[{"v": 1, "t": 'url(#clip) id="x"'}])).mark_point()
+    spec = charts.spec(gradient.encode(color="v:Q", x="t:N"))
+    one, other = (
+        re.findall(r'id="([^"]*\d)"|url\(#([^()]*\d)\)', drawing(name, spec)["svg"]) for name in ("one", "other")
+    )
+    assert {name.split("-")[0] for pair in one for name in pair if name} == {"one"}
+    assert {name.split("-")[0] for pair in other for name in pair if name} == {"other"}
+    assert 'url(#clip) id="x"' in drawing("one", spec)["svg"]
 
 
 def test_a_share_that_is_not_there_is_a_dash():
@@ -305,6 +379,17 @@ def test_the_top_keys_show_markup_as_text(report):
 
 
 @needs_browser
+def test_the_top_keys_are_as_many_as_the_view_has(report):
+    shown = "return [...document.getElementById('keys').tBodies[0].rows].filter(row => !row.hidden).length"
+    choose(report, "length", 64)
+    choose(report, "domain", 3)
+    assert report.run(shown) == 8  # of one text
+    report.run("const {rows} = document.getElementById('keys').tBodies[0]; while (rows.length > 1) rows[1].remove()")
+    choose(report, "domain", 0)
+    assert report.run(shown) == 10
+
+
+@needs_browser
 def test_a_view_can_be_linked(chromium, folder):
     chromium.open(f"file://{folder}/report.html#?layer=1&head=2&length=64&domain=short&statistic=entropy&text=2")
     assert text(chromium, "head-title").startswith("Layer 1, head 2 ")
@@ -334,3 +419,111 @@ def test_a_comparison_works_by_mouse_keyboard_and_menus(chromium, comparison, ce
     assert shown == pytest.approx((after - before).flatten().tolist(), rel=1e-2, abs=1e-5)
     assert "of 12 heads have another role" in text(chromium, "roles-said")
     assert chromium.console() == []
+
+
+# Before and after the scripts
+
+
+WHERE = """return Object.fromEntries([...document.querySelectorAll('section, h2, h3, table, .chart')].map((one, n) => {
+  const box = one.getBoundingClientRect();
+  return [`${n} ${one.tagName} ${one.id}`, [box.top + scrollY, box.height]];
+}).concat([["page", [document.documentElement.scrollHeight, document.documentElement.scrollWidth]]]))"""
+SAID = """
+const names = ['counts', 'map-title', 'head-title', 'head-role', 'scores', 'keys', 'text-head', 'ramp', 'tokens', 'errors-title'];
+const every = (selector, of) => [...document.querySelectorAll(selector)].map(of);
+return {
+  said: names.map(id => document.getElementById(id).textContent.replace(/\\s+/g, ' ').trim()),
+  shades: every('#tokens span', one => one.className),
+  bars: every('.bar i, .bar b', one => Math.round(10 * parseFloat(one.style.width || one.style.left))),
+  chosen: every('tr.shown', one => one.dataset.name),
+  menus: every('select, #controls input', one => one.value),
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def still(folder):
+    """The report without its scripts."""
+    path = folder / "still.html"
+    page = (folder / "report.html").read_text()
+    path.write_text(re.sub("<script.*?</script>", "", page, flags=re.DOTALL))
+    return f"file://{path}"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 900, 500])
+def test_nothing_moves_when_the_scripts_draw(chromium, folder, still, width):
+    chromium.resize(width, 1100)
+    try:
+        chromium.load(still)
+        before = chromium.run(WHERE)
+        chromium.open(f"file://{folder}/report.html")
+        after = chromium.run(WHERE)
+    finally:
+        chromium.resize(1400, 1100)
+    assert before.keys() == after.keys()
+    moved = {name: (place, after[name]) for name, place in before.items() if place != pytest.approx(after[name], abs=2)}
+    assert moved == {}
+    assert after["page"][1] <= width
+
+
+@needs_browser
+def test_without_scripts_the_page_says_and_draws_the_same(chromium, folder, still):
+    chromium.load(still)
+    before = chromium.run(SAID)
+    drawn = "return [...document.querySelectorAll('.chart svg')].map(one => one.getBoundingClientRect().height)"
+    assert min(chromium.run(drawn)) > 50
+    chromium.open(f"file://{folder}/report.html")
+    assert chromium.run(SAID) == before
+
+
+@needs_browser
+def test_a_link_into_the_page_lands_on_its_section(chromium, folder, comparison):
+    chromium.resize(1400, 500)
+    try:
+        links = (folder / "report.html", ["by-layer", "stability"]), (comparison, ["roles"])
+        for path, name in ((path, name) for path, names in links for name in names):
+            chromium.open(f"file://{path}#{name}")
+            there = chromium.run("return scrollY")
+            assert there > 0
+            chromium.run("document.getElementById(arguments[0]).scrollIntoView()", name)
+            assert chromium.run("return scrollY") == pytest.approx(there, abs=2), name
+    finally:
+        chromium.resize(1400, 1100)
+
+
+@needs_browser
+def test_the_map_of_a_comparison_stays_where_it_is(chromium, comparison):
+    page, still = comparison.read_text(), comparison.with_name("still.html")
+    still.write_text(re.sub("<script.*?</script>", "", page, flags=re.DOTALL))
+    chromium.load(f"file://{still}")
+    box = "const box = document.getElementById('map').getBoundingClientRect(); return [box.x, box.y, box.width, box.height]"
+    before = chromium.run(box)
+    chromium.open(f"file://{comparison}")
+    assert chromium.run(box) == pytest.approx(before, abs=2)
+
+
+@needs_browser
+def test_numbers_are_written_alike_by_python_and_by_the_page(chromium, folder):
+    chromium.open(f"file://{folder}/report.html")
+    random = torch.Generator().manual_seed(0)
+    numbers = (10 ** (14 * torch.rand(500, generator=random, dtype=torch.float64) - 8)).tolist()
+    numbers += [0.0, 1.125, 2.375, 12.25, 0.0625, 999.5, 1000.5, 1234.5, 99.95, 1e-6, 9.996e-7, 1.2345e-300]
+    numbers += [-number for number in numbers if number]
+    for digits in (2, 3):
+        written = chromium.run("return arguments[0].map(value => figures(value, arguments[1]))", numbers, digits)
+        assert [short(number, digits) for number in numbers] == written
+    assert [short(None), short(float("nan")), short(float("inf"))] == ["–"] * 3
+
+
+@needs_browser
+def test_a_page_is_drawn_whatever_its_names_are(chromium, census, tmp_path):
+    settings = json.loads(json.dumps(census.settings))
+    for text in settings["texts"]:
+        text["domain"] = {"prose": NAMES[0], MARKUP: NAMES[1], "short": NAMES[-1]}[text["domain"]]
+    settings["model"]["name"] = NAMES[3]
+    write_report(headsink.Census(settings, census.vocabulary, census.arrays), tmp_path / "report.html")
+    chromium.open(f"file://{tmp_path}/report.html")
+    assert chromium.console() == []
+    labels = chromium.run("return [...document.querySelectorAll('#same-roles text')].map(label => label.textContent)")
+    assert {"line\\u2028end", "paragraph\\u2029end"} < set(labels)

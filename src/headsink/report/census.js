@@ -1,9 +1,6 @@
 "use strict";
 // The page of a census. `state` is what is chosen; `show` draws it. Numbers come from views.py by way of page.py.
 
-const ROLE_COLOURS = {sink: "#0072B2", local: "#E69F00", mixed: "#56B4E9", diffuse: "#BBBBBB", retrieval: "#D55E00"};
-const ELSEWHERE = ["distance", "window", "window_first", "agreement"]; // said in the line above the table
-const MASSES = ["sink", "first", "local", "far", "far_peak", "learned"]; // statistics that are shares of the attention
 const SHADES = 10; // steps of the token view: twice flat attention, four times, ... 1024 times
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
@@ -37,28 +34,10 @@ function viewRows() {
   return found;
 }
 
-// The first query that counts, and what flat attention gives each key, as a mean over the queries that count.
-const firstRow = length => Math.min(Math.max(1, Math.floor(length / 4)), length - 1);
-function flatKeys(length, sliding) {
-  const first = firstRow(length), sums = new Float64Array(length + 1); // sums[i]: over the queries before i that count
-  for (let i = 0; i < length; i++) sums[i + 1] = sums[i] + (i < first ? 0 : 1 / Math.min(i + 1, sliding));
-  return Float64Array.from({length}, (_, j) => (sums[Math.min(length, j + sliding)] - sums[j]) / (length - first));
-}
-function flatProfile(length, sliding) {
-  const first = firstRow(length);
-  return data.distances[length].map(distance => {
-    let sum = 0;
-    for (let i = first; i < length; i++) {
-      const seen = Math.min(i + 1, sliding);
-      sum += Math.min(distance, seen) / seen;
-    }
-    return sum / (length - first);
-  });
-}
-const flat = {};
-function flatOf(length) { // in the selected layer, which may have a sliding window of its own
-  const sliding = data.sliding[state.layer] ?? length;
-  return flat[`${length}.${sliding}`] ??= {keys: flatKeys(length, sliding), profile: flatProfile(length, sliding)};
+// What flat attention gives each key and within each distance, in the selected layer, which may have a sliding window of its own.
+function flatOf(length) {
+  const [keys, profile] = ["keys", "profile"].map(name => array(`flat.${length}.${data.sliding[state.layer] ?? 0}.${name}`));
+  return {keys, profile};
 }
 
 // The map and its menus
@@ -79,9 +58,7 @@ function showMap() {
 }
 
 function showCounts() {
-  const counts = data.roles.map(role => [role, rows.filter(row => row.role === role).length]).sort((a, b) => b[1] - a[1]);
-  $("counts").replaceChildren(...counts.map(([role, count]) =>
-    element("li", {style: `--c: ${ROLE_COLOURS[role]}`}, element("b", {}, String(count)), ` ${role}`)));
+  data.roles.forEach((role, n) => { $("counts").children[n].firstChild.textContent = rows.filter(row => row.role === role).length; });
 }
 
 // One head
@@ -90,7 +67,7 @@ function showHead() {
   const row = rows[state.layer * heads + state.head], texts = textsOf(state.length, state.domain).length;
   const kv = Math.floor(state.head / group), same = Math.round(row.agreement * texts);
   $("head-title").textContent = `Layer ${state.layer}, head ${state.head} (KV head ${kv})`;
-  const badge = element("span", {class: "badge" + (["sink", "retrieval"].includes(row.role) ? " dark" : ""), style: `--c: ${ROLE_COLOURS[row.role]}`}, row.role);
+  const badge = element("span", {class: `badge ${row.role}`}, row.role);
   $("head-role").replaceChildren(badge, texts > 1 ? ` in ${same} of ${texts} texts read singly` : " (one text)",
     ` · median distance ${figures(row.distance)} · window needed ${figures(Math.round(row.window))}, with first tokens only ${figures(Math.round(row.window_first))}`);
   const chosen = statistic(state.statistic);
@@ -104,20 +81,17 @@ function showHead() {
 }
 
 function showScores(row) {
-  const header = element("thead", {}, element("tr", {}, ...["attention to", "", "mean", "± 95 %", "flat"].map(title => element("th", {scope: "col"}, title))));
-  const lines = statistics.filter(({name}) => !ELSEWHERE.includes(name)).map(one => {
-    const {name} = one;
-    const value = row[name], half = row.halves[name], uniform = row.uniforms[name];
-    const said = element("th", {scope: "row"}, titleOf(one).replace(/^attention to (the )?/, "")), cells = [said];
-    if (MASSES.includes(name)) {
-      const place = share => `${100 * Math.min(1, Math.max(0, share))}%`;
-      cells.push(element("td", {class: "bar"}, element("span", {"aria-hidden": "true"},
-        element("i", {style: `width: ${place(value)}`}), element("b", {style: `left: ${place(uniform)}`}))));
-    } else said.colSpan = 2;
-    cells.push(...[[value, 3], [half, 2], [uniform, 3]].map(([figure, digits]) => element("td", {class: "n"}, figures(figure ?? NaN, digits))));
-    return element("tr", name === state.statistic ? {class: "shown"} : {}, ...cells);
-  });
-  $("scores").replaceChildren($("scores").caption, header, element("tbody", {}, ...lines));
+  const place = share => `${100 * Math.min(1, Math.max(0, share))}%`;
+  for (const line of $("scores").tBodies[0].rows) {
+    const {name} = line.dataset, numbers = [[row[name], 3], [row.halves[name], 2], [row.uniforms[name], 3]];
+    line.className = name === state.statistic ? "shown" : "";
+    line.cells[0].textContent = titleOf(statistic(name)).replace(/^attention to (the )?/, "");
+    numbers.forEach(([figure, digits], n) => { line.cells[line.cells.length - 3 + n].textContent = figures(figure ?? NaN, digits); });
+    if (line.querySelector(".bar")) {
+      line.querySelector("i").style.width = place(row[name]);
+      line.querySelector("b").style.left = place(row.uniforms[name]);
+    }
+  }
 }
 
 const lengthsOf = domain => data.lengths.filter(length => data.has[length].includes(domain));
@@ -155,34 +129,27 @@ function showKeys() {
     top.forEach((position, n) => { if (position >= 0) found.push({text, position, attention: drawn[n], sink: sink[n]}); });
   }
   found.sort((a, b) => b.attention - a.attention);
-  const columns = ["in its text", "token", "text", "position", "attention", "× flat", ""];
-  const header = element("thead", {}, element("tr", {}, ...columns.map(title => element("th", {scope: "col"}, title))));
   const {first} = data.limits[state.length];
-  const lines = found.slice(0, MOST_KEYS).map(({text, position, attention, sink}) => {
+  const [body] = $("keys").tBodies;
+  while (body.rows.length < Math.min(found.length, MOST_KEYS)) body.append(body.rows[0].cloneNode(true));
+  [...body.rows].forEach((line, n) => {
+    line.hidden = n >= found.length;
+    if (line.hidden) return;
+    const {text, position, attention, sink} = found[n], [context, token, ...cells] = line.cells;
     const around = (from, to) => {
       let said = "";
       for (let at = Math.max(0, from); at < Math.min(to, state.length); at++) said += word(text.n, at);
       return visible(said);
     };
-    const context = element("td", {class: "context"}, around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
-    const mark = sink ? element("span", {class: "floating-sink"}, "floating sink") : position < first ? element("span", {class: "first-token"}, "first tokens") : "";
-    return element("tr", {}, context, element("td", {}, element("code", {class: "token"}, visible(word(text.n, position)).replaceAll(" ", "␣"))),
-      element("td", {class: "n"}, text.name), element("td", {class: "n"}, String(position)), element("td", {class: "n"}, figures(attention)),
-      element("td", {class: "n"}, figures(attention / flatOf(state.length).keys[position])), element("td", {}, mark));
+    const [name, said] = sink ? ["floating-sink", "floating sink"] : position < first ? ["first-token", "first tokens"] : ["", ""];
+    context.replaceChildren(around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
+    token.firstChild.textContent = visible(word(text.n, position)).replaceAll(" ", "␣");
+    [text.name, position, figures(attention), figures(attention / flatOf(state.length).keys[position])].forEach((one, c) => { cells[c].textContent = one; });
+    cells[4].replaceChildren(element("span", {class: name}, said));
   });
-  $("keys").replaceChildren(header, element("tbody", {}, ...lines));
 }
 
 // The token view
-
-const ramp = Array.from({length: SHADES + 1}, (_, n) => { // white to dark blue, one hue, lighter is less
-  const [from, to] = [[255, 255, 255], [8, 48, 107]];
-  return {background: `rgb(${from.map((c, k) => Math.round(c + (to[k] - c) * n / SHADES)).join(" ")})`, color: n > SHADES / 2 ? "white" : "#1c2430"};
-});
-
-function showRamp() {
-  $("ramp").replaceChildren(...[0, 2, 4, 6, 8, 10].map(n => element("span", {style: `background: ${ramp[n].background}; color: ${ramp[n].color}`}, n ? `${2 ** n}` : "≤ 1")));
-}
 
 async function showText() {
   const text = state.text;
@@ -202,9 +169,8 @@ async function showText() {
   const flatly = flatOf(length).keys;
   [...box.children].forEach((span, n) => {
     const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = flatly[n] ? attention / flatly[n] : 0;
-    const {background, color} = ramp[Math.min(SHADES, Math.max(0, Math.round(Math.log2(times))))];
-    Object.assign(span.style, {background, color});
-    span.className = floating.has(n) ? "floating-sink" : n < first ? "first-token" : "";
+    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = floating.has(n) ? " floating-sink" : n < first ? " first-token" : "";
+    span.className = `s${step}${mark}`;
     span.said = () => `${JSON.stringify(word(text, n))}, position ${n}: attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` +
       (floating.has(n) ? `; floating sink of KV head ${kv}` : n < first ? "; one of the first tokens" : "");
   });
@@ -233,10 +199,7 @@ function showPairs() {
 function showLayers() {
   const where = `${state.length} tokens, ${data.domains[state.domain]}`;
   $("errors-title").dataset.title = `Error of a window of ${data.near[state.length]}`;
-  for (const title of document.querySelectorAll(".of-view")) {
-    title.dataset.title ??= title.textContent;
-    title.textContent = `${title.dataset.title} (${where})`;
-  }
+  for (const title of document.querySelectorAll(".of-view")) title.textContent = `${title.dataset.title} (${where})`;
   return Promise.all([draw("layers", "layers", {heads: rows}), draw("errors", "errors", {heads: rows})]);
 }
 
@@ -254,9 +217,8 @@ function readState() {
   state = {length, domain, statistic: name, text: Number(texts.includes(asked.text) ? asked.text : textOf(domain) ?? texts[0])};
   limitDomains();
   rows = viewRows();
-  const best = rows.reduce((a, b) => b.sink - b.first > a.sink - a.first ? b : a); // at first: a head that rests on floating sinks
-  state.layer = within(asked.layer, 0, layers - 1, best.layer);
-  state.head = within(asked.head, 0, heads - 1, best.head);
+  state.layer = within(asked.layer, 0, layers - 1, Number($("layer").defaultValue));
+  state.head = within(asked.head, 0, heads - 1, Number($("head").defaultValue));
 }
 
 function showMenus() {
@@ -291,11 +253,6 @@ async function start() {
   ({statistics} = data);
   [layers, heads] = data.shape;
   group = heads / data.shape[2];
-  options($("length"), data.lengths.map(length => [length, `${length} tokens`]));
-  options($("domain"), data.domains.map((domain, n) => [n, domain]));
-  options($("statistic"), [["role", "role"], ...statistics.map(one => [one.name, one.title])]);
-  options($("shaded"), data.texts.map((text, n) => [n, text.name]).filter(([n]) => $(`text-${n}`)));
-  showRamp();
   readState();
   for (const name of ["length", "domain", "statistic"])
     $(name).addEventListener("change", () => choose({[name]: name === "statistic" ? $(name).value : Number($(name).value)}));

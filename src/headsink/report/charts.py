@@ -6,6 +6,7 @@ pictures. The others come with their data.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,27 @@ ERROR_AXIS: dict[str, Any] = {
     "labelExpr": "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')",
 }
 WIDE, NARROW = {"width": 540, "height": 200}, {"width": 340, "height": 210}
+UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\u2028\u2029\ufffe\uffff]")
 
 
 def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
     """As JSON that Vega-Lite reads."""
     if title is not None:
         chart = chart.properties(title=title)
-    return chart.configure(**CONFIG).to_dict(validate=False)  # slow, and Vega-Lite says it too
+    return drawable(chart.configure(**CONFIG).to_dict(validate=False))  # validating is slow, and Vega-Lite does it too
+
+
+def drawable(found: Any) -> Any:
+    """A chart, or a part of one, with a visible escape (`\\u2028`) for each character that ends the drawing.
+
+    Vega-Lite writes sorted names into expressions, where a line separator ends a string. Characters that XML does not have, or
+    that UTF-8 cannot say, end an SVG, and vl-convert then ends the process.
+    """
+    if isinstance(found, str):
+        return UNDRAWABLE.sub(lambda one: one[0].encode("unicode_escape").decode(), found)
+    if isinstance(found, dict):
+        return {key: drawable(value) for key, value in found.items()}
+    return [drawable(value) for value in found] if isinstance(found, list) else found
 
 
 def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def errors_by_layer() -> alt.Chart:
 
 def pairs(layers: int) -> alt.Chart:
     """P(sink in layer b | sink in layer a) minus the base rate of b. Named data: pairs (a, b, found, base, lift)."""
-    size = max(3, min(14, 420 // layers))
+    side = max(180, layers * max(3, min(14, 420 // layers)))  # at least as long as the titles of the axes in any font
     axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False, domain=False)
     every = alt.Scale(domain=list(range(layers)))
     return (
@@ -124,7 +139,7 @@ def pairs(layers: int) -> alt.Chart:
                 alt.Tooltip("lift:Q", title="difference", format="+.2f"),
             ],
         )
-        .properties(width=size * layers, height=size * layers)
+        .properties(width=side, height=side)
     )
 
 

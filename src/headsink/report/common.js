@@ -46,14 +46,16 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
     const spec = structuredClone(SPECS[name]);
     spec.datasets = {...spec.datasets, ...datasets};
     for (const param of spec.params ?? []) if (param.name in params) param.value = params[param.name];
-    drawn[id]?.view.finalize();
-    const {view} = await vegaEmbed($(id), spec, {
+    const place = element("div"); // what is shown stays until the new chart is whole
+    const {view} = await vegaEmbed(place, spec, {
       renderer: "svg",
       actions: {export: true, source: false, compiled: false, editor: false},
       scaleFactor: {png: 3, svg: 1},
       downloadFileName: `headsink-${name}`,
     });
     if (onClick) view.addEventListener("click", (_, item) => item?.datum?.layer !== undefined && onClick(item.datum));
+    drawn[id]?.view.finalize();
+    $(id).replaceChildren(place);
     drawn[id] = {name, view};
   });
   return queue[id];

@@ -122,7 +122,9 @@ async function start() {
     $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
   arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
   window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
-  await show(true);
+  const shown = show(true);
+  $(location.hash.slice(1))?.scrollIntoView(); // the tables above it were empty when the browser went there
+  await shown;
   ready();
   document.documentElement.dataset.complete = "";
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from headsink.census.roles import ROLES
 from headsink.files import write_text
 from headsink.report import charts, maps
-from headsink.report.page import capital, environment, write_picture
+from headsink.report.page import capital, drawing, environment, write_picture
 from headsink.report.views import STATISTICS, packed
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ SAID = 200  # letters of a setting that are shown
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write one HTML file. Text that comes from models, prompts or names of runs is escaped."""
+    first = _first(comparison)
+    layer, head = first.to_dict()["largest_at"]
+    spec = charts.spec(maps.change_map(_shape(comparison), _high(comparison, first.score)))
     text = (
         environment()
         .get_template("comparison.html.j2")
@@ -31,7 +34,8 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             heads=comparison.heads,
             changed=len(comparison.changed),
             shape=comparison.views[0].before.shape,
-            specs={"map": charts.spec(maps.change_map(_shape(comparison)))},
+            specs={"map": spec},
+            box=drawing("map", charts.filled(spec, heads=_rows(first), selected=[{"layer": layer, "head": head}])),
             data=_data(comparison),
         )
     )
@@ -68,6 +72,14 @@ def _data(comparison: Comparison) -> str:
         views=[view.to_dict() for view in comparison.views],
         changed=comparison.changed,
     )
+
+
+def _first(comparison: Comparison) -> View:
+    """What the page shows at first: the last length of the first run."""
+    start = comparison.views[0]
+    there = [view for view in comparison.views if (view.run, view.score) == (start.run, start.score)]
+    last = list(dict.fromkeys(view.lengths for view in there))[-1]
+    return next(view for view in there if view.lengths == last)
 
 
 def _rows(view: View) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
@@ -18,7 +19,7 @@ from headsink.census.floating import drawing_tokens, floating_tokens, stability,
 from headsink.census.roles import EPSILON, ROLES
 from headsink.census.statistics import Thresholds, distances, windows
 from headsink.census.transfer import sentence
-from headsink.report import charts, maps
+from headsink.report import charts, first, maps
 from headsink.report.views import (
     FAINTEST,
     POOLED,
@@ -51,7 +52,9 @@ OWN_DATA = {
 
 def write_report(census: Census, path: Path) -> None:
     """Write `report.html`. Text that comes from models or prompts is escaped."""
-    last, shape = census.lengths[-1], _shape(census)
+    last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
+    pooled = {length: view(census, length, None) for length in census.lengths}
+    shown = first.first_view(census, pooled, _shown(census))
     menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
         "map-role": maps.role_map(shape),
         "profile": maps.profile(),
@@ -60,6 +63,7 @@ def write_report(census: Census, path: Path) -> None:
         "errors": charts.errors_by_layer(),
         "pairs": charts.pairs(shape[0]),
     }
+    specs = {name: charts.spec(chart) for name, chart in (menu | own).items()}
     text = (
         environment()
         .get_template("census.html.j2")
@@ -70,9 +74,13 @@ def write_report(census: Census, path: Path) -> None:
             last=last,
             limits=census.settings["limits"],
             epsilon=EPSILON,
-            data=_data(census),
+            data=_data(census, pooled),
             shaded={text: _shaded(census, text, *room) for text, room in token_views(census).items()},
-            specs={name: charts.spec(chart) for name, chart in (menu | _own_data(census)).items()},
+            specs=specs,
+            boxes=_boxes(census, specs, pooled, shown),
+            first=shown,
+            ramp=first.ramp(),
+            statistics={name: STATISTICS[name].title for name in _shown(census)},
             drawing=drawing_tokens(census, last),
             floating=floating_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
@@ -87,6 +95,38 @@ def write_report(census: Census, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _boxes(
+    census: Census, specs: dict[str, Any], pooled: dict[int, View], shown: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Every chart of the page as it is at first, by the place that it stands in: all maps stand in one."""
+    last = census.lengths[-1]
+    found, layer, head = pooled[last], shown["layer"], shown["head"]
+    rows = [row | {"value": row["sink"]} for row in found.rows()]
+    data = {
+        "heads": rows,
+        "selected": [{"layer": layer, "head": head}],
+        "pairs": _pair_rows(found),
+        **first.head_charts(census, pooled, layer, head),
+    }
+    pictures = {name: drawing(name, charts.filled(spec, **data)) for name, spec in specs.items()}
+    every = [pictures.pop(f"map-{kind}") for kind in (*SHAPES, "role")]
+    size = {side: max(one[side] for one in every) for side in ("width", "height")}
+    return pictures | {"map": every[0] | size}
+
+
+def drawing(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A chart that has its data, as part of a page: its SVG, and the width and height that it takes."""
+    svg = _svg(found)
+    sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+    assert sides is not None
+    svg = re.sub(r'(\bid="|url\(#)(?=(?:clip|gradient_)\d)', rf"\1{name}-", svg)  # names of a page are its own
+    return {"svg": Markup(svg), "width": float(sides[1]), "height": float(sides[2])}
+
+
+def _svg(found: dict[str, Any]) -> str:
+    return str(vl_convert.vegalite_to_svg(charts.drawable(found)))
+
+
 def write_pictures(census: Census, folder: Path) -> None:
     """Write every chart, all texts together, as `figure-<name>.png` and `.svg`; those of single heads are on the page."""
     for name, spec in _pictures(census):
@@ -95,7 +135,7 @@ def write_pictures(census: Census, folder: Path) -> None:
 
 def write_picture(path: Path, spec: dict[str, Any]) -> None:
     """Write a chart that has its data as `path`.svg and `path`.png."""
-    svg = vl_convert.vegalite_to_svg(spec)
+    svg = _svg(spec)
     path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
     path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
 
@@ -150,12 +190,17 @@ def _own_data(census: Census) -> dict[str, Any]:
 # What goes into the page
 
 
-def _data(census: Census) -> str:
+def _data(census: Census, pooled: dict[int, View]) -> str:
     """The numbers of every head, and what the texts say."""
     every = [None, *census.domains]
     has = {n: [d for d, domain in enumerate(every) if census.has(n, domain)] for n in census.lengths}
-    views = {(n, d): view(census, n, every[d]) for n, domains in has.items() for d in domains}
+    views = {(n, d): view(census, n, every[d]) if d else pooled[n] for n, domains in has.items() for d in domains}
     arrays = {f"{n}.{d}.{name}": array for (n, d), found in views.items() for name, array in vars(found).items()}
+    sliding = census.settings["model"]["sliding"]
+    for n in census.lengths:
+        for window in set(sliding):
+            arrays[f"flat.{n}.{window or 0}.keys"] = first.flat_keys(n, window)
+            arrays[f"flat.{n}.{window or 0}.profile"] = first.flat_profile(n, window)
     words = {token: place for place, token in enumerate(census.vocabulary)}
     texts = []
     for number, text in enumerate(census.settings["texts"]):
@@ -178,7 +223,7 @@ def _data(census: Census) -> str:
         names=list(STATISTICS),
         highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
         near={n: near_window(census, n) for n in census.lengths},
-        sliding=census.settings["model"]["sliding"],
+        sliding=sliding,
         limits={n: asdict(Thresholds(**census.settings["limits"]).at(n)) for n in census.lengths},
         distances={n: distances(n) for n in census.lengths},
         windows={n: windows(n) for n in census.lengths},
@@ -275,7 +320,15 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"share": share, "p": p_value, "figures": figures, "visible": visible}
+    found.filters |= {
+        "share": share,
+        "p": p_value,
+        "figures": figures,
+        "visible": visible,
+        "short": first.short,
+        "percent": percent,
+        "capital": capital,
+    }
     found.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
     return found
 
@@ -294,6 +347,11 @@ def scripts() -> Markup:
 def share(value: float | None) -> str:
     """A share in per cent; a dash where there is none."""
     return "–" if value is None else f"{value:.0%}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a length of CSS."""
+    return f"{100 * min(1, max(0, value or 0))}%"
 
 
 def p_value(value: float | None) -> str:

@@ -166,7 +166,7 @@ def number(value: Tensor) -> float | None:
     return float(value) if torch.isfinite(value) else None
 
 
-def _three_figures(array: Tensor) -> Tensor:
+def three_figures(array: Tensor) -> Tensor:
     """float32 with 11 bits of precision: enough to look at, and compresses to half."""
     return ((array.float().contiguous().view(torch.int32) + 0x800) & -0x1000).view(torch.float32)
 
@@ -176,7 +176,7 @@ def packed(arrays: Mapping[str, Tensor], **more: Any) -> str:
     parts, offset, entries = [], 0, {}
     for name, array in arrays.items():
         if array.is_floating_point():
-            array = _three_figures(array)
+            array = three_figures(array)
         elif array.dtype != torch.uint8:
             array = array.int()
         raw = array.contiguous().numpy().tobytes()
