@@ -280,3 +280,69 @@ def test_a_layer_that_is_reset_lets_go_again():
     layer.reset()
     attend(layer, query, key, value, None, 0, 60)
     assert layer.groups[0].keys.shape[2] == 8
+
+
+def simulated(query, key, value, pattern, weights, pad, hidden, told):
+    """One head of a row, one key at a time: attention in which the columns `hidden` are not seen from column `told` on.
+
+    They are tokens until then, and keep their places in the window after that.
+    """
+    scores = key_scores(key[None, None], value[None, None], weights[None])[0, 0]
+    window = len(key) if pattern.window is None else pattern.window
+    sinks, top, ring, out = [], [], [], []
+    for column in range(len(key)):
+        gone = set(hidden) if column >= told else set()
+        if column >= pad:
+            ring.append(column)
+        while ring and ring[0] <= column - window:
+            left = ring.pop(0)
+            if left - pad < pattern.sink:
+                sinks.append(left)
+            elif pattern.floating and left not in gone:
+                top = sorted([*(t for t in top if t not in gone), left], key=lambda t: -scores[t])[: pattern.floating]
+        seen = [t for t in sinks + top + ring if t not in gone]
+        logits = key[seen] @ query[column] * SCALE
+        out.append(logits.softmax(0) @ value[seen] if seen else torch.zeros_like(query[column]))
+    return torch.stack(out)
+
+
+@given(
+    st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
+    st.sampled_from([0, 3]),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.sampled_from([[1], [5, 1], [40, 1, 30]]),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=150, deadline=None)
+def test_columns_between_tokens_are_hidden(patterns, pad, end, count, sizes, dtype, seed):
+    """A row of a batch whose turn ended early: what was appended to it is hidden when the next turn begins."""
+    told = end + count + 2
+    length, pad = told + 60, min(pad, end - 1)
+    query, key, value, weights = text(2, len(patterns), 1, length, seed, dtype)
+    layer, pads = PlanLayer(patterns, weights), torch.tensor([0, pad])
+    before = Padding(pads, pad) if pad else None
+    outputs = [attend(layer, query, key, value, before, 0, told)]
+    hidden = torch.zeros(2, length, dtype=torch.bool)
+    hidden[1, end : end + count] = True
+    start, sizes = told, list(sizes)
+    late = [p for p in patterns if p.floating and (p.window or 0) < told - end and p.size(told) < told]
+    if late:
+        with pytest.raises(HeadsinkError, match="may be among the top-k keys"):
+            attend(layer, query, key, value, Padding(pads, pad, hidden[:, : told + 1]), told, told + 1)
+        return
+    while start < length:
+        size = min(sizes.pop(0) if len(sizes) > 1 else sizes[0], length - start)
+        mask = Padding(pads, pad, hidden[:, : start + size])
+        outputs.append(attend(layer, query, key, value, mask, start, start + size))
+        start += size
+    output = torch.cat(outputs, 2).double()
+    for row in range(2):
+        columns = range(end, end + count) if row else []
+        for head, pattern in enumerate(patterns):
+            exact = (t[row, head].double() for t in (query, key, value))
+            expected = simulated(*exact, pattern, weights[head].double(), int(pads[row]), columns, told)
+            found = output[row, head, int(pads[row]) :]
+            atol = 1e-12 if dtype == torch.float64 else 1e-4
+            torch.testing.assert_close(found, expected[int(pads[row]) :], rtol=0, atol=atol)

@@ -100,6 +100,9 @@ def _watched(
         )
 
 
+GAPS = "attention_mask has gaps, or padding after the text: pad on the left (tokenizer.padding_side = 'left')"
+
+
 @torch.compiler.disable
 def _attention(
     module: nn.Module,
@@ -191,7 +194,10 @@ def _mask(
             f"attention_mask: its shape is {list(attention_mask.shape)} and must be [{batch_size}, "
             f"{int(kv_length)}], of all tokens in the cache and the new ones"
         )
-    return left_padding(attention_mask)
+    padding = left_padding(attention_mask)
+    if padding is not None and padding.hidden is not None and padding.hidden[:, -q_length:].any():
+        raise HeadsinkError(GAPS)
+    return padding
 
 
 def left_padding(mask: Tensor | None) -> Padding | None:
@@ -201,10 +207,8 @@ def left_padding(mask: Tensor | None) -> Padding | None:
     mask = mask.bool()
     columns = mask.shape[1]
     tokens = torch.where(mask.any(1), mask.int().argmax(1), columns)  # a row may be padding only, so far
-    ends = columns - mask.flip(1).int().argmax(1)
-    if not ((ends - tokens == mask.sum(1)) | (tokens == columns)).all():
-        raise HeadsinkError("attention_mask has gaps: pad on the left (tokenizer.padding_side = 'left')")
-    return Padding(tokens, int(tokens.max()))
+    hidden = ~mask & (torch.arange(columns, device=mask.device) >= tokens[:, None])
+    return Padding(tokens, int(tokens.max()), hidden if hidden.any() else None)
 
 
 AttentionInterface.register(ATTENTION, _attention)

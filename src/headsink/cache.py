@@ -230,13 +230,36 @@ class PlanLayer(CacheLayerMixin):
     def _check_padding(self, padding: Padding) -> None:
         """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""
         before = self.groups[0].padding
+        if padding.tokens.shape[0] != self.groups[0].keys.shape[0]:
+            raise HeadsinkError(
+                f"attention_mask: it has {len(padding.tokens)} rows and this cache {len(self.groups[0].keys)}"
+            )
         same = padding.tokens == (before.tokens if before is not None else 0)
         if before is not None:
             same |= (before.tokens >= self.seen) & (padding.tokens >= self.seen)
         if not same.all():
             raise HeadsinkError("attention_mask: the left padding is not the one that this cache was started with")
+        self._hide(padding.hidden, None if before is None else before.hidden)
         for group in self.groups:
             group.padding = padding
+
+    def _hide(self, hidden: Tensor | None, before: Tensor | None) -> None:
+        """Hide the columns of a mask, bool [batch, columns], but for those that are hidden already."""
+        now = torch.zeros(self.groups[0].keys.shape[0], self.seen, dtype=torch.bool, device=self.groups[0].keys.device)
+        new, old = now.clone(), now
+        for held, given in ((new, hidden), (old, before)):
+            if given is not None:
+                held[:, : given.shape[1]] = given[:, : self.seen]
+        if (old & ~new).any():
+            raise HeadsinkError("attention_mask: it shows tokens that it hid before; they may have been evicted")
+        new &= ~old
+        if not new.any():
+            return
+        for group in self.groups:
+            group.check_hide(new)
+        for group in self.groups:
+            group.hide(new)
+        self.layout = None
 
     def _make_groups(self, key: Tensor, padding: Padding | None) -> None:
         by_pattern: dict[Pattern, list[int]] = {}

@@ -171,11 +171,14 @@ class HeadGroup(Slots):
         columns = torch.arange(first, end, device=keys.device)
         positions = self._positions(columns).expand(*keys.shape[:2], end - first)
         until = torch.where(positions < sink, end, columns + window).where(positions >= 0, 0)
+        seen = self._seen(first, end) if self.holes else None
+        until = until if seen is None else until.where(seen, 0)
         held = torch.where(self.visible[:, :, :anchors], end, 0)
         leaving, scores = max(0, end - window - first), None  # columns that leave by the last query
         if self.pattern.floating and leaving:
             new = slice(anchors, anchors + leaving)
             scores = self._eligible(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
+            scores = scores if seen is None else scores.masked_fill(~seen[:, :, :leaving], NONE)
             ends = lifetimes(self.scores, scores, self.pattern.floating) + (first + window - 1)
             slots = self.scores.shape[2]
             held[:, :, sink:] = torch.where(self.visible[:, :, sink:anchors], ends[..., :slots], 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headsink.architecture import Architecture, decoder
-from headsink.attention import left_padding
+from headsink.attention import GAPS, left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.passes import scoped
@@ -80,6 +80,8 @@ def compress_into(
 ) -> None:
     """As `compress`, into an empty cache that is there already."""
     plan, padding, scores = compressed.plan, left_padding(attention_mask), None
+    if padding is not None and padding.hidden is not None:
+        raise HeadsinkError(GAPS)
     if plan.retell:
         if input_ids is None or input_ids.shape[1] != cache.get_seq_length():
             given = "missing" if input_ids is None else f"{input_ids.shape[1]} tokens"

@@ -35,10 +35,17 @@ GROWTH = 128  # slots that a ring grows by until it is as long as its window
 
 @dataclass(frozen=True)
 class Padding:
-    """Left padding of a batch: tokens to skip in each row, int64 [batch], and the largest of them."""
+    """What rows of a batch do not see. tokens: left padding, int64 [batch]; most: the largest of them; hidden: bool [batch,
+    columns],
+    columns between tokens, such as the padding after a turn of a conversation that ended early; None if there are none."""
 
     tokens: Tensor
     most: int
+    hidden: Tensor | None = None
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Padding | None:
+        tokens, hidden = change(self.tokens), None if self.hidden is None else change(self.hidden)
+        return Padding(tokens, int(tokens.max()), hidden) if hidden is not None or tokens.any() else None
 
 
 def lasting(method: Method) -> Method:
@@ -117,11 +124,25 @@ class Slots:
     def _settle(self) -> None:
         """Give each token its place; from now on keys are let go."""
         self.young, self.window, self.anchors = False, self.pattern.window, self.pattern.sink
-        keys, values, self.length = self.keys[:, :, : self.length], self.values[:, :, : self.length], 0
+        keys, values, seen = (t[:, :, : self.length] for t in (self.keys, self.values, self.visible))
+        self.length = 0
         shape = (*keys.shape[:2], self.anchors, keys.shape[3])
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=keys.device)
-        self.enter(keys, values)
+        if not self.holes:
+            self.enter(keys, values)
+            return
+        scores = key_scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.floating else None
+        self.enter(keys, values, scores)
+        pads = (
+            torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+            if self.padding is None
+            else self.padding.tokens
+        )
+        first = (torch.arange(self.pattern.sink, device=keys.device) + pads[:, None]).clamp(max=self.length - 1)
+        self.visible[:, :, : self.pattern.sink] &= seen.gather(2, first[:, None].expand(-1, len(self.heads), -1))
+        columns = torch.arange(self.length - self._held(), self.length, device=keys.device)
+        self.visible[:, :, self._slots(columns)] = seen[:, :, columns]
 
     def _held(self) -> int:
         """Columns in the ring."""
@@ -213,16 +234,24 @@ class Slots:
             slots, new = self._slots(columns[:held]), slice(0, max(until - self.length, 0))
             keys = torch.cat([self.keys[:, :, slots], key[:, :, new]], 2)
             values = torch.cat([self.values[:, :, slots], value[:, :, new]], 2)
+        seen = self._seen(first, until) if self.holes else None
         if sinks:
             positions = self._positions(torch.arange(first, until, device=key.device)).expand(keys.shape[:3])
-            rows, heads, found = ((positions >= 0) & (positions < self.pattern.sink)).nonzero(as_tuple=True)
+            early = (positions >= 0) & (positions < self.pattern.sink)
+            rows, heads, found = (early if seen is None else early & seen).nonzero(as_tuple=True)
             target = positions[rows, heads, found]
             self.keys[rows, heads, target] = keys[rows, heads, found]
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
         if self.pattern.floating:
             scores = key_scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
+            scores = scores if seen is None else scores.masked_fill(~seen, NONE)
             self._choose(keys, values, self._eligible(scores, first))
+
+    def _seen(self, first: int, until: int) -> Tensor:
+        """Whether columns of the ring, and new ones after them, are seen: bool [batch, heads, columns]."""
+        held = torch.arange(first, min(until, self.length), device=self.keys.device)
+        return F.pad(self.visible[:, :, self._slots(held)], (0, until - first - len(held)), value=True)
 
     def _choose(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         """Of the floating keys and those that leave now, [batch, heads, keys, dim], keep those with the highest scores."""
@@ -328,13 +357,26 @@ class Slots:
                 return
             self.recent, tokens = None, -left
         self.length -= tokens
+        if self.padding is not None and self.padding.hidden is not None:
+            self.padding = Padding(self.padding.tokens, self.padding.most, self.padding.hidden[:, : self.length])
 
     @lasting
     def hide(self, hidden: Tensor) -> None:
-        """Of the last columns, those that a row is not to see: bool [batch, columns]. Nothing may be let go any more."""
+        """Of the last columns, those that a row is not to see: bool [batch, columns]. Each still takes its place in the
+        window."""
+        hidden = hidden[:, max(0, hidden.shape[1] - self._held()) :]
         columns = torch.arange(self.length - hidden.shape[1], self.length, device=hidden.device)
         self.visible[:, :, self._slots(columns)] &= ~hidden[:, None]
         self.holes = True
+
+    def check_hide(self, hidden: Tensor) -> None:
+        """Raise if columns that are to be hidden may be among the top-k keys, where nothing tells which they are."""
+        gone = hidden[:, : max(0, hidden.shape[1] - self._held())]
+        if self.window is not None and self.pattern.floating and gone.any():
+            raise HeadsinkError(
+                f"attention_mask hides tokens that have left a window of {self.window}, and may be among the top-k "
+                "keys: start such a row with a new cache"
+            )
 
     def last(self, columns: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last columns, of a group that lets nothing go: [batch, heads, columns, dim]."""
@@ -349,9 +391,7 @@ class Slots:
         if self.recent is not None:
             self.recent = change(self.recent[0]), change(self.recent[1])
         if self.padding is not None:
-            tokens = change(self.padding.tokens)
-            most = int(tokens.max())
-            self.padding = Padding(tokens, most) if most else None
+            self.padding = self.padding.map_rows(change)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.keys, self.values, self.visible, self.scores, self.weights)

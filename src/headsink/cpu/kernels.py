@@ -110,7 +110,7 @@ def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
     keys = carray(pointer(head[_KEYS], like), (slots, dim))
     values = carray(pointer(head[_VALUES], like), (slots, dim))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
-    if leaving >= 0:
+    if leaving >= 0 and (slot < 0 or visible[slot]):
         if slot >= 0:
             old_key, old_value = keys[slot], values[slot]
         else:  # there is no window: it leaves at once

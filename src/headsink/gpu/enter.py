@@ -66,7 +66,8 @@ def _enter(
     inside = column < dim
     key, value = key + (head * TOKENS + token) * dim, value + (head * TOKENS + token) * dim
     new_key, new_value = tl.load(key + column, inside, other=0.0), tl.load(value + column, inside, other=0.0)
-    if leaving >= 0:
+    there = tl.load(visible + slot, window > 0, other=1)  # 0: hidden in this row, so it is not moved
+    if (leaving >= 0) & (there != 0):
         from_keys, from_values = key, value  # without a window it leaves at once
         if window > 0:
             from_keys, from_values = keys + slot * dim, values + slot * dim
