@@ -1,6 +1,8 @@
 """Fine-tunes, wrappers and float16: which models a plan is for, and how one is used for other weights of the same shape."""
 
 import copy
+import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan
+from headsink import HeadsinkError, Pattern, Plan, cli
 from headsink.architecture import attention_modules, decoder, describe, unwrapped, weights_hash
 from headsink.decode import refusal
 from headsink.rotary import inverse_frequencies
@@ -112,7 +114,7 @@ def test_an_adapter_that_is_active_makes_another_model():
     plan = random_plan(model, 1)
     wrapped = lora(model)
     for tuned in (wrapped, wrapped.base_model, model):  # PEFT changes the model that it is given
-        with pytest.raises(HeadsinkError, match="without its adapter, which makes it a fine-tune: use plan.for_model") as told:
+        with pytest.raises(HeadsinkError, match="without its adapter, which makes it a fine-tune: use plan") as told:
             plan.check(tuned)
         assert "\n" not in str(told.value)
         assert "--other-weights" in str(told.value)
@@ -146,7 +148,9 @@ def test_a_merged_adapter_is_part_of_the_weights():
     plan, wrapped = random_plan(tiny("llama"), 1), lora(tiny("llama"))
     wrapped.merge_adapter()
     merged = weights_hash(wrapped)
-    with pytest.raises(HeadsinkError, match="the plan is for other weights: .* if this is a fine-tune of that model, use"):
+    with pytest.raises(
+        HeadsinkError, match=r"the plan is for other weights: .* if this is a fine-tune of that model, use"
+    ):
         plan.check(wrapped)
     plain = wrapped.merge_and_unload()
     assert type(plain) is LlamaForCausalLM
@@ -213,7 +217,9 @@ def test_a_plan_is_used_for_a_fine_tune_when_the_user_says_so(tmp_path):
     model = tiny("llama")
     plan = Plan.model_validate({**random_plan(model, 1).model_dump(), "quality": [QUALITY], "calibration": {"seed": 3}})
     tuned = fine_tuned(model)
-    with pytest.raises(HeadsinkError, match=r"if this is a fine-tune of that model, use plan\.for_model\(model\), or --other-weights"):
+    with pytest.raises(
+        HeadsinkError, match=r"a fine-tune of that model, use plan\.for_model\(model\), or --other-weights"
+    ):
         plan.check(tuned)
     other = plan.for_model(tuned)
     assert other.layers == plan.layers
@@ -250,7 +256,7 @@ def test_a_plan_runs_with_an_adapter_and_with_it_merged():
 
 def test_another_class_of_the_same_shape_is_named_and_allowed():
     plan, other = random_plan(tiny("llama"), 1), tiny("qwen2")
-    with pytest.raises(HeadsinkError, match="architecture is Qwen2ForCausalLM here and LlamaForCausalLM .*for_model"):
+    with pytest.raises(HeadsinkError, match=r"architecture is Qwen2ForCausalLM here and LlamaForCausalLM .*for_model"):
         plan.check(other)
     assert plan.for_model(other).check(other).name == "Qwen2ForCausalLM"
 
@@ -277,7 +283,58 @@ def test_what_a_plan_asks_for_must_be_there_too():
         with pytest.raises(HeadsinkError, match="retell: 211 is no token of this model, which has 0 to 210"):
             use(tiny("llama"))
     assert Plan.uniform(tiny("llama"), Pattern(), once=True, retell=(5, 210)).check(tiny("llama"))
-    assert Plan.uniform(tiny("llama"), Pattern(1, 0, 4), positions="cache").for_model(tiny("mistral")).positions == "cache"
+    assert (
+        Plan.uniform(tiny("llama"), Pattern(1, 0, 4), positions="cache").for_model(tiny("mistral")).positions == "cache"
+    )
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["headsink", *map(str, words), "--device", "cpu"])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def base_plan(tiny_folder, tmp_path):
+    """The plan of a model that the one in the folder could be a fine-tune of."""
+    plan = Plan.uniform(fine_tuned(headsink.load(tiny_folder, device="cpu")[0]), Pattern(4, 0, 64))
+    return plan.save(tmp_path / "base.json")
+
+
+BENCH_QUALITY = ("--tasks", "retrieval", "--items", 1, "--context", 500)
+COMMANDS = {
+    "generate": ("generate", ("--prompt", "Hello", "--max-new-tokens", 2)),
+    "read": ("read", ("--file", "text")),
+    "bench quality": ("bench quality", BENCH_QUALITY),
+    "bench speed": ("bench speed", ("--contexts", 24, "--tokens", 3, "--rounds", 1)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_the_plan_of_other_weights_when_told(run, tiny_folder, base_plan, tmp_path, command):
+    (tmp_path / "text").write_text("A text that is read.")
+    name, options = COMMANDS[command]
+    words = (*name.split(), tiny_folder, "--plan", base_plan, *options, "--json")
+    status, out, err = run(*words)
+    assert (status, out) == (2, "")
+    assert "or --other-weights on the command line" in err.splitlines()[-1]
+    status, out, err = run(*words, "--other-weights")
+    assert status == 0, err
+    assert json.loads(out)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench quality"])
+def test_other_weights_go_with_a_plan(run, tiny_folder, command):
+    words = COMMANDS.get(command, ("chat", ()))
+    status, out, err = run(*words[0].split(), tiny_folder, *words[1], "--other-weights")
+    assert (status, out) == (2, "")
+    assert err == "headsink: other-weights: it needs a plan that was made for other weights: --plan FILE\n"
 
 
 # float16
@@ -319,7 +376,9 @@ def test_a_plan_from_before_says_that_it_cannot_tell():
     del fields["model"]["values"], fields["model"]["float16"]
     old = Plan.model_validate(fields)
     assert old.check(model)
-    with pytest.raises(HeadsinkError, match="before they were rounded to float16.* cannot tell: make it again, or use plan"):
+    with pytest.raises(
+        HeadsinkError, match=r"before they were rounded to float16.* cannot tell: make it again, or use plan"
+    ):
         old.check(model.half())
     assert old.for_model(model).check(model)
 

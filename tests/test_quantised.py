@@ -45,9 +45,9 @@ def test_a_quantised_copy_runs_under_the_plan(kind):
     )
     other = tiny("llama", seed=1)
     quantization.quantize_(other, KINDS[kind])
-    with pytest.raises(HeadsinkError, match="another model: unquantised is"):
+    with pytest.raises(HeadsinkError, match="other weights: the hash of unquantised is"):
         own.check(other)
-    with pytest.raises(HeadsinkError, match="another model: weights is"):
+    with pytest.raises(HeadsinkError, match="other weights: the hash of weights is"):
         own.check(tiny("llama"))  # which has other linear layers than the copy that this plan was made for
 
 
