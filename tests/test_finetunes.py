@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import tiny
-from peft import LoraConfig, PeftMixedModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftMixedModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from plans import QUALITY, random_plan
 from reference import reference_logits
 from torch import nn
@@ -179,9 +186,9 @@ def test_a_trained_prompt_is_an_adapter(config):
     assert plan.check(wrapped.get_base_model())  # which knows nothing of the prompt
 
 
-def test_adapters_of_transformers_and_mixed_ones_are_seen():
-    plan, model = random_plan(tiny("llama"), 1), tiny("llama")
-    model.add_adapter(LoraConfig(target_modules=TARGETS))
+def test_adapters_without_a_wrapper_and_mixed_ones_are_seen():
+    plan = random_plan(tiny("llama"), 1)
+    model = inject_adapter_in_model(LoraConfig(target_modules=TARGETS), tiny("llama"))  # as model.add_adapter does
     mixed = PeftMixedModel(tiny("llama"), LoraConfig(target_modules=TARGETS))
     for tuned in (model, mixed):
         with pytest.raises(HeadsinkError, match="without its adapter"):
