@@ -280,7 +280,7 @@ def named_plans(files: list[Path]) -> dict[str, Plan]:
     """Plans by the budgets that they were made for, or by their files where those do not tell them apart."""
     plans = [Plan.load(file) for file in files]
     budgets = [plan.calibration.get("budget") for plan in plans]
-    named = all(isinstance(budget, float) for budget in budgets) and len(set(budgets)) == len(plans)
+    named = all(isinstance(budget, int | float) for budget in budgets) and len(set(budgets)) == len(plans)
     names = [str(budget) if named else file.stem for budget, file in zip(budgets, files, strict=True)]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise HeadsinkError(f"plan: two files are called {repeated[0]}.json and were made for one budget; rename one")
