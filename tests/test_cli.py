@@ -398,7 +398,7 @@ def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path
     path = Plan.full(smollm2[0]).save(tmp_path / "plan.json")
     status, _, err = run("generate", tiny_folder, "--prompt", "x", "--plan", path)
     assert status == 2
-    assert "the plan is for another model" in err
+    assert "the plan is for another model: layers is 3 here and 30 in the plan" in err
 
 
 # nothing half-written

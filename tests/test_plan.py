@@ -157,3 +157,128 @@ def test_a_plan_for_a_sliding_layer_is_refused():
     assert plan.layers[0] is None
     with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model slides"):
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
+
+
+# files of others
+
+
+def refused(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(HeadsinkError, match="not a valid plan") as error:
+        Plan.load(path)
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("once", "twice", "field"),
+    [
+        ('"window": ', '"window": 8, "window": ', "window is there twice"),
+        ('"once": ', '"once": false, "once": ', "once is there twice"),
+        ('"calibration": {', '"calibration": {"a\\u001b": 1, "a\\u001b": 1', r"'a\\x1b' is there twice"),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(tmp_path, once, twice, field):
+    text = random_plan(MODEL, 1).to_json()
+    assert once in text
+    assert field.replace("\\\\", "\\") in refused(tmp_path, text.replace(once, twice, 1))
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    plan = random_plan(MODEL, 1)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json(), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert Plan.load(path) == plan
+
+
+@pytest.mark.parametrize("score", ["1e308", "-3.5e38", "1e400"])
+def test_scores_that_float32_cannot_hold_are_refused(tmp_path, score):
+    fields = json.loads(random_plan(MODEL, 1).to_json())
+    head(fields).update(window=8, floating=4, score=[1.0] * FEATURES)
+    text = json.dumps(fields).replace("[1.0, 1.0", f"[1.0, {score}", 1)
+    assert f"layers.1.0.score.1: Input should be {'a finite' if score == '1e400' else ''}" in refused(tmp_path, text)
+    plan = Plan.model_validate_json(text.replace(score, "3.4e38"))
+    assert plan.scores(1).isfinite().all()
+
+
+DEEP = ("[" * 100_000, '{"calibration": ' * 5000, '{"calibration": {"a": ' + "[" * 900 + "]" * 900 + "}}")
+
+
+@pytest.mark.parametrize("deep", DEEP)
+def test_deep_nesting_is_one_line(tmp_path, deep):
+    refused(tmp_path, deep)
+
+
+def test_names_from_a_file_are_harmless_in_a_line(tmp_path):
+    fields = json.loads(random_plan(MODEL, 1).to_json())
+    evil = "\x1b]0;pwn\x07Llama\nsecond line"
+    assert r"'\x1b]0;pwn\x07Llama\nsecond line': Extra" in refused(tmp_path, json.dumps({**fields, evil: 1}))
+    assert len(refused(tmp_path, json.dumps({**fields, "x" * 10**6: 1}))) < 300
+    for field in ("architecture", "weights"):
+        plan = Plan.model_validate({**fields, "model": {**fields["model"], field: evil}, "headsink": evil})
+        with pytest.raises(HeadsinkError) as error:
+            plan.check(MODEL)
+        assert str(error.value).isprintable()
+        assert r"\x1b" in str(error.value)
+        assert "\x1b" not in repr(plan) + str(plan) + plan._repr_html_()
+        assert repr(plan).count("\n") == 5
+
+
+@pytest.mark.parametrize("values", ["0", "123", "12g4", "ABCD", "é123"])
+def test_values_of_a_model_are_hexadecimal(tmp_path, values):
+    path = edit(tmp_path, lambda f: f["model"].update(values=values))
+    with pytest.raises(HeadsinkError, match=r"model\.values"):
+        Plan.load(path)
+
+
+def test_values_of_another_length_belong_to_other_weights(tmp_path):
+    for values in ("", "0000", "7fc0" * 10**5):
+        plan = Plan.load(edit(tmp_path, lambda f, given=values: f["model"].update(values=given, weights="x")))
+        with pytest.raises(HeadsinkError, match="the plan is for other weights"):
+            plan.check(tiny("llama").half())
+
+
+# what a person sees
+
+
+def test_a_plan_is_described_in_five_lines():
+    plan = random_plan(MODEL, 1)
+    calibration = {"context": [512, 2048]}
+    plan = Plan.model_validate({**plan.model_dump(), "quality": [QUALITY], "calibration": calibration})
+    lines = repr(plan).split("\n")
+    assert [line.split()[0] for line in lines] == ["Plan", "model", "mode", "patterns", "keeps", "quality"]
+    assert str(plan) == repr(plan) == f"{plan}"
+    assert f"LlamaForCausalLM, 3 layers, 2 KV heads of size 12, weights {plan.model.weights[:12]}" in lines[1]
+    assert lines[2].split(maxsplit=1)[1] == "online eviction"
+    for pattern, count in list(plan.counts().items())[:4]:
+        assert f"{count} x {pattern}" in lines[3]
+    for context in (512, 2048):
+        assert f"{plan.kept(context):.1%} of the KV entries at {context} tokens" in lines[4]
+    assert "of 0.6 MB" in lines[4].split(";")[1]  # 2 x 6 heads x 2,048 tokens x 12 numbers of 2 bytes
+    assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers right (full cache 4) at 512 tokens" in lines[5]
+    html = plan._repr_html_()
+    assert all(f"<th>{line.split()[0]}</th>" in html for line in lines[1:])
+    assert "not measured" in repr(Plan.full(MODEL))
+    assert "prefill compression" in repr(Plan.full(MODEL).model_copy(update={"once": True}))
+
+
+@pytest.mark.parametrize("context", [None, "x", 512, [], [0, -5], ["512"], [True], {"a": 1}])
+def test_any_calibration_can_be_described(context):
+    plan = Plan.full(MODEL).model_copy(update={"calibration": {"context": context}})
+    assert "100.0% of the KV entries at 1024 tokens" in repr(plan)
+
+
+def test_html_of_a_plan_is_escaped():
+    plan = Plan.full(MODEL)
+    evil = plan.model_copy(update={"model": plan.model.model_copy(update={"architecture": "<script>"})})
+    assert "<script>" in repr(evil)
+    assert "<script>" not in evil._repr_html_()
+
+
+def test_plans_are_compared_and_copied_as_before():
+    plan = random_plan(MODEL, 1)
+    assert plan.model_copy() == plan
+    assert plan.model_copy(update={"once": True}) != plan
+    assert Plan.model_validate(plan.model_dump()) == plan

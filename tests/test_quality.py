@@ -145,6 +145,10 @@ def test_a_measured_plan_is_shown(loaded, capsys):
     assert f"{found.kl:.4f} ({found.kl_interval[0]:.4f} to {found.kl_interval[1]:.4f})" in out
     assert f"{found.right_plan} of {found.asked}" in out
     assert "Verified up to 512 tokens." in out
+    share = found.kv_bytes / found.kv_bytes_full
+    assert f"KV cache at 512: {share:.1%} of the bytes and {plan.kept(256):.1%} of the entries after 256 tokens" in out
+    assert plan.kept(256) == pytest.approx(share, abs=0.02)
+    assert plan.kept(512) < 0.6 * plan.kept(256)  # so its bytes would surprise beside what it keeps at 512
 
 
 def test_a_plan_of_many_patterns_is_shown_by_shares(capsys):

@@ -11,6 +11,7 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
+from headsink.architecture import weights_hash
 from headsink.decode import refusal
 
 sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchao"))  # where `make setup` puts it
@@ -45,10 +46,23 @@ def test_a_quantised_copy_runs_under_the_plan(kind):
     )
     other = tiny("llama", seed=1)
     quantization.quantize_(other, KINDS[kind])
-    with pytest.raises(HeadsinkError, match="another model: unquantised is"):
+    with pytest.raises(HeadsinkError, match="other weights: the hash of unquantised is"):
         own.check(other)
-    with pytest.raises(HeadsinkError, match="another model: weights is"):
+    with pytest.raises(HeadsinkError, match="other weights: the hash of weights is"):
         own.check(tiny("llama"))  # which has other linear layers than the copy that this plan was made for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_copy_in_float16_is_known_too(kind):
+    model = tiny("llama")
+    plan, other = random_plan(model, 1), tiny("llama", seed=1)
+    for found in (model, other):
+        found.half()
+        quantization.quantize_(found, KINDS[kind])
+    assert weights_hash(model, linears=False) != plan.model.unquantised
+    assert plan.check(model)
+    with pytest.raises(HeadsinkError, match="other weights: the hash of unquantised is"):
+        plan.check(other)
 
 
 def test_smollm2_quantised_goes_on_as_it_did():

@@ -454,7 +454,7 @@ def test_two_threads_with_two_plans_do_not_meet():
 
 def test_a_plan_for_another_model_is_refused():
     plan = Plan.full(tiny("llama"))
-    with pytest.raises(HeadsinkError, match="another model: weights"):
+    with pytest.raises(HeadsinkError, match="other weights"):
         headsink.new_cache(tiny("llama", seed=1), plan)
     with pytest.raises(HeadsinkError, match="another model: architecture"), headsink.apply(tiny("mistral"), plan):
         pass

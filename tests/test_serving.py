@@ -119,7 +119,9 @@ def test_a_folder_is_checked_by_its_shape_and_its_weights(tmp_path):
     model.save_pretrained(tmp_path / "same")
     check_folder(plan, tmp_path / "same")
     tiny("llama", seed=1).save_pretrained(tmp_path / "weights")
-    with pytest.raises(HeadsinkError, match=r"another model: weights is \w{12} here and \w{12} in the plan"):
+    with pytest.raises(
+        HeadsinkError, match=r"other weights: the hash of weights is \w{12} here and \w{12} in the plan"
+    ):
         check_folder(plan, tmp_path / "weights")
     tiny("llama-mha").save_pretrained(tmp_path / "shape")
     with pytest.raises(HeadsinkError, match="kv_heads is 4 here and 2 in the plan"):

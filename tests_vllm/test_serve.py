@@ -80,4 +80,4 @@ def test_a_plan_for_another_model_ends_with_one_line_and_status_2(smollm2, tmp_p
     words = ["-m", "headsink.cli", "serve", "smollm2", "--plan", str(other.save(tmp_path / "plan.json"))]
     found = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
-    assert "the plan is for another model: weights is" in found.stderr.splitlines()[-1]
+    assert "the plan is for other weights" in found.stderr.splitlines()[-1]

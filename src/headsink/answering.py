@@ -18,7 +18,7 @@ from headsink.decode import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, read_text
 from headsink.generation import Conversation, chat_prompt
-from headsink.options import Device, Dtype, Json, Model, Seed
+from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed
 from headsink.plan import Plan
 from headsink.prefix import load_prefix, prefix_text, save_prefix
 
@@ -35,6 +35,7 @@ def read(
         "prefix.safetensors"
     ),
     raw: Raw = False,
+    other_weights: OtherWeights = False,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -49,6 +50,7 @@ def read(
     if not document.strip():
         raise HeadsinkError("file: it is empty; give --file FILE, or text on standard input")
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    plan = plan.for_model(loaded) if other_weights else plan
     text, ids = generation.document_prompt(tokenizer, document, raw)
     start = time.perf_counter()
     cache = generation.read(loaded, plan, ids)
@@ -81,6 +83,7 @@ def generate(
             help="The plan drafts and the model verifies: its own text, faster at most; the full KV cache is kept too.",
         ),
     ] = False,
+    other_weights: OtherWeights = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -93,6 +96,7 @@ def generate(
         )
     if lossless and plan_file is None:
         raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE")
+    _check_other_weights(other_weights, plan_file)
     text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
         text = sys.stdin.read()
@@ -100,6 +104,7 @@ def generate(
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
     plan, before = Plan.load(plan_file) if plan_file else None, prefix_text(prefix) if prefix else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    plan = plan.for_model(loaded) if plan is not None and other_weights else plan
     cache = None
     if prefix is not None and before is not None:
         cache, seen = load_prefix(prefix, loaded)
@@ -132,6 +137,11 @@ def generate(
         show.err.print(show.generated(done), style="dim", highlight=False)
 
 
+def _check_other_weights(other_weights: bool, plan_file: Path | None) -> None:
+    if other_weights and plan_file is None:
+        raise HeadsinkError("other-weights: it needs a plan that was made for other weights: --plan FILE")
+
+
 def _compile(model: PreTrainedModel, plan: Plan | None) -> None:
     """Before the clock starts."""
     if plan is not None and refusal(model) is None:
@@ -144,14 +154,17 @@ def chat(
     plan_file: PlanFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 500,
     temperature: Temperature = 0.0,
+    other_weights: OtherWeights = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Talk to the model, under a plan or without; one line a turn, an empty line or ctrl-D ends. Answers stream."""
+    _check_other_weights(other_weights, plan_file)
     chosen = Plan.load(plan_file) if plan_file else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    chosen = chosen.for_model(loaded) if chosen is not None and other_weights else chosen
     _compile(loaded, chosen)
     torch.manual_seed(seed)
     talk = Conversation(loaded, tokenizer, chosen, max_new_tokens=max_new_tokens, temperature=temperature)

@@ -1,24 +1,32 @@
-"""What headsink needs to know of a model: its attention layers, the shape of their heads, and a fingerprint.
+"""What headsink needs to know of a model: its attention layers, the shape of their heads, and a hash of its weights.
 
 A model qualifies if it is a causal decoder whose attention goes through transformers' `AttentionInterface` and has an
-output projection called `o_proj`. That is most families since Llama; the others are refused with the reason.
+output projection called `o_proj`. That is most families since Llama; the others are refused with the reason. Wrappers around
+a model (PEFT's, torch.compile's, DistributedDataParallel's) are seen through.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
 from headsink.sharding import whole_parameter
 
-SAMPLED_WEIGHTS = 64  # values of each parameter that go into the fingerprint
+SAMPLED_WEIGHTS = 64  # values of each parameter that go into the hash
+# What wrappers call the model inside them: torch.compile, DistributedDataParallel, PEFT's models, PEFT's tuners.
+INSIDE = ("_orig_mod", "module", "base_model", "model")
+# Parts of the names of parameters that a plain model does not have: wrappers of compiled and checkpointed layers, and of layers
+# that PEFT has put an adapter around.
+WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_module", "token_adapter"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,37 @@ def check_config(config: Any, name: str) -> None:
 _ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}
 
 
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """A model and what it wraps, outermost first; the last is the transformers model."""
+    found = [model]
+    while not isinstance(found[-1], PreTrainedModel):
+        children = dict(found[-1].named_children())
+        inside = next((children[name] for name in INSIDE if name in children), None)
+        if inside is None:
+            raise HeadsinkError(f"{type(model).__name__} is not a transformers model")
+        found.append(inside)
+    return found
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of PEFT, torch.compile and DistributedDataParallel; itself without any."""
+    inside: PreTrainedModel = wrappers(model)[-1]  # type: ignore[assignment]
+    return inside
+
+
+def _class_name(model: PreTrainedModel) -> str:
+    """The model's class in transformers. A subclass by others, such as FSDP's, goes by the name of what it extends."""
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            return kind.__name__
+    return type(model).__name__
+
+
 def describe(model: nn.Module) -> Architecture:
     """Read the shape of the heads of a transformers causal language model."""
-    config: Any = model.config
-    name = type(model).__name__
-    if not hasattr(config, "get_text_config"):
-        raise HeadsinkError(f"{name} is not a transformers model")
-    check_class(type(model), name)
+    inside = unwrapped(model)
+    config, name = inside.config, _class_name(inside)
+    check_class(type(inside), name)
     check_config(config, name)
     config = config.get_text_config(decoder=True)
     kinds, arguments = get_layer_types_and_kwargs(config)
@@ -92,7 +124,7 @@ def describe(model: nn.Module) -> Architecture:
         max_context=config.max_position_embeddings,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
-        learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in model.modules()),
+        learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
 
@@ -117,7 +149,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention module of every layer, in order."""
     shape = describe(model)
     found: dict[Any, nn.Module] = {
-        m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
+        m.layer_idx: m for m in unwrapped(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
     }
     if sorted(found) != list(range(shape.layers)):
         raise HeadsinkError(f"{shape.name}: no output projection `o_proj` in every attention layer; not supported")
@@ -126,55 +158,125 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 def decoder(model: nn.Module) -> nn.Module:
     """The stack of layers inside a causal language model: what takes the cache and gives hidden states."""
-    return model.get_decoder()  # type: ignore[operator]
+    return unwrapped(model).get_decoder()
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids the model knows."""
+    return int(unwrapped(model).config.get_text_config(decoder=True).vocab_size)
 
 
 def weights_hash(model: nn.Module, linears: bool = True) -> str:
     """SHA-256 over a fixed sample of every parameter, rounded to bfloat16.
 
     The same for a checkpoint loaded in float32 or bfloat16, in one piece, over devices, offloaded, or split over
-    processes (all of which must ask); another checkpoint of the same shape differs. linears: with the matrices of linear
-    layers; without them it is also the same for a checkpoint whose linear layers are quantised.
+    processes (all of which must ask); another checkpoint of the same shape differs. Adapters of PEFT count while they are active
+    and not merged. linears: with the matrices of linear layers; without them it is also the same for a checkpoint whose linear
+    layers are quantised.
     """
-    digest = hashlib.sha256()
-    for name in hashed_names(model, linears):
-        with whole_parameter(model, name) as parameter:
-            digest.update(weight_sample(name, parameter.dequantize() if is_quantised(parameter) else parameter))
-    return digest.hexdigest()
+    return hash_of(sampled_weights(model, linears))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Some values of one parameter, in its dtype. matrix: of a linear layer; adapter: of PEFT."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Tensor
+    matrix: bool = False
+    adapter: bool = False
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor, **kinds: bool) -> Sampled:
+        flat = weight.flatten()
+        return cls(name, tuple(weight.shape), flat[_sampled(flat.numel()).to(flat.device)].cpu(), **kinds)
+
+    def hashed(self) -> bytes:
+        """What goes into the hash."""
+        values = self.values.to(torch.bfloat16).view(torch.int16)
+        return f"{self.name} {self.shape}".encode() + values.numpy().tobytes()
+
+
+def hash_of(weights: Sequence[Sampled]) -> str:
+    """`weights_hash` of parameters in the order of their names."""
+    return hashlib.sha256(b"".join(weight.hashed() for weight in weights)).hexdigest()
+
+
+def sampled_weights(model: nn.Module, linears: bool = True) -> list[Sampled]:
+    """Some values of every parameter that counts, in the order of their names."""
+    inside, found = unwrapped(model), []
+    adapters, matrices = _adapters(inside), _matrices(inside)
+    for name, path in _counted(inside, linears, adapters).items():
+        with whole_parameter(inside, path) as parameter:
+            plain = parameter.dequantize() if _is_torchao(parameter) else parameter
+            found.append(Sampled.of(name, plain, matrix=path in matrices, adapter=path in adapters))
+    for wrapper in wrappers(model)[:-1]:  # prompts that are trained lie outside the model
+        found += [Sampled.of(name, weight.detach(), adapter=True) for name, weight in _prompts(wrapper)]
+    return sorted(found, key=lambda weight: weight.name)
 
 
 def hashed_names(model: nn.Module, linears: bool = True) -> list[str]:
     """Names of the parameters that go into `weights_hash`, in order."""
+    return list(_counted(model, linears, {}))
+
+
+def _counted(model: nn.Module, linears: bool, adapters: dict[str, bool]) -> dict[str, str]:
+    """Parameters that count, in the order of the names that a plain model has for them: those names, and where they are here."""
     # An offloaded model has tied weights twice, one in memory once.
-    left_out = set(getattr(model, "all_tied_weights_keys", {}))
-    if not linears:
-        left_out |= _matrices(model)
-    return sorted(name for name, _ in model.named_parameters() if name not in left_out)
-
-
-def weight_sample(name: str, weight: torch.Tensor) -> bytes:
-    """What goes into `weights_hash` of one parameter."""
-    flat = weight.flatten()
-    sample = flat[_sampled(flat.numel()).to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-    return f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes()
+    tied, matrices = set(getattr(model, "all_tied_weights_keys", {})), set() if linears else _matrices(model)
+    paths = [path for path, _ in model.named_parameters() if adapters.get(path, True) and path not in matrices]
+    names = {".".join(part for part in path.split(".") if part not in WITHIN): path for path in paths}
+    return {name: names[name] for name in sorted(names) if name not in tied}
 
 
 @lru_cache
-def _sampled(values: int) -> torch.Tensor:
+def _sampled(values: int) -> Tensor:
     """Which of so many values are sampled: int64."""
     return torch.linspace(0, values - 1, min(SAMPLED_WEIGHTS, values), dtype=torch.float64).long()
 
 
-def is_quantised(parameter: torch.Tensor) -> bool:
-    """Whether it is one of torchao's tensors, which compute in their own way."""
+def _adapters(model: nn.Module) -> dict[str, bool]:
+    """Names of the parameters of PEFT's adapters, and whether they are active and not merged into the model's own."""
+    found = {}
+    for path, module in model.named_modules():
+        if not getattr(module, "adapter_layer_names", ()):
+            continue
+        layer: Any = module
+        active = set() if layer.disable_adapters else set(layer.active_adapters) - set(layer.merged_adapters)
+        for name, _ in layer.named_parameters():
+            kind, _, rest = name.partition(".")  # lora_A, default.weight
+            if kind not in WITHIN:
+                found[f"{path}.{name}"] = rest.partition(".")[0] in active
+    return found
+
+
+def _prompts(wrapper: nn.Module) -> list[tuple[str, Tensor]]:
+    """What PEFT's prompt tuning and prefix tuning put before a text."""
+    encoders: Any = dict(wrapper.named_children()).get("prompt_encoder")
+    if not encoders:
+        return []
+    active: Any = wrapper.active_adapter
+    return [(f"prompt_encoder.{active}.{name}", weight) for name, weight in encoders[active].named_parameters()]
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Whether it is one of torchao's tensors, which compute in their own way, or of a type that holds codes."""
+    return _is_torchao(parameter) or not parameter.is_floating_point() or parameter.element_size() == 1
+
+
+def _is_torchao(parameter: Tensor) -> bool:
     return type(parameter.data).__module__.startswith("torchao")
 
 
 def has_quantised_linears(model: nn.Module) -> bool:
-    return any(is_quantised(model.get_parameter(name)) for name in _matrices(model))
+    inside = unwrapped(model)
+    return any(is_quantised(inside.get_parameter(name)) for name in _matrices(inside))
 
 
 def _matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices of linear layers. The output layer is one even if it is the embedding."""
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {f"{name}.weight" for name in linears}
+    """Names of the matrices of linear layers, with what scales their codes; not of adapters. The output layer is one even if it
+    is the embedding."""
+    linears = (found for found in model.named_modules() if isinstance(found[1], nn.Linear))
+    own = (f"{path}.{name}" for path, module in linears for name, _ in module.named_parameters(recurse=False))
+    return {name for name in own if not name.endswith(".bias")} - set(_adapters(model))

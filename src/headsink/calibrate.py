@@ -25,9 +25,10 @@ from headsink.corpus import Domain
 from headsink.dealing import FEW, SWEEPS, Deal, needed, tuned
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
+from headsink.fingerprint import Fingerprint
 from headsink.models import dtype_name
 from headsink.pattern import FULL, Pattern
-from headsink.plan import Fingerprint, Plan
+from headsink.plan import Plan
 from headsink.probes import Document
 from headsink.progress import bar
 from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read

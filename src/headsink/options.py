@@ -13,6 +13,13 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices: texts, shuffles, sampling.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+OtherWeights = Annotated[
+    bool,
+    typer.Option(
+        "--other-weights",
+        help="Use a plan of other weights of the same shape, for a fine-tune; what it costs there is unknown.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
 
 

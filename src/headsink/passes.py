@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from headsink.architecture import unwrapped
 from headsink.errors import HeadsinkError
 from headsink.transformers_names import given_cache, named_arguments, with_cache, without_cache
 
@@ -65,7 +66,7 @@ class _State:
     """What headsink keeps of an engaged model."""
 
     def __init__(self, model: PreTrainedModel):
-        self.config, self.before = model.config, model.config._attn_implementation
+        self.config, self.before = model.config, str(model.config._attn_implementation)
         self.users = 0
         self.scopes: list[Scope] = []
         inner = model.get_decoder()
@@ -107,13 +108,14 @@ class _Local(threading.local):
         self.watchers = 0  # `watching` blocks
 
 
-_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDictionary()
 _owners: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()  # of modules with a layer's number
 _lock = threading.RLock()
 _here = _Local()
 
 
-def _use(model: PreTrainedModel) -> _State:
+def _use(model: nn.Module) -> _State:
+    model = unwrapped(model)
     with _lock:
         state = _states.get(model)
         if state is None:
@@ -135,7 +137,7 @@ def _release(state: _State) -> None:
         model = next((model for model, found in _states.items() if found is state), None)
         if model is not None:
             del _states[model]
-            model.set_attn_implementation(state.before)  # type: ignore[operator]
+            model.set_attn_implementation(state.before)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,8 +19,6 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -29,18 +27,26 @@ from pydantic import (
 )
 from torch import nn
 
-from headsink.architecture import Architecture, check_plannable, describe, has_quantised_linears, weights_hash
+from headsink.architecture import (
+    Architecture,
+    check_plannable,
+    describe,
+    vocabulary,
+)
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
+from headsink.fingerprint import ALLOWED, Fingerprint, Hashed, Part
 from headsink.pattern import FULL, Pattern
 from headsink.rotary import inverse_frequencies
 from headsink.scores import n_features
+from headsink.summary import as_html, as_text, harmless, summary
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
 Positions = Literal["text", "cache"]
-Hashed = Literal["weights", "unquantised"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST = torch.finfo(torch.float32).max
+Weight = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
@@ -52,17 +58,13 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
 Interval = Annotated[tuple[Finite, Finite], AfterValidator(_ordered)]  # low, high
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Head(_Part):
+class Head(Part):
     """The pattern of one KV head, and the weights of its keys' scores (scores.py), by which floating keys are chosen."""
 
     sink: Tokens = 0
     floating: Tokens = 0
     window: Tokens | None
-    score: tuple[Finite, ...] | None = None
+    score: tuple[Weight, ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -77,34 +79,7 @@ class Head(_Part):
         return Pattern(self.sink, self.floating, self.window)
 
 
-class Fingerprint(_Part):
-    """The model that a plan is for. weights: a hash of them; unquantised: of those that quantising linear layers leaves as they
-    are, by which a plan knows a quantised copy of its model."""
-
-    architecture: str
-    layers: Annotated[int, Field(gt=0)]
-    query_heads: Annotated[int, Field(gt=0)]
-    kv_heads: Annotated[int, Field(gt=0)]
-    head_dim: Annotated[int, Field(gt=0)]
-    weights: str
-    unquantised: str = ""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Fingerprint:
-        hashes: dict[str, Any] = {
-            "weights": weights_hash(model),
-            "unquantised": weights_hash(model, linears=False),
-        }
-        return cls(**cls.shapes(describe(model)), **hashes)
-
-    @staticmethod
-    def shapes(shape: Architecture) -> dict[str, Any]:
-        """All but the hashes."""
-        numbers = {name: getattr(shape, name) for name in ("layers", "query_heads", "kv_heads", "head_dim")}
-        return {"architecture": shape.name, **numbers}
-
-
-class Retrieval(_Part):
+class Retrieval(Part):
     """Questions of one form about documents: how many were asked, and how many the model itself and the plan got right.
 
     `nll_*` is the mean negative log-likelihood of the answers, in nats per token.
@@ -125,7 +100,7 @@ class Retrieval(_Part):
         return right
 
 
-class Quality(_Part):
+class Quality(Part):
     """What a plan was measured to cost on held-out texts of `context` tokens: the last `positions` of `documents` texts.
 
     `kl` is KL(full || plan) of the next-token distributions in nats, `top1` the share of positions with the same most likely
@@ -165,7 +140,16 @@ class Quality(_Part):
         return sum(r.right_plan for r in self.retrieval)
 
 
-class Plan(_Part):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may stand twice: readers of JSON disagree on which of the two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{harmless(twice)} is there twice in one object")
+    return found
+
+
+class Plan(Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
     once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
@@ -184,7 +168,7 @@ class Plan(_Part):
     retell: tuple[Tokens, ...] = ()
     fit_values: bool = True
     layers: tuple[tuple[Head, ...] | None, ...]
-    calibration: dict[str, Any] = {}
+    calibration: dict[str, Any] = Field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
 
     @model_validator(mode="after")
@@ -280,35 +264,82 @@ class Plan(_Part):
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan. Raises HeadsinkError with the name of the field that is wrong."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise HeadsinkError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
         try:
-            return cls.model_validate_json(text)
+            plan = cls.model_validate_json(text)
+            json.loads(text, object_pairs_hook=_unique)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "plan"
+            field = ".".join(harmless(part) if isinstance(part, str) else str(part) for part in first["loc"]) or "plan"
             reason = first["msg"].removeprefix("Value error, ")
             raise HeadsinkError(f"{path}: not a valid plan: {field}: {reason}") from error
+        except ValueError as error:
+            raise HeadsinkError(f"{path}: not a valid plan: {error}") from error
+        return plan
+
+    # what a person sees
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    __str__ = __repr__
+
+    def __rich_repr__(self) -> Iterator[tuple[str, str]]:
+        yield from summary(self).items()
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     # use
+
+    def for_model(self, model: nn.Module) -> Plan:
+        """This plan for other weights: of a fine-tune of its model, say, with an adapter or without.
+
+        Its layers and heads must be those of the plan's model. What the plan costs there is not known: the copy has no quality
+        until it is measured (`headsink bench quality --plan FILE --other-weights`). Its calibration says whose weights it was
+        made with. Raises HeadsinkError for a model of another shape.
+        """
+        shape = describe(model)
+        self._check_numbers(shape)
+        self._check_use(model)
+        if shape.name == self.model.architecture and self.model.other_weights(model) is None:
+            return self
+        origin = {"weights_of": self.model.weights} | self.calibration
+        return self.model_copy(update={"model": Fingerprint.of(model), "quality": (), "calibration": origin})
 
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Returns the model's architecture."""
         shape = describe(model)
         self.check_shape(shape)
-        # Of a quantised copy only what is not quantised can be the same.
-        which: Hashed = "unquantised" if has_quantised_linears(model) else "weights"
-        self.check_weights(weights_hash(model, linears=which == "weights"), which)
-        if self.positions == "cache":
-            inverse_frequencies(model)
+        if other := self.model.other_weights(model):
+            raise HeadsinkError(other)
+        self._check_use(model)
         return shape
 
+    def _check_use(self, model: nn.Module) -> None:
+        """Raise if the plan asks for what a model of this shape may not have."""
+        if self.positions == "cache":
+            inverse_frequencies(model)
+        if (largest := max(self.retell, default=0)) >= (known := vocabulary(model)):
+            raise HeadsinkError(f"retell: {largest} is no token of this model, which has 0 to {known - 1}")
+
     def check_shape(self, shape: Architecture) -> None:
-        """Raise if the plan was made for a model of another shape, or none can run models of this one."""
+        """Raise if the plan was made for a model of another shape or class, or none can run models of this one."""
+        self._check_numbers(shape)
+        if shape.name != self.model.architecture:
+            raise HeadsinkError(
+                f"the plan is for another model: architecture is {harmless(shape.name)} here and "
+                f"{harmless(self.model.architecture)} in the plan; if these are the same layers by another name, {ALLOWED}"
+            )
+
+    def _check_numbers(self, shape: Architecture) -> None:
         check_plannable(shape)
         for field, found in Fingerprint.shapes(shape).items():
-            self._compare(field, getattr(self.model, field), found)
+            planned = getattr(self.model, field)
+            if planned != found and field != "architecture":
+                raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
         for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
             if (heads is None) != (window is not None):
                 what = "slides by itself and must be null" if window else "has full attention and needs patterns"
@@ -316,14 +347,8 @@ class Plan(_Part):
 
     def check_weights(self, found: str, which: Hashed = "weights") -> None:
         """Raise if the plan was made for other weights than those with this hash; `which` of the fingerprint's it is."""
-        planned: str = getattr(self.model, which)
-        if planned != found:
-            self._compare(which, planned[:12], found[:12])
-
-    @staticmethod
-    def _compare(field: str, planned: Any, found: Any) -> None:
-        if planned != found:
-            raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
+        if other := self.model.other_hash(found, which):
+            raise HeadsinkError(other)
 
     def check_length(self, tokens: int, longest: int) -> None:
         """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headsink.architecture import decoder, describe
+from headsink.architecture import decoder, describe, unwrapped
 from headsink.errors import HeadsinkError
 
 # Rotary pairs are (n, n + half) in these; others may pair neighbours.
@@ -24,7 +24,7 @@ def inverse_frequencies(model: nn.Module) -> Tensor:
 
     Raises HeadsinkError if the model's positions cannot be counted in the cache.
     """
-    kind, shape = model.config.get_text_config(decoder=True).model_type, describe(model)  # type: ignore[union-attr, operator]
+    kind, shape = unwrapped(model).config.get_text_config(decoder=True).model_type, describe(model)
     if kind not in FAMILIES:
         raise HeadsinkError(f"positions: {kind} cannot count them in the cache; these can: {', '.join(FAMILIES)}")
     if not shape.prefix_free:

@@ -52,10 +52,19 @@ def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
     projection, config = cast(Any, module).o_proj, cast(Any, module).config
     split = kv_heads < (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     with weights_here(projection):
-        weight = projection.weight.detach()
+        weight = _with_adapter(projection) if hasattr(projection, "base_layer") else projection.weight.detach()
         if isinstance(weight, DTensor):
             weight = weight.to_local() if split else weight.full_tensor()
         return weight.float(), split
+
+
+@torch.no_grad()
+def _with_adapter(linear: nn.Module) -> Tensor:
+    """The matrix that a linear layer inside an adapter of PEFT multiplies by, of whatever kind the adapter is."""
+    plain: Tensor = cast(Any, linear).weight
+    rows = torch.eye(plain.shape[1], dtype=plain.dtype, device=plain.device)
+    applied: Tensor = linear(rows) - linear(torch.zeros_like(rows[:1]))  # without what is added
+    return applied.T
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from headsink.census.transfer import sentence
 from headsink.frontier import Frontier
 from headsink.generation import Generated
 from headsink.plan import Plan, Quality
+from headsink.quality import CONTINUATION
 from headsink.report.page import p_value, share
+from headsink.summary import contexts
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -194,22 +196,32 @@ def comparison(console: Console, found: Comparison) -> None:
 
 
 def plan(console: Console, made: Plan) -> None:
-    contexts = made.calibration.get("context")
-    counts = made.counts()
-    if contexts and len(counts) > MOST_PATTERNS:
-        console.print(_shares(made, contexts[0]))
+    lengths, counts = contexts(made), made.counts()
+    if len(counts) > MOST_PATTERNS:
+        console.print(_shares(made, lengths[0]))
     else:
         table = _table("Patterns", "first + floating + window", "KV heads")
         for name, count in counts.items():
             table.add_row(name, str(count))
         console.print(table)
-    for context in dict.fromkeys(contexts or ()):
+    for context in lengths:
         console.print(f"Keeps {made.kept(context):.1%} of the KV entries at {context} tokens.", highlight=False)
     if not made.quality:
         console.print("Quality was not measured.", highlight=False)
         return
     console.print(_qualities("tokens", {str(q.context): q for q in made.quality}))
+    for q in made.quality:
+        console.print(_bytes(made, q), highlight=False)
     console.print(f"Verified up to {made.verified} tokens.", highlight=False)
+
+
+def _bytes(made: Plan, quality: Quality) -> str:
+    """Why the cache's share of bytes is another one than the share of entries that a plan keeps at this length."""
+    tokens, share = max(1, quality.context - CONTINUATION), quality.kv_bytes / quality.kv_bytes_full
+    return (
+        f"KV cache at {quality.context}: {share:.1%} of the bytes and {made.kept(tokens):.1%} of the entries after {tokens} "
+        "tokens, for the rest is what is scored; bytes include bookkeeping and spare slots."
+    )
 
 
 def _shares(made: Plan, context: int) -> Table:

@@ -21,7 +21,7 @@ from headsink.bench.families_command import families
 from headsink.bench.quality_command import quality
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Seed, numbers
+from headsink.options import Device, Dtype, Json, OtherWeights, Seed, numbers
 from headsink.plan import Plan
 from headsink.progress import console
 
@@ -96,6 +96,7 @@ def speed(
     rounds: Rounds = 5,
     llama_cpp: LlamaCpp = None,
     vllm: Vllm = None,
+    other_weights: OtherWeights = False,
     out_file: OutFile = None,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -116,6 +117,7 @@ def speed(
         tokens=tokens,
         rounds=rounds,
         plans=named_plans(plan_files or []),
+        other_weights=other_weights,
         llama_cpp=llama_cpp,
         vllm=vllm,
         seed=seed,
@@ -136,6 +138,7 @@ def memory(
     rounds: Rounds = 2,
     llama_cpp: LlamaCpp = None,
     vllm: Vllm = None,
+    other_weights: OtherWeights = False,
     out_file: OutFile = None,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -155,6 +158,7 @@ def memory(
         batches=texts,
         rounds=rounds,
         plans=named_plans(plan_files or []),
+        other_weights=other_weights,
         llama_cpp=llama_cpp,
         vllm=vllm,
         seed=seed,
@@ -276,7 +280,7 @@ def named_plans(files: list[Path]) -> dict[str, Plan]:
     """Plans by the budgets that they were made for, or by their files where those do not tell them apart."""
     plans = [Plan.load(file) for file in files]
     budgets = [plan.calibration.get("budget") for plan in plans]
-    named = None not in budgets and len(set(budgets)) == len(plans)
+    named = all(isinstance(budget, int | float) for budget in budgets) and len(set(budgets)) == len(plans)
     names = [str(budget) if named else file.stem for budget, file in zip(budgets, files, strict=True)]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise HeadsinkError(f"plan: two files are called {repeated[0]}.json and were made for one budget; rename one")

@@ -53,8 +53,9 @@ from headsink.census.statistics import KEPT, windows
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
+from headsink.fingerprint import Fingerprint
 from headsink.models import dtype_name
-from headsink.plan import Fingerprint, Plan
+from headsink.plan import Plan
 from headsink.probes import TEXT, Document
 from headsink.progress import bar
 from headsink.quality import CONTINUATION, Scored, intervals, score_each

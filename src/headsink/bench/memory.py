@@ -37,6 +37,7 @@ def run(
     tokens: int = 4,
     batches: Sequence[int] = (1,),
     plans: Mapping[str, Plan] | None = None,
+    other_weights: bool = False,
     llama_cpp: Path | None = None,
     vllm: Path | None = None,
     seed: int = 0,
@@ -44,9 +45,15 @@ def run(
     device: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """All measurements, in bytes. `report` is given the results of each finished context and batch."""
+    """All measurements, in bytes.
+
+    other_weights: plans may be those of other weights of the same shape. `report` is given the results of each finished context
+    and batch.
+    """
     peers.check(llama_cpp, vllm)
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
+    if other_weights:
+        plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
     check_contexts(model, contexts, tokens)
     others, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {

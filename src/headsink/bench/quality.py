@@ -49,9 +49,10 @@ from headsink.bench.tasks import task as find_task
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, read_text, write_text
+from headsink.fingerprint import Fingerprint
 from headsink.generation import empty_cache, generate
 from headsink.models import dtype_name
-from headsink.plan import Fingerprint, Plan
+from headsink.plan import Plan
 from headsink.progress import bar
 from headsink.quality import branch_log_probs
 from headsink.runtime import apply, compress_into, new_cache

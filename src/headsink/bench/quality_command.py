@@ -19,7 +19,7 @@ from headsink.calibrate import Calibration, check_budget
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.models import dtype_name
-from headsink.options import Device, Dtype, Json, Model, Seed, numbers
+from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed, numbers
 from headsink.plan import Plan
 from headsink.progress import console
 from headsink.show import err
@@ -40,6 +40,7 @@ def quality(
     items: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 30,
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer together; plans are made for it.")] = 2000,
     out_file: Annotated[Path, typer.Option("--out", help="Where the JSON goes.")] = Path("quality.json"),
+    other_weights: OtherWeights = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -59,7 +60,11 @@ def quality(
     shares = [] if plan_files else numbers("budgets", budgets or BUDGETS, float)
     for share in shares:
         check_budget(share)
+    if other_weights and not plan_files:
+        raise HeadsinkError("other-weights: it needs a plan that was made for other weights: --plan FILE")
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    if other_weights:
+        plans = {name: plan.for_model(loaded) for name, plan in plans.items()}
     checkpoint = out_file.with_name(f".{out_file.name}.partial")
     try:
         plans |= _made(loaded, tokenizer, shares, context, seed, out_file.with_name(f"{out_file.stem}-plans"))

@@ -111,6 +111,7 @@ def run(
     rounds: int,
     batches: Sequence[int] = (1,),
     plans: Mapping[str, Plan] | None = None,
+    other_weights: bool = False,
     llama_cpp: Path | None = None,
     vllm: Path | None = None,
     seed: int = 0,
@@ -120,11 +121,13 @@ def run(
 ) -> dict[str, Any]:
     """All measurements. Times in seconds, kv_bytes at the end of all texts together.
 
-    batches: how many texts at once. llama_cpp, vllm: where peers are installed (peers.py). `report` is given the results of each
-    finished context and batch.
+    batches: how many texts at once. other_weights: plans may be those of other weights of the same shape. llama_cpp, vllm: where
+    peers are installed (peers.py). `report` is given the results of each finished context and batch.
     """
     peers.check(llama_cpp, vllm)
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
+    if other_weights:
+        plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
     check_contexts(model, contexts, tokens)
     others, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {

@@ -31,7 +31,7 @@ from headsink.census.census import SCHEMA, TOP_KEYS, Census
 from headsink.census.statistics import KEPT, QUERIES, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
-from headsink.plan import Fingerprint
+from headsink.fingerprint import Fingerprint
 from headsink.progress import bar, console
 from headsink.sharding import input_device, is_main, wait_for_all
 
@@ -94,7 +94,7 @@ def analyze(
             "name": models.title(model.config.name_or_path),
             "source": model.config.name_or_path,
             "sliding": list(shape.windows),
-            **Fingerprint.of(model).model_dump(),
+            **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
         },
         "dtype": models.dtype_name(model.dtype),
         "device": input_device(model).type,

@@ -46,10 +46,13 @@ def refusal(model: PreTrainedModel) -> str | None:
     weights = [*model.parameters(), *model.buffers()]
     if any(weight.device.type != "cpu" for weight in weights):
         return "it is not on the CPU"
+    odd = [reason for linear, may_add in _linears(model) if (reason := _odd(linear, may_add)) is not None]
+    if odd:
+        return odd[0]
     kinds = {weight.dtype for weight in model.parameters()}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.bfloat16}:
         return f"its weights are {', '.join(sorted(map(dtype_name, kinds)))}, not float32 or bfloat16"
-    return next((reason for linear, may_add in _linears(model) if (reason := _odd(linear, may_add)) is not None), None)
+    return None
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -226,6 +229,8 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def _odd(linear: nn.Module, may_add: bool) -> str | None:
+    if hasattr(linear, "base_layer"):
+        return "PEFT has put an adapter into its layers: call model.merge_and_unload()"
     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or not linear.weight.is_contiguous():
         return f"it has a {type(linear).__name__} that is no plain matrix"
     return "it adds where the kernel does not" if linear.bias is not None and not may_add else None

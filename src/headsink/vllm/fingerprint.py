@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from headsink.architecture import describe, hashed_names, weight_sample
+from headsink.architecture import Sampled, describe, hash_of, hashed_names
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 
@@ -31,19 +30,19 @@ class PassingWeights:
 
     def __init__(self, model: PreTrainedModel, quantised: bool = False) -> None:
         self._wanted = set(hashed_names(model, linears=not quantised))
-        self._samples: dict[str, bytes] = {}
+        self._samples: dict[str, Sampled] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
             if name in self._wanted:
-                self._samples[name] = weight_sample(name, weight)
+                self._samples[name] = Sampled.of(name, weight)
             yield name, weight
 
     def hash(self) -> str:
         missing = sorted(self._wanted - set(self._samples))
         if missing:
             raise HeadsinkError(f"the checkpoint has no {missing[0]}, so it cannot be compared with the plan's model")
-        return hashlib.sha256(b"".join(self._samples[name] for name in sorted(self._samples))).hexdigest()
+        return hash_of([self._samples[name] for name in sorted(self._samples)])
 
 
 def check_folder(plan: Plan, folder: Path) -> None:
