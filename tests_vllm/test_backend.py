@@ -1,13 +1,17 @@
 """Where the kernels are told that the keys are, against the rule of what a query sees."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from headsink.vllm.backend import compact
+from headsink import HeadsinkError
+from headsink.vllm.backend import check_planned, compact
 from headsink.vllm.blocks import Blocks, visible
+from headsink.vllm.cache import SinkWindowSpec
 
 TABLE = 64  # blocks in a row of the block table
 
@@ -57,3 +61,15 @@ def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
         mask = visible(kept, whole, torch.arange(before, before + now), torch.arange(before + now))
         expected += [[(r, key) for key in row.nonzero().flatten().tolist()] for row in mask]
     assert seen == expected
+
+
+def test_a_layer_that_is_given_another_cache_than_the_plans_raises():
+    """As vLLM does where it makes the caches of all layers alike; nothing would be evicted then."""
+    fields = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    planned = SinkWindowSpec.of(Blocks(1, 2), 16, **fields)
+    layers = {"a": SimpleNamespace(planned=planned), "full": SimpleNamespace(planned=None)}
+    check_planned(planned, ["a"], layers)
+    check_planned(FullAttentionSpec(block_size=16, **fields), ["full"], layers)
+    for other in (FullAttentionSpec(block_size=16, **fields), SinkWindowSpec.of(Blocks(0, 2), 16, **fields)):
+        with pytest.raises(HeadsinkError, match="a: vLLM gave it .* so the plan does not hold"):
+            check_planned(other, ["a"], layers)

@@ -115,12 +115,12 @@ _here = _Local()
 
 
 def _use(model: nn.Module) -> _State:
-    model = unwrapped(model)
+    inside = unwrapped(model)
     with _lock:
-        state = _states.get(model)
+        state = _states.get(inside)
         if state is None:
-            state = _states[model] = _State(model)
-            model.set_attn_implementation(ATTENTION)
+            state = _states[inside] = _State(inside)
+            inside.set_attn_implementation(ATTENTION)
         state.users += 1
         return state
 

@@ -12,6 +12,7 @@ The code for GPUs is the same, but was not run on one (untested).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend,
 )
 
+from headsink.errors import HeadsinkError
 from headsink.vllm.blocks import Blocks
 from headsink.vllm.cache import SinkWindowSpec
 
@@ -76,6 +78,20 @@ def compact(batch: CommonAttentionMetadata, blocks: Blocks, whole: int, block: i
     )
 
 
+def check_planned(spec: Any, names: list[str], layers: Mapping[str, Any]) -> None:
+    """Raise if vLLM gives layers another kind of cache than the plan's, as it does where it makes all layers alike."""
+    for name in names:
+        planned = layers[name].planned
+        if planned is not None and (
+            not isinstance(spec, SinkWindowSpec)
+            or (spec.sink, spec.whole, spec.sliding_window) != (planned.sink, planned.whole, planned.sliding_window)
+        ):
+            raise HeadsinkError(
+                f"{name}: vLLM gave it {type(spec).__name__} instead of the cache that the plan asks for, so the plan does not hold; "
+                "start without options that change the KV cache"
+            )
+
+
 @lru_cache
 def over_blocks(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     """The backend that vLLM chose, for layers that may have a `SinkWindowSpec`."""
@@ -83,6 +99,12 @@ def over_blocks(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
     class Builder(base):  # type: ignore[misc]
         supports_update_block_table = False  # a block table does not fit another group's pieces
+
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, *args: Any, **options: Any
+        ) -> None:
+            check_planned(kv_cache_spec, layer_names, vllm_config.compilation_config.static_forward_context)
+            super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **options)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

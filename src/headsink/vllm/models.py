@@ -73,13 +73,16 @@ class HeadAttention(Attention):
     def __init__(self, running: Running, layer: int, unit: int, like: Attention, **options: Any) -> None:
         super().__init__(**options, attn_backend=over_blocks(like.attn_backend))
         self.running, self.layer, self.unit = running, layer, unit
+        self.planned: SinkWindowSpec | None = (
+            None  # what vLLM was asked for, by which the backend sees that it was given
+        )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         units = self.running.grouping.units[self.layer]
         assert units is not None
         if units[self.unit].back is None:
             return super().get_kv_cache_spec(vllm_config)
-        return SinkWindowSpec.of(
+        self.planned = SinkWindowSpec.of(
             units[self.unit],
             vllm_config.cache_config.block_size,
             num_kv_heads=1,
@@ -87,6 +90,7 @@ class HeadAttention(Attention):
             head_size_v=self.head_size_v,
             dtype=self.kv_cache_torch_dtype,
         )
+        return self.planned
 
 
 class SplitAttention(nn.Module):
