@@ -87,8 +87,8 @@ def check_planned(spec: Any, names: list[str], layers: Mapping[str, Any]) -> Non
             or (spec.sink, spec.whole, spec.sliding_window) != (planned.sink, planned.whole, planned.sliding_window)
         ):
             raise HeadsinkError(
-                f"{name}: vLLM gave it {type(spec).__name__} instead of the cache that the plan asks for, so the plan does not hold; "
-                "start without options that change the KV cache"
+                f"{name}: vLLM gave it {type(spec).__name__} instead of the cache that the plan asks for, so the "
+                "plan does not hold; start without options that change the KV cache"
             )
 
 
