@@ -27,8 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headsink import corpus, models
 from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, engaged, observing
+from headsink.built_in import title
 from headsink.census.census import SCHEMA, TOP_KEYS, Census
-from headsink.census.statistics import KEPT, QUERIES, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.census.statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.choices import QUERIES, check_lengths
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.plan import Fingerprint
@@ -91,7 +93,7 @@ def analyze(
         "schema": SCHEMA,
         "headsink": version("headsink"),
         "model": {
-            "name": models.title(model.config.name_or_path),
+            "name": title(model.config.name_or_path),
             "source": model.config.name_or_path,
             "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(),
@@ -328,9 +330,5 @@ def _own(
 
 
 def _check_lengths(lengths: Sequence[int], shape: Architecture) -> list[int]:
-    for length in lengths:
-        if length < 2:
-            raise HeadsinkError(f"lengths: {length} is too short, a census needs 2 tokens or more")
-        if length > shape.max_context:
-            raise HeadsinkError(f"lengths: {length} is over the model's maximum of {shape.max_context} tokens")
+    check_lengths(lengths, shape.max_context)
     return sorted(set(lengths))
