@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus, probes
+from headsink import corpus, estimate, probes
 from headsink.architecture import check_plannable, describe
 from headsink.choices import (
     LEAST_QUALITY,
@@ -100,6 +100,9 @@ def calibrate(
         _read_checkpoint(checkpoint, {})
     most = describe(model).max_context
     check_quality(quality_contexts or (), most)
+    longest = context if isinstance(context, int) else context[1]
+    if progress and longest <= most:
+        estimate.tell("plan", model, longest, estimate.PLAN)
     calibration = Calibration(
         model,
         tokenizer,

@@ -441,7 +441,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="headsink", standalone_mode=False)
         sys.stdout.flush()
     except HeadsinkError as error:
         return _fail(str(error))

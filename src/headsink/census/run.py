@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus, models
+from headsink import corpus, estimate, models
 from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, engaged, observing
 from headsink.built_in import title
@@ -115,6 +115,8 @@ def analyze(
     steps = sum(map(len, passes)) * shape.layers
     if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
         console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
+    if progress and is_main():
+        estimate.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), estimate.CENSUS)
     with bar("census", steps, progress and is_main()) as shown:
         for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
             done = kept.read(number) if kept else None
