@@ -25,9 +25,9 @@ import torch
 
 import headsink
 from headsink import corpus
+from headsink.built_in import BUILT_IN
 from headsink.files import write_text
 from headsink.generation import generate
-from headsink.models import BUILT_IN
 from headsink.plan import Plan
 
 

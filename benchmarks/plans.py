@@ -32,9 +32,9 @@ from headsink.cache import nbytes
 from headsink.calibrate import Calibration
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
+from headsink.method import Method
 from headsink.plan import Plan
 from headsink.quality import branch_log_probs, read
-from headsink.search import Method
 
 POLICIES = {
     policy: Method(policy=policy) for policy in ("streaming-llm", "random", "copy-first-layer", "layer-wise", "on-off")

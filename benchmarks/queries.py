@@ -20,7 +20,8 @@ import torch
 import headsink
 from headsink.census import Census
 from headsink.census.roles import ROLES
-from headsink.census.statistics import QUERIES, SCORES
+from headsink.census.statistics import SCORES
+from headsink.choices import QUERIES
 from headsink.files import write_text
 
 SAMPLED = (128, 256, QUERIES, 1024)

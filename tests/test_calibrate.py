@@ -15,18 +15,19 @@ from headsink import HeadsinkError, Pattern, Plan, calibrate, corpus, probes
 from headsink.architecture import describe
 from headsink.calibrate import (
     BUDGETS,
-    LEAST_CONTEXT,
     TAIL,
     Calibration,
     _documents,
     default_quality_contexts,
 )
+from headsink.choices import LEAST_CONTEXT
+from headsink.method import POLICIES, SINK, WINDOWS, Method
 from headsink.pattern import FULL
 from headsink.probes import FORMS
 from headsink.quality import score
 from headsink.reconstruction import demand, fit
 from headsink.retelling import prompt_tokens
-from headsink.search import POLICIES, SINK, WINDOWS, Method, Search, Step
+from headsink.search import Search, Step
 
 CONTEXT = 600
 calibrate_module = importlib.import_module("headsink.calibrate")  # the package has a function of that name
@@ -441,11 +442,14 @@ def test_bad_arguments_are_named(make):
         ({"budget": 0.05}, "budget: 0.05 of 600 tokens is less than the smallest plan, 0.060"),
         ({"max_kl": 0.0}, "max_kl: 0.0 is not above 0 nats"),
         ({"max_kl": float("nan")}, "max_kl: nan is not above 0 nats"),
-        ({"context": LEAST_CONTEXT - 1}, f"context: {LEAST_CONTEXT - 1} is outside {LEAST_CONTEXT} to 1024"),
-        ({"context": 1025}, "context: 1025 is outside"),
-        ({"context": (800, 700)}, "context: 800 to 700 is outside"),
-        ({"context": (700, 2000)}, "context: 700 to 2000 is outside"),
-        ({"quality_contexts": (300,)}, "quality_contexts: 300 is outside 512 to 1024"),
+        (
+            {"context": LEAST_CONTEXT - 1},
+            f"context: {LEAST_CONTEXT - 1} tokens are too few: .*; give {LEAST_CONTEXT} to 1024",
+        ),
+        ({"context": 1025}, f"context: 1025 is over the model's maximum of 1024 tokens; give {LEAST_CONTEXT} to 1024"),
+        ({"context": (800, 700)}, "context: 800 to 700 is no range; the shorter length comes first"),
+        ({"context": (700, 2000)}, "context: 2000 is over the model's maximum of 1024"),
+        ({"quality_contexts": (300,)}, "quality_contexts: 300 tokens are too few: .*; give 512 to 1024"),
     ]:
         with pytest.raises(HeadsinkError, match=message) as error:
             make(model=model, **options)

@@ -1,18 +1,27 @@
 """The command line, as a user types it, on a tiny model."""
 
+import ast
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from plans import random_plan
 
 import headsink
-from headsink import cli, files
+from headsink import built_in, cli, doctor, estimate, files, versions
+from headsink.bench.options import contexts_for
+from headsink.built_in import check_name
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 
@@ -104,7 +113,7 @@ def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
     assert "no kind of text in common" in err
     status, _, err = run("compare", a, tmp_path / "nothing")
     assert status == 2
-    assert "not a census folder" in err
+    assert "nothing: no such folder" in err
 
 
 def test_own_texts(census, run, tiny_folder, tmp_path):
@@ -354,7 +363,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
-        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is outside"),
+        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is no range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
         (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither text nor cache"),
         (["plan", "TINY", "--positions", "cache"], "positions: only windows can count them in the cache"),
@@ -364,7 +373,10 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
-        (["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"], "domain: 'poems' is unknown"),
+        (
+            ["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"],
+            "domains: 'poems' given; one or more",
+        ),
         (["analyze", "TINY", "--dtype", "int3", "--out", "new"], "dtype: 'int3' is unknown"),
         (["analyze", "TINY", "--tau", "2", "--out", "new"], "tau: 2.0 is outside (0, 1]"),
         (["analyze", "TINY", "--queries", "1", "--out", "new"], "queries"),
@@ -372,15 +384,38 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--prompts", "nosuch", "--out", "new"], "cannot read nosuch: No such file"),
         (["analyze", "TINY", "--max-memory", "lots", "--out", "new"], "max-memory: 'lots' is not of the form"),
         (["analyze", "TINY", "--tensor-parallel", "--out", "new"], "torchrun"),
-        (["analyze", "--again", "nosuch", "--out", "new"], "nosuch: not a census folder"),
+        (["analyze", "--again", "nosuch", "--out", "new"], "nosuch: no such folder"),
         (["analyze", "nosuch", "--out", "new"], "unknown model"),
         (["analyze", "TINY", "--out", "file"], "it is a file"),
         (["compare", "a", "b", "--out", "."], "it is a folder"),
         (["compare", "a", "b", "--out", "file/c.html"], "cannot write file/c.html"),
         (["bench", "census", "TINY", "--out", "."], "it is a folder"),
         (["bench", "speed", "TINY", "--contexts", "a"], "contexts: 'a' is not a list of whole numbers"),
-        (["bench", "speed", "TINY", "--contexts", "5"], "contexts: 5 is outside 16 to"),
-        (["analyse"], "No such command"),
+        (["bench", "speed", "TINY", "--contexts", "5"], "contexts: 5 tokens are too few to measure; give 16 or more"),
+        (["plan", "TINY", "--context", "256"], "256 tokens are too few: a plan is calibrated on documents of 256"),
+        (["plan", "TINY", "--quality", "300"], "quality: 300 tokens are too few"),
+        (["plan", "TINY", "--seed", "-1"], "seed"),
+        (["plan", "TINY", "--seed", str(2**64)], "seed"),
+        (["plan", "TINY", "--device", "gpu 0"], "device: 'gpu 0' is no device; name one as in cpu, cuda"),
+        (["plan", "TINY", "--bugdet", "0.3"], "Possible options: --budget"),
+        (["plan", "smolm2"], "smolm2: unknown model; did you mean smollm2?"),
+        (["plan", "Gemma3"], "did you mean gemma3-270m?"),
+        (["plan", "a\x1b]0;b\nc"], r"a\x1b]0;b\nc: unknown model"),
+        (["plan", "a/b c"], "a/b c: unknown model"),
+        (["generate", "TINY", "--plan", "file", "--prompt", "x"], "file: not a plan: it is not JSON"),
+        (["generate", "TINY", "--plan", ".", "--prompt", "x"], "cannot read plan .: Is a directory"),
+        (["generate", "TINY", "--prefix", ".", "--prompt", "x"], "cannot read .: it is a folder"),
+        (["analyze", "TINY", "--device", "cpu", "--max-memory", "cpu=1GB"], "device: give one of"),
+        (["analyze", "--again", ".", "--out", "new"], ".: not a census folder: it has no census.json"),
+        (["compare", "file", "b"], "file: no such folder; a census is a folder that headsink analyze has written"),
+        (["bench", "speed", "TINY", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
+        (["bench", "speed", "TINY", "--contexts", "3000"], "over the model's maximum of 2048; give 16 to 2015"),
+        (["bench", "quality", "TINY", "--tasks", "chess"], "tasks: 'chess' is unknown; one of humaneval"),
+        (["bench", "families", "TINY", "--families", "code"], "families: code is one, give two or more"),
+        (["bench", "all", "--models", "smolm2", "--out", "new"], "did you mean smollm2?"),
+        (["bench", "results", "nosuch"], "nosuch: no such folder"),
+        (["bench", "sped"], "Did you mean 'speed'? See headsink --help"),
+        (["analyse"], "No such command 'analyse'. Did you mean 'analyze'? See headsink --help"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, monkeypatch, words, reason):
@@ -392,6 +427,213 @@ def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, monkeypa
     assert err.splitlines()[-1].startswith("headsink: ")
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+REFUSED_AT_ONCE = (
+    "plan --budget 3",
+    "plan --max-kl 0",
+    "plan --context 256",
+    "plan --quality 300",
+    "plan --policy best",
+    "plan --domains poems",
+    "plan --dtype int3",
+    "plan --device gpu-0",
+    "plan --out .",
+    "plan smolm2",
+    "plan nosuch.gguf",
+    "plan --frontier new --budgets 2",
+    "analyze --lengths 1",
+    "analyze --domains poems",
+    "analyze --tau 2",
+    "analyze --prompts nosuch",
+    "analyze --tensor-parallel",
+    "analyze --again nosuch",
+    "compare nosuch other",
+    "read --plan nosuch.json",
+    "generate --prompt x --plan nosuch.json",
+    "generate --prompt x --prefix nosuch",
+    "generate --file nosuch",
+    "serve smollm2 --plan nosuch.json",
+    "doctor --dtype int3",
+    "bench speed --contexts 5",
+    "bench memory --batches 0",
+    "bench quality --tasks chess",
+    "bench quality --budgets 2",
+    "bench families --texts 5",
+    "bench all --out new --families poems,code",
+    "bench again nosuch row",
+    "bench results nosuch",
+)
+
+
+def test_help_and_bad_arguments_do_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys\nimport headsink.cli\n"
+        f"for line in ['--help', 'plan --help', 'bench --help', 'models', *{REFUSED_AT_ONCE!r}]:\n"
+        "    sys.argv = ['headsink', *line.split()]\n"
+        "    try:\n        headsink.cli.main()\n"
+        "    except SystemExit as stop:\n        sys.stderr.write(f'{stop.code or 0}: {line}\\n')\n"
+        "heavy = {'torch', 'transformers', 'numba', 'pyarrow', 'altair', 'numpy'} & sys.modules.keys()\n"
+        "sys.stderr.write(f'heavy: {sorted(heavy)}\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("0: ")] == [
+        "0: --help",
+        "0: plan --help",
+        "0: bench --help",
+        "0: models",
+    ]
+    assert [line for line in lines if line.startswith("2: ")] == [f"2: {line}" for line in REFUSED_AT_ONCE]
+    assert len([line for line in lines if line.startswith("headsink: ")]) == len(REFUSED_AT_ONCE)
+    assert lines[-1] == "heavy: []"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_has_its_public_names_before_and_after_a_module_of_the_name_is_imported():
+    code = (
+        "import headsink, importlib\n"
+        "assert set(headsink.__all__) <= set(dir(headsink))\n"
+        "for name in ('calibrate', 'decode'):\n"
+        "    module = importlib.import_module(f'headsink.{name}')\n"
+        "    assert getattr(headsink, name) is getattr(module, name), name\n"
+        "from headsink import *\n"
+        "assert all(getattr(headsink, name) is globals()[name] for name in headsink.__all__)\n"
+        "assert not hasattr(headsink, 'nosuch')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    stub = Path(headsink.__file__).with_name("__init__.pyi").read_text()
+    assert sorted(headsink.__all__) == sorted(ast.literal_eval(stub.partition("__all__ = ")[2]))
+
+
+def test_version_and_completion(run, monkeypatch):
+    assert run("--version") == (0, f"headsink {version('headsink')}\n", "")
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "--install-completion" in out  # and --show-completion
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.setenv("_HEADSINK_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "headsink an")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run()[1].split() == ["analyze"]
+    monkeypatch.setenv("COMP_WORDS", "headsink plan nosuch --max")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert run()[1].split() == ["--max-kl"]
+
+
+def test_the_case_of_a_built_in_name_does_not_matter():
+    for name in ("SmolLM2", "smolLM2-135M-Instruct", "SMOLLM2 135m instruct"):
+        assert check_name(name) == "smollm2"
+    if built_in.BUILT_IN["gemma3-270m"].paths():
+        assert check_name("Gemma 3 270M") == check_name("gemma3-270M") == "gemma3-270m"
+    assert check_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_folder_without_a_tokenizer_is_called_that(run, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*"))
+    reason = "no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)"
+    assert reason in run("generate", tmp_path / "model", "--prompt", "x")[2]
+    with pytest.raises(HeadsinkError, match=re.escape(reason)):
+        headsink.load(tmp_path / "model")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Knows no model."""
+
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """Standard error is what is tested."""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_hub_is_named_before_it_is_asked(there):
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    if there:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    else:
+        server.server_close()
+    address = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    command = [sys.executable, "-m", "headsink", "generate", "nobody/nothing", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | address, check=False)
+    first, *between, last = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert first == "looking for nobody/nothing on the Hugging Face hub ..."
+    if there:
+        server.shutdown()
+        assert between == []
+        assert last.startswith("headsink: nobody/nothing: no such model on the Hugging Face hub, and no such folder")
+    else:
+        assert between[0].startswith("the hub cannot be reached (")
+        assert last.startswith("headsink: nobody/nothing: cannot be loaded: it is not on this machine, and the Hugging")
+
+
+def test_the_usual_contexts_of_bench_are_fitted_to_the_model(run, tiny_folder, tmp_path):
+    assert contexts_for(8192, 33) == [512, 2000, 7500]
+    assert contexts_for(2032, 33) == [512]
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"max_position_embeddings": 60}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    words = ("bench", "speed", tmp_path / "model", "--device", "cpu", "--tokens", "4", "--rounds", "1", "--json")
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert {row["context"] for row in json.loads(out)["results"]} == {56}
+
+
+def test_doctor_says_which_transformers_are_tested(run, monkeypatch):
+    assert f"(tested: {versions.OLDEST} to {versions.NEWEST})" in run("doctor", "--device", "cpu")[1]
+    assert doctor.transformers_warning() is None
+    monkeypatch.setattr(doctor, "NEWEST", "5.9")
+    monkeypatch.setattr(doctor, "OLDEST", "5.4")
+    status, out, err = run("doctor", "--device", "cpu", "--json")
+    warning = f"transformers {version('transformers')} is not tested: headsink is tested with 5.4 to 5.9; run: "
+    assert status == 0
+    assert err == warning + 'pip install "transformers>=5.4,<5.10"\n'
+    assert json.loads(out)["transformers"]["warning"] == err.strip()
+
+
+def test_how_long_it_will_take_is_said_at_the_start(run, tiny_folder, tmp_path):
+    words = (
+        "analyze",
+        tiny_folder,
+        "--out",
+        tmp_path / "a",
+        "--lengths",
+        "32",
+        "--domains",
+        "maths",
+        "--device",
+        "cpu",
+    )
+    assert run(*words)[2].splitlines()[0] == "census: less than a minute"
+    words = ("plan", tiny_folder, "--out", tmp_path / "p.json", "--context", "450", "--quality", "none")
+    assert run(*words, "--budget", "0.5", "--device", "cpu")[2].splitlines()[0] == "plan: less than a minute"
+    assert [estimate.spoken(s) for s in (59, 61, 200, 9000)] == [
+        "less than a minute",
+        "about 1 minute",
+        "about 3 minutes",
+        "about 2.5 hours",
+    ]
+
+
+@pytest.mark.parametrize("words", ["models", "--help", "plan --help"])
+def test_an_output_that_cannot_be_written_is_no_traceback(words):
+    command = [sys.executable, "-m", "headsink", *words.split()]
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (closed.returncode, closed.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "headsink: cannot write standard output: No space left on device\n"
 
 
 def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path):
@@ -436,7 +678,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
     words = [
         "analyze",
@@ -464,8 +706,8 @@ def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
     out, err = process.communicate(timeout=60)
     assert out == ""
     assert "Traceback" not in err
-    if how == signal.SIGINT:
-        assert process.returncode == 130
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
         assert "start it again to go on" in err
     done = list(kept.glob("*.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]

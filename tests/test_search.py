@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_replay import SOME, everything, replayed
 
-from headsink import HeadsinkError, Pattern, search
+from headsink import HeadsinkError, Pattern
+from headsink import method as method_module
 from headsink.architecture import attention_modules
+from headsink.method import POLICIES, SINK, Method
 from headsink.pattern import FULL
-from headsink.search import POLICIES, SINK, START, Method, Search, Step, choose
+from headsink.search import START, Search, Step, choose
 
 CONTEXT = 190  # a document of the replays and the longest branch
 SMALL = {"windows": (8, 32), "floating": (0, 1 / 8)}  # two of the patterns are of one size
@@ -39,7 +41,7 @@ every_family = pytest.mark.parametrize("family", SOME)
 
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch):
-    monkeypatch.setattr(search, "ON_OFF", ON_OFF)  # 320 tokens are more than these texts
+    monkeypatch.setattr(method_module, "ON_OFF", (4, 0, 24))  # 320 tokens are more than these texts
 
 
 @cache

@@ -193,10 +193,11 @@ def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_
 
 
 def test_serve_without_vllm_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    (tmp_path / "plan.json").write_text("{}")
     from headsink.cli import main
 
     monkeypatch.setattr(
-        sys, "argv", ["headsink", "serve", "smollm2", "--plan", str(tmp_path / "no.json"), "--port", "1"]
+        sys, "argv", ["headsink", "serve", "smollm2", "--plan", str(tmp_path / "plan.json"), "--port", "1"]
     )
     monkeypatch.setattr(
         sys, "path", [p for p in sys.path if not Path(p, "vllm").is_dir() or Path(p, "headsink").is_dir()]

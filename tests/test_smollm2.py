@@ -9,8 +9,8 @@ import headsink
 from headsink import corpus, probes
 from headsink.census.floating import floating_tokens, suggested_tau
 from headsink.census.statistics import windows
+from headsink.method import Method
 from headsink.quality import score
-from headsink.search import Method
 
 TOKENS = 2000
 

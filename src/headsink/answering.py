@@ -5,30 +5,32 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from transformers import PreTrainedModel
 
-import headsink
-from headsink import generation, show
-from headsink.cache import nbytes
-from headsink.decode import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, read_text
-from headsink.generation import Conversation, chat_prompt
-from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed
-from headsink.plan import Plan
-from headsink.prefix import load_prefix, prefix_text, save_prefix
+from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed, plan_path, readable
+from headsink.terminal import emit, err, out, write
 
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan file to run under; without it, the model itself.")]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headsink.plan import Plan
+
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Plan file to run under; without it, the model itself.", callback=plan_path),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat format.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]
 
 
 def read(
-    plan_file: Annotated[Path, typer.Option("--plan", help="Plan file: what is kept of the document.")],
+    plan_file: Annotated[
+        Path, typer.Option("--plan", help="Plan file: what is kept of the document.", callback=plan_path)
+    ],
     model: Model = "smollm2",
     file: Annotated[Path | None, typer.Option(help="A file with the document; standard input if not given.")] = None,
     out_file: Annotated[Path, typer.Option("--out", help="Where what is kept goes (safetensors).")] = Path(
@@ -45,10 +47,19 @@ def read(
     Then: headsink generate --prefix prefix.safetensors --prompt "What does it say about X?"
     """
     check_file(out_file)
-    plan = Plan.load(plan_file)
-    document = read_text(file) if file else sys.stdin.read()
+    document = read_text(file) if file else _standard_input("the document: it ends with ctrl-D")
     if not document.strip():
         raise HeadsinkError("file: it is empty; give --file FILE, or text on standard input")
+
+    import torch
+
+    import headsink
+    from headsink import generation, show
+    from headsink.cache import nbytes
+    from headsink.plan import Plan
+    from headsink.prefix import save_prefix
+
+    plan = Plan.load(plan_file)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     plan = plan.for_model(loaded) if other_weights else plan
     text, ids = generation.document_prompt(tokenizer, document, raw)
@@ -58,9 +69,9 @@ def read(
     save_prefix(out_file, cache, torch.tensor([ids]), text)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(out_file)}
     if as_json:
-        show.emit(found | {"plan": str(plan_file)})
+        emit(found | {"plan": str(plan_file)})
     else:
-        show.out.print(show.document_read(found), highlight=False)
+        out.print(show.document_read(found), highlight=False)
 
 
 def generate(
@@ -70,7 +81,8 @@ def generate(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with the text, put before the prompt.")] = None,
     prefix: Annotated[
-        Path | None, typer.Option(help="A document that `headsink read` has read; the prompt comes after it.")
+        Path | None,
+        typer.Option(help="A document that `headsink read` has read; the prompt comes after it.", callback=readable),
     ] = None,
     plan_file: PlanFile = None,
     raw: Raw = False,
@@ -99,9 +111,18 @@ def generate(
     _check_other_weights(other_weights, plan_file)
     text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
-        text = sys.stdin.read()
+        text = _standard_input("the prompt: it ends with ctrl-D")
     if not text.strip():
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
+
+    import torch
+
+    import headsink
+    from headsink import generation, show
+    from headsink.generation import chat_prompt
+    from headsink.plan import Plan
+    from headsink.prefix import load_prefix, prefix_text
+
     plan, before = Plan.load(plan_file) if plan_file else None, prefix_text(prefix) if prefix else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     plan = plan.for_model(loaded) if plan is not None and other_weights else plan
@@ -126,15 +147,15 @@ def generate(
         cache=cache,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        show=None if as_json else show.write,
+        show=None if as_json else write,
         lossless=lossless,
     )
     if as_json:
         files = {"plan": str(plan_file) if plan_file else None, "prefix": str(prefix) if prefix else None}
-        show.emit(show.generated_json(done) | files)
+        emit(show.generated_json(done) | files)
     else:
-        show.write("\n")
-        show.err.print(show.generated(done), style="dim", highlight=False)
+        write("\n")
+        err.print(show.generated(done), style="dim", highlight=False)
 
 
 def _check_other_weights(other_weights: bool, plan_file: Path | None) -> None:
@@ -144,9 +165,17 @@ def _check_other_weights(other_weights: bool, plan_file: Path | None) -> None:
 
 def _compile(model: PreTrainedModel, plan: Plan | None) -> None:
     """Before the clock starts."""
+    from headsink.decode import prepare, refusal
+
     if plan is not None and refusal(model) is None:
-        with show.err.status("compiling: half a minute, once on a machine"):
+        with err.status("compiling: half a minute, once on a machine"):
             prepare(model)
+
+
+def _standard_input(what: str) -> str:
+    if sys.stdin.isatty():
+        err.print(f"type {what}", style="dim", highlight=False)
+    return sys.stdin.read()
 
 
 def chat(
@@ -162,6 +191,13 @@ def chat(
 ) -> None:
     """Talk to the model, under a plan or without; one line a turn, an empty line or ctrl-D ends. Answers stream."""
     _check_other_weights(other_weights, plan_file)
+    import torch
+
+    import headsink
+    from headsink import show
+    from headsink.generation import Conversation
+    from headsink.plan import Plan
+
     chosen = Plan.load(plan_file) if plan_file else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     chosen = chosen.for_model(loaded) if chosen is not None and other_weights else chosen
@@ -171,14 +207,14 @@ def chat(
     turns = []
     while True:
         if sys.stdin.isatty():
-            show.err.print("[bold]> [/bold]", end="")
+            err.print("[bold]> [/bold]", end="")
         line = sys.stdin.readline()
         if not line.strip():
             break
-        done = talk.ask(line.strip(), None if as_json else show.write)
+        done = talk.ask(line.strip(), None if as_json else write)
         turns.append({"question": line.strip(), **show.generated_json(done)})
         if not as_json:
-            show.write("\n")
-            show.err.print(show.generated(done), style="dim", highlight=False)
+            write("\n")
+            err.print(show.generated(done), style="dim", highlight=False)
     if as_json:
-        show.emit({"turns": turns, "plan": str(plan_file) if plan_file else None})
+        emit({"turns": turns, "plan": str(plan_file) if plan_file else None})

@@ -19,31 +19,38 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus, probes
+from headsink import corpus, estimate, probes
 from headsink.architecture import check_plannable, describe
+from headsink.choices import (
+    LEAST_QUALITY,
+    TAIL,
+    check_budget,
+    check_context,
+    check_domains,
+    check_max_kl,
+    check_quality,
+)
 from headsink.corpus import Domain
 from headsink.dealing import FEW, SWEEPS, Deal, needed, tuned
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
 from headsink.fingerprint import Fingerprint
+from headsink.method import SINK, Method
 from headsink.models import dtype_name
 from headsink.pattern import FULL, Pattern
 from headsink.plan import Plan
 from headsink.probes import Document
 from headsink.progress import bar
-from headsink.quality import LEAST_QUALITY, branch_log_probs, measure, read
+from headsink.quality import branch_log_probs, measure, read
 from headsink.reconstruction import Demand, demand, fit
 from headsink.replay import Replay
 from headsink.retelling import prompt_tokens
-from headsink.search import SINK, Method, Phase, Search, Step, check_room, mean_loss
+from headsink.search import Phase, Search, Step, check_room, mean_loss
 from headsink.sharding import rank_heads
 
-KINDS: tuple[Domain, ...] = (*corpus.DOMAINS, "qa")  # of text that documents can be made of
 DOCUMENTS = len(corpus.DOMAINS)  # at least
 CONTINUATION = 128  # tokens of text after a document
 VERIFIED = 8_000  # tokens of documents that a plan is run over once it is made, at least one document
-TAIL = 160  # tokens that a branch may have, so that it fits into the longest context
-LEAST_CONTEXT = probes.LEAST_LENGTH + TAIL
 BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
 
 Context = int | tuple[int, int]
@@ -87,14 +94,16 @@ def calibrate(
         raise HeadsinkError("budget: give a budget or max_kl, one of the two")
     if budget is not None:
         check_budget(budget)
-    if max_kl is not None and not max_kl > 0:
-        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats")
+    if max_kl is not None:
+        check_max_kl(max_kl)
     if checkpoint is not None:
         check_file(checkpoint)
         _read_checkpoint(checkpoint, {})
     most = describe(model).max_context
-    if wrong := [n for n in quality_contexts or () if not LEAST_QUALITY <= n <= most]:
-        raise HeadsinkError(f"quality_contexts: {wrong[0]} is outside {LEAST_QUALITY} to {most}")
+    check_quality(quality_contexts or (), most)
+    longest = context if isinstance(context, int) else context[1]
+    if progress and longest <= most:
+        estimate.tell("plan", model, longest, estimate.PLAN)
     calibration = Calibration(
         model,
         tokenizer,
@@ -115,20 +124,6 @@ def calibrate(
 def default_quality_contexts(longest: int) -> tuple[int, ...]:
     """The context, and a shorter one if there is room for it."""
     return tuple(n for n in dict.fromkeys((min(2048, longest // 2), longest)) if n >= LEAST_QUALITY)
-
-
-def check_budget(budget: float) -> None:
-    if not 0 < budget <= 1:
-        raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
-
-
-def check_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
-    """The kinds of text that are named, each once. Raises HeadsinkError for one that documents cannot be made of."""
-    found = tuple(dict.fromkeys(domains))
-    if not found or (wrong := [name for name in found if name not in KINDS]):
-        given = repr(wrong[0]) if found else "none"
-        raise HeadsinkError(f"domains: {given} given; one or more of {', '.join(KINDS)}")
-    return found  # type: ignore[return-value]
 
 
 class Calibration:
@@ -153,11 +148,7 @@ class Calibration:
         self.checkpoint, self.progress = checkpoint, progress
         self.domains = check_domains(domains)
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
-        if not LEAST_CONTEXT <= self.shortest <= self.longest <= shape.max_context:
-            given = self.shortest if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
-            raise HeadsinkError(
-                f"context: {given} is outside {LEAST_CONTEXT} to {shape.max_context}, the model's maximum"
-            )
+        check_context(self.shortest, self.longest, shape.max_context)
         if all(shape.windows):
             raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, self.domains, seed)

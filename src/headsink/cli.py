@@ -6,49 +6,95 @@ status 2 and one line that says what was wrong and what would be right.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-import headsink
-from headsink import corpus, doctor, prompt_files, show
+from headsink import corpus, prompt_files
 from headsink.answering import chat, generate, read
 from headsink.bench.cli import bench
-from headsink.calibrate import KINDS, check_budget, check_domains
-from headsink.census.census import MARKER, Census
-from headsink.census.run import analyze_again
-from headsink.census.statistics import QUERIES, Thresholds
+from headsink.built_in import processes
+from headsink.choices import (
+    CENSUS,
+    FRONTIER,
+    FRONTIER_BUDGETS,
+    KINDS,
+    QUERIES,
+    TAU,
+    check_budget,
+    check_census,
+    check_census_domains,
+    check_context,
+    check_domains,
+    check_lengths,
+    check_max_kl,
+    check_quality,
+    check_tau,
+    run_parts,
+)
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, check_replaceable, new_folder
-from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
-from headsink.frontier import FRONTIER, frontier
-from headsink.options import MODEL_HELP, Device, Dtype, Json, Model, Seed, context_range, memory, numbers
-from headsink.report import write_comparison, write_comparison_pictures
-from headsink.search import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
+from headsink.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
+from headsink.options import (
+    MODEL_HELP,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    context_range,
+    known_model,
+    memory,
+    names,
+    numbers,
+)
 from headsink.serving import PASS_ON, serve
-from headsink.sharding import is_main
+from headsink.terminal import emit, note, out, resumable
 
 COMPARISON = "comparison.json"  # marks a folder of figures as one of ours
+PIPE_CLOSED, WRONG, INTERRUPTED = 1, 2, 130  # exit statuses
 
 app = typer.Typer(
     name="headsink",
     help="Find the attention heads that look at nothing far away, and stop paying for them.",
     epilog="Begin with: headsink analyze smollm2 --out runs/a, then headsink plan smollm2 --budget 0.25 --out plan.json",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        out.print(f"headsink {version('headsink')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find the attention heads that look at nothing far away, and stop paying for them."""
+
+
 @app.command()
 def analyze(
-    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.", callback=known_model)
+    ] = None,
     out_folder: Annotated[
         Path, typer.Option("--out", help="Folder for the census; an older census there is replaced.")
     ] = Path("runs/census"),
@@ -77,7 +123,7 @@ def analyze(
     ] = QUERIES,
     tau: Annotated[
         float, typer.Option(help="Keys with a value norm below tau of the head's median can be floating sinks.")
-    ] = Thresholds.tau,
+    ] = TAU,
     again: Annotated[
         Path | None,
         typer.Option(
@@ -103,16 +149,29 @@ def analyze(
     Stopped, it goes on where it was when it is started again with the same options.
     """
     chosen = None if lengths is None else numbers("lengths", lengths)
-    kinds = [kind.strip() for kind in domains.split(",") if kind.strip()]
-    if not 0 < tau <= 1:
-        raise HeadsinkError(f"tau: {tau} is outside (0, 1]")
+    check_lengths(chosen or ())
+    kinds = check_census_domains(names(domains))
+    check_tau(tau)
     texts = prompt_files.read(text_file or [], prompts or [], prompt or [])
-    check_replaceable(out_folder, MARKER)
-    checkpoint = out_folder.parent / f".{out_folder.name}.partial"
     where: dict[str, Any] = {"device": device, "max_memory": memory(max_memory), "tensor_parallel": tensor_parallel}
-    try:
+    if (device is not None) + (max_memory is not None) + tensor_parallel > 1:
+        raise HeadsinkError("device: give one of --device, --max-memory and --tensor-parallel")
+    if tensor_parallel:
+        processes()
+    if again is not None:
+        check_census(again)
+    check_replaceable(out_folder, CENSUS)
+
+    import headsink
+    from headsink import show
+    from headsink.census.run import analyze_again
+    from headsink.census.statistics import Thresholds
+    from headsink.sharding import is_main
+
+    checkpoint = out_folder.parent / f".{out_folder.name}.partial"
+    with resumable(checkpoint):
         if again is not None:
-            settings = Census.load(again).settings
+            settings = headsink.Census.load(again).settings
             loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
             census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
         else:
@@ -129,19 +188,15 @@ def analyze(
                 seed=seed,
                 checkpoint=checkpoint,
             )
-    except KeyboardInterrupt:
-        if checkpoint.exists():
-            show.err.print("\nwhat is done is kept: start it again to go on", highlight=False)
-        raise
     if not is_main():
         return
     census.save(out_folder)
     shutil.rmtree(checkpoint, ignore_errors=True)
     if as_json:
-        show.emit(show.census_json(census) | {"folder": str(out_folder)})
+        emit(show.census_json(census) | {"folder": str(out_folder)})
     else:
-        show.census(show.out, census)
-        show.out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
+        show.census(out, census)
+        out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
 
 
 @app.command()
@@ -166,6 +221,13 @@ def compare(
         check_file(report_file)
     if figures is not None:
         check_replaceable(figures, COMPARISON)
+    for run in runs:
+        check_census(Path(run_parts(str(run))[0]))
+
+    import headsink
+    from headsink import show
+    from headsink.report import write_comparison, write_comparison_pictures
+
     comparison = headsink.compare(*runs)
     if report_file is not None:
         write_comparison(comparison, report_file)
@@ -174,11 +236,11 @@ def compare(
             write_comparison_pictures(comparison, part)
             (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
     if as_json:
-        show.emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
+        emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:
-        show.comparison(show.out, comparison)
+        show.comparison(out, comparison)
         if report_file is not None:
-            show.out.print(f"\nReport: {report_file}", highlight=False)
+            out.print(f"\nReport: {report_file}", highlight=False)
 
 
 @app.command()
@@ -253,7 +315,12 @@ def plan(
     budget = 0.25 if budget is None and max_kl is None else budget
     if budget is not None:
         check_budget(budget)
-    kinds = check_domains([kind.strip() for kind in domains.split(",") if kind.strip()])
+    if max_kl is not None:
+        check_max_kl(max_kl)
+    wanted = None if context is None else context_range(context)
+    if wanted is not None:
+        check_context(*(wanted if isinstance(wanted, tuple) else (wanted, wanted)))
+    kinds = check_domains(names(domains))
     if positions not in ("text", "cache"):
         raise HeadsinkError(f"positions: {positions!r} is neither text nor cache")
     if no_floating and policy != "headsink":
@@ -270,26 +337,35 @@ def plan(
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)
+        check_quality(measured, name="quality")
     if frontier_folder is not None:
         check_replaceable(frontier_folder, FRONTIER)
     else:
         check_file(out_file)
     shares = FRONTIER_BUDGETS if budgets is None else numbers("budgets", budgets, float)
+    for share in shares:
+        check_budget(share)
+
+    import headsink
+    from headsink import show
+
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
-    wanted = longest if context is None else context_range(context)
+    if wanted is None:
+        wanted = loaded.config.get_text_config(decoder=True).max_position_embeddings
     if frontier_folder is not None:
+        from headsink.frontier import frontier
+
         drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, domains=kinds, seed=seed)
         with new_folder(frontier_folder, FRONTIER) as part:
             drawn.save(part)
         if as_json:
-            show.emit(drawn.to_dict() | {"folder": str(frontier_folder)})
+            emit(drawn.to_dict() | {"folder": str(frontier_folder)})
         else:
-            show.frontier(show.out, drawn)
-            show.out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
+            show.frontier(out, drawn)
+            out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
         return
     checkpoint = out_file.with_name(f".{out_file.name}.partial")
-    try:
+    with resumable(checkpoint):
         made = headsink.calibrate(
             loaded,
             tokenizer,
@@ -302,17 +378,13 @@ def plan(
             seed=seed,
             checkpoint=checkpoint,
         )
-    except KeyboardInterrupt:
-        if checkpoint.exists():
-            show.err.print("\nwhat is done is kept: start it again to go on", highlight=False)
-        raise
     made.save(out_file)
     checkpoint.unlink(missing_ok=True)
     if as_json:
-        show.emit(json.loads(made.to_json()) | {"file": str(out_file)})
+        emit(json.loads(made.to_json()) | {"file": str(out_file)})
     else:
-        show.plan(show.out, made)
-        show.out.print(f"\nPlan: {out_file}", highlight=False)
+        show.plan(out, made)
+        out.print(f"\nPlan: {out_file}", highlight=False)
 
 
 for command in (read, generate, chat):
@@ -323,45 +395,81 @@ app.command(context_settings=PASS_ON)(serve)
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the built-in models, and say what else can be loaded."""
+    from headsink import doctor
+
     found = doctor.models()
     if as_json:
-        show.emit(found)
+        emit(found)
     else:
-        show.models(show.out, found)
+        doctor.print_models(found)
 
 
 @app.command(name="doctor")
 def doctor_command(seed: Seed = 0, dtype: Dtype = None, device: Device = None, as_json: Json = False) -> None:
     """Check this machine: versions, devices, threads, models, and attention against its reference."""
+    from headsink import doctor
+
+    if warning := doctor.transformers_warning():
+        note(warning)  # first: what was not tested may not even import
     found = doctor.examine(device=device, dtype=dtype, seed=seed)
     if as_json:
-        show.emit(found)
+        emit(found)
     else:
-        show.doctor(show.out, found)
+        doctor.print_examination(found)
     if not found["attention"]["right"]:
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Entry point: run a command and turn every error of the user's into one line and exit status 2."""
+    received: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt  # SIGTERM ends a command as ctrl-C does, and what is done is kept
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        status = app(standalone_mode=False)
+        status = _run()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    if status == INTERRUPTED:
+        note("stopped")
+    sys.exit(128 + received[0] if received and status == INTERRUPTED else status)
+
+
+def _run() -> int:
+    try:
+        status = app(prog_name="headsink", standalone_mode=False)
+        sys.stdout.flush()
     except HeadsinkError as error:
-        _fail(str(error))
+        return _fail(str(error))
     except TyperException as error:
-        if error.format_message():
-            _fail(f"{error.format_message().rstrip('.')}; see headsink --help")
-        sys.exit(2)
+        message = error.format_message().rstrip(".")
+        end = " See" if message.endswith("?") else "; see"
+        return _fail(f"{message}{end} headsink --help") if message else WRONG
     except typer.Abort:
-        status = 130
-    if status == 130:
-        show.err.print("\nstopped", highlight=False)
-    sys.exit(status if isinstance(status, int) else 0)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _close_output(PIPE_CLOSED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return _close_output(_fail(f"cannot write {error.filename or 'standard output'}: {error.strerror}"))
+    return status if isinstance(status, int) else 0
 
 
-def _fail(message: str) -> None:
-    show.err.print(f"headsink: {message}", markup=False, highlight=False)
-    sys.exit(2)
+def _fail(message: str) -> int:
+    note(f"headsink: {message}")
+    return WRONG
+
+
+def _close_output(status: int) -> int:
+    """What is still buffered cannot be written, and Python would say so when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":

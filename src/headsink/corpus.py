@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from headsink.errors import HeadsinkError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Domain = Literal["prose", "code", "maths", "chat", "qa", "random"]
 Split = Literal["calibration", "heldout"]

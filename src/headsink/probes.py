@@ -13,13 +13,14 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from headsink import corpus
 from headsink.corpus import NAMES, Domain, Split
 from headsink.errors import HeadsinkError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AFTER = 1000  # tokens of the source beyond the document, for its continuation
 TEXT = "text"  # the form of the branch that is the text's own continuation

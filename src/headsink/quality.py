@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from headsink import corpus, probes
 from headsink.architecture import describe
 from headsink.cache import PlanCache, nbytes
+from headsink.choices import CONTINUATION, check_quality
 from headsink.corpus import Split
 from headsink.errors import HeadsinkError
 from headsink.plan import Interval, Plan, Quality, Retrieval
@@ -26,8 +27,6 @@ from headsink.progress import bar
 from headsink.runtime import apply_here, compress, full_cache, new_cache
 from headsink.transformers_names import cache_argument
 
-CONTINUATION = 256  # tokens of it
-LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
 BLOCK = 32  # consecutive tokens that are resampled together
 RESAMPLES = 1000
 
@@ -143,8 +142,7 @@ def measure(
     Raises HeadsinkError if the context is too short, or longer than the model or the built-in text allows.
     """
     most = describe(model).max_context
-    if not LEAST_QUALITY <= context <= most:
-        raise HeadsinkError(f"context: {context} is outside {LEAST_QUALITY} to {most} for measuring quality")
+    check_quality([context], most, "context")
     made = [
         probes.document(
             tokenizer,

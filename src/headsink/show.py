@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +17,14 @@ from headsink.census.floating import drawing_tokens, floating_tokens, stability,
 from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
+from headsink.choices import CONTINUATION
 from headsink.frontier import Frontier
 from headsink.generation import Generated
 from headsink.plan import Plan, Quality
-from headsink.quality import CONTINUATION
 from headsink.report.page import p_value, share
 from headsink.summary import contexts
+from headsink.terminal import MEGABYTE, new_table
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-MEGABYTE = 1e6
 NEAR = 128  # keys: how many heads make do with a window of that
 SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen; `--json` has all
 MOST_PATTERNS = 10  # of a plan, that are listed one by one
@@ -70,7 +65,7 @@ def census(console: Console, census: Census) -> None:
     """Roles by length, the strongest sinks, the tokens they look at, windows, and the first question."""
     longest = census.lengths[-1]
     columns = ("tokens", *ROLES, "same role in a single text")
-    table = _table("Roles of the heads, all texts together", *columns)
+    table = new_table("Roles of the heads, all texts together", *columns)
     for length in census.lengths:
         counts = role_counts(census, length)
         agreement = float(census.role_agreement(length).mean())
@@ -81,7 +76,7 @@ def census(console: Console, census: Census) -> None:
     at = windows(longest).index(max(w for w in windows(longest) if w <= NEAR))
     errors = census.score("errors", longest)[..., at]
     title = f"Strongest sinks at {longest} tokens; errors of first tokens + last {windows(longest)[at]}"
-    table = _table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
+    table = new_table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
     for place in sink.mean.flatten().argsort(descending=True)[:8].tolist():
         layer, head = divmod(place, sink.mean.shape[1])
         half = sink.half[layer, head]
@@ -93,7 +88,7 @@ def census(console: Console, census: Census) -> None:
         )
     console.print(table)
 
-    table = _table(
+    table = new_table(
         f"Tokens that draw the attention at {longest} tokens", "token", "share of all attention", "heads", "texts"
     )
     for token in drawing_tokens(census, longest, most=8):
@@ -108,7 +103,7 @@ def census(console: Console, census: Census) -> None:
         highlight=False,
     )
 
-    table = _table(
+    table = new_table(
         f"Window that a KV head needs for an error within {EPSILON:.0%}, floating sinks kept",
         "tokens",
         "median",
@@ -132,7 +127,7 @@ def census(console: Console, census: Census) -> None:
 
     title = "The first question: is a head that is a sink in one layer also one, by number, in a later layer?"
     columns = ("tokens", "score", "sinks", "in layer 0", "from layer 0", "chance", "p", "from any layer", "chance", "p")
-    table = _table(title, *columns)
+    table = new_table(title, *columns)
     for length in census.lengths:
         for t in census.first_question(length):
             rates = (t.rate, t.first_layer_rate, t.first_rate, t.first_chance)
@@ -167,7 +162,7 @@ def comparison(console: Console, found: Comparison) -> None:
         "rank corr.",
         "beyond chance",
     )
-    table = _table(
+    table = new_table(
         "Scores: means over the heads, their mean and largest change, rank correlation of the heads, share of heads whose 95 % "
         "interval of the change leaves out 0",
         *columns,
@@ -200,7 +195,7 @@ def plan(console: Console, made: Plan) -> None:
     if len(counts) > MOST_PATTERNS:
         console.print(_shares(made, lengths[0]))
     else:
-        table = _table("Patterns", "first + floating + window", "KV heads")
+        table = new_table("Patterns", "first + floating + window", "KV heads")
         for name, count in counts.items():
             table.add_row(name, str(count))
         console.print(table)
@@ -226,7 +221,7 @@ def _bytes(made: Plan, quality: Quality) -> str:
 
 def _shares(made: Plan, context: int) -> Table:
     """How many KV heads keep how much."""
-    table = _table(f"Kept at {context} tokens", "share of the keys", "KV heads")
+    table = new_table(f"Kept at {context} tokens", "share of the keys", "KV heads")
     sizes = [head.pattern.size(context) / context for layer in made.layers for head in layer or ()]
     above = 1.0
     table.add_row("all", str(sum(size >= 1 for size in sizes)))
@@ -245,7 +240,7 @@ def frontier(console: Console, drawn: Frontier) -> None:
 def _qualities(first: str, rows: dict[str, Quality]) -> Table:
     """Quality against the model itself, a row for each."""
     columns = (first, "KL, nats", "same top token", "nll change", "answers right", "model itself", "KV cache, MB")
-    table = _table("Against the model itself on held-out text (95 % interval)", *columns)
+    table = new_table("Against the model itself on held-out text (95 % interval)", *columns)
     for name, q in rows.items():
         kl, top1, change = q.kl_interval, q.top1_interval, q.nll_change_interval
         table.add_row(
@@ -258,17 +253,6 @@ def _qualities(first: str, rows: dict[str, Quality]) -> Table:
             f"{q.kv_bytes / MEGABYTE:.1f} of {q.kv_bytes_full / MEGABYTE:.1f}",
         )
     return table
-
-
-def write(text: str) -> None:
-    """A piece of a result, as it comes."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def emit(result: dict[str, Any]) -> None:
-    """The one object of `--json`."""
-    write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def document_read(found: dict[str, Any]) -> str:
@@ -288,40 +272,3 @@ def generated(done: Generated) -> str:
         f"{done.prompt_tokens} tokens read, {len(done.ids)} written; first after {done.first_token_s:.2f} s{per_token}; "
         f"KV cache {done.kv_bytes / MEGABYTE:.1f} MB{drafted}"
     )
-
-
-def models(console: Console, found: dict[str, Any]) -> None:
-    table = _table("Built-in models", "name", "model", "licence", "installed")
-    for model in found["built_in"]:
-        state = f"yes, {model['bytes'] / MEGABYTE:.0f} MB" if model["installed"] else f"no; {model['install']}"
-        table.add_row(model["name"], model["title"], model["licence"], state)
-    console.print(table)
-    console.print(f"Also: {found['others']}.", highlight=False)
-    console.print(f"Tested families: {', '.join(found['tested_families'])}.", highlight=False)
-
-
-def doctor(console: Console, found: dict[str, Any]) -> None:
-    table = _table(None, "what", "found")
-    table.add_row("python", f"{found['python']}, {found['system']}")
-    for name, number in found["packages"].items():
-        table.add_row(name, number or "not installed")
-    table.add_row("cores, threads", f"{found['cores']}, {found['threads']}")
-    table.add_row("GPUs", ", ".join(found["gpus"]) or "none")
-    table.add_row(
-        "built-in models", ", ".join(f"{n}: {'yes' if here else 'no'}" for n, here in found["models"].items())
-    )
-    table.add_row("cache folder", escape(found["cache_folder"]))
-    check = found["attention"]
-    verdict = "right" if check["right"] else "WRONG"
-    table.add_row(
-        "attention",
-        f"{verdict} on {check['device']} in {check['dtype']} (largest difference {check['largest_difference']:.1e})",
-    )
-    console.print(table)
-
-
-def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, header_style="dim")
-    return table

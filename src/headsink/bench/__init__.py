@@ -7,8 +7,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, least and most of repeated measurements, and all of them."""
@@ -17,6 +15,8 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def heading(what: str) -> dict[str, Any]:
     """What a script measures, how it was called, with which versions, on what."""
+    import torch
+
     return {
         "what": what,
         "command": "python " + " ".join(sys.argv),

@@ -26,6 +26,7 @@ import headsink
 from headsink import corpus
 from headsink.architecture import decoder, describe
 from headsink.bench import spread
+from headsink.built_in import BUILT_IN
 from headsink.census.run import analyze
 from headsink.models import dtype_name
 from headsink.progress import bar, console
@@ -164,7 +165,7 @@ def _measure(
     way: str, model_name: str, tokens: int, seed: int, dtype: str | None, device: str | None
 ) -> dict[str, Any]:
     name = model_name
-    if model_name == LONG_MODEL and not headsink.models.BUILT_IN[LONG_MODEL].paths():
+    if model_name == LONG_MODEL and not BUILT_IN[LONG_MODEL].paths():
         name = LONG_SHAPE
         tokenizer = headsink.load("smollm2", device="cpu")[1]
         model = AutoModelForCausalLM.from_config(_gemma_shape(), attn_implementation="sdpa").eval()

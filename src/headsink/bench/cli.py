@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headsink.bench import census as census_bench
-from headsink.bench import everything as all_bench
-from headsink.bench import memory as memory_bench
-from headsink.bench import peers
-from headsink.bench import results as results_bench
-from headsink.bench import speed as speed_bench
-from headsink.bench.everything import Options
 from headsink.bench.families_command import families
+from headsink.bench.options import CONTEXTS, NODE_PACKAGE, Options, check_contexts, check_families
 from headsink.bench.quality_command import quality
+from headsink.bench.tasks import task as find_task
+from headsink.built_in import check_name
+from headsink.choices import check_budget
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, OtherWeights, Seed, numbers
-from headsink.plan import Plan
+from headsink.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OtherWeights,
+    PlanFiles,
+    Seed,
+    batch_sizes,
+    names,
+    numbers,
+)
 from headsink.progress import console
+from headsink.terminal import resumable, write
+
+if TYPE_CHECKING:
+    from headsink.plan import Plan
 
 bench = typer.Typer(
     help="Measure headsink on this machine, side by side with what one would use otherwise.", no_args_is_help=True
@@ -38,18 +48,17 @@ def _listed(values: tuple[Any, ...]) -> str:
 
 
 ALL_CONTEXTS, ALL_BATCHES = _listed(DEFAULT.contexts), _listed(DEFAULT.batches)
-PlanFiles = Annotated[
-    list[Path] | None, typer.Option("--plan", help="Plan to measure beside the all-full one; may be repeated.")
-]
 Contexts = Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")]
+FittedContexts = Annotated[
+    str | None,
+    typer.Option(help=f"Tokens of the prompts, with commas; of {_listed(CONTEXTS)} what the model has room for."),
+]
 Batches = Annotated[str, typer.Option(help="How many texts at once, with commas.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the medians are to be quoted.")]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Write the JSON here too.")]
 LlamaCpp = Annotated[
     Path | None,
-    typer.Option(
-        help=f"Measure llama.cpp too: a folder with node-llama-cpp in its node_modules ({peers.NODE_PACKAGE})."
-    ),
+    typer.Option(help=f"Measure llama.cpp too: a folder with node-llama-cpp in its node_modules ({NODE_PACKAGE})."),
 ]
 Vllm = Annotated[
     Path | None,
@@ -59,7 +68,7 @@ Vllm = Annotated[
 
 @bench.command(name="census")
 def census(
-    model: Annotated[str, typer.Argument(help="Model for the main measurement.")] = "smollm2",
+    model: Model = "smollm2",
     tokens: Annotated[int, typer.Option(min=16, help="Length of the text.")] = 8192,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the medians are to be quoted.")] = 5,
     long_tokens: Annotated[
@@ -77,20 +86,23 @@ def census(
     """
     if out_file is not None:
         check_file(out_file)
+
+    from headsink.bench import census as census_bench
+
     result = census_bench.run(
         model, tokens=tokens, rounds=rounds, long_tokens=long_tokens, seed=seed, dtype=dtype, device=device
     )
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
         write_text(out_file, text)
-    sys.stdout.write(text if as_json else census_bench.summary(result) + "\n")
+    write(text if as_json else census_bench.summary(result) + "\n")
 
 
 @bench.command(name="speed")
 def speed(
-    model: Annotated[str, typer.Argument(help="Model to measure.")] = "smollm2",
+    model: Model = "smollm2",
     plan_files: PlanFiles = None,
-    contexts: Contexts = "512,2000,7500",
+    contexts: FittedContexts = None,
     batches: Batches = "1",
     tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate after a prompt.")] = 33,
     rounds: Rounds = 5,
@@ -109,7 +121,11 @@ def speed(
     """
     if out_file is not None:
         check_file(out_file)
-    lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
+    lengths, texts = None if contexts is None else numbers("contexts", contexts), batch_sizes(batches)
+    check_contexts(lengths or (), tokens)
+
+    from headsink.bench import speed as speed_bench
+
     result = speed_bench.run(
         model,
         contexts=lengths,
@@ -125,15 +141,16 @@ def speed(
         device=device,
         report=lambda line: console.print(line, highlight=False),
     )
-    tables = [speed_bench.table(result, length, batch) for length in lengths for batch in texts]
+    shown = dict.fromkeys((row["context"], row["batch"]) for row in result["results"])
+    tables = [speed_bench.table(result, *one) for one in shown]
     _tell(result, tables, out_file, as_json)
 
 
 @bench.command(name="memory")
 def memory(
-    model: Annotated[str, typer.Argument(help="Model to measure.")] = "smollm2",
+    model: Model = "smollm2",
     plan_files: PlanFiles = None,
-    contexts: Contexts = "512,2000,7500",
+    contexts: FittedContexts = None,
     batches: Batches = "1",
     rounds: Rounds = 2,
     llama_cpp: LlamaCpp = None,
@@ -151,7 +168,11 @@ def memory(
     """
     if out_file is not None:
         check_file(out_file)
-    lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
+    lengths, texts = None if contexts is None else numbers("contexts", contexts), batch_sizes(batches)
+    check_contexts(lengths or (), 0)
+
+    from headsink.bench import memory as memory_bench
+
     result = memory_bench.run(
         model,
         contexts=lengths,
@@ -166,7 +187,8 @@ def memory(
         device=device,
         report=lambda line: console.print(line, highlight=False),
     )
-    tables = [memory_bench.table(result, length, batch) for length in lengths for batch in texts]
+    shown = dict.fromkeys((row["context"], row["batch"]) for row in result["results"])
+    tables = [memory_bench.table(result, *one) for one in shown]
     _tell(result, tables, out_file, as_json)
 
 
@@ -205,12 +227,12 @@ def everything(
     Rows that are there with the same settings are kept. What a missing package keeps from being measured is recorded so.
     """
     options = Options(
-        models=tuple(models.split(",")),
-        tasks=tuple(tasks.split(",")),
+        models=tuple(map(check_name, names(models))),
+        tasks=tuple(names(tasks)),
         items=items,
         context=context,
         budgets=tuple(numbers("budgets", budgets, float)),
-        families=tuple(families.split(",")),
+        families=tuple(names(families)),
         documents=documents,
         contexts=tuple(numbers("contexts", contexts)),
         batches=tuple(batch_sizes(batches)),
@@ -222,11 +244,16 @@ def everything(
         llama_cpp=llama_cpp,
         vllm=vllm,
     )
-    done = (all_bench.states if listed else all_bench.run)(options, out_folder, only or ())
+    check_options(options)
+
+    from headsink.bench import everything as all_bench
+
+    with resumable(out_folder):
+        done = (all_bench.states if listed else all_bench.run)(options, out_folder, only or ())
     if as_json:
-        sys.stdout.write(json.dumps(done, indent=1) + "\n")
+        write(json.dumps(done, indent=1) + "\n")
     else:
-        sys.stdout.write("".join(f"{name:<40} {state}\n" for name, state in done.items()))
+        write("".join(f"{name:<40} {state}\n" for name, state in done.items()))
 
 
 @bench.command(name="again")
@@ -245,12 +272,17 @@ def again(
 
     Ends with exit status 1 if a figure lies outside the interval or range that was committed, or has changed where it should not.
     """
-    options = Options(models=tuple(models.split(",")), llama_cpp=llama_cpp, vllm=vllm, device=device)
+    if not folder.is_dir():
+        raise HeadsinkError(f"{folder}: no such folder; name one that headsink bench all has filled")
+    options = Options(models=tuple(map(check_name, names(models))), llama_cpp=llama_cpp, vllm=vllm, device=device)
+
+    from headsink.bench import everything as all_bench
+
     found = all_bench.again(options, folder, row)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        write(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     else:
-        sys.stdout.write("".join(f"{one.figure:<60} {one.before} -> {one.now}: {one.verdict}\n" for one in found))
+        write("".join(f"{one.figure:<60} {one.before} -> {one.now}: {one.verdict}\n" for one in found))
     if any(one.verdict in ("outside", "changed") for one in found):
         raise typer.Exit(1)
 
@@ -264,20 +296,29 @@ def results(
 ) -> None:
     """Write the page of results from the rows of a folder, and from nothing else."""
     check_file(out_file)
+    if not folder.is_dir():
+        raise HeadsinkError(f"{folder}: no such folder; name one that headsink bench all has filled")
+
+    from headsink.bench import results as results_bench
+
     results_bench.write(folder, out_file)
-    sys.stdout.write(f"{out_file}\n")
+    write(f"{out_file}\n")
 
 
-def batch_sizes(text: str) -> list[int]:
-    """Read "1,4": how many texts at once."""
-    found = numbers("batches", text)
-    if wrong := [n for n in found if n < 1]:
-        raise HeadsinkError(f"batches: {wrong[0]} texts at once are none; give numbers such as 1,4")
-    return found
+def check_options(options: Options) -> None:
+    """Raise for what no row can be measured with."""
+    for name in options.tasks:
+        find_task(name)
+    for budget in options.budgets:
+        check_budget(budget)
+    check_families(options.families, options.documents, options.texts, options.budget)
+    check_contexts(options.contexts, options.tokens)
 
 
 def named_plans(files: list[Path]) -> dict[str, Plan]:
     """Plans by the budgets that they were made for, or by their files where those do not tell them apart."""
+    from headsink.plan import Plan
+
     plans = [Plan.load(file) for file in files]
     budgets = [plan.calibration.get("budget") for plan in plans]
     named = all(isinstance(budget, int | float) for budget in budgets) and len(set(budgets)) == len(plans)
@@ -291,4 +332,4 @@ def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, as_j
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
         write_text(out_file, text)
-    sys.stdout.write(text if as_json else "\n".join(tables) + "\n")
+    write(text if as_json else "\n".join(tables) + "\n")

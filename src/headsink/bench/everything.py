@@ -9,9 +9,8 @@ they are.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink.bench import families, memory, peers, quality, rows, speed
+from headsink.bench.options import Options, label
 from headsink.bench.rows import Compared, Row
-from headsink.calibrate import KINDS, Calibration
+from headsink.calibrate import Calibration
 from headsink.errors import HeadsinkError
 from headsink.files import sha256
-from headsink.models import BUILT_IN
+from headsink.models import dtype_name
 from headsink.plan import Head, Plan
 from headsink.progress import console
 
@@ -38,54 +38,6 @@ PLAN, FAMILIES, ITEM = (
     0.01,
 )  # typical seconds of a row on 2 cores, for a token of its context; ITEM for each item too
 STARTED = {"speed": (60, 0.09), "memory": (200, 0.03)}  # seconds to start, and for a token of all texts
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured. context: of plans, tasks and families; contexts, batches: of speed and memory; budget: of families."""
-
-    models: tuple[str, ...] = ("smollm2", "gemma3-270m")
-    tasks: tuple[str, ...] = tuple(quality.TASKS)
-    items: int = 50
-    context: int = 2000
-    budgets: tuple[float, ...] = (0.5, 0.25, 0.125)
-    budget: float = 0.25
-    families: tuple[str, ...] = KINDS
-    documents: int = 4
-    texts: int = 6
-    contexts: tuple[int, ...] = (512, 2000, 7500)
-    batches: tuple[int, ...] = (1, 4)
-    tokens: int = 33
-    rounds: int = 3
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    llama_cpp: Path | None = None
-    vllm: Path | None = None
-
-    def told(self) -> str:
-        """As one types it, but for what is not otherwise than by default and for where things are on this machine."""
-        words = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            option = f"--{field.name.replace('_', '-')}"
-            if isinstance(value, Path):
-                value = option.removeprefix("--").upper()
-            elif isinstance(value, tuple):
-                value = ",".join(label(one) if isinstance(one, str) else str(one) for one in value)
-            words.append(f" {option} {value}")
-        return "".join(words)
-
-    def of(self, *names: str) -> dict[str, Any]:
-        """Some of them, for the settings of a row."""
-        return {name: getattr(self, name) for name in names}
-
-
-def label(model: str) -> str:
-    """What to call a model in the names of rows and files: without the folders that it is in."""
-    return model if model in BUILT_IN else Path(os.path.abspath(model)).stem
 
 
 def rows_of(options: Options, folder: Path) -> Iterator[Row]:
@@ -236,7 +188,7 @@ def _plan(options: Options, folder: Path, model: str, checkpoint: Path) -> dict[
 
 
 def _dtype(model: PreTrainedModel) -> str:
-    return headsink.models.dtype_name(model.dtype)
+    return dtype_name(model.dtype)
 
 
 def _quality(options: Options, folder: Path, model: str, task: str, checkpoint: Path) -> dict[str, Any]:

@@ -43,13 +43,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink import corpus, probes
 from headsink.bench import heading
-from headsink.calibrate import KINDS, Calibration, check_budget, check_domains
+from headsink.bench.options import check_families
+from headsink.calibrate import Calibration
 from headsink.census.census import Census
 from headsink.census.compare import COMPARED, compare, rank_correlation
 from headsink.census.intervals import interval
 from headsink.census.roles import window_needed
 from headsink.census.run import analyze
 from headsink.census.statistics import KEPT, windows
+from headsink.choices import CONTINUATION, KINDS, check_domains
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
@@ -58,7 +60,7 @@ from headsink.models import dtype_name
 from headsink.plan import Plan
 from headsink.probes import TEXT, Document
 from headsink.progress import bar
-from headsink.quality import CONTINUATION, Scored, intervals, score_each
+from headsink.quality import Scored, intervals, score_each
 
 DEFAULT = "default"  # the plan of corpus.DOMAINS
 APART = 1000  # between the seeds of a family's two plans: documents have the seeds after theirs
@@ -90,14 +92,7 @@ def run(
     documents : held-out documents of each family.
     texts : texts of each family in the census, half of which are compared with other halves; even, 4 or more.
     """
-    check_budget(budget)
-    kinds = check_domains(families)
-    if len(kinds) < 2:
-        raise HeadsinkError(f"families: {kinds[0]} is one, give two or more of {', '.join(KINDS)}")
-    if texts < 4 or texts % 2:
-        raise HeadsinkError(f"texts: {texts} cannot be halved into two or more each; give 4, 6, ...")
-    if documents < 1:
-        raise HeadsinkError(f"documents: {documents} is none")
+    kinds = check_families(families, documents, texts, budget)
     settings = {
         "context": context,
         "budget": budget,

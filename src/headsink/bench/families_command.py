@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-import headsink
-from headsink.bench.families import DEFAULT, run
-from headsink.calibrate import KINDS
+from headsink.bench.options import check_families
+from headsink.choices import KINDS
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Model, Seed
+from headsink.options import Device, Dtype, Json, Model, Seed, names
+from headsink.terminal import resumable, write
 
 
 def families(
@@ -41,26 +41,34 @@ def families(
     """
     if out_file is not None:
         check_file(out_file)
+    chosen = check_families(names(kinds), documents, texts, budget)
+
+    import headsink
+    from headsink.bench.families import run
+
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    result = run(
-        loaded,
-        tokenizer,
-        context=context,
-        budget=budget,
-        families=[kind.strip() for kind in kinds.split(",") if kind.strip()],
-        documents=documents,
-        texts=texts,
-        seed=seed,
-        checkpoint=checkpoint,
-    ) | {"command": "headsink " + " ".join(sys.argv[1:])}
+    with resumable(checkpoint):
+        result = run(
+            loaded,
+            tokenizer,
+            context=context,
+            budget=budget,
+            families=chosen,
+            documents=documents,
+            texts=texts,
+            seed=seed,
+            checkpoint=checkpoint,
+        ) | {"command": "headsink " + " ".join(sys.argv[1:])}
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
         write_text(out_file, text)
-    sys.stdout.write(text if as_json else table(result) + "\n")
+    write(text if as_json else table(result) + "\n")
 
 
 def table(result: dict[str, Any]) -> str:
     """The matrix of KLs and what one's own plan is worth, in a few lines."""
+    from headsink.bench.families import DEFAULT
+
     kinds = result["families"]
     lines = [
         f"KL of text (nats a token), {result['model']}, {result['context']} tokens, budget {result['budget']:g}",

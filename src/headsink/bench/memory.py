@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 import headsink
+from headsink.architecture import describe
 from headsink.bench import peers, spread
+from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import Failed, Process
 from headsink.bench.rows import machine, versions
-from headsink.bench.speed import BASE, Way, check_contexts, kv_token_bytes, texts_of
+from headsink.bench.speed import BASE, Way, kv_token_bytes, texts_of
 from headsink.decode import refusal
 from headsink.models import dtype_name
 from headsink.plan import Plan
@@ -32,7 +34,7 @@ from headsink.progress import bar
 def run(
     model_name: str,
     *,
-    contexts: Sequence[int],
+    contexts: Sequence[int] | None,
     rounds: int,
     tokens: int = 4,
     batches: Sequence[int] = (1,),
@@ -54,7 +56,9 @@ def run(
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
     if other_weights:
         plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
-    check_contexts(model, contexts, tokens)
+    most = describe(model).max_context
+    contexts = contexts_for(most, tokens) if contexts is None else contexts
+    check_contexts(contexts, tokens, most)
     others, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {
         "what": "bytes of the KV cache, and peak memory of a process",

@@ -24,13 +24,14 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from headsink import models
+from headsink.bench.options import NODE_PACKAGE
 from headsink.bench.rows import without_paths
+from headsink.built_in import BUILT_IN
 from headsink.errors import HeadsinkError
 from headsink.models import dtype_name
+from headsink.models import find as find_model
 
 LLAMA_CPP, VLLM = "llama.cpp", "vLLM"
-NODE_PACKAGE = "npm install --prefix FOLDER node-llama-cpp --ignore-scripts"
 INSTALL = {
     LLAMA_CPP: f"{NODE_PACKAGE}, then --llama-cpp FOLDER",
     VLLM: "make .venv-vllm/ready, then --vllm .venv-vllm/bin/python",
@@ -199,8 +200,8 @@ def _package(folder: Path) -> Path:
 
 
 def _gguf(model_name: str) -> Path | None:
-    if model_name in models.BUILT_IN:
-        paths = models.BUILT_IN[model_name].paths() or []
+    if model_name in BUILT_IN:
+        paths = BUILT_IN[model_name].paths() or []
         return paths[0] if len(paths) == 1 else None
     path = Path(model_name).expanduser()
     return path.resolve() if path.suffix == ".gguf" else None
@@ -219,7 +220,7 @@ def _vllm(model_name: str, model: PreTrainedModel, python: Path | None) -> Peer 
         "VLLM_NO_USAGE_STATS": "1",
     }
     # -P: the script's folder is no place to import from
-    command = (str(python), "-P", str(HERE / "on_vllm.py"), models.find(model_name)[0], dtype_name(model.dtype))
+    command = (str(python), "-P", str(HERE / "on_vllm.py"), find_model(model_name)[0], dtype_name(model.dtype))
     return Peer(VLLM, f"vLLM {number}", command, environment)
 
 

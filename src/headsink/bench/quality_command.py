@@ -6,23 +6,23 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import headsink
-from headsink.bench import heading
-from headsink.bench.quality import TASKS, run, table
+from headsink.bench.tasks import TASKS
 from headsink.bench.tasks import task as find_task
-from headsink.calibrate import Calibration, check_budget
+from headsink.choices import check_budget
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
-from headsink.models import dtype_name
-from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed, numbers
-from headsink.plan import Plan
+from headsink.options import Device, Dtype, Json, Model, OtherWeights, PlanFiles, Seed, names, numbers
 from headsink.progress import console
-from headsink.show import err
+from headsink.terminal import resumable, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headsink.plan import Plan
 
 BUDGETS = "0.5,0.25,0.125"
 
@@ -30,9 +30,7 @@ BUDGETS = "0.5,0.25,0.125"
 def quality(
     model: Model = "smollm2",
     tasks: Annotated[str, typer.Option(help=f"Separated by commas, of {', '.join(TASKS)}.")] = ",".join(TASKS),
-    plan_files: Annotated[
-        list[Path] | None, typer.Option("--plan", help="Plan to measure, by the name of its file; may be repeated.")
-    ] = None,
+    plan_files: PlanFiles = None,
     budgets: Annotated[
         str | None,
         typer.Option(help=f"Instead: plans of these budgets, made first and kept beside --out; {BUDGETS}."),
@@ -53,30 +51,35 @@ def quality(
     if plan_files and budgets is not None:
         raise HeadsinkError("budgets: give --plan or --budgets, one of the two")
     check_file(out_file)
-    chosen = [find_task(name.strip()).name for name in tasks.split(",") if name.strip()]
-    plans = {file.stem: Plan.load(file) for file in plan_files or ()}
-    if len(plans) < len(plan_files or ()):
+    chosen = [find_task(name.strip()).name for name in names(tasks)]
+    stems = [file.stem for file in plan_files or ()]
+    if len(set(stems)) < len(stems):
         raise HeadsinkError("plan: two files have the same name; results go by it, so give them names of their own")
     shares = [] if plan_files else numbers("budgets", budgets or BUDGETS, float)
     for share in shares:
         check_budget(share)
     if other_weights and not plan_files:
         raise HeadsinkError("other-weights: it needs a plan that was made for other weights: --plan FILE")
+
+    import headsink
+    from headsink.bench import heading
+    from headsink.bench.quality import run, table
+    from headsink.models import dtype_name
+    from headsink.plan import Plan
+
+    plans = {file.stem: Plan.load(file) for file in plan_files or ()}
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     if other_weights:
         plans = {name: plan.for_model(loaded) for name, plan in plans.items()}
-    checkpoint = out_file.with_name(f".{out_file.name}.partial")
-    try:
-        plans |= _made(loaded, tokenizer, shares, context, seed, out_file.with_name(f"{out_file.stem}-plans"))
+    folder, checkpoint = out_file.with_name(f"{out_file.stem}-plans"), out_file.with_name(f".{out_file.name}.partial")
+    with resumable(checkpoint, folder):
+        plans |= _made(loaded, tokenizer, shares, context, seed, folder)
         results = []
         for name in chosen:
             kept = checkpoint / f"{name}.jsonl"
             found = run(loaded, tokenizer, name, plans, items=items, context=context, seed=seed, checkpoint=kept)
             results.append(found)
             console.print(table(found), highlight=False)
-    except KeyboardInterrupt:
-        err.print("\nwhat is done is kept: start it again to go on", highlight=False)
-        raise
     result = heading("scores of tasks under plans, and agreement with the model itself") | {
         "command": "headsink " + " ".join(sys.argv[1:]),
         "model": model,
@@ -90,7 +93,7 @@ def quality(
     text = json.dumps(result, indent=1) + "\n"
     write_text(out_file, text)
     shutil.rmtree(checkpoint, ignore_errors=True)
-    sys.stdout.write(text if as_json else "\n".join(map(table, results)) + f"\n\nResults: {out_file}\n")
+    write(text if as_json else "\n".join(map(table, results)) + f"\n\nResults: {out_file}\n")
 
 
 def _made(
@@ -102,6 +105,10 @@ def _made(
     folder: Path,
 ) -> dict[str, Plan]:
     """A plan for each budget, from the folder if it was made there with the same settings."""
+    from headsink.calibrate import Calibration
+    from headsink.models import dtype_name
+    from headsink.plan import Plan
+
     checkpoint, calibration, plans = folder / "calibration.partial", None, {}
     for budget in budgets:
         file = folder / f"{context}-{budget:g}-{seed}.json"

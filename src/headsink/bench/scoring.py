@@ -17,8 +17,6 @@ from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-import torch
-
 RESAMPLES = 10_000
 EXACT = 16  # items that differ, of which all 2^n signs are tried
 FLIPS = 20_000
@@ -149,6 +147,8 @@ def contains(text: str, answers: Sequence[str]) -> float:
 
 def interval(values: Sequence[float], seed: int = 0) -> list[float]:
     """The 95 % interval of a mean: items are drawn again with replacement."""
+    import torch  # here: the names of tasks are needed without it
+
     of = torch.tensor(values, dtype=torch.float64)
     drawn = torch.randint(len(of), (RESAMPLES, len(of)), generator=torch.Generator().manual_seed(seed))
     low, high = of[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -158,6 +158,8 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
 
 def p_value(changes: Sequence[float], seed: int = 0) -> float:
     """Two-sided p of a mean change of 0: how often it is as far from 0 if each item's sign is by lot."""
+    import torch
+
     moved = torch.tensor([change for change in changes if change], dtype=torch.float64)
     if not len(moved):
         return 1.0

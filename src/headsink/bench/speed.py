@@ -26,11 +26,11 @@ import headsink
 from headsink import corpus
 from headsink.architecture import describe
 from headsink.bench import peers, spread
+from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import Failed, timed
 from headsink.bench.rows import machine, versions
 from headsink.cache import PlanCache, nbytes
 from headsink.decode import decode, prepare, refusal
-from headsink.errors import HeadsinkError
 from headsink.generation import CHUNK, empty_cache
 from headsink.models import dtype_name
 from headsink.plan import Plan
@@ -38,7 +38,6 @@ from headsink.progress import bar
 from headsink.runtime import apply, compress_into
 from headsink.transformers_names import cache_argument
 
-LEAST_CONTEXT = 16
 BASE = "transformers"  # in the dtype asked for: what ratios are taken to
 Texts = list[list[int]]
 Run = Callable[[Texts, int], dict[str, Any]]  # texts and tokens to come -> {"times", "kv_bytes"}
@@ -106,7 +105,7 @@ class Way:
 def run(
     model_name: str,
     *,
-    contexts: Sequence[int],
+    contexts: Sequence[int] | None,
     tokens: int,
     rounds: int,
     batches: Sequence[int] = (1,),
@@ -128,7 +127,9 @@ def run(
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
     if other_weights:
         plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
-    check_contexts(model, contexts, tokens)
+    most = describe(model).max_context
+    contexts = contexts_for(most, tokens) if contexts is None else contexts
+    check_contexts(contexts, tokens, most)
     others, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {
         "what": "time to the first token and per token, and bytes of the KV cache",
@@ -176,14 +177,6 @@ def run(
                 if report is not None:
                     report(table(found, context, batch))
     return found
-
-
-def check_contexts(model: PreTrainedModel, contexts: Sequence[int], tokens: int) -> None:
-    longest = describe(model).max_context
-    if wrong := [n for n in contexts if not LEAST_CONTEXT <= n <= longest - tokens]:
-        raise HeadsinkError(
-            f"contexts: {wrong[0]} is outside {LEAST_CONTEXT} to {longest - tokens}, with {tokens} tokens to come"
-        )
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, context: int, batch: int, seed: int) -> Texts:

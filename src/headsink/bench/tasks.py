@@ -28,16 +28,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
-from typing import Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headsink import corpus, probes
 from headsink.bench import data, scoring
 from headsink.bench.data import Passage, Problem, Reading, Sum
 from headsink.bench.sandbox import judge
 from headsink.errors import HeadsinkError
-from headsink.generation import chat_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TARGET = 256  # tokens of text that perplexity scores
 QUESTION = 80  # tokens that a question of retrieval may have
@@ -280,6 +280,8 @@ def _told(topic: str, text: str) -> list[Message]:
 
 def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """In the model's own format; plain, if it has none."""
+    from headsink.generation import chat_prompt  # which imports torch
+
     if tokenizer.chat_template is not None:
         return chat_prompt(tokenizer, messages)
     return "".join(f"{message['role'].title()}: {message['content']}\n\n" for message in messages) + "Assistant:"

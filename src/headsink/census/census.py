@@ -26,11 +26,12 @@ from headsink.census.intervals import Interval, interval
 from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
 from headsink.census.statistics import KEPT, SCORES, TOKENS, distance_within, windows
 from headsink.census.transfer import RULES, Transfer, transfer
+from headsink.choices import CENSUS as MARKER
+from headsink.choices import check_census
 from headsink.errors import HeadsinkError
 from headsink.files import new_folder
 
 SCHEMA = 2
-MARKER = "census.json"
 TOP_KEYS = 8
 QUANTILES = (0.1, 0.5, 0.9)  # of the distance, in the table
 
@@ -218,6 +219,7 @@ class Census:
     def load(cls, folder: str | os.PathLike[str]) -> Census:
         """Read a folder that `save` wrote."""
         folder = Path(folder)
+        check_census(folder)
         try:
             settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))
             if settings["schema"] != SCHEMA:

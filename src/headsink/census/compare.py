@@ -7,9 +7,7 @@ that two lengths or two kinds of text of one run can be compared too.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from headsink.census.census import Census
 from headsink.census.intervals import Interval, difference
+from headsink.choices import run_parts
 from headsink.errors import HeadsinkError
 
 COMPARED = ("sink", "first", "local", "far", "entropy", "legacy", "output")
@@ -149,15 +148,13 @@ def _open(run: str | os.PathLike[str] | Census, number: int) -> Run:
     if isinstance(run, Census):
         return Run(f"{run.settings['model']['name']} ({number + 1})", run)
     name = str(run)
-    if not Path(name).exists() and (parts := re.fullmatch(r"(.+?)(?:@(\d+))?(?::([^/:@]+))?", name)):
-        folder, length, domain = parts[1], int(parts[2]) if parts[2] else None, parts[3]
-        census = Census.load(folder)
-        if (length or domain) and not census.has(length or census.lengths[-1], domain):
-            raise HeadsinkError(
-                f"{name}: the run has lengths {', '.join(map(str, census.lengths))} and texts {', '.join(census.domains)}"
-            )
-        return Run(name, census, length, domain)
-    return Run(name, Census.load(name))
+    folder, length, domain = run_parts(name)
+    census = Census.load(folder)
+    if (length or domain) and not census.has(length or census.lengths[-1], domain):
+        raise HeadsinkError(
+            f"{name}: the run has lengths {', '.join(map(str, census.lengths))} and texts {', '.join(census.domains)}"
+        )
+    return Run(name, census, length, domain)
 
 
 def _check(one: Run, two: Run) -> None:

@@ -24,11 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus, models
+from headsink import corpus, estimate, models
 from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, observing
+from headsink.built_in import title
 from headsink.census.census import SCHEMA, TOP_KEYS, Census
-from headsink.census.statistics import KEPT, QUERIES, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.census.statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.choices import QUERIES, check_lengths
 from headsink.errors import HeadsinkError
 from headsink.files import write_text
 from headsink.fingerprint import Fingerprint
@@ -91,7 +93,7 @@ def analyze(
         "schema": SCHEMA,
         "headsink": version("headsink"),
         "model": {
-            "name": models.title(model.config.name_or_path),
+            "name": title(model.config.name_or_path),
             "source": model.config.name_or_path,
             "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
@@ -113,6 +115,8 @@ def analyze(
     steps = sum(map(len, passes)) * shape.layers
     if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
         console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
+    if progress and is_main():
+        estimate.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), estimate.CENSUS)
     with bar("census", steps, progress and is_main()) as shown:
         for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
             done = kept.read(number) if kept else None
@@ -328,9 +332,5 @@ def _own(
 
 
 def _check_lengths(lengths: Sequence[int], shape: Architecture) -> list[int]:
-    for length in lengths:
-        if length < 2:
-            raise HeadsinkError(f"lengths: {length} is too short, a census needs 2 tokens or more")
-        if length > shape.max_context:
-            raise HeadsinkError(f"lengths: {length} is over the model's maximum of {shape.max_context} tokens")
+    check_lengths(lengths, shape.max_context)
     return sorted(set(lengths))

@@ -20,10 +20,10 @@ from torch import Tensor
 from headsink import gpu
 from headsink.attention import Seen
 from headsink.blockwise import Block, attend, block, normaliser, rows_per_block
+from headsink.choices import QUERIES, TAU
 from headsink.output import OutputNorms
 from headsink.sharding import gather_heads
 
-QUERIES = 512  # what reading so few costs: docs/census.md
 LEAST_WINDOW = 16  # the smallest window, besides none, whose output error is measured
 TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))  # value norms at which keys and their attention are counted
 TINY = torch.finfo(torch.float32).tiny
@@ -40,7 +40,7 @@ class Thresholds:
 
     first: int = 4
     floating: int = 1024
-    tau: float = 0.4
+    tau: float = TAU
     window: int = 128
 
     def at(self, length: int) -> Thresholds:

@@ -1,0 +1,97 @@
+"""What `headsink bench` can be asked for, and the checks of it that need no model. Light: nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from headsink.bench.tasks import TASKS
+from headsink.built_in import BUILT_IN
+from headsink.choices import KINDS, check_budget, check_domains
+from headsink.corpus import Domain
+from headsink.errors import HeadsinkError
+
+NODE_PACKAGE = "npm install --prefix FOLDER node-llama-cpp --ignore-scripts"
+CONTEXTS = (512, 2000, 7500)  # tokens of prompts
+LEAST_PROMPT = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured. context: of plans, tasks and families; contexts, batches: of speed and memory; budget: of families."""
+
+    models: tuple[str, ...] = ("smollm2", "gemma3-270m")
+    tasks: tuple[str, ...] = tuple(TASKS)
+    items: int = 50
+    context: int = 2000
+    budgets: tuple[float, ...] = (0.5, 0.25, 0.125)
+    budget: float = 0.25
+    families: tuple[str, ...] = KINDS
+    documents: int = 4
+    texts: int = 6
+    contexts: tuple[int, ...] = (512, 2000, 7500)
+    batches: tuple[int, ...] = (1, 4)
+    tokens: int = 33
+    rounds: int = 3
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    llama_cpp: Path | None = None
+    vllm: Path | None = None
+
+    def told(self) -> str:
+        """As one types it, but for what is not otherwise than by default and for where things are on this machine."""
+        words = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            option = f"--{field.name.replace('_', '-')}"
+            if isinstance(value, Path):
+                value = option.removeprefix("--").upper()
+            elif isinstance(value, tuple):
+                value = ",".join(label(one) if isinstance(one, str) else str(one) for one in value)
+            words.append(f" {option} {value}")
+        return "".join(words)
+
+    def of(self, *names: str) -> dict[str, Any]:
+        """Some of them, for the settings of a row."""
+        return {name: getattr(self, name) for name in names}
+
+
+def label(model: str) -> str:
+    """What to call a model in the names of rows and files: without the folders that it is in."""
+    return model if model in BUILT_IN else Path(os.path.abspath(model)).stem
+
+
+def check_contexts(contexts: Sequence[int], tokens: int, most: int | None = None) -> None:
+    """Raise for a prompt that is too short, or too long for `tokens` to come after it. `most`: the model's maximum, if known."""
+    right = f"give {LEAST_PROMPT} or more" if most is None else f"give {LEAST_PROMPT} to {most - tokens}"
+    for context in contexts:
+        if context < LEAST_PROMPT:
+            raise HeadsinkError(f"contexts: {context} tokens are too few to measure; {right}")
+        if most is not None and context + tokens > most:
+            raise HeadsinkError(
+                f"contexts: {context} and {tokens} tokens to come are over the model's maximum of {most}; {right}"
+            )
+
+
+def contexts_for(most: int, tokens: int) -> list[int]:
+    """The usual contexts that a model has room for, or the longest that it has."""
+    return [n for n in CONTEXTS if n + tokens <= most] or [most - tokens]
+
+
+def check_families(kinds: Sequence[str], documents: int, texts: int, budget: float) -> tuple[Domain, ...]:
+    """The kinds of text to compare, each once. Raises HeadsinkError for what cannot be measured."""
+    check_budget(budget)
+    found = check_domains(kinds)
+    if len(found) < 2:
+        raise HeadsinkError(f"families: {found[0]} is one, give two or more of {', '.join(KINDS)}")
+    if texts < 4 or texts % 2:
+        raise HeadsinkError(f"texts: {texts} cannot be halved into two or more each; give 4, 6, ...")
+    if documents < 1:
+        raise HeadsinkError(f"documents: {documents} is none")
+    return found
