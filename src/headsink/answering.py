@@ -16,9 +16,9 @@ from headsink import generation, show
 from headsink.cache import nbytes
 from headsink.decode import prepare, refusal
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, read_text
+from headsink.files import check_file, check_text, read_input, read_text
 from headsink.generation import Conversation, chat_prompt
-from headsink.options import Device, Dtype, Json, Model, Seed
+from headsink.options import Device, Dtype, Force, Json, Model, Seed
 from headsink.plan import Plan
 from headsink.prefix import load_prefix, prefix_text, save_prefix
 
@@ -37,15 +37,16 @@ def read(
     raw: Raw = False,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Read a document once, and keep what the plan keeps of it in a file, for any number of questions later.
 
     Then: headsink generate --prefix prefix.safetensors --prompt "What does it say about X?"
     """
-    check_file(out_file)
+    check_file(out_file, force)
     plan = Plan.load(plan_file)
-    document = read_text(file) if file else sys.stdin.read()
+    document = read_text(file) if file else read_input()
     if not document.strip():
         raise HeadsinkError("file: it is empty; give --file FILE, or text on standard input")
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
@@ -53,12 +54,12 @@ def read(
     start = time.perf_counter()
     cache = generation.read(loaded, plan, ids)
     seconds = time.perf_counter() - start
-    save_prefix(out_file, cache, torch.tensor([ids]), text)
+    save_prefix(out_file, cache, torch.tensor([ids]), text, force=force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(out_file)}
     if as_json:
         show.emit(found | {"plan": str(plan_file)})
     else:
-        show.out.print(show.document_read(found), highlight=False)
+        show.out.print(show.document_read(found), markup=False, highlight=False)
 
 
 def generate(
@@ -95,9 +96,10 @@ def generate(
         raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE")
     text = "\n\n".join(part for part in (read_text(file) if file else None, prompt) if part is not None)
     if file is None and prompt is None:
-        text = sys.stdin.read()
+        text = read_input()
     if not text.strip():
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
+    check_text(text, "prompt: it")
     plan, before = Plan.load(plan_file) if plan_file else None, prefix_text(prefix) if prefix else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     cache = None

@@ -89,7 +89,7 @@ def calibrate(
     if max_kl is not None and not max_kl > 0:
         raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats")
     if checkpoint is not None:
-        check_file(checkpoint)
+        check_file(checkpoint, force=True)  # what is in it, the next line checks
         _read_checkpoint(checkpoint, {})
     most = describe(model).max_context
     if wrong := [n for n in quality_contexts or () if not LEAST_QUALITY <= n <= most]:
@@ -379,9 +379,10 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
     """The steps of an interrupted run with the same arguments; none if there was no such run."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_file(path)  # it will be replaced
         return [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HeadsinkError(f"{path}: not a checkpoint of headsink; remove it") from error

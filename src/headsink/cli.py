@@ -7,8 +7,9 @@ status 2 and one line that says what was wrong and what would be right.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +18,18 @@ from typer.exceptions import TyperException
 
 import headsink
 from headsink import corpus, doctor, prompt_files, show
+from headsink import models as models_module
 from headsink.answering import chat, generate, read
 from headsink.bench.cli import bench
 from headsink.calibrate import KINDS, check_budget, check_domains
 from headsink.census.census import MARKER, Census
-from headsink.census.run import analyze_again
+from headsink.census.run import analyze_again, remove_checkpoint
 from headsink.census.statistics import QUERIES, Thresholds
-from headsink.errors import HeadsinkError
-from headsink.files import check_file, check_replaceable, new_folder
+from headsink.errors import HeadsinkError, printable
+from headsink.files import check_file, check_folder, new_folder, reason
 from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
 from headsink.frontier import FRONTIER, frontier
-from headsink.options import MODEL_HELP, Device, Dtype, Json, Model, Seed, context_range, memory, numbers
+from headsink.options import MODEL_HELP, Device, Dtype, Force, Json, Model, Seed, context_range, memory, numbers
 from headsink.report import write_comparison, write_comparison_pictures
 from headsink.search import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.serving import PASS_ON, serve
@@ -81,7 +83,8 @@ def analyze(
     again: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a census: make it again, with its model, texts and settings; other options are ignored."
+            help="Folder of a census: make it again, with its texts and settings; other options are ignored. Name MODEL too "
+            "if its model is not on this machine."
         ),
     ] = None,
     max_memory: Annotated[
@@ -96,6 +99,7 @@ def analyze(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser.
@@ -107,13 +111,14 @@ def analyze(
     if not 0 < tau <= 1:
         raise HeadsinkError(f"tau: {tau} is outside (0, 1]")
     texts = prompt_files.read(text_file or [], prompts or [], prompt or [])
-    check_replaceable(out_folder, MARKER)
+    check_folder(out_folder, MARKER, force)
     checkpoint = out_folder.parent / f".{out_folder.name}.partial"
     where: dict[str, Any] = {"device": device, "max_memory": memory(max_memory), "tensor_parallel": tensor_parallel}
     try:
         if again is not None:
             settings = Census.load(again).settings
-            loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
+            source = model or _source(again, settings["model"]["source"])
+            loaded, tokenizer = headsink.load(source, dtype=settings["dtype"], **where)
             census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
         else:
             loaded, tokenizer = headsink.load(model or "smollm2", dtype=dtype, **where)
@@ -135,13 +140,23 @@ def analyze(
         raise
     if not is_main():
         return
-    census.save(out_folder)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    census.save(out_folder, force=force)
+    remove_checkpoint(checkpoint)
     if as_json:
         show.emit(show.census_json(census) | {"folder": str(out_folder)})
     else:
         show.census(show.out, census)
-        show.out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
+        show.out.print(f"\nReport: {printable(str(out_folder / 'report.html'))}", markup=False, highlight=False)
+
+
+def _source(again: Path, source: str) -> str:
+    """The model of a census, if it is on this machine: what a file names is not fetched from a network."""
+    if source in models_module.BUILT_IN or Path(source).exists():
+        return source
+    raise HeadsinkError(
+        f"again: {again} was made with the model {source!r}, which is not on this machine; if you want that one fetched or have "
+        f"it elsewhere, name it: headsink analyze MODEL --again {again}"
+    )
 
 
 @app.command()
@@ -156,6 +171,7 @@ def compare(
     figures: Annotated[
         Path | None, typer.Option(help="Folder for its maps as PNG and SVG; older ones there are replaced.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare census runs with the first: how far heads moved, what of it is more than chance, which changed their role.
@@ -163,22 +179,23 @@ def compare(
     Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
     """
     if report_file is not None:
-        check_file(report_file)
+        check_file(report_file, force)
     if figures is not None:
-        check_replaceable(figures, COMPARISON)
+        check_folder(figures, COMPARISON, force)
     comparison = headsink.compare(*runs)
     if report_file is not None:
-        write_comparison(comparison, report_file)
+        write_comparison(comparison, report_file, force=force)
     if figures is not None:
-        with new_folder(figures, COMPARISON) as part:
+        with new_folder(figures, COMPARISON, force) as part:
             write_comparison_pictures(comparison, part)
-            (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
+            found = {"headsink": version("headsink")} | comparison.to_dict()
+            (part / COMPARISON).write_text(json.dumps(found, indent=1), encoding="utf-8")
     if as_json:
         show.emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:
         show.comparison(show.out, comparison)
         if report_file is not None:
-            show.out.print(f"\nReport: {report_file}", highlight=False)
+            show.out.print(f"\nReport: {printable(str(report_file))}", markup=False, highlight=False)
 
 
 @app.command()
@@ -242,6 +259,7 @@ def plan(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes.
@@ -271,22 +289,23 @@ def plan(
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)
     if frontier_folder is not None:
-        check_replaceable(frontier_folder, FRONTIER)
+        check_folder(frontier_folder, FRONTIER, force)
     else:
-        check_file(out_file)
+        check_file(out_file, force)
     shares = FRONTIER_BUDGETS if budgets is None else numbers("budgets", budgets, float)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     longest = loaded.config.get_text_config(decoder=True).max_position_embeddings
     wanted = longest if context is None else context_range(context)
     if frontier_folder is not None:
         drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, domains=kinds, seed=seed)
-        with new_folder(frontier_folder, FRONTIER) as part:
-            drawn.save(part)
+        drawn.save(frontier_folder, force=force)
         if as_json:
             show.emit(drawn.to_dict() | {"folder": str(frontier_folder)})
         else:
             show.frontier(show.out, drawn)
-            show.out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
+            show.out.print(
+                f"\nChart: {printable(str(frontier_folder / 'frontier.html'))}", markup=False, highlight=False
+            )
         return
     checkpoint = out_file.with_name(f".{out_file.name}.partial")
     try:
@@ -306,13 +325,13 @@ def plan(
         if checkpoint.exists():
             show.err.print("\nwhat is done is kept: start it again to go on", highlight=False)
         raise
-    made.save(out_file)
+    made.save(out_file, force=force)
     checkpoint.unlink(missing_ok=True)
     if as_json:
         show.emit(json.loads(made.to_json()) | {"file": str(out_file)})
     else:
         show.plan(show.out, made)
-        show.out.print(f"\nPlan: {out_file}", highlight=False)
+        show.out.print(f"\nPlan: {printable(str(out_file))}", markup=False, highlight=False)
 
 
 for command in (read, generate, chat):
@@ -346,6 +365,15 @@ def main() -> None:
     """Entry point: run a command and turn every error of the user's into one line and exit status 2."""
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:  # not of a stream: a fault of headsink's own
+            raise
+        _drop_output()
+        _fail(f"cannot write standard output: {reason(error)}")
     except HeadsinkError as error:
         _fail(str(error))
     except TyperException as error:
@@ -359,8 +387,15 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _drop_output() -> None:
+    """Send what is still to be written to standard output nowhere, or Python fails on it again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def _fail(message: str) -> None:
-    show.err.print(f"headsink: {message}", markup=False, highlight=False)
+    show.err.print(f"headsink: {printable(message)}", markup=False, highlight=False, emoji=False)
     sys.exit(2)
 
 

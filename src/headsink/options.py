@@ -14,6 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Seed = Annotated[int, typer.Option(help="Seed of all random choices: texts, shuffles, sampling.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out even if headsink did not write it.")]
 
 
 def numbers(name: str, text: str, kind: type[Any] = int) -> list[Any]:

@@ -19,6 +19,7 @@ from headsink.census.floating import drawing_tokens, floating_tokens, stability,
 from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
+from headsink.errors import printable
 from headsink.frontier import Frontier
 from headsink.generation import Generated
 from headsink.plan import Plan, Quality
@@ -147,7 +148,7 @@ def census(console: Console, census: Census) -> None:
 
 
 def comparison(console: Console, found: Comparison) -> None:
-    console.print(" and ".join(f"[bold]{escape(name)}[/bold]" for name in found.names))
+    console.print(" and ".join(f"[bold]{escape(printable(name))}[/bold]" for name in found.names))
     if found.settings:
         console.print("They differ in: " + ", ".join(found.settings))
     else:
@@ -256,12 +257,13 @@ def write(text: str) -> None:
 
 def emit(result: dict[str, Any]) -> None:
     """The one object of `--json`."""
-    write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    write(text.encode("utf-8", "backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def document_read(found: dict[str, Any]) -> str:
     kept = f"{found['kv_bytes'] / MEGABYTE:.1f} MB kept"
-    return f"{found['prompt_tokens']} tokens read in {found['seconds']:.1f} s, {kept}: {found['file']}"
+    return f"{found['prompt_tokens']} tokens read in {found['seconds']:.1f} s, {kept}: {printable(found['file'])}"
 
 
 def generated_json(done: Generated) -> dict[str, Any]:
@@ -308,8 +310,17 @@ def doctor(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
 
 
+class _Table(Table):
+    """A table whose cells stay on their line, whatever the names in them hold."""
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        super().add_row(*map(printable, cells))
+
+
 def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         table.add_column(column, header_style="dim")
     return table

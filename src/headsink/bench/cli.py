@@ -21,7 +21,7 @@ from headsink.bench.families_command import families
 from headsink.bench.quality_command import quality
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Seed, numbers
+from headsink.options import Device, Dtype, Force, Json, Seed, numbers
 from headsink.plan import Plan
 from headsink.progress import console
 
@@ -69,6 +69,7 @@ def census(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time and memory of a census against a plain forward pass, and against the eager way where that still runs.
@@ -76,13 +77,13 @@ def census(
     Takes about 15 minutes on 2 cores.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     result = census_bench.run(
         model, tokens=tokens, rounds=rounds, long_tokens=long_tokens, seed=seed, dtype=dtype, device=device
     )
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     sys.stdout.write(text if as_json else census_bench.summary(result) + "\n")
 
 
@@ -100,6 +101,7 @@ def speed(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time to the first token, time per token and bytes of the KV cache, under plans, against transformers and peers.
@@ -107,7 +109,7 @@ def speed(
     Do nothing else on the machine. Takes about 15 minutes on 2 cores for one plan and one text at a time.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
     result = speed_bench.run(
         model,
@@ -124,7 +126,7 @@ def speed(
         report=lambda line: console.print(line, highlight=False),
     )
     tables = [speed_bench.table(result, length, batch) for length in lengths for batch in texts]
-    _tell(result, tables, out_file, as_json)
+    _tell(result, tables, out_file, force, as_json)
 
 
 @bench.command(name="memory")
@@ -140,6 +142,7 @@ def memory(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Bytes of the KV cache and peak memory of a process, under plans, against transformers and peers.
@@ -147,7 +150,7 @@ def memory(
     Takes about 10 minutes on 2 cores for one plan and one text at a time.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     lengths, texts = numbers("contexts", contexts), batch_sizes(batches)
     result = memory_bench.run(
         model,
@@ -163,7 +166,7 @@ def memory(
         report=lambda line: console.print(line, highlight=False),
     )
     tables = [memory_bench.table(result, length, batch) for length in lengths for batch in texts]
-    _tell(result, tables, out_file, as_json)
+    _tell(result, tables, out_file, force, as_json)
 
 
 @bench.command(name="all")
@@ -257,10 +260,11 @@ def results(
     out_file: Annotated[
         Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ beside it.")
     ] = Path("docs/results.md"),
+    force: Force = False,
 ) -> None:
     """Write the page of results from the rows of a folder, and from nothing else."""
-    check_file(out_file)
-    results_bench.write(folder, out_file)
+    check_file(out_file, force)
+    results_bench.write(folder, out_file, force)
     sys.stdout.write(f"{out_file}\n")
 
 
@@ -283,8 +287,8 @@ def named_plans(files: list[Path]) -> dict[str, Plan]:
     return dict(zip(names, plans, strict=True))
 
 
-def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, as_json: bool) -> None:
+def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, force: bool, as_json: bool) -> None:
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     sys.stdout.write(text if as_json else "\n".join(tables) + "\n")

@@ -13,7 +13,7 @@ import headsink
 from headsink.bench.families import DEFAULT, run
 from headsink.calibrate import KINDS
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Model, Seed
+from headsink.options import Device, Dtype, Force, Json, Model, Seed
 
 
 def families(
@@ -32,6 +32,7 @@ def families(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Whether prose, code, maths, chat and questions need plans of their own: a census of each, and plans made on one and tested
@@ -40,7 +41,7 @@ def families(
     Takes 1 to 2 hours on 2 cores.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     result = run(
         loaded,
@@ -55,7 +56,7 @@ def families(
     ) | {"command": "headsink " + " ".join(sys.argv[1:])}
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     sys.stdout.write(text if as_json else table(result) + "\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,9 @@ from headsink.bench.quality import TASKS, run, table
 from headsink.bench.tasks import task as find_task
 from headsink.calibrate import Calibration, check_budget
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, write_text
+from headsink.files import check_file, remove, write_text
 from headsink.models import dtype_name
-from headsink.options import Device, Dtype, Json, Model, Seed, numbers
+from headsink.options import Device, Dtype, Force, Json, Model, Seed, numbers
 from headsink.plan import Plan
 from headsink.progress import console
 from headsink.show import err
@@ -43,6 +42,7 @@ def quality(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """What plans cost on tasks: scores, and agreement with the model itself, on prompts as long as the plans are made for.
@@ -51,7 +51,7 @@ def quality(
     """
     if plan_files and budgets is not None:
         raise HeadsinkError("budgets: give --plan or --budgets, one of the two")
-    check_file(out_file)
+    check_file(out_file, force)
     chosen = [find_task(name.strip()).name for name in tasks.split(",") if name.strip()]
     plans = {file.stem: Plan.load(file) for file in plan_files or ()}
     if len(plans) < len(plan_files or ()):
@@ -83,8 +83,8 @@ def quality(
         "results": results,
     }
     text = json.dumps(result, indent=1) + "\n"
-    write_text(out_file, text)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    write_text(out_file, text, force)
+    remove(checkpoint, [f"{name}.jsonl" for name in chosen])
     sys.stdout.write(text if as_json else "\n".join(map(table, results)) + f"\n\nResults: {out_file}\n")
 
 
