@@ -423,16 +423,16 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def fill_and_stop(folder):
     with files.new_folder(folder, "m") as part:
-        (part / "m").write_text("new")
+        (part / "m").write_text('{"is": "new"}')
         raise KeyboardInterrupt
 
 
 def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     with files.new_folder(tmp_path / "census", "m") as part:
-        (part / "m").write_text("old")
+        (part / "m").write_text('{"is": "old"}')
     with pytest.raises(KeyboardInterrupt):
         fill_and_stop(tmp_path / "census")
-    assert (tmp_path / "census" / "m").read_text() == "old"
+    assert json.loads((tmp_path / "census" / "m").read_text())["is"] == "old"
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,8 +187,7 @@ def compare(
     if figures is not None:
         with new_folder(figures, COMPARISON, force) as part:
             write_comparison_pictures(comparison, part)
-            found = {"headsink": version("headsink")} | comparison.to_dict()
-            (part / COMPARISON).write_text(json.dumps(found, indent=1), encoding="utf-8")
+            (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
     if as_json:
         show.emit(comparison.to_dict() | {"report": None if report_file is None else str(report_file)})
     else:

@@ -2,7 +2,7 @@
 
 Everything is written beside its place and moved there when it is complete. A file that exists is replaced only if it is empty,
 if headsink wrote it (`is_own`), or with force; a device, a pipe, a socket or a link never is. In a folder that is written again,
-headsink removes the files that it has listed there (LIST) and nothing else.
+headsink removes the files that it has listed there, in the marker, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from safetensors import SafetensorError
 
 from headsink.errors import HeadsinkError
 
-LIST = ".headsink.json"  # in a folder that headsink filled: the names of its files
 HEAD = 4096  # bytes of a file that are read to see whether headsink wrote it
 OWN = re.compile(
     rb"""\A(?:
@@ -172,9 +171,9 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path
 
 
 def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> None:
-    """Raise if `path` is no folder, or one with something else in it than what `new_folder` puts there, `marker` among it.
+    """Raise if `path` is no folder, or one with something in it but without a `marker` that says what headsink has put there.
 
-    force: what has lost its list will do too, if headsink wrote the marker. Call it before long work.
+    force: a marker of an earlier version, which lists nothing, will do too. Call it before long work.
     """
     path = Path(path)
     if (there := _mode(path)) is not None:
@@ -182,7 +181,7 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
             raise HeadsinkError(f"cannot write {path}: it is {_kind(there)}, name a folder")
         with clear_errors(path):
             filled = any(path.iterdir())
-        if filled and marker not in _listed(path) and not (force and is_own(path / marker)):
+        if filled and not _listed(path, marker) and not (force and is_own(path / marker)):
             raise HeadsinkError(f"cannot write {path}: the folder holds other files; name a new or an empty one")
     _check_writable(path)
 
@@ -191,9 +190,9 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
 def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> Iterator[Path]:
     """Fill a folder that is complete when the block ends; an error or ctrl-C in the block leaves nothing.
 
-    A folder at `path` is filled anew if it is empty or lists a file called `marker` as headsink's. Of its files those are
-    removed that are listed; others stay. force: replace others too where they are in the way of new ones. The marker comes
-    last: a folder without it is not complete.
+    marker: a JSON object that the block writes; the names of the files are added to it. A folder at `path` is filled anew if it
+    is empty or has a marker. Files that the marker lists are removed; others stay. force: replace others too where they are in
+    the way of new ones. The marker comes last: a folder without it is not complete.
     """
     path = Path(path)
     check_folder(path, marker, force)
@@ -205,7 +204,8 @@ def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -
         try:
             yield part
             names = sorted(file.name for file in part.iterdir())
-            (part / LIST).write_text(json.dumps({"headsink": version("headsink"), "files": names}), encoding="utf-8")
+            found = {"headsink": version("headsink"), "files": names} | json.loads((part / marker).read_text("utf-8"))
+            (part / marker).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             for file in part.iterdir():
                 os.chmod(file, mode)
             if path.exists():
@@ -219,13 +219,13 @@ def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -
 
 def _refill(path: Path, part: Path, names: list[str], marker: str, force: bool) -> None:
     """Move the files of `part` into a folder in the place of those that are listed there."""
-    listed = _listed(path)
+    listed = _listed(path, marker)
     for name in names:
         if name not in listed and _mode(path / name) is not None and not (force and (path / name).is_file()):
             raise HeadsinkError(f"cannot write {path}: headsink did not write {name} in it; move it elsewhere")
     for name in [marker, *sorted(listed - {*names})]:
         (path / name).unlink(missing_ok=True)
-    for name in [LIST, *(name for name in names if name != marker), marker]:
+    for name in [*(name for name in names if name != marker), marker]:
         os.replace(part / name, path / name)
     part.rmdir()
 
@@ -238,13 +238,15 @@ def remove(folder: Path, names: list[str]) -> None:
         folder.rmdir()
 
 
-def _listed(folder: Path) -> set[str]:
-    """The files of a folder that headsink has listed as its own."""
+def _listed(folder: Path, marker: str) -> set[str]:
+    """The files of a folder that its marker lists as headsink's, itself among them; none if there is no such marker."""
+    if not is_own(folder / marker):
+        return set()
     try:
-        names = json.loads((folder / LIST).read_text(encoding="utf-8"))["files"]
+        names = {marker, *json.loads((folder / marker).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    named = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    named = all(isinstance(name, str) and Path(name).name == name for name in names)
     return {name for name in names if not (folder / name).is_dir()} if named else set()
 
 

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ class Frontier:
             for plan in self.plans:
                 plan.save(part / f"plan-{1000 * plan.calibration['budget']:04.0f}.json")  # in thousandths
             write_frontier(self.to_dict(), part)
-            found = {"headsink": version("headsink")} | self.to_dict()
-            (part / FRONTIER).write_text(json.dumps(found, indent=1), encoding="utf-8")
+            (part / FRONTIER).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         return Path(folder)
 
 

@@ -213,7 +213,7 @@ class Census:
             (part / "tokens.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
             write_report(self, part / "report.html")
             write_pictures(self, part)
-            (part / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (part / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False), encoding="utf-8")
         return folder
 
     @classmethod
@@ -233,6 +233,8 @@ class Census:
             raise HeadsinkError(
                 f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
             )
+        if isinstance(settings, dict):
+            settings.pop("files", None)  # of the folder, not of the census
         if wrong := check(settings, vocabulary, arrays):
             raise HeadsinkError(f"{damaged}: {wrong}")
         return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)
