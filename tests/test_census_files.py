@@ -111,7 +111,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
 )
 def test_a_kind_of_text_needs_a_name_that_can_be_drawn(name, model, monkeypatch):
     monkeypatch.setattr(run, "_read", lambda *_: pytest.fail("a text was read"))
-    with pytest.raises(HeadsinkError, match=r"texts: the kind .* is not a name of visible characters without \. @ : / "):
+    with pytest.raises(
+        HeadsinkError, match=r"texts: the kind .* is not a name of visible characters without \. @ : / "
+    ):
         headsink.analyze(model, Letters(), texts={name: ["some text " * 9]}, progress=False)
 
 
@@ -194,7 +196,9 @@ def test_numbers_out_of_range_say_where(name, number, reason, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["census.json", "tokens.json", "arrays.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"a": 1}', b'{"3": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"a": 1}', b'{"3": "\\ud800"}']
+)
 def test_files_of_something_else_are_one_line(name, content, folder, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "a")
     (changed / name).write_bytes(content)
@@ -241,7 +245,9 @@ def use(folder):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("headsink.census.transfer.PERMUTATIONS", 10)  # of a test of chance, which is not what this is about
+    monkeypatch.setattr(
+        "headsink.census.transfer.PERMUTATIONS", 10
+    )  # of a test of chance, which is not what this is about
     monkeypatch.setattr("headsink.census.transfer.AT_ONCE", 10)
     changed = tmp_path_factory.mktemp("mutated") / "a"
     changed.mkdir()

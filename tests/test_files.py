@@ -99,7 +99,7 @@ def test_what_is_no_regular_file_is_never_replaced(make, tmp_path, monkeypatch):
         with pytest.raises(HeadsinkError, match=f"cannot write thing: {THINGS[make]}, name a file"):
             files.write_text(path, "x", force)
         with pytest.raises(HeadsinkError, match=f"cannot write thing: {THINGS[make]}, name a folder"):
-            files.check_folder(path, "m.json", force)
+            files.check_replaceable(path, "m.json", force)
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert {p.name for p in Path().iterdir()} <= {"thing", "target", "folder"}
 
@@ -191,7 +191,9 @@ def test_a_file_of_somebody_else_is_not_replaced_in_a_folder(tmp_path):
     assert contents(tmp_path / "f") == {"a": "2", "b": "2"}
 
 
-@pytest.mark.parametrize("marker", ["{}", '{"headsink": "0.1.0"}', '{"headsink": "0.1.0", "files": ["../thesis"]}', "["])
+@pytest.mark.parametrize(
+    "marker", ["{}", '{"headsink": "0.1.0"}', '{"headsink": "0.1.0", "files": ["../thesis"]}', "["]
+)
 def test_a_folder_without_a_list_is_of_somebody_else(marker, tmp_path):
     (tmp_path / "thesis").write_text("mine")
     (tmp_path / "f").mkdir()

@@ -380,9 +380,10 @@ def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
     """The steps of an interrupted run with the same arguments; none if there was no such run."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-        check_file(path)  # it will be replaced
-        return [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
+        steps = [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HeadsinkError(f"{path}: not a checkpoint of headsink; remove it") from error
+    check_file(path)  # it will be replaced
+    return steps

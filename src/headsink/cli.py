@@ -25,7 +25,7 @@ from headsink.census.census import MARKER, Census
 from headsink.census.run import analyze_again, remove_checkpoint
 from headsink.census.statistics import QUERIES, Thresholds
 from headsink.errors import HeadsinkError, printable
-from headsink.files import check_file, check_folder, new_folder, reason
+from headsink.files import check_file, check_replaceable, new_folder, reason
 from headsink.frontier import BUDGETS as FRONTIER_BUDGETS
 from headsink.frontier import FRONTIER, frontier
 from headsink.options import MODEL_HELP, Device, Dtype, Force, Json, Model, Seed, context_range, memory, numbers
@@ -110,7 +110,7 @@ def analyze(
     if not 0 < tau <= 1:
         raise HeadsinkError(f"tau: {tau} is outside (0, 1]")
     texts = prompt_files.read(text_file or [], prompts or [], prompt or [])
-    check_folder(out_folder, MARKER, force)
+    check_replaceable(out_folder, MARKER, force)
     checkpoint = out_folder.parent / f".{out_folder.name}.partial"
     where: dict[str, Any] = {"device": device, "max_memory": memory(max_memory), "tensor_parallel": tensor_parallel}
     try:
@@ -180,7 +180,7 @@ def compare(
     if report_file is not None:
         check_file(report_file, force)
     if figures is not None:
-        check_folder(figures, COMPARISON, force)
+        check_replaceable(figures, COMPARISON, force)
     comparison = headsink.compare(*runs)
     if report_file is not None:
         write_comparison(comparison, report_file, force=force)
@@ -287,7 +287,7 @@ def plan(
     if measured is None and quality_contexts is not None:
         measured = numbers("quality", quality_contexts)
     if frontier_folder is not None:
-        check_folder(frontier_folder, FRONTIER, force)
+        check_replaceable(frontier_folder, FRONTIER, force)
     else:
         check_file(out_file, force)
     shares = FRONTIER_BUDGETS if budgets is None else numbers("budgets", budgets, float)

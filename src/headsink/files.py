@@ -170,7 +170,7 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path
             raise
 
 
-def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> None:
+def check_replaceable(path: str | os.PathLike[str], marker: str, force: bool = False) -> None:
     """Raise if `path` is no folder, or one with something in it but without a `marker` that says what headsink has put there.
 
     force: a marker of an earlier version, which lists nothing, will do too. Call it before long work.
@@ -195,7 +195,7 @@ def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -
     the way of new ones. The marker comes last: a folder without it is not complete.
     """
     path = Path(path)
-    check_folder(path, marker, force)
+    check_replaceable(path, marker, force)
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = _beside(path / "new" if path.exists() else path.absolute())
