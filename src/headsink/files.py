@@ -271,8 +271,7 @@ def _kind(mode: int) -> str:
 
 def _check_writable(path: Path) -> None:
     """Raise if nothing can be written in `path`, a folder, or where it will be."""
-    path = path.absolute()
-    place = path if path.is_dir() else next(p for p in path.parents if p.exists())
+    place = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     if not place.is_dir():
         raise HeadsinkError(f"cannot write {path}: {place} is a file, not a folder")
     with clear_errors(path), tempfile.TemporaryFile(dir=place):
