@@ -360,6 +360,11 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--context", "100000"], "model's maximum"),
         (["plan", "TINY", "--domains", "code,random"], "domains: 'random' given; one or more of prose, code"),
         (["plan", "TINY", "--out", "."], "it is a folder"),
+        (["plan", "TINY", "--out", "file"], "cannot write file: headsink did not write the file that is there"),
+        (["plan", "TINY", "--out", "/dev/null", "--force"], "cannot write /dev/null: it is a device, name a file"),
+        (["read", "TINY", "--plan", "x", "--out", "file"], "headsink did not write the file that is there"),
+        (["compare", "a", "b", "--out", "file"], "headsink did not write the file that is there"),
+        (["bench", "speed", "TINY", "--out", "file"], "headsink did not write the file that is there"),
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
@@ -665,16 +670,16 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def fill_and_stop(folder):
     with files.new_folder(folder, "m") as part:
-        (part / "m").write_text("new")
+        (part / "m").write_text('{"is": "new"}')
         raise KeyboardInterrupt
 
 
 def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     with files.new_folder(tmp_path / "census", "m") as part:
-        (part / "m").write_text("old")
+        (part / "m").write_text('{"is": "old"}')
     with pytest.raises(KeyboardInterrupt):
         fill_and_stop(tmp_path / "census")
-    assert (tmp_path / "census" / "m").read_text() == "old"
+    assert json.loads((tmp_path / "census" / "m").read_text())["is"] == "old"
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, read_text
-from headsink.options import Device, Dtype, Json, Model, OtherWeights, Seed, plan_path, readable
+from headsink.files import check_file, check_text, read_input, read_text
+from headsink.options import Device, Dtype, Force, Json, Model, OtherWeights, Seed, plan_path, readable
 from headsink.terminal import emit, err, out, write
 
 if TYPE_CHECKING:
@@ -40,13 +40,14 @@ def read(
     other_weights: OtherWeights = False,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Read a document once, and keep what the plan keeps of it in a file, for any number of questions later.
 
     Then: headsink generate --prefix prefix.safetensors --prompt "What does it say about X?"
     """
-    check_file(out_file)
+    check_file(out_file, force)
     document = read_text(file) if file else _standard_input("the document: it ends with ctrl-D")
     if not document.strip():
         raise HeadsinkError("file: it is empty; give --file FILE, or text on standard input")
@@ -66,12 +67,12 @@ def read(
     start = time.perf_counter()
     cache = generation.read(loaded, plan, ids)
     seconds = time.perf_counter() - start
-    save_prefix(out_file, cache, torch.tensor([ids]), text)
+    save_prefix(out_file, cache, torch.tensor([ids]), text, force=force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(out_file)}
     if as_json:
         emit(found | {"plan": str(plan_file)})
     else:
-        out.print(show.document_read(found), highlight=False)
+        out.print(show.document_read(found), markup=False, highlight=False)
 
 
 def generate(
@@ -114,6 +115,7 @@ def generate(
         text = _standard_input("the prompt: it ends with ctrl-D")
     if not text.strip():
         raise HeadsinkError("prompt: it is empty; give --prompt TEXT, --file FILE, or text on standard input")
+    check_text(text, "prompt: it")
 
     import torch
 
@@ -175,7 +177,7 @@ def _compile(model: PreTrainedModel, plan: Plan | None) -> None:
 def _standard_input(what: str) -> str:
     if sys.stdin.isatty():
         err.print(f"type {what}", style="dim", highlight=False)
-    return sys.stdin.read()
+    return read_input()
 
 
 def chat(

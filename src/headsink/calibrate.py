@@ -97,7 +97,7 @@ def calibrate(
     if max_kl is not None:
         check_max_kl(max_kl)
     if checkpoint is not None:
-        check_file(checkpoint)
+        check_file(checkpoint, force=True)  # what is in it, the next line checks
         _read_checkpoint(checkpoint, {})
     most = describe(model).max_context
     check_quality(quality_contexts or (), most)
@@ -371,9 +371,11 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
     """The steps of an interrupted run with the same arguments; none if there was no such run."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        steps = [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HeadsinkError(f"{path}: not a checkpoint of headsink; remove it") from error
+    check_file(path)  # it will be replaced
+    return steps

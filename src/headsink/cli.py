@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from typer.exceptions import TyperException
 from headsink import corpus, prompt_files
 from headsink.answering import chat, generate, read
 from headsink.bench.cli import bench
-from headsink.built_in import processes
+from headsink.built_in import BUILT_IN, processes
 from headsink.choices import (
     CENSUS,
     FRONTIER,
@@ -41,13 +40,14 @@ from headsink.choices import (
     check_tau,
     run_parts,
 )
-from headsink.errors import HeadsinkError
+from headsink.errors import HeadsinkError, printable
 from headsink.files import check_file, check_replaceable, new_folder
 from headsink.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.options import (
     MODEL_HELP,
     Device,
     Dtype,
+    Force,
     Json,
     Model,
     Seed,
@@ -127,7 +127,8 @@ def analyze(
     again: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a census: make it again, with its model, texts and settings; other options are ignored."
+            help="Folder of a census: make it again, with its texts and settings; other options are ignored. Name MODEL too "
+            "if its model is not on this machine."
         ),
     ] = None,
     max_memory: Annotated[
@@ -142,6 +143,7 @@ def analyze(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser.
@@ -160,11 +162,11 @@ def analyze(
         processes()
     if again is not None:
         check_census(again)
-    check_replaceable(out_folder, CENSUS)
+    check_replaceable(out_folder, CENSUS, force)
 
     import headsink
     from headsink import show
-    from headsink.census.run import analyze_again
+    from headsink.census.run import analyze_again, remove_checkpoint
     from headsink.census.statistics import Thresholds
     from headsink.sharding import is_main
 
@@ -172,7 +174,8 @@ def analyze(
     with resumable(checkpoint):
         if again is not None:
             settings = headsink.Census.load(again).settings
-            loaded, tokenizer = headsink.load(settings["model"]["source"], dtype=settings["dtype"], **where)
+            source = model or _source(again, settings["model"]["source"])
+            loaded, tokenizer = headsink.load(source, dtype=settings["dtype"], **where)
             census = analyze_again(loaded, tokenizer, settings, checkpoint=checkpoint)
         else:
             loaded, tokenizer = headsink.load(model or "smollm2", dtype=dtype, **where)
@@ -190,13 +193,23 @@ def analyze(
             )
     if not is_main():
         return
-    census.save(out_folder)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    census.save(out_folder, force=force)
+    remove_checkpoint(checkpoint)
     if as_json:
         emit(show.census_json(census) | {"folder": str(out_folder)})
     else:
         show.census(out, census)
-        out.print(f"\nReport: {out_folder / 'report.html'}", highlight=False)
+        out.print(f"\nReport: {printable(str(out_folder / 'report.html'))}", markup=False, highlight=False)
+
+
+def _source(again: Path, source: str) -> str:
+    """The model of a census, if it is on this machine: what a file names is not fetched from a network."""
+    if source in BUILT_IN or Path(source).exists():
+        return source
+    raise HeadsinkError(
+        f"again: {again} was made with the model {source!r}, which is not on this machine; if you want that one fetched or have "
+        f"it elsewhere, name it: headsink analyze MODEL --again {again}"
+    )
 
 
 @app.command()
@@ -211,6 +224,7 @@ def compare(
     figures: Annotated[
         Path | None, typer.Option(help="Folder for its maps as PNG and SVG; older ones there are replaced.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare census runs with the first: how far heads moved, what of it is more than chance, which changed their role.
@@ -218,9 +232,9 @@ def compare(
     Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
     """
     if report_file is not None:
-        check_file(report_file)
+        check_file(report_file, force)
     if figures is not None:
-        check_replaceable(figures, COMPARISON)
+        check_replaceable(figures, COMPARISON, force)
     for run in runs:
         check_census(Path(run_parts(str(run))[0]))
 
@@ -230,9 +244,9 @@ def compare(
 
     comparison = headsink.compare(*runs)
     if report_file is not None:
-        write_comparison(comparison, report_file)
+        write_comparison(comparison, report_file, force=force)
     if figures is not None:
-        with new_folder(figures, COMPARISON) as part:
+        with new_folder(figures, COMPARISON, force) as part:
             write_comparison_pictures(comparison, part)
             (part / COMPARISON).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
     if as_json:
@@ -240,7 +254,7 @@ def compare(
     else:
         show.comparison(out, comparison)
         if report_file is not None:
-            out.print(f"\nReport: {report_file}", highlight=False)
+            out.print(f"\nReport: {printable(str(report_file))}", markup=False, highlight=False)
 
 
 @app.command()
@@ -304,6 +318,7 @@ def plan(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes.
@@ -339,9 +354,9 @@ def plan(
         measured = numbers("quality", quality_contexts)
         check_quality(measured, name="quality")
     if frontier_folder is not None:
-        check_replaceable(frontier_folder, FRONTIER)
+        check_replaceable(frontier_folder, FRONTIER, force)
     else:
-        check_file(out_file)
+        check_file(out_file, force)
     shares = FRONTIER_BUDGETS if budgets is None else numbers("budgets", budgets, float)
     for share in shares:
         check_budget(share)
@@ -356,13 +371,12 @@ def plan(
         from headsink.frontier import frontier
 
         drawn = frontier(loaded, tokenizer, context=wanted, budgets=shares, method=method, domains=kinds, seed=seed)
-        with new_folder(frontier_folder, FRONTIER) as part:
-            drawn.save(part)
+        drawn.save(frontier_folder, force=force)
         if as_json:
             emit(drawn.to_dict() | {"folder": str(frontier_folder)})
         else:
             show.frontier(out, drawn)
-            out.print(f"\nChart: {frontier_folder / 'frontier.html'}", highlight=False)
+            out.print(f"\nChart: {printable(str(frontier_folder / 'frontier.html'))}", markup=False, highlight=False)
         return
     checkpoint = out_file.with_name(f".{out_file.name}.partial")
     with resumable(checkpoint):
@@ -378,13 +392,13 @@ def plan(
             seed=seed,
             checkpoint=checkpoint,
         )
-    made.save(out_file)
+    made.save(out_file, force=force)
     checkpoint.unlink(missing_ok=True)
     if as_json:
         emit(json.loads(made.to_json()) | {"file": str(out_file)})
     else:
         show.plan(out, made)
-        out.print(f"\nPlan: {out_file}", highlight=False)
+        out.print(f"\nPlan: {printable(str(out_file))}", markup=False, highlight=False)
 
 
 for command in (read, generate, chat):

@@ -3,3 +3,11 @@
 
 class HeadsinkError(Exception):
     """Input that headsink cannot use. The message is one line, fit to be shown to a user as it is."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # names from files may hold line breaks and terminal escapes
+
+
+def printable(text: str) -> str:
+    r"""The text on one line: every character that a terminal would not show as itself is escaped, as in \x1b or \n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

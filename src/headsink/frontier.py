@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from headsink.calibrate import Calibration, Context
 from headsink.choices import FRONTIER, FRONTIER_BUDGETS, check_budget
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
+from headsink.files import new_folder
 from headsink.method import Method
 from headsink.plan import Plan, Quality
 from headsink.quality import measure
@@ -63,12 +65,17 @@ class Frontier:
             ],
         }
 
-    def save(self, folder: Path) -> None:
-        """Fill a new folder: frontier.json, the chart (frontier.html, .png, .svg), and every plan."""
-        for plan in self.plans:
-            plan.save(folder / f"plan-{1000 * plan.calibration['budget']:04.0f}.json")  # in thousandths
-        write_frontier(self.to_dict(), folder)
-        (folder / FRONTIER).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the folder, atomically: frontier.json, the chart (frontier.html, .png, .svg), and every plan.
+
+        force: replace files, too, that headsink did not write but that have the names of its own.
+        """
+        with new_folder(folder, FRONTIER, force) as part:
+            for plan in self.plans:
+                plan.save(part / f"plan-{1000 * plan.calibration['budget']:04.0f}.json")  # in thousandths
+            write_frontier(self.to_dict(), part)
+            (part / FRONTIER).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        return Path(folder)
 
 
 def is_sound(quality: Quality) -> bool:

@@ -92,6 +92,8 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.", callback=known_device)
 ]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out even if headsink did not write it.")]
+
 
 def names(text: str) -> list[str]:
     """Read "prose,code"."""

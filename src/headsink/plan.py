@@ -250,9 +250,9 @@ class Plan(Part):
 
     # files
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON, atomically."""
-        return write_text(path, self.to_json())
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the plan as JSON, atomically. force: replace a file, too, that headsink did not write."""
+        return write_text(path, self.to_json(), force)
 
     def to_json(self) -> str:
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)

@@ -72,11 +72,14 @@ class _Header(_Part):
     exact: Annotated[bool, Field(strict=True)] = True
 
 
-def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tensor, text: str = "") -> Path:
+def save_prefix(
+    path: str | os.PathLike[str], cache: PlanCache, input_ids: Tensor, text: str = "", *, force: bool = False
+) -> Path:
     """Write a cache and the tokens in it to a file, atomically.
 
     cache: filled under a plan, or compressed once (`headsink.compress`). input_ids: int [batch, tokens], all that it has seen,
-    left padding included. text: the same as a string, if that is wanted later. Raises HeadsinkError if the two differ in
+    left padding included. text: the same as a string, if that is wanted later. force:
+    replace a file, too, that headsink did not write. Raises HeadsinkError if the two differ in
     length, if the cache is empty, or if it waits for tokens to be taken back.
     """
     seen = _seen(cache)
@@ -97,7 +100,7 @@ def save_prefix(path: str | os.PathLike[str], cache: PlanCache, input_ids: Tenso
                 tensors["padding"] = group.padding.tokens
         layers.append(_Layer(seen=layer.seen, held=layer.held, groups=tuple(map(_Group.of, layer.groups))))
     header = _Header(plan=cache.plan, layers=tuple(layers), text=text, exact=cache.exact)
-    with new_file(path) as part:
+    with new_file(path, force) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"headsink": header.model_dump_json()})
     return Path(path)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from headsink.census.checks import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
-from headsink.files import read_text
+from headsink.files import check_text, parse_json, read_text
 
 OWN = "own"  # the kind of a text for which none is named
 TEXT_FIELDS, DOMAIN_FIELDS = ("prompt", "text"), ("domain", "family")
@@ -23,12 +23,14 @@ def read(files: Sequence[Path], prompts: Sequence[Path], typed: Sequence[str]) -
     ]:
         if not text.strip():
             raise HeadsinkError("prompt: one of them is empty")
+        check_text(text, "prompt: one of them")
         found.setdefault(domain, []).append(text)
     return found or None
 
 
 def _prompts(path: Path) -> list[tuple[str, str]]:
-    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    # Line feeds only: the other line separators of Unicode may stand in a prompt, and in a string of JSON.
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise HeadsinkError(f"prompts: {path} has no prompt in it")
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
@@ -38,16 +40,13 @@ def _prompts(path: Path) -> list[tuple[str, str]]:
 
 def _record(path: Path, number: int, line: str) -> tuple[str, str]:
     """A line of JSONL: an object with a text under `prompt` or `text`, and its kind under `domain` or `family` if it has one."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise HeadsinkError(f"prompts: line {number} of {path} is not JSON") from error
+    record = parse_json(line, f"prompts: line {number} of {path}")
     if isinstance(record, str):
         return OWN, record
     text = next((record[name] for name in TEXT_FIELDS if name in record), None) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise HeadsinkError(f'prompts: line {number} of {path} has no text; write {{"prompt": "...", "domain": "..."}}')
     domain = next((record[name] for name in DOMAIN_FIELDS if name in record), OWN)
-    if not isinstance(domain, str) or not domain or set(domain) & set(".@:/"):
-        raise HeadsinkError(f"prompts: line {number} of {path}: domain {domain!r} is not a name without . @ : /")
+    if not is_domain(domain):
+        raise HeadsinkError(f"prompts: line {number} of {path}: domain {domain!r} {DOMAIN_RULE}")
     return domain, text

@@ -18,6 +18,7 @@ from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.statistics import KEPT, windows
 from headsink.census.transfer import sentence
 from headsink.choices import CONTINUATION
+from headsink.errors import printable
 from headsink.frontier import Frontier
 from headsink.generation import Generated
 from headsink.plan import Plan, Quality
@@ -144,7 +145,7 @@ def census(console: Console, census: Census) -> None:
 
 
 def comparison(console: Console, found: Comparison) -> None:
-    console.print(" and ".join(f"[bold]{escape(name)}[/bold]" for name in found.names))
+    console.print(" and ".join(f"[bold]{escape(printable(name))}[/bold]" for name in found.names))
     if found.settings:
         console.print("They differ in: " + ", ".join(found.settings))
     else:
@@ -257,7 +258,7 @@ def _qualities(first: str, rows: dict[str, Quality]) -> Table:
 
 def document_read(found: dict[str, Any]) -> str:
     kept = f"{found['kv_bytes'] / MEGABYTE:.1f} MB kept"
-    return f"{found['prompt_tokens']} tokens read in {found['seconds']:.1f} s, {kept}: {found['file']}"
+    return f"{found['prompt_tokens']} tokens read in {found['seconds']:.1f} s, {kept}: {printable(found['file'])}"
 
 
 def generated_json(done: Generated) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headsink.errors import printable
+
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
@@ -26,17 +28,26 @@ def write(text: str) -> None:
 
 def emit(result: dict[str, Any]) -> None:
     """Write the one object of `--json`."""
-    write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    write(text.encode("utf-8", "backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def note(message: str) -> None:
     """Write one line to standard error; what a terminal would obey is written as an escape."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    err.print(line, markup=False, highlight=False)
+    err.print(printable(message), markup=False, highlight=False, emoji=False)
+
+
+class _Table(Table):
+    """A table whose cells stay on their line, whatever the names in them hold."""
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        super().add_row(*map(printable, cells))
 
 
 def new_table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         table.add_column(column, header_style="dim")
     return table

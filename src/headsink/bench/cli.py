@@ -20,6 +20,7 @@ from headsink.files import check_file, write_text
 from headsink.options import (
     Device,
     Dtype,
+    Force,
     Json,
     Model,
     OtherWeights,
@@ -78,6 +79,7 @@ def census(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time and memory of a census against a plain forward pass, and against the eager way where that still runs.
@@ -85,7 +87,7 @@ def census(
     Takes about 15 minutes on 2 cores.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
 
     from headsink.bench import census as census_bench
 
@@ -94,7 +96,7 @@ def census(
     )
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     write(text if as_json else census_bench.summary(result) + "\n")
 
 
@@ -113,6 +115,7 @@ def speed(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time to the first token, time per token and bytes of the KV cache, under plans, against transformers and peers.
@@ -120,7 +123,7 @@ def speed(
     Do nothing else on the machine. Takes about 15 minutes on 2 cores for one plan and one text at a time.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     lengths, texts = None if contexts is None else numbers("contexts", contexts), batch_sizes(batches)
     check_contexts(lengths or (), tokens)
 
@@ -143,7 +146,7 @@ def speed(
     )
     shown = dict.fromkeys((row["context"], row["batch"]) for row in result["results"])
     tables = [speed_bench.table(result, *one) for one in shown]
-    _tell(result, tables, out_file, as_json)
+    _tell(result, tables, out_file, force, as_json)
 
 
 @bench.command(name="memory")
@@ -160,6 +163,7 @@ def memory(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Bytes of the KV cache and peak memory of a process, under plans, against transformers and peers.
@@ -167,7 +171,7 @@ def memory(
     Takes about 10 minutes on 2 cores for one plan and one text at a time.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     lengths, texts = None if contexts is None else numbers("contexts", contexts), batch_sizes(batches)
     check_contexts(lengths or (), 0)
 
@@ -189,7 +193,7 @@ def memory(
     )
     shown = dict.fromkeys((row["context"], row["batch"]) for row in result["results"])
     tables = [memory_bench.table(result, *one) for one in shown]
-    _tell(result, tables, out_file, as_json)
+    _tell(result, tables, out_file, force, as_json)
 
 
 @bench.command(name="all")
@@ -293,15 +297,16 @@ def results(
     out_file: Annotated[
         Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ beside it.")
     ] = Path("docs/results.md"),
+    force: Force = False,
 ) -> None:
     """Write the page of results from the rows of a folder, and from nothing else."""
-    check_file(out_file)
+    check_file(out_file, force)
     if not folder.is_dir():
         raise HeadsinkError(f"{folder}: no such folder; name one that headsink bench all has filled")
 
     from headsink.bench import results as results_bench
 
-    results_bench.write(folder, out_file)
+    results_bench.write(folder, out_file, force)
     write(f"{out_file}\n")
 
 
@@ -328,8 +333,8 @@ def named_plans(files: list[Path]) -> dict[str, Plan]:
     return dict(zip(names, plans, strict=True))
 
 
-def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, as_json: bool) -> None:
+def _tell(result: dict[str, Any], tables: list[str], out_file: Path | None, force: bool, as_json: bool) -> None:
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     write(text if as_json else "\n".join(tables) + "\n")

@@ -202,6 +202,7 @@ def _families(options: Options, model: str, checkpoint: Path) -> dict[str, Any]:
     loaded, tokenizer = _loaded(model, options.dtype, options.device)
     settings = options.of("context", "budget", "families", "documents", "texts", "seed")
     found = families.run(loaded, tokenizer, **settings, checkpoint=checkpoint, progress=True)
+    families.clear(checkpoint)
     return found | {"model": label(model)}
 
 

@@ -49,12 +49,12 @@ from headsink.census.census import Census
 from headsink.census.compare import COMPARED, compare, rank_correlation
 from headsink.census.intervals import interval
 from headsink.census.roles import window_needed
-from headsink.census.run import analyze
+from headsink.census.run import analyze, remove_checkpoint
 from headsink.census.statistics import KEPT, windows
 from headsink.choices import CONTINUATION, KINDS, check_domains
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
-from headsink.files import write_text
+from headsink.files import parse_json, read_text, remove, write_text
 from headsink.fingerprint import Fingerprint
 from headsink.models import dtype_name
 from headsink.plan import Plan
@@ -135,9 +135,20 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     ours = folder / "settings.json"
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours.is_file())):
         raise HeadsinkError(f"checkpoint: {folder} is not a folder of this measurement; name another one")
-    if ours.is_file() and json.loads(ours.read_text(encoding="utf-8")) != settings:
+    if ours.is_file() and parse_json(read_text(ours), str(ours)) != settings:
         raise HeadsinkError(f"checkpoint: {folder} is of other settings; name another one, or remove it")
-    write_text(ours, json.dumps(settings, indent=1))
+    if not ours.is_file():
+        write_text(ours, json.dumps(settings, indent=1))
+
+
+def clear(folder: Path) -> None:
+    """Remove what `run` has left in its folder, and the folder if nothing else is in it."""
+    settings = parse_json(read_text(folder / "settings.json"), str(folder / "settings.json"))
+    kinds, seed = settings["families"], settings["seed"]
+    remove(folder / "tested", [f"{kind}-{number}.json" for kind in kinds for number in range(settings["documents"])])
+    remove_checkpoint(folder / "census")
+    plans = [f"{_name(name, one)}.json" for one in (seed, seed + APART) for name in (DEFAULT, *kinds)]
+    remove(folder, [*plans, "settings.json"])
 
 
 # texts that share little

@@ -12,7 +12,7 @@ import typer
 from headsink.bench.options import check_families
 from headsink.choices import KINDS
 from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Model, Seed, names
+from headsink.options import Device, Dtype, Force, Json, Model, Seed, names
 from headsink.terminal import resumable, write
 
 
@@ -32,6 +32,7 @@ def families(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Whether prose, code, maths, chat and questions need plans of their own: a census of each, and plans made on one and tested
@@ -40,7 +41,7 @@ def families(
     Takes 1 to 2 hours on 2 cores.
     """
     if out_file is not None:
-        check_file(out_file)
+        check_file(out_file, force)
     chosen = check_families(names(kinds), documents, texts, budget)
 
     import headsink
@@ -61,7 +62,7 @@ def families(
         ) | {"command": "headsink " + " ".join(sys.argv[1:])}
     text = json.dumps(result, indent=1) + "\n"
     if out_file is not None:
-        write_text(out_file, text)
+        write_text(out_file, text, force)
     write(text if as_json else table(result) + "\n")
 
 

@@ -287,12 +287,12 @@ class _Done:
         self.path, self.records = path, dict[str, Record]()
         if path is None:
             return
-        check_file(path)
+        check_file(path, force=True)  # what is in it is checked below
         lines = read_text(path).split("\n")[:-1] if path.exists() else []  # a line that a stop cut off has no end
         try:
-            found = [json.loads(line) for line in lines]
+            found = [dict(json.loads(line)) for line in lines]
             self.records = {record["item"]: record for record in found[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise HeadsinkError(f"{path}: not a checkpoint of headsink; remove it") from error
         for key, value in settings.items() if found else ():
             if found[0].get(key) != value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,8 @@ from headsink.bench.tasks import TASKS
 from headsink.bench.tasks import task as find_task
 from headsink.choices import check_budget
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, write_text
-from headsink.options import Device, Dtype, Json, Model, OtherWeights, PlanFiles, Seed, names, numbers
+from headsink.files import check_file, remove, write_text
+from headsink.options import Device, Dtype, Force, Json, Model, OtherWeights, PlanFiles, Seed, names, numbers
 from headsink.progress import console
 from headsink.terminal import resumable, write
 
@@ -42,6 +41,7 @@ def quality(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """What plans cost on tasks: scores, and agreement with the model itself, on prompts as long as the plans are made for.
@@ -50,7 +50,7 @@ def quality(
     """
     if plan_files and budgets is not None:
         raise HeadsinkError("budgets: give --plan or --budgets, one of the two")
-    check_file(out_file)
+    check_file(out_file, force)
     chosen = [find_task(name.strip()).name for name in names(tasks)]
     stems = [file.stem for file in plan_files or ()]
     if len(set(stems)) < len(stems):
@@ -91,8 +91,8 @@ def quality(
         "results": results,
     }
     text = json.dumps(result, indent=1) + "\n"
-    write_text(out_file, text)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    write_text(out_file, text, force)
+    remove(checkpoint, [f"{name}.jsonl" for name in chosen])
     write(text if as_json else "\n".join(map(table, results)) + f"\n\nResults: {out_file}\n")
 
 

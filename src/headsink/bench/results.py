@@ -23,7 +23,7 @@ from headsink.report.page import write_picture
 SERVING = "serving-smollm2.json"  # beside the folder of rows, from benchmarks/serving.py
 
 
-def write(folder: Path, out: Path) -> Path:
+def write(folder: Path, out: Path, force: bool = False) -> Path:
     """Write the page, and its pictures into pictures/ beside it."""
     done = read_rows(folder)
     if not any("found" in row for row in done.values()):
@@ -33,7 +33,7 @@ def write(folder: Path, out: Path) -> Path:
     for name, spec in drawn.items():
         (out.parent / "pictures").mkdir(parents=True, exist_ok=True)
         write_picture(out.parent / "pictures" / f"results-{name}", spec)
-    return write_text(out, text)
+    return write_text(out, text, force)
 
 
 def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> str:

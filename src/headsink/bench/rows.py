@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,9 +129,8 @@ def measure(row: Row, checkpoint: Path) -> dict[str, Any]:
         found = row.measure(checkpoint)
     except HeadsinkError as error:
         return record | {"settings": row.settings, "missing": without_paths(str(error))}
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    checkpoint.unlink(missing_ok=True)
+    if not checkpoint.is_dir():  # a row with a folder empties it by itself
+        checkpoint.unlink(missing_ok=True)
     found = {key: value for key, value in found.items() if key not in COPIED}
     seconds = round(time.perf_counter() - start, 1)
     told = {"seconds": seconds} | ({"resumed": True} if resumed else {})

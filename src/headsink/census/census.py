@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headsink.census.checks import SCHEMA, check
 from headsink.census.intervals import Interval, interval
 from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
 from headsink.census.statistics import KEPT, SCORES, TOKENS, distance_within, windows
@@ -29,10 +30,8 @@ from headsink.census.transfer import RULES, Transfer, transfer
 from headsink.choices import CENSUS as MARKER
 from headsink.choices import check_census
 from headsink.errors import HeadsinkError
-from headsink.files import new_folder
+from headsink.files import new_folder, parse_json, read_text
 
-SCHEMA = 2
-TOP_KEYS = 8
 QUANTILES = (0.1, 0.5, 0.9)  # of the distance, in the table
 
 
@@ -201,18 +200,21 @@ class Census:
                 start["role"] = [ROLES[n] for n in role.flatten().tolist()]
                 yield pa.table(start | {name: column.flatten().numpy() for name, column in columns.items()})
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the folder, atomically, report and pictures included. An older census there is replaced."""
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the folder, atomically, report and pictures included. An older census there is replaced; other files stay.
+
+        force: replace files, too, that headsink did not write but that have the names of its own.
+        """
         from headsink.report import write_pictures, write_report  # the report reads a census, not the other way round
 
         folder = Path(folder)
-        with new_folder(folder, MARKER) as part:
+        with new_folder(folder, MARKER, force) as part:
             pq.write_table(self.table, part / "heads.parquet")
             save_file({name: array.contiguous() for name, array in self.arrays.items()}, part / "arrays.safetensors")
             (part / "tokens.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
             write_report(self, part / "report.html")
             write_pictures(self, part)
-            (part / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (part / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False), encoding="utf-8")
         return folder
 
     @classmethod
@@ -220,14 +222,21 @@ class Census:
         """Read a folder that `save` wrote."""
         folder = Path(folder)
         check_census(folder)
+        damaged = f"{folder}: not a census folder, or damaged"
         try:
-            settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-            if settings["schema"] != SCHEMA:
-                raise HeadsinkError(
-                    f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
-                )
-            vocabulary = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+            settings = parse_json(read_text(folder / MARKER), str(folder / MARKER))
+            vocabulary = parse_json(read_text(folder / "tokens.json"), str(folder / "tokens.json"))
             arrays = load_file(folder / "arrays.safetensors")
-            return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise HeadsinkError(f"{folder}: not a census folder, or damaged ({type(error).__name__})") from error
+        except HeadsinkError as error:
+            raise HeadsinkError(f"{damaged}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise HeadsinkError(f"{damaged}: arrays.safetensors cannot be read") from error
+        if isinstance(settings, dict) and settings.get("schema", SCHEMA) != SCHEMA:
+            raise HeadsinkError(
+                f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
+            )
+        if isinstance(settings, dict):
+            settings.pop("files", None)  # of the folder, not of the census
+        if wrong := check(settings, vocabulary, arrays):
+            raise HeadsinkError(f"{damaged}: {wrong}")
+        return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,17 +27,19 @@ from headsink import corpus, estimate, models
 from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, observing
 from headsink.built_in import title
-from headsink.census.census import SCHEMA, TOP_KEYS, Census
+from headsink.census.census import Census
+from headsink.census.checks import DOMAIN_RULE, SCHEMA, SEEDS, TOP_KEYS, is_domain, misfit
 from headsink.census.statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
 from headsink.choices import QUERIES, check_lengths
 from headsink.errors import HeadsinkError
-from headsink.files import write_text
+from headsink.files import check_text, clear_errors, is_own, parse_json, read_text, remove, write_text
 from headsink.fingerprint import Fingerprint
 from headsink.progress import bar, console
 from headsink.sharding import input_device, is_main, wait_for_all
 
 LENGTHS = (512, 4096)
 OWN_LENGTHS_FROM = 16
+SETTINGS = "census-checkpoint.json"  # in a checkpoint: the settings of its census
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def analyze(
     shape, limits = describe(model), limits or Thresholds()
     if queries < 2:
         raise HeadsinkError(f"queries: {queries} is too few, give 2 or more")
+    if not SEEDS[0] <= seed < SEEDS[1]:
+        raise HeadsinkError(f"seed: {seed} has more than 64 bits")
     chosen, lengths = _texts(tokenizer, shape, lengths, domains, texts, texts_per_domain, seed)
-    settings = {
+    settings: dict[str, Any] = {
         "schema": SCHEMA,
         "headsink": version("headsink"),
         "model": {
@@ -184,16 +187,21 @@ def analyze_again(
 
 
 class Checkpoint:
-    """A folder with the results of the texts that are done, for one census and no other."""
+    """A folder with the results of the texts that are done, for one census and no other.
+
+    It is known by the file SETTINGS in it. Besides that one only files are touched that are numbered as its texts are.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
-        self.folder = Path(folder)
-        ours, text = self.folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False)
-        if self.folder.exists() and any(self.folder.iterdir()) and not ours.is_file():
+        self.folder, self.settings = Path(folder), settings
+        ours, text = self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False)
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise HeadsinkError(f"checkpoint: {self.folder} is not a folder; name a new one")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not is_own(ours):
             raise HeadsinkError(f"checkpoint: {self.folder} is not a folder that a census left; name another one")
         if is_main():
             if ours.is_file() and ours.read_text(encoding="utf-8") != text:
-                shutil.rmtree(self.folder)  # of another census: its results cannot be used
+                remove_checkpoint(self.folder)  # of another census: its results cannot be used
             write_text(ours, text)
         wait_for_all()
 
@@ -203,19 +211,30 @@ class Checkpoint:
     def read(self, number: int) -> dict[str, Tensor] | None:
         """The results of a text, None if it is not done."""
         try:
-            return load_file(self._path(number))
+            arrays = load_file(self._path(number))
         except (OSError, SafetensorError):
             return None
+        return None if misfit(self.settings, number, arrays) else arrays
 
     def write(self, number: int, arrays: dict[str, Tensor]) -> None:
         if not is_main():
             return
         part = self._path(number).with_suffix(".part")
-        save_file({name: array.contiguous() for name, array in arrays.items()}, part)
-        os.replace(part, self._path(number))
+        with clear_errors(part):
+            part.write_bytes(save({name: array.contiguous() for name, array in arrays.items()}))
+            os.replace(part, self._path(number))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:04}.safetensors"
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what a census kept in its checkpoint, and the folder if nothing else is in it."""
+    ours = folder / SETTINGS
+    if not is_own(ours):
+        return
+    texts = len(parse_json(read_text(ours), str(ours))["texts"])
+    remove(folder, [*(f"{n:04}{ending}" for n in range(texts) for ending in (".safetensors", ".part")), SETTINGS])
 
 
 def _read(
@@ -308,6 +327,11 @@ def _texts(
 def _own(
     tokenizer: PreTrainedTokenizerBase, shape: Architecture, lengths: Sequence[int] | None, own: dict[str, list[str]]
 ) -> tuple[list[Text], list[int]]:
+    for domain, of in own.items():
+        if not is_domain(domain):
+            raise HeadsinkError(f"texts: the kind {domain!r} {DOMAIN_RULE}")
+        for n, text in enumerate(of):
+            check_text(text, f"texts: number {n} of {domain}")
     named = [
         (domain, n, tokenizer(text, verbose=False)["input_ids"][: shape.max_context])
         for domain, of in own.items()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SAID = 200  # letters of a setting that are shown
 
 
-def write_comparison(comparison: Comparison, path: Path) -> None:
+def write_comparison(comparison: Comparison, path: Path, *, force: bool = False) -> None:
     """Write one HTML file. Text that comes from models, prompts or names of runs is escaped."""
     first = _first(comparison)
     layer, head = first.to_dict()["largest_at"]
@@ -39,7 +39,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             data=_data(comparison),
         )
     )
-    write_text(path, text)
+    write_text(path, text, force)
 
 
 def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:

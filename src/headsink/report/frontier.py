@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from headsink.report.charts import BLUE, CONFIG, GREY, VERMILION, Drawn
-from headsink.report.page import write_picture
+from headsink.report.page import environment, write_picture
 
 SIZE: dict[str, Any] = {"width": 320, "height": 240}
 
@@ -17,7 +17,9 @@ def write_frontier(found: dict[str, Any], folder: Path) -> None:
     """Write frontier.html, which needs no network, and frontier.png and .svg; found: as by `Frontier.to_dict`."""
     chart = frontier_chart(found).configure(**CONFIG)
     write_picture(folder / "frontier", chart.to_dict(validate=False))
-    chart.save(str(folder / "frontier.html"), inline=True)
+    page = environment().get_template("frontier.html.j2")
+    specs = {"frontier": chart.to_dict(validate=False)}
+    (folder / "frontier.html").write_text(page.render(specs=specs, advice=found["advice"], data=""), encoding="utf-8")
 
 
 def frontier_chart(found: dict[str, Any]) -> Drawn:
