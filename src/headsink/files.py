@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from headsink.errors import HeadsinkError
 
@@ -19,7 +22,10 @@ def clear_errors(path: Path) -> Iterator[None]:
     """Turn what an operating system says about `path` into one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors gives the number of a system's error in its text only.
+        known = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        number = int(known[1]) if known else getattr(error, "errno", None) or 0
         reason = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
@@ -28,7 +34,7 @@ def clear_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only",
             errno.ENOTDIR: "part of the path is a file, not a folder",
             errno.EEXIST: "something of that name is in the way",
-        }.get(error.errno or 0, error.strerror or str(error))
+        }.get(number, os.strerror(number) if number else str(error))
         raise HeadsinkError(f"cannot write {path}: {reason}") from error
 
 
