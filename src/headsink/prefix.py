@@ -251,8 +251,8 @@ def _sliding_slots(header: _Header, layer: CacheLayerMixin) -> int:
 def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache) -> None:
     """Raise ValueError unless the tensors are those of a cache with this header. cache: of the plan, empty or filled."""
     ids = tensors.get("input_ids", torch.empty(0))
-    if ids.dim() != 2 or not len(ids):
-        raise ValueError("input_ids: no texts")
+    if ids.dim() != 2 or not len(ids) or ids.shape[1] != header.seen:
+        raise ValueError(f"input_ids is {list(ids.shape)} and must be rows of {header.seen} tokens")
     expected = _expected(header, cache, len(ids))
     if "padding" in tensors:
         expected["padding"] = torch.int64, (len(ids),)
