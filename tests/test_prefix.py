@@ -1,18 +1,24 @@
 """Contexts that are kept in files: what comes after them is as if they had just been read."""
 
 import json
-import struct
+import resource
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from families import FAMILIES, tiny
-from plans import random_plan
+from plans import random_plan, window_plan
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 import headsink
-from headsink import HeadsinkError, Plan
+from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache import nbytes
 from headsink.prefix import prefix_text
+from headsink.scores import n_features
 
 LENGTH = 61
 
@@ -61,21 +67,12 @@ def goes_on(model, cache, tokens, mask=None):
     return torch.cat(found, 1)
 
 
-def header(file):
-    """The JSON at the start of a safetensors file, and where the tensors begin."""
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
 def edit(file, change):
-    """Change the saved description, leaving the tensors as they are."""
-    found, tensors = header(file)
-    own = json.loads(found["__metadata__"]["headsink"])
-    change(own)
-    found["__metadata__"]["headsink"] = json.dumps(own)
-    packed = json.dumps(found).encode()
-    file.write_bytes(struct.pack("<Q", len(packed)) + packed + tensors)
+    """Save the file again with another header and other tensors: `change(header, tensors)` changes both in place."""
+    with safe_open(file, "pt") as old:
+        header, tensors = json.loads(old.metadata()["headsink"]), {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"headsink": json.dumps(header)})
 
 
 @pytest.mark.parametrize("way", ["running", "once", "retold"])
@@ -92,8 +89,7 @@ def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_pa
         assert torch.equal(tokens, ids)
         assert prefix_text(file) == "once upon"
         assert loaded.get_seq_length() == LENGTH
-        slides = any(row is None for row in plan.layers)  # then transformers still holds the whole text, behind a view
-        assert nbytes(loaded) < nbytes(cache) if slides else nbytes(loaded) == nbytes(cache)
+        assert nbytes(loaded) < nbytes(cache)  # empty slots are not stored
         after = text(9, 30)
         assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
 
@@ -176,45 +172,295 @@ def test_another_file_is_refused(content, tmp_path):
         headsink.load_prefix(tmp_path / "none", tiny("llama"))
 
 
+# llama, 2 rows of 61 tokens of which the second begins with 7 of padding. In layer 1, group 0 has top-k keys and group 1 has full
+# attention.
+PATTERNS = [
+    [Pattern(2, 4, 8), Pattern(2, 4, 8)],
+    [Pattern(2, 4, 8), Pattern()],
+    [Pattern(1, 0, 5), Pattern(0, 3, 200)],
+]
+DAMAGE = {
+    "a row too many": (
+        lambda h, t: t.update(input_ids=t["input_ids"].repeat(2, 1)),
+        r"keys is float32 \[2, 2, 14, 12\]",
+    ),
+    "no row": (
+        lambda h, t: t.update(input_ids=t["input_ids"][:0]),
+        r"input_ids is \[0, 61\] and must be rows of 61 tokens",
+    ),
+    "token ids in one dimension": (
+        lambda h, t: t.update(input_ids=t["input_ids"][0]),
+        r"input_ids is \[61\] and must be rows of 61 tokens",
+    ),
+    "token ids that are floats": (lambda h, t: t.update(input_ids=t["input_ids"].float()), "input_ids is float32"),
+    "a token id outside the vocabulary": (
+        lambda h, t: t["input_ids"].__setitem__((0, 3), 211),
+        "input_ids: numbers from 3 to 211, outside 0 to 210",
+    ),
+    "a negative token id": (lambda h, t: t["input_ids"].__setitem__((0, 3), -1), "input_ids: numbers from -1"),
+    "other lengths": (lambda h, t: h.update(seen=161), r"input_ids is \[2, 61\] and must be rows of 161 tokens"),
+    "a length of 2**62": (lambda h, t: h.update(seen=2**62), "must be rows of 4611686018427387904 tokens"),
+    "a length of 2**70": (lambda h, t: h.update(seen=2**70), "must be rows of 1180591620717411303424"),
+    "frozen after the end": (lambda h, t: h.update(frozen=62), "frozen: 62, of 61 tokens"),
+    "frozen though it evicts": (lambda h, t: h.update(frozen=61), "layers.0.0.scores' does not belong there"),
+    "frozen when empty": (
+        lambda h, t: h.update(frozen=0),
+        r"anchors.0.0: 6 slots after 0 tokens under full",
+    ),
+    "fewer layers": (lambda h, t: h["anchors"].pop(), "anchors: of 2 layers, the model has 3"),
+    "fewer groups": (lambda h, t: h["anchors"][1].pop(), "anchors.1: .6,., of a layer with 2 patterns"),
+    "a layer without groups": (lambda h, t: h["anchors"].__setitem__(1, None), "anchors.1: None, of a layer with 2"),
+    "no anchors": (lambda h, t: h["anchors"][0].__setitem__(0, 0), "anchors.0.0: 0 slots after 61 tokens under 2.4f.8"),
+    "too many anchors": (lambda h, t: h["anchors"][0].__setitem__(0, 2**62), "anchors.0.0: 4611686018427387904 slots"),
+    "anchors of full attention": (lambda h, t: h["anchors"][1].__setitem__(1, 4), "anchors.1.1: 4 slots .* under full"),
+    "more anchors than slots": (
+        lambda h, t: h["anchors"][2].__setitem__(1, 3),
+        "tensor 'layers.2.1.scores' is missing",
+    ),
+    "another pattern in the plan": (
+        lambda h, t: h["plan"]["layers"][0][0].update(window=9),
+        "anchors.0: .6,., of a layer with 2 patterns",
+    ),
+    "a window of 0 in the plan": (
+        lambda h, t: [head.update(window=0) for head in h["plan"]["layers"][0]],
+        r"layers.0.0.keys is float32 \[2, 2, 14, 12\] and must be float32 \[2, 2, 6, 12\]",
+    ),
+    "smaller heads": (
+        lambda h, t: [t.update({n: x[..., :6]}) for n, x in t.items() if n.endswith(("keys", "values"))],
+        r"layers.0.0.keys is float32 \[2, 2, 14, 6\] and must be float32 \[2, 2, 14, 12\]",
+    ),
+    "smaller heads in one layer": (
+        lambda h, t: t.update({f"layers.1.0.{n}": t[f"layers.1.0.{n}"][..., :6] for n in ("keys", "values")}),
+        r"layers.1.0.keys is float32 \[2, 1, 14, 6\]",
+    ),
+    "fewer slots": (
+        lambda h, t: t.update({"layers.1.1.keys": t["layers.1.1.keys"][:, :, 1:]}),
+        r"keys is float32 \[2, 1, 60",
+    ),
+    "fewer heads": (
+        lambda h, t: t.update({"layers.0.0.values": t["layers.0.0.values"][:, :1]}),
+        "layers.0.0.values is",
+    ),
+    "keys of another dtype": (
+        lambda h, t: t.update({"layers.0.0.keys": t["layers.0.0.keys"].bfloat16()}),
+        "layers.0.0.keys is bfloat16",
+    ),
+    "scores in float16": (
+        lambda h, t: t.update({"layers.0.0.scores": t["layers.0.0.scores"].half()}),
+        r"layers.0.0.scores is float16 \[2, 2, 4\] and must be float32 \[2, 2, 4\]",
+    ),
+    "scores in bytes": (
+        lambda h, t: t.update({"layers.0.0.scores": t["layers.0.0.scores"].byte()}),
+        "layers.0.0.scores is uint8",
+    ),
+    "more scores than top-k keys": (
+        lambda h, t: t.update({"layers.0.0.scores": torch.zeros(2, 2, 5)}),
+        r"layers.0.0.scores is float32 \[2, 2, 5\]",
+    ),
+    "scores of a group without top-k keys": (
+        lambda h, t: t.update({"layers.2.0.scores": torch.zeros(2, 1, 3)}),
+        "tensor 'layers.2.0.scores' does not belong there",
+    ),
+    "a score that is NaN": (lambda h, t: t["layers.0.0.scores"].fill_(float("nan")), "layers.0.0.scores: it holds NaN"),
+    "an infinite score": (lambda h, t: t["layers.0.0.scores"].fill_(float("inf")), "layers.0.0.scores: it holds NaN"),
+    "a key that is NaN": (
+        lambda h, t: t["layers.2.0.keys"].view(-1)[:1].fill_(float("nan")),
+        "layers.2.0.keys: it holds",
+    ),
+    "a value that is infinite": (
+        lambda h, t: t["layers.2.0.values"].fill_(float("inf")),
+        "layers.2.0.values: it holds",
+    ),
+    "visible in int64": (
+        lambda h, t: t.update({"layers.1.1.visible": t["layers.1.1.visible"].long()}),
+        "layers.1.1.visible is int64",
+    ),
+    "visible of 255": (
+        lambda h, t: t["layers.1.1.visible"].view(torch.uint8).fill_(255),
+        "layers.1.1.visible: numbers from 255 to 255, outside 0 to 1",
+    ),
+    "padding that is visible": (
+        lambda h, t: t["layers.1.1.visible"].fill_(True),
+        "layers.1.1.visible: it shows padding",
+    ),
+    "padding that is negative": (
+        lambda h, t: t["padding"].fill_(-5),
+        "padding: numbers from -5 to -5, outside 0 to 61",
+    ),
+    "padding of 2**40": (lambda h, t: t["padding"].fill_(2**40), "padding: numbers from 1099511627776 to"),
+    "padding that is a float": (lambda h, t: t.update(padding=t["padding"].float()), "padding is float32"),
+    "padding of no row": (
+        lambda h, t: t.update(padding=t["padding"][:0]),
+        r"padding is int64 \[0\] and must be int64 \[2\]",
+    ),
+    "padding of nearly everything": (
+        lambda h, t: (t["padding"].fill_(60), t["layers.1.1.visible"].fill_(False)),
+        "layers.0.0.scores: of more top-k keys than have left the window",
+    ),
+    "a tensor too many": (lambda h, t: t.update(other=torch.zeros(1)), "tensor 'other' does not belong there"),
+    "a tensor with line breaks in its name": (
+        lambda h, t: t.update({"\x1b]0;title\x07\n": torch.zeros(1)}),
+        r"tensor '\\x1b\]0;title\\x07\\n' does not belong there",
+    ),
+    "a tensor too few": (lambda h, t: t.pop("layers.2.1.keys"), "tensor 'layers.2.1.keys' is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged():
+    """A model, and a file of a padded batch."""
+    model, mask = tiny("llama"), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :7] = 0
+    weights = torch.randn(3, 2, n_features(12), generator=torch.Generator().manual_seed(0))
+    ids = text(rows=2)
+    cache = read(model, Plan.of(model, PATTERNS, weights), ids, mask)
+    with TemporaryDirectory() as folder:
+        yield model, headsink.save_prefix(Path(folder) / "prefix.safetensors", cache, ids)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_file_whose_parts_disagree_is_refused(case, damaged, tmp_path):
+    (model, original), (change, reason) = damaged, DAMAGE[case]
+    file = shutil.copy(original, tmp_path)
+    edit(file, lambda header, tensors: None)
+    headsink.load_prefix(file, model)
+    edit(file, change)
+    with pytest.raises(
+        HeadsinkError, match=rf"^.*prefix\.safetensors: its parts do not fit together: .*({reason})"
+    ) as refused:
+        headsink.load_prefix(file, model)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "field"),
     [
-        lambda own: own["layers"].pop(),
-        lambda own: own["layers"][0].update(seen=5),
-        lambda own: own["layers"][1]["groups"].pop(),
-        lambda own: own["layers"][1]["groups"][0].update(heads=[0, 0]),
-        lambda own: own["layers"][1]["groups"][0].update(heads=[0, 1, 2, 3]),
-        lambda own: own["layers"][1]["groups"][0].update(length=10**6, window=None),
-        lambda own: own["layers"][1]["groups"][0].update(anchors=10**6),
-        lambda own: own["layers"][1]["groups"][0].update(young=True, anchors=0),
-        lambda own: own["layers"][1]["groups"][0].update(young=True, anchors=0, window=None),
-        lambda own: own["layers"][1]["groups"][0].update(start=10**6, window=None),
+        ({"seen": 0}, "'seen'"),
+        ({"seen": 61.0}, "'seen'"),
+        ({"exact": 1}, "'exact'"),
+        ({"frozen": -1}, "'frozen'"),
+        ({"anchors": [[-1], [6, 0], [1, 0]]}, "'anchors.0.0'"),
+        ({"dtype": "int8"}, "'dtype'"),
+        ({"window": 8}, "'window'"),
+        ({"\x1b[2J\n": 8}, r"'\\x1b\[2J\\n'"),
+        ({"plan": {}}, "'plan.model'"),
+        ({"format": "headsink prefix 3"}, "'format'"),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_file_edited_into_nonsense_is_refused(family, change, tmp_path):
-    model, ids, file = tiny(family), text(), tmp_path / "prefix.safetensors"
-    headsink.save_prefix(file, read(model, random_plan(model, 1), ids), ids)
-    headsink.load_prefix(file, model)
-    layers = json.loads(header(file)[0]["__metadata__"]["headsink"])["layers"]
-    assert len(layers) > 1
-
-    def changed(own):
-        planned = [layer for layer in own["layers"] if layer["groups"]]
-        view = {"layers": [own["layers"][0], planned[0]]}
-        change(view)
-        if len(view["layers"]) < 2:
-            own["layers"].pop()
-
-    edit(file, changed)
-    with pytest.raises(HeadsinkError, match=r"prefix\.safetensors: its parts do not fit together"):
+def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):
+    model, original = damaged
+    file = shutil.copy(original, tmp_path)
+    edit(file, lambda header, tensors: header.update(change))
+    with pytest.raises(HeadsinkError, match=f"not a prefix that headsink has saved: {field}: ") as refused:
         headsink.load_prefix(file, model)
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("field", ["seen", "length", "anchors"])
-def test_a_field_of_a_wrong_kind_is_refused(field, tmp_path):
+def test_a_file_of_an_older_headsink_is_refused_with_the_command_that_makes_a_new_one(damaged, tmp_path):
+    model, original = damaged
+    file = shutil.copy(original, tmp_path)
+    edit(file, lambda header, tensors: header.update(format="headsink prefix 1"))
+    for use in (prefix_text, lambda file: headsink.load_prefix(file, model)):
+        with pytest.raises(
+            HeadsinkError, match=r"older headsink; .*: headsink read MODEL --plan PLAN .* --out .*prefix"
+        ):
+            use(file)
+
+
+def test_a_frozen_cache_of_a_streaming_plan_is_refused(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    headsink.save_prefix(file, read(model, random_plan(model, 1), ids), ids)
-    edit(file, lambda own: (own["layers"][0] if field == "seen" else own["layers"][0]["groups"][0]).update({field: -1}))
-    with pytest.raises(HeadsinkError, match="not a prefix that headsink has saved"):
+    headsink.save_prefix(file, read(model, window_plan(model, 1), ids), ids)
+    headsink.load_prefix(file, model)
+    edit(file, lambda header, tensors: header.update(frozen=5))
+    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with positions of the cache"):
         headsink.load_prefix(file, model)
+
+
+def test_a_sliding_layer_of_other_tokens_is_refused(tmp_path):
+    model, ids, file = tiny("gemma3"), text(), tmp_path / "prefix.safetensors"
+    headsink.save_prefix(file, read(model, random_plan(model, 1), ids), ids)
+    edit(file, lambda header, tensors: tensors.update({"layers.0.keys": tensors["layers.0.keys"][:, :, 1:]}))
+    with pytest.raises(
+        HeadsinkError, match=r"layers.0.keys is float32 \[1, 2, 9, 16\] and must be float32 \[1, 2, 10, 16\]"
+    ):
+        headsink.load_prefix(file, model)
+
+
+# what is not written
+
+
+def test_a_cache_with_nan_is_not_saved(tmp_path):
+    model, ids = tiny("llama"), text()
+    cache = read(model, Plan.full(model), ids)
+    cache.layers[1].groups[0].values[0, 0, 3] = float("nan")
+    with pytest.raises(HeadsinkError, match=r"this cache cannot be saved: layers\.1\.0\.values: it holds NaN"):
+        headsink.save_prefix(tmp_path / "prefix.safetensors", cache, ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda ids: ids.float(), "input_ids: float32 given, token ids are whole numbers"),
+        (lambda ids: ids + 211, "this cache cannot be saved: input_ids: numbers from .*, outside 0 to 210"),
+    ],
+)
+def test_tokens_that_are_none_are_not_saved(change, reason, tmp_path):
+    model, ids = tiny("llama"), text()
+    with pytest.raises(HeadsinkError, match=reason):
+        headsink.save_prefix(tmp_path / "prefix.safetensors", read(model, Plan.full(model), ids), change(ids))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path):
+    model, ids = tiny("llama"), text()
+    cache = read(model, Plan.full(model), ids)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(HeadsinkError, match=r"^cannot write .*prefix\.safetensors: File too large$"):
+            headsink.save_prefix(tmp_path / "prefix.safetensors", cache, ids)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+# states that are saved
+
+
+def test_tokens_that_are_hidden_stay_hidden(tmp_path):
+    model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
+    cache = read(model, random_plan(model, 4).model_copy(update={"once": True}), ids)
+    with headsink.apply(model, cache.plan), torch.no_grad():
+        model(text(2, 6), past_key_values=cache)
+    hidden = torch.tensor([[False, True, True, False]])
+    cache.hide(hidden)
+    headsink.save_prefix(file, cache, torch.cat([ids, text(2, 6)], 1))
+    loaded, _ = headsink.load_prefix(file, model)
+    after = text(9, 20)
+    assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
+
+
+def test_a_cache_that_was_held_while_empty(tmp_path):
+    model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
+    plan = random_plan(model, 4)
+    cache = headsink.new_cache(model, plan)
+    cache.hold()
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids, past_key_values=cache)
+    headsink.save_prefix(file, cache, ids)
+    loaded, _ = headsink.load_prefix(file, model)
+    after = text(9, 20)
+    assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
+
+
+def test_a_row_of_padding_only(tmp_path):
+    """After tokens were taken back the padding may be longer than what is left."""
+    model, ids, file, mask = tiny("llama"), text(rows=2), tmp_path / "prefix.safetensors", torch.ones(2, LENGTH)
+    mask[1, :50] = 0
+    cache = read(model, random_plan(model, 4, lambda rng: Pattern(2, 3, 200)), ids, mask.long())
+    cache.crop(-20)
+    headsink.save_prefix(file, cache, ids[:, :-20])
+    loaded, _ = headsink.load_prefix(file, model)
+    after, mask = text(9, 20, rows=2), mask[:, :-20].long()
+    assert torch.equal(goes_on(model, loaded, after, mask), goes_on(model, cache, after, mask))
