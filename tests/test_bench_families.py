@@ -8,7 +8,7 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
-from headsink.bench.families import APART, DEFAULT, run
+from headsink.bench.families import APART, DEFAULT, clear, run
 from headsink.bench.families_command import table
 from headsink.calibrate import _documents
 from headsink.probes import document
@@ -159,3 +159,14 @@ def test_what_the_command_tells(result):
     assert text.splitlines()[1].split()[:4] == ["calibrated", "on", "code", "maths"]
     assert "beyond a family's own" in text
     assert f"{result['cells'][0]['kl']:.4f}" in text
+
+
+def test_what_is_done_is_cleared_by_name(tmp_path):
+    folder = tmp_path / "kept"
+    (folder / "tested").mkdir(parents=True)
+    ours = ["default-0.json", "prose-0.json", "code-1000.json", "tested/prose-0.json", "tested/code-1.json"]
+    for name in [*ours, "notes.md", "tested/notes-0.json"]:
+        (folder / name).write_text("{}")
+    (folder / "settings.json").write_text(json.dumps({"families": ["prose", "code"], "seed": 0, "documents": 2}))
+    clear(folder)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {"notes.md", "tested/notes-0.json"}
