@@ -14,7 +14,7 @@ import torch
 from browser import INSTALLED, browser
 from safetensors.torch import save_file
 
-from headsink import cli, files, prompt_files, show
+from headsink import cli, files, prompt_files, terminal
 from headsink.errors import HeadsinkError, printable
 from headsink.report import frontier as frontier_report
 
@@ -301,9 +301,9 @@ def test_names_from_files_do_not_reach_the_terminal_as_they_are(monkeypatch, cap
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == f"headsink: {escaped}\n"
-    table = show._table("names", "name")
+    table = terminal.new_table("names", "name")
     table.add_row(ESCAPES)
-    show.out.print(table)
+    terminal.out.print(table)
     assert escaped in capsys.readouterr().out
 
 

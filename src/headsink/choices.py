@@ -22,8 +22,15 @@ QUERIES = 512  # of a text that a census reads: docs/census.md says what reading
 TAU = 0.4  # of the head's median value norm, below which a key can be a floating sink (docs/census.md)
 LEAST_TOKENS = 2  # of a text of a census
 
+DOMAIN_RULE = "is not a name of visible characters without . @ : / \\"
+
 CENSUS = "census.json"  # marks the folder of a census
 FRONTIER = "frontier.json"  # marks the folder of a frontier
+
+
+def is_domain(name: object) -> bool:
+    r"""Whether a kind of text may be called so. `runs/a@512:code` names one, and charts have expressions with the name."""
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable() and not set(name) & set(".@:/\\")
 
 
 def check_budget(budget: float) -> None:

@@ -41,7 +41,7 @@ from headsink.choices import (
     run_parts,
 )
 from headsink.errors import HeadsinkError, printable
-from headsink.files import check_file, check_replaceable, new_folder
+from headsink.files import check_file, check_replaceable, new_folder, reason
 from headsink.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.options import (
     MODEL_HELP,
@@ -470,7 +470,7 @@ def _run() -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        return _close_output(_fail(f"cannot write {error.filename or 'standard output'}: {error.strerror}"))
+        return _close_output(_fail(f"cannot write {error.filename or 'standard output'}: {reason(error)}"))
     return status if isinstance(status, int) else 0
 
 

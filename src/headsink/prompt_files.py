@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from headsink.census.checks import DOMAIN_RULE, is_domain
+from headsink.choices import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
 from headsink.files import check_text, parse_json, read_text
 

@@ -14,20 +14,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor
 
 from headsink.census.statistics import KEPT, SCORES, TAUS, TOKENS, distances, windows
+from headsink.choices import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
 from headsink.files import check_text
 
 SCHEMA = 2
 TOP_KEYS = 8
 SEEDS = (-(2**63), 2**64)  # of torch
-DOMAIN_RULE = "is not a name of visible characters without . @ : / \\"
 
 Shape = tuple[int | None, ...]  # None: one or more
-
-
-def is_domain(name: object) -> bool:
-    r"""Whether a kind of text may be called so. `runs/a@512:code` names one, and charts have expressions with the name."""
-    return isinstance(name, str) and bool(name.strip()) and name.isprintable() and not set(name) & set(".@:/\\")
 
 
 def _domain(name: str) -> str:

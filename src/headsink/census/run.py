@@ -28,9 +28,9 @@ from headsink.architecture import Architecture, decoder, describe
 from headsink.attention import Seen, observing
 from headsink.built_in import title
 from headsink.census.census import Census
-from headsink.census.checks import DOMAIN_RULE, SCHEMA, SEEDS, TOP_KEYS, is_domain, misfit
+from headsink.census.checks import SCHEMA, SEEDS, TOP_KEYS, misfit
 from headsink.census.statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
-from headsink.choices import QUERIES, check_lengths
+from headsink.choices import DOMAIN_RULE, QUERIES, check_lengths, is_domain
 from headsink.errors import HeadsinkError
 from headsink.files import check_text, clear_errors, is_own, parse_json, read_text, remove, write_text
 from headsink.fingerprint import Fingerprint
