@@ -8,7 +8,9 @@ import pytest
 
 from headsink import HeadsinkError, Plan, cli
 from headsink.bench import data, everything, rows
-from headsink.bench.everything import Options, label, stretched
+from headsink.bench.everything import stretched
+from headsink.bench.options import Options, label, model_names
+from headsink.built_in import BUILT_IN
 
 WORDS = (
     *("--tasks", "retrieval,gsm8k", "--items", "2", "--context", "420", "--budgets", "0.5,0.25", "--device", "cpu"),
@@ -124,9 +126,10 @@ def test_patterns_that_name_nothing_are_an_error(tiny_folder, tmp_path):
 
 
 def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch):
-    gemma = everything.BUILT_IN["gemma3-270m"]
+    gemma = BUILT_IN["gemma3-270m"]
     absent = replace(gemma, files=(("no_such_module", "file"),))
-    monkeypatch.setitem(everything.BUILT_IN, "gemma3-270m", absent)
+    monkeypatch.setitem(BUILT_IN, "gemma3-270m", absent)
+    assert model_names(["Gemma3-270M", "smollm2"]) == ("gemma3-270m", "smollm2")  # one that is absent is not refused
     options = Options(models=("gemma3-270m",), tasks=("retrieval",))
     states = everything.run(options, tmp_path, ["quality/*"])
     assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}

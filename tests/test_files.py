@@ -297,7 +297,7 @@ def test_names_from_files_do_not_reach_the_terminal_as_they_are(monkeypatch, cap
     assert printable(ESCAPES) == escaped == printable(escaped)
     assert printable("Größe 模型 😀") == "Größe 模型 😀"
     assert str(HeadsinkError(f"model: {ESCAPES}")) == f"model: {escaped}"
-    monkeypatch.setattr(cli, "app", lambda **_: cli._fail(ESCAPES))
+    monkeypatch.setattr(cli, "app", lambda **_: terminal._fail(ESCAPES))
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == f"headsink: {escaped}\n"

@@ -77,7 +77,7 @@ def cache_folder() -> Path:
 
 def check_name(name: str) -> str:
     """Raise for a model that cannot be there. Returns its name; of a built-in one as it is listed, whatever its case."""
-    found = _listed(name)
+    found = listed(name)
     if found in BUILT_IN:
         built_in = BUILT_IN[found]
         if built_in.paths() is None:
@@ -107,7 +107,7 @@ def check_tokenizer(name: str) -> None:
         raise HeadsinkError(f"{name}: no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)")
 
 
-def _listed(name: str) -> str:
+def listed(name: str) -> str:
     """The name of the built-in model that is meant, `name` itself if none is or a file of that name is here."""
     if name in BUILT_IN or Path(name).expanduser().exists():
         return name

@@ -6,17 +6,11 @@ status 2 and one line that says what was wrong and what would be right.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from headsink import corpus, prompt_files
 from headsink.answering import chat, generate, read
@@ -41,7 +35,7 @@ from headsink.choices import (
     run_parts,
 )
 from headsink.errors import HeadsinkError, printable
-from headsink.files import check_file, check_replaceable, new_folder, reason
+from headsink.files import check_file, check_replaceable, new_folder
 from headsink.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.options import (
     MODEL_HELP,
@@ -58,10 +52,9 @@ from headsink.options import (
     numbers,
 )
 from headsink.serving import PASS_ON, serve
-from headsink.terminal import emit, note, out, resumable
+from headsink.terminal import emit, note, out, resumable, run
 
 COMPARISON = "comparison.json"  # marks a folder of figures as one of ours
-PIPE_CLOSED, WRONG, INTERRUPTED = 1, 2, 130  # exit statuses
 
 app = typer.Typer(
     name="headsink",
@@ -235,8 +228,8 @@ def compare(
         check_file(report_file, force)
     if figures is not None:
         check_replaceable(figures, COMPARISON, force)
-    for run in runs:
-        check_census(Path(run_parts(str(run))[0]))
+    for one in runs:
+        check_census(Path(run_parts(str(one))[0]))
 
     import headsink
     from headsink import show
@@ -435,55 +428,8 @@ def doctor_command(seed: Seed = 0, dtype: Dtype = None, device: Device = None, a
 
 
 def main() -> None:
-    """Entry point: run a command and turn every error of the user's into one line and exit status 2."""
-    received: list[int] = []
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt  # SIGTERM ends a command as ctrl-C does, and what is done is kept
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        status = _run()
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    if status == INTERRUPTED:
-        note("stopped")
-    sys.exit(128 + received[0] if received and status == INTERRUPTED else status)
-
-
-def _run() -> int:
-    try:
-        status = app(prog_name="headsink", standalone_mode=False)
-        sys.stdout.flush()
-    except HeadsinkError as error:
-        return _fail(str(error))
-    except TyperException as error:
-        message = error.format_message().rstrip(".")
-        end = " See" if message.endswith("?") else "; see"
-        return _fail(f"{message}{end} headsink --help") if message else WRONG
-    except typer.Abort:
-        return INTERRUPTED
-    except BrokenPipeError:
-        return _close_output(PIPE_CLOSED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        return _close_output(_fail(f"cannot write {error.filename or 'standard output'}: {reason(error)}"))
-    return status if isinstance(status, int) else 0
-
-
-def _fail(message: str) -> int:
-    note(f"headsink: {message}")
-    return WRONG
-
-
-def _close_output(status: int) -> int:
-    """What is still buffered cannot be written, and Python would say so when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    return status
+    """Entry point."""
+    run(app)
 
 
 if __name__ == "__main__":

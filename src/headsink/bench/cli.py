@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headsink.bench.families_command import families
-from headsink.bench.options import CONTEXTS, NODE_PACKAGE, Options, check_contexts, check_families
+from headsink.bench.options import CONTEXTS, NODE_PACKAGE, Options, check_contexts, check_families, model_names
 from headsink.bench.quality_command import quality
 from headsink.bench.tasks import task as find_task
-from headsink.built_in import check_name
 from headsink.choices import check_budget
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, write_text
@@ -231,7 +230,7 @@ def everything(
     Rows that are there with the same settings are kept. What a missing package keeps from being measured is recorded so.
     """
     options = Options(
-        models=tuple(map(check_name, names(models))),
+        models=model_names(names(models)),
         tasks=tuple(names(tasks)),
         items=items,
         context=context,
@@ -278,7 +277,7 @@ def again(
     """
     if not folder.is_dir():
         raise HeadsinkError(f"{folder}: no such folder; name one that headsink bench all has filled")
-    options = Options(models=tuple(map(check_name, names(models))), llama_cpp=llama_cpp, vllm=vllm, device=device)
+    options = Options(models=model_names(names(models)), llama_cpp=llama_cpp, vllm=vllm, device=device)
 
     from headsink.bench import everything as all_bench
 

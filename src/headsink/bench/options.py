@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headsink.bench.tasks import TASKS
-from headsink.built_in import BUILT_IN
+from headsink.built_in import BUILT_IN, check_name, listed
 from headsink.choices import KINDS, check_budget, check_domains
 from headsink.corpus import Domain
 from headsink.errors import HeadsinkError
@@ -65,6 +65,11 @@ class Options:
 def label(model: str) -> str:
     """What to call a model in the names of rows and files: without the folders that it is in."""
     return model if model in BUILT_IN else Path(os.path.abspath(model)).stem
+
+
+def model_names(given: Sequence[str]) -> tuple[str, ...]:
+    """The names of models that can be there. Of a built-in one that is not installed, rows say so."""
+    return tuple(name if (name := listed(one)) in BUILT_IN else check_name(name) for one in given)
 
 
 def check_contexts(contexts: Sequence[int], tokens: int, most: int | None = None) -> None:
