@@ -17,7 +17,7 @@ from headsink.cache import nbytes
 from headsink.decode import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.files import check_file, read_text
-from headsink.generation import Conversation, chat_prompt
+from headsink.generation import Conversation, chat_prompt, encode
 from headsink.options import Device, Dtype, Json, Model, Seed
 from headsink.plan import Plan
 from headsink.prefix import load_prefix, prefix_text, save_prefix
@@ -110,7 +110,7 @@ def generate(
         as_chat = not raw and tokenizer.chat_template is not None
         if as_chat:  # the chat format brings its own special tokens
             text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
-        ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]
+        ids = encode(tokenizer, text, special=not as_chat)
     _compile(loaded, plan)
     torch.manual_seed(seed)
     done = generation.generate(

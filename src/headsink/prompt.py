@@ -89,7 +89,7 @@ class Prompt:
         kinds = {name: value for name, value in self.given.items() if name.endswith("token_type_ids")}
         rest = {name: value for name, value in self.given.items() if name not in kinds}
         texts, count, output = self.new[:, : self.new.shape[1] - leave], self.new.shape[1], None
-        if not chunk or any(isinstance(value, Tensor) for value in rest.values()):
+        if not chunk or not all(isinstance(value, int | float | str | None) for value in rest.values()):
             chunk = texts.shape[1]
         for start in range(0, texts.shape[1], chunk):
             part = texts[:, start : start + chunk]
