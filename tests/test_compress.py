@@ -96,3 +96,26 @@ def test_a_cache_of_another_model_or_without_its_sliding_layers_is_refused(famil
     if family == "gemma3":
         with pytest.raises(HeadsinkError, match="slide by themselves: make the cache"):
             headsink.compress(model, Plan.full(model), cache)
+
+
+def test_a_mask_that_does_not_fit_the_cache_is_refused():
+    model, whole = tiny("llama"), torch.ones(2, 9, dtype=torch.int64)
+    right, left = whole.clone(), whole.clone()
+    right[0, -2:], left[0, :2] = 0, 0
+    for mask, said in (
+        (right, "it pads on the right; pad on the left"),
+        (left[:, 1:], r"its shape is \[2, 8\] and must be \[2, 9\]"),
+        (whole[:, 1:], r"its shape is \[2, 8\] and must be \[2, 9\]"),
+        (left[:1], r"its shape is \[1, 9\] and must be \[2, 9\]"),
+    ):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.randint(3, 211, (2, 9)), **cache_argument(cache))
+        with pytest.raises(HeadsinkError, match=said):
+            headsink.compress(model, Plan.full(model), cache, mask)
+        assert cache.get_seq_length() == 9  # nothing was taken from it
+    once = Plan.full(model).model_copy(update={"once": True, "retell": (7, 8)})
+    with pytest.raises(
+        HeadsinkError, match=r"input_ids: \[1, 9\]; this plan tells the context again, the \[2, 9\] tokens"
+    ):
+        headsink.compress(model, once, cache, input_ids=whole[:1])

@@ -18,6 +18,7 @@ from headsink.generation import empty_cache
 from headsink.plan import Quality
 from headsink.transformers_names import cache_argument
 
+DECODE = {"custom_generate": decode}
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
 
 
@@ -280,11 +281,119 @@ def test_without_a_cache_it_takes_that_of_the_plan_applied():
         model.generate(prompt(5), max_new_tokens=3, custom_generate=decode)
 
 
+def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+    model = tiny("llama", seed=3)
+    model.generation_config.pad_token_id = None
+    plan = random_plan(model, 1)
+    ids = torch.cat([prompt(30), prompt(30, 1), prompt(30, 2)])
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+    with headsink.apply(model, plan):
+        found = [model.generate(ids, **given, eos_token_id=list(range(3, 30)), **loop) for loop in ({}, DECODE)]
+    assert torch.equal(*found)
+    assert (found[0][:, -9:] == 3).any()  # the first of the tokens that end a text fills it up
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row for the batch", "as many rows"])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_text_goes_on_from_its_cache(rows, chunk):
+    model, plan = generating()
+    ids = prompt(40).repeat(2, 1)
+    ids[1, 30:] = prompt(10, 1)
+    cache, given = headsink.new_cache(model, plan), {"max_new_tokens": 20, "do_sample": False}
+    with headsink.apply(model, plan), torch.no_grad():
+        expected = model.generate(ids, **given)
+        model(ids[:rows, :30], **cache_argument(cache))
+        copies = [copy.deepcopy(cache) for _ in range(2)]
+        found = model.generate(ids, **cache_argument(copies[0]), **given, **DECODE, prefill_chunk_size=chunk)
+        after = {"attention_mask": torch.ones(2, 40, dtype=torch.int64), "prefill_chunk_size": chunk}
+        rest = model.generate(ids[:, 30:], **cache_argument(copies[1]), **after, **given, **DECODE)
+    assert torch.equal(found, expected)
+    assert torch.equal(rest, expected[:, 30:])
+
+
+def test_positions_of_ones_own_go_on():
+    model, plan = generating()
+    given = {"position_ids": torch.arange(0, 60, 2)[None], "max_new_tokens": 20, "do_sample": False}
+    with headsink.apply(model, plan):
+        expected = model.generate(prompt(30), **given)
+        assert torch.equal(model.generate(prompt(30), **given, **DECODE), expected)
+        assert not torch.equal(expected, model.generate(prompt(30), max_new_tokens=20, do_sample=False))
+
+
+def test_under_autocast_and_in_inference_mode():
+    model, _ = generating()
+    with torch.inference_mode():
+        assert torch.equal(generate(do_sample=False, **DECODE), generate(do_sample=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in refusal(model)
+        with pytest.raises(HeadsinkError, match="it does not follow"):
+            generate(do_sample=False, **DECODE)
+
+
+def test_a_cache_of_a_model_that_was_converted_is_refused():
+    model = tiny("llama").bfloat16()
+    plan, ids, cache = random_plan(model, 3), prompt(40), headsink.new_cache(model, random_plan(model, 3))
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids[:, :30], **cache_argument(cache))
+    model.float()
+    with pytest.raises(HeadsinkError, match="this cache does not fit the model"), headsink.apply(model, plan):
+        model.generate(ids, **cache_argument(cache), max_new_tokens=3, **DECODE)
+
+
+ROWS = torch.ones(2, 30, dtype=torch.int64)
+RIGHT, LEFT = ROWS.clone(), ROWS.clone()
+RIGHT[0, -4:], LEFT[0, :4] = 0, 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (RIGHT, "pads on the right; pad on the left"),
+        (LEFT[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
+        (ROWS[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
+        (LEFT[:1], r"its shape is \[1, 30\] and must be \[2, 30\]"),
+        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 texts with 30 new tokens"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, said):
+    model, plan = generating()
+    ids, options = prompt(30).repeat(2, 1), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):
+        model.generate(ids, attention_mask=mask, **options, **DECODE)
+    with pytest.raises(HeadsinkError, match=said):
+        headsink.generate_lossless(model, plan, ids, attention_mask=mask, **options)
+    with pytest.raises(HeadsinkError, match="pads on the right"), headsink.apply(model, plan):
+        model.generate(ids * RIGHT, **options, **DECODE)  # of which transformers makes the mask
+
+
+def test_a_prompt_that_the_cache_holds_already_is_refused():
+    model, plan = generating()
+    cache = headsink.new_cache(model, plan)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(prompt(30), **cache_argument(cache))
+        for tokens in (30, 20):
+            with pytest.raises(HeadsinkError, match=f"input_ids: {tokens} tokens, and the cache holds 30 already"):
+                model.generate(prompt(30)[:, :tokens], **cache_argument(cache), max_new_tokens=3, **DECODE)
+
+
+def test_a_padded_cache_needs_its_mask():
+    model, plan = generating()
+    cache, ids = headsink.new_cache(model, plan), prompt(40).repeat(2, 1)
+    with headsink.apply(model, plan), torch.no_grad():
+        model(ids[:, :30], attention_mask=LEFT, position_ids=LEFT.cumsum(1) - 1, **cache_argument(cache))
+        with pytest.raises(HeadsinkError, match="the cache holds a padded batch; give the mask"):
+            model.generate(ids, **cache_argument(cache), max_new_tokens=3, **DECODE)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_beams": 2}, "beams"),
+        ({"num_beams": 2}, "beam search"),
         ({"return_dict_in_generate": True}, "return_dict"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+        ({"assistant_model": tiny("llama")}, "assisted generation"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 48)}, "inputs_embeds"),
     ],
 )
 def test_what_it_cannot_run_is_refused(options, said):

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError
-from headsink.generation import Conversation, generate
+from headsink.generation import MARK, Conversation, document_prompt, encode, generate
 from headsink.transformers_names import cache_argument
 
 
@@ -71,3 +71,68 @@ def test_lossless_generation_is_the_models_own(tiny_folder):
     assert done.kv_bytes > own.kv_bytes  # both caches
     with pytest.raises(HeadsinkError, match="lossless: give a plan that drafts"):
         generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_long_conversation_is_read_in_pieces_and_only_once(tiny_folder, compiled, monkeypatch):
+    monkeypatch.setattr("headsink.generation.CHUNK", 16)
+    model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    plan = random_plan(model, 4)
+    talk = Conversation(model, tokenizer, plan, max_new_tokens=8, compiled=compiled)
+    for question in ("What is in the box? " * 9, "And what else is there? " * 9):
+        answer = talk.ask(question)
+        assert talk.cache.get_seq_length() == len(talk.ids) - 1
+        assert follows(model, plan, talk.ids, answer.ids, None)
+
+
+def test_after_ctrl_c_a_conversation_is_as_it_was(tiny_folder):
+    model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    plan = random_plan(model, 4)
+    talk, calls = Conversation(model, tokenizer, plan, max_new_tokens=8), []
+
+    def interrupt(text):
+        calls.append(text)
+        raise KeyboardInterrupt
+
+    talk.ask("What is in the box?")
+    said = list(talk.messages)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("And what else?", show=interrupt)
+    assert calls
+    assert talk.messages == said
+    assert model.config._attn_implementation == "sdpa"
+    answer = talk.ask("And what else?")
+    assert follows(model, plan, talk.ids, answer.ids, None)
+    assert len(talk.messages) == 4
+
+
+def test_a_cache_that_one_text_cannot_follow_is_refused(tokenizer):
+    model = tiny("llama")
+    plan, ids = random_plan(model, 4), torch.randint(3, 211, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for rows, given, said in (
+        (slice(2), {}, "cache: it holds 2 texts; give the cache of one"),
+        (
+            slice(1),
+            {"attention_mask": mask[:1], "position_ids": (mask[:1].cumsum(1) - 1).clamp(min=0)},
+            "a padded batch",
+        ),
+    ):
+        cache = headsink.new_cache(model, plan)
+        with headsink.apply(model, plan), torch.no_grad():
+            model(ids[rows], **cache_argument(cache), **given)
+        with pytest.raises(HeadsinkError, match=said):
+            generate(model, tokenizer, [*ids[0].tolist(), 7], plan, cache=cache, max_new_tokens=2)
+
+
+def test_half_a_character_is_no_text(tokenizer):
+    with pytest.raises(HeadsinkError, match=r"prompt: character 4 is U\+D83D, half of a character"):
+        encode(tokenizer, "hi \ud83d!")
+    assert encode(tokenizer, "hi \N{GRINNING FACE}!") == tokenizer("hi \N{GRINNING FACE}!")["input_ids"]
+
+
+def test_a_document_may_hold_the_character_that_marks_its_end(tiny_folder):
+    _, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    text, _ = document_prompt(tokenizer, f"before {MARK} after")
+    assert text.endswith(f"before {MARK} after")

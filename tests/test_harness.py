@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from headsink.harness import HeadsinkLM, main
+from headsink.transformers_names import NAMES
 
 STORY = (
     "The keeper of the old lighthouse wrote the weather into a book, and on Sundays he counted the ships that passed. "
@@ -103,6 +104,29 @@ def test_continuations_are_scored_by_the_definition(which, batch, tiny_folder, p
         assert is_greedy == greedy
     without = own.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     assert abs(found[0][0] - without[0][0]) > 1e-3
+
+
+def test_logits_of_a_batch_padded_on_the_right_are_those_of_each_text(tiny_folder, plans):
+    """As lm-eval pads it: without a mask."""
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu")
+    ids = torch.randint(3, 200, (3, 50))
+    for row, length in enumerate((50, 31, 8)):
+        ids[row, length:] = lm.tokenizer.pad_token_id or 0
+    logits = lm._model_call(ids)
+    for row, length in enumerate((50, 31, 8)):
+        expected = reference_logits(lm.model, lm.plan, ids[row : row + 1, :length])[0]
+        torch.testing.assert_close(logits[row, :length], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
+    """Here another program has wrapped the decoder, and drops the cache."""
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu")
+    inner = lm.model.model.forward
+    lm.model.model.forward = lambda *args, **given: inner(
+        *args, **{name: value for name, value in given.items() if name not in NAMES}
+    )
+    with pytest.raises(HeadsinkError, match="the plan does not hold"):
+        lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)
 
 
 def test_what_the_model_itself_would_say_is_greedy(tiny_folder, plans):

@@ -1,6 +1,7 @@
 """Lossless mode: greedy text is the model's own, sampled text has its distribution."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,6 +109,37 @@ def test_samples_have_the_models_distribution(drafted):
     assert float(squares.sum()) < 65  # of 26 degrees of freedom: one in 30,000 is over
 
 
+def test_with_a_cache_asked_for_and_several_texts_of_a_prompt():
+    model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
+    plan = random_plan(model, 1)
+    assert torch.equal(lossless(model, plan, ids[:1], use_cache=True), own(model, ids[:1]))
+    options = {"attention_mask": mask, "num_return_sequences": 2, "do_sample": True, "top_k": 1}
+    assert torch.equal(lossless(model, plan, ids, **options), own(model, ids, **options))
+
+
+def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+    model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
+    options = {"attention_mask": mask, "eos_token_id": list(range(3, 60)), "pad_token_id": None}
+    model.generation_config.pad_token_id = None
+    assert torch.equal(lossless(model, random_plan(model, 1), ids, **options), own(model, ids, **options))
+
+
+def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
+    model, (ids, mask) = tiny("llama"), padded()
+    plan, options = random_plan(model, 1), {"attention_mask": mask}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lossless(model, plan, ids, **options), own(model, ids, **options))
+    expected = own(model, ids, **options)
+    with torch.inference_mode():
+        assert torch.equal(lossless(model, plan, ids, **options), expected)
+    with headsink.apply(model, random_plan(model, 2)), ThreadPoolExecutor(2) as pool:
+        under = own(model, ids, **options)
+        both = pool.submit(lossless, model, plan, ids, **options), pool.submit(own, model, ids, **options)
+        assert torch.equal(both[0].result(), expected)
+        assert torch.equal(both[1].result(), under)
+    assert not torch.equal(under, expected)
+
+
 def test_as_many_are_drafted_as_pay():
     pace = Pace()
     assert pace.choose() == 0
@@ -148,9 +180,13 @@ def test_text_streams_and_stops(smollm2):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_beams": 2}, "beams"),
+        ({"num_beams": 2}, "beam search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+        ({"assistant_model": tiny("llama")}, "assisted generation"),
+        ({"inputs_embeds": torch.zeros(1, 3, 48)}, "inputs_embeds"),
+        ({"use_cache": False}, "leave out use_cache=False"),
         ({"return_dict_in_generate": True}, "return_dict"),
-        ({**cache_argument(1)}, "leave out past_key_values"),
+        ({**cache_argument(1)}, "leave out the cache and custom_generate"),
         ({"draft_tokens": 9}, "draft_tokens: 9 is outside 0 to 8"),
         ({"stop_strings": ["x"]}, "stop_strings: they need tokenizer"),
     ],

@@ -121,7 +121,7 @@ def generate(
 
     import headsink
     from headsink import generation, show
-    from headsink.generation import chat_prompt
+    from headsink.generation import chat_prompt, encode
     from headsink.plan import Plan
     from headsink.prefix import load_prefix, prefix_text
 
@@ -138,7 +138,7 @@ def generate(
         as_chat = not raw and tokenizer.chat_template is not None
         if as_chat:  # the chat format brings its own special tokens
             text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
-        ids = tokenizer(text, add_special_tokens=not as_chat, verbose=False)["input_ids"]
+        ids = encode(tokenizer, text, special=not as_chat)
     _compile(loaded, plan)
     torch.manual_seed(seed)
     done = generation.generate(

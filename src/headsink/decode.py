@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from headsink import gpu
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
-from headsink.transformers_names import cache_argument, given_cache, returned_cache
+from headsink.prompt import Prompt, check_call, padding_of
+from headsink.transformers_names import generate_argument, given_cache, returned_cache
 
 
 class Decoder(Protocol):
@@ -51,6 +52,9 @@ def _backend(model: PreTrainedModel) -> Any:
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode here; None if it can."""
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
+        return "it does not follow torch.autocast; convert the model with model.to(dtype) instead"
     found: str | None = _backend(model).refusal(model)
     return found
 
@@ -90,25 +94,33 @@ def decode(
 ) -> Tensor:
     """A decoding loop for `model.generate(custom_generate=headsink.decode)`, greedy or sampling.
 
-    transformers 5.19 hands neither streamer nor tokenizer (for stop strings) to a loop that it is given: bind a streamer with
-    `functools.partial(headsink.decode, streamer=...)`, and give `generate` the same one, for the prompt.
+    The model reads the prompt with all arguments that `generate` was given, images too. transformers does not hand the tokenizer
+    for stop strings to a loop that it is given: make a `StopStringCriteria` of them.
 
     input_ids: int64 [texts, tokens], padded on the left with `attention_mask`. Returns int64 [texts, tokens], the prompts and
-    what follows them. Raises HeadsinkError for what it cannot run: see `refusal`; and beams, `return_dict_in_generate`, a model
-    that no plan is applied to.
+    what follows them. Raises HeadsinkError for what it cannot run: see `refusal`; and beams, assisted generation,
+    `return_dict_in_generate`, `inputs_embeds`, right padding, a model that no plan is applied to.
     """
-    _check_call(generation_config, model_kwargs)
+    check_call("decode", generation_config, model_kwargs)
+    if reason := refusal(model):
+        raise HeadsinkError(f"decode: {reason}")
     cache = given_cache(model_kwargs)
+    prompt = Prompt.of(model, input_ids, cache, generation_config, model_kwargs)
+    if prompt.places.dim() > 2:
+        raise HeadsinkError("decode: this model has positions of several axes; leave out custom_generate")
+    streamer = generate_argument("streamer") if streamer is None else streamer
     with torch.no_grad():
-        new = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
-        for part in new.split(generation_config.prefill_chunk_size or new.shape[1], 1):
-            given = _given(model_kwargs.get("attention_mask"), cache, part)
-            read = model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1, **given)
-            cache, logits = returned_cache(read), read.logits[:, -1].float()
+        read = prompt.read(cache, generation_config.prefill_chunk_size)
+        cache, logits = returned_cache(read), read.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
+        place = prompt.places[:, -1] + 1
+        padding = padding_of(cache)
+        by_column = place + (0 if padding is None else padding.tokens) == cache.get_seq_length()
+        own_places = not bool(by_column.all())
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        padding, fills = generation_config.pad_token_id, any(hasattr(c, "eos_token_id") for c in stopping_criteria)
+        filler = generation_config._pad_token_tensor
+        fills = filler is not None and any(hasattr(c, "eos_token_id") for c in stopping_criteria)
         with decoding(model, cache) as step:
             while True:
                 scores = logits_processor(input_ids, logits)
@@ -116,35 +128,15 @@ def decode(
                     token = torch.multinomial(scores.softmax(-1), 1)
                 else:
                     token = scores.argmax(-1, keepdim=True)
-                if fills and padding is not None:
-                    token = token.masked_fill(ended[:, None], padding)
+                if fills:
+                    token = torch.where(ended[:, None], filler.to(token.device), token)
                 input_ids = torch.cat([input_ids, token], 1)
                 if streamer is not None:
-                    streamer.put(token[:, 0])
+                    streamer.put(token[:, 0].cpu())
                 ended = ended | stopping_criteria(input_ids, scores)
                 if bool(ended.all()):
                     break
-                logits = step.run(token[:, 0])
+                logits, place = step.run(token[:, 0], place if own_places else None), place + 1
     if streamer is not None:
         streamer.end()
     return input_ids
-
-
-def _given(mask: Tensor | None, cache: Any, new: Tensor) -> dict[str, Tensor]:
-    """What a pass over new columns must be told of padding."""
-    if mask is None or bool(mask.all()):
-        return {}
-    start = 0 if cache is None else cache.get_seq_length()
-    end = start + new.shape[1]
-    return {"attention_mask": mask[:, :end], "position_ids": (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]}
-
-
-def _check_call(config: Any, given: dict[str, Any]) -> None:
-    wrong = {
-        "beams": config.num_beams is not None and config.num_beams > 1,
-        "return_dict_in_generate": config.return_dict_in_generate,
-        "inputs_embeds": given.get("inputs_embeds") is not None,
-    }
-    for what, is_so in wrong.items():
-        if is_so:
-            raise HeadsinkError(f"decode: it cannot do {what}; leave out custom_generate")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +22,7 @@ from headsink.cache import PlanCache, nbytes
 from headsink.decode import decode, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.prompt import padding_of
 from headsink.runtime import apply, compress_into, full_cache, new_cache
 from headsink.speculate import Speculation, generate_lossless
 from headsink.transformers_names import cache_argument
@@ -121,14 +121,16 @@ def generate(
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
-    if plan is not None and len(ids) > CHUNK:
-        options = {"prefill_chunk_size": CHUNK, **options}
+    if cache.get_seq_length() and getattr(cache, "rows", 1) != 1:
+        raise HeadsinkError(f"cache: it holds {cache.rows} texts; give the cache of one")  # type: ignore[attr-defined]
+    if padding_of(cache) is not None:
+        raise HeadsinkError("cache: it holds a padded batch; give the cache of one text without padding")
     if lossless:
         if plan is None or cache.get_seq_length():
             raise HeadsinkError("lossless: give a plan that drafts, and no cache")
         return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
     if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
-        options = {"custom_generate": partial(decode, streamer=clock), **options}
+        options = {"custom_generate": decode, **options}
         prepare(model)
     start = time.perf_counter()
     if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
@@ -136,6 +138,8 @@ def generate(
     reading = time.perf_counter() - start
     with nullcontext() if plan is None else apply(model, plan):
         start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text
+        if plan is not None:
+            _read_long(model, cache, text)
         model.generate(
             text,
             attention_mask=torch.ones_like(text),
@@ -171,6 +175,13 @@ def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, *
     )
 
 
+def _read_long(model: PreTrainedModel, cache: Cache, text: Tensor) -> None:
+    """Read a long prompt in pieces, but for the last one. transformers' own `prefill_chunk_size` forgets what a cache holds."""
+    with torch.no_grad():
+        for part in text[:, cache.get_seq_length() :].split(CHUNK, 1)[:-1]:
+            model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+
+
 def _read(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
     """Read in full, and compress once, what comes before the last token of the prompt, which `generate` begins with."""
     if not text.shape[1]:
@@ -196,12 +207,22 @@ def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
     return cache
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Tokens of a text, special: with those that begin one. Raises HeadsinkError for what is no text."""
+    half = next((n for n, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise HeadsinkError(
+            f"prompt: character {half + 1} is U+{ord(text[half]):04X}, half of a character; give text that was read as UTF-8"
+        )
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
 def document_prompt(tokenizer: PreTrainedTokenizerBase, document: str, raw: bool = False) -> tuple[str, list[int]]:
     """What comes before any question about a document: text and tokens, in the model's chat format if it has one."""
     if raw or tokenizer.chat_template is None:
-        return document, tokenizer(document, verbose=False)["input_ids"]
-    text = chat_prompt(tokenizer, [{"role": "user", "content": document + MARK}]).partition(MARK)[0]
-    return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return document, encode(tokenizer, document, special=True)
+    text = chat_prompt(tokenizer, [{"role": "user", "content": document + MARK}]).rpartition(MARK)[0]
+    return text, encode(tokenizer, text)
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, before: str, question: str) -> list[int]:
@@ -210,7 +231,7 @@ def question_prompt(tokenizer: PreTrainedTokenizerBase, before: str, question: s
     if tokenizer.chat_template is not None:
         start, _, rest = chat_prompt(tokenizer, [{"role": "user", "content": MARK + text}]).partition(MARK)
         text = rest if start and before.startswith(start) else text
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, text)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -243,12 +264,9 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = chat_prompt(self.tokenizer, messages)
         if self.text and prompt.startswith(self.text):
-            ids = self.ids + self.tokenizer(prompt[len(self.text) :], add_special_tokens=False)["input_ids"]
+            ids = self.ids + encode(self.tokenizer, prompt[len(self.text) :])
         else:  # the chat format rewrites what was said: read it anew
-            ids, self.cache = (
-                self.tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                self._empty_cache(),
-            )
+            ids, self.cache = encode(self.tokenizer, prompt), self._empty_cache()
         try:
             answer = generate(self.model, self.tokenizer, ids, self.plan, cache=self.cache, show=show, **self.options)
         except BaseException:

@@ -59,8 +59,8 @@ def compress(
 
     cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
     tokens], 0 for left padding. input_ids: the context, int [batch, tokens], needed if the plan retells. Use what is returned
-    inside `apply(model, plan)`. Raises HeadsinkError for another kind of cache, for input_ids that are missing or of another
-    length than the cache, and if the plan was made for another model.
+    inside `apply(model, plan)`. Raises HeadsinkError for another kind of cache, for input_ids that are missing, for a mask or
+    input_ids of another shape than the cache, for right padding, and if the plan was made for another model.
     """
     if type(cache) is not DynamicCache:
         raise HeadsinkError(f"{type(cache).__name__} cannot be compressed: a DynamicCache can")
@@ -79,18 +79,29 @@ def compress_into(
     input_ids: Tensor | None = None,
 ) -> None:
     """As `compress`, into an empty cache that is there already."""
+    rows, tokens = cache.layers[0].keys.shape[0], cache.get_seq_length()  # type: ignore[union-attr]
+    check_mask(attention_mask, rows, tokens)
     plan, padding, scores = compressed.plan, left_padding(attention_mask), None
     if padding is not None and padding.hidden is not None:
         raise HeadsinkError(GAPS)
     if plan.retell:
-        if input_ids is None or input_ids.shape[1] != cache.get_seq_length():
-            given = "missing" if input_ids is None else f"{input_ids.shape[1]} tokens"
+        if input_ids is None or input_ids.shape != (rows, tokens):
+            given = "missing" if input_ids is None else f"{list(input_ids.shape)}"
             raise HeadsinkError(
-                f"input_ids: {given}; this plan tells the context again, the {cache.get_seq_length()} tokens of the cache"
+                f"input_ids: {given}; this plan tells the context again, the [{rows}, {tokens}] tokens of the cache"
             )
         scores = retell(model, plan, cache, input_ids, None if padding is None else padding.tokens)
     compressed.fill(cache, padding, scores)
     compressed.hold()
+
+
+def check_mask(mask: Tensor | None, rows: int, tokens: int, columns: int | None = None) -> None:
+    """Raise unless a mask is of so many texts and tokens, and pads on the left. columns: of a mask of ones that is gone."""
+    found = (rows if mask is None else len(mask), mask.shape[1] if mask is not None else columns or tokens)
+    if found != (rows, tokens):
+        raise HeadsinkError(f"attention_mask: its shape is {list(found)} and must be [{rows}, {tokens}]")
+    if mask is not None and not mask[:, -1].all():
+        raise HeadsinkError("attention_mask: it pads on the right; pad on the left (tokenizer.padding_side = 'left')")
 
 
 @contextmanager

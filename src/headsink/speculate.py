@@ -30,6 +30,7 @@ from headsink.cache import PlanCache, PlanLayer
 from headsink.decode import Decoder, decoder, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.prompt import Prompt, check_call
 from headsink.runtime import apply_here, new_cache
 from headsink.transformers_names import cache_argument, given_cache
 
@@ -162,20 +163,17 @@ def _loop(
     **given: Any,
 ) -> Tensor:
     """The decoding loop that transformers is given."""
-    if (generation_config.num_beams or 1) > 1 or generation_config.return_dict_in_generate:
-        raise HeadsinkError("lossless: it cannot do beams or return_dict_in_generate")
+    check_call("lossless", generation_config, given)
     if streamer is not None and len(input_ids) > 1:
         raise HeadsinkError("lossless: a streamer takes one text")
+    prompt = Prompt.of(model, input_ids, None, generation_config, given)
     everything = Plan.full(model)
     with torch.no_grad(), apply_here(model, everything):
         full = new_cache(model, everything, exact=False)
-        given_mask = given.get("attention_mask")
-        mask = torch.ones_like(input_ids) if given_mask is None else given_mask
-        places = (mask.cumsum(1) - 1).clamp(min=0)
         if input_ids.shape[1] > 1:
-            _forward(model, full, input_ids[:, :-1], places[:, :-1], attention_mask=mask[:, :-1], logits_to_keep=1)
+            prompt.read(full, leave=1)
         draft = kept(model, plan, full)
-        state = Lossless(model, input_ids, places[:, -1], full, draft)
+        state = Lossless(model, input_ids, prompt.places[..., -1], full, draft)
         state.run(
             partial(_processed, logits_processor),
             stopping_criteria,
@@ -187,21 +185,22 @@ def _loop(
     told.kv_bytes = full.nbytes() + draft.nbytes()
     if streamer is not None:
         streamer.end()
-    padding = generation_config.pad_token_id
-    padding = padding[0] if isinstance(padding, list) else padding
-    return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=padding or 0)
+    padding = generation_config._pad_token_tensor
+    filler = 0 if padding is None else int(padding.flatten()[0])
+    return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=filler)
 
 
 class Lossless:
     """Texts on their way. texts: int64 [tokens] each; place: int64 [rows], of the last token of those that go on, which neither
-    cache has seen yet. full, draft: what the model and the plan hold of all before it (`kept`)."""
+    cache has seen yet; [axes, rows] where positions have several axes. full, draft: what the model and the plan hold of all
+    before it (`kept`)."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
         self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
         self.rows = list(range(len(input_ids)))  # those that go on
         self.step: Decoder | None = None  # drafts, where it can run the model: what it says binds nobody
         self.judge: Any = None  # verifies, on a GPU
-        self.compiled = refusal(model) is None
+        self.compiled = place.dim() == 1 and refusal(model) is None
         if self.compiled:
             prepare(model)  # before the pace is set
         # A layer that slides by itself has no unseen columns: there all rows go as far as the slowest.
@@ -228,7 +227,7 @@ class Lossless:
             start = time.perf_counter()
             tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
-            places = self.place[:, None] + torch.arange(drafted + 1, device=self.place.device)
+            places = self.place[..., None] + torch.arange(drafted + 1, device=self.place.device)
             logits = self._verify(tokens, places)
             found = []
             for row, text in enumerate(self.rows):
@@ -263,7 +262,7 @@ class Lossless:
             if self.step is not None:
                 logits = self.step.run(tokens[:, -1], self.place + n)
             else:
-                logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[:, None] + n).float()[:, -1]
+                logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[..., None] + n).float()[:, -1]
             own = [
                 processed(torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
@@ -310,7 +309,7 @@ class Lossless:
         self.rows = [self.rows[row] for row in going]
         if going and not all(kept):
             rows = torch.tensor(going, device=self.place.device)
-            self.place = self.place[rows]
+            self.place = self.place[..., rows]
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
 

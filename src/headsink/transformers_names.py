@@ -73,3 +73,16 @@ def assists() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def generate_argument(name: str) -> Any:
+    """An argument of the call of `generate` that a decoding loop runs in, None if there is none.
+
+    transformers hands its own loops `streamer` and `assistant_model`, but not a loop that it is given.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return frame.f_locals.get(name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
