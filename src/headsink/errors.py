@@ -11,3 +11,9 @@ class HeadsinkError(Exception):
 def printable(text: str) -> str:
     r"""The text on one line: every character that a terminal would not show as itself is escaped, as in \x1b or \n."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def must_be(what: str, found: object, right: object) -> None:
+    """Raise unless a kernel is given what it takes for granted: it goes by addresses, and would read and write elsewhere."""
+    if found != right:
+        raise HeadsinkError(f"{what}: {found}, and must be {right}")

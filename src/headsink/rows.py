@@ -5,6 +5,7 @@ In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headsink import gpu
+from headsink.errors import HeadsinkError, must_be
 
 FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
 ROWS = 64  # queries of a KV head up to which it is so on a GPU
 _alone = threading.Lock()
+_used = False  # whether compiled code has run in parallel in this process
+_orphaned = False  # whether it had in the process that this one was forked from, whose threads are not here
 
 
 class Softmax(NamedTuple):
@@ -71,6 +75,31 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
+def _after_fork() -> None:
+    """In a forked process: nobody else holds the lock, and the parent's OpenMP threads, which torch uses too, are gone. With
+    one thread torch needs none, which is what `DataLoader` sets in its workers."""
+    global _alone, _orphaned
+    _alone = threading.Lock()
+    if _used:
+        _orphaned = True
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def claim() -> None:
+    """Say that compiled code will run in this process. Raises HeadsinkError in one that was forked after it had run: OpenMP would
+    end it, or wait for ever."""
+    global _used
+    if _orphaned:
+        raise HeadsinkError(
+            "compiled kernels cannot run in a forked process after the parent used them: start processes with the 'spawn' "
+            "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(multiprocessing_context='spawn')"
+        )
+    _used = True
+
+
 @contextmanager
 def turn() -> Iterator[int]:
     """Within, compiled code may run in parallel: with as many threads as torch, which it gives, and no other call of it beside.
@@ -78,6 +107,7 @@ def turn() -> Iterator[int]:
     Left to itself numba takes every processor, and torch after it as well, since OpenMP counts for both. numba's own pool, where
     there is neither OpenMP nor TBB, must not be entered twice.
     """
+    claim()
     import numba
 
     threads = torch.get_num_threads()
@@ -105,10 +135,17 @@ def attend_table(
     table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
 ) -> Tensor:
     """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
-    value: [batch, heads, 1, dim], of one token that comes in before."""
+    value: [batch, heads, 1, dim], of one token that comes in before, of the dtype that the heads' buffers have."""
+    claim()  # before numba is imported: another thread may have been at it when this process was forked
     from headsink.cpu import kernels
 
-    dim = query.shape[3]
+    batch, query_heads, _, dim = query.shape
+    heads = len(table) // max(batch, 1)
+    must_be("attention: rows of the table", len(table), batch * heads)
+    must_be("attention: tokens and query heads left over", (query.shape[2], query_heads % max(heads, 1)), (tokens, 0))
+    for new in (key, value):
+        if new is not None:
+            must_be("attention: a new token", (new.shape, new.dtype), ((batch, heads, 1, dim), query.dtype))
     rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
     out = torch.empty_like(rows)
     none = rows.new_empty(0, dim)
@@ -128,9 +165,10 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
         from headsink.gpu.attention import attend_buffers
 
         return attend_buffers(query.contiguous(), keys, values, visible, end, *softmax)[0]
-    batch, heads, slots, dim = keys.shape
     from headsink.layout import Field
 
+    batch, heads, slots, dim = keys.shape
+    check_buffers(query, keys, values, visible, end)
     keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
     table = np.zeros((batch * heads, len(Field)), np.int64)
@@ -140,6 +178,19 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
     table[:, Field.VISIBLE] = visible.data_ptr() + number
     table[:, Field.END] = end
     return attend_table(table, query, query.shape[2], softmax.scaling)
+
+
+def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int) -> None:
+    """Raise unless buffers are of the shapes that `attend_few` says."""
+    batch, heads, slots, dim = keys.shape
+    like = keys.shape, query.dtype, query.device
+    must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1), query.shape[3]), (batch, 0, dim))
+    must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
+    must_be("attention: values", (values.shape, values.dtype, values.device), like)
+    must_be("attention: flags", (visible.shape, visible.dtype, visible.device), (like[0][:3], torch.bool, query.device))
+    must_be(
+        "attention: slots up to the last token's", (end, query.shape[2]), (min(end, slots), min(query.shape[2], end))
+    )
 
 
 class Own(NamedTuple):
@@ -189,6 +240,8 @@ def attend_tiles(
         from headsink.gpu import prefill as on_gpu
 
         return on_gpu.attend(query, keys, values, sight, scaling, softcap, learned)[0]
+    check_sight(query, keys, values, sight)
+    claim()
     from headsink.cpu import prefill, tiles
 
     grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
@@ -210,6 +263,18 @@ def attend_tiles(
             threads,
         )
     return out.view_as(query)
+
+
+def check_sight(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> None:
+    """Raise unless queries, keys and what they see are of the shapes that `attend_tiles` says."""
+    heads, n_keys, (batch, query_heads, _, dim) = len(keys), keys.shape[1], query.shape
+    like = (heads, n_keys, dim), query.dtype, query.device
+    must_be("attention: heads left over", (heads % max(batch, 1), batch * query_heads % max(heads, 1)), (0, 0))
+    must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
+    must_be("attention: values", (values.shape, values.dtype, values.device), like)
+    must_be("attention: ends of keys", (sight.until.shape, sight.until.device), ((heads, n_keys), query.device))
+    must_be("attention: heads that see keys of their own", len(sight.each or keys), heads)
+    must_be("attention: anchors", sight.anchors, min(sight.anchors, n_keys))
 
 
 def _numbers(tensor: Tensor) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headsink import gpu
+from headsink.errors import must_be
 
 NONE = float("-inf")  # the score of what is no floating key
 
@@ -64,6 +65,7 @@ def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
     scores of keys in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding). A key is there
     while fewer than this number of `leaving` have left; those that leave are there from then on, or never.
     """
+    must_be("lifetimes: rows of scores", held.shape[:-1], leaving.shape[:-1])
     every = leaving.shape[-1]
     if held.shape[-1] + every <= floating:  # what can be kept is
         gone = torch.arange(1, every + 1, device=leaving.device)

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from headsink.architecture import attention_modules, decoder, describe
 from headsink.cache import PlanCache, PlanLayer
-from headsink.errors import HeadsinkError
+from headsink.errors import HeadsinkError, must_be
+from headsink.held import Held
 from headsink.layout import Field, Layout, advance
 from headsink.models import dtype_name
-from headsink.rows import Sight, Softmax, attend_few, attend_tiles, turn
+from headsink.rows import Sight, Softmax, attend_few, attend_tiles, claim, turn
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 # The same layer, with or without biases and norms of queries and keys.
@@ -94,28 +95,29 @@ def _kind(dtype: torch.dtype) -> Any:
 
 
 class Decoder:
-    """A model and a cache, laid out for the kernel. Addresses are read once: neither may change in between."""
+    """A model and a cache, laid out for the kernel. Addresses are read once: neither may change in between. What lies there is
+    held on to, so that a change gives an error or old weights, and never reads what is not there."""
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
+        claim()
         from headsink.cpu import kernels  # numba takes a second, which other commands need not wait for
 
         self.kernels, self.cache = kernels, cache
         self.stack = cast(Any, decoder(model))
         self.shape = shape = describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
-        groups = [group for layer in self.layers for group in layer.groups]
-        if not groups or any(g.recent is not None or (g.recording and g.lets_go) for g in groups):
-            raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
         attention: list[Any] = attention_modules(model)  # type: ignore[assignment]
         blocks = list(self.stack.layers)
-        self.embedding = model.get_input_embeddings().weight
-        self.unembedding = model.get_output_embeddings().weight
+        self.parameters = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        self.embedding, self.unembedding = (weight.detach() for weight in self.parameters)
+        self.held = Held(shape, self.layers, self.embedding.dtype)
         self.like = np.empty(0, _kind(self.embedding.dtype))
         self._weights = [
             [a.q_proj, a.k_proj, a.v_proj, a.o_proj, b.mlp.gate_proj, b.mlp.up_proj, b.mlp.down_proj]
             for a, b in zip(attention, blocks, strict=True)
         ]
-        self.weights = np.array([[linear.weight.data_ptr() for linear in row] for row in self._weights])
+        self.matrices = [[linear.weight.detach() for linear in row] for row in self._weights]
+        self.weights = np.array([[matrix.data_ptr() for matrix in row] for row in self.matrices])
         self.norms = _table([[b.input_layernorm.weight, b.post_attention_layernorm.weight] for b in blocks])
         self.last_norm = _array(self.stack.norm.weight)
         self.eps = np.float32(self.stack.norm.variance_epsilon)
@@ -137,13 +139,20 @@ class Decoder:
 
     def resume(self) -> None:
         """Go on after the cache was changed by others."""
-        self.length = self.ready = self.cache.get_seq_length()
+        self.held = Held(self.shape, self.layers, self.embedding.dtype)
+        self.length = self.ready = self.held.length
 
     def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Let a token of every text in, int64 [texts]. places: their positions, if they are not those of the columns.
 
         Returns the logits of what follows, float32 [texts, vocabulary].
         """
+        self.held.check(len(tokens))
+        same = (self.parameters[0].data_ptr(), self.parameters[1].data_ptr())
+        if same != (self.embedding.data_ptr(), self.unembedding.data_ptr()):
+            raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
+        if places is not None:
+            must_be("decode: positions", places.shape, tokens.shape)
         if self.length >= self.ready:
             self._make_ready()
         self.cache.plan.check_length(self.length + 1, self.shape.max_context)
@@ -192,6 +201,7 @@ class Decoder:
             layer.seen = self.length
             for group in layer.groups:
                 group.length = self.length
+        self.held.length = self.length
 
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
@@ -199,6 +209,7 @@ class Decoder:
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
         layouts = [Layout(layer.groups, AHEAD) for layer in self.layers]
+        self.held = Held(self.shape, self.layers, self.embedding.dtype)  # buffers may have grown
         self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
         self.heads = np.stack([layout.table for layout in layouts])
         self.pads = self.heads[0, :, :1, Field.PAD]

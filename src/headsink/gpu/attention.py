@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headsink.errors import must_be
 from headsink.gpu.parts import LOG2E, capped, processors, product
 from headsink.layout import Field
+from headsink.rows import check_buffers
 
 TILE_BYTES = 2**14  # of the keys of a tile, and of their values
 FIELDS = tl.constexpr(len(Field))
@@ -208,6 +210,14 @@ def _combine(
         tl.store(lse + row_at, logarithm / LOG2E)
 
 
+def check_table(table: Tensor, length: Tensor, texts: int, heads: int, device: torch.device) -> None:
+    """Raise unless a table on the card is of so many texts and KV heads. The buffers that it speaks of are checked where it is
+    made (layout.py), and new keys where they are offered (cache.py)."""
+    found = tuple(table.shape), table.dtype, table.device, table.is_contiguous()
+    must_be("attention: the table of KV heads", found, ((texts, heads, len(Field)), torch.int64, device, True))
+    must_be("attention: the length", (length.numel(), length.dtype, length.device), (1, torch.int64, device))
+
+
 def attend(
     query: Tensor,
     table: Tensor,
@@ -229,6 +239,13 @@ def attend(
     """
     texts, query_heads, tokens, dim = query.shape
     kv_heads = table.shape[1]
+    check_table(table, length, texts, kv_heads, query.device)
+    must_be("attention: query heads left over", query_heads % kv_heads, 0)
+    for given in (query, *(() if turned is None else (turned,))):
+        found = given.shape, given.dtype, given.device, given.is_contiguous()
+        must_be("attention: queries", found, (query.shape, query.dtype, query.device, True))
+    if learned is not None:
+        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
     heads, group = texts * kv_heads, query_heads // kv_heads
     rows = group * tokens
     programs = 2 * processors(query.device) if programs is None else programs
@@ -299,6 +316,7 @@ def attend_buffers(
     """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
     bool [texts, KV heads, slots]."""
     texts, kv_heads, slots, dim = keys.shape
+    check_buffers(query, keys, values, visible, end)
     keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
     number = torch.arange(texts * kv_heads, device=query.device).view(texts, kv_heads) * slots
     table = number.new_zeros(texts, kv_heads, len(Field))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.blockwise import Inputs
+from headsink.errors import must_be
 from headsink.gpu.parts import LOG2E, capped, product
 
 TILE_BYTES = 2**13  # of the keys of a tile, and of their values: more would not fit into the registers
@@ -214,6 +215,10 @@ class _Asked:
         self.inputs = inputs
         self.key, self.value = (t[0] if t.stride(3) == 1 else t[0].contiguous() for t in (inputs.key, inputs.value))
         kv_heads, self.length, self.dim = self.key.shape
+        like = inputs.key.shape, inputs.key.dtype, inputs.key.device
+        must_be("census: values", (inputs.value.shape, inputs.value.dtype, inputs.value.device), like)
+        query = inputs.query.shape[0], inputs.query.shape[1] % kv_heads, *inputs.query.shape[2:], inputs.query.dtype
+        must_be("census: queries", query, (1, 0, self.length, self.dim, self.key.dtype))
         self.group = inputs.query.shape[1] // kv_heads
         self.at, self.reach = rows, min(inputs.sliding or self.length, self.length)
         grouped = inputs.query[0][:, rows].view(kv_heads, self.group, len(rows), self.dim)
@@ -255,6 +260,7 @@ class _Asked:
     def sums(self, bands: list[_Band], parts: int, sinks: Tensor, values: bool = False) -> _Sums:
         """Sums over bands, of which the first `parts` hold each key once. sinks: bool [KV heads, keys]."""
         shape = (*self.query.shape[:2], len(bands))
+        must_be("census: flags of sinks", (tuple(sinks.shape), sinks.is_contiguous()), (self.key.shape[:2], True))
         tops, spreads, peaks = (self.query.new_zeros(shape, dtype=torch.float32) for _ in range(3))
         sums = tops.new_empty(*shape, 2)
         vectors = tops.new_empty(*shape, 2, self.dim if values else 0)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from headsink import gpu
 from headsink.architecture import describe
 from headsink.cache import OnCard, PlanCache, PlanLayer
-from headsink.errors import HeadsinkError
+from headsink.errors import HeadsinkError, must_be
+from headsink.held import Held
 from headsink.layout import Layout
 from headsink.transformers_names import cache_argument
 
@@ -78,9 +79,8 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
         self.model, self.cache, self.shape = model, cache, describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
-        groups = [group for layer in self.layers for group in layer.groups]
-        if not groups or any(g.recent is not None or (g.recording and g.lets_go) for g in groups):
-            raise HeadsinkError("decode: a cache is needed that holds a text and is not being recorded")
+        self.parameters = list(model.parameters())
+        self.weights = [weight.detach() for weight in self.parameters]  # which a graph has the addresses of
         self.columns = torch.zeros(1, dtype=torch.int64, device=model.device)  # that have come in
         self.tables = self.columns.new_zeros(0)  # of all layers
         self.passes: dict[int, Pass] = {}  # by their number of tokens
@@ -89,7 +89,8 @@ class Decoder:
 
     def resume(self) -> None:
         """Go on after the cache was changed by others."""
-        self.length = self.cache.get_seq_length()
+        self.held = Held(self.shape, self.layers, self.model.dtype)
+        self.length = self.held.length
         if self.buffers == self._buffers():
             self.columns.fill_(self.length)
         else:
@@ -123,6 +124,13 @@ class Decoder:
         Returns the logits of what follows each of them, float32 [texts, tokens, vocabulary].
         """
         count = tokens.shape[1]
+        self.held.check(len(tokens))
+        if self.parameters[0].data_ptr() != self.weights[0].data_ptr():
+            raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
+        if places is not None:
+            must_be("decode: positions", places.shape, tokens.shape)
+        if count > 1 and any(group.lets_go for layer in self.layers for group in layer.groups):
+            raise HeadsinkError("decode: several tokens at once, where keys are let go; give one after the other")
         if self.length + count > self.ready:
             self._make_ready(count)
         self.cache.plan.check_length(self.length + count, self.shape.max_context)
@@ -146,6 +154,7 @@ class Decoder:
             layer.seen = self.length
             for group in layer.groups:
                 group.length = self.length
+        self.held.length = self.length
 
     def take(self, other: PlanCache, count: int) -> None:
         """Let in the last columns of another cache of the model, as they are. Neither lets anything go."""
@@ -153,8 +162,10 @@ class Decoder:
 
         if self.length + count > self.ready:
             self._make_ready(count)
+        kind = self.layers[0].groups[0].keys.dtype
         for theirs, table in zip(other.layers, self.tables, strict=True):
             key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
+            must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (kind, self.shape.head_dim))
             enter(key.contiguous(), value.contiguous(), table, self.columns)
         self.columns.add_(count)
         self.length += count
@@ -186,7 +197,9 @@ class Decoder:
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
         layouts = [Layout(layer.groups, max(AHEAD, tokens)) for layer in self.layers]
+        self.held = Held(self.shape, self.layers, self.model.dtype)  # buffers may have grown
         self.ready = min(self.length + max(AHEAD, tokens), *(layout.until for layout in layouts))
+        must_be("decode: there is room for the tokens", self.length + tokens <= self.ready, True)
         tables = torch.from_numpy(np.stack([layout.table for layout in layouts]))
         if tables.shape != self.tables.shape:  # other texts than before
             self.tables, self.passes = torch.empty_like(tables, device=self.columns.device), {}

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headsink.errors import must_be
 from headsink.gpu.attention import (
     ANCHORS,
     FIELDS,
@@ -25,7 +26,9 @@ from headsink.gpu.attention import (
     VISIBLE,
     WEIGHTS,
     WINDOW,
+    check_table,
 )
+from headsink.layout import Field
 from headsink.slots import FOREVER
 
 SCAN = 1024  # scores looked through at once
@@ -113,6 +116,10 @@ def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
     before them.
     """
     texts, heads, tokens, dim = key.shape
+    check_table(table, length, texts, heads, key.device)
+    for given in (key, value):
+        found = given.shape, given.dtype, given.device, given.is_contiguous()
+        must_be("cache: new keys and values", found, (key.shape, key.dtype, key.device, True))
     wide = triton.next_power_of_2(dim)
     with torch.cuda.device_of(key):
         _enter[(texts * heads, tokens)](
@@ -139,9 +146,11 @@ def hide(hidden: Tensor, tables: Tensor, length: Tensor) -> None:
     [layers, texts, KV heads, len(Field)]; length: int64 [1], all columns so far."""
     layers, texts, heads, _ = tables.shape
     columns = hidden.shape[1]
+    check_table(tables.view(layers * texts, heads, len(Field)), length, layers * texts, heads, hidden.device)
+    must_be("hide: rows", (len(hidden), hidden.dtype), (texts, torch.bool))
     with torch.cuda.device_of(tables):
         _hide[(layers * texts * heads,)](
-            hidden.to(torch.int8),
+            hidden.to(torch.int8).contiguous(),
             tables,
             length,
             COLUMNS=columns,

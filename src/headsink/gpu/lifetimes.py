@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headsink.errors import must_be
+
 BLOCK = 128  # keys
 NEVER = 2**31 - 1
 
@@ -53,6 +55,7 @@ def better_ones(scores: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
     keys of each row, the best first: int64 [rows, keys].
     """
     rows, keys = scores.shape
+    must_be("lifetimes: numbers of keys", (tuple(floating.shape), floating.device), ((rows,), scores.device))
     blocks = triton.cdiv(keys, BLOCK)
     order = scores.argsort(stable=True).flip(-1)
     number = torch.arange(keys, dtype=torch.int32, device=scores.device)

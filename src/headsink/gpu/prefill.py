@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headsink.errors import must_be
 from headsink.gpu import on_card
 from headsink.gpu.parts import LOG2E, capped, product
-from headsink.rows import Own, Sight
+from headsink.rows import Own, Sight, check_sight
 
 SCAN = 1024  # keys looked through at once
 # Numbers that change from text to text, for which nothing is compiled anew.
@@ -214,6 +215,9 @@ def attend(
     """
     batch, query_heads, tokens, dim = query.shape
     heads, n_keys = keys.shape[:2]
+    check_sight(query, keys, values, sight)
+    if learned is not None:
+        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
     wide = triton.next_power_of_2(dim)
     tile = shape(wide, query.dtype) if tile is None else tile
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
