@@ -6,7 +6,7 @@ import pytest
 import torch
 from waiting import Waiting
 
-from headsink.cache import PlanLayer, Update
+from headsink.cache_layer import PlanLayer, Update
 from headsink.gpu import first, prefill
 from headsink.pattern import FULL, Pattern
 from headsink.rows import Sight, Softmax

@@ -8,7 +8,7 @@ from reference import held_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
-from headsink.cache import PlanLayer, Update
+from headsink.cache_layer import PlanLayer, Update
 from headsink.head_group import QUERY_BLOCK
 from headsink.pattern import reference_attention
 from headsink.rows import Softmax

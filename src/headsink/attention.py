@@ -26,7 +26,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from headsink import blockwise
 from headsink.architecture import describe
 from headsink.blockwise import Inputs
-from headsink.cache import PlanLength, Update, cast
+from headsink.cache_layer import PlanLength, Update, cast
 from headsink.errors import HeadsinkError
 from headsink.head_group import QUERY_BLOCK
 from headsink.passes import ATTENTION, check_uncached, engaged, watching

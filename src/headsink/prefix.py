@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from headsink.architecture import vocabulary
-from headsink.cache import PlanCache, PlanLayer
+from headsink.cache import PlanCache
+from headsink.cache_layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.files import new_file
 from headsink.head_group import HeadGroup

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from headsink.cache import PlanCache, PlanLayer
+from headsink.cache import PlanCache
+from headsink.cache_layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.runtime import check_mask
 from headsink.slots import Padding

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink import gpu
-from headsink.cache import PlanCache, PlanLayer
+from headsink.cache import PlanCache
+from headsink.cache_layer import PlanLayer
 from headsink.decode import Decoder, decoder, prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headsink.architecture import attention_modules, decoder, describe
-from headsink.cache import PlanCache, PlanLayer
+from headsink.cache import PlanCache
+from headsink.cache_layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.held import Held
 from headsink.layout import Field, Layout, advance

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from headsink import gpu
 from headsink.architecture import describe
-from headsink.cache import OnCard, PlanCache, PlanLayer
+from headsink.cache import PlanCache
+from headsink.cache_layer import OnCard, PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.held import Held
 from headsink.layout import Layout
