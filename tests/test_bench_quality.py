@@ -4,6 +4,7 @@ import json
 import math
 import random
 from decimal import Decimal
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +13,7 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, cli
-from headsink.bench import data, quality, quality_command, scoring
+from headsink.bench import data, quality, scoring
 from headsink.bench.quality import run, table
 from headsink.bench.tasks import TASKS, Room, task
 
@@ -322,6 +323,6 @@ def test_plans_are_made_once_and_kept(bench, tiny_folder, tmp_path, monkeypatch)
     first = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert first[0] == 0, first[2]
     assert [path.name for path in (tmp_path / "out-plans").iterdir()] == ["500-1-0.json"]
-    monkeypatch.setattr(quality_command, "Calibration", None)
+    monkeypatch.setattr(import_module("headsink.calibrate"), "Calibration", None)
     again = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert json.loads(again[1])["results"] == json.loads(first[1])["results"]
