@@ -116,8 +116,6 @@ class Game:
                     outcome = "not finite"
             except HeadsinkError as error:
                 outcome, found = "refused", torch.zeros(0)
-                if False:
-                    sys.stderr.write(f"{call.__name__}: {error}\n")
                 if "\n" in str(error) or not str(error):
                     outcome = f"not one line: {error}"
             except Exception as error:  # what may come is judged here

@@ -39,7 +39,7 @@ WRONG_FEW = {
     "fewer flags": {"visible": FLAGS[:, :, :4]},
     "wide flags": {"visible": FLAGS.long()},
     "more slots than there are": {"end": 6},
-    "more queries than slots": {"query": torch.randn(2, 6, 3, 8), "end": 2},
+    "slots before the first": {"end": -1},
 }
 UNTIL = torch.full((6, 5), 9)
 TILES = {

@@ -93,9 +93,9 @@ def _check(group: Slots, first: Slots) -> None:
         must_be(f"cache: {what} of KV heads {group.heads}", found, right)
     if group.scores.shape[2]:
         weights = group.weights
-        found = tuple(weights.shape), weights.dtype, weights.device, weights.is_contiguous()
-        right = (len(group.heads), n_features(dim)), torch.float32, first.keys.device, True
-        must_be(f"cache: weights of scores of KV heads {group.heads}", found, right)
+        here = tuple(weights.shape), weights.dtype, weights.device, weights.is_contiguous()
+        there = (len(group.heads), n_features(dim)), torch.float32, first.keys.device, True
+        must_be(f"cache: weights of scores of KV heads {group.heads}", here, there)
     must_be("cache: tokens held", group.length, first.length)
     ring, anchors = group.keys.shape[2] - group.anchors, group.pattern.sink + group.scores.shape[2]
     must_be("cache: slots in front of the window", group.anchors >= (0 if group.window is None else anchors), True)

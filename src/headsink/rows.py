@@ -143,9 +143,9 @@ def attend_table(
     heads = len(table) // max(batch, 1)
     must_be("attention: rows of the table", len(table), batch * heads)
     must_be("attention: tokens and query heads left over", (query.shape[2], query_heads % max(heads, 1)), (tokens, 0))
-    for new in (key, value):
-        if new is not None:
-            must_be("attention: a new token", (new.shape, new.dtype), ((batch, heads, 1, dim), query.dtype))
+    for token in (key, value):
+        if token is not None:
+            must_be("attention: a new token", (token.shape, token.dtype), ((batch, heads, 1, dim), query.dtype))
     rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
     out = torch.empty_like(rows)
     none = rows.new_empty(0, dim)
@@ -188,9 +188,7 @@ def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, 
     must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
     must_be("attention: values", (values.shape, values.dtype, values.device), like)
     must_be("attention: flags", (visible.shape, visible.dtype, visible.device), (like[0][:3], torch.bool, query.device))
-    must_be(
-        "attention: slots up to the last token's", (end, query.shape[2]), (min(end, slots), min(query.shape[2], end))
-    )
+    must_be("attention: slots up to the last token's", end, min(max(end, 0), slots))
 
 
 class Own(NamedTuple):

@@ -242,8 +242,8 @@ def attend(
     check_table(table, length, texts, kv_heads, query.device)
     must_be("attention: query heads left over", query_heads % kv_heads, 0)
     for given in (query, *(() if turned is None else (turned,))):
-        found = given.shape, given.dtype, given.device, given.is_contiguous()
-        must_be("attention: queries", found, (query.shape, query.dtype, query.device, True))
+        kind = given.shape, given.dtype, given.device, given.is_contiguous()
+        must_be("attention: queries", kind, (query.shape, query.dtype, query.device, True))
     if learned is not None:
         must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
     heads, group = texts * kv_heads, query_heads // kv_heads
