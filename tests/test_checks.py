@@ -39,7 +39,7 @@ WRONG_FEW = {
     "fewer flags": {"visible": FLAGS[:, :, :4]},
     "wide flags": {"visible": FLAGS.long()},
     "more slots than there are": {"end": 6},
-    "more queries than slots": {"query": torch.randn(2, 6, 3, 8), "end": 2},
+    "slots before the first": {"end": -1},
 }
 UNTIL = torch.full((6, 5), 9)
 TILES = {
@@ -180,7 +180,7 @@ def test_a_step_takes_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
     with decoding(model, cache) as step:
         for rows in (1, 3):
-            with pytest.raises(HeadsinkError, match=r"^decode: rows of tokens: "):
+            with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: "):
                 step.run(torch.full((rows,), 5))
         with pytest.raises(HeadsinkError, match=r"^decode: positions: "):
             step.run(torch.tensor([5, 5]), torch.tensor([30]))
@@ -252,7 +252,7 @@ def test_a_step_on_a_gpu_sees_the_same(device):
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, **cache_argument(cache))
         step = Decoder(model, cache)
-        with pytest.raises(HeadsinkError, match=r"^decode: rows of tokens: 1, and must be 2"):
+        with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: \(1,\), and must be \(2,\)"):
             step.run(ids[:1, 0])
         with pytest.raises(HeadsinkError, match="several tokens at once"):
             step.read(ids[:, :2])

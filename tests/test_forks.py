@@ -71,7 +71,7 @@ print("training:", trained())
 try:
     trained(work=kernel)
 except Exception as error:
-    print("kernels in a worker:", [line for line in str(error).splitlines() if "HeadsinkError" in line])
+    print("kernels in a worker:", [line for line in str(error).splitlines() if line.startswith("headsink.")])
 
 stop = threading.Event()
 def busy():

@@ -37,12 +37,12 @@ class Held:
         """Buffers are made anew when rows change, when the cache grows, and when keys are held that would have gone."""
         return [buffer for layer in self.layers for group in layer.groups for buffer in (group.keys, group.scores)]
 
-    def check(self, rows: int) -> None:
-        """Raise unless the cache is as it was, and a token of every text is given."""
+    def check(self, texts: tuple[int, ...]) -> None:
+        """Raise unless the cache is as it was, and tokens of all of its texts are given, [texts]."""
         now = self._now()
         same = len(now) == len(self.buffers) and all(map(operator.is_, now, self.buffers))
         if not same or self.layers[0].seen != self.length:
             raise HeadsinkError(
                 "decode: the cache was changed by others; call resume() after a change, or make a new step"
             )
-        must_be("decode: rows of tokens", rows, self.rows)
+        must_be("decode: texts that tokens are given of", texts, (self.rows,))

@@ -188,9 +188,7 @@ def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, 
     must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
     must_be("attention: values", (values.shape, values.dtype, values.device), like)
     must_be("attention: flags", (visible.shape, visible.dtype, visible.device), (like[0][:3], torch.bool, query.device))
-    must_be(
-        "attention: slots up to the last token's", (end, query.shape[2]), (min(end, slots), min(query.shape[2], end))
-    )
+    must_be("attention: slots up to the last token's", end, min(max(end, 0), slots))
 
 
 class Own(NamedTuple):

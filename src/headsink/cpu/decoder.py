@@ -59,6 +59,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 def prepare(model: PreTrainedModel) -> None:
     """Compile what a model that can decode here runs: half a minute the first time on a machine, then from numba's cache."""
+    claim()
     from headsink.cpu import kernels
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
@@ -148,7 +149,7 @@ class Decoder:
 
         Returns the logits of what follows, float32 [texts, vocabulary].
         """
-        self.held.check(len(tokens))
+        self.held.check(tuple(tokens.shape))
         same = (self.parameters[0].data_ptr(), self.parameters[1].data_ptr())
         if same != (self.embedding.data_ptr(), self.unembedding.data_ptr()):
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")

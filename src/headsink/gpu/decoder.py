@@ -125,7 +125,7 @@ class Decoder:
         Returns the logits of what follows each of them, float32 [texts, tokens, vocabulary].
         """
         count = tokens.shape[1]
-        self.held.check(len(tokens))
+        self.held.check(tuple(tokens.shape[:-1]))
         if self.parameters[0].data_ptr() != self.weights[0].data_ptr():
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
         if places is not None:

@@ -1,0 +1,378 @@
+"""Random calls of models under plans, legal and not. `python random_calls.py SEED GAMES` plays games and says what came of them.
+
+A game is some calls, drawn from a seed, over a few caches that live on: of two tiny Llamas of other shapes, float32 or bfloat16,
+under plans of every kind. A call may give a result of the right shape, `HeadsinkError`, or one of `ALLOWED`. Half of the games
+are of plain forward passes in float32: they are played again with kernels switched off, and must give the same logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import re
+import sys
+import threading
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from plans import random_plan, window_plan
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import headsink
+from headsink import HeadsinkError, Plan, apply, generate_lossless, new_cache
+from headsink.decode import decoder
+from headsink.transformers_names import cache_argument
+
+CALLS = 12  # of a game
+VOCABULARY = 61
+SHAPES = ({"num_key_value_heads": 2, "head_dim": 12}, {"num_key_value_heads": 4, "head_dim": 16})
+ALL_SHAPES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Errors of torch and transformers for input that never reaches headsink: (call, words of the message, why).
+ALLOWED = (
+    (
+        "generate|lossless",
+        "^index -1 is out of bounds for dimension 1 with size 0",
+        "`generate` looks at a prompt's last token",
+    ),
+    ("generate", "^assisted generate is only supported for batch_size = 1", "prompt lookup takes one text"),
+    (
+        "generate",
+        r"^The size of tensor a .* must match .* at non-singleton dimension 0",
+        "positions are made of any mask",
+    ),
+    (
+        "forward",
+        "^cannot reshape tensor of 0 elements",
+        "no tokens, outside of `apply`: not even the full model takes that",
+    ),
+    ("copy", "^Only Tensors created explicitly by the user", "torch copies no tensors that carry gradients"),
+)
+
+
+@dataclass
+class Held:
+    """A cache of the game. rows: 0 while it is empty."""
+
+    cache: Any
+    model: int
+    plan: Plan
+
+    @property
+    def rows(self) -> int:
+        return int(self.cache.rows)
+
+    @property
+    def length(self) -> int:
+        return int(self.cache.get_seq_length())
+
+
+def make_model(shape: int, kind: torch.dtype, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**ALL_SHAPES | SHAPES[shape])).to(kind).eval()
+
+
+class Game:
+    """Calls drawn from a seed. plain: forward passes and what changes caches, in float32, nothing that depends on a choice
+    between near-equal logits."""
+
+    def __init__(self, seed: int):
+        self.rng, self.plain = random.Random(seed), seed % 2 == 0
+        kinds = [torch.float32] if self.plain else [torch.float32, torch.bfloat16]
+        self.models = [make_model(shape, self.rng.choice(kinds), seed) for shape in range(2)]
+        self.plans = [[random_plan(m, seed), Plan.full(m), window_plan(m, seed)] for m in self.models]
+        torch.manual_seed(seed)
+        self.held = [self._new() for _ in range(2)]
+        self.log: list[tuple[str, str, Any]] = []  # of every call: its name, what came of it, logits
+
+    def play(self) -> None:
+        calls = [self.forward] * 10 + [self.crop, self.rows, self.order, self.copy, self.record, self.hold, self.renew]
+        calls += [self.reset]
+        if not self.plain:
+            calls += [self.generate] * 8 + [self.lossless, self.step, self.step, self.step, self.change, self.threads]
+        for _ in range(CALLS):
+            call = self.rng.choice(calls)
+            try:
+                outcome, found = "ok", call()
+                if found is None:
+                    found = torch.zeros(0)
+                elif not bool(torch.isfinite(found).all()):
+                    outcome = "not finite"
+            except HeadsinkError as error:
+                outcome, found = "refused", torch.zeros(0)
+                if "\n" in str(error) or not str(error):
+                    outcome = f"not one line: {error}"
+            except Exception as error:  # what may come is judged here
+                outcome, found = self._judged(call.__name__, error), torch.zeros(0)
+            self.log.append((call.__name__, outcome, found))
+
+    def _judged(self, name: str, error: Exception) -> str:
+        for call, words, _ in ALLOWED:
+            if re.fullmatch(call, name) and re.search(words, str(error)):
+                return f"allowed: {words}"
+        where = [f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)][-6:]
+        return f"{type(error).__name__}: {error} {where}"
+
+    # what calls are given
+
+    def _new(self) -> Held:
+        model = self.rng.randrange(2)
+        plan = self.rng.choice(self.plans[model])
+        return Held(new_cache(self.models[model], plan, exact=self.rng.random() < 0.5), model, plan)
+
+    def _some(self) -> tuple[Held, int]:
+        """A cache and a model, mostly its own."""
+        held = self.rng.choice(self.held)
+        return held, held.model if self.rng.random() < 0.93 else 1 - held.model
+
+    def _ids(self, rows: int, tokens: int) -> torch.Tensor:
+        ids = [self.rng.randrange(3, VOCABULARY) for _ in range(rows * tokens)]
+        return torch.tensor(ids, dtype=torch.long).view(rows, tokens)
+
+    def _rows_for(self, held: Held) -> int:
+        return held.rows if held.rows and self.rng.random() < 0.85 else self.rng.randint(1, 3)
+
+    def _mask(self, rows: int, columns: int) -> torch.Tensor | None:
+        kind, mask = self.rng.random(), torch.ones(rows, columns, dtype=torch.long)
+        if kind < 0.6:
+            return None
+        if kind < 0.85:  # left padding, now and then of a whole row
+            for row in range(rows):
+                mask[row, : self.rng.randint(0, min(columns, 12))] = 0
+            return mask
+        if kind < 0.89:
+            return torch.ones(rows, max(0, columns + self.rng.choice([-3, -1, 1, 4])), dtype=torch.long)
+        if kind < 0.93:
+            return torch.ones(rows + 1, columns, dtype=torch.long)
+        if kind < 0.97:
+            mask[self.rng.randrange(rows), self.rng.randrange(max(columns, 1)) : columns] = 0
+            return mask
+        return mask.bool() if kind < 0.985 else mask.float()
+
+    def _context(self) -> Any:
+        kind = self.rng.random()
+        if kind < 0.75:
+            return torch.no_grad()
+        if kind < 0.85:
+            return torch.inference_mode()
+        if kind < 0.92 and not self.plain:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # calls
+
+    def forward(self) -> Any:
+        held, model = self._some()
+        cache = cache_argument(held.cache) if self.rng.random() < 0.9 else {}
+        rows, tokens = self._rows_for(held), self.rng.choice([0, 1, 1, 1, 1, 1, 2, 3, 4, 9, 17, 40])
+        ids, before = self._ids(rows, tokens), held.length if cache else 0
+        given: dict[str, Any] = dict(cache)
+        mask = self._mask(rows, before + tokens)
+        if mask is not None:
+            given["attention_mask"] = mask
+            if mask.shape == (rows, before + tokens):
+                given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
+        inside = apply(self.models[model], self.rng.choice(self.plans[model]))
+        if cache and self.rng.random() < 0.03:
+            inside = contextlib.nullcontext()  # type: ignore[assignment]
+        with self._context(), inside:
+            logits = self.models[model](ids, **given).logits
+        assert logits.shape == (rows, tokens, VOCABULARY), logits.shape
+        return logits.detach().float()
+
+    def generate(self) -> None:
+        held, model = self._some()
+        options: dict[str, Any] = self.rng.choice(
+            [
+                {},
+                {"num_beams": 2},
+                {"do_sample": True, "num_return_sequences": 2},
+                {"num_beams": 2, "num_return_sequences": 2},
+                {"use_cache": False},
+                {"prompt_lookup_num_tokens": 2},
+                {"custom_generate": headsink.decode},
+                {"custom_generate": headsink.decode, "do_sample": True},
+                {"prefill_chunk_size": 3},
+            ]
+        )
+        cache = cache_argument(held.cache) if self.rng.random() < 0.5 else {}
+        rows, before = self._rows_for(held), held.length if cache else 0
+        tokens = max(0, before + self.rng.choice([0, 1, 1, 1, 5, 20, -2]))
+        mask = self._mask(rows, tokens)
+        given = {} if mask is None else {"attention_mask": mask}
+        most = self.rng.randint(1, 4)
+        with self._context(), apply(self.models[model], self.rng.choice(self.plans[model])):
+            found = self.models[model].generate(
+                self._ids(rows, tokens), **given, **cache, max_new_tokens=most, **{"do_sample": False, **options}
+            )
+        assert len(found) == rows * options.get("num_return_sequences", 1), found.shape
+        assert tokens < found.shape[1] <= tokens + most, (found.shape, tokens, most)
+
+    def lossless(self) -> None:
+        model, rows, tokens = self.rng.randrange(2), self.rng.randint(1, 3), self.rng.choice([0, 1, 5, 30])
+        mask = self._mask(rows, tokens)
+        given = {} if mask is None else {"attention_mask": mask}
+        plan = self.rng.choice(self.plans[self.rng.choice([model, model, model, 1 - model])])
+        found = generate_lossless(
+            self.models[model],
+            plan,
+            self._ids(rows, tokens),
+            max_new_tokens=3,
+            do_sample=self.rng.random() < 0.3,
+            **given,
+        )
+        assert len(found) == rows
+        assert tokens < found.shape[1] <= tokens + 3
+
+    def step(self) -> Any:
+        """Some tokens by a step of our own, with a change now and then."""
+        held, model = self._some()
+        step, logits = decoder(self.models[model], held.cache), torch.zeros(0)
+        try:
+            for _ in range(self.rng.randint(1, 5)):
+                rows = self._rows_for(held)
+                logits = step.run(self._ids(rows, 1)[:, 0])
+                assert logits.shape == (rows, VOCABULARY)
+                if self.rng.random() < 0.15:
+                    step.settle()
+                    self.rng.choice([self.rows, self.order, self.crop, self.change, self.hold])()
+                    if self.rng.random() < 0.5:
+                        step.resume()
+        finally:
+            with contextlib.suppress(HeadsinkError):
+                step.settle()
+        return logits
+
+    def crop(self) -> None:
+        held = self.rng.choice(self.held)
+        held.cache.crop(-self.rng.choice([0, 1, 1, 2, 5, 1000]) if self.rng.random() < 0.95 else 2)
+
+    def rows(self) -> None:
+        held = self.rng.choice(self.held)
+        if self.rng.random() < 0.5:
+            held.cache.batch_repeat_interleave(self.rng.choice([1, 2]))
+        elif held.rows:
+            keep = sorted(self.rng.sample(range(held.rows), self.rng.randint(1, held.rows)))
+            held.cache.batch_select_indices(torch.tensor(keep))
+        if held.rows > 6:
+            held.cache.batch_select_indices(torch.tensor([0]))
+
+    def order(self) -> None:
+        held = self.rng.choice(self.held)
+        if held.rows:
+            held.cache.reorder_cache(torch.tensor([self.rng.randrange(held.rows) for _ in range(held.rows)]))
+
+    def reset(self) -> None:
+        self.rng.choice(self.held).cache.reset()
+
+    def copy(self) -> None:
+        held = self.rng.choice(self.held)
+        self.held[self.rng.randrange(2)] = Held(copy.deepcopy(held.cache), held.model, held.plan)
+
+    def record(self) -> None:
+        self.rng.choice(self.held).cache.activate_past_recording()
+
+    def hold(self) -> None:
+        self.rng.choice(self.held).cache.hold()
+
+    def renew(self) -> None:
+        self.held[self.rng.randrange(2)] = self._new()
+
+    def change(self) -> None:
+        model = self.rng.choice(self.models)
+        model.to(self.rng.choice([torch.float32, torch.bfloat16]))
+
+    def threads(self) -> None:
+        """Both caches at once, if they are of rows that can go on."""
+        errors: list[Exception] = []
+        given = [(held, self._ids(held.rows or 1, tokens)) for held, tokens in zip(self.held, (1, 9), strict=True)]
+
+        def work(held: Held, ids: torch.Tensor) -> None:
+            try:
+                with torch.no_grad(), apply(self.models[held.model], held.plan):
+                    for _ in range(2):
+                        self.models[held.model](ids, **cache_argument(held.cache))
+            except Exception as error:  # raised below, in the game's thread
+                errors.append(error)
+
+        running = [threading.Thread(target=work, args=one) for one in given if given[0][0].cache is not one[0].cache]
+        running.append(threading.Thread(target=work, args=given[0]))
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        for error in sorted(errors, key=lambda error: isinstance(error, HeadsinkError)):
+            raise error
+
+
+@contextlib.contextmanager
+def without_kernels() -> Any:
+    """Everything in torch."""
+    from headsink import cache, head_group, rows
+
+    before = rows.can_run
+    for module in (rows, cache, head_group):
+        module.can_run = lambda *_: False
+    try:
+        yield
+    finally:
+        for module in (rows, cache, head_group):
+            module.can_run = before
+
+
+def played(seed: int) -> tuple[Counter[str], list[str]]:
+    """What came of the calls of a game, counted, and what should not have."""
+    game, wrong = Game(seed), []
+    game.play()
+    counts = Counter(f"{name}: {outcome.split(':')[0]}" for name, outcome, _ in game.log)
+    for number, (name, outcome, _) in enumerate(game.log):
+        if outcome not in ("ok", "refused") and not outcome.startswith("allowed: "):
+            wrong.append(f"seed {seed}, call {number}, {name}: {outcome}")
+    if game.plain:
+        with without_kernels():
+            again = Game(seed)
+            again.play()
+        for number, (one, other) in enumerate(zip(game.log, again.log, strict=True)):
+            where = f"seed {seed}, call {number}, {one[0]}"
+            if one[:2] != other[:2]:
+                wrong.append(f"{where}: {one[1]}; without kernels {other[:2]}")
+                break
+            if one[2].shape != other[2].shape or not torch.allclose(one[2], other[2], rtol=1e-3, atol=1e-3):
+                most = float((one[2] - other[2]).abs().max())
+                wrong.append(f"{where}: logits differ by {most} from those without kernels")
+                break
+    return counts, wrong
+
+
+def _say(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def main(first: int, games: int) -> None:
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    for seed in range(first, first + games):
+        _say({"seed": seed})
+        counts, wrong = played(seed)
+        _say({"seed": seed, "counts": counts, "wrong": wrong})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
