@@ -327,7 +327,13 @@ def test_columns_between_tokens_are_hidden(patterns, pad, end, count, sizes, dty
     hidden = torch.zeros(2, length, dtype=torch.bool)
     hidden[1, end : end + count] = True
     start, sizes = told, list(sizes)
-    late = [p for p in patterns if p.floating and (p.window or 0) < told - end and p.size(told) < told]
+    late = [
+        p
+        for p in patterns
+        if p.floating and p.size(told) < told
+        for column in range(end, end + count)
+        if column < told - (p.window or 0) and column - pad >= p.sink
+    ]
     if late:
         with pytest.raises(HeadsinkError, match="may be among the top-k keys"):
             attend(layer, query, key, value, Padding(pads, pad, hidden[:, : told + 1]), told, told + 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -195,9 +195,11 @@ def _mask(
             f"{int(kv_length)}], of all tokens in the cache and the new ones"
         )
     padding = left_padding(attention_mask)
-    if padding is not None and padding.hidden is not None and padding.hidden[:, -q_length:].any():
-        raise HeadsinkError(GAPS)
-    return padding
+    if padding is None or padding.hidden is None or not padding.hidden[:, -q_length:].any():
+        return padding
+    if q_length == kv_length and (attention_mask.int().diff(dim=1).ne(0).sum(1) <= 1 + (padding.tokens > 0)).all():  # type: ignore[union-attr]
+        return replace(padding, hidden=None, right=True)
+    raise HeadsinkError(GAPS)
 
 
 def left_padding(mask: Tensor | None) -> Padding | None:

@@ -68,6 +68,12 @@ class PlanCache(Cache):
             return first.groups[0].keys.shape[0] if first.groups else 0
         return first.keys.shape[0] if first.is_initialized else 0
 
+    @property
+    def padding(self) -> Padding | None:
+        """What rows do not see, None if they see all."""
+        groups = (layer.groups for layer in self.layers if isinstance(layer, PlanLayer))
+        return next((own[0].padding for own in groups if own), None)
+
     def check_whole(self) -> None:
         """Raise if the layers hold different numbers of tokens, as an interrupted pass leaves them."""
         lengths = {layer.get_seq_length() for layer in self.layers}

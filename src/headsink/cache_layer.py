@@ -161,6 +161,11 @@ class PlanLayer(CacheLayerMixin):
         self.attended += 1
         if not self.groups:
             self._make_groups(update.key, padding)
+        elif self.groups[0].padding is not None and self.groups[0].padding.right:
+            raise HeadsinkError(
+                "this cache begins with texts that are padded on the right: pad on the left (tokenizer.padding_side "
+                "= 'left') to go on from it"
+            )
         elif padding is not None:
             self._check_padding(padding)
         key, value = update.key, update.value

@@ -167,6 +167,7 @@ class _Texts:
                 f"this cache holds {cache.rows} texts and the model was given {rows}; give as many, or a cache of "
                 "one text, which is repeated"
             )
+        _check_columns(given, cache)
         length = cache.get_seq_length() + count
         cache.plan.check_length(length, self.shape.max_context)
         if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
@@ -210,6 +211,28 @@ def _refuse(stack: Any, given: dict[str, Any], kept: bool) -> None:
     ):
         raise HeadsinkError(
             "position_ids start again within a row, as packed documents do; a plan takes one document a row, padded on the left"
+        )
+
+
+def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
+    """Raise unless mask and positions of new tokens say that they come after what the cache holds."""
+    length, padding = cache.get_seq_length(), cache.padding
+    mask, places = given.get("attention_mask"), given.get("position_ids")
+    first = places[:, 0] if places is not None and places.dim() == 2 else None
+    pads = torch.zeros(1, dtype=torch.int64) if padding is None else padding.tokens
+    if not length:
+        return
+    if padding is not None and padding.most:
+        by_mask = mask is not None and not (mask.dim() == 2 and mask.all())
+        by_places = mask is None and first is not None and not (first > length - pads).any()
+        if not by_mask and not by_places:
+            raise HeadsinkError(
+                "attention_mask: the cache holds a batch padded on the left; give the mask of all its tokens and the new ones"
+            )
+    if first is not None and places.shape[1] > 1 and ((first == 0) & (pads.to(first.device) < length)).any():
+        raise HeadsinkError(
+            f"the cache holds {length} tokens and the new ones begin at position 0 again: give the text with one token or more "
+            "after those"
         )
 
 

@@ -14,7 +14,7 @@ are in no order; softmax does not mind, because rotary positions are already in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -37,15 +37,18 @@ GROWTH = 128  # slots that a ring grows by until it is as long as its window
 class Padding:
     """What rows of a batch do not see. tokens: left padding, int64 [batch]; most: the largest of them; hidden: bool [batch,
     columns],
-    columns between tokens, such as the padding after a turn of a conversation that ended early; None if there are none."""
+    columns between tokens, such as the padding after a turn of a conversation that ended early; None if there are none.
+    right: the text that the cache begins with is padded on the right, so it can be read, but not continued."""
 
     tokens: Tensor
     most: int
     hidden: Tensor | None = None
+    right: bool = False
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Padding | None:
         tokens, hidden = change(self.tokens), None if self.hidden is None else change(self.hidden)
-        return Padding(tokens, int(tokens.max()), hidden) if hidden is not None or tokens.any() else None
+        some = self.right or hidden is not None or bool(tokens.any())
+        return Padding(tokens, int(tokens.max()), hidden, self.right) if some else None
 
 
 def lasting(method: Method) -> Method:
@@ -358,21 +361,31 @@ class Slots:
             self.recent, tokens = None, -left
         self.length -= tokens
         if self.padding is not None and self.padding.hidden is not None:
-            self.padding = Padding(self.padding.tokens, self.padding.most, self.padding.hidden[:, : self.length])
+            self.padding = replace(self.padding, hidden=self.padding.hidden[:, : self.length])
 
     @lasting
     def hide(self, hidden: Tensor) -> None:
         """Of the last columns, those that a row is not to see: bool [batch, columns]. Each still takes its place in the
         window."""
+        if self.window is not None and self.pattern.sink:
+            self.visible[:, :, : self.pattern.sink] &= ~self._sinks(hidden)[:, None]
         hidden = hidden[:, max(0, hidden.shape[1] - self._held()) :]
         columns = torch.arange(self.length - hidden.shape[1], self.length, device=hidden.device)
         self.visible[:, :, self._slots(columns)] &= ~hidden[:, None]
         self.holes = True
 
+    def _sinks(self, hidden: Tensor) -> Tensor:
+        """Which sink tokens that have left the window are among hidden columns, bool [batch, all columns]: bool [batch, sink]."""
+        columns = torch.arange(self.pattern.sink, device=hidden.device).expand(len(hidden), -1)
+        columns = columns if self.padding is None else columns + self.padding.tokens[:, None]
+        left = columns < self.length - self._held()
+        return hidden.gather(1, columns.clamp(max=hidden.shape[1] - 1)) & left
+
     def check_hide(self, hidden: Tensor) -> None:
         """Raise if columns that are to be hidden may be among the top-k keys, where nothing tells which they are."""
         gone = hidden[:, : max(0, hidden.shape[1] - self._held())]
-        if self.window is not None and self.pattern.floating and gone.any():
+        positions = self._positions(torch.arange(gone.shape[1], device=gone.device).view(1, 1, -1))[:, 0]
+        if self.window is not None and self.pattern.floating and (gone & (positions >= self.pattern.sink)).any():
             raise HeadsinkError(
                 f"attention_mask hides tokens that have left a window of {self.window}, and may be among the top-k "
                 "keys: start such a row with a new cache"
