@@ -229,7 +229,12 @@ def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
             raise HeadsinkError(
                 "attention_mask: the cache holds a batch padded on the left; give the mask of all its tokens and the new ones"
             )
-    if first is not None and places.shape[1] > 1 and ((first == 0) & (pads.to(first.device) < length)).any():
+    if (
+        first is not None
+        and places is not None
+        and places.shape[1] > 1
+        and ((first == 0) & (pads.to(first.device) < length)).any()
+    ):
         raise HeadsinkError(
             f"the cache holds {length} tokens and the new ones begin at position 0 again: give the text with one token or more "
             "after those"
