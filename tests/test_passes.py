@@ -501,3 +501,11 @@ def full_cache_of(model):
 
 def test_models_have_the_argument_that_is_filled():
     assert CACHE in inspect.signature(modeling_llama.LlamaModel.forward).parameters
+
+
+def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
+    plan = random_plan(model, 1).model_copy(update={"once": True})
+    cache = headsink.new_cache(model, plan)
+    cache.hold()
+    with headsink.apply(model, plan), torch.no_grad(), warnings.catch_warnings(action="error"):
+        model(prompt(), **cache_argument(cache))

@@ -69,6 +69,11 @@ class PlanCache(Cache):
         return first.keys.shape[0] if first.is_initialized else 0
 
     @property
+    def held(self) -> bool:
+        """Whether nothing is evicted any more (`hold`)."""
+        return any(layer.held for layer in self.layers if isinstance(layer, PlanLayer))
+
+    @property
     def padding(self) -> Padding | None:
         """What rows do not see, None if they see all."""
         groups = (layer.groups for layer in self.layers if isinstance(layer, PlanLayer))

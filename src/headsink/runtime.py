@@ -148,6 +148,10 @@ class _Texts:
         tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
         if tokens is None or not tokens.shape[1]:
             raise HeadsinkError("the model was called without tokens; give input_ids or inputs_embeds with one or more")
+        if given.get("token_type_ids") is not None and not given["token_type_ids"].any():
+            given["token_type_ids"] = (
+                None  # of a prompt without images (Gemma 3), for which the model would build a mask
+            )
         cache = given_cache(given)
         _refuse(decoder(self.model), given, kept)
         if cache is None:
@@ -172,7 +176,8 @@ class _Texts:
         cache.plan.check_length(length, self.shape.max_context)
         if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
             self.warned.add("length")
-        if cache.plan.once and not cache.get_seq_length() and count > 1 and "once" not in self.warned:
+        evicts = cache.plan.once and not cache.held and not cache.get_seq_length() and count > 1
+        if evicts and "once" not in self.warned:
             self.warned.add("once")
             warnings.warn(
                 "this plan was made for prefill compression: read the prompt with the full cache and call "
