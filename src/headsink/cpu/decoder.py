@@ -20,7 +20,6 @@ from headsink.errors import HeadsinkError
 from headsink.layout import Field, Layout, advance
 from headsink.models import dtype_name
 from headsink.rows import Sight, Softmax, attend_few, attend_tiles, turn
-from headsink.slots import FOREVER
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 # The same layer, with or without biases and norms of queries and keys.
@@ -204,10 +203,7 @@ class Decoder:
         self.cos, self.sin = self._rotation((columns - torch.from_numpy(self.pads)).clamp(min=0))
         if self.cache.plan.positions == "cache":
             self.last_place = np.array(
-                [
-                    [max(min(head.sink + (head.window or 0), FOREVER) - 1, 0) for head in row or ()]
-                    for row in self.cache.plan.layers
-                ]
+                [[max(head.sink + (head.window or 0) - 1, 0) for head in row or ()] for row in self.cache.plan.layers]
             )
             places = min(int(self.last_place.max()), self.length + AHEAD) + 1  # a plan's window may have any size
             if self.turns is None or self.turns.shape[1] < places:
