@@ -81,7 +81,18 @@ def test_size_is_never_more_than_the_text(pattern, context):
 
 
 @pytest.mark.parametrize(
-    "values", [(-1, 0, 4), (0, -1, 4), (0, 0, -1), (4, 0, None), (0, 2, None), (1.5, 0, 4), (True, 0, 4)]
+    "values",
+    [
+        (-1, 0, 4),
+        (0, -1, 4),
+        (0, 0, -1),
+        (4, 0, None),
+        (0, 2, None),
+        (1.5, 0, 4),
+        (True, 0, 4),
+        (0, 0, 2**31),
+        (2**70, 0, 0),
+    ],
 )
 def test_nonsense_is_refused(values):
     with pytest.raises(HeadsinkError):

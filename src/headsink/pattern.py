@@ -23,6 +23,8 @@ from torch import Tensor
 from headsink.errors import HeadsinkError
 from headsink.scores import key_scores
 
+LONGEST = 2**31 - 1  # tokens that a pattern may name: what kernels count with has 32 or 64 bits
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -49,6 +51,8 @@ class Pattern:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise HeadsinkError(f"{name}: {value!r} is not a whole number of tokens, 0 or more")
+            if value > LONGEST:
+                raise HeadsinkError(f"{name}: {value} tokens are over {LONGEST}, the most that kernels count to")
         if self.window is None and (self.sink or self.floating):
             raise HeadsinkError("window: full attention (window=None) sees every key, so sink and floating must be 0")
 

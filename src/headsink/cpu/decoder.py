@@ -170,7 +170,7 @@ class Decoder:
         if (
             self.turns is not None
         ):  # first tokens are looked at from the last place of the cache, once the text is beyond it
-            turns = np.take(self.turns, np.minimum(length - self.pads, self.last_place[:, None]), 1)
+            turns = np.take(self.turns, np.clip(length - self.pads, 0, self.last_place[:, None]), 1)
         else:
             turns = np.zeros((2, len(self.layers), texts, 0, 0), np.float32)
         with turn() as threads:
@@ -217,12 +217,13 @@ class Decoder:
         self.pads = self.heads[0, :, :1, Field.PAD]
         columns = torch.arange(self.length, self.length + AHEAD)
         self.cos, self.sin = self._rotation((columns - torch.from_numpy(self.pads)).clamp(min=0))
-        if self.cache.plan.positions == "cache" and self.turns is None:
+        if self.cache.plan.positions == "cache":
             self.last_place = np.array(
-                [[head.sink + (head.window or 0) - 1 for head in row or ()] for row in self.cache.plan.layers]
+                [[max(head.sink + (head.window or 0) - 1, 0) for head in row or ()] for row in self.cache.plan.layers]
             )
-            places = torch.arange(int(self.last_place.max()) + 1)[None]
-            self.turns = np.stack([found[0] for found in self._rotation(places)])
+            places = min(int(self.last_place.max()), self.length + AHEAD) + 1  # a plan's window may have any size
+            if self.turns is None or self.turns.shape[1] < places:
+                self.turns = np.stack([found[0] for found in self._rotation(torch.arange(places)[None])])
 
     def _rotation(self, positions: Tensor) -> tuple[Any, Any]:
         """cos and sin of rotary positions, int64 [texts, tokens]: float32 [texts, tokens, rotated]."""
