@@ -39,7 +39,7 @@ from headsink.slots import FOREVER
 CASES = int(os.environ.get("HEADSINK_FUZZ", "150"))
 SEED = int(os.environ.get("HEADSINK_FUZZ_SEED", "0"))
 MEMORY = 16 * 2**30  # bytes that a file may take the process to
-PATIENCE = 120  # seconds that one file may take on a busy machine
+PATIENCE = 400  # seconds that one file may take, the first of which compiles the kernels
 
 NUMBERS = (
     0,
