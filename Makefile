@@ -39,11 +39,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The built-in model is converted before, and once; each of the two processes has one thread, or they would wait for each other.
 test: lint
-	$(BIN)/pytest
+	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(OLDEST_TESTS)
 
 # Over .venv, whose packages it sees, but for transformers.
 $(OLDEST_READY): $(READY)

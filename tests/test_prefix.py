@@ -89,7 +89,9 @@ def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_pa
         assert torch.equal(tokens, ids)
         assert prefix_text(file) == "once upon"
         assert loaded.get_seq_length() == LENGTH
-        assert nbytes(loaded) < nbytes(cache)  # empty slots are not stored
+        assert nbytes(loaded) <= nbytes(cache)  # empty slots are not stored
+        spare = any(head.pattern.full for layer in plan.layers for head in layer or ())  # slots that such heads grow by
+        assert not spare or nbytes(loaded) < nbytes(cache)
         after = text(9, 30)
         assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
 
@@ -402,7 +404,7 @@ def test_a_cache_with_nan_is_not_saved(tmp_path):
     ("change", "reason"),
     [
         (lambda ids: ids.float(), "input_ids: float32 given, token ids are whole numbers"),
-        (lambda ids: ids + 211, "this cache cannot be saved: input_ids: numbers from .*, outside 0 to 210"),
+        (lambda ids: ids - 211, "this cache cannot be saved: input_ids: numbers from .*, outside 0"),
     ],
 )
 def test_tokens_that_are_none_are_not_saved(change, reason, tmp_path):
@@ -418,7 +420,9 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(HeadsinkError, match=r"^cannot write .*prefix\.safetensors: File too large$"):
+        with pytest.raises(
+            HeadsinkError, match=r"^cannot write .*prefix\.safetensors: the file would be larger than is allowed here$"
+        ):
             headsink.save_prefix(tmp_path / "prefix.safetensors", cache, ids)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

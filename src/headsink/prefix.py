@@ -320,7 +320,9 @@ def _check_range(name: str, numbers: Tensor, last: int | None) -> None:
     """Raise ValueError for a number below 0 or above `last`."""
     if numbers.numel() and (int(numbers.min()) < 0 or (last is not None and int(numbers.max()) > last)):
         found = int(numbers.min()), int(numbers.max())
-        raise ValueError(f"{name}: numbers from {found[0]} to {found[1]}, outside 0 to {last}")
+        raise ValueError(
+            f"{name}: numbers from {found[0]} to {found[1]}, outside 0{f' to {last}' if last is not None else ' and above'}"
+        )
 
 
 def _padding(tensors: dict[str, Tensor]) -> Tensor:

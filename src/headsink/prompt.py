@@ -15,7 +15,6 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from headsink.cache import PlanCache
-from headsink.cache_layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.runtime import check_mask
 from headsink.slots import Padding
@@ -67,7 +66,7 @@ class Prompt:
             raise HeadsinkError(
                 f"input_ids: {count} tokens, and the cache holds {held} already; give the text with one token or more after those"
             )
-        padding = None if cache is None or not held else padding_of(cache)
+        padding = padding_of(cache)
         if padding is not None and mask is None:
             raise HeadsinkError(
                 "attention_mask: the cache holds a padded batch; give the mask of all its tokens and the new ones"
@@ -103,10 +102,6 @@ class Prompt:
         return output
 
 
-def padding_of(cache: Cache) -> Padding | None:
-    """The padding of the batch that a plan's cache was started with."""
-    if not isinstance(cache, PlanCache):
-        return None
-    return next(
-        (layer.groups[0].padding for layer in cache.layers if isinstance(layer, PlanLayer) and layer.groups), None
-    )
+def padding_of(cache: Cache | None) -> Padding | None:
+    """What rows of a plan's cache do not see."""
+    return cache.padding if isinstance(cache, PlanCache) else None
