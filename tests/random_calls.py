@@ -54,7 +54,7 @@ ALLOWED = (
     ("generate", "^assisted generate is only supported for batch_size = 1", "prompt lookup takes one text"),
     (
         "generate",
-        r"^The size of tensor a .* must match .* at non-singleton dimension 0",
+        r"^The size of tensor a .* must match .* at non-singleton dimension [02]",
         "positions are made of any mask",
     ),
     (

@@ -6,6 +6,7 @@ In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,8 @@ def _after_fork() -> None:
         torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if sys.platform != "win32":  # where processes are not forked
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def claim() -> None:
