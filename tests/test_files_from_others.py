@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.cache import PlanLayer
+from headsink.cache_layer import PlanLayer
 from headsink.decode import decoding, refusal
 from headsink.layout import Field, Layout
 from headsink.prefix import _expected, _Header
