@@ -176,7 +176,7 @@ def _loop(
         draft = kept(model, plan, full)
         state = Lossless(model, input_ids, prompt.places[..., -1], full, draft)
         state.run(
-            partial(_processed, logits_processor),
+            partial(_processed, logits_processor, len(input_ids)),
             stopping_criteria,
             sample=generation_config.do_sample,
             drafted=fixed,
@@ -209,7 +209,7 @@ class Lossless:
 
     def run(
         self,
-        processed: Callable[[Tensor, Tensor], Tensor],
+        processed: Callable[[int, Tensor, Tensor], Tensor],
         stop: Any,
         *,
         sample: bool,
@@ -219,8 +219,8 @@ class Lossless:
     ) -> None:
         """Go on until all texts end.
 
-        processed: of a text and [vocabulary] logits, the logits to choose by; stop: transformers' stopping criteria; drafted:
-        tokens of every round, None for as many as pay.
+        processed: of a text by its number, its tokens and [vocabulary] logits, the logits to choose by; stop: transformers'
+        stopping criteria; drafted: tokens of every round, None for as many as pay.
         """
         pick, pace, fixed = _sampled if sample else _greedy, Pace(), drafted
         while self.rows:
@@ -234,7 +234,8 @@ class Lossless:
             for row, text in enumerate(self.rows):
                 guesses = tokens[row, 1:]
                 probabilities = [
-                    processed(torch.cat([self.texts[text], guesses[:n]]), logits[row, n]) for n in range(drafted + 1)
+                    processed(text, torch.cat([self.texts[text], guesses[:n]]), logits[row, n])
+                    for n in range(drafted + 1)
                 ]
                 found.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
             least = min(len(accepted) for accepted, _ in found)
@@ -265,7 +266,7 @@ class Lossless:
             else:
                 logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[..., None] + n).float()[:, -1]
             own = [
-                processed(torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
+                processed(text, torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
             ]
             drawn = [pick([one], [], [])[1] for one in own]
@@ -364,9 +365,12 @@ def _crop(cache: PlanCache, tokens: int) -> None:
             layer.crop(-tokens)
 
 
-def _processed(processor: Any, text: Tensor, logits: Tensor) -> Tensor:
-    """What the logits processors make of [vocabulary] logits after a text."""
-    found: Tensor = processor(text[None], logits[None].clone())[0]
+def _processed(processor: Any, batch: int, text: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """What the logits processors make of [vocabulary] logits after one text of a batch.
+
+    They are given it as every text of the batch, since some go by its number: a repetition penalty skips the padding of each.
+    """
+    found: Tensor = processor(ids.expand(batch, -1), logits.repeat(batch, 1))[text]
     return found
 
 
