@@ -176,7 +176,7 @@ def _loop(
         draft = kept(model, plan, full)
         state = Lossless(model, input_ids, prompt.places[..., -1], full, draft)
         state.run(
-            partial(_processed, logits_processor, len(input_ids)),
+            partial(_processed, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None),
             stopping_criteria,
             sample=generation_config.do_sample,
             drafted=fixed,
@@ -365,13 +365,22 @@ def _crop(cache: PlanCache, tokens: int) -> None:
             layer.crop(-tokens)
 
 
-def _processed(processor: Any, batch: int, text: int, ids: Tensor, logits: Tensor) -> Tensor:
+def _by_number(processor: Any) -> bool:
+    """Whether a logits processor treats a text by its number in the batch: a repetition penalty skips the padding of each."""
+    return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor) or hasattr(
+        processor, "_prefix_allowed_tokens_fn"
+    )
+
+
+def _processed(processor: Any, batch: int | None, text: int, ids: Tensor, logits: Tensor) -> Tensor:
     """What the logits processors make of [vocabulary] logits after one text of a batch.
 
-    They are given it as every text of the batch, since some go by its number: a repetition penalty skips the padding of each.
+    batch: so many times they are given it, so that it has its number; None: they do not go by that.
     """
-    found: Tensor = processor(ids.expand(batch, -1), logits.repeat(batch, 1))[text]
-    return found
+    if batch is None:
+        found: Tensor = processor(ids[None], logits[None].clone())[0]
+        return found
+    return cast(Tensor, processor(ids.expand(batch, -1), logits.repeat(batch, 1))[text])
 
 
 def _greedy(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
