@@ -362,7 +362,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--out", "."], "it is a folder"),
         (["plan", "TINY", "--out", "file"], "cannot write file: headsink did not write the file that is there"),
         (["plan", "TINY", "--out", "/dev/null", "--force"], "cannot write /dev/null: it is a device, name a file"),
-        (["read", "TINY", "--plan", "x", "--out", "file"], "headsink did not write the file that is there"),
+        (["read", "TINY", "--plan", "PLAN", "--out", "file"], "headsink did not write the file that is there"),
         (["compare", "a", "b", "--out", "file"], "headsink did not write the file that is there"),
         (["bench", "speed", "TINY", "--out", "file"], "headsink did not write the file that is there"),
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
@@ -426,12 +426,13 @@ def test_models_and_doctor(run):
 def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "PLAN").write_text("{}")
     status, out, err = run(*(str(tiny_folder) if word == "TINY" else word for word in words))
     assert (status, out) == (2, "")
     assert reason in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("headsink: ")
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "PLAN"}
 
 
 REFUSED_AT_ONCE = (
@@ -638,7 +639,7 @@ def test_an_output_that_cannot_be_written_is_no_traceback(words):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "headsink: cannot write standard output: No space left on device\n"
+    assert done.stderr == "headsink: cannot write standard output: the disk is full\n"
 
 
 def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path):
