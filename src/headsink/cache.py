@@ -4,7 +4,9 @@ transformers' own where the model has a sliding window."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
@@ -35,6 +37,10 @@ class PlanCache(Cache):
                 layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact))
         super().__init__(layers=layers)
         self.plan, self.exact = plan, exact
+        self.model: weakref.ref[Any] | None = None  # that it was made for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}
 
     def hold(self) -> None:
         """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.

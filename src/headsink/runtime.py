@@ -8,6 +8,7 @@ cache (cache.py). Inside `apply` every new text gets a cache with the plan's sha
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from headsink.architecture import Architecture, decoder
+from headsink.architecture import Architecture, decoder, unwrapped
 from headsink.attention import GAPS, left_padding
 from headsink.cache import PlanCache
 from headsink.errors import HeadsinkError
@@ -40,7 +41,9 @@ def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCac
 
 def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
     inverse = inverse_frequencies(model) if plan.positions == "cache" else None
-    return PlanCache(plan, shape.windows, inverse, exact)
+    cache = PlanCache(plan, shape.windows, inverse, exact)
+    cache.model = weakref.ref(unwrapped(model))
+    return cache
 
 
 def compress(
@@ -160,7 +163,7 @@ class _Texts:
             self._adopt(cache)
         elif not isinstance(cache, PlanCache):
             raise HeadsinkError(_refusal(cache))
-        elif cache.plan is not self.plan and cache.plan.model != self.plan.model:
+        elif not self._owns(cache):
             raise HeadsinkError("this cache was made for another model: start with headsink.new_cache(model, plan)")
         cache.check_whole()
         rows, count = tokens.shape[:2]
@@ -186,6 +189,11 @@ class _Texts:
                 stacklevel=2,
             )
         return cache
+
+    def _owns(self, cache: PlanCache) -> bool:
+        """Whether a cache was made for this model, or for one with the weights that this plan is for."""
+        made_here = cache.model is not None and cache.model() is unwrapped(self.model)
+        return made_here or cache.plan is self.plan or cache.plan.model == self.plan.model
 
     def _new(self) -> PlanCache:
         return _cache(self.model, self.plan, self.shape, self.exact)
