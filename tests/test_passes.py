@@ -509,3 +509,14 @@ def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
     cache.hold()
     with headsink.apply(model, plan), torch.no_grad(), warnings.catch_warnings(action="error"):
         model(prompt(), **cache_argument(cache))
+
+
+def test_rows_that_were_repeated_without_gradients_go_on_with_them(model):
+    plan, ids, cache = random_plan(model, 1), prompt(1), headsink.new_cache(model, random_plan(model, 1))
+    with headsink.apply(model, plan):
+        with torch.no_grad():
+            model(ids, **cache_argument(cache))
+            cache.batch_repeat_interleave(2)
+        found = model(prompt(2, 5), **cache_argument(cache)).logits
+    text = torch.cat([ids.expand(2, -1), prompt(2, 5)], 1)
+    torch.testing.assert_close(found, reference_logits(tiny("llama"), plan, text)[:, 40:], rtol=0, atol=1e-5)

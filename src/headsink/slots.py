@@ -399,8 +399,14 @@ class Slots:
     @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to the batch dimension of all that is held."""
-        self.keys, self.values, self.visible = change(self.keys), change(self.values), change(self.visible)
-        self.scores = change(self.scores)
+
+        def changed(held: Tensor) -> Tensor:
+            found = change(held)
+            # `repeat_interleave` gives a view, and one from `no_grad` cannot be written to outside of it.
+            return found if found._base is None else found.clone()
+
+        self.keys, self.values, self.visible = changed(self.keys), changed(self.values), changed(self.visible)
+        self.scores = changed(self.scores)
         if self.recent is not None:
             self.recent = change(self.recent[0]), change(self.recent[1])
         if self.padding is not None:
