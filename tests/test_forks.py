@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from families import tiny
+
+from headsink.decode import prepare
 
 # A child puts what it found into a queue. Everything runs in one fresh process, since what has run before is what matters.
 SCRIPT = """
@@ -42,7 +45,7 @@ def forked(*works):
     queue = context.SimpleQueue()
     process = context.Process(target=lambda: [queue.put(found(*work)) for work in works])
     process.start()
-    process.join(120)
+    process.join(200)
     if process.exitcode is None:
         process.kill()
     return [process.exitcode, *[queue.get() for work in works if not queue.empty()]]
@@ -92,6 +95,7 @@ LINE += "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(mu
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forked_processes_work_or_say_in_a_line_why_not(threads):
+    prepare(tiny("llama"))  # so that no child has to compile, which takes longer than any may wait
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     command, environment = [sys.executable, "-c", SCRIPT], environment | {"PYTHONPATH": path}
