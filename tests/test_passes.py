@@ -520,3 +520,17 @@ def test_rows_that_were_repeated_without_gradients_go_on_with_them(model):
         found = model(prompt(2, 5), **cache_argument(cache)).logits
     text = torch.cat([ids.expand(2, -1), prompt(2, 5)], 1)
     torch.testing.assert_close(found, reference_logits(tiny("llama"), plan, text)[:, 40:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj"])
+def test_gradients_of_keys_or_values_alone_are_not_lost(model, trained):
+    plan, ids, twin = random_plan(model, 1), prompt(), tiny("llama")
+    for one in (model, twin):
+        one.requires_grad_(False)
+        getattr(one.model.layers[0].self_attn, trained).weight.requires_grad_()
+    with headsink.apply(model, plan):
+        model(ids, labels=ids).loss.backward()
+    with masked(twin, plan):
+        twin(ids, labels=ids, use_cache=False).loss.backward()
+    found, expected_ = (getattr(one.model.layers[0].self_attn, trained).weight.grad for one in (model, twin))
+    torch.testing.assert_close(found, expected_, rtol=0, atol=1e-5)

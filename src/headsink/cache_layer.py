@@ -169,6 +169,10 @@ class PlanLayer(CacheLayerMixin):
         elif padding is not None:
             self._check_padding(padding)
         key, value = update.key, update.value
+        held = self.groups[0].keys
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or held.requires_grad):
+            # Kernels have no gradients and are chosen by the query; an adapter on keys or values alone leaves it without.
+            query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
             turned = None if self.inverse is None else self.on_card.turned(query, self.inverse)
             return self.on_card.attend(query, key, value, softmax, turned).transpose(1, 2)

@@ -14,6 +14,7 @@ each layer that the plan governs must have attended through the plan's cache.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -112,6 +113,15 @@ _states: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDic
 _owners: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()  # of modules with a layer's number
 _lock = threading.RLock()
 _here = _Local()
+
+
+def _after_fork() -> None:
+    """In a forked process nobody else holds the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _use(model: nn.Module) -> _State:

@@ -124,6 +124,7 @@ class Slots:
         """Whether with so many more tokens there are more than are kept."""
         return self.pattern.size(self.length + tokens) < self.length + tokens
 
+    @lasting
     def _settle(self) -> None:
         """Give each token its place; from now on keys are let go."""
         self.young, self.window, self.anchors = False, self.pattern.window, self.pattern.sink
