@@ -75,6 +75,11 @@ class PlanCache(Cache):
         return first.keys.shape[0] if first.is_initialized else 0
 
     @property
+    def on_card(self) -> bool:
+        """Whether a step on a GPU (gpu/decoder.py) runs."""
+        return any(layer.on_card is not None for layer in self.layers if isinstance(layer, PlanLayer))
+
+    @property
     def held(self) -> bool:
         """Whether nothing is evicted any more (`hold`)."""
         return any(layer.held for layer in self.layers if isinstance(layer, PlanLayer))

@@ -233,7 +233,7 @@ def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
     mask, places = given.get("attention_mask"), given.get("position_ids")
     first = places[:, 0] if places is not None and places.dim() == 2 else None
     pads = torch.zeros(1, dtype=torch.int64) if padding is None else padding.tokens
-    if not length:
+    if not length or cache.on_card:  # a step of our own on a GPU gives true positions, and must not wait for the card
         return
     if padding is not None and padding.most:
         by_mask = mask is not None and not (mask.dim() == 2 and mask.all())
