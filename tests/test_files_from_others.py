@@ -183,6 +183,8 @@ def at(value, path):
 def change_json(value, rng, where=lambda path: True):
     """Change one value in place. A string that starts with @ is to be replaced by what follows it, without quotes."""
     every = [path for path in paths(value) if where(path)]
+    if not every:  # an earlier change has taken it away
+        return
     numbers = [path for path in every if type(at(value, path)) is int]
     *parents, last = rng.choice(numbers if numbers and rng.random() < 0.6 else every)
     value = at(value, parents)
