@@ -254,7 +254,6 @@ def test_a_copy_of_a_cache_goes_its_own_way(tokens):
         with headsink.apply(model, plan), torch.no_grad():
             found = [model(part, **cache_argument(one)).logits for part in rest.split(tokens, 1)]
         torch.testing.assert_close(torch.cat(found, 1), wanted, **TOLERANCE)
-    assert copied.layers[0].config is cache.layers[0].config
 
 
 @pytest.mark.parametrize("hold", [None, 30])
@@ -425,12 +424,10 @@ def reference_logits_inside(model, plan, ids):
 
 def test_two_threads_with_two_plans_do_not_meet():
     model = tiny("llama")
-    plans = [Plan.full(model), random_plan(model, 1), random_plan(model, 2), None]
+    plans = [Plan.full(model), random_plan(model, 1), random_plan(model, 2)]
     prompts = [torch.randint(3, 211, (1, 40 + 3 * n)) for n in range(len(plans))]
 
     def run(plan, ids):
-        if plan is None:
-            return model.generate(ids, max_new_tokens=15, do_sample=False)
         with headsink.apply(model, plan):
             return model.generate(ids, max_new_tokens=15, do_sample=False)
 
