@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def main() -> None:
     _, tokenizer = headsink.load(arguments.model)
     contexts, counts = ([int(n) for n in text.split(",")] for text in (arguments.contexts, arguments.documents))
     found = {
+        "headsink": version("headsink"),
         "model": arguments.model,
         "folder": models.find(arguments.model)[0],
         "cases": cases(tokenizer, dict(zip(contexts, counts, strict=True))),

@@ -189,6 +189,16 @@ def test_only_windows_can_count_in_the_cache(tmp_path):
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
 
 
+def test_more_positions_than_the_model_has_are_refused():
+    model = tiny("llama")
+    most = model.config.max_position_embeddings
+    Plan.uniform(model, Pattern(4, 0, most - 4), positions="cache").check(model)
+    for pattern in (Pattern(4, 0, most - 3), Pattern(2**31 - 1, 0, 1)):
+        plan = Plan.uniform(model, pattern, positions="cache")
+        with pytest.raises(HeadsinkError, match=rf"layers\.0\.0: .* more positions than the model has, {most}"):
+            plan.check(model)
+
+
 def test_generate_goes_past_the_maximum(tokenizer):
     model = tiny("llama")
     plan, ids = Plan.uniform(model, Pattern(4, 0, 30), positions="cache"), list(range(3, 200)) * 2

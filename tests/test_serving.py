@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plans import random_plan
 
 import headsink.vllm
-from headsink import HeadsinkError, Pattern, Plan, serving
+from headsink import HeadsinkError, Pattern, Plan, serving, versions
 from headsink.pattern import visible
 from headsink.sharding import rank_heads
 from headsink.vllm import blocks, groups
@@ -158,7 +158,7 @@ def test_families_that_are_not_served_are_refused(vllm_of):
 def test_another_version_of_vllm_is_refused(vllm_of, version):
     vllm_of(version)
     with pytest.raises(HeadsinkError, match=rf"vLLM {version} is installed; headsink serves with 0\.32 only"):
-        vllm_settings.check_version()
+        versions.check_vllm()
 
 
 def test_the_plan_travels_in_vllms_configuration(vllm_of):

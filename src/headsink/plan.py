@@ -303,7 +303,7 @@ class Plan(Part):
         """
         shape = describe(model)
         self._check_numbers(shape)
-        self._check_use(model)
+        self._check_use(model, shape)
         if shape.name == self.model.architecture and self.model.other_weights(model) is None:
             return self
         origin = {"weights_of": self.model.weights} | self.calibration
@@ -315,13 +315,20 @@ class Plan(Part):
         self.check_shape(shape)
         if other := self.model.other_weights(model):
             raise HeadsinkError(other)
-        self._check_use(model)
+        self._check_use(model, shape)
         return shape
 
-    def _check_use(self, model: nn.Module) -> None:
+    def _check_use(self, model: nn.Module, shape: Architecture) -> None:
         """Raise if the plan asks for what a model of this shape may not have."""
         if self.positions == "cache":
             inverse_frequencies(model)
+            for index, heads in enumerate(self.layers):
+                for number, head in enumerate(heads or ()):
+                    if head.sink + (head.window or 0) > shape.max_context:
+                        raise HeadsinkError(
+                            f"layers.{index}.{number}: {head.sink} first tokens and a window of {head.window} are more positions "
+                            f"than the model has, {shape.max_context}"
+                        )
         if (largest := max(self.retell, default=0)) >= (known := vocabulary(model)):
             raise HeadsinkError(f"retell: {largest} is no token of this model, which has 0 to {known - 1}")
 

@@ -232,9 +232,11 @@ def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
     length, padding = cache.get_seq_length(), cache.padding
     mask, places = given.get("attention_mask"), given.get("position_ids")
     first = places[:, 0] if places is not None and places.dim() == 2 else None
-    pads = torch.zeros(1, dtype=torch.int64) if padding is None else padding.tokens
     if not length or cache.on_card:  # a step of our own on a GPU gives true positions, and must not wait for the card
         return
+    pads = torch.zeros(1, dtype=torch.int64) if padding is None else padding.tokens
+    if padding is None and mask is not None and mask.dim() == 2:  # no layer is planned that would know of the padding
+        pads = (mask.cumsum(1) == 0).sum(1)
     if padding is not None and padding.most:
         by_mask = mask is not None and not (mask.dim() == 2 and mask.all())
         by_places = mask is None and first is not None and not (first > length - pads).any()

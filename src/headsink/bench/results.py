@@ -17,7 +17,7 @@ from headsink.bench.summary import plans, summary
 from headsink.bench.tables import Link, Record, named, of_kind, ranged, relative, sure, table, values
 from headsink.bench.worse import worse
 from headsink.errors import HeadsinkError
-from headsink.files import read_text, write_text
+from headsink.files import check_file, read_text, write_text
 from headsink.report.page import write_picture
 
 SERVING = "serving-smollm2.json"  # beside the folder of rows, from benchmarks/serving.py
@@ -28,6 +28,7 @@ def write(folder: Path, out: Path, force: bool = False) -> Path:
     done = read_rows(folder)
     if not any("found" in row for row in done.values()):
         raise HeadsinkError(f"{folder}: no row in it was measured; headsink bench all --out {folder} does that")
+    check_file(out, force)
     drawn = pictures.drawn(done)
     text = page(folder, done, out, list(drawn))
     for name, spec in drawn.items():

@@ -27,13 +27,14 @@ from headsink.architecture import Architecture, describe
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
 from headsink.sharding import rank_heads
+from headsink.versions import check_vllm
 from headsink.vllm.backend import over_blocks
 from headsink.vllm.cache import SinkWindowSpec
 from headsink.vllm.fingerprint import PassingWeights, skeleton
 from headsink.vllm.groups import Grouping, choose, widest_first
-from headsink.vllm.settings import check_version, given_plan
+from headsink.vllm.settings import given_plan
 
-check_version()
+check_vllm()
 logger = init_logger("vllm.headsink")
 
 

@@ -9,38 +9,17 @@ configuration's `architectures` (`headsink_vllm`).
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from headsink.errors import HeadsinkError
 from headsink.plan import Plan
+from headsink.versions import check_vllm
 from headsink_vllm import FAMILIES, PREFIX
 
-VERSION = "0.32"  # the minor version of vLLM that this is written for: its plugins' interface changes with every one
 KEY = "headsink_plan"  # in additional_config
 ANOTHER_PLAN = "make one with `headsink plan --no-floating`"
-
-
-def check_version() -> str:
-    """vLLM's version, read without importing it. Raises HeadsinkError if it is not there or another than `VERSION`."""
-    found = importlib.util.find_spec("vllm")
-    folders = [] if found is None else list(found.submodule_search_locations or [])
-    files = [file for folder in folders if (file := Path(folder) / "_version.py").is_file()]
-    if not files:
-        raise HeadsinkError(
-            f"vLLM is not installed; headsink serves with vLLM {VERSION}: pip install 'vllm=={VERSION}.*'"
-        )
-    match = re.search(r"^__version__ = .*['\"](.+)['\"]", files[0].read_text(), re.MULTILINE)
-    version = match[1] if match else "of an unknown version"
-    if not version.startswith(f"{VERSION}."):
-        raise HeadsinkError(
-            f"vLLM {version} is installed; headsink serves with {VERSION} only: pip install 'vllm=={VERSION}.*'"
-        )
-    return version
 
 
 def check_servable(plan: Plan) -> None:
@@ -64,7 +43,7 @@ def check_servable(plan: Plan) -> None:
 
 def engine_args(plan: Plan) -> dict[str, Any]:
     """Arguments for `vllm.LLM(model, ...)`; the server takes the same as --hf-overrides and --additional-config, in JSON."""
-    check_version()
+    check_vllm()
     check_servable(plan)
     given = plan.model_dump(mode="json", exclude={"calibration", "quality"})
     return {
