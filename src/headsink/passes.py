@@ -68,6 +68,7 @@ class _State:
 
     def __init__(self, model: PreTrainedModel):
         self.config, self.before = model.config, str(model.config._attn_implementation)
+        self.text_config = model.config.get_text_config(decoder=True)  # finding it takes long, for every layer of every token
         self.users = 0
         self.scopes: list[Scope] = []
         inner = model.get_decoder()
@@ -221,16 +222,13 @@ def _scope(state: _State) -> Scope | None:
 
 
 def check_pass(layer: Any) -> None:
-    """Raise unless a pass of this thread is under way with the cache that a layer belongs to, and through headsink's
-    attention."""
+    """Raise unless a pass of this thread is under way with the cache that a layer belongs to."""
     here = _here.passes[-1] if _here.passes else None
     if here is None or layer not in here.cache.layers:
         raise HeadsinkError(
             "this cache carries a plan: run the model inside `with headsink.apply(model, plan):`, and leave the block only when "
             "all threads that use the model are done"
         )
-    if (found := _attention_of(here.state)) != ATTENTION:
-        raise HeadsinkError(_changed(found))
 
 
 def check_uncached(module: nn.Module) -> None:
@@ -271,8 +269,10 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         )
     if scope is None or scope.prepare is None:
         return None
+    if (found := _attention_of(state)) != ATTENTION:
+        raise HeadsinkError(_changed(found))
     wanted = given.get("use_cache")
-    wanted = getattr(state.config.get_text_config(decoder=True), "use_cache", True) if wanted is None else wanted
+    wanted = getattr(state.text_config, "use_cache", True) if wanted is None else wanted
     keeps = bool(wanted) or given_cache(given) is not None
     cache = scope.prepare(given, keeps)
     layers = [(n, layer, layer.attended) for n, layer in enumerate(cache.layers) if hasattr(layer, "attended")]
@@ -304,7 +304,7 @@ def _drop(one: Pass) -> None:
 
 
 def _attention_of(state: _State) -> str:
-    return str(state.config.get_text_config(decoder=True)._attn_implementation)
+    return str(state.text_config._attn_implementation)
 
 
 def _changed(found: str) -> str:
