@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 import headsink
 from headsink import Plan
-from headsink.bench import heading, spread
-from headsink.cache import PlanCache
-from headsink.decode import decoding, prepare
-from headsink.files import write_text
-from headsink.transformers_names import cache_argument
+from headsink.bench.heading import heading
+from headsink.cache.cache import PlanCache
+from headsink.generation.decode import decoding, prepare
+from headsink.models.transformers_names import cache_argument
+from headsink.utils.files import write_text
+from headsink.utils.statistics import spread
 
 
 def filled(model: PreTrainedModel, plan: Plan, texts: int, tokens: int) -> PlanCache:

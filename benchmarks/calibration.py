@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import headsink
-from headsink.files import write_text
+from headsink.utils.files import write_text
 
 LOAD = (
     "import sys, torch, headsink; model, _ = headsink.load(sys.argv[1]); torch.set_grad_enabled(False); "

@@ -18,8 +18,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import headsink
-from headsink import corpus, models, probes
-from headsink.files import write_text
+from headsink.data import corpus
+from headsink.data import documents as probes
+from headsink.models import loading
+from headsink.utils.files import write_text
 
 SEED = 1000
 
@@ -52,7 +54,7 @@ def main() -> None:
     found = {
         "headsink": version("headsink"),
         "model": arguments.model,
-        "folder": models.find(arguments.model)[0],
+        "folder": loading.find(arguments.model)[0],
         "cases": cases(tokenizer, dict(zip(contexts, counts, strict=True))),
     }
     write_text(arguments.out, json.dumps(found))

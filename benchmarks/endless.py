@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import headsink
-from headsink import Pattern, Plan, corpus
-from headsink.bench import heading
-from headsink.cache import PlanCache
+from headsink import Pattern, Plan
+from headsink.bench.heading import heading
+from headsink.cache.cache import PlanCache
+from headsink.data import corpus
 from headsink.errors import HeadsinkError
-from headsink.files import write_text
-from headsink.transformers_names import cache_argument
+from headsink.models.transformers_names import cache_argument
+from headsink.utils.files import write_text
 
 SETTLED = 4_000, 8_000  # tokens within the model's maximum, past the beginning
 LAST = 10_000

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from headsink.census import Census
-from headsink.census.transfer import RULES
-from headsink.files import write_text
-from headsink.report.page import p_value, share
+from headsink.census.first_layer import RULES
+from headsink.utils.files import write_text
+from headsink.utils.format import p_value, share
 
 
 def answers(census: Census) -> list[dict[str, Any]]:

@@ -39,9 +39,10 @@ from gpu_cases import (
 )
 from gpu_models import Rig
 
-from headsink import gpu
-from headsink.bench import heading, spread
-from headsink.files import write_text
+from headsink.bench.heading import heading
+from headsink.utils import device as gpu
+from headsink.utils.files import write_text
+from headsink.utils.statistics import spread
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
 

@@ -13,20 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headsink import gpu
-from headsink.attention import Seen
-from headsink.census.statistics import Thresholds, head_statistics
-from headsink.gpu import full, prefill
-from headsink.gpu.attention import attend, attend_buffers
-from headsink.gpu.parts import processors
-from headsink.gpu.prefill import attend as attend_many
-from headsink.layout import Field
-from headsink.pattern import FULL, Pattern, reference_attention
-from headsink.plan import Plan
-from headsink.rows import Sight
-from headsink.runtime import apply, new_cache
-from headsink.scores import n_features
-from headsink.transformers_names import cache_argument
+from headsink.attention.cuda import full, prefill
+from headsink.attention.cuda.common import processors
+from headsink.attention.cuda.decode import attend, attend_buffers
+from headsink.attention.cuda.prefill import attend as attend_many
+from headsink.attention.interface import Seen
+from headsink.attention.kv_table import Field
+from headsink.attention.reference import reference_attention
+from headsink.attention.visibility import Sight
+from headsink.census.head_statistics import Thresholds, head_statistics
+from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.scoring import n_features
+from headsink.models.transformers_names import cache_argument
+from headsink.plan.plan import Plan
+from headsink.runtime.apply import apply, new_cache
+from headsink.utils import device as gpu
 
 SINK = 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the whole output, relative
@@ -337,7 +338,7 @@ def _model_error(device: torch.device, tokens: int) -> float:
             cache = new_cache(model, plan)
             found = [model(ids[:, :tokens], **cache_argument(cache)).logits[:, -1]]
             if where:
-                from headsink.gpu.decoder import Decoder
+                from headsink.generation.step_cuda import Decoder
 
                 step = Decoder(model, cache)
                 found += [step.run(ids[:, n]) for n in range(tokens, tokens + 8)]

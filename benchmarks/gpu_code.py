@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import offline
 
-from headsink.bench import heading
-from headsink.files import write_text
+from headsink.bench.heading import heading
+from headsink.utils.files import write_text
 
 LAUNCHES = """
 import torch
-from headsink.gpu.attention import attend
-from headsink.gpu.enter import enter
-from headsink.gpu.lifetimes import better_ones
-from headsink.gpu.prefill import attend as attend_many
-from headsink.layout import Field
-from headsink.rows import Sight
+from headsink.attention.cuda.decode import attend
+from headsink.attention.cuda.append import enter
+from headsink.eviction.lifetimes_cuda import better_ones
+from headsink.attention.cuda.prefill import attend as attend_many
+from headsink.cache.kv_table import Field
+from headsink.attention.backends import Sight
 
 dim = {dim}
 table = torch.zeros(1, 8, len(Field), dtype=torch.int64)

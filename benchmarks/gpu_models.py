@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from headsink import Plan, apply, new_cache
-from headsink.cache import PlanCache, nbytes
-from headsink.gpu.decoder import Decoder, Pass
-from headsink.scores import n_features
-from headsink.speculate import Lossless, Speculation, kept
-from headsink.transformers_names import cache_argument
+from headsink.cache.cache import PlanCache, nbytes
+from headsink.eviction.scoring import n_features
+from headsink.generation.speculative import Lossless, Speculation, kept
+from headsink.generation.step_cuda import Decoder, Pass
+from headsink.models.transformers_names import cache_argument
 
 WIDTHS = {"Llama-3.1-8B": (4096, 14_336, 32, 128_256, False), "Llama-3.2-1B": (2048, 8192, 16, 128_256, True)}
 TOKENS = 24  # that are decoded, and timed

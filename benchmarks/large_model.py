@@ -39,9 +39,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import headsink
 from headsink import HeadsinkError
-from headsink.architecture import decoder
-from headsink.files import new_folder, write_text
-from headsink.sharding import input_device
+from headsink.models.distributed import input_device
+from headsink.models.spec import decoder
+from headsink.utils.files import new_folder, write_text
 
 CONFIG = LlamaConfig(
     vocab_size=49_152,

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 import headsink
-from headsink import corpus
-from headsink.built_in import BUILT_IN
-from headsink.files import write_text
-from headsink.generation import generate
-from headsink.plan import Plan
+from headsink.data import corpus
+from headsink.generation.generate import generate
+from headsink.models.builtin import BUILT_IN
+from headsink.plan.plan import Plan
+from headsink.utils.files import write_text
 
 
 def main() -> None:

@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import headsink
-from headsink import Plan, corpus
-from headsink.bench import heading, spread
-from headsink.cache import PlanCache
-from headsink.decode import decoding, prepare
-from headsink.files import write_text
-from headsink.speculate import Lossless, Speculation, kept
-from headsink.transformers_names import cache_argument
+from headsink import Plan
+from headsink.bench.heading import heading
+from headsink.cache.cache import PlanCache
+from headsink.data import corpus
+from headsink.generation.decode import decoding, prepare
+from headsink.generation.speculative import Lossless, Speculation, kept
+from headsink.models.transformers_names import cache_argument
+from headsink.utils.files import write_text
+from headsink.utils.statistics import spread
 
 DRAFTS: tuple[int | None, ...] = (2, 4, 8, None)
 

@@ -264,7 +264,9 @@ def score(model: PreTrainedModel, held: Held, start: int, continuation: dict[str
 
 def duo_texts(*_: Any, **__: Any) -> SimpleNamespace:
     """Stands in for the data set BookSum, which would be a download."""
-    names = [name for name in sorted(topics) if hashlib.sha256(name.encode()).digest()[0] < 128]  # as headsink.corpus
+    names = [
+        name for name in sorted(topics) if hashlib.sha256(name.encode()).digest()[0] < 128
+    ]  # as headsink.data.corpus
     pieces = [topics[name][at : at + PIECE] for name in names for at in range(0, len(topics[name]) - PIECE, PIECE)]
     return SimpleNamespace(to_pandas=lambda: pandas.DataFrame({"chapter": pieces}))
 

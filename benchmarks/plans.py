@@ -28,13 +28,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import headsink
-from headsink.cache import nbytes
-from headsink.calibrate import Calibration
+from headsink.cache.cache import nbytes
+from headsink.calibration.calibrate import Calibration
+from headsink.calibration.method import Method
 from headsink.errors import HeadsinkError
-from headsink.files import write_text
-from headsink.method import Method
-from headsink.plan import Plan
-from headsink.quality import branch_log_probs, read
+from headsink.plan.plan import Plan
+from headsink.runtime.scoring import branch_log_probs, read
+from headsink.utils.files import write_text
 
 POLICIES = {
     policy: Method(policy=policy) for policy in ("streaming-llm", "random", "copy-first-layer", "layer-wise", "on-off")

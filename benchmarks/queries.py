@@ -19,10 +19,10 @@ import torch
 
 import headsink
 from headsink.census import Census
+from headsink.census.head_statistics import SCORES
+from headsink.census.options import QUERIES
 from headsink.census.roles import ROLES
-from headsink.census.statistics import SCORES
-from headsink.choices import QUERIES
-from headsink.files import write_text
+from headsink.utils.files import write_text
 
 SAMPLED = (128, 256, QUERIES, 1024)
 

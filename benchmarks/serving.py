@@ -33,9 +33,12 @@ from typing import Any
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from headsink import corpus, models, serving
-from headsink.bench import heading, spread
-from headsink.files import read_text, write_text
+from headsink.bench.heading import heading
+from headsink.data import corpus
+from headsink.models import loading
+from headsink.serving.vllm import launch
+from headsink.utils.files import read_text, write_text
+from headsink.utils.statistics import spread
 
 STARTS = 600  # seconds that a server may take to start; the first compiles
 POLL = 0.25  # seconds between looks at the server's own figures
@@ -117,12 +120,12 @@ def started(command: Sequence[str], log: Path, **environment: str) -> Iterator[S
 
 
 def under_plan(model: str, plan: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "headsink.cli", "serve", model, "--plan", str(plan), *options]
+    return [sys.executable, "-m", "headsink", "serve", model, "--plan", str(plan), *options]
 
 
 def stock(model: str, *options: str) -> list[str]:
-    named = ["--model", models.find(model)[0], "--served-model-name", model]
-    return [sys.executable, "-m", serving.SERVER, *named, *options]
+    named = ["--model", loading.find(model)[0], "--served-model-name", model]
+    return [sys.executable, "-m", launch.SERVER, *named, *options]
 
 
 # clients
@@ -199,7 +202,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
         "requests": arguments.requests,
         "prompt_tokens": prompt,
         "new_tokens": new,
-        "options": {"stock": [*common], "plan": [*common, *(f"{k}={v}" for k, v in serving.ON_CPU.items())]},
+        "options": {"stock": [*common], "plan": [*common, *(f"{k}={v}" for k, v in launch.ON_CPU.items())]},
         "rounds": [],
     }
     if arguments.out.is_file():  # stopped before: what is done is kept, if it was done in the same way
@@ -213,7 +216,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
             if (turn, name) in done:
                 continue
             log = arguments.out.with_suffix(f".{name}.log")
-            space = {"VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_gib), **serving.environment([])}
+            space = {"VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_gib), **launch.environment([])}
             with started(ways[name], log, **space) as server:
                 asyncio.run(
                     ask_all(server, arguments.model, [(requests[0][0][:600], 8)], 1)
@@ -269,7 +272,7 @@ def alone(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     answers: dict[str, list[dict[str, Any]]] = {}
     for name, (options, clients) in ways.items():
         log = arguments.out.with_suffix(f".{name}.log")
-        space = {"VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_gib), **serving.environment([])}
+        space = {"VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_gib), **launch.environment([])}
         with started(under_plan(arguments.model, arguments.plan, *common, *options), log, **space) as server:
             start = time.perf_counter()
             with server.watched():
@@ -307,7 +310,7 @@ def main() -> None:
     parser.add_argument("--ways", default="stock,plan", help="of load; one of them, to see how many texts fit")
     parser.add_argument("--blocks", type=int, default=300, help="of the small KV cache")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(models.find(arguments.model)[0])
+    tokenizer = AutoTokenizer.from_pretrained(loading.find(arguments.model)[0])
     found = {"load": load, "alone": alone}[arguments.what](arguments, tokenizer)
     above = heading(f"serving: {arguments.what}")
     above["versions"] |= {name: version(name) for name in ("vllm-cpu", "openai")}

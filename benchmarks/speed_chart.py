@@ -12,8 +12,8 @@ from typing import Any
 
 import altair as alt
 
+from headsink.report.assets import write_picture
 from headsink.report.charts import CONFIG
-from headsink.report.page import write_picture
 
 
 def table(results: list[dict[str, Any]]) -> str:

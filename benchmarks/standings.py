@@ -16,8 +16,8 @@ from typing import Any
 
 import altair as alt
 
+from headsink.report.assets import write_picture
 from headsink.report.charts import BLUE, CONFIG, GREY
-from headsink.report.page import write_picture
 
 Row = dict[str, Any]
 

@@ -17,11 +17,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
-from headsink import corpus, show
-from headsink.files import write_text
-from headsink.generation import Generated, generate
-from headsink.plan import Plan
+from headsink.cli import output
+from headsink.data import corpus
+from headsink.generation.generate import Generated, generate
+from headsink.plan.plan import Plan
 from headsink.report import write_comparison
+from headsink.utils.files import write_text
 
 LENGTHS = (256, 1024, 4096)
 BUDGET = 0.25
@@ -68,15 +69,15 @@ def main() -> None:
 
     console.rule("2. What the heads look at")
     census = headsink.analyze(model, tokenizer, lengths=LENGTHS, texts_per_domain=1)
-    census.save(out / "census")
-    show.census(console, census)
+    headsink.write_report(census, out / "census")
+    output.census(console, census)
 
     console.rule(f"3. A plan that keeps {BUDGET:.0%} of the KV cache at {DOCUMENT_TOKENS} tokens")
     plan = headsink.calibrate(
         model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(DOCUMENT_TOKENS + 64,)
     )
     plan.save(out / "plan.json")
-    show.plan(console, plan)
+    output.plan(console, plan)
 
     console.rule(f"4. A question about a document of {DOCUMENT_TOKENS} tokens")
     console.print(f"The document says, a third of the way in: {FACT}\nThe question: {QUESTION}", highlight=False)
@@ -90,14 +91,15 @@ def main() -> None:
         table.add_row(name, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
     console.print(table)
     write_text(
-        out / "answers.json", json.dumps({name: show.generated_json(done) for name, done in results}, indent=1) + "\n"
+        out / "answers.json", json.dumps({name: output.generated_json(done) for name, done in results}, indent=1) + "\n"
     )
 
     console.rule("5. Two runs compared: other texts of the same kinds")
-    headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], texts_per_domain=1, seed=1).save(out / "census-seed1")
+    other = headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], texts_per_domain=1, seed=1)
+    headsink.write_report(other, out / "census-seed1")
     compared = headsink.compare(out / "census", out / "census-seed1")
     write_comparison(compared, out / "comparison.html")
-    show.comparison(console, compared)
+    output.comparison(console, compared)
 
     console.rule()
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)

@@ -18,9 +18,9 @@ def device(monkeypatch) -> torch.device:
     """Where the Triton kernels run: a GPU, or a CPU by the interpreter."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    from headsink import gpu
+    from headsink.utils import device
 
-    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.setattr(device, "DEVICES", {"cpu"})
     return torch.device("cpu")
 
 

@@ -71,7 +71,7 @@ def _run(path: str) -> None:
     triton.runtime.driver.set_active(Driver())
     launch = triton.runtime.jit.JITFunction.run
     triton.runtime.jit.JITFunction.run = run  # type: ignore[method-assign]
-    from headsink import gpu
+    from headsink.utils import device as gpu
 
     gpu.DEVICES = {"cpu"}
     torch.manual_seed(0)

@@ -5,8 +5,8 @@ import random
 import torch
 
 from headsink import Pattern, Plan
-from headsink.architecture import describe
-from headsink.scores import n_features
+from headsink.eviction.scoring import n_features
+from headsink.models.spec import describe
 
 RETRIEVAL = {"form": "quote", "asked": 4, "right_full": 4, "right_plan": 3, "nll_full": 0.1, "nll_plan": 0.4}
 QUALITY = {

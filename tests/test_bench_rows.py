@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from headsink import HeadsinkError
-from headsink.bench import pictures, results, rows, spread
-from headsink.bench.rows import Row
+from headsink.bench.suite import page as results
+from headsink.bench.suite import pictures, records
+from headsink.bench.suite.records import Row
+from headsink.utils.statistics import spread
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "benchmarks" / "results" / "all"
@@ -87,44 +89,44 @@ def done():
 @pytest.fixture
 def folder(done, tmp_path):
     for row in done.values():
-        rows.save(tmp_path / "all", row)
+        records.save(tmp_path / "all", row)
     return tmp_path / "all"
 
 
 def test_rows_are_files_that_are_read_back(done, folder):
-    assert rows.read_rows(folder) == done
-    path = rows.file_of(folder, "speed/smollm2/512x1")
+    assert records.read_rows(folder) == done
+    path = records.file_of(folder, "speed/smollm2/512x1")
     assert path == folder / "rows" / "speed" / "smollm2" / "512x1.json"
     for text in ("{", "[]", '{"row": "a", "settings": {}, "command": ""}'):
         path.write_text(text)
         with pytest.raises(HeadsinkError, match=r"512x1\.json: not a row"):
-            rows.read_rows(folder)
+            records.read_rows(folder)
 
 
 def test_a_row_is_measured_once_for_its_settings(tmp_path):
     row = Row("a/b", {"items": (1, 2)}, lambda checkpoint: {"command": "x", "figure": 3}, 60, " --items 1,2")
-    assert rows.state(row, {}) == "to do"
-    made = rows.measure(row, tmp_path / "partial")
+    assert records.state(row, {}) == "to do"
+    made = records.measure(row, tmp_path / "partial")
     assert made["found"] == {"figure": 3}
     assert made["command"] == "headsink bench all --out DIR --only a/b --items 1,2"
-    rows.save(tmp_path, made)
-    assert rows.state(row, rows.read_rows(tmp_path)) == "measured"
+    records.save(tmp_path, made)
+    assert records.state(row, records.read_rows(tmp_path)) == "measured"
     other = Row("a/b", {"items": (1, 3)}, row.measure, 60)
-    assert rows.state(other, rows.read_rows(tmp_path)) == "measured with other settings"
+    assert records.state(other, records.read_rows(tmp_path)) == "measured with other settings"
 
 
 def test_what_cannot_be_measured_is_recorded_with_the_reason(tmp_path):
     def measure(checkpoint):
         raise HeadsinkError("tasks: /a/b/data.json is not here: pip install it and/or look at owner/name")
 
-    made = rows.measure(Row("a/b", {}, measure, 60), tmp_path / "partial")
+    made = records.measure(Row("a/b", {}, measure, 60), tmp_path / "partial")
     assert made["missing"] == "tasks: data.json is not here: pip install it and/or look at owner/name"
-    rows.save(tmp_path, made)
-    assert rows.state(Row("a/b", {}, measure, 60), rows.read_rows(tmp_path)) == "missing"
+    records.save(tmp_path, made)
+    assert records.state(Row("a/b", {}, measure, 60), records.read_rows(tmp_path)) == "missing"
 
 
 def verdicts(before, now):
-    return {one.figure: one.verdict for one in rows.compare(before, now)}
+    return {one.figure: one.verdict for one in records.compare(before, now)}
 
 
 def test_again_the_same_is_the_same(done):
@@ -194,23 +196,23 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
 def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
     squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}
-    rows.save(folder, squad | {"row": "quality/smollm2/squad"})
+    records.save(folder, squad | {"row": "quality/smollm2/squad"})
     hopeless = copy.deepcopy(squad)
     hopeless["found"]["ways"][0] |= {"score": 0.0}
     hopeless["found"]["ways"][1] |= {"kl": 0.2, "same_tokens": 0.5}
-    rows.save(folder, hopeless | {"row": "quality/smollm2/qasper"})
+    records.save(folder, hopeless | {"row": "quality/smollm2/qasper"})
     longer = copy.deepcopy(done["speed/smollm2/512x1"])
     for one in longer["found"]["results"]:
         one["context"] = 2000
     longer["found"]["results"].append(timed("llama.cpp", [0.2, 0.3], [0.9, 0.9], None) | {"context": 2000})
-    rows.save(folder, longer | {"row": "speed/smollm2/2000x1"})
+    records.save(folder, longer | {"row": "speed/smollm2/2000x1"})
     plan = {
         "budget": 0.25,
         "kept": 0.249,
         "verified": {"kl_text": 0.01, "kl_answers": 0.02},
         "patterns": {"4+9f+32": 80, "full": 10},
     }
-    rows.save(folder, record("plan/smollm2", {"plans": [plan]}))
+    records.save(folder, record("plan/smollm2", {"plans": [plan]}))
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## In short") : text.index("## What it costs")]
     assert "| smollm2 | 25.0% | 1 of 2 | 0.200 (0.123 to 0.500) | 50% (25% to 72%) | 2,000 | " in part
@@ -218,7 +220,7 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
     assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part
     squad["found"]["ways"][1] |= {"way": "0.5"}  # which was not timed
-    rows.save(folder, squad | {"row": "quality/smollm2/squad"})
+    records.save(folder, squad | {"row": "quality/smollm2/squad"})
     text = results.write(folder, tmp_path / "results.md").read_text()
     assert "| smollm2 | 50.0% | 0 of 1 | 0.500 (0.500 to 0.500) | 25% (25% to 25%) | not measured |" in text
 
@@ -246,10 +248,10 @@ def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, 
     row = done["speed/smollm2/512x1"]
     row["found"]["results"].append(timed("headsink, 0.5", [0.4, 0.4], [0.1, 0.1], 5 * 10**6))
     row["found"]["results"].append(timed("llama.cpp", [0.2, 0.2], [0.9, 0.9], 10**7))
-    rows.save(folder, row)
+    records.save(folder, row)
     quality = done["quality/smollm2/gsm8k"]
     quality["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": None, "kl_interval": None}
-    rows.save(folder, quality)
+    records.save(folder, quality)
     part = results.write(folder, tmp_path / "results.md").read_text().split("## Where it is slower or worse")[1]
     slow = [line for line in part.splitlines() if "| smollm2, 512 x 1 |" in line]
     assert slow[0].startswith("| a token | smollm2, 512 x 1 | headsink, 0.5 | transformers | 0.101")
@@ -274,7 +276,7 @@ def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
     ]
     found = {"families": ["prose", "code"], "context": 2000, "budget": 0.25, "cells": cells, "own": sure}
     found |= {"noise": [{"tested_on": "prose", **sure}], "census": {"pairs": pairs}, "agreement": agreement}
-    rows.save(folder, record("families/smollm2", found))
+    records.save(folder, record("families/smollm2", found))
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Are specialised prompts different?") : text.index("## Where it is")]
     for figure in (
@@ -311,7 +313,7 @@ def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
 @pytest.mark.skipif(not (COMMITTED / "rows").is_dir(), reason="no rows are committed")
 def test_the_committed_page_is_what_the_committed_rows_make(monkeypatch):
     monkeypatch.chdir(ROOT)
-    done, page = rows.read_rows(COMMITTED), Path("docs/results.md")
+    done, page = records.read_rows(COMMITTED), Path("docs/results.md")
     drawn = list(pictures.drawn(done))
     assert results.page(COMMITTED.relative_to(ROOT), done, page, drawn) == page.read_text(encoding="utf-8")
     assert all(Path(f"docs/pictures/results-{name}.png").is_file() for name in drawn)

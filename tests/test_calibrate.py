@@ -1,6 +1,5 @@
 """Plans, made from documents to the end: within the budget, as good as said, the same after an interruption."""
 
-import importlib
 import itertools
 import json
 from dataclasses import asdict
@@ -11,26 +10,22 @@ import torch
 from families import tiny as tiny_model
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, calibrate, corpus, probes
-from headsink.architecture import describe
-from headsink.calibrate import (
-    BUDGETS,
-    TAIL,
-    Calibration,
-    _documents,
-    default_quality_contexts,
-)
-from headsink.choices import LEAST_CONTEXT
-from headsink.method import POLICIES, SINK, WINDOWS, Method
-from headsink.pattern import FULL
-from headsink.probes import FORMS
-from headsink.quality import score
-from headsink.reconstruction import demand, fit
-from headsink.retelling import prompt_tokens
-from headsink.search import Search, Step
+from headsink import HeadsinkError, Pattern, Plan, calibrate
+from headsink.calibration import calibrate as calibrate_module
+from headsink.calibration.calibrate import BUDGETS, TAIL, Calibration, _documents, default_quality_contexts
+from headsink.calibration.method import POLICIES, SINK, WINDOWS, Method
+from headsink.calibration.score_fit import demand, fit
+from headsink.calibration.search import Search, Step
+from headsink.compression.reconstruction import prompt_tokens
+from headsink.data import corpus
+from headsink.data import documents as probes
+from headsink.data.documents import FORMS
+from headsink.evaluation.options import LEAST_CONTEXT
+from headsink.evaluation.quality import score
+from headsink.eviction.pattern import FULL
+from headsink.models.spec import describe
 
 CONTEXT = 600
-calibrate_module = importlib.import_module("headsink.calibrate")  # the package has a function of that name
 FAMILIES = ("llama", "llama-mha", "qwen3", "gemma2", "gemma3", "granite", "gpt-oss")
 
 

@@ -8,15 +8,15 @@ from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsink import blockwise, corpus
-from headsink.architecture import attention_modules, decoder, describe
-from headsink.attention import observing
-from headsink.census import statistics
-from headsink.census.compare import rank_correlation
-from headsink.census.intervals import difference, interval
+from headsink.attention import chunked
+from headsink.attention.interface import observing
+from headsink.census import head_statistics as statistics
+from headsink.census.first_layer import _renumbered, conditional, sentence, transfer
+from headsink.census.head_statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
 from headsink.census.roles import ROLES, law, roles, window_needed
-from headsink.census.statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
-from headsink.census.transfer import _renumbered, conditional, sentence, transfer
+from headsink.data import corpus
+from headsink.models.spec import attention_modules, decoder, describe
+from headsink.utils.statistics import difference, interval, rank_correlation
 
 LIMITS = Thresholds(first=2, floating=3, tau=0.8, window=9)
 LENGTHS = (2, 3, 7, 30, 61)
@@ -104,7 +104,7 @@ def whole_matrix(weights, seen, n):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_the_eager_matrix(family, monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**11)
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2**11)
     eager, ids = tiny(family, attention="eager"), torch.randint(3, 211, (1, 61))
     model = tiny(family)
     with torch.no_grad():

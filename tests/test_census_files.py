@@ -16,10 +16,11 @@ from test_census_run import OPTIONS, Letters, same
 from test_files import full_disk
 
 import headsink
-from headsink import HeadsinkError, cli, show
+from headsink import HeadsinkError
 from headsink.census import run
-from headsink.census.census import Census
-from headsink.plan import Plan
+from headsink.census.results import Census
+from headsink.cli import main, output
+from headsink.plan.plan import Plan
 
 # Files of the user's
 
@@ -160,7 +161,7 @@ def test_a_model_that_only_a_file_names_is_not_fetched(folder, tmp_path, monkeyp
         words = ["headsink", "analyze", *model, "--again", str(changed), "--out", str(tmp_path / "b")]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit):
-            cli.main()
+            main.main()
     first, second = capsys.readouterr().err.splitlines()
     assert "was made with the model 'attacker/model', which is not on this machine" in first
     assert first.endswith(f"name it: headsink analyze MODEL --again {changed}")
@@ -249,8 +250,8 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 def use(folder):
     """All that `show` and `compare` do with a run."""
     found = Census.load(folder)
-    show.census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
-    json.dumps(show.census_json(found))
+    output.census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
+    json.dumps(output.census_json(found))
     headsink.compare(folder, found)
 
 
@@ -258,9 +259,9 @@ def use(folder):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(
-        "headsink.census.transfer.PERMUTATIONS", 10
+        "headsink.census.first_layer.PERMUTATIONS", 10
     )  # of a test of chance, which is not what this is about
-    monkeypatch.setattr("headsink.census.transfer.AT_ONCE", 10)
+    monkeypatch.setattr("headsink.census.first_layer.AT_ONCE", 10)
     changed = tmp_path_factory.mktemp("mutated") / "a"
     changed.mkdir()
     found = json.loads((folder / "census.json").read_text())

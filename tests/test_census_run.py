@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import headsink
 from headsink import HeadsinkError
 from headsink.census import run
-from headsink.census.census import Census
-from headsink.census.floating import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.head_statistics import SCORES, distance_within
+from headsink.census.results import Census
 from headsink.census.roles import ROLES
 from headsink.census.run import analyze_again
-from headsink.census.statistics import SCORES, distance_within
+from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
 
 
 class Letters:
@@ -180,7 +180,7 @@ def test_floating_sinks_by_what_they_say(census):
 def test_the_rule_for_tau_stops_where_keys_draw_no_more_than_by_chance(census, monkeypatch):
     steps = [(0.1, None), (0.2, 60.0), (0.3, 9.0), (0.4, 2.5), (0.5, 1.1), (0.6, 5.0)]
     evidence = [{"tau": tau, "keys": 1.0, "attention": 0.1, "density": density} for tau, density in steps]
-    monkeypatch.setattr("headsink.census.floating.tau_evidence", lambda *_: evidence)
+    monkeypatch.setattr("headsink.census.sink_tokens.tau_evidence", lambda *_: evidence)
     assert suggested_tau(census, 100) == 0.4
     evidence[1:] = [{**row, "density": 0.5} for row in evidence[1:]]
     assert suggested_tau(census, 100) is None

@@ -12,11 +12,14 @@ from families import tiny
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.decode import decoder, decoding
-from headsink.layout import Field, Layout
-from headsink.rows import Sight, Softmax, attend_few, attend_table, attend_tiles
-from headsink.scores import lifetimes
-from headsink.transformers_names import cache_argument
+from headsink.attention.backends import attend_few, attend_table, attend_tiles
+from headsink.attention.kv_table import Field
+from headsink.attention.params import Softmax
+from headsink.attention.visibility import Sight
+from headsink.cache.kv_table import Layout
+from headsink.eviction.lifetimes import lifetimes
+from headsink.generation.decode import decoder, decoding
+from headsink.models.transformers_names import cache_argument
 
 FLAGS = torch.ones(2, 3, 5, dtype=torch.bool)
 FEW = {
@@ -243,7 +246,7 @@ def test_a_step_sees_that_its_model_was_changed(kind):
 
 
 def test_a_step_on_a_gpu_sees_the_same(device):
-    from headsink.gpu.decoder import Decoder
+    from headsink.generation.step_cuda import Decoder
 
     model, plan, cache = model_and_cache(rows=2)
     model.to(device)
@@ -269,8 +272,8 @@ def test_a_step_on_a_gpu_sees_the_same(device):
 
 
 def test_kernels_of_a_gpu_take_tables_of_their_own_rows(device):
-    from headsink.gpu.attention import attend
-    from headsink.gpu.enter import enter, hide
+    from headsink.attention.cuda.append import enter, hide
+    from headsink.attention.cuda.decode import attend
 
     table = torch.zeros(2, 3, len(Field), dtype=torch.int64, device=device)
     length = torch.zeros(1, dtype=torch.int64, device=device)
@@ -298,19 +301,19 @@ def test_kernels_of_a_gpu_take_tables_of_their_own_rows(device):
 
 
 def test_lifetimes_on_a_gpu_take_a_number_for_every_row(device):
-    from headsink.gpu.lifetimes import better_ones
+    from headsink.eviction.lifetimes_cuda import better_ones
 
     with pytest.raises(HeadsinkError, match=r"^lifetimes: "):
         better_ones(torch.randn(3, 9, device=device), torch.ones(2, dtype=torch.int64, device=device))
 
 
 def test_the_census_on_a_gpu_takes_values_like_keys(device):
-    from headsink.blockwise import Inputs
-    from headsink.gpu import census
+    from headsink.attention.cuda import statistics
+    from headsink.attention.params import Inputs
 
     key, rows = torch.randn(1, 2, 9, 16, device=device), torch.arange(9, device=device)
     given = {"module": None, "layer": 0, "query": torch.randn(1, 4, 9, 16, device=device), "key": key, "value": key}
-    assert census.first_and_all(Inputs(**given, scaling=1.0), rows).shape == (2, 4, 9)
+    assert statistics.first_and_all(Inputs(**given, scaling=1.0), rows).shape == (2, 4, 9)
     for wrong in ({"value": key[..., :8]}, {"value": key.bfloat16()}, {"query": given["query"][:, :3]}):
         with pytest.raises(HeadsinkError, match=r"^census: "):
-            census.first_and_all(Inputs(**given | wrong, scaling=1.0), rows)
+            statistics.first_and_all(Inputs(**given | wrong, scaling=1.0), rows)

@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 import headsink
 from headsink import HeadsinkError, Plan
-from headsink.cache import nbytes
-from headsink.transformers_names import cache_argument
+from headsink.cache.cache import nbytes
+from headsink.models.transformers_names import cache_argument
 
 
 def compressed(model, plan, ids, mask=None):

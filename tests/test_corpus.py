@@ -2,7 +2,8 @@
 
 import pytest
 
-from headsink import HeadsinkError, corpus, probes
+from headsink import HeadsinkError
+from headsink.data import corpus, documents
 
 
 @pytest.mark.parametrize("domain", ["prose", "code"])
@@ -40,7 +41,7 @@ LENGTH = 1500
 
 
 def document(tokenizer, split="heldout", domain="prose", **options):
-    return probes.document(tokenizer, LENGTH, split=split, domains=(domain,), **options)
+    return documents.document(tokenizer, LENGTH, split=split, domains=(domain,), **options)
 
 
 @pytest.mark.parametrize("split", ["calibration", "heldout"])
@@ -48,7 +49,7 @@ def document(tokenizer, split="heldout", domain="prose", **options):
 def test_documents_hold_the_answers_and_are_as_long_as_asked(split, domain, tokenizer):
     made = document(tokenizer, split, domain)
     assert 0.85 * LENGTH <= len(made.ids) <= LENGTH
-    assert [question.form for question in made.questions] == list(probes.FORMS[split])
+    assert [question.form for question in made.questions] == list(documents.FORMS[split])
     text = tokenizer.decode(made.ids)
     for question in made.questions:
         answer = tokenizer.decode(question.ids[-question.answer_tokens :]).strip()
@@ -70,7 +71,7 @@ def test_facts_are_spread_over_the_document(tokenizer):
 
 
 def test_both_halves_ask_in_forms_of_their_own():
-    assert not set(probes.FORMS["calibration"]) & set(probes.FORMS["heldout"])
+    assert not set(documents.FORMS["calibration"]) & set(documents.FORMS["heldout"])
 
 
 def test_documents_are_repeatable(tokenizer):
@@ -114,6 +115,6 @@ def test_what_is_not_there_is_refused(tokenizer):
     with pytest.raises(HeadsinkError, match="prose has"):
         corpus.tokens("prose", tokenizer, 10_000_000, split="heldout")
     with pytest.raises(HeadsinkError, match="too few"):
-        probes.document(tokenizer, 60, split="heldout")
+        documents.document(tokenizer, 60, split="heldout")
     with pytest.raises(HeadsinkError, match="chat ends"):
-        probes.document(tokenizer, 100_000, split="heldout", domains=("chat",))
+        documents.document(tokenizer, 100_000, split="heldout", domains=("chat",))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from headsink.dealing import FACTORS, FEW, LEAST, NONE, RECENT, SWEEPS, Deal, moved, needed, tuned
+from headsink.calibration.allocation import FACTORS, FEW, LEAST, NONE, RECENT, SWEEPS, Deal, moved, needed, tuned
 
 some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: torch.tensor(x, dtype=torch.float64))
 

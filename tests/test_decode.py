@@ -11,12 +11,12 @@ from plans import QUALITY, random_plan
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.cpu import kernels
-from headsink.cpu.decoder import AHEAD
-from headsink.decode import decode, decoding, prepare, refusal
-from headsink.generation import empty_cache
-from headsink.plan import Quality
-from headsink.transformers_names import cache_argument
+from headsink.attention.cpu import decode as kernels
+from headsink.generation.decode import decode, decoding, prepare, refusal
+from headsink.generation.step_cpu import AHEAD
+from headsink.models.transformers_names import cache_argument
+from headsink.plan.schema import Quality
+from headsink.runtime.prefill import empty_cache
 
 DECODE = {"custom_generate": decode}
 DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")

@@ -14,9 +14,11 @@ import torch
 from browser import INSTALLED, browser
 from safetensors.torch import save_file
 
-from headsink import cli, files, prompt_files, terminal
+from headsink.cli import main
+from headsink.data import prompts
 from headsink.errors import HeadsinkError, printable
 from headsink.report import frontier as frontier_report
+from headsink.utils import files, terminal
 
 ESCAPES = "a\x1b]0;title\x07b\nc\u202ed\u2028e"
 
@@ -258,7 +260,7 @@ def test_standard_output_on_a_full_disk_is_one_line(words, monkeypatch, capfd):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
     assert stop.value.code == 2
     assert capfd.readouterr().err == "headsink: cannot write standard output: the disk is full\n"
 
@@ -269,10 +271,10 @@ def test_standard_output_on_a_full_disk_is_one_line(words, monkeypatch, capfd):
 def test_prompts_are_split_at_line_feeds_only(tmp_path):
     text = "one\u2028two\x85three\x0bfour\x0cfive\x1csix\rseven"
     (tmp_path / "p.txt").write_bytes(f"\ufeff{text}\r\n\r\nnext\n".encode())
-    assert prompt_files.read([], [tmp_path / "p.txt"], []) == {"own": [text, "next"]}
+    assert prompts.read([], [tmp_path / "p.txt"], []) == {"own": [text, "next"]}
     lines = [json.dumps({"prompt": text, "domain": "a"}, ensure_ascii=False), json.dumps(text, ensure_ascii=False)]
     (tmp_path / "p.jsonl").write_bytes("\ufeff{}\r\n{}\n".format(*lines).encode())
-    assert prompt_files.read([], [tmp_path / "p.jsonl"], []) == {"a": [text], "own": [text]}
+    assert prompts.read([], [tmp_path / "p.jsonl"], []) == {"a": [text], "own": [text]}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
 def test_a_prompt_that_cannot_be_used_is_one_line(line, reason, tmp_path):
     (tmp_path / "p.jsonl").write_text(line)
     with pytest.raises(HeadsinkError, match=reason):
-        prompt_files.read([], [tmp_path / "p.jsonl"], [])
+        prompts.read([], [tmp_path / "p.jsonl"], [])
 
 
 def test_names_from_files_do_not_reach_the_terminal_as_they_are(monkeypatch, capsys):
@@ -297,9 +299,9 @@ def test_names_from_files_do_not_reach_the_terminal_as_they_are(monkeypatch, cap
     assert printable(ESCAPES) == escaped == printable(escaped)
     assert printable("Größe 模型 😀") == "Größe 模型 😀"
     assert str(HeadsinkError(f"model: {ESCAPES}")) == f"model: {escaped}"
-    monkeypatch.setattr(cli, "app", lambda **_: terminal._fail(ESCAPES))
+    monkeypatch.setattr(main, "app", lambda **_: terminal._fail(ESCAPES))
     with pytest.raises(SystemExit):
-        cli.main()
+        main.main()
     assert capsys.readouterr().err == f"headsink: {escaped}\n"
     table = terminal.new_table("names", "name")
     table.add_row(ESCAPES)

@@ -30,11 +30,12 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.cache_layer import PlanLayer
-from headsink.decode import decoding, refusal
-from headsink.layout import Field, Layout
-from headsink.prefix import _expected, _Header
-from headsink.slots import FOREVER
+from headsink.attention.kv_table import Field
+from headsink.cache.kv_table import Layout
+from headsink.cache.layer import PlanLayer
+from headsink.eviction.pattern import FOREVER
+from headsink.generation.decode import decoding, refusal
+from headsink.runtime.prefix import _expected, _Header
 
 CASES = int(os.environ.get("HEADSINK_FUZZ", "150"))
 SEED = int(os.environ.get("HEADSINK_FUZZ_SEED", "0"))

@@ -22,11 +22,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, cli
-from headsink.architecture import attention_modules, decoder, describe, unwrapped, weights_hash
-from headsink.decode import refusal
-from headsink.rotary import inverse_frequencies
-from headsink.sharding import output_weight
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.cli import main
+from headsink.generation.decode import refusal
+from headsink.models.distributed import output_weight
+from headsink.models.fingerprint import weights_hash
+from headsink.models.rope import inverse_frequencies
+from headsink.models.spec import attention_modules, decoder, describe, unwrapped
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 
@@ -301,7 +303,7 @@ def run(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["headsink", *map(str, words), "--device", "cpu"])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         return stop.value.code or 0, *capsys.readouterr()
 
     return run

@@ -7,7 +7,7 @@ import sys
 import pytest
 from families import tiny
 
-from headsink.decode import prepare
+from headsink.generation.decode import prepare
 
 # A child puts what it found into a queue. Everything runs in one fresh process, since what has run before is what matters.
 SCRIPT = """
@@ -16,7 +16,7 @@ import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
 from headsink.decode import decoding
-from headsink.rows import Softmax, attend_few
+from headsink.attention.backends import Softmax, attend_few
 from plans import random_plan
 
 context = multiprocessing.get_context("fork")

@@ -9,8 +9,10 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError
-from headsink.generation import MARK, Conversation, document_prompt, encode, generate
-from headsink.transformers_names import cache_argument
+from headsink.generation.chat import Conversation
+from headsink.generation.generate import generate
+from headsink.generation.templates import MARK, document_prompt, encode
+from headsink.models.transformers_names import cache_argument
 
 
 def follows(model, plan, ids, answer, hold):
@@ -75,7 +77,7 @@ def test_lossless_generation_is_the_models_own(tiny_folder):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_long_conversation_is_read_in_pieces_and_only_once(tiny_folder, compiled, monkeypatch):
-    monkeypatch.setattr("headsink.generation.CHUNK", 16)
+    monkeypatch.setattr("headsink.runtime.prefill.CHUNK", 16)
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan = random_plan(model, 4)
     talk = Conversation(model, tokenizer, plan, max_new_tokens=8, compiled=compiled)

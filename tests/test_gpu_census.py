@@ -7,12 +7,13 @@ import offline
 import pytest
 import torch
 
-from headsink import gpu
-from headsink.attention import Seen
-from headsink.blockwise import Inputs, attention
-from headsink.census.statistics import Thresholds, head_statistics
+from headsink.attention.chunked import attention
+from headsink.attention.interface import Seen
+from headsink.attention.params import Inputs
+from headsink.census.head_statistics import Thresholds, head_statistics
+from headsink.utils import device as gpu
 
-census = pytest.importorskip("headsink.gpu.census")  # triton may not be there
+census = pytest.importorskip("headsink.attention.cuda.statistics")  # triton may not be there
 LIMITS = Thresholds(first=2, floating=9, tau=0.8, window=9)
 CASES = {
     "group-of-two": {"length": 77},
@@ -95,8 +96,8 @@ def test_a_run_gives_what_the_run_before_gave(device):
 
 SCRIPT = """
 import torch
-from headsink.blockwise import Inputs
-from headsink.gpu import census
+from headsink.attention.chunked import Inputs
+from headsink.utils.device import census
 
 length = 2048
 for dtype in (torch.bfloat16, torch.float32):

@@ -15,12 +15,12 @@ from torch import Tensor
 from waiting import Waiting
 
 from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
-from headsink.decode import decoding, refusal
-from headsink.gpu.attention import attend
-from headsink.gpu.decoder import Decoder
-from headsink.layout import Field
-from headsink.speculate import Speculation, kept
-from headsink.transformers_names import cache_argument
+from headsink.attention.cuda.decode import attend
+from headsink.attention.kv_table import Field
+from headsink.generation.decode import decoding, refusal
+from headsink.generation.speculative import Speculation, kept
+from headsink.generation.step_cuda import Decoder
+from headsink.models.transformers_names import cache_argument
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -256,7 +256,7 @@ def test_refusals_say_why(device, monkeypatch):
     assert refusal(model) == "layers of this model slide by themselves"
     model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
-    monkeypatch.setattr("headsink.gpu.installed", lambda: False)
+    monkeypatch.setattr("headsink.utils.device.installed", lambda: False)
     assert refusal(tiny("llama").to(device)) == "triton is not installed: pip install 'headsink[gpu]'"
 
 
@@ -315,14 +315,14 @@ def test_taking_and_hiding_columns_is_what_the_cache_does(device):
 
 LAUNCHES = """
 import torch
-from headsink.gpu.attention import attend
-from headsink.gpu.decoder import Decoder
-from headsink.gpu.enter import enter, hide
-from headsink.gpu.lifetimes import better_ones
-from headsink.gpu.prefill import attend as attend_many
-from headsink.layout import Field
-from headsink.rows import Sight
-from headsink.transformers_names import cache_argument
+from headsink.attention.cuda.decode import attend
+from headsink.generation.step_cuda import Decoder
+from headsink.attention.cuda.append import enter, hide
+from headsink.eviction.lifetimes_cuda import better_ones
+from headsink.attention.cuda.prefill import attend as attend_many
+from headsink.cache.kv_table import Field
+from headsink.attention.backends import Sight
+from headsink.models.transformers_names import cache_argument
 
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
 hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(Field), dtype=torch.int64), torch.tensor([0]))

@@ -6,18 +6,21 @@ import pytest
 import torch
 from waiting import Waiting
 
-from headsink.cache_layer import PlanLayer, Update
-from headsink.gpu import first, prefill
-from headsink.pattern import FULL, Pattern
-from headsink.rows import Sight, Softmax
-from headsink.scores import n_features
+from headsink.attention.cuda import prefill
+from headsink.attention.interface import Update
+from headsink.attention.params import Softmax
+from headsink.attention.visibility import Sight
+from headsink.cache import prefill_cuda
+from headsink.cache.layer import PlanLayer
+from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.scoring import n_features
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def slow(query, keys, values, columns, until, first, scaling, softcap=None, learned=None):
     """query: [heads, group, tokens, dim]. Returns the output and the log-sum-exp in float64."""
-    now = first + torch.arange(query.shape[2], device=query.device)[:, None]
+    now = prefill_cuda + torch.arange(query.shape[2], device=query.device)[:, None]
     seen = (columns <= now) & (now < until[:, None])
     logits = torch.einsum("hgtd,hkd->hgtk", query.double(), keys.double()) * scaling
     if softcap is not None:
@@ -125,14 +128,14 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
     query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
     weights = torch.randn(len(patterns), n_features(dim))
-    read, softmax, ran = first.read, Softmax(scaling, 5.0, torch.randn(2 * len(patterns), device=device)), []
+    read, softmax, ran = prefill_cuda.read, Softmax(scaling, 5.0, torch.randn(2 * len(patterns), device=device)), []
 
     def watched(*given):
         ran.append(given[0])
         with Waiting():
             read(*given)
 
-    monkeypatch.setattr(first, "read", watched)
+    monkeypatch.setattr(prefill_cuda, "read", watched)
     one, other = (PlanLayer(patterns, weights, exact=False) for _ in range(2))
     monkeypatch.setattr(other, "_at_once", lambda query: [])
     error = TYPES[dtype]

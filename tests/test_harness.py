@@ -18,8 +18,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: make test-harne
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from headsink.harness import HeadsinkLM, main
-from headsink.transformers_names import NAMES
+from headsink.integrations.lm_eval import HeadsinkLM, main
+from headsink.models.transformers_names import NAMES
 
 STORY = (
     "The keeper of the old lighthouse wrote the weather into a book, and on Sundays he counted the ships that passed. "
@@ -268,7 +268,7 @@ def test_the_harness_s_command_runs_tasks_under_a_plan(tiny_folder, plans, tmp_p
     words += ["--tasks", ",".join(f"{tmp_path / name}.yaml" for name in TASKS), "--batch_size", "2", "--log_samples"]
     words += ["--output_path", str(tmp_path / "out"), "--apply_chat_template"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-m", "headsink.harness"]
+    command = [sys.executable, "-m", "headsink.integrations.lm_eval"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, env=os.environ | offline)
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")

@@ -8,12 +8,12 @@ from reference import held_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
-from headsink.cache_layer import PlanLayer, Update
-from headsink.head_group import QUERY_BLOCK
-from headsink.pattern import reference_attention
-from headsink.rows import Softmax
-from headsink.scores import key_scores, n_features
-from headsink.slots import Padding
+from headsink.attention.interface import Update
+from headsink.attention.params import Padding, Softmax
+from headsink.attention.reference import reference_attention
+from headsink.cache.head_group import QUERY_BLOCK
+from headsink.cache.layer import PlanLayer
+from headsink.eviction.scoring import key_scores, n_features
 
 SCALE, DIM = 0.5, 6
 PLAIN = Softmax(SCALE)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from numba import njit
 
-from headsink.cpu import kernels, vectors
-from headsink.layout import Field
-from headsink.scores import key_scores, n_features
+from headsink.attention.cpu import decode, vectors
+from headsink.attention.kv_table import Field
+from headsink.eviction.scoring import key_scores, n_features
 
 RANDOM = np.random.default_rng(0)
 
@@ -59,14 +59,14 @@ def test_rows_times_vectors(shape, dtype, parts, texts):
     x, out = torch.randn(texts, shape[1]), np.full((texts, shape[0]), np.nan, np.float32)
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
     for part in range(parts):
-        kernels._times(weight.data_ptr(), like, x.numpy(), out, part, parts)
+        decode._times(weight.data_ptr(), like, x.numpy(), out, part, parts)
     torch.testing.assert_close(torch.from_numpy(out), x @ weight.float().T, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dim", [2, 6, 64])
 def test_scores_of_keys(dim):
     key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, n_features(dim))
-    found = kernels._score(key.numpy(), value.numpy(), weights[0].numpy())
+    found = decode._score(key.numpy(), value.numpy(), weights[0].numpy())
     assert found == pytest.approx(float(key_scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
 
 
@@ -86,15 +86,15 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
     top, total = np.full((2, parts, group), np.nan, np.float32)
     out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
-    logits = np.empty((group, kernels.BLOCK), np.float32)
+    logits = np.empty((group, decode.BLOCK), np.float32)
     sinks = min(2, size) if turned_sinks else 0
     head[Field.SINK] = sinks
     turned = torch.randn(group if turned_sinks else 0, dim)
     given = query.numpy(), turned.numpy(), tokens, logits
     for part in range(parts):
-        kernels._attend(head, like, *given, top[part], total[part], out[part], part, parts)
+        decode._attend(head, like, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
-        kernels._combine(top[:, row], total[:, row], out[:, row], result[row])
+        decode._combine(top[:, row], total[:, row], out[:, row], result[row])
     every = query @ keys.float().T
     if turned_sinks:
         every[:, :sinks] = turned @ keys[:sinks].float().T
@@ -105,13 +105,13 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
 
 def test_a_head_that_sees_nothing_gives_zero():
     result = np.full(4, np.nan, np.float32)
-    kernels._combine(np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32), result)
+    decode._combine(np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32), result)
     assert not result.any()
 
 
 THREADS = """
 import torch
-from headsink.rows import Softmax, attend_few
+from headsink.attention.backends import Softmax, attend_few
 torch.set_num_threads({threads})
 query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
 attend_few(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, Softmax(1.0))

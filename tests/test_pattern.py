@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsink import HeadsinkError, Pattern
-from headsink.pattern import reference_attention, visible
-from headsink.scores import n_features
+from headsink.attention.reference import reference_attention
+from headsink.eviction.pattern import visible
+from headsink.eviction.scoring import n_features
 
 patterns = st.one_of(st.just(Pattern()), st.builds(Pattern, st.integers(0, 6), st.integers(0, 6), st.integers(0, 20)))
 texts = st.lists(st.floats(-9, 9, width=32), unique=True, min_size=1, max_size=40)  # the scores of their keys

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plans import QUALITY, RETRIEVAL, random_plan
 
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.scores import n_features
+from headsink.eviction.scoring import n_features
 
 MODEL = tiny("llama")
 FEATURES = n_features(12)

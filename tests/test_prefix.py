@@ -16,9 +16,9 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.cache import nbytes
-from headsink.prefix import prefix_text
-from headsink.scores import n_features
+from headsink.cache.cache import nbytes
+from headsink.eviction.scoring import n_features
+from headsink.runtime.prefix import prefix_text
 
 LENGTH = 61
 

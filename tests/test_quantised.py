@@ -11,8 +11,8 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.architecture import weights_hash
-from headsink.decode import refusal
+from headsink.generation.decode import refusal
+from headsink.models.fingerprint import weights_hash
 
 sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchao"))  # where `make setup` puts it
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make setup")

@@ -7,12 +7,13 @@ import torch
 from families import FAMILIES, tiny
 from test_replay import LENGTH, SOME, random_document, random_weights
 
-from headsink import HeadsinkError, Pattern, Plan, reconstruction
-from headsink.architecture import attention_modules
-from headsink.reconstruction import LEAST, RIDGE, TOKENS, WEIGHT, Demand, _starts, demand, fit
-from headsink.replay import Replay
-from headsink.retelling import LEAD, PROMPT, SPAN, prompt_tokens
-from headsink.scores import key_features, key_scores
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.calibration import score_fit
+from headsink.calibration.replay import Replay
+from headsink.calibration.score_fit import LEAST, RIDGE, TOKENS, WEIGHT, Demand, _starts, demand, fit
+from headsink.compression.reconstruction import LEAD, PROMPT, SPAN, prompt_tokens
+from headsink.eviction.scoring import key_features, key_scores
+from headsink.models.spec import attention_modules
 
 
 def letters(text, add_special_tokens=True):
@@ -58,7 +59,7 @@ def test_demand_is_the_largest_attention_of_a_pass_over_everything(family, preci
 def test_what_no_attention_falls_on_is_bounded(monkeypatch):
     model = tiny("llama")
     _, told = telling(model)
-    monkeypatch.setattr(reconstruction, "LEAST", -3.0)
+    monkeypatch.setattr(score_fit, "LEAST", -3.0)
     _, bounded = telling(model)
     assert float(told.attention.min()) < -3 < float(told.attention.max())
     assert torch.equal(bounded.attention, told.attention.clamp(min=-3))

@@ -9,12 +9,13 @@ from families import FAMILIES, tiny
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from headsink.architecture import attention_modules, describe
-from headsink.attention import observing
-from headsink.pattern import FULL, Pattern, masked_attention, visible
-from headsink.probes import Document, Question
-from headsink.replay import Replay
-from headsink.scores import key_scores, n_features
+from headsink.attention.interface import observing
+from headsink.attention.reference import masked_attention
+from headsink.calibration.replay import Replay
+from headsink.data.documents import Document, Question
+from headsink.eviction.pattern import FULL, Pattern, visible
+from headsink.eviction.scoring import key_scores, n_features
+from headsink.models.spec import attention_modules, describe
 
 LENGTH, BRANCH = 150, 40
 SOME = ("llama", "llama-mha", "gemma3")

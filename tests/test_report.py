@@ -13,11 +13,13 @@ from browser import INSTALLED, browser
 from families import tiny
 
 import headsink
-from headsink.census.statistics import distances
+from headsink.census.head_statistics import distances
 from headsink.report import charts, write_comparison, write_comparison_pictures, write_report
-from headsink.report.first import flat_keys, flat_profile, short
-from headsink.report.page import drawing, share, write_picture
+from headsink.report.assets import write_picture
+from headsink.report.first_view import flat_keys, flat_profile, short
+from headsink.report.page import drawing, write_page
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
+from headsink.utils.format import share
 
 MARKUP = "<img src=x onerror=alert(1)></script>"
 KIND = "<img src=x onerror=alert(1)>"  # a kind of text may not hold a slash
@@ -56,7 +58,7 @@ def census():
 
 @pytest.fixture(scope="module")
 def folder(census, tmp_path_factory):
-    return census.save(tmp_path_factory.mktemp("report") / "census")
+    return write_report(census, tmp_path_factory.mktemp("report") / "census")
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +525,7 @@ def test_a_page_is_drawn_whatever_its_names_are(chromium, census, tmp_path):
     for text in settings["texts"]:
         text["domain"] = {"prose": NAMES[0], KIND: NAMES[1], "short": NAMES[-1]}[text["domain"]]
     settings["model"]["name"] = NAMES[3]
-    write_report(headsink.Census(settings, census.vocabulary, census.arrays), tmp_path / "report.html")
+    write_page(headsink.Census(settings, census.vocabulary, census.arrays), tmp_path / "report.html")
     chromium.open(f"file://{tmp_path}/report.html")
     assert chromium.console() == []
     labels = chromium.run("return [...document.querySelectorAll('#same-roles text')].map(label => label.textContent)")

@@ -8,12 +8,14 @@ from test_runtime import padded
 from transformers import DynamicCache
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, retelling
-from headsink.architecture import describe
-from headsink.attention import observing
-from headsink.pattern import masked_attention, visible
-from headsink.retelling import LEAD, RIDGE, kept
-from headsink.transformers_names import cache_argument
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.attention.interface import observing
+from headsink.attention.reference import masked_attention
+from headsink.compression import reconstruction
+from headsink.compression.reconstruction import LEAD, RIDGE, kept
+from headsink.eviction.pattern import visible
+from headsink.models.spec import describe
+from headsink.models.transformers_names import cache_argument
 
 PROMPT = (17, 5, 90, 23)
 LENGTH = 61
@@ -21,7 +23,7 @@ LENGTH = 61
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
-    monkeypatch.setattr(retelling, "SPAN", 16)
+    monkeypatch.setattr(reconstruction, "SPAN", 16)
 
 
 def text(seed=0, tokens=LENGTH):
@@ -44,8 +46,8 @@ def plan_for(model, seed=1, **fields):
 @torch.no_grad()
 def passes(model, ids):
     """One pass over everything for each span: where it lies, and what each layer computed with."""
-    for start in range(0, len(ids), retelling.SPAN):
-        span = range(start, min(start + retelling.SPAN, len(ids)))
+    for start in range(0, len(ids), reconstruction.SPAN):
+        span = range(start, min(start + reconstruction.SPAN, len(ids)))
         seen = []
         with observing(model, seen.append):
             model(torch.tensor([[*ids, *PROMPT, *ids[max(start - LEAD, 0) : span.stop]]]), use_cache=False)
@@ -66,13 +68,13 @@ def attention(inputs, head, group, hidden):
     [*((family, 1024, 8192) for family in FAMILIES), ("llama", 7, 8192), ("gemma3", 1, 50), ("llama-mha", 9, 30)],
 )
 def test_scores_and_values_equal_the_slow_way(family, most, rows, precise, monkeypatch):
-    monkeypatch.setattr(retelling, "FITTED", most)
-    monkeypatch.setattr(retelling, "ROWS", rows)
+    monkeypatch.setattr(reconstruction, "FITTED", most)
+    monkeypatch.setattr(reconstruction, "ROWS", rows)
     model, ids = tiny(family, dtype=torch.float64), text()
     plan, shape = plan_for(model), describe(model)
     cache = read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
-    scores = retelling.retell(model, plan, cache, ids)
+    scores = reconstruction.retell(model, plan, cache, ids)
     told = list(passes(model, ids[0].tolist()))
     assert scores.keys() == {layer for layer, row in enumerate(plan.layers) if row}
     for layer, row in enumerate(plan.layers):
@@ -132,7 +134,7 @@ def test_the_cache_holds_the_fitted_values(family):
     model, ids = tiny(family), text(2)
     plan = plan_for(model, 3)
     told = read(model, ids)
-    scores = retelling.retell(model, plan, told, ids)
+    scores = reconstruction.retell(model, plan, told, ids)
     cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
     for index, row in enumerate(plan.layers):
         for group in cache.layers[index].groups if row else ():
@@ -201,7 +203,7 @@ def test_an_all_full_plan_stays_the_model_bit_for_bit():
 def test_in_16_bits_scores_hardly_move():
     ids = text(6, 120)
     exact, rounded = (
-        retelling.retell(model, plan_for(model), read(model, ids), ids)
+        reconstruction.retell(model, plan_for(model), read(model, ids), ids)
         for model in (tiny("llama"), tiny("llama").to(torch.bfloat16))
     )
     for layer, scores in exact.items():
@@ -226,8 +228,8 @@ def test_values_may_stay_as_they_are(family):
     model, ids = tiny(family), text()
     plan, cache = plan_for(model), read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
-    scores = retelling.retell(model, plan.model_copy(update={"fit_values": False}), cache, ids)
+    scores = reconstruction.retell(model, plan.model_copy(update={"fit_values": False}), cache, ids)
     assert all(torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))
-    fitted = retelling.retell(model, plan, cache, ids)  # which they are not otherwise; scores are the same
+    fitted = reconstruction.retell(model, plan, cache, ids)  # which they are not otherwise; scores are the same
     assert all(torch.equal(scores[layer], fitted[layer]) for layer in scores)
     assert any(not torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))

@@ -12,12 +12,12 @@ from transformers.masking_utils import eager_mask
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.architecture import decoder
-from headsink.decode import decoding
-from headsink.generation import generate
-from headsink.pattern import masked_attention
-from headsink.rotary import inverse_frequencies, turned_back
-from headsink.transformers_names import cache_argument
+from headsink.attention.reference import masked_attention
+from headsink.generation.decode import decoding
+from headsink.generation.generate import generate
+from headsink.models.rope import inverse_frequencies, turned_back
+from headsink.models.spec import decoder
+from headsink.models.transformers_names import cache_argument
 
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
 

@@ -13,10 +13,10 @@ from transformers import DynamicCache, StaticCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.passes import engaged
-from headsink.plan import Quality
-from headsink.scores import n_features
-from headsink.transformers_names import cache_argument, returned_cache
+from headsink.attention.passes import engaged
+from headsink.eviction.scoring import n_features
+from headsink.models.transformers_names import cache_argument, returned_cache
+from headsink.plan.schema import Quality
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from headsink.bench.sandbox import PROCESSES, judge
+from headsink.bench.tasks.sandbox import PROCESSES, judge
 
 RIGHT = "def double(x):\n    return 2 * x\n"
 TESTS = "assert double(2) == 4\n"

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsink import scores as scores_module
-from headsink.scores import best, key_features, key_scores, lifetimes, n_features
+from headsink.eviction import lifetimes as lifetimes_module
+from headsink.eviction.lifetimes import best, lifetimes
+from headsink.eviction.scoring import key_features, key_scores, n_features
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -76,5 +77,5 @@ def test_lifetimes_at_once_are_those_of_a_heap(device, before, later, floating):
     found = lifetimes(held.to(device), leaving.to(device), floating).cpu()
     expected = np.empty((4, before + later), np.int64)
     for row, (own, new) in enumerate(zip(held.flatten(0, 1), leaving.flatten(0, 1), strict=True)):
-        scores_module._lifetimes(own.double().numpy(), new.double().numpy(), floating, expected[row])
+        lifetimes_module._lifetimes(own.double().numpy(), new.double().numpy(), floating, expected[row])
     assert found.flatten(0, 1).tolist() == expected.tolist()

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_replay import SOME, everything, replayed
 
 from headsink import HeadsinkError, Pattern
-from headsink import method as method_module
-from headsink.architecture import attention_modules
-from headsink.method import POLICIES, SINK, Method
-from headsink.pattern import FULL
-from headsink.search import START, Search, Step, choose
+from headsink.calibration import method as method_module
+from headsink.calibration.method import POLICIES, SINK, Method
+from headsink.calibration.search import START, Search, Step, choose
+from headsink.eviction.pattern import FULL
+from headsink.models.spec import attention_modules
 
 CONTEXT = 190  # a document of the replays and the longest branch
 SMALL = {"windows": (8, 32), "floating": (0, 1 / 8)}  # two of the patterns are of one size

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import random_plan
 
-import headsink.vllm
-from headsink import HeadsinkError, Pattern, Plan, serving, versions
-from headsink.pattern import visible
-from headsink.sharding import rank_heads
-from headsink.vllm import blocks, groups
-from headsink.vllm import settings as vllm_settings
-from headsink.vllm.fingerprint import check_folder
+import headsink.serving.vllm
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.eviction.pattern import visible
+from headsink.models.distributed import rank_heads
+from headsink.serving.vllm import blocks, groups, launch
+from headsink.serving.vllm import settings as vllm_settings
+from headsink.serving.vllm.fingerprint import check_folder
+from headsink.utils import versions
 
 patterns = st.one_of(
     st.just(Pattern()), st.builds(Pattern, sink=st.integers(0, 70), window=st.integers(0, 150), floating=st.just(0))
@@ -179,22 +180,22 @@ def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_
     model.save_pretrained(tmp_path / "model")
     plan = Plan.uniform(model, Pattern(4, 0, 64)).save(tmp_path / "plan.json")
     folder = str(tmp_path / "model")
-    found = serving.command(folder, plan, ["--port", "80", "--max-model-len=128"])
+    found = launch.command(folder, plan, ["--port", "80", "--max-model-len=128"])
     assert found[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     assert f"--served-model-name={folder}" in found
     assert ("--block-size=32" in found) != torch.cuda.is_available()
-    assert "--block-size=32" not in serving.command(folder, plan, ["--block_size", "64"])
-    other = serving.command(folder, plan, ["--headless", "--node-rank=1"])  # a machine without the server
+    assert "--block-size=32" not in launch.command(folder, plan, ["--block_size", "64"])
+    other = launch.command(folder, plan, ["--headless", "--node-rank=1"])  # a machine without the server
     assert other[1:4] == ["vllm.entrypoints.cli.main", "serve", str(folder)]
     assert other[4:] == [*found[4:-3], "--headless", "--node-rank=1"]
     assert found[-3:] == ["--port", "80", "--max-model-len=128"]
     with pytest.raises(HeadsinkError, match="--hf-overrides: headsink serve sets it itself"):
-        serving.command(folder, plan, ["--hf_overrides={}"])
+        launch.command(folder, plan, ["--hf_overrides={}"])
 
 
 def test_serve_without_vllm_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     (tmp_path / "plan.json").write_text("{}")
-    from headsink.cli import main
+    from headsink.cli.main import main
 
     monkeypatch.setattr(
         sys, "argv", ["headsink", "serve", "smollm2", "--plan", str(tmp_path / "plan.json"), "--port", "1"]

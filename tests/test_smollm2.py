@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import headsink
-from headsink import corpus, probes
-from headsink.census.floating import floating_tokens, suggested_tau
-from headsink.census.statistics import windows
-from headsink.method import Method
-from headsink.quality import score
+from headsink.calibration.method import Method
+from headsink.census.head_statistics import windows
+from headsink.census.sink_tokens import floating_tokens, suggested_tau
+from headsink.data import corpus, documents
+from headsink.evaluation.quality import score
 
 TOKENS = 2000
 
@@ -24,7 +24,7 @@ def half_plan(smollm2):
 def test_what_the_model_finds_in_a_document_the_half_plan_finds(smollm2, half_plan):
     """Text, and forms of questions, that calibration never saw; the document is read before it is known what is asked."""
     model, tokenizer = smollm2
-    document = probes.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
+    document = documents.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
     questions = [q for q in document.questions if q.form in ("locker", "flower")]
     assert len(questions) == 2
     text, *answers = score(model, half_plan, replace(document, questions=questions))
@@ -50,7 +50,7 @@ def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
     plan = headsink.calibrate(
         model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
     )
-    document = probes.document(tokenizer, 900, split="heldout", seed=5)
+    document = documents.document(tokenizer, 900, split="heldout", seed=5)
     told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"retell": ()})))
     assert told[0].bytes_plan < 0.15 * told[0].bytes_full
     assert any(branch.right_full for branch in told[1:])

@@ -12,8 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.speculate import AGAIN, MOST, Pace, Speculation, generate_lossless
-from headsink.transformers_names import cache_argument
+from headsink.generation.speculative import AGAIN, MOST, Pace, Speculation, generate_lossless
+from headsink.models.transformers_names import cache_argument
 
 NEW = 24
 

@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError
-from headsink.transformers_names import cache_argument, returned_cache
+from headsink.models.transformers_names import cache_argument, returned_cache
 
 PAGE = Path(__file__).parent.parent / "docs" / "calls.md"
 NEW = 8  # tokens

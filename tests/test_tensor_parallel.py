@@ -15,9 +15,9 @@ from torch import Tensor
 
 import headsink
 from headsink import HeadsinkError
-from headsink.architecture import decoder
-from headsink.attention import observing
-from headsink.sharding import input_device, is_main
+from headsink.attention.interface import observing
+from headsink.models.distributed import input_device, is_main
+from headsink.models.spec import decoder
 
 SPLIT = ("llama", "llama-mha", "qwen2", "qwen3", "gemma3")  # each process has some heads
 SEEN_BY_ALL = ("phi3", "olmo2")  # each process has all heads, only the projections are split

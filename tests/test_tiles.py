@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headsink.cpu import tiles
-from headsink.rows import Sight, attend_tiles
+from headsink.attention.backends import attend_tiles
+from headsink.attention.cpu import tiles
+from headsink.attention.visibility import Sight
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 

@@ -29,7 +29,7 @@ def engine():
 
     from vllm import LLM
 
-    import headsink.vllm
+    import headsink.serving.vllm
 
     started = []
 
@@ -75,7 +75,7 @@ def model_folder(tmp_path_factory):
 def smollm2():
     """The built-in model in float32, and its folder."""
     import headsink
-    from headsink.models import find
+    from headsink.models.loading import find
 
     return headsink.load("smollm2", dtype="float32", device="cpu")[0], Path(find("smollm2")[0])
 

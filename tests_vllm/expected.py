@@ -7,10 +7,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headsink.architecture import describe
-from headsink.sharding import rank_heads
-from headsink.vllm.blocks import visible
-from headsink.vllm.groups import choose, widest_first
+from headsink.models.distributed import rank_heads
+from headsink.models.spec import describe
+from headsink.serving.vllm.blocks import visible
+from headsink.serving.vllm.groups import choose, widest_first
 
 _running = []
 

@@ -9,9 +9,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from headsink import HeadsinkError
-from headsink.vllm.backend import check_planned, compact
-from headsink.vllm.blocks import Blocks, visible
-from headsink.vllm.cache import SinkWindowSpec
+from headsink.serving.vllm.attention import check_planned, compact
+from headsink.serving.vllm.blocks import Blocks, visible
+from headsink.serving.vllm.kv_cache import SinkWindowSpec
 
 TABLE = 64  # blocks in a row of the block table
 

@@ -9,7 +9,8 @@ from plans import random_plan
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
-from headsink import Pattern, Plan, corpus
+from headsink import Pattern, Plan
+from headsink.data import corpus
 
 BOUND = 1e-4
 ASK_ALL = SamplingParams(

@@ -24,7 +24,15 @@ def server(smollm2, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "headsink.cli", "serve", "smollm2", "--plan", str(plan.save(folder / "plan.json"))]
+    command = [
+        sys.executable,
+        "-m",
+        "headsink",
+        "serve",
+        "smollm2",
+        "--plan",
+        str(plan.save(folder / "plan.json")),
+    ]
     options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -77,7 +85,7 @@ def test_streams_and_answers_at_once_what_the_masked_model_says(server, smollm2)
 def test_a_plan_for_another_model_ends_with_one_line_and_status_2(smollm2, tmp_path):
     plan = Plan.uniform(smollm2[0], Pattern(4, 0, 64))
     other = plan.model_copy(update={"model": plan.model.model_copy(update={"weights": "0" * 64})})
-    words = ["-m", "headsink.cli", "serve", "smollm2", "--plan", str(other.save(tmp_path / "plan.json"))]
+    words = ["-m", "headsink", "serve", "smollm2", "--plan", str(other.save(tmp_path / "plan.json"))]
     found = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
     assert "the plan is for other weights" in found.stderr.splitlines()[-1]

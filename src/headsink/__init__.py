@@ -4,23 +4,25 @@ A public name imports its module when it is first used, so that `import headsink
 checkers and editors read `__init__.pyi`.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 _MODULES = {
-    "calibrate": ("calibrate",),
-    "census": ("Census", "Comparison", "analyze", "compare"),
-    "decode": ("decode",),
+    "calibration.calibrate": ("calibrate",),
+    "calibration.method": ("Method",),
+    "census.compare": ("Comparison", "compare"),
+    "census.results": ("Census",),
+    "census.run": ("analyze",),
     "errors": ("HeadsinkError",),
-    "method": ("Method",),
-    "models": ("load",),
-    "pattern": ("Pattern",),
-    "plan": ("Plan",),
-    "prefix": ("load_prefix", "save_prefix"),
-    "runtime": ("apply", "compress", "new_cache"),
-    "speculate": ("generate_lossless",),
+    "eviction.pattern": ("Pattern",),
+    "generation.decode": ("decode",),
+    "generation.speculative": ("generate_lossless",),
+    "models.loading": ("load",),
+    "plan.plan": ("Plan",),
+    "report.page": ("write_report",),
+    "runtime.apply": ("apply", "new_cache"),
+    "runtime.compress": ("compress",),
+    "runtime.prefix": ("load_prefix", "save_prefix"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -38,14 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the modules `calibrate` and `decode` must not hide the functions of the same names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,14 +1,18 @@
-from headsink.calibrate import calibrate
-from headsink.census import Census, Comparison, analyze, compare
-from headsink.decode import decode
+from headsink.calibration.calibrate import calibrate
+from headsink.calibration.method import Method
+from headsink.census.compare import Comparison, compare
+from headsink.census.results import Census
+from headsink.census.run import analyze
 from headsink.errors import HeadsinkError
-from headsink.method import Method
-from headsink.models import load
-from headsink.pattern import Pattern
-from headsink.plan import Plan
-from headsink.prefix import load_prefix, save_prefix
-from headsink.runtime import apply, compress, new_cache
-from headsink.speculate import generate_lossless
+from headsink.eviction.pattern import Pattern
+from headsink.generation.decode import decode
+from headsink.generation.speculative import generate_lossless
+from headsink.models.loading import load
+from headsink.plan.plan import Plan
+from headsink.report.page import write_report
+from headsink.runtime.apply import apply, new_cache
+from headsink.runtime.compress import compress
+from headsink.runtime.prefix import load_prefix, save_prefix
 
 __all__ = [
     "Census",
@@ -28,4 +32,5 @@ __all__ = [
     "load_prefix",
     "new_cache",
     "save_prefix",
+    "write_report",
 ]

@@ -1,5 +1,5 @@
 """`python -m headsink` is the command line."""
 
-from headsink.cli import main
+from headsink.cli.main import main
 
 main()

@@ -23,13 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
-from headsink import corpus
-from headsink.architecture import decoder, describe
-from headsink.bench import spread
-from headsink.built_in import BUILT_IN
 from headsink.census.run import analyze
-from headsink.models import dtype_name
-from headsink.progress import bar, console
+from headsink.data import corpus
+from headsink.models.builtin import BUILT_IN
+from headsink.models.devices import dtype_name
+from headsink.models.spec import decoder, describe
+from headsink.utils.progress import bar, console
+from headsink.utils.statistics import spread
 
 EAGER_FROM = 512
 LONG_MODEL = "gemma3-270m"

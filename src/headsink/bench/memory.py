@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 import headsink
-from headsink.architecture import describe
-from headsink.bench import peers, spread
+from headsink.bench.heading import machine, versions
 from headsink.bench.options import check_contexts, contexts_for
-from headsink.bench.peers import Failed, Process
-from headsink.bench.rows import machine, versions
+from headsink.bench.peers import process as peers
+from headsink.bench.peers.process import Failed, Process
 from headsink.bench.speed import BASE, Way, kv_token_bytes, texts_of
-from headsink.decode import refusal
-from headsink.models import dtype_name
-from headsink.plan import Plan
-from headsink.progress import bar
+from headsink.generation.decode import refusal
+from headsink.models.devices import dtype_name
+from headsink.models.spec import describe
+from headsink.plan.plan import Plan
+from headsink.utils.progress import bar
+from headsink.utils.statistics import spread
 
 
 def run(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from headsink.bench.tasks import TASKS
-from headsink.built_in import BUILT_IN, check_name, listed
-from headsink.choices import KINDS, check_budget, check_domains
-from headsink.corpus import Domain
+from headsink.bench.tasks.tasks import TASKS
+from headsink.data.corpus import Domain
+from headsink.data.domains import KINDS, check_domains
 from headsink.errors import HeadsinkError
+from headsink.evaluation.options import check_budget
+from headsink.models.builtin import BUILT_IN, check_name, listed
 
 NODE_PACKAGE = "npm install --prefix FOLDER node-llama-cpp --ignore-scripts"
 CONTEXTS = (512, 2000, 7500)  # tokens of prompts

@@ -43,20 +43,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
-from headsink.bench.scoring import cut, interval, p_value
-from headsink.bench.tasks import NLL, SAME, TASKS, Item, Task
-from headsink.bench.tasks import task as find_task
-from headsink.cache import PlanCache
+from headsink.bench.tasks.scoring import cut, interval, p_value
+from headsink.bench.tasks.tasks import NLL, SAME, TASKS, Item, Task
+from headsink.bench.tasks.tasks import task as find_task
+from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
-from headsink.files import check_file, read_text, write_text
-from headsink.fingerprint import Fingerprint
-from headsink.generation import empty_cache, generate
-from headsink.models import dtype_name
-from headsink.plan import Plan
-from headsink.progress import bar
-from headsink.quality import branch_log_probs
-from headsink.runtime import apply, compress_into, new_cache
-from headsink.transformers_names import cache_argument
+from headsink.generation.generate import generate
+from headsink.models.devices import dtype_name
+from headsink.models.fingerprint import Fingerprint
+from headsink.models.transformers_names import cache_argument
+from headsink.plan.plan import Plan
+from headsink.runtime.apply import apply, new_cache
+from headsink.runtime.compress import compress_into
+from headsink.runtime.prefill import empty_cache
+from headsink.runtime.scoring import branch_log_probs
+from headsink.utils.files import check_file, read_text, write_text
+from headsink.utils.progress import bar
 
 __all__ = ["TASKS", "run", "table"]
 

@@ -23,20 +23,22 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 import headsink
-from headsink import corpus
-from headsink.architecture import describe
-from headsink.bench import peers, spread
+from headsink.bench.heading import machine, versions
 from headsink.bench.options import check_contexts, contexts_for
-from headsink.bench.peers import Failed, timed
-from headsink.bench.rows import machine, versions
-from headsink.cache import PlanCache, nbytes
-from headsink.decode import decode, prepare, refusal
-from headsink.generation import CHUNK, empty_cache
-from headsink.models import dtype_name
-from headsink.plan import Plan
-from headsink.progress import bar
-from headsink.runtime import apply, compress_into
-from headsink.transformers_names import cache_argument
+from headsink.bench.peers import process as peers
+from headsink.bench.peers.process import Failed, timed
+from headsink.cache.cache import PlanCache, nbytes
+from headsink.data import corpus
+from headsink.generation.decode import decode, prepare, refusal
+from headsink.models.devices import dtype_name
+from headsink.models.spec import describe
+from headsink.models.transformers_names import cache_argument
+from headsink.plan.plan import Plan
+from headsink.runtime.apply import apply
+from headsink.runtime.compress import compress_into
+from headsink.runtime.prefill import CHUNK, empty_cache
+from headsink.utils.progress import bar
+from headsink.utils.statistics import spread
 
 BASE = "transformers"  # in the dtype asked for: what ratios are taken to
 Texts = list[list[int]]

@@ -13,10 +13,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from headsink.census.statistics import KEPT, SCORES, TAUS, TOKENS, distances, windows
-from headsink.choices import DOMAIN_RULE, is_domain
+from headsink.census.head_statistics import KEPT, SCORES, TAUS, TOKENS, distances, windows
+from headsink.data.domains import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
-from headsink.files import check_text
+from headsink.utils.files import check_text
 
 SCHEMA = 2
 TOP_KEYS = 8

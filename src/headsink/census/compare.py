@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headsink.census.census import Census
-from headsink.census.intervals import Interval, difference
-from headsink.choices import run_parts
+from headsink.census.options import run_parts
+from headsink.census.results import Census
 from headsink.errors import HeadsinkError
+from headsink.utils.statistics import Interval, difference, rank_correlation
 
 COMPARED = ("sink", "first", "local", "far", "entropy", "legacy", "output")
 SETTINGS = ("headsink", "model", "dtype", "device", "lengths", "texts", "queries", "seed", "versions")
@@ -207,15 +207,3 @@ def _same_texts(one: tuple[Census, int, str | None], two: tuple[Census, int, str
 
 def _number(value: Tensor) -> float | None:
     return float(value) if torch.isfinite(value) else None
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's rho, ties at their mean rank. None if one side is constant."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    rho = torch.corrcoef(ranks)[0, 1]
-    return float(rho) if torch.isfinite(rho) else None
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()

@@ -23,19 +23,21 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink import corpus, estimate, models
-from headsink.architecture import Architecture, decoder, describe
-from headsink.attention import Seen, observing
-from headsink.built_in import title
-from headsink.census.census import Census
+from headsink.attention.interface import Seen, observing
 from headsink.census.checks import SCHEMA, SEEDS, TOP_KEYS, misfit
-from headsink.census.statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
-from headsink.choices import DOMAIN_RULE, QUERIES, check_lengths, is_domain
+from headsink.census.head_statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
+from headsink.census.options import QUERIES, check_lengths
+from headsink.census.results import Census
+from headsink.data import corpus
+from headsink.data.domains import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
-from headsink.files import check_text, clear_errors, is_own, parse_json, read_text, remove, write_text
-from headsink.fingerprint import Fingerprint
-from headsink.progress import bar, console
-from headsink.sharding import input_device, is_main, wait_for_all
+from headsink.models import devices, timing
+from headsink.models.builtin import title
+from headsink.models.distributed import input_device, is_main, wait_for_all
+from headsink.models.fingerprint import Fingerprint
+from headsink.models.spec import Architecture, decoder, describe
+from headsink.utils.files import check_text, clear_errors, is_own, parse_json, read_text, remove, write_text
+from headsink.utils.progress import bar, console
 
 LENGTHS = (512, 4096)
 OWN_LENGTHS_FROM = 16
@@ -101,7 +103,7 @@ def analyze(
             "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
         },
-        "dtype": models.dtype_name(model.dtype),
+        "dtype": devices.dtype_name(model.dtype),
         "device": input_device(model).type,
         "lengths": lengths,
         "texts": [{"domain": t.domain, "number": t.number, "tokens": len(t.ids), "sha256": t.digest} for t in chosen],
@@ -119,7 +121,7 @@ def analyze(
     if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
         console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
     if progress and is_main():
-        estimate.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), estimate.CENSUS)
+        timing.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), timing.CENSUS)
     with bar("census", steps, progress and is_main()) as shown:
         for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
             done = kept.read(number) if kept else None
@@ -162,7 +164,7 @@ def analyze_again(
     chosen, lengths = _texts(tokenizer, describe(model), settings["lengths"], domains, own, number, seed)
     found = {
         "weights": (Fingerprint.of(model).weights, settings["model"]["weights"]),
-        "dtype": (models.dtype_name(model.dtype), settings["dtype"]),
+        "dtype": (devices.dtype_name(model.dtype), settings["dtype"]),
         "texts": ([text.digest for text in chosen], [text["sha256"] for text in settings["texts"]]),
     }
     for name, (here, there) in found.items():

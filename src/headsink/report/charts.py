@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 from torch import Tensor
 
-from headsink.census.floating import tau_evidence
+from headsink.census.first_layer import RULES
+from headsink.census.head_statistics import TOKENS
 from headsink.census.roles import ROLES
-from headsink.census.statistics import TOKENS
-from headsink.census.transfer import RULES
+from headsink.census.sink_tokens import tau_evidence
 from headsink.report.views import POOLED, number
 
 if TYPE_CHECKING:
-    from headsink.census.census import Census
+    from headsink.census.results import Census
+
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, SKY, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#BBBBBB"

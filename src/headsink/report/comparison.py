@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from headsink.census.roles import ROLES
-from headsink.files import write_text
 from headsink.report import charts, maps
-from headsink.report.page import capital, drawing, environment, write_picture
+from headsink.report.assets import environment, write_picture
+from headsink.report.page import drawing
 from headsink.report.views import STATISTICS, packed
+from headsink.utils.files import write_text
+from headsink.utils.format import capital
 
 if TYPE_CHECKING:
     from headsink.census.compare import Comparison, View
+
 
 SAID = 200  # letters of a setting that are shown
 

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 
+from headsink.calibration.frontier import Frontier
+from headsink.evaluation.options import FRONTIER
+from headsink.report.assets import environment, write_picture
 from headsink.report.charts import BLUE, CONFIG, GREY, VERMILION, Drawn
-from headsink.report.page import environment, write_picture
+from headsink.utils.files import new_folder
 
 SIZE: dict[str, Any] = {"width": 320, "height": 240}
 
 
-def write_frontier(found: dict[str, Any], folder: Path) -> None:
-    """Write frontier.html, which needs no network, and frontier.png and .svg; found: as by `Frontier.to_dict`."""
-    chart = frontier_chart(found).configure(**CONFIG)
-    write_picture(folder / "frontier", chart.to_dict(validate=False))
-    page = environment().get_template("frontier.html.j2")
-    specs = {"frontier": chart.to_dict(validate=False)}
-    (folder / "frontier.html").write_text(page.render(specs=specs, advice=found["advice"], data=""), encoding="utf-8")
+def write_frontier(frontier: Frontier, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a folder, atomically: frontier.json, every plan, the chart as frontier.html, which needs no network, .png and .svg.
+
+    force: replace files, too, that headsink did not write but that have the names of its own.
+    """
+    found = frontier.to_dict()
+    spec = frontier_chart(found).configure(**CONFIG).to_dict(validate=False)
+    with new_folder(folder, FRONTIER, force) as part:
+        frontier.write(part)
+        write_picture(part / "frontier", spec)
+        page = (
+            environment()
+            .get_template("frontier.html.j2")
+            .render(specs={"frontier": spec}, advice=found["advice"], data="")
+        )
+        (part / "frontier.html").write_text(page, encoding="utf-8")
+    return Path(folder)
 
 
 def frontier_chart(found: dict[str, Any]) -> Drawn:

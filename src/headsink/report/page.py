@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import vl_convert
 from markupsafe import Markup
 
 from headsink.census import roles
-from headsink.census.floating import drawing_tokens, floating_tokens, stability, tau_evidence
+from headsink.census.first_layer import sentence
+from headsink.census.head_statistics import Thresholds, distances, windows
+from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
-from headsink.census.statistics import Thresholds, distances, windows
-from headsink.census.transfer import sentence
-from headsink.report import charts, first, maps
+from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, tau_evidence
+from headsink.report import charts, first_view, maps
+from headsink.report.assets import environment, to_svg, write_picture
 from headsink.report.views import (
     FAINTEST,
     POOLED,
@@ -33,11 +32,13 @@ from headsink.report.views import (
     top_keys,
     view,
 )
+from headsink.utils.files import new_folder
+from headsink.utils.format import capital
 
 if TYPE_CHECKING:
-    from headsink.census.census import Census
+    from headsink.census.results import Census
 
-PIXELS = 3.0  # of a picture, per CSS pixel: 300 dpi at the size that it has on the page
+
 SHAPES = ("linear", "log", "symlog")  # scales of the maps
 OWN_DATA = {
     "windows": "KV heads by the window they need",
@@ -50,11 +51,24 @@ OWN_DATA = {
 }
 
 
-def write_report(census: Census, path: Path) -> None:
+def write_report(census: Census, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a census's folder, atomically: the files of `Census.save`, report.html, which needs no network, and every chart as
+    PNG and SVG.
+
+    force: replace files, too, that headsink did not write but that have the names of its own.
+    """
+    with new_folder(folder, CENSUS, force) as part:
+        census.write(part)
+        write_page(census, part / "report.html")
+        write_pictures(census, part)
+    return Path(folder)
+
+
+def write_page(census: Census, path: Path) -> None:
     """Write `report.html`. Text that comes from models or prompts is escaped."""
     last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
     pooled = {length: view(census, length, None) for length in census.lengths}
-    shown = first.first_view(census, pooled, _shown(census))
+    shown = first_view.first_view(census, pooled, _shown(census))
     menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
         "map-role": maps.role_map(shape),
         "profile": maps.profile(),
@@ -79,7 +93,7 @@ def write_report(census: Census, path: Path) -> None:
             specs=specs,
             boxes=_boxes(census, specs, pooled, shown),
             first=shown,
-            ramp=first.ramp(),
+            ramp=first_view.ramp(),
             statistics={name: STATISTICS[name].title for name in _shown(census)},
             drawing=drawing_tokens(census, last),
             floating=floating_tokens(census, last),
@@ -106,7 +120,7 @@ def _boxes(
         "heads": rows,
         "selected": [{"layer": layer, "head": head}],
         "pairs": _pair_rows(found),
-        **first.head_charts(census, pooled, layer, head),
+        **first_view.head_charts(census, pooled, layer, head),
     }
     pictures = {name: drawing(name, charts.filled(spec, **data)) for name, spec in specs.items()}
     every = [pictures.pop(f"map-{kind}") for kind in (*SHAPES, "role")]
@@ -116,28 +130,17 @@ def _boxes(
 
 def drawing(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """A chart that has its data, as part of a page: its SVG, and the width and height that it takes."""
-    svg = _svg(found)
+    svg = to_svg(found)
     sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
     assert sides is not None
     svg = re.sub(r'(\bid="|url\(#)(?=(?:clip|gradient_)\d)', rf"\1{name}-", svg)  # names of a page are its own
     return {"svg": Markup(svg), "width": float(sides[1]), "height": float(sides[2])}
 
 
-def _svg(found: dict[str, Any]) -> str:
-    return str(vl_convert.vegalite_to_svg(charts.drawable(found)))
-
-
 def write_pictures(census: Census, folder: Path) -> None:
     """Write every chart, all texts together, as `figure-<name>.png` and `.svg`; those of single heads are on the page."""
     for name, spec in _pictures(census):
         write_picture(folder / f"figure-{name}", spec)
-
-
-def write_picture(path: Path, spec: dict[str, Any]) -> None:
-    """Write a chart that has its data as `path`.svg and `path`.png."""
-    svg = _svg(spec)
-    path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
-    path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
 
 
 def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -199,8 +202,8 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
     sliding = census.settings["model"]["sliding"]
     for n in census.lengths:
         for window in set(sliding):
-            arrays[f"flat.{n}.{window or 0}.keys"] = first.flat_keys(n, window)
-            arrays[f"flat.{n}.{window or 0}.profile"] = first.flat_profile(n, window)
+            arrays[f"flat.{n}.{window or 0}.keys"] = first_view.flat_keys(n, window)
+            arrays[f"flat.{n}.{window or 0}.profile"] = first_view.flat_profile(n, window)
     words = {token: place for place, token in enumerate(census.vocabulary)}
     texts = []
     for number, text in enumerate(census.settings["texts"]):
@@ -309,63 +312,3 @@ def _shape(census: Census) -> tuple[int, int]:
 
 
 # The page around it
-
-
-def environment() -> jinja2.Environment:
-    """Templates with everything escaped but what is the package's own."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("headsink.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {
-        "share": share,
-        "p": p_value,
-        "figures": figures,
-        "visible": visible,
-        "short": first.short,
-        "percent": percent,
-        "capital": capital,
-    }
-    found.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
-    return found
-
-
-def asset(name: str) -> Markup:
-    """A script or style sheet of the package."""
-    return Markup((files("headsink.report") / name).read_text(encoding="utf-8"))
-
-
-@cache
-def scripts() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed."""
-    return Markup(cast(Any, vl_convert).javascript_bundle())
-
-
-def share(value: float | None) -> str:
-    """A share in per cent; a dash where there is none."""
-    return "–" if value is None else f"{value:.0%}"
-
-
-def percent(value: float | None) -> str:
-    """A share as a length of CSS."""
-    return f"{100 * min(1, max(0, value or 0))}%"
-
-
-def p_value(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
-
-
-def figures(value: float | None, places: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:.{places}f}"
-
-
-def visible(token: str) -> str:
-    """A token with its white space shown."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from headsink.census.intervals import interval
+from headsink.census.first_layer import RULES, conditional
+from headsink.census.head_statistics import KEPT, LEAST_WINDOW, SCORES, TOKENS, Thresholds, windows
 from headsink.census.roles import ROLES
-from headsink.census.statistics import KEPT, LEAST_WINDOW, SCORES, TOKENS, Thresholds, windows
-from headsink.census.transfer import RULES, conditional
+from headsink.utils.statistics import interval
 
 if TYPE_CHECKING:
-    from headsink.census.census import Census
+    from headsink.census.results import Census
+
 
 POOLED = "all texts"
 TOKEN_VIEW = 2048  # tokens of a text that are shaded at most,

@@ -1,0 +1,223 @@
+"""Attention of many queries over the keys that they see, tile by tile, on a CPU.
+
+Queries come in blocks. For every block the keys that any of its queries sees are gathered, `KEYS` at a time, and laid out so
+that a vector of sixteen holds one coordinate of sixteen keys; `ROWS` queries at once then go over them, their logits and sums in
+registers (tiles.py). Softmax is taken as it goes (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). So
+a key costs what its queries cost, and one that none of them sees costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from headsink.attention.cpu.tiles import (
+    KEYS,
+    ROWS,
+    add_products1,
+    add_products4,
+    fetch,
+    products_of_tile,
+    soften,
+    to_columns,
+)
+from headsink.attention.cpu.vectors import FAST, LANES, narrow, wide
+
+QUERIES = 128  # of a head: tokens, at most, for which a tile is laid out once
+CACHE_LINE = 64  # bytes
+
+
+@njit(fastmath=FAST)
+def _rescale(before: Any, now: Any) -> Any:
+    """2^(before - now), 0 if nothing was seen before."""
+    return np.float32(0) if before == -np.inf else np.exp2(before - now)
+
+
+@njit(fastmath=FAST)
+def _pack(keys: Any, values: Any, taken: Any, work: Any, key_tile: Any, value_tile: Any) -> None:
+    """The first `KEYS` of the keys `taken` as columns of words, their values as rows: [words, KEYS] and [lines, columns]."""
+    dim, words = keys.shape[1], key_tile.shape[0]
+    row_bytes = dim * keys.itemsize
+    whole, word_bytes = words // LANES * LANES, row_bytes // words
+    for first in range(0, KEYS, LANES):
+        for n in range(first + KEYS, first + KEYS + LANES):  # of the tile after this one
+            for line in range(0, row_bytes, CACHE_LINE):
+                fetch(keys.ctypes.data + taken[n] * row_bytes + line)
+                fetch(values.ctypes.data + taken[n] * row_bytes + line)
+        for word in range(0, whole, LANES):
+            to = key_tile[word:, first:].ctypes.data
+            at = keys.ctypes.data + word * word_bytes
+            to_columns(at, taken[first:].ctypes.data, row_bytes, to, keys, work)
+    if work.itemsize == 2:
+        for n in range(KEYS):
+            key = keys[taken[n]]
+            for word in range(whole, words):
+                key_tile[word, n] = np.uint32(key[2 * word]) | np.uint32(key[2 * word + 1]) << np.uint32(16)
+        for pair in range(KEYS // 2):
+            one, other = values[taken[2 * pair]], values[taken[2 * pair + 1]]
+            for column in range(dim):
+                value_tile[pair, column] = np.uint32(one[column]) | np.uint32(other[column]) << np.uint32(16)
+    else:
+        key_numbers, value_numbers = key_tile.view(np.float32), value_tile.view(np.float32)
+        for n in range(KEYS):
+            key, value = keys[taken[n]], values[taken[n]]
+            for word in range(whole, words):
+                key_numbers[word, n] = wide(key[word])
+            for column in range(dim):
+                value_numbers[n, column] = wide(value[column])
+
+
+@njit(fastmath=FAST)
+def _pack_queries(query: Any, tokens: Any, begin: Any, work: Any, rows: Any) -> None:
+    """Queries [group, tokens, dim] from token `begin` on as rows of words, head after head; rows that are left over are zero."""
+    dim, row = query.shape[2], 0
+    for head in range(query.shape[0]):
+        for token in range(begin, begin + tokens):
+            if work.itemsize == 2:
+                for word in range(dim // 2):
+                    pair = query[head, token, 2 * word : 2 * word + 2]
+                    rows[row, word] = np.uint32(pair[0]) | np.uint32(pair[1]) << np.uint32(16)
+            else:
+                numbers = rows[row].view(np.float32)
+                for column in range(dim):
+                    numbers[column] = wide(query[head, token, column])
+            row += 1
+    rows[row:] = 0
+
+
+@njit(fastmath=FAST)
+def _attend_tile(
+    rows: Any,
+    row_columns: Any,
+    key_tile: Any,
+    value_tile: Any,
+    columns: Any,
+    until: Any,
+    scaling: Any,
+    work: Any,
+    logits: Any,
+    shares: Any,
+    top: Any,
+    total: Any,
+    out: Any,
+) -> None:
+    """One tile for all queries of a block. rows: words [queries, words]; row_columns: their columns; the rest as in `attend`."""
+    words, width, lines = rows.shape[1], out.shape[1], value_tile.shape[0]
+    begun, ended = columns.min(), until.max()
+    for row in range(0, rows.shape[0], ROWS):
+        if begun > row_columns[row : row + ROWS].max() or ended <= row_columns[row : row + ROWS].min():
+            continue
+        products_of_tile(
+            rows[row:].ctypes.data, words, key_tile.ctypes.data, KEYS, words, logits.ctypes.data, KEYS, work
+        )
+        for n in range(ROWS):
+            most, sum_ = soften(
+                logits[n].ctypes.data,
+                columns.ctypes.data,
+                until.ctypes.data,
+                np.int64(row_columns[row + n]),
+                scaling,
+                top[row + n],
+                shares[n].ctypes.data,
+                work,
+            )
+            if most > top[row + n]:
+                factor = _rescale(top[row + n], most)
+                total[row + n] *= factor
+                for column in range(width):
+                    out[row + n, column] *= factor
+                top[row + n] = most
+            total[row + n] += sum_
+        for column in range(0, width, LANES):
+            matrix, to = value_tile[:, column:].ctypes.data, out[row:, column:].ctypes.data
+            if column % (4 * LANES) == 0 and column + 4 * LANES <= width:
+                add_products4(shares.ctypes.data, lines, matrix, width, lines, to, width, work)
+            elif column >= width // (4 * LANES) * (4 * LANES):
+                add_products1(shares.ctypes.data, lines, matrix, width, lines, to, width, work)
+
+
+@njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
+def attend(
+    keys: Any,
+    values: Any,
+    columns: Any,
+    until: Any,
+    query: Any,
+    first: Any,
+    scaling: Any,
+    work: Any,
+    out: Any,
+    threads: Any,
+) -> None:
+    """Attention of queries over the keys that each of them sees.
+
+    keys, values: [heads, keys, dim]; query, out: [heads, group, tokens, dim]: float32, or uint16 for bfloat16. columns: int32
+    [keys]; until: int32 [heads, keys]: the query of column c, the first of which is `first`, sees keys with columns <= c <
+    until. work: an empty array of the dtype to multiply in: uint16 where processor and numbers can (`PAIRED`), or float32. Zero
+    where a query sees no key.
+    """
+    heads, group, tokens, dim = query.shape
+    words, width = dim * work.itemsize // 4, -(-dim // LANES) * LANES
+    lines = KEYS * work.itemsize // 4
+    block = min(QUERIES, max(ROWS, -(-heads * tokens // (2 * threads))))  # smaller if threads would have nothing to do
+    most_rows, blocks = -(-group * min(block, tokens) // ROWS) * ROWS, -(-tokens // block)
+    factor = np.float32(scaling * 1.4426950408889634)
+    for part in prange(threads):
+        all_rows = np.zeros((most_rows, words), np.uint32)
+        key_tile, value_tile = np.zeros((words, KEYS), np.uint32), np.zeros((lines, width), np.uint32)
+        logits, shares = np.zeros((ROWS, KEYS), np.float32), np.zeros((ROWS, lines), np.uint32)
+        sums, all_top, all_total = (
+            np.zeros((most_rows, width), np.float32),
+            np.zeros(most_rows, np.float32),
+            np.zeros(most_rows, np.float32),
+        )
+        all_columns = np.zeros(most_rows, np.int32)
+        taken = np.zeros(keys.shape[1] + 2 * KEYS, np.int32)
+        own_columns, own_until = np.zeros(KEYS, np.int32), np.zeros(KEYS, np.int32)
+        for task in range(part, heads * blocks, threads):
+            head, start = task // blocks, task % blocks * block
+            own = min(block, tokens - start)
+            count = -(-group * own // ROWS) * ROWS
+            rows, row_columns = all_rows[:count], all_columns[:count]
+            top, total, result = all_top[:count], all_total[:count], sums[:count]
+            _pack_queries(query[head], own, start, work, rows)
+            for row in range(count):
+                row_columns[row] = first + start + row % own
+                top[row], total[row] = -np.inf, 0
+                result[row] = 0
+            found, hidden, begin, end = 0, 0, first + start, first + start + own
+            for key in range(keys.shape[1]):
+                if until[head, key] > begin and columns[key] < end:
+                    taken[found] = key
+                    found += 1
+            while found % KEYS:  # the last tile is filled up with a key that is not seen again
+                taken[found] = taken[found - 1]
+                hidden += 1
+                found += 1
+            for place in range(0, found, KEYS):
+                some = taken[place : place + 2 * KEYS]
+                _pack(keys[head], values[head], some, work, key_tile, value_tile)
+                for n in range(KEYS):
+                    own_columns[n] = columns[some[n]]
+                    own_until[n] = until[head, some[n]] if place + n < found - hidden else 0
+                _attend_tile(
+                    rows,
+                    row_columns,
+                    key_tile,
+                    value_tile,
+                    own_columns,
+                    own_until,
+                    factor,
+                    work,
+                    logits,
+                    shares,
+                    top,
+                    total,
+                    result,
+                )
+            for row in range(group * own):
+                share = np.float32(0) if total[row] == 0 else np.float32(1) / total[row]
+                for column in range(dim):
+                    out[head, row // own, start + row % own, column] = narrow(result[row, column] * share, out)

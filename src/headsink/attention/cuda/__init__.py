@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: decode, append, prefill, census statistics."""

@@ -1,0 +1,161 @@
+"""Letting a token of every text into the heads of a layer: one launch, without a word from the host. And hiding some again.
+
+What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it
+moves to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its
+own is higher.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headsink.attention.cuda.decode import (
+    ANCHORS,
+    FIELDS,
+    FLOATING,
+    KEYS,
+    PAD,
+    SCORES,
+    SINK,
+    START,
+    VALUES,
+    VISIBLE,
+    WEIGHTS,
+    WINDOW,
+    check_table,
+)
+from headsink.attention.kv_table import Field
+from headsink.errors import must_be
+from headsink.eviction.pattern import FOREVER
+
+SCAN = 1024  # scores looked through at once
+_FOREVER = tl.constexpr(FOREVER)
+
+
+@triton.jit
+def _worth(key_first, key_second, value, weights, column, pair, dim: tl.constexpr):
+    """The score of a key (scores.py). key_first, key_second: its halves, rotary pairs side by side."""
+    half: tl.constexpr = dim // 2
+    of_first = tl.load(weights + pair, pair < half, other=0.0)
+    of_second = tl.load(weights + half + pair, pair < half, other=0.0)
+    of_pairs = tl.load(weights + dim + pair, pair < half, other=0.0)
+    of_value = tl.load(weights + dim + half + column, column < dim, other=0.0)
+    pairs = tl.sqrt(key_first * key_first + key_second * key_second)
+    return tl.sum(key_first * of_first + key_second * of_second + pairs * of_pairs, 0) + tl.sum(value * of_value, 0)
+
+
+@triton.jit
+def _enter(
+    key, value, table, length_at, TOKENS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, SOME: tl.constexpr
+):
+    kind = key.dtype.element_ty
+    half: tl.constexpr = dim // 2
+    head, token = tl.program_id(0), tl.program_id(1)
+    length = tl.load(length_at) + token
+    own = table + head * FIELDS
+    keys = tl.load(own + KEYS).to(tl.pointer_type(kind))
+    values = tl.load(own + VALUES).to(tl.pointer_type(kind))
+    visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
+    sink, floating, anchors = tl.load(own + SINK), tl.load(own + FLOATING), tl.load(own + ANCHORS)
+    start, window, pad = tl.load(own + START), tl.load(own + WINDOW), tl.load(own + PAD)
+    place = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
+    slot = anchors + place
+    leaving = tl.where(length >= window, length - window - pad, -1)
+
+    column, pair = tl.arange(0, DIM), tl.arange(0, DIM // 2)
+    inside = column < dim
+    key, value = key + (head * TOKENS + token) * dim, value + (head * TOKENS + token) * dim
+    new_key, new_value = tl.load(key + column, inside, other=0.0), tl.load(value + column, inside, other=0.0)
+    there = tl.load(visible + slot, window > 0, other=1)  # 0: hidden in this row, so it is not moved
+    if (leaving >= 0) & (there != 0):
+        from_keys, from_values = key, value  # without a window it leaves at once
+        if window > 0:
+            from_keys, from_values = keys + slot * dim, values + slot * dim
+        old_key = tl.load(from_keys + column, inside, other=0.0)
+        old_value = tl.load(from_values + column, inside, other=0.0)
+        target = leaving * 0 - 1
+        if leaving < sink:
+            target = leaving
+        elif floating > 0:
+            scores = tl.load(own + SCORES).to(tl.pointer_type(tl.float32))
+            weights = tl.load(own + WEIGHTS).to(tl.pointer_type(tl.float32))
+            first = tl.load(from_keys + pair, pair < half, other=0.0).to(tl.float32)
+            second = tl.load(from_keys + half + pair, pair < half, other=0.0).to(tl.float32)
+            worth = _worth(first, second, old_value.to(tl.float32), weights, column, pair, dim)
+            some = tl.arange(0, SOME)
+            least = tl.full([SOME], float("inf"), tl.float32)
+            at = tl.zeros([SOME], tl.int32)
+            for begin in range(0, floating.to(tl.int32), SOME):
+                found = tl.load(scores + begin + some, begin + some < floating, other=float("inf"))
+                at = tl.where(found < least, begin + some, at)
+                least = tl.minimum(least, found)
+            lowest = tl.min(least, 0)
+            if worth > lowest:
+                replaced = tl.min(tl.where(least == lowest, at, 2147483647), 0)
+                tl.debug_barrier()
+                tl.store(scores + replaced, worth)
+                target = sink + replaced
+        tl.debug_barrier()  # what leaves has been read by all before anything is written
+        if target >= 0:
+            tl.store(keys + target * dim + column, old_key, inside)
+            tl.store(values + target * dim + column, old_value, inside)
+            tl.store(visible + target, 1)
+    if window > 0:
+        tl.store(keys + slot * dim + column, new_key, inside)
+        tl.store(values + slot * dim + column, new_value, inside)
+        tl.store(visible + slot, (length >= pad).to(tl.int8))
+
+
+def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
+    """Let tokens of every text in: one, or several where nothing is let go.
+
+    key, value: [texts, KV heads, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
+    before them.
+    """
+    texts, heads, tokens, dim = key.shape
+    check_table(table, length, texts, heads, key.device)
+    for given in (key, value):
+        found = given.shape, given.dtype, given.device, given.is_contiguous()
+        must_be("cache: new keys and values", found, (key.shape, key.dtype, key.device, True))
+    wide = triton.next_power_of_2(dim)
+    with torch.cuda.device_of(key):
+        _enter[(texts * heads, tokens)](
+            key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4
+        )
+
+
+@triton.jit
+def _hide(
+    hidden, table, length_at, COLUMNS: tl.constexpr, HEADS: tl.constexpr, TEXTS: tl.constexpr, SOME: tl.constexpr
+):
+    head = tl.program_id(0)
+    own = table + head.to(tl.int64) * FIELDS
+    visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
+    column = tl.arange(0, SOME)
+    slot = tl.load(own + ANCHORS) + tl.load(length_at) - COLUMNS + column - tl.load(own + START)
+    text = head // HEADS % TEXTS
+    away = tl.load(hidden + text * COLUMNS + column, column < COLUMNS, other=0) != 0
+    tl.store(visible + slot, 0, away)
+
+
+def hide(hidden: Tensor, tables: Tensor, length: Tensor) -> None:
+    """Of the last columns, those that a row is not to see: bool [texts, columns], in heads that let nothing go. tables: int64
+    [layers, texts, KV heads, len(Field)]; length: int64 [1], all columns so far."""
+    layers, texts, heads, _ = tables.shape
+    columns = hidden.shape[1]
+    check_table(tables.view(layers * texts, heads, len(Field)), length, layers * texts, heads, hidden.device)
+    must_be("hide: rows", (len(hidden), hidden.dtype), (texts, torch.bool))
+    with torch.cuda.device_of(tables):
+        _hide[(layers * texts * heads,)](
+            hidden.to(torch.int8).contiguous(),
+            tables,
+            length,
+            COLUMNS=columns,
+            HEADS=heads,
+            TEXTS=texts,
+            SOME=triton.next_power_of_2(columns),
+            num_warps=1,
+        )

@@ -1,0 +1,326 @@
+"""Attention of one token, or of the last few, over the keys that every head of a layer holds: a kernel for a GPU.
+
+All texts and KV heads of a layer are one launch, however many keys each of them holds. The keys of all heads, in tiles, are
+one long row, of which every program takes an equal part, wherever heads begin and end in it (as in LeanAttention, arXiv
+2405.10480); so a full head of 131,072 keys and a window of 128 share the card without one waiting for the other. The queries of
+a group are the rows of a product, so each key and value is read once. What the programs found of a head is put together by
+a second, small launch (FlashDecoding).
+
+Where heads lie is told by a table (layout.py) that stays on the card. What changes from token to token is only the number of
+columns so far, which is read from the card too: the same launch serves every token, and a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headsink.attention.cuda.common import LOG2E, capped, processors, product
+from headsink.attention.kv_table import Field, check_buffers
+from headsink.errors import must_be
+
+TILE_BYTES = 2**14  # of the keys of a tile, and of their values
+FIELDS = tl.constexpr(len(Field))
+KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, PAD = (
+    tl.constexpr(int(field)) for field in list(Field)[: Field.END]
+)
+
+
+@triton.jit
+def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """The first slot of every head that is read once `length` columns have come in, the end of those in use, and how many
+    tiles that are: int32 [HEADS], nothing beyond the last head. Padding in front of a head that lets nothing go is not
+    read."""
+    head = tl.arange(0, HEADS)
+    real = head < heads
+    own = table + head * FIELDS
+    anchors, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
+    window, pad = tl.load(own + WINDOW, real, other=0), tl.load(own + PAD, real, other=0)
+    ends = tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
+    unseen = tl.where((window >= length) & (anchors == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
+    firsts = tl.minimum(unseen, ends) // TILE * TILE
+    return firsts, ends, tl.cdiv(ends - firsts, TILE)
+
+
+@triton.jit
+def _part(total, program, programs):
+    """The first tile of a program's part."""
+    return (total.to(tl.int64) * program // programs).to(tl.int32)
+
+
+@triton.jit
+def _of(values, index, n):
+    """values[n]."""
+    return tl.sum(tl.where(index == n, values, 0))
+
+
+@triton.jit
+def _attend_part(
+    query,
+    turned,
+    table,
+    length_at,
+    found,
+    tops,
+    totals,
+    scaling,
+    softcap,
+    heads: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TURNED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    kind = query.dtype.element_ty
+    program = tl.program_id(0)
+    length = tl.load(length_at) + TOKENS
+    head_index = tl.arange(0, HEADS)
+    firsts, ends, tiles = _spans(table, length, heads, HEADS, TILE)
+    until = tl.cumsum(tiles)
+    total = tl.sum(tiles)
+    programs = tl.minimum(total, PROGRAMS)  # every one of them has a tile, at least
+    tile, last = 0, 0
+    if program < programs:
+        tile, last = _part(total, program, programs), _part(total, program + 1, programs)
+
+    unit = scaling * LOG2E  # makes powers of two of logits, which are scaled there, unless they are capped
+    if CAPPED:
+        unit = tl.cast(LOG2E, tl.float32)
+    row, column, slot = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    rows: tl.constexpr = GROUP * TOKENS
+    inside = (row < rows)[:, None] & (column < dim)[None, :]
+    while tile < last:
+        head = tl.sum((until <= tile).to(tl.int32))
+        end, begun = _of(ends, head_index, head), _of(until - tiles - firsts // TILE, head_index, head)
+        stop = tl.minimum(last, _of(until, head_index, head))
+        own = table + head * FIELDS
+        keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
+        values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
+        visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
+        theirs = (head * rows + row)[:, None] * dim + column[None, :]
+        asked = tl.load(query + theirs, inside, other=0.0)
+        if TURNED:
+            sink, asked_first = tl.load(own + SINK), tl.load(turned + theirs, inside, other=0.0)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        sum_ = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, DIM], tl.float32)
+        for first in tl.range((tile - begun) * TILE, (stop - begun) * TILE, TILE, num_stages=STAGES):
+            slots = first + slot
+            held = slots < end
+            there = held[:, None] & (column < dim)[None, :]
+            place = slots[:, None] * dim + column[None, :]
+            key = tl.load(keys + place, there, other=0.0)
+            value = tl.load(values + place, there, other=0.0)
+            seen = (tl.load(visible + slots, held, other=0) != 0)[None, :]
+            if TOKENS > 1:  # the last tokens lie in the last slots
+                seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
+            logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+            if TURNED:
+                of_first = product(asked_first, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+                logits = tl.where((slots < sink)[None, :], of_first, logits)
+            if CAPPED:
+                logits = capped(logits * scaling, softcap)
+            logits = tl.where(seen, logits, float("-inf"))
+            most = tl.maximum(top, tl.max(logits, 1))
+            calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
+            shares = tl.exp2(logits * unit - (calm * unit)[:, None])
+            factor = tl.exp2((top - calm) * unit)
+            sum_ = sum_ * factor + tl.sum(shares, 1)
+            out = product(shares.to(kind), value, out * factor[:, None])
+            top = most
+        part = (program + head) * rows + row  # no two programs have the same sum with a head that both have a part of
+        tl.store(tops + part, top * unit, row < rows)
+        tl.store(totals + part, sum_, row < rows)
+        tl.store(found + part[:, None] * dim + column[None, :], out, inside)
+        tile = stop
+
+
+@triton.jit
+def _combine(
+    found,
+    tops,
+    totals,
+    table,
+    length_at,
+    learned,
+    output,
+    lse,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LEARNED: tl.constexpr,
+):
+    """Put the parts of a head together: one program a row of it, and `COLUMNS` of the row."""
+    rows: tl.constexpr = GROUP * TOKENS
+    head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    head_index = tl.arange(0, HEADS)
+    _, _, tiles = _spans(table, tl.load(length_at) + TOKENS, heads, HEADS, TILE)
+    until, total = tl.cumsum(tiles), tl.sum(tiles).to(tl.int64)
+    own, ended = _of(tiles, head_index, head), _of(until, head_index, head).to(tl.int64)
+    # Program p's part begins at tile `total p // programs`: the last that begins at t or before is the one with this number.
+    programs = tl.maximum(tl.minimum(total, PROGRAMS), 1)
+    first = ((ended - own + 1) * programs - 1) // tl.maximum(total, 1)
+    parts = tl.where(own > 0, (ended * programs - 1) // tl.maximum(total, 1) - first + 1, 0).to(tl.int32)
+    at = (first.to(tl.int32) + head) * rows + row
+
+    every = tl.arange(0, PARTS)
+    theirs = tl.load(tops + at + every * rows, every < parts, other=float("-inf"))
+    most = tl.max(theirs, 0)
+    calm = tl.where(most == float("-inf"), 0.0, most)
+    sum_ = tl.sum(tl.load(totals + at + every * rows, every < parts, other=0.0) * tl.exp2(theirs - calm), 0)
+    out = tl.zeros([COLUMNS], tl.float32)
+    some = tl.arange(0, SOME)
+    for start in range(0, parts, SOME):
+        part = start + some
+        there = part < parts
+        weight = tl.exp2(tl.load(tops + at + part * rows, there, other=float("-inf")) - calm)
+        place = (at + part * rows)[:, None] * dim + column[None, :]
+        vectors = tl.load(found + place, there[:, None] & (column < dim)[None, :], other=0.0)
+        out += tl.sum(vectors * weight[:, None], 0)
+    logarithm = calm + tl.log2(sum_)  # -inf where nothing was seen
+    divisor = sum_
+    if LEARNED:
+        extra = tl.load(learned + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
+        divisor += tl.exp2(extra - calm)
+    divisor = tl.where(sum_ == 0.0, 1.0, divisor)
+    row_at = head * rows + row
+    tl.store(output + row_at * dim + column, (out / divisor).to(output.dtype.element_ty), column < dim)
+    if tl.program_id(1) == 0:
+        tl.store(lse + row_at, logarithm / LOG2E)
+
+
+def check_table(table: Tensor, length: Tensor, texts: int, heads: int, device: torch.device) -> None:
+    """Raise unless a table on the card is of so many texts and KV heads. The buffers that it speaks of are checked where it is
+    made (layout.py), and new keys where they are offered (cache.py)."""
+    found = tuple(table.shape), table.dtype, table.device, table.is_contiguous()
+    must_be("attention: the table of KV heads", found, ((texts, heads, len(Field)), torch.int64, device, True))
+    must_be("attention: the length", (length.numel(), length.dtype, length.device), (1, torch.int64, device))
+
+
+def attend(
+    query: Tensor,
+    table: Tensor,
+    length: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+    turned: Tensor | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last tokens of every text over what each head holds of it.
+
+    query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1],
+    columns before those of the queries, which are in too. With more than one token nothing may have wrapped. softcap: logits
+    become softcap x tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value.
+    turned: the queries as they look at the first tokens, if not as at others (rotary.py). programs: of the launch, twice as many
+    as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is seen, and the
+    log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
+    """
+    texts, query_heads, tokens, dim = query.shape
+    kv_heads = table.shape[1]
+    check_table(table, length, texts, kv_heads, query.device)
+    must_be("attention: query heads left over", query_heads % kv_heads, 0)
+    for given in (query, *(() if turned is None else (turned,))):
+        kind = given.shape, given.dtype, given.device, given.is_contiguous()
+        must_be("attention: queries", kind, (query.shape, query.dtype, query.device, True))
+    if learned is not None:
+        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
+    heads, group = texts * kv_heads, query_heads // kv_heads
+    rows = group * tokens
+    programs = 2 * processors(query.device) if programs is None else programs
+    found = query.new_empty(programs + heads, rows, dim, dtype=torch.float32)  # the parts of all programs
+    tops, totals = query.new_empty(2, programs + heads, rows, dtype=torch.float32)
+    output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    wide = triton.next_power_of_2(dim)
+    same: dict[str, Any] = {
+        "heads": heads,
+        "GROUP": group,
+        "TOKENS": tokens,
+        "dim": dim,
+        "HEADS": triton.next_power_of_2(heads),
+        "TILE": min(128, TILE_BYTES // (wide * query.element_size())),
+        "PROGRAMS": programs,
+    }
+    columns = min(32, wide)
+    with torch.cuda.device_of(query):
+        _attend_part[(programs,)](
+            query,
+            query if turned is None else turned,
+            table,
+            length,
+            found,
+            tops,
+            totals,
+            scaling,
+            1.0 if softcap is None else softcap,
+            ROWS=max(16, triton.next_power_of_2(rows)),
+            DIM=wide,
+            CAPPED=softcap is not None,
+            TURNED=turned is not None,
+            STAGES=3,
+            num_warps=4,
+            **same,
+        )
+        _combine[(heads * rows, triton.cdiv(dim, columns))](
+            found,
+            tops,
+            totals,
+            table,
+            length,
+            tops if learned is None else learned,
+            output,
+            lse,
+            kv_heads=kv_heads,
+            PARTS=triton.next_power_of_2(programs),
+            SOME=min(64, triton.next_power_of_2(programs)),
+            COLUMNS=columns,
+            LEARNED=learned is not None,
+            num_warps=4,
+            **same,
+        )
+    return output, lse
+
+
+def attend_buffers(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    end: int,
+    scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
+    bool [texts, KV heads, slots]."""
+    texts, kv_heads, slots, dim = keys.shape
+    check_buffers(query, keys, values, visible, end)
+    keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
+    number = torch.arange(texts * kv_heads, device=query.device).view(texts, kv_heads) * slots
+    table = number.new_zeros(texts, kv_heads, len(Field))
+    for field, buffer, size in ((KEYS, keys, dim), (VALUES, values, dim), (VISIBLE, visible, 1)):
+        table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
+    table[..., Field.WINDOW] = end
+    length = torch.full((1,), end - query.shape[2], device=query.device)
+    return attend(query, table, length, scaling, softcap, learned, programs=programs)

@@ -1,0 +1,399 @@
+"""What sampled queries attend to, for the census (census/statistics.py): kernels for a GPU.
+
+The keys that a query sees are cut into bands, by how far back they lie. A program takes some queries of one KV head, the
+heads of its group beside each other, and one band of their keys; it sums what they attend to there, relative to the largest
+logit it met (FlashAttention's running maximum). Bands are put together here, in PyTorch: there are about twenty of a query, so
+little is left by then. A window, a first token, a far key are then sums over bands. The attention to each key, summed over
+queries, comes from a second kernel, whose programs own some keys each. Nothing is summed in an order that could change.
+
+A layer's own sliding window only ends bands early, and a learned sink logit only takes its share of what was summed: neither
+is in the first kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headsink.attention.cuda.common import LOG2E, capped, product
+from headsink.attention.params import Inputs
+from headsink.errors import must_be
+
+TILE_BYTES = 2**13  # of the keys of a tile, and of their values: more would not fit into the registers
+WIDEST = 2**14  # keys of a band: where few programs have much more to do than others, they wait for these
+LN2 = math.log(2)
+TINY = torch.finfo(torch.float32).tiny
+
+
+@triton.jit
+def _logits(a, b, scaling, softcap, M: tl.constexpr, N: tl.constexpr, CAPPED: tl.constexpr):
+    """Logits of a b, for exp2: float32 [M, N]."""
+    logits = product(a, b, tl.zeros([M, N], tl.float32))
+    return capped(logits * scaling, softcap) * LOG2E if CAPPED else logits * (scaling * LOG2E)
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def _sum_bands(
+    asked,
+    keys,
+    values,
+    flags,
+    positions,
+    bands,
+    tops,
+    sums,
+    spreads,
+    peaks,
+    vectors,
+    key_head,
+    key_token,
+    value_head,
+    value_token,
+    rows,
+    length,
+    scaling,
+    softcap,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums over one band of the keys of `ROWS` rows of a KV head; with VALUES those of values, else what the masses need."""
+    kind = values.dtype.element_ty
+    tile, head, count = tl.program_id(0), tl.program_id(2), tl.num_programs(1)
+    band = count - 1 - tl.program_id(1)  # wide ones first
+    row, column, slot = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    real, wide = row < rows, column < dim
+    position = tl.load(positions + row, real, other=-1)  # before every key: sees nothing
+    earliest = tl.load(positions + tile * ROWS)
+    latest = tl.load(positions + tl.minimum(tile * ROWS + ROWS, rows) - 1)
+    low, high = tl.load(bands + band * 4), tl.load(bands + band * 4 + 1)
+    begin = tl.maximum(tl.load(bands + band * 4 + 2), earliest - high + 1)
+    end = tl.minimum(tl.load(bands + band * 4 + 3), latest - low + 1)
+
+    at = head.to(tl.int64) * rows + row
+    query = tl.load(asked + at[:, None] * dim + column[None, :], real[:, None] & wide[None, :], other=0.0)
+    keys += head.to(tl.int64) * key_head
+    values += head.to(tl.int64) * value_head
+    flags += head.to(tl.int64) * length
+    top, peak = tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
+    others, sinks = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    spread = tl.zeros([ROWS], tl.float32)
+    if VALUES:
+        of_others, of_sinks = tl.zeros([ROWS, DIM], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
+    for first in tl.range(begin, end, TILE, num_stages=STAGES):
+        held = first + slot < end
+        there = held[:, None] & wide[None, :]
+        from_ = keys + tl.cast(first, tl.int64) * key_token
+        key = tl.load(from_ + slot[:, None] * key_token + column[None, :], there, other=0.0)
+        sink = (tl.load(flags + first + slot, held, other=0) != 0)[None, :]
+        age = position[:, None] - first - slot[None, :]
+        seen = (age >= low) & (age < high) & held[None, :]
+        raw = _logits(query, tl.trans(key), scaling, softcap, ROWS, TILE, CAPPED)
+        logits = tl.where(seen, raw, float("-inf"))
+        most = tl.maximum(top, tl.max(logits, 1))
+        calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
+        factor = tl.exp2(top - calm)
+        shares = tl.exp2(logits - calm[:, None])
+        at_sinks = tl.where(sink, shares, 0.0)
+        elsewhere = tl.where(sink, 0.0, shares)
+        others = others * factor + tl.sum(elsewhere, 1)
+        sinks = sinks * factor + tl.sum(at_sinks, 1)
+        if VALUES:
+            from_ = values + tl.cast(first, tl.int64) * value_token
+            value = tl.load(from_ + slot[:, None] * value_token + column[None, :], there, other=0.0)
+            of_others = product(elsewhere.to(kind), value, of_others * factor[:, None])
+            of_sinks = product(at_sinks.to(kind), value, of_sinks * factor[:, None])
+        else:
+            spread = spread * factor + tl.sum(shares * raw, 1)
+            peak = tl.maximum(peak, tl.max(tl.where(sink, float("-inf"), logits), 1))
+        top = most
+
+    at = at * count + band
+    tl.store(tops + at, top, real)
+    tl.store(sums + 2 * at, others, real)
+    tl.store(sums + 2 * at + 1, sinks, real)
+    if VALUES:
+        place = 2 * at[:, None] * dim + column[None, :]
+        tl.store(vectors + place, of_others, real[:, None] & wide[None, :])
+        tl.store(vectors + place + dim, of_sinks, real[:, None] & wide[None, :])
+    else:
+        tl.store(spreads + at, spread, real)
+        tl.store(peaks + at, peak, real)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "reach"])
+def _sum_rows(
+    asked,
+    keys,
+    positions,
+    offsets,
+    bounds,
+    output,
+    key_head,
+    key_token,
+    rows,
+    length,
+    reach,
+    scaling,
+    softcap,
+    GROUP: tl.constexpr,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention to each of `TILE` keys, summed over the queries of one head."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(bounds + 2 * tile), tl.load(bounds + 2 * tile + 1)  # queries that see one of the keys
+    keys += (head // GROUP).to(tl.int64) * key_head + (tile * TILE).to(tl.int64) * key_token
+    of_head = (head // GROUP).to(tl.int64) * rows + head % GROUP
+    column, some, near = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, TILE)
+    slot, wide = tile * TILE + near, column < dim
+    held = slot < length
+    key = tl.load(keys + near[:, None] * key_token + column[None, :], held[:, None] & wide[None, :], other=0.0)
+    sum_ = tl.zeros([TILE], tl.float32)
+    for first in tl.range(start, stop, ROWS, num_stages=STAGES):
+        row = (first + some) * GROUP
+        real = first + some < stop
+        place = (of_head + row)[:, None] * dim + column[None, :]
+        query = tl.load(asked + place, real[:, None] & wide[None, :], other=0.0)
+        position = tl.load(positions + row, real, other=-1)  # before every key: sees nothing
+        offset = tl.load(offsets + of_head + row, real, other=0.0)
+        age = position[None, :] - slot[:, None]
+        logits = _logits(key, tl.trans(query), scaling, softcap, TILE, ROWS, CAPPED) + offset[None, :]
+        sum_ += tl.sum(tl.where((age >= 0) & (age < reach), tl.exp2(logits), 0.0), 1)
+    tl.store(output + head.to(tl.int64) * length + slot, sum_, held)
+
+
+class _Band(NamedTuple):
+    """Keys `begin` <= j < `end` that are `low` <= i - j < `high` back."""
+
+    low: int
+    high: int
+    begin: int
+    end: int
+
+
+class _Sums(NamedTuple):
+    """What was found of every row and band. Rows are those of a KV head: of each query, the heads of its group.
+
+    logarithm: float32 [KV heads, rows], log2 of the sum of all exponentials. learned: float32 [KV heads, rows], attention to
+    the learned logit. weights: float32 [KV heads, rows, bands, 2], attention to keys that are no sinks, and to sinks. spread:
+    float32 [KV heads, rows], mean logit, times log2(e). peaks: float32 [KV heads, rows, bands], largest weight of a key that is
+    no sink. vectors: float32 [KV heads, rows, bands, 2, dim], values times weights. `spread` and `peaks`, or `vectors`, mean
+    nothing where they were not asked for.
+    """
+
+    logarithm: Tensor
+    learned: Tensor
+    weights: Tensor
+    spread: Tensor
+    peaks: Tensor
+    vectors: Tensor
+
+
+class _Asked:
+    """Sampled queries of a layer, as the kernels take them.
+
+    query: [KV heads, rows, dim], contiguous. positions: int32 [rows], ascending. reach: keys that a query sees at most.
+    """
+
+    def __init__(self, inputs: Inputs, rows: Tensor):
+        self.inputs = inputs
+        self.key, self.value = (t[0] if t.stride(3) == 1 else t[0].contiguous() for t in (inputs.key, inputs.value))
+        kv_heads, self.length, self.dim = self.key.shape
+        like = inputs.key.shape, inputs.key.dtype, inputs.key.device
+        must_be("census: values", (inputs.value.shape, inputs.value.dtype, inputs.value.device), like)
+        query = inputs.query.shape[0], inputs.query.shape[1] % kv_heads, *inputs.query.shape[2:], inputs.query.dtype
+        must_be("census: queries", query, (1, 0, self.length, self.dim, self.key.dtype))
+        self.group = inputs.query.shape[1] // kv_heads
+        self.at, self.reach = rows, min(inputs.sliding or self.length, self.length)
+        grouped = inputs.query[0][:, rows].view(kv_heads, self.group, len(rows), self.dim)
+        self.query = grouped.transpose(1, 2).reshape(kv_heads, -1, self.dim).contiguous()
+        self.positions = rows.to(torch.int32).repeat_interleave(self.group)
+        wide, size = max(16, triton.next_power_of_2(self.dim)), self.key.element_size()
+        self.tile = max(16, min(64, TILE_BYTES // (wide * size)))
+        # Rows of a product; exact ones of float32 numbers take many registers.
+        self.rows = 16 if size == 4 else min(64, TILE_BYTES // wide)
+        self.same: dict[str, Any] = {
+            "scaling": inputs.scaling,
+            "softcap": 1.0 if inputs.softcap is None else inputs.softcap,
+            "CAPPED": inputs.softcap is not None,
+            "dim": self.dim,
+            "DIM": wide,
+            "STAGES": 3,
+            "num_warps": 4,
+        }
+
+    def by_head(self, found: Tensor) -> Tensor:
+        """[KV heads, rows, ...] -> [query heads, queries, ...]."""
+        return found.unflatten(1, (-1, self.group)).transpose(1, 2).flatten(0, 1)
+
+    def cuts(self, distances: Sequence[int]) -> list[int]:
+        """These distances and more, so that no band is wide, up to the last key."""
+        return sorted({*distances, *range(0, self.length, WIDEST), self.length})
+
+    def bands(self, cuts: list[int], begin: int = 0) -> list[_Band]:
+        """The keys from `begin` on between two successive distances."""
+        return [
+            _Band(low, min(high, self.reach), begin, self.length if low < self.reach else 0)
+            for low, high in pairwise(cuts)
+        ]
+
+    def start(self, end: int) -> _Band:
+        """The first `end` keys."""
+        return _Band(0, self.reach, 0, end)
+
+    def sums(self, bands: list[_Band], parts: int, sinks: Tensor, values: bool = False) -> _Sums:
+        """Sums over bands, of which the first `parts` hold each key once. sinks: bool [KV heads, keys]."""
+        shape = (*self.query.shape[:2], len(bands))
+        must_be("census: flags of sinks", (tuple(sinks.shape), sinks.is_contiguous()), (self.key.shape[:2], True))
+        tops, spreads, peaks = (self.query.new_zeros(shape, dtype=torch.float32) for _ in range(3))
+        sums = tops.new_empty(*shape, 2)
+        vectors = tops.new_empty(*shape, 2, self.dim if values else 0)
+        size = min(32, self.rows) if values else self.rows
+        with torch.cuda.device_of(self.key):
+            _sum_bands[(triton.cdiv(shape[1], size), shape[2], shape[0])](
+                self.query,
+                self.key,
+                self.value,
+                sinks.to(torch.int32),
+                self.positions,
+                torch.tensor(bands, dtype=torch.int32, device=self.key.device),
+                tops,
+                sums,
+                spreads,
+                peaks,
+                vectors,
+                *self.key.stride()[:2],
+                *self.value.stride()[:2],
+                shape[1],
+                self.length,
+                ROWS=size,
+                TILE=self.tile,
+                VALUES=values,
+                **self.same,
+            )
+        most = tops[..., :parts].amax(-1, keepdim=True)
+        scale = torch.exp2(tops - most)
+        total = (sums.sum(-1) * scale)[..., :parts].sum(-1)
+        logarithm = most[..., 0] + total.log2()
+        learned = torch.zeros_like(total)
+        if self.inputs.learned is not None:
+            logits = self.inputs.learned.float().view(shape[0], self.group).repeat(1, len(self.at))
+            learned = torch.sigmoid(logits - logarithm * LN2)
+        factors = scale * ((1 - learned) / total)[..., None]
+        return _Sums(
+            logarithm,
+            learned,
+            sums * factors[..., None],
+            (spreads * scale)[..., :parts].sum(-1) / total,
+            torch.exp2(peaks - logarithm[..., None]) * (1 - learned)[..., None],
+            vectors * factors[..., None, None],
+        )
+
+    def columns(self, found: _Sums, share: Tensor) -> Tensor:
+        """Attention to each key, summed over queries with a `share` of each: float32 [query heads, keys]."""
+        offsets = (share.repeat_interleave(self.group) * (1 - found.learned)).log2() - found.logarithm
+        output = found.logarithm.new_empty(self.inputs.query.shape[1], self.length)
+        first = torch.arange(0, self.length, self.rows, device=self.key.device)
+        bounds = torch.searchsorted(self.at, torch.stack([first, first + self.rows + self.reach - 1], -1))
+        with torch.cuda.device_of(self.key):
+            _sum_rows[(len(first), len(output))](
+                self.query,
+                self.key,
+                self.positions,
+                offsets,
+                bounds.to(torch.int32),
+                output,
+                *self.key.stride()[:2],
+                self.query.shape[1],
+                self.length,
+                self.reach,
+                GROUP=self.group,
+                ROWS=self.rows,
+                TILE=self.rows,
+                **self.same,
+            )
+        return output
+
+
+def masses(
+    inputs: Inputs, rows: Tensor, share: Tensor, sinks: Tensor, window: int, steps: Sequence[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What statistics.py calls masses, for each query: float32 [query heads, queries] by name; and the attention to each key.
+
+    rows: int [queries], ascending positions. share: [queries], of each query in the attention to a key, which is float32 [query
+    heads, keys]. sinks: bool [KV heads, keys]. window: keys that are local. steps: distances, the last beyond every key.
+    """
+    asked = _Asked(inputs, rows)
+    cuts = asked.cuts([window, *steps])
+    bands = asked.bands(cuts)
+    found = asked.sums([*bands, asked.start(1)], len(bands), sinks)
+    others, at_sinks = found.weights[..., :-1, 0], found.weights[..., :-1, 1]
+    near = cuts.index(window)
+    within = (others + at_sinks).cumsum(-1)
+    entropy = ((found.logarithm - found.spread) * LN2).clamp(min=0)
+    named = {f"within_{step}": within[..., cuts.index(step) - 1] for step in steps} | {
+        "first": found.weights[..., -1, :].sum(-1),
+        "sink": at_sinks.sum(-1),
+        "local": others[..., :near].sum(-1),
+        "far": others[..., near:].sum(-1),
+        "far_peak": torch.nn.functional.pad(found.peaks[..., near:-1], (0, 1)).amax(-1),
+        "learned": found.learned,
+        "entropy": entropy,
+        "effective": entropy.exp(),
+    }
+    return {name: asked.by_head(mass) for name, mass in named.items()}, asked.columns(found, share.float())
+
+
+def first_and_all(inputs: Inputs, rows: Tensor) -> Tensor:
+    """Attention to the first token and to all keys, for each query: float32 [2, query heads, queries]."""
+    asked = _Asked(inputs, rows)
+    none = torch.zeros(asked.key.shape[:2], dtype=torch.bool, device=asked.key.device)
+    bands = asked.bands(asked.cuts([]))
+    found = asked.sums([*bands, asked.start(1)], len(bands), none)
+    return torch.stack([asked.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.learned)])
+
+
+def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Sequence[int]) -> dict[str, Tensor]:
+    """Output of every head where only some keys are kept: float32 [query heads, queries, dim] by name.
+
+    "first_16" are the last 16 keys and the `opening` first tokens, "floating_16" those and all sinks. windows: 0, then ascending.
+    """
+    asked = _Asked(inputs, rows)
+    cuts = asked.cuts(windows)
+    bands = asked.bands(cuts, opening)
+    found = asked.sums([*bands, asked.start(opening)], len(bands) + 1, sinks, values=True)
+    # With the sums of weights as one more coordinate, by which the others are divided in the end.
+    every = torch.cat([found.vectors, found.weights[..., None]], -1)  # [KV heads, rows, bands, 2, dim + 1]
+    others, at_sinks, first = every[:, :, :-1, 0], every[:, :, :-1, 1], every[:, :, -1:].sum(-2)
+
+    def before(bands: Tensor) -> Tensor:
+        """What lies before each band."""
+        return torch.nn.functional.pad(bands.cumsum(2), (0, 0, 1, 0))[:, :, :-1]
+
+    near = {
+        "first": before(others + at_sinks) + first,
+        "floating": before(others) + at_sinks.sum(2, keepdim=True) + first,
+    }
+    outputs = {}
+    for window in windows:
+        for name, sums in near.items():
+            sum_ = sums[:, :, cuts.index(window)]
+            mass = (sum_[..., -1:] + found.learned[..., None]).clamp(min=TINY)  # what a learned logit takes stays
+            outputs[f"{name}_{window}"] = asked.by_head(sum_[..., :-1] / mass)
+    return outputs

@@ -1,0 +1,246 @@
+"""headsink's place in transformers: an attention function and a mask function under one name.
+
+While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended
+by that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers' `sdpa`,
+so an engaged model without a plan is the model itself; where `sdpa` cannot express the softmax, it is computed in blocks and
+differs by rounding. `observing(callback)` shows every layer's queries, keys, values and output to a callback on the way; the
+census is built on that. `substituting(attend)` computes attention by other means; calibration tries patterns so. What is
+observed is one whole text without padding, so no mask is made for it, and layers that `sdpa` has no causal kernel for are
+computed in blocks (blockwise.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from headsink.attention import chunked
+from headsink.attention.backends import attend_rows
+from headsink.attention.params import QUERY_BLOCK, Inputs, Padding, Softmax
+from headsink.attention.passes import ATTENTION, check_uncached, engaged, watching
+from headsink.errors import HeadsinkError
+from headsink.models.spec import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(Inputs):
+    """What one attention layer computed with, and `output`, [1, query heads, tokens, dim], before the output projection."""
+
+    output: Tensor
+
+
+class Sliding(int):
+    """The mask of a sliding layer while it is observed: its window, in place of a square."""
+
+
+_observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
+_substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsink_substitute", default=None)
+
+
+@contextmanager
+def observing(model: PreTrainedModel, callback: Callable[[Seen], None]) -> Iterator[None]:
+    """Call `callback` for every attention layer that the model runs in this thread.
+
+    Raises HeadsinkError at the end of the block if a layer did not come.
+    """
+    came: set[int] = set()
+
+    def call(seen: Seen) -> None:
+        came.add(seen.layer)
+        callback(seen)
+
+    with _watched(model, _observer, call, came):
+        yield
+
+
+@contextmanager
+def substituting(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
+    """Let `attend` compute the attention of every layer that the model runs in this thread.
+
+    It is given one row of tokens and returns [1, query heads, tokens, dim]; which tokens see which is its own affair. Raises
+    HeadsinkError at the end of the block if a layer did not come.
+    """
+    came: set[int] = set()
+
+    def call(inputs: Inputs) -> Tensor:
+        came.add(inputs.layer)
+        return attend(inputs)
+
+    with _watched(model, _substitute, call, came):
+        yield
+
+
+@contextmanager
+def _watched(
+    model: PreTrainedModel, variable: ContextVar[Any], call: Callable[..., Any], came: set[int]
+) -> Iterator[None]:
+    token = variable.set(call)
+    try:
+        with engaged(model), watching():
+            yield
+    finally:
+        variable.reset(token)
+    missing = sorted(set(range(describe(model).layers)) - came)
+    if missing:
+        raise HeadsinkError(
+            f"{type(model).__name__}: the attention of layer {missing[0]} was not seen; it must go through "
+            "transformers' AttentionInterface, and must not be patched, compiled or set to another implementation meanwhile"
+        )
+
+
+GAPS = "attention_mask has gaps, or padding after the text: pad on the left (tokenizer.padding_side = 'left')"
+
+
+@torch.compiler.disable
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Update,
+    value: Tensor | Update,
+    attention_mask: Tensor | Padding | Sliding | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it. Returns [batch, tokens, query heads, dim], contiguous: some models take a view of
+    it."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    if isinstance(key, Update):
+        if not isinstance(attention_mask, Padding | None):
+            raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
+        query = cast(query)
+        with torch.autocast(query.device.type, enabled=False):
+            return key.layer.attend(module, query, key, attention_mask, softmax).contiguous(), None
+    observer, substitute = _observer.get(), _substitute.get()
+    if observer is None and substitute is None:
+        check_uncached(module)
+        if not softmax.plain:
+            return _by_blocks(query, key, value, attention_mask, softmax).transpose(1, 2).contiguous(), None  # type: ignore[arg-type]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise HeadsinkError("observed attention takes one text at a time, whole")
+    sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
+    inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, *softmax[1:])  # type: ignore[arg-type]
+    if substitute is not None:
+        return substitute(inputs).transpose(1, 2).contiguous(), None
+    if inputs.plain:
+        output = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0].transpose(
+            1, 2
+        )
+    else:
+        output = chunked.attention(inputs)
+    assert observer is not None
+    observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
+    """What `sdpa` cannot express, over a cache that is not a plan's, in blocks of queries: [batch, query heads, tokens, dim].
+
+    key, value: [batch, KV heads, keys, dim]; mask: bool [batch, 1, tokens, keys], None: causal, the last query sees all keys.
+    """
+    output, tokens, columns = torch.empty_like(query), query.shape[2], torch.arange(key.shape[2], device=query.device)
+    for start in range(0, tokens, QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        seen = (columns <= columns[-tokens:][block, None])[None, None] if mask is None else mask[:, :, block]
+        some = seen.flatten(0, 2).any(0).nonzero()  # of a sliding window not many
+        near = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0)
+        output[:, :, block] = attend_rows(
+            query[:, :, block], key[:, :, near], value[:, :, near], seen[..., near], softmax
+        )
+    return output
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | Padding | Sliding | None:
+    """The mask of a layer: transformers' own, or what says the same without a square for a plan's or an observed layer."""
+    if _observer.get() is not None or _substitute.get() is not None:
+        if attention_mask is not None and not attention_mask.all():
+            raise HeadsinkError("observed attention takes one text at a time, without padding")
+        return None if local_size is None else Sliding(local_size)
+    if not isinstance(kv_length, PlanLength):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **kwargs,
+        )
+    if mask_function is not causal_mask_function:
+        raise HeadsinkError("a plan works on causal attention only, not on packed sequences or two-way blocks")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, int(kv_length)):
+        raise HeadsinkError(
+            f"attention_mask: its shape is {list(attention_mask.shape)} and must be [{batch_size}, "
+            f"{int(kv_length)}], of all tokens in the cache and the new ones"
+        )
+    padding = left_padding(attention_mask)
+    if padding is None or padding.hidden is None or not padding.hidden[:, -q_length:].any():
+        return padding
+    if q_length == kv_length and (attention_mask.int().diff(dim=1).ne(0).sum(1) <= 1 + (padding.tokens > 0)).all():  # type: ignore[union-attr]
+        return replace(padding, hidden=None, right=True)
+    raise HeadsinkError(GAPS)
+
+
+def left_padding(mask: Tensor | None) -> Padding | None:
+    """Read the padding off a 2-D mask [batch, columns], True for tokens. None where there is none."""
+    if mask is None or mask.all():
+        return None
+    mask = mask.bool()
+    columns = mask.shape[1]
+    tokens = torch.where(mask.any(1), mask.int().argmax(1), columns)  # a row may be padding only, so far
+    hidden = ~mask & (torch.arange(columns, device=mask.device) >= tokens[:, None])
+    return Padding(tokens, int(tokens.max()), hidden if hidden.any() else None)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+class PlanLength(int):
+    """A key length reported by a `PlanLayer`: tells the mask function that no mask need be built."""
+
+
+class AttendingLayer(Protocol):
+    """A layer of a cache that attends itself (cache/layer.py)."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """New keys and values on their way into a layer: what the attention function gets in place of a tensor."""
+
+    layer: AttendingLayer
+    key: Tensor
+    value: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.key.shape
+
+
+def cast(tensor: Tensor) -> Tensor:
+    """What attention computes with: under `torch.autocast` its dtype, into which `sdpa` casts too."""
+    kind = tensor.device.type
+    cast_here = torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.to(torch.get_autocast_dtype(kind)) if cast_here else tensor

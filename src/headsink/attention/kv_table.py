@@ -1,0 +1,62 @@
+"""The table by which kernels find the keys and values of a layer: its fields, and how it moves on by a token."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headsink.errors import must_be
+from headsink.eviction.pattern import FOREVER
+
+
+class Field(IntEnum):
+    """What the table says of a KV head of a text.
+
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32
+    [features], of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front
+    of the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it
+    never wraps. PAD: tokens of padding before the text.
+
+    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none.
+    LEAVING: the position of the token that leaves the window, negative for none.
+    """
+
+    KEYS = 0
+    VALUES = 1
+    VISIBLE = 2
+    SCORES = 3
+    WEIGHTS = 4
+    SINK = 5
+    FLOATING = 6
+    ANCHORS = 7
+    START = 8
+    WINDOW = 9
+    PAD = 10
+    END = 11
+    SLOT = 12
+    LEAVING = 13
+
+
+def advance(table: Any, length: int) -> Any:
+    """Write into a table, int64 [..., len(Field)], what follows for a token that comes as column `length`."""
+    anchors, start, window, pad = (table[..., field] for field in (Field.ANCHORS, Field.START, Field.WINDOW, Field.PAD))
+    ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
+    table[..., Field.SLOT] = np.where(window > 0, anchors + ring, -1)
+    table[..., Field.END] = anchors + np.minimum(length + 1 - start, window)
+    table[..., Field.LEAVING] = np.where(length >= window, length - window - pad, -1)
+    return table
+
+
+def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int) -> None:
+    """Raise unless buffers are of the shapes that `attend_few` says."""
+    batch, heads, slots, dim = keys.shape
+    like = keys.shape, query.dtype, query.device
+    must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1), query.shape[3]), (batch, 0, dim))
+    must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
+    must_be("attention: values", (values.shape, values.dtype, values.device), like)
+    must_be("attention: flags", (visible.shape, visible.dtype, visible.device), (like[0][:3], torch.bool, query.device))
+    must_be("attention: slots up to the last token's", end, min(max(end, 0), slots))

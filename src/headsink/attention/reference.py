@@ -1,0 +1,70 @@
+"""The reference: attention as plain masked softmax over what a pattern lets a query see. Every backend is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headsink.eviction.pattern import Pattern, visible
+from headsink.eviction.scoring import key_scores
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    patterns: Sequence[Pattern],
+    weights: Tensor,
+    scaling: float,
+    padding: Tensor | None = None,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+) -> Tensor:
+    """Attention of a whole text under one pattern per KV head, written out.
+
+    query: [batch, query heads, keys or fewer, dim], the last queries of the text. key, value: [batch, KV heads, keys,
+    dim]. weights: [KV heads, features], of the keys' scores (scores.py). padding: int [batch], tokens of left padding in each
+    row. softcap, learned: as for `masked_attention`. Returns [batch, query heads, queries, dim] in the query's dtype; zero where
+    a query sees nothing.
+    """
+    batch, n_keys = key.shape[0], key.shape[2]
+    group = query.shape[1] // key.shape[1]
+    columns = torch.arange(n_keys, device=key.device)
+    offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
+    positions = columns - offsets[:, None]  # [batch, keys]
+    scores = key_scores(key, value, weights)  # [batch, KV heads, keys]
+    output = torch.zeros_like(query)
+    for head, pattern in enumerate(patterns):
+        mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, scores[:, head])[:, None]
+        rows = slice(head * group, (head + 1) * group)
+        own = slice(head, head + 1)
+        extra = None if learned is None else learned[rows]
+        output[:, rows] = masked_attention(query[:, rows], key[:, own], value[:, own], mask, scaling, softcap, extra)
+    return output
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+) -> Tensor:
+    """Attention of the queries of one KV head, written out.
+
+    query: [batch, query heads, queries, dim]; key, value: [batch, 1, keys, dim]; mask: bool [batch, 1, queries, keys]. softcap:
+    logits become softcap x tanh(logits / softcap) (Gemma 2). learned: float [query heads], logits that take part in the softmax
+    and have no value (gpt-oss).
+    """
+    logits = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, float("-inf"))
+    if learned is not None:
+        logits = torch.cat([logits, learned[:, None, None].to(logits).expand(*logits.shape[:3], 1)], -1)
+    shares = logits.softmax(-1).nan_to_num(0.0)  # no key at all: zero
+    return shares[..., : key.shape[2]] @ value

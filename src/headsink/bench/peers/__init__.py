@@ -1,0 +1,1 @@
+"""Other engines measured side by side: llama.cpp and vLLM."""

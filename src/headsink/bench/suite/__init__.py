@@ -1,0 +1,1 @@
+"""`headsink bench all`: records of measurements and the results page made from them."""

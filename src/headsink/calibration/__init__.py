@@ -1,0 +1,1 @@
+"""Calibration: from documents to importance scores, budget allocation and a plan."""

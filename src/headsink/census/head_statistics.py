@@ -1,0 +1,397 @@
+"""What the heads of one layer look at on one text: section 4 of the design.
+
+The statistics are means over queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4): the first query sees one
+key and must give it everything. Where more than `queries` of them count, about that many are read, evenly spaced, and a quarter
+as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), or
+inside kernels of a GPU (gpu/census.py), so memory is O(n) per head. Beside each score stands `uniform`: what flat attention
+over the visible keys would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headsink.attention.chunked import Block, attend, block, normaliser, rows_per_block
+from headsink.attention.interface import Seen
+from headsink.attention.output_norms import OutputNorms
+from headsink.census.options import QUERIES, TAU
+from headsink.models.distributed import gather_heads
+from headsink.utils import device as gpu
+
+LEAST_WINDOW = 16  # the smallest window, besides none, whose output error is measured
+TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))  # value norms at which keys and their attention are counted
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a sink token and as near: kept with every result.
+
+    first: first tokens that are sink tokens. floating: floating sinks at most, those with a value norm below `tau` of the
+    head's median (docs/census.md says why that tau); more than there are, or a long text would run out of them. window: the
+    last keys that are local, the query's own among them.
+    """
+
+    first: int = 4
+    floating: int = 1024
+    tau: float = TAU
+    window: int = 128
+
+    def at(self, length: int) -> Thresholds:
+        """The same for a short text: a sixteenth of it at most is first, an eighth near."""
+        near = 2 ** (max(1, length // 8).bit_length() - 1)
+        return Thresholds(min(self.first, max(1, length // 16)), self.floating, self.tau, min(self.window, near))
+
+
+@dataclass
+class HeadStatistics:
+    """Statistics of one layer on one text of n tokens; all on the CPU.
+
+    scores[name]: float64 [query heads] (see SCORES), uniform[name]: the same for flat attention. attention: float32 [query
+    heads, n], the mean attention to each key. profile: float64 [query heads, distances(n)], the attention that stays within 1,
+    2, 4, ... keys. errors[kept], group_errors[kept]: float64 [query heads or KV heads, windows(n)], mean squared output
+    error of a head, or of a KV head's whole group, relative to the layer's output, when only the last keys and the `first`
+    tokens, or also the `floating` sinks, are kept. tokens[name]: float64 [KV heads], see TOKENS. floating: bool [KV heads, n].
+    short_keys, short_attention: float64 [KV heads, taus], the keys with a value norm below each of TAUS and the attention
+    to them, first tokens left out.
+    """
+
+    scores: dict[str, Tensor]
+    uniform: dict[str, Tensor]
+    attention: Tensor
+    profile: Tensor
+    errors: dict[str, Tensor]
+    group_errors: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    floating: Tensor
+    short_keys: Tensor
+    short_attention: Tensor
+
+    def joined(self, query_heads: int, kv_heads: int) -> HeadStatistics:
+        """The same of all heads of the layer, where processes have a share each."""
+        by_kv_head = {"group_errors", "tokens", "floating", "short_keys", "short_attention"}
+
+        def join(name: str) -> Any:
+            heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
+            if isinstance(value, dict):
+                return {key: gather_heads(tensor, heads) for key, tensor in value.items()}
+            return gather_heads(value, heads)
+
+        return HeadStatistics(**{field.name: join(field.name) for field in fields(self)})
+
+
+SCORES = {
+    "first": "attention to the first token",
+    "sink": "attention to sink tokens: the first ones and the floating sinks",
+    "local": "attention to the last keys, sink tokens not counted",
+    "far": "attention to the rest",
+    "far_peak": "attention to the one far key that gets most of it",
+    "learned": "attention that goes to the learned sink logit",
+    "entropy": "entropy of the attention, nats",
+    "effective": "effective number of keys: the exponential of the entropy",
+    "legacy": "column 0 of the attention matrix over the whole matrix, row 0 counted",
+    "output": "norm of the head's output relative to the layer's",
+}
+TOKENS = {
+    "value_norm": "median value norm",
+    "first_value": "value norm of the first token relative to the mean",
+    "first_key": "key norm of the first token relative to the mean",
+    "floating_count": "floating sinks",
+    "floating_value": "value norm of the floating sinks relative to the mean",
+    "floating_key": "key norm of the floating sinks relative to the mean",
+}
+KEPT = ("first", "floating")
+
+
+def distances(length: int) -> list[int]:
+    """1, 2, 4, ... up to the first power of two that is not below `length`."""
+    return [2**k for k in range((length - 1).bit_length() + 1)]
+
+
+def distance_within(profile: Tensor, quantile: float, length: int) -> Tensor:
+    """Distance within which a share of the attention on real keys stays: float64, [..., distances] -> [...].
+
+    Linear between the distances that were measured; the query itself is 1 key back.
+    """
+    steps = torch.tensor(distances(length), dtype=torch.float64)
+    target = quantile * profile[..., -1:]
+    above = (profile < target).sum(-1, keepdim=True).clamp(1, len(steps) - 1)
+    low, high = profile.gather(-1, above - 1), profile.gather(-1, above)
+    share = ((target - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (steps[above - 1] + share * (steps[above] - steps[above - 1]))[..., 0]
+
+
+def windows(length: int) -> list[int]:
+    """The windows whose error is measured: none at all, then 16, 32, ... below `length`."""
+    return [0, *(d for d in distances(length) if LEAST_WINDOW <= d < length)]
+
+
+def first_row(length: int) -> int:
+    """The first query that counts at this length."""
+    return min(max(1, length // 4), length - 1)
+
+
+def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` of the queries first <= i < end, evenly spaced up to the last, and the weight of each in the mean.
+
+    Each stands for itself and those since the one before it. Weights are float64 and sum to 1.
+    """
+    rows = torch.arange(end - 1, first - 1, (first - end) // most).flip(0)
+    weights = torch.diff(rows, prepend=torch.tensor([first - 1])).double()
+    return rows, weights / weights.sum()
+
+
+def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
+    """Statistics of one layer on the first `length` tokens of what was seen; queries: most that are read."""
+    inputs, limits = seen.prefix(length), limits.at(length)
+    key, value, output = inputs.key[0].float(), inputs.value[0].float(), inputs.output[0]
+    (n_heads, _, dim), kv_heads, device = output.shape, key.shape[0], key.device
+    norms = OutputNorms(seen.module, kv_heads, dim)
+    positions = torch.arange(length, device=device)
+    value_norm, key_norm = value.norm(dim=-1), key.norm(dim=-1)
+    median = value_norm.median(-1).values
+    short = value_norm < limits.tau * median[:, None]
+    floating = short & (positions >= limits.first)
+    floating &= floating.cumsum(-1) <= limits.floating  # all of them, or the first of very many
+    sinks = SinkKeys(floating | (positions < limits.first), limits.first)
+
+    fused = _fused(inputs.key)
+    size = QUERIES if fused else rows_per_block(n_heads, length)
+    attention = torch.zeros(n_heads, length, device=device)
+
+    def mean_over(
+        first: int, end: int, most: int, read: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Means over queries of what `read` finds for each, given some and their weights: float64 [...], on the CPU."""
+        rows, share = (t.to(device) for t in sampled(first, end, most))
+        parts = [read(r, w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
+        return {name: (torch.cat([part[name] for part in parts], -1).double() @ share).cpu() for name in parts[0]}
+
+    def masses(rows: Tensor, share: Tensor) -> dict[str, Tensor]:
+        if fused:
+            found, columns = fused.masses(inputs, rows, share, sinks.flags, limits.window, distances(length))
+            attention.add_(columns)
+        else:
+            part = block(inputs, rows)
+            attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
+            found = _masses(part, sinks, limits.window, distances(length))
+        layer = norms.layer(output[:, rows]).clamp(min=TINY)
+        return found | {"output": (norms.heads(output[:, rows]) / layer).sqrt()}
+
+    def errors(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
+        if fused:
+            outputs = fused.kept(inputs, rows, sinks.flags, limits.first, windows(length))
+        else:
+            outputs = _kept(block(inputs, rows), value, sinks)
+        return _errors(outputs, output[:, rows], norms)
+
+    def first_and_all(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"both": fused.first_and_all(inputs, rows) if fused else _first_and_all(block(inputs, rows))}
+
+    start = first_row(length)
+    means = mean_over(start, length, queries, masses)
+    wrong = mean_over(start, length, max(1, queries // 4), errors)
+    early = mean_over(0, start, max(1, queries // 4), first_and_all)["both"]
+    late = torch.stack([means["first"], 1 - means["learned"]])
+    scores = {name: means[name] for name in SCORES if name != "legacy"}
+    of_column, of_matrix = early * start + late * (length - start)
+    scores["legacy"] = of_column / of_matrix
+    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), floating.sum(-1)
+    tokens = {
+        "value_norm": median,
+        "first_value": value_norm[:, 0] / mean_value,
+        "first_key": key_norm[:, 0] / mean_key,
+        "floating_count": count,
+        "floating_value": (value_norm * floating).sum(-1) / count / mean_value,
+        "floating_key": (key_norm * floating).sum(-1) / count / mean_key,
+    }
+    taus = torch.tensor(TAUS, device=device)[:, None]
+    below = (value_norm[:, None] < taus * median[:, None, None]) & (positions >= limits.first)  # [KV heads, taus, keys]
+    by_group = attention.view(kv_heads, -1, length).mean(1)
+    return HeadStatistics(
+        scores={name: scores[name] for name in SCORES},
+        uniform=_uniform(sinks.flags.repeat_interleave(n_heads // kv_heads, 0), length, limits, seen.sliding),
+        attention=attention.cpu(),
+        profile=torch.stack([means[f"within_{d}"] for d in distances(length)], -1),
+        errors={kept: torch.stack([wrong[f"{kept}_{w}"] for w in windows(length)], -1) for kept in KEPT},
+        group_errors={kept: torch.stack([wrong[f"{kept}_{w}_group"] for w in windows(length)], -1) for kept in KEPT},
+        tokens={name: number.double().cpu() for name, number in tokens.items()},
+        floating=floating.cpu(),
+        short_keys=below.sum(-1).double().cpu(),
+        short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
+    )
+
+
+def _fused(key: Tensor) -> Any:
+    """The kernels that do in few launches what blocks do in many, where they can run."""
+    if not gpu.can_run(key):
+        return None
+    from headsink.attention.cuda import statistics
+
+    return statistics
+
+
+class SinkKeys:
+    """The sink tokens of every KV head as indices, padded to the same number.
+
+    flags: bool [KV heads, keys]. index: int [KV heads, most], ascending where `real`. first: how many begin the text.
+    """
+
+    def __init__(self, flags: Tensor, first: int):
+        self.flags = flags
+        most = max(1, int(flags.sum(-1).max()))
+        order = torch.arange(flags.shape[1], 0, -1, device=flags.device) * flags
+        self.index = order.topk(most, dim=-1).indices
+        self.real = flags.gather(1, self.index)
+        self.opening = self.real & (self.index < first)
+
+    def weights(self, part: Block) -> Tensor:
+        """Take the attention to the sink tokens out of a block: [KV heads, group, queries, most]; its weights there become 0."""
+        _, queries, keys = part.weights.shape
+        grouped = part.weights.view(len(self.flags), -1, queries, keys)
+        place = self.index - part.begin
+        inside = self.real & (place >= 0) & (place < keys)
+        place = place.clamp(0, keys - 1)[:, None, None].expand(*grouped.shape[:3], -1)
+        found = grouped.gather(3, place) * inside[:, None, None]
+        head, rank = inside.nonzero(as_tuple=True)
+        grouped[head, :, :, (self.index - part.begin)[head, rank]] = 0
+        return found
+
+
+def _near(part: Block, most: int) -> Tensor:
+    """Where the last `most` keys of every query lie in the block, its own first: int [queries, most], negative outside."""
+    ages = torch.arange(most, device=part.rows.device)
+    return part.rows[:, None] - part.begin - ages
+
+
+def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """The keys between two successive distances: (distance, first key, weights [query heads, queries, keys]).
+
+    With cuts [a, b, c]: what is a to b - 1 keys back, as distance b; then b to c - 1 keys back, as distance c. Other
+    weights are 0.
+    """
+    rows, begin = part.rows, part.begin
+    first, last = int(rows[0]), int(rows[-1])
+    for low, high in pairwise(cuts):
+        start, stop = max(begin, first - high + 1), max(begin, last - low + 1)
+        age = rows[:, None] - torch.arange(start, stop, device=rows.device)
+        yield high, start, part.weights[:, :, start - begin : stop - begin] * ((age >= low) & (age < high))
+
+
+def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict[str, Tensor]:
+    """Masses and the like, for each query of a block: float32 [query heads, queries]. Uses the block's weights up."""
+    logits, weights, learned = part.logits, part.weights, part.learned
+    real = 1 - learned
+    spread = torch.linalg.vecdot(weights, logits) / real
+    entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
+    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(learned)
+    at_sinks = sinks.weights(part)  # from here on `weights` holds the others only
+    ages = part.rows[:, None] - sinks.index[:, None, None]  # of sink tokens: [KV heads, 1, queries, most]
+    near = _near(part, window)
+    others = weights.gather(2, near.clamp(min=0).expand(len(weights), -1, -1)) * (near >= 0)
+    others = others.cumsum(-1)  # [query heads, queries, window], sink tokens not counted
+    within = {step: others[:, :, step - 1] for step in steps if step <= window}
+    local = others[:, :, -1]
+    kept, peak = local, torch.zeros_like(learned)
+    for step, _, tile in _bands(part, [window, *(step for step in steps if step > window)]):
+        if tile.shape[2]:
+            kept = kept + tile.sum(-1)
+            peak = torch.maximum(peak, tile.amax(-1))
+        within[step] = kept
+    found = {
+        f"within_{step}": mass + (at_sinks * (ages < step)).sum(-1).view_as(mass)  # what is yet to come weighs nothing
+        for step, mass in within.items()
+    }
+    return found | {
+        "first": first,
+        "sink": at_sinks.sum(-1).view_as(local),
+        "local": local,
+        "far": kept - local,
+        "far_peak": peak,
+        "learned": learned,
+        "entropy": entropy,
+        "effective": entropy.exp(),
+    }
+
+
+def _kept(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
+    """Outputs under every window, for each query of a block: float32 [query heads, queries, dim]. Uses the weights up."""
+    heads, queries, _ = part.weights.shape
+    learned = part.learned
+    at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block holds the others only
+    ages = part.rows[:, None] - sinks.index[:, None, None]
+    sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
+    opening = at_sinks * sinks.opening[:, None, None]
+    over = value.new_zeros(heads, queries, value.shape[2])  # of a window's keys, sink tokens left out
+    mass = torch.zeros_like(learned)
+    outputs = {}
+
+    def record(window: int) -> None:
+        close = opening + (at_sinks - opening) * (ages < window)
+        for kept, tokens in (("first", close), ("floating", at_sinks)):
+            seen = (mass + tokens.sum(-1).view_as(mass) + learned).clamp(min=TINY)  # what a learned logit takes stays
+            outputs[f"{kept}_{window}"] = (over + (tokens @ sink_values).view_as(over)) / seen[..., None]
+
+    record(0)
+    for window, start, tile in _bands(part, windows(value.shape[1])):
+        if tile.shape[2]:
+            over, mass = over + attend(tile, start, value), mass + tile.sum(-1)
+        record(window)
+    return outputs
+
+
+def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dict[str, Tensor]:
+    """Output errors of every window, for each query: float32 [query or KV heads, queries].
+
+    outputs, full: [query heads, queries, dim], under each window and without one.
+    """
+    layer = norms.layer(full).clamp(min=TINY)
+    wrong = torch.cat(
+        [full - output for output in outputs.values()], 1
+    )  # all at once: else they are many small products
+    sizes = {"": norms.heads(wrong), "_group": norms.groups(wrong)}
+    return {
+        name + suffix: of_window / layer
+        for suffix, size in sizes.items()
+        for name, of_window in zip(outputs, size.split(full.shape[1], -1), strict=True)
+    }
+
+
+def _first_and_all(part: Block) -> Tensor:
+    """Attention to the first token and to all keys: [2, query heads, queries]."""
+    first = part.weights[:, :, 0]
+    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.learned])
+
+
+def _uniform(sinks: Tensor, length: int, limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:
+    """The scores of flat attention over the visible keys, all queries counted; sinks: bool [query heads, keys]."""
+    n_heads = sinks.shape[0]
+    row = torch.arange(length, device=sinks.device)
+    low = torch.zeros_like(row) if sliding is None else (row - sliding + 1).clamp(min=0)  # first visible key
+    counted = torch.nn.functional.pad(sinks.long().cumsum(-1), (1, 0))
+    visible = (row + 1 - low).double()
+    near_from = torch.maximum(low, row - limits.window + 1)
+    sink = (counted[:, row + 1] - counted[:, low]) / visible
+    local = ((row + 1 - near_from) - (counted[:, row + 1] - counted[:, near_from])) / visible
+    far = 1 - sink - local
+    flat = {
+        "first": (low == 0) / visible,
+        "sink": sink,
+        "local": local,
+        "far": far,
+        "far_peak": (far > 1e-12) / visible,
+        "learned": torch.zeros_like(visible),
+        "entropy": visible.log(),
+        "effective": visible,
+        "legacy": (low == 0) / visible,
+    }
+    return {
+        name: scores[..., 0 if name == "legacy" else first_row(length) :].mean(-1).expand(n_heads).cpu()
+        for name, scores in flat.items()
+    }

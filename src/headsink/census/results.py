@@ -1,0 +1,243 @@
+"""A census: what every head looks at, at several lengths, on several texts; and the folder that it is kept in.
+
+`run.analyze` makes one. Its folder holds `census.json` (settings, enough to run it again), `arrays.safetensors` (all results),
+`heads.parquet` (the scores as a table for other programs: one row per text, length and head), `tokens.json` (what the token ids
+of the texts say), `report.html` and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headsink.census.checks import SCHEMA, check
+from headsink.census.first_layer import RULES, Transfer, transfer
+from headsink.census.head_statistics import KEPT, SCORES, TOKENS, distance_within, windows
+from headsink.census.options import CENSUS as MARKER
+from headsink.census.options import check_census
+from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
+from headsink.errors import HeadsinkError
+from headsink.utils.files import new_folder, parse_json, read_text
+from headsink.utils.statistics import Interval, interval
+
+QUANTILES = (0.1, 0.5, 0.9)  # of the distance, in the table
+
+
+@dataclass
+class Census:
+    """Results of `analyze`.
+
+    settings: how they were made. vocabulary: token id -> what it says. arrays["{text}.{length}.{name}"], texts being numbered
+    as in `settings["texts"]`, for every length that the text reaches:
+
+    scores, uniform : float64 [layers, query heads, SCORES], uniform NaN where flat attention has no such score
+    profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys back
+    errors, group_errors : float32 [layers, query or KV heads, KEPT, windows], squared output error, relative to the layer's
+    tokens : float64 [layers, KV heads, TOKENS]
+    floating : int32 [layers, KV heads, most], positions of the floating sinks, -1 where there are no more
+    short_keys, short_attention : float32 [layers, KV heads, taus]
+    top : int32 [layers, query heads, TOP_KEYS], positions of the keys that get most attention, -1 where there are no more
+    attention : float16 [layers, query heads, tokens], mean attention to each key
+
+    and arrays["{text}.ids"], int32 [tokens].
+    """
+
+    settings: dict[str, Any]
+    vocabulary: dict[int, str]
+    arrays: dict[str, Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.settings["lengths"])
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(text["domain"] for text in self.settings["texts"]))
+
+    def texts(self, length: int, domain: str | None = None) -> list[int]:
+        """Numbers of the texts of a domain (of all, if None) that have `length` tokens."""
+        found = self._reaching(length, domain)
+        if not found:
+            raise HeadsinkError(f"the census has nothing at length {length}" + (f" on {domain}" if domain else ""))
+        return found
+
+    def has(self, length: int, domain: str | None = None) -> bool:
+        """Whether some text of the domain reaches the length."""
+        return bool(self._reaching(length, domain))
+
+    def _reaching(self, length: int, domain: str | None) -> list[int]:
+        return [
+            number
+            for number, text in enumerate(self.settings["texts"])
+            if domain in (None, text["domain"]) and f"{number}.{length}.scores" in self.arrays
+        ]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return int(self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"])
+
+    def samples(self, name: str, length: int, domain: str | None = None) -> Tensor:
+        """One array for each text: [texts, layers, ...]. A name in SCORES is that score, "uniform_..." what is by chance."""
+        array, column = name, None
+        if name.removeprefix("uniform_") in SCORES:
+            array = "uniform" if name.startswith("uniform_") else "scores"
+            column = list(SCORES).index(name.removeprefix("uniform_"))
+        stacked = torch.stack([self.arrays[f"{text}.{length}.{array}"] for text in self.texts(length, domain)]).double()
+        return stacked if column is None else stacked[..., column]
+
+    def score(self, name: str, length: int, domain: str | None = None) -> Tensor:
+        """The mean over the texts of a domain, all texts if None: float64 [layers, heads], or what `samples` has more."""
+        return self.samples(name, length, domain).mean(0)
+
+    def interval(self, name: str, length: int, domain: str | None = None) -> Interval:
+        """The mean with its 95 % confidence interval over texts."""
+        return interval(self.samples(name, length, domain))
+
+    def _masses(self, length: int, domain: str | None) -> Iterator[dict[str, Tensor]]:
+        """What roles are read from, for each text: masses, and their uniform."""
+        for prefix in ("", "uniform_"):
+            yield {name: self.samples(prefix + name, length, domain) for name in MASSES}
+
+    def text_roles(self, length: int, domain: str | None = None) -> Tensor:
+        """The role of every head in every single text: int64 [texts, layers, query heads], index into ROLES."""
+        return roles(*self._masses(length, domain))
+
+    def mean_roles(self, length: int, domain: str | None = None) -> Tensor:
+        """The role of every head by its mean masses: int64 [layers, query heads], index into ROLES."""
+        return roles(*({name: of.mean(0) for name, of in masses.items()} for masses in self._masses(length, domain)))
+
+    def roles(self, length: int, domain: str | None = None) -> list[list[str]]:
+        """The same as words: [layers][query heads]."""
+        return [[ROLES[n] for n in layer] for layer in self.mean_roles(length, domain).tolist()]
+
+    def role_agreement(self, length: int, domain: str | None = None) -> Tensor:
+        """The share of single texts in which a head has the role that it has on average: float64 [layers, query heads]."""
+        return (self.text_roles(length, domain) == self.mean_roles(length, domain)).double().mean(0)
+
+    def window_needed(
+        self,
+        length: int,
+        domain: str | None = None,
+        *,
+        epsilon: float = EPSILON,
+        heads: str = "query",
+        kept: str = "floating",
+    ) -> Tensor:
+        """The smallest window that keeps the output error within epsilon: float64 [layers, query or KV heads].
+
+        kept: "first" if only the first tokens stay beside the window, "floating" if the floating sinks do too.
+        """
+        name = {"query": "errors", "kv": "group_errors"}[heads]
+        errors = self.score(name, length, domain)[:, :, KEPT.index(kept)]
+        return window_needed(errors, windows(length), length, epsilon)
+
+    def window_law(
+        self, domain: str | None = None, *, epsilon: float = EPSILON, least: int = 64
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scale and exponent of `window = scale x length ^ exponent` for every KV head, over the lengths from `least` on.
+
+        float64 [layers, KV heads] each. None where fewer than two lengths were measured.
+        """
+        lengths = [n for n in self.lengths if n >= least and self.has(n, domain)]
+        if len(lengths) < 2:
+            return None
+        needed = [self.window_needed(n, domain, epsilon=epsilon, heads="kv") for n in lengths]
+        return law(torch.stack(needed), lengths)
+
+    def distance(self, quantile: float, length: int, domain: str | None = None) -> Tensor:
+        """Distance within which a share of the attention on real keys stays: float64 [layers, query heads]."""
+        return distance_within(self.score("profile", length, domain), quantile, length)
+
+    def first_question(self, length: int, domain: str | None = None) -> list[Transfer]:
+        """Do head numbers carry over between layers? One answer per rule for what a sink is."""
+        seed = self.settings["seed"]
+        return [
+            transfer(self.score(score, length, domain) >= least, rule, group=self.group, seed=seed)
+            for rule, (score, least) in RULES.items()
+        ]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The scores as a table: one row per text, length, layer and query head."""
+        return pa.concat_tables(self._tables(), promote_options="default")  # longer texts have more windows
+
+    def _tables(self) -> Iterator[pa.Table]:
+        model = self.settings["model"]
+        layer, head = torch.meshgrid(torch.arange(model["layers"]), torch.arange(model["query_heads"]), indexing="ij")
+        for length in self.lengths:
+            for number, role in zip(self.texts(length), self.text_roles(length), strict=True):
+                text, of = self.settings["texts"][number], f"{number}.{length}"
+                scores, uniform, errors = (self.arrays[f"{of}.{name}"] for name in ("scores", "uniform", "errors"))
+                by_head = {name: self.arrays[f"{of}.{name}"] for name in ("tokens", "group_errors")}
+                tokens, group_errors = (array.repeat_interleave(self.group, 1) for array in by_head.values())
+                columns = {"layer": layer, "head": head, "kv_head": head // self.group}
+                columns |= {name: scores[..., n] for n, name in enumerate(SCORES)}
+                columns |= {f"uniform_{name}": uniform[..., n] for n, name in enumerate(SCORES)}
+                columns |= {
+                    f"distance_{round(100 * q)}": distance_within(self.arrays[f"{of}.profile"].double(), q, length)
+                    for q in QUANTILES
+                }
+                columns |= {name: tokens[..., n] for n, name in enumerate(TOKENS)}
+                for n, kept in enumerate(KEPT):
+                    for w, window in enumerate(windows(length)):
+                        columns[f"error_{kept}_{window}"] = errors[:, :, n, w]
+                        columns[f"kv_error_{kept}_{window}"] = group_errors[:, :, n, w]
+                rows = layer.numel()
+                start = {"domain": [text["domain"]] * rows, "text": [text["number"]] * rows, "length": [length] * rows}
+                start["role"] = [ROLES[n] for n in role.flatten().tolist()]
+                yield pa.table(start | {name: column.flatten().numpy() for name, column in columns.items()})
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the results to a folder, atomically. An older census there is replaced; other files stay.
+
+        `headsink.write_report` writes them with a report and pictures.
+
+        force: replace files, too, that headsink did not write but that have the names of its own.
+        """
+        with new_folder(folder, MARKER, force) as part:
+            self.write(part)
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` to a folder that is there."""
+        pq.write_table(self.table, folder / "heads.parquet")
+        save_file({name: array.contiguous() for name, array in self.arrays.items()}, folder / "arrays.safetensors")
+        (folder / "tokens.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
+        (folder / MARKER).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Census:
+        """Read a folder that `save` wrote."""
+        folder = Path(folder)
+        check_census(folder)
+        damaged = f"{folder}: not a census folder, or damaged"
+        try:
+            settings = parse_json(read_text(folder / MARKER), str(folder / MARKER))
+            vocabulary = parse_json(read_text(folder / "tokens.json"), str(folder / "tokens.json"))
+            arrays = load_file(folder / "arrays.safetensors")
+        except HeadsinkError as error:
+            raise HeadsinkError(f"{damaged}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise HeadsinkError(f"{damaged}: arrays.safetensors cannot be read") from error
+        if isinstance(settings, dict) and settings.get("schema", SCHEMA) != SCHEMA:
+            raise HeadsinkError(
+                f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
+            )
+        if isinstance(settings, dict):
+            settings.pop("files", None)  # of the folder, not of the census
+        if wrong := check(settings, vocabulary, arrays):
+            raise HeadsinkError(f"{damaged}: {wrong}")
+        return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)

@@ -1,0 +1,37 @@
+"""`headsink serve`: vLLM's OpenAI server, with a plan.
+
+What can go wrong because of the input is found here, before vLLM starts: that is one line, and not the end of a long log. Then
+this process becomes the server; every option that is not ours is handed on to it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headsink.cli.options import Model, plan_path
+from headsink.serving.vllm.launch import command, environment
+from headsink.utils.terminal import err
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: Model,
+    plan_file: Annotated[
+        Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
+    ],
+) -> None:
+    """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
+
+    The memory that the plan lets go is free for other requests. vLLM works in whole blocks: no head ever sees less than its
+    pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
+    """
+    arguments = command(model, plan_file, context.args)
+    err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
+    os.execve(sys.executable, [sys.executable, *arguments], environment(context.args))

@@ -1,0 +1,1 @@
+"""Compression of a prompt that has been read: continuations over its cache, context reconstruction."""

@@ -1,0 +1,54 @@
+"""What a user may choose for a plan or a census, and the checks of it that need no model. Light: nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headsink.data.documents import LEAST_LENGTH
+from headsink.errors import HeadsinkError
+
+TAIL = 160  # tokens that may follow a calibration document: with them it fits into the longest context
+LEAST_CONTEXT = LEAST_LENGTH + TAIL
+CONTINUATION = 256  # tokens of text after a document that quality is measured on
+LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
+FRONTIER_BUDGETS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75)
+
+
+FRONTIER = "frontier.json"  # marks the folder of a frontier
+
+
+def check_budget(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
+
+
+def check_max_kl(max_kl: float) -> None:
+    if not max_kl > 0:
+        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats; 0.02 is little")
+
+
+def check_context(shortest: int, longest: int, most: int | None = None) -> None:
+    """Raise for a context that no plan can be made for. `most`: the model's maximum, if it is known."""
+    right = f"give {LEAST_CONTEXT} or more" if most is None else f"give {LEAST_CONTEXT} to {most}"
+    if shortest > longest:
+        raise HeadsinkError(f"context: {shortest} to {longest} is no range; the shorter length comes first")
+    if shortest < LEAST_CONTEXT:
+        raise HeadsinkError(
+            f"context: {shortest} tokens are too few: a plan is calibrated on documents of {LEAST_LENGTH} tokens or more, "
+            f"followed by up to {TAIL}; {right}"
+        )
+    if most is not None and longest > most:
+        raise HeadsinkError(f"context: {longest} is over the model's maximum of {most} tokens; {right}")
+
+
+def check_quality(contexts: Sequence[int], most: int | None = None, name: str = "quality_contexts") -> None:
+    """Raise for a context that quality cannot be measured at. `most`: the model's maximum, if it is known."""
+    right = f"give {LEAST_QUALITY} or more" if most is None else f"give {LEAST_QUALITY} to {most}"
+    for context in contexts:
+        if context < LEAST_QUALITY:
+            raise HeadsinkError(
+                f"{name}: {context} tokens are too few: quality is measured on {CONTINUATION} tokens after a text that is as "
+                f"long or longer; {right}"
+            )
+        if most is not None and context > most:
+            raise HeadsinkError(f"{name}: {context} is over the model's maximum of {most} tokens; {right}")

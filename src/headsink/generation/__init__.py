@@ -1,0 +1,1 @@
+"""Decoding: compiled steps, self-speculative decoding, generation with timings, chat."""

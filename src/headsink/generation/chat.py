@@ -1,0 +1,51 @@
+"""A conversation whose KV cache goes on from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from headsink.errors import HeadsinkError
+from headsink.generation.generate import Generated, generate
+from headsink.generation.templates import chat_prompt, encode
+from headsink.plan.plan import Plan
+from headsink.runtime.prefill import empty_cache
+
+
+class Conversation:
+    """Many turns over one cache: each turn feeds only what is new.
+
+    `plan` None is the model itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, **options: Any):
+        self.model, self.tokenizer, self.plan, self.options = model, tokenizer, plan, options
+        self.messages: list[dict[str, str]] = []
+        self.ids: list[int] = []  # all tokens of the conversation so far, the model's own as it gave them
+        self.text = ""  # the same as text, so that the next turn's prompt can be cut where it begins
+        self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> Cache:
+        return empty_cache(self.model, self.plan, exact=not self.options.get("compiled", True))
+
+    def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generated:
+        """One turn. On an error or ctrl-C the conversation stays as it was before the turn, with a fresh cache."""
+        if not question.strip():
+            raise HeadsinkError("prompt: it is empty")
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = chat_prompt(self.tokenizer, messages)
+        if self.text and prompt.startswith(self.text):
+            ids = self.ids + encode(self.tokenizer, prompt[len(self.text) :])
+        else:  # the chat format rewrites what was said: read it anew
+            ids, self.cache = encode(self.tokenizer, prompt), self._empty_cache()
+        try:
+            answer = generate(self.model, self.tokenizer, ids, self.plan, cache=self.cache, show=show, **self.options)
+        except BaseException:
+            self.cache, self.ids, self.text = self._empty_cache(), [], ""
+            raise
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.ids = ids + answer.ids
+        self.text = prompt + str(self.tokenizer.decode(answer.ids))
+        return answer

@@ -1,0 +1,166 @@
+"""Generate text with or without a plan and measure it: time to the first token, time per token, memory of the cache.
+
+`model.generate` inside `headsink.apply` is all that is needed to use a plan; this adds the clock and the checks that the
+command line wants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from headsink.cache.cache import PlanCache, nbytes
+from headsink.errors import HeadsinkError
+from headsink.generation.decode import decode, prepare, refusal
+from headsink.generation.prompt import padding_of
+from headsink.generation.speculative import Speculation, generate_lossless
+from headsink.models.transformers_names import cache_argument
+from headsink.plan.plan import Plan
+from headsink.runtime.apply import apply
+from headsink.runtime.prefill import empty_cache, read_long, read_prompt
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation and what it took. Times in seconds; kv_bytes is what the cache holds at the end, in lossless mode both.
+    acceptance: in lossless mode, the share of drafted tokens that were the model's own; None if none was drafted."""
+
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    first_token_s: float
+    steps_s: list[float]  # of each token after the first
+    kv_bytes: int
+    acceptance: float | None = None
+
+    @property
+    def token_s(self) -> float | None:
+        """Mean time of the tokens after the first, None if there are none."""
+        return sum(self.steps_s) / len(self.steps_s) if self.steps_s else None
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive and hands on the text that is complete so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None):
+        self.tokenizer, self.show = tokenizer, show
+        self.times: list[float] = []
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompt_seen:  # `generate` begins by giving the prompt
+            self.prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.flatten().tolist()
+        if self.show and not (text := self.text()).endswith("\ufffd"):  # half a character so far
+            self.show(text[self.shown :])
+            self.shown = len(text)
+
+    def end(self) -> None:
+        if self.show and len(text := self.text()) > self.shown:
+            self.show(text[self.shown :])
+
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    plan: Plan | None = None,
+    *,
+    cache: Cache | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    show: Callable[[str], None] | None = None,
+    compiled: bool = True,
+    lossless: bool = False,
+    **options: Any,
+) -> Generated:
+    """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
+
+    If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
+    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
+    compiled: under a plan, attend by our kernels and decode by our own step (decode.py), where those can run the model.
+    lossless: the plan only drafts (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty
+    prompt or one that does not fit the model.
+    """
+    if not ids:
+        raise HeadsinkError("prompt: it is empty")
+    if max_new_tokens < 1:
+        raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
+    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
+    endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache"
+    if len(ids) + max_new_tokens > longest and not endless:
+        raise HeadsinkError(
+            f"prompt: {len(ids)} tokens and {max_new_tokens} new ones are over the model's maximum of {longest}"
+        )
+    clock = _Clock(tokenizer, show)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    text = torch.tensor([ids], device=model.device)
+    if cache.get_seq_length() and getattr(cache, "rows", 1) != 1:
+        raise HeadsinkError(f"cache: it holds {cache.rows} texts; give the cache of one")  # type: ignore[attr-defined]
+    if padding_of(cache) is not None:
+        raise HeadsinkError("cache: it holds a padded batch; give the cache of one text without padding")
+    if lossless:
+        if plan is None or cache.get_seq_length():
+            raise HeadsinkError("lossless: give a plan that drafts, and no cache")
+        return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
+    if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
+        options = {"custom_generate": decode, **options}
+        prepare(model)
+    start = time.perf_counter()
+    if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
+        read_prompt(model, cache, text[:, :-1])
+    reading = time.perf_counter() - start
+    with nullcontext() if plan is None else apply(model, plan):
+        start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text
+        if plan is not None:
+            read_long(model, cache, text)
+        model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            **cache_argument(cache),
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            **sampling,
+            **options,
+        )
+    times = clock.times
+    return Generated(
+        text=clock.text(),
+        ids=clock.ids,
+        prompt_tokens=len(ids),
+        first_token_s=times[0] - start,
+        steps_s=[later - earlier for earlier, later in pairwise(times)],
+        kv_bytes=nbytes(cache),
+    )
+
+
+def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generated:
+    told, start = Speculation(), time.perf_counter()
+    mask = torch.ones_like(text)
+    generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=told, **options)
+    return Generated(
+        text=clock.text(),
+        ids=clock.ids,
+        prompt_tokens=text.shape[1],
+        first_token_s=clock.times[0] - start,
+        steps_s=[later - earlier for earlier, later in pairwise(clock.times)],
+        kv_bytes=told.kv_bytes,
+        acceptance=told.acceptance,
+    )

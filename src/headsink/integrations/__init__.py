@@ -1,0 +1,1 @@
+"""Other people's tools: EleutherAI's lm-evaluation-harness."""

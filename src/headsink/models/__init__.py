@@ -1,0 +1,1 @@
+"""Models: loading, built-in names, architecture (`spec`), fingerprints, sharded weights, rotary positions."""

@@ -1,0 +1,169 @@
+"""Where weights come from: a built-in model, a folder, a .gguf file, or a Hugging Face id.
+
+Only safetensors and GGUF weights are read and no code that comes with a model is run. The network is used only for a
+Hugging Face id (`owner/name`). GGUF files are converted once, into the user's cache folder; the converted files are
+checked by their SHA-256 every time.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
+
+from headsink.errors import HeadsinkError
+from headsink.models.builtin import BUILT_IN, cache_folder, check_name, check_tokenizer, processes
+from headsink.models.devices import parse_device, parse_dtype
+from headsink.models.gguf import converted
+from headsink.models.hf_logging import first_line, one_line, quiet
+from headsink.models.spec import attention_modules, check_class, check_config
+from headsink.utils.files import sha256
+from headsink.utils.terminal import note
+
+HUB_TIMEOUT = 5.0  # seconds
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    tensor_parallel: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name : "smollm2" or "gemma3-270m" (built in), a folder, a .gguf file, or a Hugging Face id `owner/name`, which may
+        use the network.
+    dtype : "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own if not given.
+    device : where the model goes; a GPU if there is one.
+    device_map : instead of `device`, as accelerate has it: "auto" fills the GPUs, then memory, and leaves the rest on
+        disk; a dictionary says where each module goes.
+    max_memory : for "auto", the most weights a device holds: {0: "20GB", "cpu": "30GB"}.
+    offload_folder : where weights on disk go if they must be converted; others are read from where they are. A folder
+        in headsink's cache that goes away with the model if not given.
+    tensor_parallel : split every layer over the processes that torchrun started, by transformers' own plan.
+
+    Raises
+    ------
+    HeadsinkError : the model is not there, cannot be read, or is of a kind that headsink cannot work on.
+    """
+    dtype = parse_dtype(dtype)
+    if max_memory is not None and device_map is None:
+        device_map = "auto"
+    if (device is not None) + (device_map is not None) + tensor_parallel > 1:
+        raise HeadsinkError("give one of device, device_map (with max_memory) and tensor_parallel")
+    if device_map is None and not tensor_parallel:
+        device = parse_device(device)
+    ranks = processes() if tensor_parallel else 1
+    name = check_name(str(name))
+    source, local = find(name)
+    fetched = not local and _on_hub(name)
+    missing, local = not local and not fetched, not fetched
+    with quiet(), one_line(name, missing):
+        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        check_config(config, name)
+        mapping = AutoModelForCausalLM._model_mapping
+        if type(config) not in mapping:
+            raise HeadsinkError(
+                f"{name}: {config.model_type} is not a causal language model; headsink works on those only"
+            )
+        check_class(mapping[type(config)], name)
+        if tensor_parallel:
+            _check_splittable(config.get_text_config(decoder=True), ranks, name)
+        check_tokenizer(name)
+        with one_line(f"{name}: its tokenizer", missing):
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        own_folder = None if device_map is None or offload_folder else _offload_folder()
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            max_memory=max_memory and dict(max_memory),
+            offload_folder=own_folder.name if own_folder else offload_folder,
+            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+            attn_implementation=_attention(config, mapping[type(config)]),
+            use_safetensors=True,
+            local_files_only=local,
+            trust_remote_code=False,
+        )
+        if device_map is None and not tensor_parallel:
+            model = model.to(device)
+    if own_folder is not None:
+        weakref.finalize(model, own_folder.cleanup)
+    attention_modules(model)
+    model.config.name_or_path = name
+    return model.eval(), tokenizer
+
+
+def _check_splittable(config: Any, processes: int, name: str) -> None:
+    """Raise if the layers of a model cannot be split over so many processes."""
+    if not getattr(config, "base_model_tp_plan", None):
+        raise HeadsinkError(f"{name}: transformers has no tensor-parallel plan for {config.model_type}; use device_map")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % processes:
+        raise HeadsinkError(f"{name}: its {heads} KV heads cannot be split over {processes} processes; start a divisor")
+
+
+def _attention(config: Any, kind: Any) -> str:
+    """The attention of transformers that computes what the model is: its `sdpa` silently does not cap logits (Gemma 2)."""
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return "sdpa" if kind._supports_sdpa and not capped else "eager"
+
+
+def _offload_folder() -> TemporaryDirectory[str]:
+    """A new folder for weights that have to be written again; not in the temporary folder, which may be memory."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix="offload-", dir=cache_folder())
+
+
+def find(name: str) -> tuple[str, bool]:
+    """What to hand to transformers for `name`, and whether it is on this machine."""
+    name = check_name(name)
+    if name in BUILT_IN:
+        built_in = BUILT_IN[name]
+        paths = built_in.paths() or []
+        if sha256(*paths) != built_in.sha256:
+            raise HeadsinkError(
+                f"{name}: {paths[0]} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
+            )
+        return str(converted(paths, built_in.sha256)), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), True
+    if path.is_file():
+        return str(converted([path], sha256(path))), True
+    return name, False
+
+
+def _on_hub(name: str) -> bool:
+    """Ask the hub for a model, and say so first, as a hub that cannot be reached answers late. False: only the cache is left."""
+    if hub_constants.HF_HUB_OFFLINE:
+        return False
+    note(f"looking for {name} on the Hugging Face hub ...")
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        return True
+    except RepositoryNotFoundError as error:
+        raise HeadsinkError(
+            f"{name}: no such model on the Hugging Face hub, and no such folder here; a private one needs `hf auth login`"
+        ) from error
+    except Exception as error:  # its class depends on the network library that huggingface_hub uses
+        note(f"the hub cannot be reached ({first_line(error)}); looking for files that were fetched before")
+        return False
+    return True

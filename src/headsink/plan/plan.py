@@ -1,0 +1,285 @@
+"""A plan: one pattern per KV head of one model, how it was chosen, and what it was measured to cost.
+
+A plan is one JSON file that a person can read. Loading checks every field and names the one that is wrong; using it
+checks that the model is the one that it was made for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
+from torch import nn
+
+from headsink.errors import HeadsinkError
+from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.scoring import n_features
+from headsink.models.fingerprint import ALLOWED, Fingerprint, Hashed, Part
+from headsink.models.rope import inverse_frequencies
+from headsink.models.spec import Architecture, check_plannable, describe, vocabulary
+from headsink.plan.schema import Head, Positions, Quality, Tokens, unique
+from headsink.plan.summary import as_html, as_text, summary
+from headsink.utils.files import write_text
+from headsink.utils.format import harmless
+
+
+class Plan(Part):
+    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
+
+    once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
+    that (`headsink.compress`), rather than for caches that let go all the time. positions: "text", where a key keeps its place,
+    or "cache", where places are counted among the keys that are held (rotary.py): texts may then be of any length, and every
+    head must have a window and no floating keys. retell: tokens that ask the model to tell the
+    context again before it is compressed (retelling.py); none: keys are chosen by their scores. fit_values: whether values of the
+    keys that are kept of a context that is told again make up for the others.
+    """
+
+    schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
+    headsink: str = Field(default_factory=lambda: version("headsink"))
+    model: Fingerprint
+    positions: Positions = "text"
+    once: bool = False
+    retell: tuple[Tokens, ...] = ()
+    fit_values: bool = True
+    layers: tuple[tuple[Head, ...] | None, ...]
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    quality: tuple[Quality, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if len(self.layers) != self.model.layers:
+            raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
+        if self.retell and not self.once:
+            raise ValueError("retell: only a context that is compressed once can be told again; once must be true")
+        if self.positions == "cache" and self.once:
+            raise ValueError("positions: of a context that is compressed once they are those of the text")
+        for index, heads in enumerate(self.layers):
+            for head, found in enumerate(heads or ()):
+                if self.positions == "cache" and (found.window is None or found.floating):
+                    what = "sees everything" if found.window is None else "has floating keys"
+                    raise ValueError(f"positions: counted in the cache, but layers.{index}.{head} {what}")
+            if heads is not None and len(heads) != self.model.kv_heads:
+                raise ValueError(
+                    f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
+                )
+            for head, found in enumerate(heads or ()):
+                if found.score is not None and len(found.score) != n_features(self.model.head_dim):
+                    raise ValueError(
+                        f"layers.{index}.{head}.score: {len(found.score)} weights given, heads of size {self.model.head_dim} "
+                        f"have {n_features(self.model.head_dim)}"
+                    )
+        return self
+
+    # making plans
+
+    @classmethod
+    def full(cls, model: nn.Module) -> Plan:
+        """Every KV head sees everything: the model itself."""
+        return cls.uniform(model, FULL)
+
+    @classmethod
+    def uniform(cls, model: nn.Module, pattern: Pattern, **fields: Any) -> Plan:
+        """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`; for texts without end,
+        `positions="cache"`.
+
+        Floating keys need scores, which `headsink.calibrate` fits.
+        """
+        if pattern.floating:
+            raise HeadsinkError("floating: a uniform plan has no scores of keys; use headsink.calibrate")
+        shape = describe(model)
+        return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows], **fields)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        patterns: Sequence[Sequence[Pattern] | None],
+        scores: torch.Tensor | None = None,
+        **fields: Any,
+    ) -> Plan:
+        """A plan from patterns [layers][KV heads], None for a sliding layer.
+
+        scores: [layers, KV heads, features], weights of the keys' scores; needed where there are floating keys.
+        """
+        check_plannable(describe(model))
+
+        def weights(layer: int, head: int) -> tuple[float, ...] | None:
+            return None if scores is None else tuple(float(f"{x:.6g}") for x in scores[layer, head].tolist())
+
+        layers = [
+            None
+            if row is None
+            else tuple(
+                Head(
+                    sink=p.sink,
+                    floating=p.floating,
+                    window=p.window,
+                    score=weights(layer, head) if p.floating else None,
+                )
+                for head, p in enumerate(row)
+            )
+            for layer, row in enumerate(patterns)
+        ]
+        return cls(model=Fingerprint.of(model), layers=tuple(layers), **fields)
+
+    # files
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the plan as JSON, atomically. force: replace a file, too, that headsink did not write."""
+        return write_text(path, self.to_json(), force)
+
+    def to_json(self) -> str:
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        return (
+            re.sub(r"\{\n\s+(\"sink\"[^{}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\n\s+", " ", m[1]) + "}", text) + "\n"
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan. Raises HeadsinkError with the name of the field that is wrong."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HeadsinkError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
+        try:
+            plan = cls.model_validate_json(text)
+            json.loads(text, object_pairs_hook=unique)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(harmless(part) if isinstance(part, str) else str(part) for part in first["loc"]) or "plan"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise HeadsinkError(f"{path}: not a valid plan: {field}: {reason}") from error
+        except ValueError as error:
+            raise HeadsinkError(f"{path}: not a valid plan: {error}") from error
+        return plan
+
+    # what a person sees
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    __str__ = __repr__
+
+    def __rich_repr__(self) -> Iterator[tuple[str, str]]:
+        yield from summary(self).items()
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    # use
+
+    def for_model(self, model: nn.Module) -> Plan:
+        """This plan for other weights: of a fine-tune of its model, say, with an adapter or without.
+
+        Its layers and heads must be those of the plan's model. What the plan costs there is not known: the copy has no quality
+        until it is measured (`headsink bench quality --plan FILE --other-weights`). Its calibration says whose weights it was
+        made with. Raises HeadsinkError for a model of another shape.
+        """
+        shape = describe(model)
+        self._check_numbers(shape)
+        self._check_use(model, shape)
+        if shape.name == self.model.architecture and self.model.other_weights(model) is None:
+            return self
+        origin = {"weights_of": self.model.weights} | self.calibration
+        return self.model_copy(update={"model": Fingerprint.of(model), "quality": (), "calibration": origin})
+
+    def check(self, model: nn.Module) -> Architecture:
+        """Raise if the plan was made for another model. Returns the model's architecture."""
+        shape = describe(model)
+        self.check_shape(shape)
+        if other := self.model.other_weights(model):
+            raise HeadsinkError(other)
+        self._check_use(model, shape)
+        return shape
+
+    def _check_use(self, model: nn.Module, shape: Architecture) -> None:
+        """Raise if the plan asks for what a model of this shape may not have."""
+        if self.positions == "cache":
+            inverse_frequencies(model)
+            for index, heads in enumerate(self.layers):
+                for number, head in enumerate(heads or ()):
+                    if head.sink + (head.window or 0) > shape.max_context:
+                        raise HeadsinkError(
+                            f"layers.{index}.{number}: {head.sink} first tokens and a window of {head.window} are more positions "
+                            f"than the model has, {shape.max_context}"
+                        )
+        if (largest := max(self.retell, default=0)) >= (known := vocabulary(model)):
+            raise HeadsinkError(f"retell: {largest} is no token of this model, which has 0 to {known - 1}")
+
+    def check_shape(self, shape: Architecture) -> None:
+        """Raise if the plan was made for a model of another shape or class, or none can run models of this one."""
+        self._check_numbers(shape)
+        if shape.name != self.model.architecture:
+            raise HeadsinkError(
+                f"the plan is for another model: architecture is {harmless(shape.name)} here and "
+                f"{harmless(self.model.architecture)} in the plan; if these are the same layers by another name, {ALLOWED}"
+            )
+
+    def _check_numbers(self, shape: Architecture) -> None:
+        check_plannable(shape)
+        for field, found in Fingerprint.shapes(shape).items():
+            planned = getattr(self.model, field)
+            if planned != found and field != "architecture":
+                raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
+        for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
+            if (heads is None) != (window is not None):
+                what = "slides by itself and must be null" if window else "has full attention and needs patterns"
+                raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
+
+    def check_weights(self, found: str, which: Hashed = "weights") -> None:
+        """Raise if the plan was made for other weights than those with this hash; `which` of the fingerprint's it is."""
+        if other := self.model.other_hash(found, which):
+            raise HeadsinkError(other)
+
+    def check_length(self, tokens: int, longest: int) -> None:
+        """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""
+        if self.positions == "text" and tokens > longest:
+            raise HeadsinkError(
+                f"a text has {tokens} tokens, over the model's maximum of {longest}; a plan of windows with positions 'cache' "
+                "has no limit"
+            )
+
+    def scores(self, layer: int) -> torch.Tensor:
+        """[KV heads, features] float32: weights of the keys' scores, 0 for heads without floating keys."""
+        weights = torch.zeros(self.model.kv_heads, n_features(self.model.head_dim))
+        for head, found in enumerate(self.layers[layer] or ()):
+            if found.score is not None:
+                weights[head] = torch.tensor(found.score)
+        return weights
+
+    @property
+    def verified(self) -> int | None:
+        """The longest context that quality was measured at; None if it was not."""
+        return max((quality.context for quality in self.quality), default=None)
+
+    def warn_beyond_verified(self, tokens: int) -> bool:
+        """Warn if a text of so many tokens is longer than any that quality was measured at. Returns whether it is."""
+        beyond = self.verified is not None and tokens > self.verified
+        if beyond:
+            warnings.warn(
+                f"a text has {tokens} tokens, the plan's quality was measured up to {self.verified}: beyond that it is unknown",
+                stacklevel=2,
+            )
+        return beyond
+
+    def kept(self, context: int) -> float:
+        """Fraction of the full KV entries that the planned heads hold at `context` tokens."""
+        heads = [head for layer in self.layers if layer for head in layer]
+        return sum(head.pattern.size(context) for head in heads) / (context * len(heads)) if heads else 1.0
+
+    def counts(self) -> dict[str, int]:
+        """How many KV heads have each pattern, most first."""
+        return dict(Counter(str(head.pattern) for layer in self.layers if layer for head in layer).most_common())

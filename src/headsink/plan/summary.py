@@ -1,0 +1,79 @@
+"""A plan in five lines: what `repr`, `print` and a notebook show of it."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from headsink.utils.format import harmless
+
+if TYPE_CHECKING:
+    from headsink.plan.plan import Plan
+
+
+NO_CONTEXT = 1024  # tokens at which a plan that was made for none is described
+MOST_PATTERNS = 4  # that are counted one by one
+MEGABYTE = 1e6
+BFLOAT16 = 2  # bytes
+
+
+def summary(plan: Plan) -> dict[str, str]:
+    """What to say of a plan, by what it is of."""
+    model = plan.model
+    return {
+        "model": f"{harmless(model.architecture)}, {model.layers} layers, {model.kv_heads} KV heads of size {model.head_dim}, "
+        f"weights {harmless(model.weights, 12)}",
+        "mode": _mode(plan),
+        "patterns": _patterns(plan),
+        "keeps": "; ".join(_keeps(plan, context) for context in contexts(plan)),
+        "quality": _quality(plan),
+    }
+
+
+def contexts(plan: Plan) -> list[int]:
+    """The lengths that a plan was made for, or measured at if it does not say; ascending."""
+    made = plan.calibration.get("context")
+    found = [n for n in made if type(n) is int and n > 0] if isinstance(made, list | tuple) else []
+    return sorted(set(found or [quality.context for quality in plan.quality])) or [NO_CONTEXT]
+
+
+def _mode(plan: Plan) -> str:
+    if plan.retell:
+        return "prefill compression, with context reconstruction"
+    if plan.once:
+        return "prefill compression"
+    return "online eviction" + (", cache-relative positions" if plan.positions == "cache" else "")
+
+
+def _patterns(plan: Plan) -> str:
+    counts = list(plan.counts().items())
+    found = [f"{count} x {name}" for name, count in counts[:MOST_PATTERNS]]
+    if others := sum(count for _, count in counts[MOST_PATTERNS:]):
+        found.append(f"{others} others")
+    return (", ".join(found) or "none") + " (sink + top-k + window)"
+
+
+def _keeps(plan: Plan, context: int) -> str:
+    heads = [head for layer in plan.layers if layer for head in layer]
+    full = 2 * len(heads) * context * plan.model.head_dim * BFLOAT16 / MEGABYTE
+    kept = plan.kept(context)
+    return f"{kept:.1%} of the KV entries at {context} tokens, {kept * full:.1f} of {full:.1f} MB in bfloat16"
+
+
+def _quality(plan: Plan) -> str:
+    if not plan.quality:
+        return "not measured"
+    q = max(plan.quality, key=lambda quality: quality.context)
+    return (
+        f"KL {q.kl:.4f} nats, same top token {q.top1:.1%}, {q.right_plan} of {q.asked} answers right (full cache {q.right_full}) "
+        f"at {q.context} tokens"
+    )
+
+
+def as_text(plan: Plan) -> str:
+    return "Plan\n" + "\n".join(f"  {name:<9} {value}" for name, value in summary(plan).items())
+
+
+def as_html(plan: Plan) -> str:
+    rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary(plan).items())
+    return f"<table><caption>Plan</caption>{rows}</table>"

@@ -1,0 +1,194 @@
+"""The first view: what the page of a census shows before its script runs, for the longest length on all texts.
+
+It stands in the page as text and pictures, so that the page needs no script to be read, and nothing moves when the script comes.
+census.js writes the same words into the same places for every other view.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_HALF_UP, Context, Decimal
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headsink.census.head_statistics import Thresholds, distances, first_row, windows
+from headsink.census.roles import ROLES
+from headsink.report.views import (
+    FAINTEST,
+    STATISTICS,
+    STEPS,
+    View,
+    near_window,
+    number,
+    one_byte,
+    three_figures,
+    token_views,
+    top_keys,
+)
+
+if TYPE_CHECKING:
+    from headsink.census.results import Census
+
+
+MASSES = ("sink", "first", "local", "far", "far_peak", "learned")  # statistics that are shares of the attention
+ELSEWHERE = ("distance", "window", "window_first", "agreement")  # not in the table: said in the line above it
+MOST_KEYS = 10
+AROUND = 5  # tokens of context on either side of a top key
+SHADES = 10  # steps of the token view: twice flat attention, four times, ... 1024 times
+PALE, DARK = (255, 255, 255), (8, 48, 107)  # one hue, lighter is less
+LEAST_ERROR = 1e-6  # of a logarithmic axis
+
+
+def flat_keys(length: int, sliding: int | None) -> Tensor:
+    """What flat attention gives each key, as a mean over the queries that count: float64 [length]."""
+    seen = _seen(length, sliding)
+    share = torch.where(torch.arange(length) < first_row(length), 0, 1 / seen)
+    sums = torch.nn.functional.pad(share.cumsum(0), (1, 0))
+    last = (torch.arange(length) + (sliding or length)).clamp(max=length)
+    return (sums[last] - sums[:-1]) / (length - first_row(length))
+
+
+def flat_profile(length: int, sliding: int | None) -> Tensor:
+    """What flat attention gives to the keys within each distance: float64 [distances]."""
+    seen = _seen(length, sliding)[first_row(length) :]
+    return (torch.tensor(distances(length)).double()[:, None].minimum(seen) / seen).mean(1)
+
+
+def _seen(length: int, sliding: int | None) -> Tensor:
+    """How many keys each query sees."""
+    return torch.arange(1, length + 1).double().clamp(max=sliding or length)
+
+
+def first_view(census: Census, views: dict[int, View], statistics: list[str]) -> dict[str, Any]:
+    """The head with most attention to sinks that are not the first token, and all that is said of it.
+
+    views: of all texts, for each length. statistics: those that the page shows.
+    """
+    length = census.lengths[-1]
+    rows = views[length].rows()
+    row = max(rows, key=lambda row: row["sink"] - row["first"])
+    layer, head = row["layer"], row["head"]
+    texts = len(census.texts(length))
+    roles = [row["role"] for row in rows]
+    return {
+        "length": length,
+        "layer": layer,
+        "head": head,
+        "kv": head // census.group,
+        "row": row,
+        "texts": texts,
+        "same": round(row["agreement"] * texts),
+        "near": near_window(census, length),
+        "counts": {role: roles.count(role) for role in ROLES},
+        "scores": _scores(views[length], layer, head, statistics, near_window(census, length)),
+        "keys": _keys(census, length, layer, head),
+        "text": _text(census, layer, head),
+    }
+
+
+def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the charts of one head, see `maps.profile` and `maps.window_errors`."""
+    profile, errors, last = [], [], census.lengths[-1]
+    for length, found in views.items():
+        lines = {"this head": found.profile[layer, head]}
+        if length == last:
+            lines["flat attention"] = flat_profile(length, census.settings["model"]["sliding"][layer])
+        for line, within in lines.items():
+            profile += [
+                {"distance": distance, "within": share, "line": line, "length": length, "chosen": length == last}
+                for distance, share in zip(distances(length), within.tolist(), strict=True)
+            ]
+        for kept, error in zip(("first tokens", "floating sinks too"), found.errors[layer, head].tolist(), strict=True):
+            errors += [
+                {"window": window, "error": max(one, LEAST_ERROR), "kept": kept, "length": length}
+                | {"chosen": length == last}
+                for window, one in zip(windows(length), error, strict=True)
+            ]
+    return {"profile": profile, "errors": errors}
+
+
+def ramp() -> list[tuple[str, str]]:
+    """Background and text colour for each step of the token view."""
+    mixed = (
+        [round(pale + (dark - pale) * n / SHADES) for pale, dark in zip(PALE, DARK, strict=True)]
+        for n in range(SHADES + 1)
+    )
+    return [
+        ("rgb({} {} {})".format(*colour), "white" if n > SHADES / 2 else "#1c2430") for n, colour in enumerate(mixed)
+    ]
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """A number in three digits, as `figures` in common.js writes it."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{math.floor(value + 0.5):,}"
+    rounded = Context(prec=digits, rounding=ROUND_HALF_UP).create_decimal(value).normalize()
+    if 0 < abs(rounded) < Decimal("1e-6"):
+        return f"{rounded:e}"
+    return f"{rounded:f}"
+
+
+def _scores(found: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
+    """The lines of the table of scores."""
+    lines = []
+    for name in statistics:
+        if name in ELSEWHERE:
+            continue
+        n = list(STATISTICS).index(name)
+        numbers = (number(three_figures(of[n, layer, head])) for of in (found.value, found.half, found.uniform))
+        title = STATISTICS[name].title.replace("the near window", f"a window of {near}")
+        title = title.removeprefix("attention to ").removeprefix("the ")
+        lines.append({"name": name, "title": title, "share": name in MASSES, "numbers": list(numbers)})
+    return lines
+
+
+def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, Any]]:
+    """The lines of the table of top keys."""
+    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer]))
+    first, lines = Thresholds(**census.settings["limits"]).at(length).first, []
+    for text in census.texts(length):
+        top = {name: array[layer, head] for name, array in top_keys(census, text, length).items()}
+        words, name = _words(census, text, length), census.settings["texts"][text]
+        drawn = three_figures(top["drawn"]).tolist()
+        for position, attention, sink in zip(top["top"].tolist(), drawn, top["sink"].tolist(), strict=True):
+            if position >= 0:
+                lines.append(
+                    {
+                        "before": "".join(words[max(0, position - AROUND) : position]),
+                        "word": words[position],
+                        "after": "".join(words[position + 1 : position + 1 + AROUND]),
+                        "text": f"{name['domain']} {name['number']}",
+                        "position": position,
+                        "attention": attention,
+                        "times": attention / float(flat[position]),
+                        "mark": "floating-sink" if sink else "first-token" if position < first else "",
+                    }
+                )
+    return sorted(lines, key=lambda line: -line["attention"])[:MOST_KEYS]
+
+
+def _text(census: Census, layer: int, head: int) -> dict[str, Any]:
+    """The first text, and for each of its tokens: the word, its step on the ramp, and whether it is a sink."""
+    text, (length, shown) = next(iter(token_views(census).items()))
+    shade = one_byte(census.arrays[f"{text}.{length}.attention"][layer, head, :shown]).double()
+    attention = torch.where(shade > 0, FAINTEST ** (1 - (shade - 1) / STEPS), 0)
+    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer])[:shown])
+    times = torch.where(flat > 0, attention / flat, 0)
+    steps = times.log2().round().clamp(0, SHADES).int().tolist()
+    floating = set(census.arrays[f"{text}.{length}.floating"][layer, head // census.group].tolist())
+    first = Thresholds(**census.settings["limits"]).at(length).first
+    marks = ["floating-sink" if n in floating else "first-token" if n < first else "" for n in range(shown)]
+    return {
+        "number": text,
+        "length": length,
+        "shown": shown,
+        "tokens": list(zip(_words(census, text, shown), steps, marks, strict=True)),
+    }
+
+
+def _words(census: Census, text: int, length: int) -> list[str]:
+    return [census.vocabulary[token] for token in census.arrays[f"{text}.ids"][:length].tolist()]

@@ -1,0 +1,1 @@
+"""A model under a plan: `apply`, `compress`, prefill, prefix files."""

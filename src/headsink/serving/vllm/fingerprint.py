@@ -1,0 +1,59 @@
+"""The fingerprint of a checkpoint that transformers does not load: from its weights as they pass by, under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from headsink.errors import HeadsinkError
+from headsink.models.fingerprint import Sampled, hash_of, hashed_names
+from headsink.models.spec import describe
+from headsink.plan.plan import Plan
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """A transformers model of this configuration without memory: shapes and names only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+class PassingWeights:
+    """Takes the hash of weights (`architecture.weights_hash`) while somebody else reads them.
+
+    quantised: leave out what quantising changes.
+    """
+
+    def __init__(self, model: PreTrainedModel, quantised: bool = False) -> None:
+        self._wanted = set(hashed_names(model, linears=not quantised))
+        self._samples: dict[str, Sampled] = {}
+
+    def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if name in self._wanted:
+                self._samples[name] = Sampled.of(name, weight)
+            yield name, weight
+
+    def hash(self) -> str:
+        missing = sorted(self._wanted - set(self._samples))
+        if missing:
+            raise HeadsinkError(f"the checkpoint has no {missing[0]}, so it cannot be compared with the plan's model")
+        return hash_of([self._samples[name] for name in sorted(self._samples)])
+
+
+def check_folder(plan: Plan, folder: Path) -> None:
+    """Raise if a plan is not for the model in a folder, by its configuration and a sample of its safetensors weights."""
+    model = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    plan.check_shape(describe(model))
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    passing = PassingWeights(model, quantised)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for _ in passing.watch((name, opened.get_tensor(name)) for name in opened.keys()):  # noqa: SIM118
+                pass
+    plan.check_weights(passing.hash(), "unquantised" if quantised else "weights")

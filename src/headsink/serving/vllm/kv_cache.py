@@ -1,0 +1,108 @@
+"""Which blocks of a text vLLM keeps: the first ones and the last ones, where a head's pattern says so.
+
+`SinkWindowSpec` says what a layer (here: one KV head) needs; vLLM's scheduler asks `SinkWindowManager` which blocks to let go,
+and which blocks of an earlier text with the same beginning can be used again. Importing this module makes both known to
+vLLM, in whichever process it is that unpickles such a spec first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from headsink.serving.vllm.blocks import Blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkWindowSpec(SlidingWindowSpec):
+    """A cache that holds the first `sink` tokens and a window, in whole blocks of `whole` tokens (blocks.py).
+
+    sliding_window: back * whole + 1 tokens, the window of the first query of a block. A kernel may be given smaller blocks:
+    vLLM then changes `block_size`, not `whole`.
+    """
+
+    sink: int
+    whole: int
+
+    @classmethod
+    def of(cls, blocks: Blocks, block: int, **fields: Any) -> SinkWindowSpec:
+        assert blocks.back is not None
+        window = blocks.back * block + 1
+        return cls(block_size=block, whole=block, sink=blocks.sink * block, sliding_window=window, **fields)
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.sink // self.whole, (self.sliding_window - 1) // self.whole)
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """The most blocks that one text holds: a chunk that is being read has all of its blocks, and lets go a step later."""
+        window = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(window + self.sink // self.block_size, -(-max_model_len // self.block_size))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
+class SinkWindowManager(SlidingWindowManager):
+    """Lets go what lies between the first blocks and the window."""
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        del num_prompt_tokens
+        kept: Blocks = self.kv_cache_spec.blocks
+        assert kept.back is not None
+        self._remove_blocks_in_range(request_id, kept.sink, processed_computed_tokens // self.block_size - kept.back)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """None at the beginning of a text; the gap is full of null blocks already when a text is found in the prefix cache."""
+        return 0
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: SinkWindowSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        **ranks: int,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """A window's blocks as vLLM finds them, if the first blocks are there too."""
+        found, length = super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            **ranks,
+        )
+        hashes = resolve_block_hashes(
+            block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size, alignment_tokens=alignment_tokens
+        )
+        for n in range(min(kv_cache_spec.blocks.sink, len(found[0]))):
+            first = block_pool.get_cached_block(hashes[n], kv_cache_group_ids)
+            if not first:
+                return tuple([] for _ in kv_cache_group_ids), 0
+            for blocks, block in zip(found, first, strict=True):
+                blocks[n] = block
+        return found, length
+
+    @classmethod
+    def reachable_block_mask(cls, *args: Any, **options: Any) -> Sequence[bool] | None:
+        """Every block can serve a later text."""
+        return None
+
+
+KVCacheSpecRegistry._ensure_registered()  # else vLLM takes the list for complete and leaves out its own kinds
+KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, uniform_type_base_spec=SinkWindowSpec)

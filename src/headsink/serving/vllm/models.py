@@ -1,0 +1,197 @@
+"""vLLM's model classes, run under a plan: one rule for all families, for they all call `self.attn(q, k, v)`.
+
+A model is built as vLLM builds it; then the `Attention` of every layer is replaced by one per KV head (`SplitAttention`), so that
+each head has blocks of its own. Layers that slide by themselves are split too, with the window that they have: vLLM
+gives all layers blocks of the same bytes, and would otherwise make the blocks of single heads longer. A plan in which every
+head sees all leaves the model as it is. While weights are loaded their hash is taken and compared with the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import gemma3, llama, mistral, qwen2, qwen3
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import get_dtype_size, is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from headsink.errors import HeadsinkError
+from headsink.models.distributed import rank_heads
+from headsink.models.spec import Architecture, describe
+from headsink.plan.plan import Plan
+from headsink.serving.vllm.attention import over_blocks
+from headsink.serving.vllm.fingerprint import PassingWeights, skeleton
+from headsink.serving.vllm.groups import Grouping, choose, widest_first
+from headsink.serving.vllm.kv_cache import SinkWindowSpec
+from headsink.serving.vllm.settings import given_plan
+from headsink.utils.versions import check_vllm
+
+check_vllm()
+logger = init_logger("vllm.headsink")
+
+
+class Running:
+    """A plan in one of vLLM's workers. What each unit keeps is settled when vLLM asks: only then is the size of a block final."""
+
+    def __init__(self, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
+        self.plan, self.shape, self.config = plan, shape, config
+        self.ranks = get_tensor_model_parallel_world_size()
+        self.heads = rank_heads(plan.model.kv_heads, self.ranks)[get_tensor_model_parallel_rank()]
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        dtype = self.config.model_config.dtype
+        found = choose(
+            self.plan,
+            self.shape.windows,
+            self.config.cache_config.block_size,
+            self.config.model_config.max_model_len,
+            2 * self.plan.model.head_dim * get_dtype_size(dtype),
+            self.ranks,
+        )
+        logger.info("%s", found)
+        return found
+
+    def order(self, layer: int) -> list[int]:
+        """Which of this rank's heads each unit of a layer is, as `groups.choose` has them."""
+        heads = self.plan.layers[layer]
+        if heads is None:
+            return list(range(len(self.heads)))
+        return widest_first([head.pattern for head in heads], self.heads)
+
+
+class HeadAttention(Attention):
+    """Attention of one KV head that keeps what the plan's grouping says."""
+
+    def __init__(self, running: Running, layer: int, unit: int, like: Attention, **options: Any) -> None:
+        super().__init__(**options, attn_backend=over_blocks(like.attn_backend))
+        self.running, self.layer, self.unit = running, layer, unit
+        self.planned: SinkWindowSpec | None = (
+            None  # what vLLM was asked for, by which the backend sees that it was given
+        )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        units = self.running.grouping.units[self.layer]
+        assert units is not None
+        if units[self.unit].back is None:
+            return super().get_kv_cache_spec(vllm_config)
+        self.planned = SinkWindowSpec.of(
+            units[self.unit],
+            vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+        )
+        return self.planned
+
+
+class SplitAttention(nn.Module):
+    """What takes the place of a layer's `Attention`: one for each KV head. q: [tokens, query heads * dim], k and v: [tokens, KV
+    heads * dim]; returns [tokens, query heads * dim]."""
+
+    def __init__(self, whole: Attention, layer: int, running: Running) -> None:
+        super().__init__()
+        self.kv_heads = whole.num_kv_heads
+        self.order = running.order(layer)
+        options: dict[str, Any] = {
+            "num_heads": whole.num_heads // whole.num_kv_heads,
+            "head_size": whole.head_size,
+            "scale": whole.impl.scale,
+            "num_kv_heads": 1,
+            "cache_config": running.config.cache_config,
+            "quant_config": running.config.quant_config,
+        }
+        self.units = nn.ModuleList()
+        for unit in range(self.kv_heads):
+            name = f"{whole.layer_name}.unit{unit}"
+            if running.plan.layers[layer] is None:
+                options |= {"per_layer_sliding_window": whole.sliding_window, "attn_backend": whole.attn_backend}
+                self.units.append(Attention(prefix=name, **options))
+            else:
+                self.units.append(HeadAttention(running, layer, unit, whole, prefix=name, **options))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (part.unflatten(1, (self.kv_heads, -1)) for part in (query, key, value))
+        output = torch.empty_like(query)
+        for head, unit in zip(self.order, self.units, strict=True):
+            output[:, head] = unit(query[:, head].contiguous(), key[:, head].contiguous(), value[:, head].contiguous())
+        return output.flatten(1)
+
+
+def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
+    """Let a model of vLLM's run under a plan, before its weights are loaded."""
+    if all(head.pattern.full for layer in plan.layers for head in layer or ()):
+        return
+    _check_settings(config)
+    running = Running(plan, shape, config)
+    context = config.compilation_config.static_forward_context
+    layers = []
+    for parent in list(model.modules()):
+        for name, whole in list(parent.named_children()):
+            if type(whole) is not Attention:
+                continue
+            layer = extract_layer_index(whole.layer_name)
+            if whole.sliding_window != shape.windows[layer]:
+                windows = f"{whole.sliding_window} in vLLM and of {shape.windows[layer]} in its configuration"
+                raise HeadsinkError(f"layer {layer} has a window of {windows}")
+            del context[whole.layer_name]
+            setattr(parent, name, SplitAttention(whole, layer, running))
+            layers.append(layer)
+    if sorted(layers) != list(range(len(plan.layers))):
+        raise HeadsinkError(
+            f"vLLM has attention in the layers {sorted(layers)}; the plan has {len(plan.layers)} layers"
+        )
+
+
+def _check_settings(config: VllmConfig) -> None:
+    """Raise if vLLM is to do something that does not go together with a plan, or was never tried with one."""
+    parallel = config.parallel_config
+    refused = {
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer and KV offloading": config.kv_transfer_config is not None,
+        "a quantised KV cache": is_quantized_kv_cache(config.cache_config.cache_dtype),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        "dual batch overlap": parallel.use_ubatching,
+        "--disable-hybrid-kv-cache-manager": config.scheduler_config.disable_hybrid_kv_cache_manager,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise HeadsinkError(f"{what} cannot be used together with a plan; start without it")
+
+
+def _under_a_plan(base: Any) -> Any:
+    class UnderAPlan(base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+            self.plan = given_plan(vllm_config.additional_config)
+            self.skeleton = [skeleton(vllm_config.model_config.hf_config)]  # in a list: no module of this one
+            shape = describe(self.skeleton[0])
+            self.plan.check_shape(shape)
+            self.quantised = vllm_config.quant_config is not None
+            run(self, self.plan, shape, vllm_config)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            passing = PassingWeights(self.skeleton.pop(), self.quantised)
+            loaded = super().load_weights(passing.watch(weights))
+            self.plan.check_weights(passing.hash(), "unquantised" if self.quantised else "weights")
+            return loaded
+
+    UnderAPlan.__name__ = UnderAPlan.__qualname__ = base.__name__
+    return UnderAPlan
+
+
+Gemma3ForCausalLM = _under_a_plan(gemma3.Gemma3ForCausalLM)
+LlamaForCausalLM = _under_a_plan(llama.LlamaForCausalLM)
+MistralForCausalLM = _under_a_plan(mistral.MistralForCausalLM)
+Qwen2ForCausalLM = _under_a_plan(qwen2.Qwen2ForCausalLM)
+Qwen3ForCausalLM = _under_a_plan(qwen3.Qwen3ForCausalLM)

@@ -1,0 +1,1 @@
+"""Files, progress bars, terminal output, statistics, devices: what every package may use."""
