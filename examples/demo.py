@@ -17,7 +17,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
-from headsink.cli import output
+from headsink.cli.analyze_output import print_census
+from headsink.cli.compare import print_comparison
+from headsink.cli.output import generated_json
+from headsink.cli.plan import print_plan
 from headsink.data import corpus
 from headsink.generation.generate import Generated, generate
 from headsink.plan.plan import Plan
@@ -70,14 +73,14 @@ def main() -> None:
     console.rule("2. What the heads look at")
     census = headsink.analyze(model, tokenizer, lengths=LENGTHS, texts_per_domain=1)
     headsink.write_report(census, out / "census")
-    output.census(console, census)
+    print_census(console, census)
 
     console.rule(f"3. A plan that keeps {BUDGET:.0%} of the KV cache at {DOCUMENT_TOKENS} tokens")
     plan = headsink.calibrate(
         model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(DOCUMENT_TOKENS + 64,)
     )
     plan.save(out / "plan.json")
-    output.plan(console, plan)
+    print_plan(console, plan)
 
     console.rule(f"4. A question about a document of {DOCUMENT_TOKENS} tokens")
     console.print(f"The document says, a third of the way in: {FACT}\nThe question: {QUESTION}", highlight=False)
@@ -91,7 +94,7 @@ def main() -> None:
         table.add_row(name, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
     console.print(table)
     write_text(
-        out / "answers.json", json.dumps({name: output.generated_json(done) for name, done in results}, indent=1) + "\n"
+        out / "answers.json", json.dumps({name: generated_json(done) for name, done in results}, indent=1) + "\n"
     )
 
     console.rule("5. Two runs compared: other texts of the same kinds")
@@ -99,7 +102,7 @@ def main() -> None:
     headsink.write_report(other, out / "census-seed1")
     compared = headsink.compare(out / "census", out / "census-seed1")
     write_comparison(compared, out / "comparison.html")
-    output.comparison(console, compared)
+    print_comparison(console, compared)
 
     console.rule()
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from headsink import HeadsinkError, Plan
 from headsink.bench.domains import APART, DEFAULT, clear, run
 from headsink.calibration.calibrate import _documents
-from headsink.cli.bench_domains import table
+from headsink.cli.bench.domains import table
 from headsink.data.documents import document
 from headsink.evaluation.quality import score
 

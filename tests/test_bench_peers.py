@@ -12,7 +12,7 @@ from headsink import HeadsinkError
 from headsink.bench import memory, speed
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, Process
-from headsink.cli.bench import named_plans
+from headsink.cli.bench.shared import named_plans
 
 ECHO = """
 import json, sys

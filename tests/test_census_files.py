@@ -19,7 +19,8 @@ import headsink
 from headsink import HeadsinkError
 from headsink.census import run
 from headsink.census.results import Census
-from headsink.cli import main, output
+from headsink.cli import main
+from headsink.cli.analyze_output import census_json, print_census
 from headsink.plan.plan import Plan
 
 # Files of the user's
@@ -250,8 +251,8 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 def use(folder):
     """All that `show` and `compare` do with a run."""
     found = Census.load(folder)
-    output.census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
-    json.dumps(output.census_json(found))
+    print_census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
+    json.dumps(census_json(found))
     headsink.compare(folder, found)
 
 

@@ -10,7 +10,7 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Plan
-from headsink.cli import output
+from headsink.cli.plan import print_plan
 from headsink.data.documents import Document, Question
 from headsink.evaluation import quality
 from headsink.evaluation.quality import intervals, measure, score, summary
@@ -140,10 +140,10 @@ def test_a_measured_plan_is_shown(loaded, capsys):
 
     model, tokenizer = loaded
     plan = random_plan(model, 2)
-    output.plan(Console(width=200), plan)
+    print_plan(Console(width=200), plan)
     assert "Quality was not measured." in capsys.readouterr().out
     found = measure(model, tokenizer, plan, 512, progress=False)
-    output.plan(Console(width=200), plan.model_copy(update={"quality": (found,)}))
+    print_plan(Console(width=200), plan.model_copy(update={"quality": (found,)}))
     out = capsys.readouterr().out
     assert f"{found.kl:.4f} ({found.kl_interval[0]:.4f} to {found.kl_interval[1]:.4f})" in out
     assert f"{found.right_plan} of {found.asked}" in out
@@ -160,7 +160,7 @@ def test_a_plan_of_many_patterns_is_shown_by_shares(capsys):
     model = tiny("llama-mha")
     sizes = [0, 3, 10, 30, 60, 120, 240, 400, 700, 900, 995, 1000]
     rows = [[headsink.Pattern(0, 0, size) for size in sizes[4 * layer : 4 * layer + 4]] for layer in range(3)]
-    output.plan(Console(width=80), Plan.of(model, rows, calibration={"context": [1000, 1000]}))
+    print_plan(Console(width=80), Plan.of(model, rows, calibration={"context": [1000, 1000]}))
     out = capsys.readouterr().out
     assert "Kept at 1000 tokens" in out
     found = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if re.search(r"\s{2,}\d+\s*$", line)]

@@ -1,4 +1,4 @@
-"""What is on this machine, and whether attention comes out right on it."""
+"""`headsink doctor`: what is on this machine, and whether attention comes out right on it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import importlib.util
 import os
 import platform
 import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.markup import escape
 
-from headsink.models.builtin import BUILT_IN, cache_folder
-from headsink.utils.terminal import MEGABYTE, new_table, out
+from headsink.cli.models import listing
+from headsink.cli.options import Device, Dtype, Json, Seed
+from headsink.models.builtin import cache_folder
+from headsink.utils.terminal import emit, new_table, note, out
 from headsink.utils.versions import NEWEST, OLDEST
 
 if TYPE_CHECKING:
@@ -36,47 +40,27 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}  # of the outpu
 PATTERNS = ((4, 0, 16), (2, 3, 9), (1, 0, 0))
 
 
-def models() -> dict[str, Any]:
-    """The built-in models: installed or not, and how to install them."""
-    listed = []
-    for model in BUILT_IN.values():
-        paths = model.paths()
-        listed.append(
-            {
-                "name": model.name,
-                "title": model.title,
-                "licence": model.licence,
-                "installed": paths is not None,
-                "install": model.install,
-                "bytes": sum(path.stat().st_size for path in paths) if paths else None,
-            }
-        )
-    return {
-        "built_in": listed,
-        "others": "a folder as transformers saves it, a .gguf file, or a Hugging Face id owner/name",
-        "tested_families": [
-            "Llama",
-            "Qwen2",
-            "Qwen3",
-            "Mistral",
-            "Gemma 2",
-            "Gemma 3",
-            "Phi-3",
-            "OLMo-2",
-            "Granite",
-            "gpt-oss",
-        ],
-    }
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What `headsink doctor` can be asked for."""
+
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    as_json: Json = False
 
 
-def print_models(found: dict[str, Any]) -> None:
-    table = new_table("Built-in models", "name", "model", "licence", "installed")
-    for model in found["built_in"]:
-        state = f"yes, {model['bytes'] / MEGABYTE:.0f} MB" if model["installed"] else f"no; {model['install']}"
-        table.add_row(model["name"], model["title"], model["licence"], state)
-    out.print(table)
-    out.print(f"Also: {found['others']}.", highlight=False)
-    out.print(f"Tested families: {', '.join(found['tested_families'])}.", highlight=False)
+def doctor(options: DoctorOptions) -> None:
+    """Check this machine: versions, devices, threads, models, and attention against its reference."""
+    if warning := transformers_warning():
+        note(warning)  # first: what was not tested may not even import
+    found = examine(device=options.device, dtype=options.dtype, seed=options.seed)
+    if options.as_json:
+        emit(found)
+    else:
+        print_examination(found)
+    if not found["attention"]["right"]:
+        raise typer.Exit(1)
 
 
 def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, Any]:
@@ -95,7 +79,7 @@ def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, An
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "models": {model["name"]: model["installed"] for model in models()["built_in"]},
+        "models": {model["name"]: model["installed"] for model in listing()["built_in"]},
         "cache_folder": str(cache_folder()),
         "attention": check_attention(chosen, parse_dtype(dtype) or torch.float32, seed),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import check_device, check_dtype, check_name, check_tokenizer
+from headsink.utils.files import read_input
+from headsink.utils.terminal import err
 
 
 def known_model(name: str | None) -> str | None:
@@ -75,6 +78,12 @@ PlanFiles = Annotated[
     list[Path] | None,
     typer.Option("--plan", help="Plan to measure, by the name of its file; may be repeated.", callback=plan_paths),
 ]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Plan file to run under; without it, the model itself.", callback=plan_path),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat format.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random choices: texts, shuffles, sampling.")]
 Dtype = Annotated[
@@ -93,6 +102,12 @@ Device = Annotated[
 ]
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out even if headsink did not write it.")]
+
+
+def check_other_weights(other_weights: bool, plans: Path | list[Path] | None) -> None:
+    """Raise if `--other-weights` is given without a plan."""
+    if other_weights and not plans:
+        raise HeadsinkError("other-weights: it needs a plan that was made for other weights: --plan FILE")
 
 
 def names(text: str) -> list[str]:
@@ -136,3 +151,10 @@ def memory(text: str | None) -> dict[int | str, int | str] | None:
     if not all(device and size for device, _, size in parts):
         raise HeadsinkError(f"max-memory: {text!r} is not of the form cpu=30GB or 0=20GB,cpu=30GB")
     return {int(device) if device.strip().isdigit() else device.strip(): size.strip() for device, _, size in parts}
+
+
+def standard_input(what: str) -> str:
+    """All of standard input; a person at a terminal is told what to type."""
+    if sys.stdin.isatty():
+        err.print(f"type {what}", style="dim", highlight=False)
+    return read_input()

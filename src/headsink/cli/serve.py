@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,18 +21,24 @@ from headsink.utils.terminal import err
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def serve(
-    context: typer.Context,
-    model: Model,
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `headsink serve` can be asked for; the rest, vLLM's own options, is in the arguments of the context."""
+
+    context: typer.Context
+    model: Model
     plan_file: Annotated[
         Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
-    ],
-) -> None:
+    ]
+
+
+def serve(options: ServeOptions) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
     The memory that the plan lets go is free for other requests. vLLM works in whole blocks: no head ever sees less than its
     pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
     """
-    arguments = command(model, plan_file, context.args)
-    err.print(f"starting vLLM: {' '.join(context.args) or 'its own defaults'}", markup=False, highlight=False)
-    os.execve(sys.executable, [sys.executable, *arguments], environment(context.args))
+    given = options.context.args
+    arguments = command(options.model, options.plan_file, given)
+    err.print(f"starting vLLM: {' '.join(given) or 'its own defaults'}", markup=False, highlight=False)
+    os.execve(sys.executable, [sys.executable, *arguments], environment(given))

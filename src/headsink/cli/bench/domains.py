@@ -1,69 +1,72 @@
-"""`headsink bench families`: do kinds of text have attention patterns of their own (families.py)."""
+"""`headsink bench families`: do kinds of text have attention patterns of their own (bench/domains.py)."""
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import headsink
 from headsink.bench.options import check_families
+from headsink.cli.bench.shared import OutFile, deliver
 from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, names
 from headsink.data.domains import KINDS
-from headsink.utils.files import check_file, write_text
-from headsink.utils.terminal import resumable, write
+from headsink.utils.files import check_file
+from headsink.utils.terminal import resumable
 
 
-def families(
-    model: Model = "smollm2",
-    context: Annotated[int, typer.Option(help="Tokens of texts and documents.")] = 2000,
-    budget: Annotated[float, typer.Option(help="Fraction of the KV cache that all plans keep.")] = 0.25,
+@dataclass(frozen=True)
+class FamiliesOptions:
+    """What `headsink bench families` can be asked for."""
+
+    model: Model = "smollm2"
+    context: Annotated[int, typer.Option(help="Tokens of texts and documents.")] = 2000
+    budget: Annotated[float, typer.Option(help="Fraction of the KV cache that all plans keep.")] = 0.25
     kinds: Annotated[
         str, typer.Option("--families", help=f"Kinds of text, separated by commas: {', '.join(KINDS)}.")
-    ] = ",".join(KINDS),
-    documents: Annotated[int, typer.Option(help="Held-out documents of each kind that plans are tested on.")] = 4,
-    texts: Annotated[int, typer.Option(help="Texts of each kind in the census: 4, 6, ...")] = 6,
+    ] = ",".join(KINDS)
+    documents: Annotated[int, typer.Option(help="Held-out documents of each kind that plans are tested on.")] = 4
+    texts: Annotated[int, typer.Option(help="Texts of each kind in the census: 4, 6, ...")] = 6
     checkpoint: Annotated[
         Path, typer.Option(help="Folder for the plans and for what is done; the same options go on from there.")
-    ] = Path("runs/families"),
-    out_file: Annotated[Path | None, typer.Option("--out", help="Write the JSON here too.")] = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+    ] = Path("runs/families")
+    out_file: OutFile = None
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    force: Force = False
+    as_json: Json = False
+
+
+def families(options: FamiliesOptions) -> None:
     """Whether prose, code, maths, chat and questions need plans of their own: a census of each, and plans made on one and tested
     on the others.
 
     Takes 1 to 2 hours on 2 cores.
     """
-    if out_file is not None:
-        check_file(out_file, force)
-    chosen = check_families(names(kinds), documents, texts, budget)
+    if options.out_file is not None:
+        check_file(options.out_file, options.force)
+    chosen = check_families(names(options.kinds), options.documents, options.texts, options.budget)
 
-    import headsink
     from headsink.bench.domains import run
 
-    loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
-    with resumable(checkpoint):
+    model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
+    with resumable(options.checkpoint):
         result = run(
-            loaded,
+            model,
             tokenizer,
-            context=context,
-            budget=budget,
+            context=options.context,
+            budget=options.budget,
             families=chosen,
-            documents=documents,
-            texts=texts,
-            seed=seed,
-            checkpoint=checkpoint,
+            documents=options.documents,
+            texts=options.texts,
+            seed=options.seed,
+            checkpoint=options.checkpoint,
         ) | {"command": "headsink " + " ".join(sys.argv[1:])}
-    text = json.dumps(result, indent=1) + "\n"
-    if out_file is not None:
-        write_text(out_file, text, force)
-    write(text if as_json else table(result) + "\n")
+    deliver(result, table(result), options.out_file, options.force, options.as_json)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,0 +1,175 @@
+"""`headsink analyze`: a census of a model's attention heads, written into a folder with a report.
+
+Goes in: a model, and the texts and lengths to measure on. Comes out: the census folder, and its tables on the terminal
+(analyze_output.py) or as one JSON object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import headsink
+from headsink.census.options import CENSUS, QUERIES, TAU, check_census, check_lengths, check_tau
+from headsink.cli.options import MODEL_HELP, Device, Dtype, Force, Json, Seed, known_model, memory, names, numbers
+from headsink.cli.output import print_file
+from headsink.data import corpus
+from headsink.data import prompts as prompt_files
+from headsink.data.domains import check_census_domains
+from headsink.errors import HeadsinkError
+from headsink.models.builtin import BUILT_IN, processes
+from headsink.utils.files import check_replaceable
+from headsink.utils.terminal import emit, out, resumable
+
+if TYPE_CHECKING:
+    from headsink import Census
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What `headsink analyze` can be asked for."""
+
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.", callback=known_model)] = (
+        None
+    )
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the census; an older census there is replaced.")
+    ] = Path("runs/census")
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Text lengths in tokens, separated by commas; 512,4096, or what your own texts have."),
+    ] = None
+    domains: Annotated[str, typer.Option(help="Kinds of built-in text, separated by commas.")] = ",".join(
+        corpus.CENSUS_DOMAINS
+    )
+    texts_per_domain: Annotated[
+        int, typer.Option(min=1, help="Texts of each kind; intervals are over texts, so 2 or more.")
+    ] = 2
+    text_file: Annotated[
+        list[Path] | None, typer.Option("--text", help="A text file of your own instead; may be repeated.")
+    ] = None
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Prompts of your own instead: a file with one a line, or JSONL with {prompt: ..., domain: ...}; may be repeated."
+        ),
+    ] = None
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of your own instead; may be repeated.")] = None
+    queries: Annotated[
+        int, typer.Option(min=2, help="Queries read at each length, evenly spaced, where more would count.")
+    ] = QUERIES
+    tau: Annotated[
+        float, typer.Option(help="Keys with a value norm below tau of the head's median can be floating sinks.")
+    ] = TAU
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a census: make it again, with its texts and settings; other options are ignored. Name MODEL too "
+            "if its model is not on this machine."
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model larger than memory: most weights a device holds, as in cpu=30GB or 0=20GB,cpu=30GB."
+        ),
+    ] = None
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Under torchrun: split every layer over its processes.")
+    ] = False
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    force: Force = False
+    as_json: Json = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What `headsink.analyze` takes, read and checked, but for the thresholds."""
+        lengths = None if self.lengths is None else numbers("lengths", self.lengths)
+        check_lengths(lengths or ())
+        domains = check_census_domains(names(self.domains))
+        check_tau(self.tau)
+        return {
+            "lengths": lengths,
+            "domains": domains,
+            "texts": prompt_files.read(self.text_file or [], self.prompts or [], self.prompt or []),
+            "texts_per_domain": self.texts_per_domain,
+            "queries": self.queries,
+            "seed": self.seed,
+        }
+
+    def placement(self) -> dict[str, Any]:
+        """What `headsink.load` takes that says on which devices the model goes."""
+        where = {
+            "device": self.device,
+            "max_memory": memory(self.max_memory),
+            "tensor_parallel": self.tensor_parallel,
+        }
+        if (self.device is not None) + (self.max_memory is not None) + self.tensor_parallel > 1:
+            raise HeadsinkError("device: give one of --device, --max-memory and --tensor-parallel")
+        if self.tensor_parallel:
+            processes()
+        return where
+
+
+def analyze(options: AnalyzeOptions) -> None:
+    """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser.
+
+    Stopped, it goes on where it was when it is started again with the same options.
+    """
+    arguments, where = options.arguments(), options.placement()
+    if options.again is not None:
+        check_census(options.again)
+    folder = options.out_folder
+    check_replaceable(folder, CENSUS, options.force)
+
+    from headsink.census.run import remove_checkpoint
+    from headsink.cli.analyze_output import census_json, print_census
+    from headsink.models.distributed import is_main
+
+    checkpoint = folder.parent / f".{folder.name}.partial"
+    with resumable(checkpoint):
+        if options.again is not None:
+            census = _measure_again(options.again, options.model, where, checkpoint)
+        else:
+            census = _measure(options, arguments, where, checkpoint)
+    if not is_main():
+        return
+    headsink.write_report(census, folder, force=options.force)
+    remove_checkpoint(checkpoint)
+    if options.as_json:
+        emit(census_json(census) | {"folder": str(folder)})
+    else:
+        print_census(out, census)
+        print_file("Report", folder / "report.html")
+
+
+def _measure(options: AnalyzeOptions, arguments: dict[str, Any], where: dict[str, Any], checkpoint: Path) -> Census:
+    from headsink.census.head_statistics import Thresholds
+
+    model, tokenizer = headsink.load(options.model or "smollm2", dtype=options.dtype, **where)
+    limits = Thresholds(tau=options.tau)
+    return headsink.analyze(model, tokenizer, **arguments, limits=limits, checkpoint=checkpoint)
+
+
+def _measure_again(again: Path, model_name: str | None, where: dict[str, Any], checkpoint: Path) -> Census:
+    """A census with the texts and settings of the one in the folder `again`."""
+    from headsink.census.run import analyze_again
+
+    settings = headsink.Census.load(again).settings
+    source = model_name or _source(again, settings["model"]["source"])
+    model, tokenizer = headsink.load(source, dtype=settings["dtype"], **where)
+    return analyze_again(model, tokenizer, settings, checkpoint=checkpoint)
+
+
+def _source(again: Path, source: str) -> str:
+    """The model of a census, if it is on this machine: what a file names is not fetched from a network."""
+    if source in BUILT_IN or Path(source).exists():
+        return source
+    raise HeadsinkError(
+        f"again: {again} was made with the model {source!r}, which is not on this machine; if you want that one fetched or have "
+        f"it elsewhere, name it: headsink analyze MODEL --again {again}"
+    )

@@ -1,0 +1,28 @@
+"""`headsink bench memory`: bytes of the KV cache and peak memory, under plans, against transformers and peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headsink.cli.bench.shared import Rounds
+from headsink.cli.bench.speed import SpeedOptions, deliver_tables
+
+
+@dataclass(frozen=True)
+class MemoryOptions(SpeedOptions):
+    """What `headsink bench speed` can be asked for, but for the tokens to generate: memory depends little on these few."""
+
+    tokens: int = field(default=4, init=False)
+    rounds: Rounds = 2
+
+
+def memory(options: MemoryOptions) -> None:
+    """Bytes of the KV cache and peak memory of a process, under plans, against transformers and peers.
+
+    Takes about 10 minutes on 2 cores for one plan and one text at a time.
+    """
+    arguments = options.arguments()
+
+    from headsink.bench import memory as memory_bench
+
+    deliver_tables(memory_bench.run(**arguments), memory_bench.table, options)

@@ -1,0 +1,158 @@
+"""`headsink bench quality`: what plans cost on tasks (bench/quality.py)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import headsink
+from headsink.bench.tasks.tasks import TASKS
+from headsink.bench.tasks.tasks import task as find_task
+from headsink.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    OtherWeights,
+    PlanFiles,
+    Seed,
+    check_other_weights,
+    names,
+    numbers,
+)
+from headsink.errors import HeadsinkError
+from headsink.evaluation.options import check_budget
+from headsink.utils.files import check_file, remove, write_text
+from headsink.utils.progress import console
+from headsink.utils.terminal import resumable, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headsink.plan.plan import Plan
+
+
+BUDGETS = "0.5,0.25,0.125"
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """What `headsink bench quality` can be asked for."""
+
+    model: Model = "smollm2"
+    tasks: Annotated[str, typer.Option(help=f"Separated by commas, of {', '.join(TASKS)}.")] = ",".join(TASKS)
+    plan_files: PlanFiles = None
+    budgets: Annotated[
+        str | None,
+        typer.Option(help=f"Instead: plans of these budgets, made first and kept beside --out; {BUDGETS}."),
+    ] = None
+    items: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 30
+    context: Annotated[int, typer.Option(help="Tokens of prompt and answer together; plans are made for it.")] = 2000
+    out_file: Annotated[Path, typer.Option("--out", help="Where the JSON goes.")] = Path("quality.json")
+    other_weights: OtherWeights = False
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    force: Force = False
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        if self.plan_files and self.budgets is not None:
+            raise HeadsinkError("budgets: give --plan or --budgets, one of the two")
+        check_file(self.out_file, self.force)
+
+    def chosen_tasks(self) -> list[str]:
+        """The names of the tasks."""
+        return [find_task(name.strip()).name for name in names(self.tasks)]
+
+    def shares(self) -> list[float]:
+        """The budgets of the plans to make: none if there are plans, which must have different names."""
+        stems = [file.stem for file in self.plan_files or ()]
+        if len(set(stems)) < len(stems):
+            raise HeadsinkError("plan: two files have the same name; results go by it, so give them names of their own")
+        found = [] if self.plan_files else numbers("budgets", self.budgets or BUDGETS, float)
+        for share in found:
+            check_budget(share)
+        check_other_weights(self.other_weights, self.plan_files)
+        return found
+
+
+def quality(options: QualityOptions) -> None:
+    """What plans cost on tasks: scores, and agreement with the model itself, on prompts as long as the plans are made for.
+
+    Takes hours for all tasks on 2 cores. Stopped, it goes on where it was when it is started again with the same options.
+    """
+    tasks, shares = options.chosen_tasks(), options.shares()
+
+    from headsink.bench.quality import run, table
+
+    plans = {file.stem: headsink.Plan.load(file) for file in options.plan_files or ()}
+    model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
+    if options.other_weights:
+        plans = {name: plan.for_model(model) for name, plan in plans.items()}
+    file, context, seed = options.out_file, options.context, options.seed
+    folder, checkpoint = file.with_name(f"{file.stem}-plans"), file.with_name(f".{file.name}.partial")
+    with resumable(checkpoint, folder):
+        plans |= _made(model, tokenizer, shares, context, seed, folder)
+        results = []
+        for name in tasks:
+            kept = checkpoint / f"{name}.jsonl"
+            found = run(model, tokenizer, name, plans, items=options.items, context=context, seed=seed, checkpoint=kept)
+            results.append(found)
+            console.print(table(found), highlight=False)
+    result = _described(model, options, plans) | {"results": results}
+    text = json.dumps(result, indent=1) + "\n"
+    write_text(file, text, options.force)
+    remove(checkpoint, [f"{name}.jsonl" for name in tasks])
+    write(text if options.as_json else "\n".join(map(table, results)) + f"\n\nResults: {file}\n")
+
+
+def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str, Plan]) -> dict[str, Any]:
+    """What results begin with: the command, the machine, the model and the plans."""
+    from headsink.bench.heading import heading
+    from headsink.models.devices import dtype_name
+
+    return heading("scores of tasks under plans, and agreement with the model itself") | {
+        "command": "headsink " + " ".join(sys.argv[1:]),
+        "model": options.model,
+        "dtype": dtype_name(model.dtype),
+        "device": str(model.device),
+        "plans": {
+            way: {"kept": round(plan.kept(options.context), 4), "patterns": plan.counts()}
+            for way, plan in plans.items()
+        },
+    }
+
+
+def _made(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    budgets: list[float],
+    context: int,
+    seed: int,
+    folder: Path,
+) -> dict[str, Plan]:
+    """A plan for each budget, from the folder if it was made there with the same settings."""
+    from headsink.calibration.calibrate import Calibration
+    from headsink.models.devices import dtype_name
+    from headsink.plan.plan import Plan
+
+    checkpoint, calibration, plans = folder / "calibration.partial", None, {}
+    for budget in budgets:
+        file = folder / f"{context}-{budget:g}-{seed}.json"
+        wanted = {"budget": budget, "context": [context, context], "seed": seed, "dtype": dtype_name(model.dtype)}
+        plan = Plan.load(file) if file.is_file() else None
+        if plan is None or any(plan.calibration.get(key) != value for key, value in wanted.items()):
+            if calibration is None:  # documents are read once for all budgets
+                calibration = Calibration(model, tokenizer, context=context, seed=seed, checkpoint=checkpoint)
+            plan = calibration.plan(budget)
+            plan.save(file)
+            checkpoint.unlink(missing_ok=True)
+        plans[f"{budget:g}"] = plan
+    return plans

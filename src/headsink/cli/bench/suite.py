@@ -1,0 +1,176 @@
+"""`headsink bench all`, `again` and `results`: the rows that docs/results.md shows, in one folder.
+
+`all` measures the rows that are missing, `again` measures one once more and compares, `results` writes the page from them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headsink.bench.options import Options, check_contexts, check_families, model_names
+from headsink.bench.tasks.tasks import task as find_task
+from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, Rounds, Vllm, listed
+from headsink.cli.options import Device, Dtype, Force, Json, Seed, batch_sizes, names, numbers
+from headsink.errors import HeadsinkError
+from headsink.evaluation.options import check_budget
+from headsink.utils.files import check_file
+from headsink.utils.terminal import resumable, write
+
+DEFAULT = Options()
+BATCHES = listed(DEFAULT.batches)
+Folder = Annotated[Path, typer.Argument(help="Folder that headsink bench all filled.")]
+
+
+@dataclass(frozen=True)
+class AllOptions:
+    """What `headsink bench all` can be asked for."""
+
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the rows and plans; what is there is kept.")]
+    models: Annotated[str, typer.Option(help="Models, with commas.")] = listed(DEFAULT.models)
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows to measure, as patterns: 'speed/*', '*/smollm2/gsm8k'; may be repeated."),
+    ] = None
+    tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = listed(DEFAULT.tasks)
+    items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items
+    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and families.")] = DEFAULT.context
+    budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = listed(DEFAULT.budgets)
+    families: Annotated[str, typer.Option(help="Kinds of text of the rows of families, with commas.")] = listed(
+        DEFAULT.families
+    )
+    documents: Annotated[int, typer.Option(min=1, help="Held-out documents of each family.")] = DEFAULT.documents
+    contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = listed(DEFAULT.contexts)
+    batches: Batches = BATCHES
+    tokens: NewTokens = DEFAULT.tokens
+    rounds: Rounds = DEFAULT.rounds
+    llama_cpp: LlamaCpp = None
+    vllm: Vllm = None
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Measure nothing: say which rows there are, and their state.")
+    ] = False
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    as_json: Json = False
+
+    def measured(self) -> Options:
+        """What is measured, read and checked."""
+        options = Options(
+            models=model_names(names(self.models)),
+            tasks=tuple(names(self.tasks)),
+            items=self.items,
+            context=self.context,
+            budgets=tuple(numbers("budgets", self.budgets, float)),
+            families=tuple(names(self.families)),
+            documents=self.documents,
+            contexts=tuple(numbers("contexts", self.contexts)),
+            batches=tuple(batch_sizes(self.batches)),
+            tokens=self.tokens,
+            rounds=self.rounds,
+            seed=self.seed,
+            dtype=self.dtype,
+            device=self.device,
+            llama_cpp=self.llama_cpp,
+            vllm=self.vllm,
+        )
+        _check(options)
+        return options
+
+
+def _check(options: Options) -> None:
+    """Raise for what no row can be measured with."""
+    for name in options.tasks:
+        find_task(name)
+    for budget in options.budgets:
+        check_budget(budget)
+    check_families(options.families, options.documents, options.texts, options.budget)
+    check_contexts(options.contexts, options.tokens)
+
+
+def everything(options: AllOptions) -> None:
+    """Measure all that docs/results.md shows, row by row, into a folder. Takes hours; stopped, it goes on where it was.
+
+    Rows that are there with the same settings are kept. What a missing package keeps from being measured is recorded so.
+    """
+    measured = options.measured()
+
+    from headsink.bench.suite import run as all_bench
+
+    with resumable(options.out_folder):
+        act = all_bench.states if options.list_only else all_bench.run
+        done = act(measured, options.out_folder, options.only or ())
+    if options.as_json:
+        write(json.dumps(done, indent=1) + "\n")
+    else:
+        write("".join(f"{name:<40} {state}\n" for name, state in done.items()))
+
+
+@dataclass(frozen=True)
+class AgainOptions:
+    """What `headsink bench again` can be asked for."""
+
+    folder: Folder
+    row: Annotated[str, typer.Argument(help="Name of the row, such as quality/smollm2/gsm8k.")]
+    models: Annotated[str, typer.Option(help="Where models are that are not built in, with commas.")] = listed(
+        DEFAULT.models
+    )
+    llama_cpp: LlamaCpp = None
+    vllm: Vllm = None
+    device: Device = None
+    as_json: Json = False
+
+    def measured(self) -> Options:
+        """What the row is measured with, beside its own settings."""
+        models = model_names(names(self.models))
+        return Options(models=models, llama_cpp=self.llama_cpp, vllm=self.vllm, device=self.device)
+
+
+def again(options: AgainOptions) -> None:
+    """Measure a row again and compare every figure with the one that is there. The folder stays as it is.
+
+    Ends with exit status 1 if a figure lies outside the interval or range that was committed, or has changed where it should not.
+    """
+    _check_filled(options.folder)
+    measured = options.measured()
+
+    from headsink.bench.suite import run as all_bench
+
+    found = all_bench.again(measured, options.folder, options.row)
+    if options.as_json:
+        write(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    else:
+        write("".join(f"{one.figure:<60} {one.before} -> {one.now}: {one.verdict}\n" for one in found))
+    if any(one.verdict in ("outside", "changed") for one in found):
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """What `headsink bench results` can be asked for."""
+
+    folder: Folder
+    out_file: Annotated[
+        Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ beside it.")
+    ] = Path("docs/results.md")
+    force: Force = False
+
+
+def results(options: ResultsOptions) -> None:
+    """Write the page of results from the rows of a folder, and from nothing else."""
+    check_file(options.out_file, options.force)
+    _check_filled(options.folder)
+
+    from headsink.bench.suite import page as results_bench
+
+    results_bench.write(options.folder, options.out_file, options.force)
+    write(f"{options.out_file}\n")
+
+
+def _check_filled(folder: Path) -> None:
+    if not folder.is_dir():
+        raise HeadsinkError(f"{folder}: no such folder; name one that headsink bench all has filled")

@@ -1,0 +1,72 @@
+"""`headsink chat`: a conversation, one line of standard input a turn, whose KV cache stays from turn to turn."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from headsink.cli.loading import compile_step, load_with_plan
+from headsink.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OtherWeights,
+    PlanFile,
+    Seed,
+    Temperature,
+    check_other_weights,
+)
+from headsink.cli.output import generated, generated_json
+from headsink.utils.terminal import emit, err, write
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `headsink chat` can be asked for."""
+
+    model: Model = "smollm2"
+    plan_file: PlanFile = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 500
+    temperature: Temperature = 0.0
+    other_weights: OtherWeights = False
+    seed: Seed = 0
+    dtype: Dtype = None
+    device: Device = None
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        check_other_weights(self.other_weights, self.plan_file)
+
+
+def chat(options: ChatOptions) -> None:
+    """Talk to the model, under a plan or without; one line a turn, an empty line or ctrl-D ends. Answers stream."""
+    import torch
+
+    from headsink.generation.chat import Conversation
+
+    model, tokenizer, plan = load_with_plan(
+        options.model, options.plan_file, options.other_weights, dtype=options.dtype, device=options.device
+    )
+    compile_step(model, plan)
+    torch.manual_seed(options.seed)
+    talk = Conversation(model, tokenizer, plan, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    turns = []
+    while line := _line():
+        done = talk.ask(line, None if options.as_json else write)
+        turns.append({"question": line, **generated_json(done)})
+        if not options.as_json:
+            write("\n")
+            err.print(generated(done), style="dim", highlight=False)
+    if options.as_json:
+        emit({"turns": turns, "plan": str(options.plan_file) if options.plan_file else None})
+
+
+def _line() -> str:
+    """The next line of standard input, after a prompt if a person types it; empty at the end."""
+    if sys.stdin.isatty():
+        err.print("[bold]> [/bold]", end="")
+    return sys.stdin.readline().strip()

@@ -1,0 +1,32 @@
+"""What `generate` and `chat` do before the model answers: load it with its plan, and compile the decode step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import headsink
+from headsink.utils.terminal import err
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headsink.plan.plan import Plan
+
+
+def load_with_plan(
+    model: str, plan_file: Path | None, other_weights: bool, *, dtype: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Plan | None]:
+    """A model, its tokenizer and the plan of a file, if one is given: read first, for that takes no time."""
+    plan = headsink.Plan.load(plan_file) if plan_file else None
+    loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
+    return loaded, tokenizer, plan.for_model(loaded) if plan is not None and other_weights else plan
+
+
+def compile_step(model: PreTrainedModel, plan: Plan | None) -> None:
+    """Compile the decode step under a plan, where there is one, before the clock starts."""
+    from headsink.generation.decode import prepare, refusal
+
+    if plan is not None and refusal(model) is None:
+        with err.status("compiling: half a minute, once on a machine"):
+            prepare(model)
