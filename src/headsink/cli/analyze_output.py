@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from headsink.census import Census
 from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import KEPT, windows
+from headsink.census.results import Census
 from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
 from headsink.utils.format import p_value, share

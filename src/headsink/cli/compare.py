@@ -59,7 +59,7 @@ def compare(options: CompareOptions) -> None:
 
     Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
     """
-    from headsink.report import write_comparison, write_comparison_pictures
+    from headsink.report.comparison import write_comparison, write_comparison_pictures
 
     comparison, report_file = headsink.compare(*options.runs), options.report_file
     if report_file is not None:
