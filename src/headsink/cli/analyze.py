@@ -62,7 +62,7 @@ class AnalyzeOptions:
         int, typer.Option(min=2, help="Queries read at each length, evenly spaced, where more would count.")
     ] = QUERIES
     tau: Annotated[
-        float, typer.Option(help="Keys with a value norm below tau of the head's median can be floating sinks.")
+        float, typer.Option(help="Keys with a value norm below tau of the head's median can be secondary sinks.")
     ] = TAU
     again: Annotated[
         Path | None,

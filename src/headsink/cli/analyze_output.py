@@ -45,7 +45,7 @@ def role_counts(census: Census, length: int) -> dict[str, int]:
 
 
 def windows_json(census: Census, length: int) -> dict[str, float]:
-    """Of the KV heads: how wide a window has to be for a small error, with and without floating sinks kept."""
+    """Of the KV heads: how wide a window has to be for a small error, with and without secondary sinks kept."""
     found: dict[str, float] = {}
     for kept in KEPT:
         of = figures(census.window_needed(length, heads="kv", kept=kept), NEAR, length)
@@ -82,7 +82,7 @@ def _sinks(census: Census, length: int) -> Table:
     at = windows(length).index(max(w for w in windows(length) if w <= NEAR))
     errors = census.score("errors", length)[..., at]
     title = f"Strongest sinks at {length} tokens; errors of first tokens + last {windows(length)[at]}"
-    table = new_table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
+    table = new_table(title, "head", "sink tokens", "of it first", "error", "with secondary sinks")
     for place in sink.mean.flatten().argsort(descending=True)[:STRONGEST].tolist():
         layer, head = divmod(place, sink.mean.shape[1])
         half = sink.half[layer, head]
@@ -110,13 +110,13 @@ def _floating(census: Census, length: int) -> str:
     overlap = "" if found["overlap"] is None else f", the same tokens in two texts by {found['overlap']:.0%}"
     return (
         f"Floating sinks in every text: {found['heads_with']} KV heads, {found['mean_count']:.0f} a text{overlap}; tau by the "
-        f"rule: {tau if tau is not None else 'none, there are no floating sinks'} (used: {census.settings['limits']['tau']})."
+        f"rule: {tau if tau is not None else 'none, there are no secondary sinks'} (used: {census.settings['limits']['tau']})."
     )
 
 
 def _windows(census: Census) -> Table:
     table = new_table(
-        f"Window that a KV head needs for an error within {EPSILON:.0%}, floating sinks kept",
+        f"Window that a KV head needs for an error within {EPSILON:.0%}, secondary sinks kept",
         "tokens",
         "median",
         f"at most {NEAR}",

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headsink
-from headsink.calibration.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
+from headsink.calibration.method import TOP_K, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
 from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, context_range, names, numbers
 from headsink.cli.output import print_file
 from headsink.data import corpus
@@ -76,20 +76,20 @@ class PlanOptions:
     domains: Annotated[
         str, typer.Option(help=f"Kinds of text to calibrate on, separated by commas: {', '.join(KINDS)}.")
     ] = ",".join(corpus.DOMAINS)
-    once: Annotated[
-        bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
+    prefill_compression: Annotated[
+        bool, typer.Option("--prefill-compression", help="For contexts that are read in full and compressed once, before an answer.")
     ] = False
-    retell: Annotated[
+    reconstruct: Annotated[
         bool,
         typer.Option(
-            "--retell",
-            help="As --once, and the model tells a context again before: the best quality, for a second reading.",
+            "--reconstruct",
+            help="As --prefill-compression, and the model tells a context again before: the best quality, for a second reading.",
         ),
     ] = False
-    no_floating: Annotated[
+    no_top_k: Annotated[
         bool,
         typer.Option(
-            "--no-floating",
+            "--no-top-k",
             help="First tokens and windows of several sizes only, which vLLM can serve (headsink serve).",
         ),
     ] = False
@@ -105,7 +105,7 @@ class PlanOptions:
         typer.Option(
             help="text, or cache: of texts without end, far beyond the model's maximum; needs --policy streaming-llm."
         ),
-    ] = "text"
+    ] = "absolute"
     seed: Seed = 0
     dtype: Dtype = None
     device: Device = None
@@ -129,20 +129,20 @@ class PlanOptions:
         return {"context": context, "domains": domains, "method": self._method(), "seed": self.seed}
 
     def _method(self) -> Method:
-        if self.positions not in ("text", "cache"):
-            raise HeadsinkError(f"positions: {self.positions!r} is neither text nor cache")
-        if self.no_floating and self.policy != "headsink":
+        if self.positions not in ("absolute", "cache-relative"):
+            raise HeadsinkError(f"positions: {self.positions!r} is neither absolute nor cache-relative")
+        if self.no_top_k and self.policy != "headsink":
             raise HeadsinkError(
-                f"no-floating: the policy {self.policy} has no floating keys anyway; leave one of the two out"
+                f"no-top_k: the policy {self.policy} has no top-k keys anyway; leave one of the two out"
             )
         return Method(
             policy=self.policy,  # type: ignore[arg-type]
-            once=self.once or self.retell,
-            retell=self.retell,
+            prefill_compression=self.prefill_compression or self.reconstruct,
+            reconstruct=self.reconstruct,
             positions=self.positions,  # type: ignore[arg-type]
             ranks=self.tensor_parallel,
-            windows=SEVERAL_WINDOWS if self.no_floating else WINDOWS,
-            floating=(0.0,) if self.no_floating else FLOATING,
+            windows=SEVERAL_WINDOWS if self.no_top_k else WINDOWS,
+            top_k=(0.0,) if self.no_top_k else TOP_K,
         )
 
     def measured(self) -> list[int] | None:
@@ -223,7 +223,7 @@ def print_plan(console: Console, made: Plan) -> None:
     if len(counts) > MOST_PATTERNS:
         console.print(_shares(made, lengths[0]))
     else:
-        table = new_table("Patterns", "first + floating + window", "KV heads")
+        table = new_table("Patterns", "first + top_k + window", "KV heads")
         for name, count in counts.items():
             table.add_row(name, str(count))
         console.print(table)
