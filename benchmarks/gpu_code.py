@@ -28,7 +28,7 @@ from headsink.attention.cuda.append import enter
 from headsink.eviction.lifetimes_cuda import better_ones
 from headsink.attention.cuda.prefill import attend as attend_many
 from headsink.cache.kv_table import Field
-from headsink.attention.backends import Sight
+from headsink.attention.backends import KeyVisibility
 
 dim = {dim}
 table = torch.zeros(1, 8, len(Field), dtype=torch.int64)
@@ -37,7 +37,7 @@ attend(query, table, torch.tensor([0]), 1.0, programs=264)
 enter(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
 query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
-attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
 """
 
 

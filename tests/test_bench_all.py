@@ -139,14 +139,14 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     assert gemma.install in records.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
 
 
-@pytest.mark.parametrize("floating", [300, 0])
-def test_a_stretched_plan_keeps_its_share(tiny_folder, floating):
+@pytest.mark.parametrize("top_k", [300, 0])
+def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
     import headsink
     from headsink.eviction.scoring import n_features
 
     model = headsink.load(tiny_folder, device="cpu")[0]
     shape = headsink.architecture.describe(model)
-    pattern = headsink.Pattern(4, floating, 32 if floating else 400)
+    pattern = headsink.Pattern(4, top_k, 32 if top_k else 400)
     weights = headsink.plan.torch.ones(shape.layers, shape.kv_heads, n_features(shape.head_dim))
     plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
     plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})

@@ -210,7 +210,7 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
         "budget": 0.25,
         "kept": 0.249,
         "verified": {"kl_text": 0.01, "kl_answers": 0.02},
-        "patterns": {"4+9f+32": 80, "full": 10},
+        "patterns": {"4+9k+32": 80, "full": 10},
     }
     records.save(folder, record("plan/smollm2", {"plans": [plan]}))
     text = results.write(folder, tmp_path / "results.md").read_text()
@@ -218,7 +218,7 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     assert "| smollm2 | 25.0% | 1 of 2 | 0.200 (0.123 to 0.500) | 50% (25% to 72%) | 2,000 | " in part
     assert "| **11.0**; transformers 40.5; llama.cpp 250.0 | **0.62**; transformers 0.51; llama.cpp 0.90 |" in part
     assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
-    assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part
+    assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9k+32, 10 x full |" in part
     squad["found"]["ways"][1] |= {"way": "0.5"}  # which was not timed
     records.save(folder, squad | {"row": "quality/smollm2/squad"})
     text = results.write(folder, tmp_path / "results.md").read_text()

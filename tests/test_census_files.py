@@ -194,7 +194,7 @@ def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_pa
     ("name", "number", "reason"),
     [
         ("0.16.top", 99, "0.16.top has a number outside -1 to 15"),
-        ("0.16.floating", 16, "0.16.floating has a number outside -1 to 15"),
+        ("0.16.secondary", 16, "0.16.secondary has a number outside -1 to 15"),
         ("0.ids", -1, "0.ids has a number outside 0 to"),
         ("0.ids", 999_999, "tokens.json: a token of text 0 is missing"),
     ],

@@ -15,7 +15,7 @@ from headsink.census.head_statistics import SCORES, distance_within
 from headsink.census.results import Census
 from headsink.census.roles import ROLES
 from headsink.census.run import analyze_again
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 
 
 class Letters:
@@ -164,11 +164,11 @@ def test_distances_are_quantiles_of_the_attention(census):
     assert (far <= 100).all()
 
 
-def test_floating_sinks_by_what_they_say(census):
+def test_secondary_sinks_by_what_they_say(census):
     drawn = drawing_tokens(census, 100)
     assert all(0 < row["share"] <= 1 for row in drawn)
     assert sum(row["share"] for row in drawn) <= 1 + 1e-3
-    for row in floating_tokens(census, 100):
+    for row in secondary_tokens(census, 100):
         assert 0 < row["taken"] <= 1
         assert row["value"] < 1  # they are short by definition
     found = stability(census, 100)

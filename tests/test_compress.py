@@ -36,7 +36,7 @@ def test_what_follows_equals_the_reference(family, sizes, padding):
         if padding and context < 14:
             continue  # a row would be padding only
         plan = random_plan(model, seed)
-        expected = reference_logits(model, plan, ids, mask, hold=context, once=True)
+        expected = reference_logits(model, plan, ids, mask, freeze=context, prefill_compression=True)
         cache, _, _ = compressed(model, plan, ids[:, :context], None if mask is None else mask[:, :context])
         start, left = context, list(sizes)
         with headsink.apply(model, plan), torch.no_grad():
@@ -114,7 +114,7 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused():
         with pytest.raises(HeadsinkError, match=said):
             headsink.compress(model, Plan.full(model), cache, mask)
         assert cache.get_seq_length() == 9  # nothing was taken from it
-    once = Plan.full(model).model_copy(update={"once": True, "retell": (7, 8)})
+    once = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8)})
     with pytest.raises(
         HeadsinkError, match=r"input_ids: \[1, 9\]; this plan tells the context again, the \[2, 9\] tokens"
     ):

@@ -116,7 +116,7 @@ def test_it_is_said_before_the_work_that_nothing_can_be_written_there():
 
 
 OWN = {
-    "plan": '{\n "schema_version": 3,\n "headsink": "0.1.0",\n "model": {}}',
+    "plan": '{\n "schema_version": 4,\n "headsink": "0.1.0",\n "model": {}}',
     "with a byte order mark": '\ufeff{"headsink": "0.1.0"}',
     "results": json.dumps({"what": "x", "command": "python x", "versions": {"headsink": "0.1.0"}}),
     "from sources": json.dumps({"what": "x", "versions": {"headsink": None}}),

@@ -16,17 +16,17 @@ import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
 from headsink.decode import decoding
-from headsink.attention.backends import Softmax, attend_few
+from headsink.attention.backends import AttentionParams, attend_few
 from plans import random_plan
 
 context = multiprocessing.get_context("fork")
 model, ids = tiny("llama"), torch.arange(3, 33)[None]
 plan = Plan.of(model, [[Pattern(1, 0, 4)] * 2] * 3)
-counted_in_cache = plan.model_copy(update={"positions": "cache"})  # which no kernel does
+counted_in_cache = plan.model_copy(update={"positions": "cache-relative"})  # which no kernel does
 key = torch.randn(1, 2, 5, 8)
 
 def kernel():
-    return attend_few(key[:, :, :1], key, key, torch.ones(1, 2, 5, dtype=torch.bool), 5, Softmax(1.0)).shape[1]
+    return attend_few(key[:, :, :1], key, key, torch.ones(1, 2, 5, dtype=torch.bool), 5, AttentionParams(1.0)).shape[1]
 
 def under(plan, **options):
     with apply(model, plan), torch.no_grad():

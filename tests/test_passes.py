@@ -485,7 +485,7 @@ def test_no_tokens_are_refused(model):
 
 
 def test_a_plan_for_prefill_compression_says_that_it_evicts_while_it_reads(model):
-    plan = random_plan(model, 1).model_copy(update={"once": True})
+    plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     with headsink.apply(model, plan), torch.no_grad():
         with pytest.warns(UserWarning, match="made for prefill compression"):
             model(prompt())
@@ -505,9 +505,9 @@ def test_models_have_the_argument_that_is_filled():
 
 
 def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
-    plan = random_plan(model, 1).model_copy(update={"once": True})
+    plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     cache = headsink.new_cache(model, plan)
-    cache.hold()
+    cache.freeze()
     with headsink.apply(model, plan), torch.no_grad(), warnings.catch_warnings(action="error"):
         model(prompt(), **cache_argument(cache))
 

@@ -22,7 +22,7 @@ from headsink.serving.vllm.fingerprint import check_folder
 from headsink.utils import versions
 
 patterns = st.one_of(
-    st.just(Pattern()), st.builds(Pattern, sink=st.integers(0, 70), window=st.integers(0, 150), floating=st.just(0))
+    st.just(Pattern()), st.builds(Pattern, sink=st.integers(0, 70), window=st.integers(0, 150), top_k=st.just(0))
 )
 
 
@@ -138,9 +138,9 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "floating keys.*--no-floating"),
-        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), once=True), "compressed once"),
-        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache"), "--positions text"),
+        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "top-k keys.*--no-top-k"),
+        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True), "compressed once"),
+        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
     ],
 )
 def test_plans_that_vllm_cannot_run_are_refused_with_what_to_do(vllm_of, make, message):

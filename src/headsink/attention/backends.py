@@ -16,8 +16,8 @@ from torch import Tensor
 
 from headsink.attention.cpu.threads import _after_fork, claim, compiled, turn
 from headsink.attention.kv_table import check_buffers
-from headsink.attention.params import Softmax, shares
-from headsink.attention.visibility import Sight, check_sight
+from headsink.attention.params import AttentionParams, shares
+from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
 from headsink.utils import device
 
@@ -36,7 +36,7 @@ if sys.platform != "win32":  # where processes are not forked
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def can_run(tensor: Tensor, softmax: Softmax) -> bool:
+def can_run(tensor: Tensor, softmax: AttentionParams) -> bool:
     """Whether the kernels take tensors like this one; those of a CPU neither cap logits nor know learned ones."""
     return device.can_run(tensor) or (
         softmax.plain
@@ -72,7 +72,9 @@ def attend_table(
     return out.view_as(query).to(query.dtype)
 
 
-def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, softmax: Softmax) -> Tensor:
+def attend_few(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, softmax: AttentionParams
+) -> Tensor:
     """Attention of the last tokens over buffers up to slot `end`, the last of which are their own. For what `can_run` takes.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
@@ -81,18 +83,18 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end
         from headsink.attention.cuda.decode import attend_buffers
 
         return attend_buffers(query.contiguous(), keys, values, visible, end, *softmax)[0]
-    from headsink.attention.kv_table import Field
+    from headsink.attention.kv_table import KVField
 
     batch, heads, slots, dim = keys.shape
     check_buffers(query, keys, values, visible, end)
     keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
-    table = np.zeros((batch * heads, len(Field)), np.int64)
+    table = np.zeros((batch * heads, len(KVField)), np.int64)
     number = np.arange(batch * heads) * slots
-    for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values)):
+    for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values)):
         table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
-    table[:, Field.VISIBLE] = visible.data_ptr() + number
-    table[:, Field.END] = end
+    table[:, KVField.VISIBLE] = visible.data_ptr() + number
+    table[:, KVField.END] = end
     return attend_table(table, query, query.shape[2], softmax.scaling)
 
 
@@ -100,20 +102,20 @@ def attend_tiles(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    sight: Sight,
+    sight: KeyVisibility,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of many tokens, each over the keys that it sees.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; the rest: see `Softmax`. Zero where a
-    query sees no key. For what `can_run` takes.
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; the rest: see `AttentionParams`.
+    Zero where a query sees no key. For what `can_run` takes.
     """
     if query.device.type in device.DEVICES:
         from headsink.attention.cuda import prefill as on_gpu
 
-        return on_gpu.attend(query, keys, values, sight, scaling, softcap, learned)[0]
+        return on_gpu.attend(query, keys, values, sight, scaling, softcap, sink_logits)[0]
     check_sight(query, keys, values, sight)
     claim()
     from headsink.attention.cpu import prefill, tiles
@@ -122,8 +124,8 @@ def attend_tiles(
     out = torch.empty_like(grouped)
     pairs = tiles.PAIRED and query.dtype == torch.bfloat16 and query.shape[3] % 2 == 0
     work: Any = np.empty(0, np.uint16 if pairs else np.float32)
-    columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (sight.start - sight.anchors)
-    columns[: sight.anchors] = -1
+    columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (sight.start - sight.prefix_slots)
+    columns[: sight.prefix_slots] = -1
     with turn() as threads:
         prefill.attend(
             *(_numbers(t.detach().contiguous()) for t in (keys, values)),
@@ -149,8 +151,8 @@ def attend_rows(
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    softmax: Softmax,
-    turned: Tensor | None = None,
+    softmax: AttentionParams,
+    rotated: Tensor | None = None,
     sink: int = 0,
 ) -> Tensor:
     """Attention of grouped queries, each over the keys of its KV head.
@@ -162,8 +164,8 @@ def attend_rows(
     batch, heads, n_keys, dim = keys.shape
     if n_keys == 0:
         return torch.zeros_like(query)
-    if turned is not None or not softmax.plain:
-        return _attend_by_logits(query, keys, values, mask, softmax, turned, sink)
+    if rotated is not None or not softmax.plain:
+        return _attend_by_logits(query, keys, values, mask, softmax, rotated, sink)
     tokens, group = query.shape[2], query.shape[1] // heads
     if tokens == 1:  # the rows of a group as queries: a key is read once
         rows = query.reshape(batch, heads, group, dim)
@@ -181,8 +183,8 @@ def _attend_by_logits(
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    softmax: Softmax,
-    turned: Tensor | None,
+    softmax: AttentionParams,
+    rotated: Tensor | None,
     sink: int,
 ) -> Tensor:
     """What `sdpa` cannot express: all logits at once, in float32 or better."""
@@ -194,11 +196,11 @@ def _attend_by_logits(
         return rows @ seen.to(kind).transpose(-1, -2)
 
     every = logits(query, keys)
-    if turned is not None:
-        every[..., :sink] = logits(turned, keys[:, :, :sink])
+    if rotated is not None:
+        every[..., :sink] = logits(rotated, keys[:, :, :sink])
     every = softmax.capped(every).view(batch, heads, -1, query.shape[2], n_keys)
     if mask is not None:
         every = every.masked_fill_(~mask[:, :, None], float("-inf"))
-    learned = None if softmax.learned is None else softmax.learned.view(heads, -1, 1, 1)
-    weights = shares(every, learned).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
+    sink_logits = None if softmax.sink_logits is None else softmax.sink_logits.view(heads, -1, 1, 1)
+    weights = shares(every, sink_logits).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
     return (weights.to(values.dtype) @ values).view_as(query)

@@ -30,7 +30,7 @@ class Block(NamedTuple):
     begin: int
     logits: Tensor
     weights: Tensor
-    learned: Tensor
+    sink_logits: Tensor
 
 
 def rows_per_block(heads: int, keys: int) -> int:
@@ -57,11 +57,11 @@ def block(inputs: Inputs, rows: Tensor) -> Block:
         old = slice(0, max(0, end - inputs.sliding - begin))  # keys that have left the window of some query
         logits[:, :, old].masked_fill_(rows[:, None] - columns[old] >= inputs.sliding, HIDDEN)
     weights = logits.softmax(-1)
-    learned = torch.zeros(heads, len(rows), device=rows.device)
-    if inputs.learned is not None:
-        learned = torch.sigmoid(inputs.learned.float()[:, None] - normaliser(logits, weights))
-        weights *= 1 - learned[..., None]
-    return Block(rows, begin, logits, weights, learned)
+    sink_logits = torch.zeros(heads, len(rows), device=rows.device)
+    if inputs.sink_logits is not None:
+        sink_logits = torch.sigmoid(inputs.sink_logits.float()[:, None] - normaliser(logits, weights))
+        weights *= 1 - sink_logits[..., None]
+    return Block(rows, begin, logits, weights, sink_logits)
 
 
 def normaliser(logits: Tensor, weights: Tensor, share: Tensor | float = 1.0) -> Tensor:

@@ -25,7 +25,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headsink.attention import chunked
 from headsink.attention.backends import attend_rows
-from headsink.attention.params import QUERY_BLOCK, Inputs, Padding, Softmax
+from headsink.attention.params import QUERY_BLOCK, AttentionParams, Inputs, Padding
 from headsink.attention.passes import ATTENTION, check_uncached, engaged, watching
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
@@ -113,7 +113,7 @@ def _attention(
     """Attention as transformers calls it. Returns [batch, tokens, query heads, dim], contiguous: some models take a view of
     it."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    softmax = AttentionParams(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
         if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
@@ -143,7 +143,7 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: AttentionParams) -> Tensor:
     """What `sdpa` cannot express, over a cache that is not a plan's, in blocks of queries: [batch, query heads, tokens, dim].
 
     key, value: [batch, KV heads, keys, dim]; mask: bool [batch, 1, tokens, keys], None: causal, the last query sees all keys.
@@ -222,7 +222,7 @@ class AttendingLayer(Protocol):
     """A layer of a cache that attends itself (cache/layer.py)."""
 
     def attend(
-        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor: ...
 
 

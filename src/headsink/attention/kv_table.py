@@ -13,11 +13,11 @@ from headsink.errors import must_be
 from headsink.eviction.pattern import FOREVER
 
 
-class Field(IntEnum):
+class KVField(IntEnum):
     """What the table says of a KV head of a text.
 
-    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32
-    [features], of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [top-k keys]. WEIGHTS: of float32
+    [features], of scores. SINK, FLOATING: slots for first tokens, and for top-k keys after them. ANCHORS: slots in front
     of the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it
     never wraps. PAD: tokens of padding before the text.
 
@@ -31,7 +31,7 @@ class Field(IntEnum):
     SCORES = 3
     WEIGHTS = 4
     SINK = 5
-    FLOATING = 6
+    TOP_K = 6
     ANCHORS = 7
     START = 8
     WINDOW = 9
@@ -43,11 +43,13 @@ class Field(IntEnum):
 
 def advance(table: Any, length: int) -> Any:
     """Write into a table, int64 [..., len(Field)], what follows for a token that comes as column `length`."""
-    anchors, start, window, pad = (table[..., field] for field in (Field.ANCHORS, Field.START, Field.WINDOW, Field.PAD))
+    prefix_slots, start, window, pad = (
+        table[..., field] for field in (KVField.ANCHORS, KVField.START, KVField.WINDOW, KVField.PAD)
+    )
     ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
-    table[..., Field.SLOT] = np.where(window > 0, anchors + ring, -1)
-    table[..., Field.END] = anchors + np.minimum(length + 1 - start, window)
-    table[..., Field.LEAVING] = np.where(length >= window, length - window - pad, -1)
+    table[..., KVField.SLOT] = np.where(window > 0, prefix_slots + ring, -1)
+    table[..., KVField.END] = prefix_slots + np.minimum(length + 1 - start, window)
+    table[..., KVField.LEAVING] = np.where(length >= window, length - window - pad, -1)
     return table
 
 

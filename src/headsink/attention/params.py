@@ -29,12 +29,12 @@ class Inputs:
     scaling: float
     sliding: int | None = None
     softcap: float | None = None
-    learned: Tensor | None = None
+    sink_logits: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether this is causal softmax attention and nothing else."""
-        return self.softcap is None and self.learned is None and (self.sliding or self.length) >= self.length
+        return self.softcap is None and self.sink_logits is None and (self.sliding or self.length) >= self.length
 
     @property
     def length(self) -> int:
@@ -64,7 +64,7 @@ class Padding:
         return Padding(tokens, int(tokens.max()), hidden, self.right) if some else None
 
 
-class Softmax(NamedTuple):
+class AttentionParams(NamedTuple):
     """How products of queries and keys become weights.
 
     Logits are products x scaling. softcap: they become softcap x tanh(logits / softcap), None if they are not capped. learned:
@@ -73,25 +73,25 @@ class Softmax(NamedTuple):
 
     scaling: float
     softcap: float | None = None
-    learned: Tensor | None = None
+    sink_logits: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether `sdpa` can express it."""
-        return self.softcap is None and self.learned is None
+        return self.softcap is None and self.sink_logits is None
 
-    def of(self, heads: list[int], kv_heads: int) -> Softmax:
+    def of(self, heads: list[int], kv_heads: int) -> AttentionParams:
         """That of the queries of some of the KV heads."""
-        if self.learned is None:
+        if self.sink_logits is None:
             return self
-        return self._replace(learned=self.learned.view(kv_heads, -1)[heads].flatten())
+        return self._replace(sink_logits=self.sink_logits.view(kv_heads, -1)[heads].flatten())
 
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def shares(logits: Tensor, learned: Tensor | None) -> Tensor:
+def shares(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     """The softmax of logits, [..., keys]. learned: float, to be broadcast to [..., 1]: logits of the rows that have no value."""
-    if learned is None:
+    if sink_logits is None:
         return logits.softmax(-1)
-    return torch.cat([logits, learned.to(logits).expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+    return torch.cat([logits, sink_logits.to(logits).expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]

@@ -20,7 +20,7 @@ def reference_attention(
     scaling: float,
     padding: Tensor | None = None,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of a whole text under one pattern per KV head, written out.
 
@@ -40,7 +40,7 @@ def reference_attention(
         mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, scores[:, head])[:, None]
         rows = slice(head * group, (head + 1) * group)
         own = slice(head, head + 1)
-        extra = None if learned is None else learned[rows]
+        extra = None if sink_logits is None else sink_logits[rows]
         output[:, rows] = masked_attention(query[:, rows], key[:, own], value[:, own], mask, scaling, softcap, extra)
     return output
 
@@ -52,7 +52,7 @@ def masked_attention(
     mask: Tensor,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the queries of one KV head, written out.
 
@@ -64,7 +64,7 @@ def masked_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~mask, float("-inf"))
-    if learned is not None:
-        logits = torch.cat([logits, learned[:, None, None].to(logits).expand(*logits.shape[:3], 1)], -1)
+    if sink_logits is not None:
+        logits = torch.cat([logits, sink_logits[:, None, None].to(logits).expand(*logits.shape[:3], 1)], -1)
     shares = logits.softmax(-1).nan_to_num(0.0)  # no key at all: zero
     return shares[..., : key.shape[2]] @ value

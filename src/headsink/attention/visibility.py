@@ -10,8 +10,8 @@ from torch import Tensor
 from headsink.errors import must_be
 
 
-class Own(NamedTuple):
-    """What a KV head sees by a pattern of its own: the fields of `Sight` of the same names."""
+class HeadVisibility(NamedTuple):
+    """What a KV head sees by a pattern of its own: the fields of `KeyVisibility` of the same names."""
 
     window: int | None
     far: int
@@ -19,7 +19,7 @@ class Own(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sight:
+class KeyVisibility:
     """Which keys many queries see: that of column c those with columns <= c < until.
 
     until: int [batch x heads, keys]. first: the column of the first query. anchors: the first so many keys come before every
@@ -30,16 +30,16 @@ class Sight:
 
     until: Tensor
     first: int
-    anchors: int
+    prefix_slots: int
     start: int
     window: int | None
     gaps: bool
     far: int
     reach: int
-    each: list[Own] | None = None
+    each: list[HeadVisibility] | None = None
 
 
-def check_sight(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> None:
+def check_sight(query: Tensor, keys: Tensor, values: Tensor, sight: KeyVisibility) -> None:
     """Raise unless queries, keys and what they see are of the shapes that `attend_tiles` says."""
     heads, n_keys, (batch, query_heads, _, dim) = len(keys), keys.shape[1], query.shape
     like = (heads, n_keys, dim), query.dtype, query.device
@@ -48,4 +48,4 @@ def check_sight(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> No
     must_be("attention: values", (values.shape, values.dtype, values.device), like)
     must_be("attention: ends of keys", (sight.until.shape, sight.until.device), ((heads, n_keys), query.device))
     must_be("attention: heads that see keys of their own", len(sight.each or keys), heads)
-    must_be("attention: anchors", sight.anchors, min(sight.anchors, n_keys))
+    must_be("attention: anchors", sight.prefix_slots, min(sight.prefix_slots, n_keys))

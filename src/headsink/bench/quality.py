@@ -204,7 +204,7 @@ def _answer(
 def _read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
     """The cache of a prompt but for its last token, as `generate` would make it."""
     cache, text = new_cache(model, plan, exact=False), torch.tensor([ids], device=model.device)
-    if plan.once:
+    if plan.prefill_compression:
         full = empty_cache(model, None)
         with torch.no_grad():
             model(text, **cache_argument(full), use_cache=True, logits_to_keep=1)

@@ -78,7 +78,7 @@ class Way:
         if self.plan is not None and ids.shape[1] > CHUNK:
             options["prefill_chunk_size"] = CHUNK
         start = time.perf_counter()
-        if isinstance(cache, PlanCache) and cache.plan.once:
+        if isinstance(cache, PlanCache) and cache.plan.prefill_compression:
             self._compress(cache, ids[:, :-1])
         reading = time.perf_counter() - start
         with nullcontext() if self.plan is None else apply(self.model, self.plan):

@@ -42,18 +42,18 @@ class PlanCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None}
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.
 
         What presses that compress a context once do; memory then grows with every token. Tokens that were recorded stay; those
         that come after can be taken back, without recording. Layers that slide by themselves go on as they are. Raises
         HeadsinkError where positions are counted in the cache.
         """
-        if self.plan.positions == "cache":
+        if self.plan.positions == "cache-relative":
             raise HeadsinkError("positions: counted in this cache, so its windows must go on; use a plan with 'text'")
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
-                layer.hold()
+                layer.freeze()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -`tokens_to_remove` tokens of every layer, or of none if one of them cannot."""
@@ -81,7 +81,7 @@ class PlanCache(Cache):
 
     @property
     def held(self) -> bool:
-        """Whether nothing is evicted any more (`hold`)."""
+        """Whether nothing is evicted any more (`freeze`)."""
         return any(layer.held for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property
@@ -109,7 +109,7 @@ class PlanCache(Cache):
     def fill(self, full: Cache, padding: Padding | None = None, scores: Mapping[int, Tensor] | None = None) -> None:
         """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied.
 
-        scores: of layers, [batch, KV heads, tokens], to choose floating keys by in place of the plan's.
+        scores: of layers, [batch, KV heads, tokens], to choose top-k keys by in place of the plan's.
         """
         pairs = list(zip(self.layers, full.layers, strict=True))
         if not all(isinstance(layer, PlanLayer) or type(layer) is type(before) for layer, before in pairs):

@@ -13,36 +13,40 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headsink.attention.backends import attend_few, attend_rows, attend_tiles, can_run, few
 from headsink.attention.cuda import full
-from headsink.attention.params import QUERY_BLOCK, Softmax
-from headsink.attention.visibility import Sight
+from headsink.attention.params import QUERY_BLOCK, AttentionParams
+from headsink.attention.visibility import KeyVisibility
 from headsink.cache.slots import Slots
 from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.pattern import FOREVER
 from headsink.eviction.scoring import NONE, key_scores
-from headsink.models.rope import turned_back
+from headsink.models.rope import rotate_back
 from headsink.utils import device
 
 
 class HeadGroup(Slots):
     """The KV heads of one layer that share a pattern."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Let in new tokens and attend from them.
 
         query: [batch, heads x group, tokens, dim], key and value: [batch, heads, tokens, dim]; softmax: that of these heads.
         Returns [batch, heads x group, tokens, dim].
         """
-        if self.young and self.outgrown(query.shape[2]):
-            self._settle()
+        if self.below_capacity and self.outgrown(query.shape[2]):
+            self._start_evicting()
         compiled = self.inverse is None and can_run(query, softmax)
-        whole = softmax.plain and (self.pattern.full or self.young)
-        if whole and not self.holes and not (compiled and (self.young or not self.exact) and self._sooner(query)):
-            self.enter(key, value)
+        whole = softmax.plain and (self.pattern.full or self.below_capacity)
+        if (
+            whole
+            and not self.holes
+            and not (compiled and (self.below_capacity or not self.exact) and self._sooner(query))
+        ):
+            self.append_keys(key, value)
             return self._attend_full(module, query, softmax)
         if self.recording and self.window is not None:
             return self._attend_recording(query, key, value, softmax)
         if query.shape[2] == 1 or (compiled and self.window is None):
-            self.enter(key, value)
+            self.append_keys(key, value)
             return self._attend_buffer(query, softmax)
         output, start = torch.empty_like(query), 0
         first = not self.length and self.padding is None
@@ -54,16 +58,16 @@ class HeadGroup(Slots):
                 output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=softmax.scaling)[0].transpose(
                     1, 2
                 )
-                self.enter(*new[1:])
+                self.append_keys(*new[1:])
         if self.window is not None:
             if start < query.shape[2]:
                 rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
                 output[:, :, start:], scores = self._attend_tokens(*rest, softmax)
-                self.enter(*rest[1:], scores)
+                self.append_keys(*rest[1:], scores)
             return output
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
-            self.enter(key[:, :, block], value[:, :, block])
+            self.append_keys(key[:, :, block], value[:, :, block])
             output[:, :, block] = self._attend_buffer(query[:, :, block], softmax)
         return output
 
@@ -71,7 +75,7 @@ class HeadGroup(Slots):
         """Whether our kernels are sooner than those for causal attention over everything: on a GPU not for many tokens."""
         return query.device.type not in device.DEVICES or self.padding is not None or few(query, len(self.heads))
 
-    def _attend_full(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
+    def _attend_full(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
         """Full attention by the very call that transformers makes, so that an all-full plan is the model itself; unless that is
         not asked for and there is a sooner one."""
         batch, _, tokens, _ = query.shape
@@ -90,9 +94,9 @@ class HeadGroup(Slots):
             return attend_rows(query, keys, values, None, softmax)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=softmax.scaling)[0].transpose(1, 2)
 
-    def _attend_buffer(self, query: Tensor, softmax: Softmax) -> Tensor:
+    def _attend_buffer(self, query: Tensor, softmax: AttentionParams) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
-        end = self.anchors + self._held()
+        end = self.prefix_slots + self._held()
         if self.inverse is None and can_run(query, softmax):
             if few(query, len(self.heads)):
                 return attend_few(query, self.keys, self.values, self.visible, end, softmax)
@@ -104,27 +108,27 @@ class HeadGroup(Slots):
             slots = torch.arange(end, device=query.device)
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        turned = self._turned(query, self.length - query.shape[2])
-        return attend_rows(query, keys, values, mask, softmax, turned, self.pattern.sink)
+        rotated = self._turned(query, self.length - query.shape[2])
+        return attend_rows(query, keys, values, mask, softmax, rotated, self.pattern.sink)
 
     def _attend_tokens(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
     ) -> tuple[Tensor, Tensor | None]:
         """Several tokens of a windowed head over what is held and themselves, in blocks. Nothing enters.
 
         query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, these tokens or more, dim], the last ones theirs.
-        Returns the output, and the scores of the keys that leave the window (`enter`).
+        Returns the output, and the scores of the keys that leave the window (`append_keys`).
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
-        keys = torch.cat([self.keys[:, :, : self.anchors], ring_keys, key], 2).flatten(0, 1)
-        values = torch.cat([self.values[:, :, : self.anchors], ring_values, value], 2).flatten(0, 1)
+        keys = torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2).flatten(0, 1)
+        values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2).flatten(0, 1)
         until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
         until = until.flatten(0, 1)
         if self.inverse is None and can_run(query, softmax):
             return attend_tiles(query, keys, values, self._sight(until, end - query.shape[2], first), *softmax), scores
-        columns = torch.arange(first - self.anchors, end, device=key.device)
-        columns[: self.anchors] = -1  # before every query
+        columns = torch.arange(first - self.prefix_slots, end, device=key.device)
+        columns[: self.prefix_slots] = -1  # before every query
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = query[:, :, start : start + QUERY_BLOCK]
@@ -140,20 +144,20 @@ class HeadGroup(Slots):
             mask = (columns[taken][:, None] <= queries) & (queries < (until.gather(1, taken) * filled)[:, None])
             heads = torch.arange(len(until), device=key.device)[:, None]
             seen_keys, seen_values = (t[heads, taken].unflatten(0, key.shape[:2]) for t in (keys, values))
-            mask, turned = mask.unflatten(0, key.shape[:2]), self._turned(block, begin)
+            mask, rotated = mask.unflatten(0, key.shape[:2]), self._turned(block, begin)
             # The first tokens are the first that are taken.
-            found = attend_rows(block, seen_keys, seen_values, mask, softmax, turned, self.pattern.sink)
+            found = attend_rows(block, seen_keys, seen_values, mask, softmax, rotated, self.pattern.sink)
             output[:, :, start : start + QUERY_BLOCK] = found
         return output, scores
 
-    def _sight(self, until: Tensor, first: int, start: int) -> Sight:
+    def _sight(self, until: Tensor, first: int, start: int) -> KeyVisibility:
         """What queries from column `first` on see of the anchors and of what follows them, from column `start` on."""
         gaps, held = self.padding is not None or self.holes, self.window is None
-        reach = self.anchors if held else until.shape[1]
-        if not held and not self.pattern.floating:
-            reach = min(reach, self.anchors + max(0, self._ordinary - start))
-        far = self.anchors if held else self.pattern.sink + self.pattern.floating
-        return Sight(until, first, self.anchors, start, self.window, gaps, far, reach)
+        reach = self.prefix_slots if held else until.shape[1]
+        if not held and not self.pattern.top_k:
+            reach = min(reach, self.prefix_slots + max(0, self._ordinary - start))
+        far = self.prefix_slots if held else self.pattern.sink + self.pattern.top_k
+        return KeyVisibility(until, first, self.prefix_slots, start, self.window, gaps, far, reach)
 
     def _turned(self, query: Tensor, first: int) -> Tensor | None:
         """The queries of columns from `first` on as they look at the first tokens if positions are counted in the cache."""
@@ -161,7 +165,7 @@ class HeadGroup(Slots):
             return None
         positions = self._positions(torch.arange(first, first + query.shape[2], device=query.device))
         most = self.pattern.sink + (self.pattern.window or 0) - 1
-        return turned_back(query, (positions - most).clamp(min=0), self.inverse)
+        return rotate_back(query, (positions - most).clamp(min=0), self.inverse)
 
     def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """The column from which on each key is seen no more: int64 [batch, heads, anchors, ring and new tokens].
@@ -169,25 +173,25 @@ class HeadGroup(Slots):
         keys, values: the anchors, then those of the columns from `first` to `end`. Returns as well the scores of those that leave
         the window on the way, [batch, heads, columns from `first` on], if there are any to keep.
         """
-        window, sink, anchors = self.window or 0, self.pattern.sink, self.anchors
+        window, sink, prefix_slots = self.window or 0, self.pattern.sink, self.prefix_slots
         columns = torch.arange(first, end, device=keys.device)
         positions = self._positions(columns).expand(*keys.shape[:2], end - first)
         until = torch.where(positions < sink, end, columns + window).where(positions >= 0, 0)
         seen = self._seen(first, end) if self.holes else None
         until = until if seen is None else until.where(seen, 0)
-        held = torch.where(self.visible[:, :, :anchors], end, 0)
+        held = torch.where(self.visible[:, :, :prefix_slots], end, 0)
         leaving, scores = max(0, end - window - first), None  # columns that leave by the last query
-        if self.pattern.floating and leaving:
-            new = slice(anchors, anchors + leaving)
+        if self.pattern.top_k and leaving:
+            new = slice(prefix_slots, prefix_slots + leaving)
             scores = self._eligible(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
             scores = scores if seen is None else scores.masked_fill(~seen[:, :, :leaving], NONE)
-            ends = lifetimes(self.scores, scores, self.pattern.floating) + (first + window - 1)
+            ends = lifetimes(self.scores, scores, self.pattern.top_k) + (first + window - 1)
             slots = self.scores.shape[2]
-            held[:, :, sink:] = torch.where(self.visible[:, :, sink:anchors], ends[..., :slots], 0)
+            held[:, :, sink:] = torch.where(self.visible[:, :, sink:prefix_slots], ends[..., :slots], 0)
             until[:, :, :leaving] = torch.where(scores > NONE, ends[..., slots:], until[:, :, :leaving])
         return torch.cat([held, until], -1), scores
 
-    def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Attend without letting the tokens in: `crop` decides which of them stay."""
         if self.recent is not None:
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)

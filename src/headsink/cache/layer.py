@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from headsink.attention.backends import attend_table, can_run
-from headsink.attention.cuda.table import OnCard
+from headsink.attention.cuda.table import DeviceTable
 from headsink.attention.interface import PlanLength, Update, cast
-from headsink.attention.params import Padding, Softmax
+from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup
 from headsink.errors import HeadsinkError
@@ -39,7 +39,7 @@ class PlanLayer(CacheLayerMixin):
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # of the groups' buffers, while they stay where they are
-        self.on_card: OnCard | None = (
+        self.on_card: DeviceTable | None = (
             None  # while a step on a GPU runs, which lets tokens in by itself (gpu/decoder.py)
         )
         self.recording = self.held = False
@@ -94,7 +94,7 @@ class PlanLayer(CacheLayerMixin):
                 )
 
     def attend(
-        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor:
         """Attention of every head over what its pattern keeps: [batch, tokens, query heads, dim]."""
         self.attended += 1
@@ -113,8 +113,8 @@ class PlanLayer(CacheLayerMixin):
             # Kernels have no gradients and are chosen by the query; an adapter on keys or values alone leaves it without.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
-            turned = None if self.inverse is None else self.on_card.turned(query, self.inverse)
-            return self.on_card.attend(query, key, value, softmax, turned).transpose(1, 2)
+            rotated = None if self.inverse is None else self.on_card.rotated(query, self.inverse)
+            return self.on_card.attend(query, key, value, softmax, rotated).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
         if self._steps(query, softmax):
@@ -138,7 +138,7 @@ class PlanLayer(CacheLayerMixin):
             output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
-    def _steps(self, query: Tensor, softmax: Softmax) -> bool:
+    def _steps(self, query: Tensor, softmax: AttentionParams) -> bool:
         """Whether one token goes through the kernels, in one call for all heads."""
         groups, padding = self.groups, self.groups[0].padding
         return (
@@ -161,19 +161,21 @@ class PlanLayer(CacheLayerMixin):
             or not device.can_run(query)
         ):
             return []
-        return [group for group in self.groups if group.inverse is None and group.young and group.outgrown(tokens)]
+        return [
+            group for group in self.groups if group.inverse is None and group.below_capacity and group.outgrown(tokens)
+        ]
 
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        from headsink.cache.kv_table import Layout
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
+        from headsink.cache.kv_table import KVTable
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:
-            self.layout = Layout(self.groups, 1)
+            self.layout = KVTable(self.groups, 1)
             if query.device.type in device.DEVICES:
-                self.layout.table = OnCard.of(self.layout.table, length, query.device)
+                self.layout.table = DeviceTable.of(self.layout.table, length, query.device)
         for group in self.groups:
             group.length += 1
-        if isinstance(self.layout.table, OnCard):
+        if isinstance(self.layout.table, DeviceTable):
             self.layout.table.length.fill_(length)
             return self.layout.table.attend(query, key, value, softmax)
         table = self.layout.at(length)
@@ -263,7 +265,9 @@ class PlanLayer(CacheLayerMixin):
         """
         self._make_groups(key, padding)
         for group in self.groups:
-            group.enter(key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads])
+            group.append_keys(
+                key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads]
+            )
         self.seen, self.is_initialized = key.shape[2], True
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -272,14 +276,14 @@ class PlanLayer(CacheLayerMixin):
             self._make_groups(key, None)
         self.layout = None
         for group in self.groups:
-            group.enter(key[:, group.heads], value[:, group.heads])
+            group.append_keys(key[:, group.heads], value[:, group.heads])
         self.seen, self.is_initialized = self.seen + key.shape[2], True
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
         self.held, self.layout = True, None
         for group in self.groups:
-            group.hold()
+            group.freeze()
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise if `crop` cannot do this. Nothing is changed."""

@@ -2,13 +2,13 @@
 
 One buffer of keys and one of values, [batch, heads, slots, dim], and nothing else of that size:
 
-    | sink tokens | floating keys |  the last `window` tokens, as a ring: column c in slot c % window  |
+    | sink tokens | top-k keys |  the last `window` tokens, as a ring: column c in slot c % window  |
 
 A token enters the ring. When it is overwritten it has left the window: it moves to a slot on the left if it is one of
-the row's first tokens, or in place of the floating key with the lowest score if its own is higher (scores.py); otherwise
-it is gone. A full head is a ring that never wraps, and after `hold` so is every other, behind all that was held then. So is every
-head, too, while its text is no longer than what it keeps (`young`): nothing is scored before something must go. Slots
-are in no order; softmax does not mind, because rotary positions are already in the keys.
+the row's first tokens, or in place of the top-k key with the lowest score if its own is higher (scores.py); otherwise
+it is gone. A full head is a ring that never wraps, and after `freeze` so is every other, behind all that was held then. So
+is every head, too, while its text is no longer than what it keeps (`below_capacity`): nothing is scored before something
+must go. Slots are in no order; softmax does not mind, because rotary positions are already in the keys.
 """
 
 from __future__ import annotations
@@ -68,19 +68,21 @@ class Slots:
     ):
         self.pattern, self.heads, self.exact = pattern, heads, exact
         self.inverse = inverse if pattern.sink else None
-        self.young = not pattern.full and self.inverse is None
-        self.window = None if self.young else pattern.window  # None: nothing is let go
-        self.anchors = 0 if self.young else pattern.sink  # slots left of the ring, for floating keys when there are any
+        self.below_capacity = not pattern.full and self.inverse is None
+        self.window = None if self.below_capacity else pattern.window  # None: nothing is let go
+        self.prefix_slots = (
+            0 if self.below_capacity else pattern.sink
+        )  # slots left of the ring, for top-k keys when there are any
         self.start = 0  # column in the first slot of a ring that never wraps
         self.padding = padding
-        shape = (key.shape[0], len(heads), self.anchors, key.shape[3])
+        shape = (key.shape[0], len(heads), self.prefix_slots, key.shape[3])
         self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
         self.index = device.index(heads, key.device)
         weights = device.on_card(weights, key.device)
-        self.weights = weights[self.index] if pattern.floating else weights[:0]
+        self.weights = weights[self.index] if pattern.top_k else weights[:0]
         self.length = 0  # columns that have entered the ring
         self.recording = False
         self.holes = False  # whether there are columns that a row does not see (`hide`)
@@ -89,37 +91,42 @@ class Slots:
     # what is held
 
     @lasting
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """From now on nothing is let go: what is held stays visible, and every later token is kept."""
-        if not self.lets_go:
+        if not self.evicts:
             return
         self.crop(0)
-        self.anchors, self.start, self.window, self.young = self.anchors + self._held(), self.length, None, False
+        self.prefix_slots, self.start, self.window, self.below_capacity = (
+            self.prefix_slots + self._held(),
+            self.length,
+            None,
+            False,
+        )
         self.scores, self.weights = self.scores[..., :0].clone(), self.weights[:0].clone()  # nothing is chosen any more
 
     @property
-    def lets_go(self) -> bool:
+    def evicts(self) -> bool:
         """Whether keys are let go, now or later."""
-        return self.young or self.window is not None
+        return self.below_capacity or self.window is not None
 
     def outgrown(self, tokens: int) -> bool:
         """Whether with so many more tokens there are more than are kept."""
         return self.pattern.size(self.length + tokens) < self.length + tokens
 
     @lasting
-    def _settle(self) -> None:
+    def _start_evicting(self) -> None:
         """Give each token its place; from now on keys are let go."""
-        self.young, self.window, self.anchors = False, self.pattern.window, self.pattern.sink
+        self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, self.pattern.sink
         keys, values, seen = (t[:, :, : self.length] for t in (self.keys, self.values, self.visible))
         self.length = 0
-        shape = (*keys.shape[:2], self.anchors, keys.shape[3])
+        shape = (*keys.shape[:2], self.prefix_slots, keys.shape[3])
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=keys.device)
         if not self.holes:
-            self.enter(keys, values)
+            self.append_keys(keys, values)
             return
-        scores = key_scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.floating else None
-        self.enter(keys, values, scores)
+        scores = key_scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.top_k else None
+        self.append_keys(keys, values, scores)
         pads = (
             torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
             if self.padding is None
@@ -135,7 +142,7 @@ class Slots:
         return self.length - self.start if self.window is None else min(self.length, self.window)
 
     def _slots(self, columns: Tensor) -> Tensor:
-        return self.anchors + (columns - self.start if self.window is None else columns % max(self.window, 1))
+        return self.prefix_slots + (columns - self.start if self.window is None else columns % max(self.window, 1))
 
     def _in_order(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the ring, oldest first."""
@@ -160,7 +167,7 @@ class Slots:
         return self.pattern.sink + (0 if self.padding is None else self.padding.most)
 
     @lasting
-    def enter(self, key: Tensor, value: Tensor, scores: Tensor | None = None) -> None:
+    def append_keys(self, key: Tensor, value: Tensor, scores: Tensor | None = None) -> None:
         """Take tokens into the ring; those that they push out of the window move left or are dropped.
 
         scores: [batch, heads, columns], of those from the first in the ring on, in place of the keys' own.
@@ -172,14 +179,14 @@ class Slots:
             self._leave(key, value, end - window, scores)
         columns = torch.arange(max(self.length, end - window), end, device=key.device)
         if tokens == 1 and window:  # a slice is sooner written than an index
-            slot = self.anchors + (self.length - self.start) % window
+            slot = self.prefix_slots + (self.length - self.start) % window
             self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
             self.visible[:, :, slot] = True if self.padding is None else (self.length >= self.padding.tokens)[:, None]
         elif len(columns):
             new = slice(tokens - len(columns), tokens)
             slots: Tensor | slice
             if self.window is None:  # one after the other
-                slots = slice(self.anchors + self.length - self.start, self.anchors + end - self.start)
+                slots = slice(self.prefix_slots + self.length - self.start, self.prefix_slots + end - self.start)
             else:
                 slots = self._slots(columns)
             self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
@@ -191,7 +198,7 @@ class Slots:
     def take(self, key: Tensor, value: Tensor, scores: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Take a whole text, longer than what is kept of it, without padding, into an empty group. The host waits for nothing.
 
-        Where there are floating keys, scores: float [batch, heads, columns]; kept: their columns, int64 [batch, heads, floating].
+        Where there are top-k keys, scores: float [batch, heads, columns]; kept: their columns, int64 [batch, heads, top_k].
         """
         end, sink, window = key.shape[2], self.pattern.sink, self.pattern.window or 0
         columns = torch.arange(end, device=key.device).expand(*key.shape[:2], end)
@@ -204,16 +211,16 @@ class Slots:
         at = places[..., None].expand(*places.shape, key.shape[3])
         self.keys, self.values = key.gather(2, at), value.gather(2, at)
         self.visible = torch.ones_like(places, dtype=torch.bool)
-        self.young, self.window, self.anchors, self.length = False, window, places.shape[2] - window, end
+        self.below_capacity, self.window, self.prefix_slots, self.length = False, window, places.shape[2] - window, end
 
     def _leave(self, key: Tensor, value: Tensor, until: int, scores: Tensor | None) -> None:
         """Columns before `until` leave the window: keep the first tokens, and the best scored others, among them."""
         first, held = self.length - self._held(), self._held()
         sinks = bool(self.pattern.sink) and first < self._ordinary
-        if not self.pattern.floating and not sinks:
+        if not self.pattern.top_k and not sinks:
             return
         if until - first == 1 and held:  # no copy
-            slot = self.anchors + first % held  # the ring is full, or `first` is 0
+            slot = self.prefix_slots + first % held  # the ring is full, or `first` is 0
             keys, values = self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1]
         else:
             columns = torch.arange(first, until, device=key.device)
@@ -229,7 +236,7 @@ class Slots:
             self.keys[rows, heads, target] = keys[rows, heads, found]
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
-        if self.pattern.floating:
+        if self.pattern.top_k:
             scores = key_scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
             scores = scores if seen is None else scores.masked_fill(~seen, NONE)
             self._choose(keys, values, self._eligible(scores, first))
@@ -240,7 +247,7 @@ class Slots:
         return F.pad(self.visible[:, :, self._slots(held)], (0, until - first - len(held)), value=True)
 
     def _choose(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
-        """Of the floating keys and those that leave now, [batch, heads, keys, dim], keep those with the highest scores."""
+        """Of the top-k keys and those that leave now, [batch, heads, keys, dim], keep those with the highest scores."""
         if scores.shape[2] == 1:  # no sort
             least, slot = self.scores.min(-1)
             better = scores[..., 0] > least
@@ -266,43 +273,43 @@ class Slots:
     @lasting
     def make_room(self, tokens: int, early: bool = True) -> None:
         """Make room for tokens that are about to enter; not early: only for those before something must go, but at least one."""
-        if self.young and not early:
+        if self.below_capacity and not early:
             tokens = max(1, min(tokens, self.pattern.size(FOREVER) - self.length))
-        if self.young and self.outgrown(tokens):
-            self._settle()
+        if self.below_capacity and self.outgrown(tokens):
+            self._start_evicting()
         end = self.length + tokens - self.start
         self._grow(end if self.window is None else min(self.window, end))
-        if self.window is not None and self.pattern.floating and end > self.window:
-            self._grow_floating(end - self.window)
+        if self.window is not None and self.pattern.top_k and end > self.window:
+            self._grow_top_k(end - self.window)
 
     @property
     def room(self) -> int:
         """The first column that there is no room for, as many as may come if the buffers need not grow any more."""
-        ring, until = self.keys.shape[2] - self.anchors, FOREVER
+        ring, until = self.keys.shape[2] - self.prefix_slots, FOREVER
         if self.window is None:
-            return min(self.start + ring, self.pattern.size(FOREVER) if self.young else FOREVER)
+            return min(self.start + ring, self.pattern.size(FOREVER) if self.below_capacity else FOREVER)
         if ring < self.window:
             until = ring
-        if self.scores.shape[2] < self.pattern.floating:
+        if self.scores.shape[2] < self.pattern.top_k:
             until = min(until, self.window + self.scores.shape[2])
         return until
 
     def _grow(self, needed: int) -> None:
         """Make the ring at least `needed` slots long, in steps, up to as many as are ever kept in it."""
-        slots = self.keys.shape[2] - self.anchors
+        slots = self.keys.shape[2] - self.prefix_slots
         if needed <= slots:
             return
         slots = -(-needed // GROWTH) * GROWTH
-        if self.young or self.window is not None:
+        if self.below_capacity or self.window is not None:
             slots = min(slots, self.pattern.size(FOREVER) if self.window is None else self.window)
-        self._insert(self.keys.shape[2], self.anchors + slots - self.keys.shape[2])
+        self._insert(self.keys.shape[2], self.prefix_slots + slots - self.keys.shape[2])
 
-    def _grow_floating(self, gone: int) -> None:
-        """Make room for the floating keys among the first `gone` columns, in steps, so that a short text holds no empty slots."""
-        more = min(-(-gone // GROWTH) * GROWTH, self.pattern.floating) - self.scores.shape[2]
+    def _grow_top_k(self, gone: int) -> None:
+        """Make room for the top-k keys among the first `gone` columns, in steps, so that a short text holds no empty slots."""
+        more = min(-(-gone // GROWTH) * GROWTH, self.pattern.top_k) - self.scores.shape[2]
         if more > 0:
-            self._insert(self.anchors, more)
-            self.anchors += more
+            self._insert(self.prefix_slots, more)
+            self.prefix_slots += more
             self.scores = F.pad(self.scores, (0, more), value=NONE)
 
     def _insert(self, place: int, slots: int) -> None:
@@ -339,7 +346,7 @@ class Slots:
             left = key.shape[2] - tokens
             if left >= 0:
                 self.recent = None
-                self.enter(key[:, :, :left], value[:, :, :left])
+                self.append_keys(key[:, :, :left], value[:, :, :left])
                 return
             self.recent, tokens = None, -left
         self.length -= tokens
@@ -368,7 +375,7 @@ class Slots:
         """Raise if columns that are to be hidden may be among the top-k keys, where nothing tells which they are."""
         gone = hidden[:, : max(0, hidden.shape[1] - self._held())]
         positions = self._positions(torch.arange(gone.shape[1], device=gone.device).view(1, 1, -1))[:, 0]
-        if self.window is not None and self.pattern.floating and (gone & (positions >= self.pattern.sink)).any():
+        if self.window is not None and self.pattern.top_k and (gone & (positions >= self.pattern.sink)).any():
             raise HeadsinkError(
                 f"attention_mask hides tokens that have left a window of {self.window}, and may be among the top-k "
                 "keys: start such a row with a new cache"
@@ -376,7 +383,7 @@ class Slots:
 
     def last(self, columns: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last columns, of a group that lets nothing go: [batch, heads, columns, dim]."""
-        end = self.anchors + self.length - self.start
+        end = self.prefix_slots + self.length - self.start
         return self.keys[:, :, end - columns : end], self.values[:, :, end - columns : end]
 
     @lasting

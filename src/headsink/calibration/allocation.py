@@ -23,14 +23,14 @@ GAIN = 0.02  # of the loss, that a sweep over the heads must gain for another to
 SWEEPS = 4  # at most
 
 
-def needed(need: Tensor, share: float) -> Tensor:
+def allocate(need: Tensor, share: float) -> Tensor:
     """How many keys each head needs if all may have `share` of them, and heads compete: shares of its own, float64 [layers, KV
     heads]. need: [layers, KV heads, samples], as `Demand.attention`, of layers that do not slide."""
     rest = int((1 - share) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
     return (need > need.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
-def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
+def transfer(shares: Tensor, head: int, factor: float) -> Tensor | None:
     """`factor` times as many keys for a head, at most all; what it gains the others lose in proportion, and the other way round.
 
     shares: float64 [heads], of the context. None where that is not possible.
@@ -50,24 +50,26 @@ def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Deal:
+class Allocation:
     """What each head keeps. shares: float64 [heads], of the context, beyond the smallest pattern. recent: float64 [heads], how
-    much of that, from 0 to 1, are its last keys; the rest are floating keys."""
+    much of that, from 0 to 1, are its last keys; the rest are top-k keys."""
 
     shares: Tensor
     recent: Tensor
 
-    def trials(self, head: int) -> tuple[list[Deal], list[Deal]]:
+    def trials(self, head: int) -> tuple[list[Allocation], list[Allocation]]:
         """With other keys for one head, and with more or fewer of them."""
         recent = [self.recent.clone().index_fill(0, torch.tensor(head), part) for part in RECENT]
-        shares = [found for factor in FACTORS if (found := moved(self.shares, head, factor)) is not None]
+        shares = [found for factor in FACTORS if (found := transfer(self.shares, head, factor)) is not None]
         return (
-            [Deal(self.shares, one) for one in recent if one[head] != self.recent[head]],
-            [Deal(one, self.recent) for one in shares],
+            [Allocation(self.shares, one) for one in recent if one[head] != self.recent[head]],
+            [Allocation(one, self.recent) for one in shares],
         )
 
 
-def tuned(deal: Deal, loss: Callable[[Deal], float], report: Callable[[Deal, float], None]) -> Deal:
+def coordinate_descent(
+    deal: Allocation, loss: Callable[[Allocation], float], report: Callable[[Allocation, float], None]
+) -> Allocation:
     """A deal with a lower loss, of the same sum. `report` is called after each head with the deal reached and its loss."""
     best = loss(deal)
     for _ in range(SWEEPS):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.calibration.allocation import FEW, SWEEPS, Deal, needed, tuned
+from headsink.calibration.allocation import FEW, SWEEPS, Allocation, allocate, coordinate_descent
 from headsink.calibration.method import SINK, Method
 from headsink.calibration.replay import Replay
 from headsink.calibration.score_fit import Demand, demand, fit
@@ -152,7 +152,7 @@ class Calibration:
         told = []
         with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
-                self.replays.append(Replay(model, document, self.method.once))
+                self.replays.append(Replay(model, document, self.method.prefill_compression))
                 shown.advance(shown.task_ids[0])
                 told.append(demand(self.replays[-1], self.prompt))
                 shown.advance(shown.task_ids[0])
@@ -172,14 +172,17 @@ class Calibration:
             "method": asdict(self.method),
         }
         search = key | _identity(self.model)
-        if self.method.retell:
+        if self.method.reconstruct:
             patterns, replayed = self._dealt(budget, search), None
         else:
             last = self._search(budget, search)
             patterns, replayed = last.plan(), round(last.loss, 5)
-        ways: dict[str, Any] = {"once": self.method.once, "positions": self.method.positions}
-        if self.method.retell:
-            ways |= {"retell": self.prompt, "fit_values": self.method.fit_values}
+        ways: dict[str, Any] = {
+            "prefill_compression": self.method.prefill_compression,
+            "positions": self.method.positions,
+        }
+        if self.method.reconstruct:
+            ways |= {"reconstruction_prompt": self.prompt, "refit_values": self.method.refit_values}
         plan = Plan.of(self.model, patterns, self.weights, **ways)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
@@ -240,20 +243,20 @@ class Calibration:
         return total
 
     def _dealt(self, budget: float, key: dict[str, Any]) -> list[list[Pattern] | None]:
-        """Floating keys by need; where heads are few, floating and last keys by the loss (dealing.py). For contexts that are told
+        """Top-k keys by need; where heads are few, top_k and last keys by the loss (dealing.py). For contexts that are told
         again."""
         check_room(budget, self.shortest, self.least)
         layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
         share = budget - self.least if budget < 1 else 1.0
-        shares = needed(self.need[layers], share).flatten()
+        shares = allocate(self.need[layers], share).flatten()
         if budget == 1 or not self.method.need:
             shares = torch.full_like(shares, share)
-        deal = Deal(shares, torch.zeros_like(shares))
+        deal = Allocation(shares, torch.zeros_like(shares))
         if budget < 1 and self.method.refine and len(shares) <= FEW:
             deal = self._tuned(deal, key)
         return self._patterns(deal)
 
-    def _patterns(self, deal: Deal) -> list[list[Pattern] | None]:
+    def _patterns(self, deal: Allocation) -> list[list[Pattern] | None]:
         window, shape = self.method.windows[0], self.replays[0].shape
         rest = iter(zip(deal.shares.tolist(), deal.recent.tolist(), strict=True))
 
@@ -265,7 +268,7 @@ class Calibration:
 
         return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
 
-    def _tuned(self, deal: Deal, key: dict[str, Any]) -> Deal:
+    def _tuned(self, deal: Allocation, key: dict[str, Any]) -> Allocation:
         """Move the numbers of heads one by one while the loss of the replays falls, keeping what is reached in the checkpoint."""
         done = self._done(key)
         if done:
@@ -279,34 +282,34 @@ class Calibration:
         def measured(patterns: tuple[tuple[Pattern, ...] | None, ...]) -> float:
             return mean_loss(self.replays, patterns, self.method.retrieval_weight)
 
-        def loss(trial: Deal) -> float:
+        def loss(trial: Allocation) -> float:
             return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
 
-        def step(reached: Deal, lowest: float, phase: Phase) -> None:
+        def step(reached: Allocation, lowest: float, phase: Phase) -> None:
             kept = float(reached.shares.mean()) + self.least
             done.append(Step.of(self._patterns(reached), kept, lowest, phase))
             self._save(key, done)
 
         with bar("tuning", SWEEPS * len(deal.shares), self.progress) as shown:
 
-            def report(reached: Deal, lowest: float) -> None:
+            def report(reached: Allocation, lowest: float) -> None:
                 step(reached, lowest, "refined")
                 shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
 
-            deal = tuned(deal, loss, report)
+            deal = coordinate_descent(deal, loss, report)
         step(deal, done[-1].loss, "done")
         for replay in self.replays:  # as another method or budget expects them
             replay.set_scores(self.weights)
         return deal
 
-    def _deal(self, step: Step) -> Deal:
+    def _deal(self, step: Step) -> Allocation:
         """As it was when the step was kept."""
         patterns = [p for row in step.plan() if row is not None for p in row]
         last = [0 if p.window is None else p.window - self.method.windows[0] for p in patterns]
-        held = [self.shortest if p.full else p.floating + more for p, more in zip(patterns, last, strict=True)]
+        held = [self.shortest if p.full else p.top_k + more for p, more in zip(patterns, last, strict=True)]
         shares = torch.tensor(held, dtype=torch.float64) / self.shortest
         recent = [more / max(keys, 1) for more, keys in zip(last, held, strict=True)]
-        return Deal(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
+        return Allocation(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
 
     @cached_property
     def _told(self) -> list[Demand]:

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from headsink.attention.backends import attend_rows
 from headsink.attention.output_norms import OutputNorms
-from headsink.attention.params import Inputs, Softmax
+from headsink.attention.params import AttentionParams, Inputs
 from headsink.calibration.score_fit import Demand
-from headsink.compression.continuations import Branches, Context, read
+from headsink.compression.continuations import Context, Continuations, read
 from headsink.data.documents import Document
 from headsink.eviction.lifetimes import best
 from headsink.eviction.pattern import FULL, Pattern
@@ -51,17 +51,18 @@ class Replay(Context):
     """A document that the model has read, and its branches: the continuation first, then the questions.
 
     forms: names of the branches ("text" for the continuation). full: float32 [scored tokens, vocabulary], the log-probabilities
-    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. once: whether
-    branches keep all of their own tokens and all that was held at the end of the document (`headsink.compress`).
+    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each.
+    prefill_compression: whether branches keep all of their own tokens and all that was held at the end of the document
+    (`headsink.compress`).
     """
 
-    def __init__(self, model: PreTrainedModel, document: Document, once: bool = False):
+    def __init__(self, model: PreTrainedModel, document: Document, prefill_compression: bool = False):
         super().__init__(model, document.ids, *read(model, document.ids))
-        self.document, self.once = document, once
+        self.document, self.prefill_compression = document, prefill_compression
         self._scores = [keys.new_zeros(keys.shape[:2]) for keys in self._keys]  # until there are some
         device = model.device
         self.forms = [form for form, _, _ in document.branches]
-        self._branches = Branches([tokens for _, tokens, _ in document.branches], self.length, device)
+        self._branches = Continuations([tokens for _, tokens, _ in document.branches], self.length, device)
         scored: list[int] = []
         own: list[int] = []
         for number, (rows, (_, _, count)) in enumerate(zip(self._branches.rows, document.branches, strict=True)):
@@ -156,7 +157,7 @@ class Replay(Context):
     def _part(self, inputs: Inputs, heads: list[int], pattern: Pattern) -> Tensor:
         """Output of the query heads of some KV heads under a pattern: [KV heads, group, tokens, dim]."""
         layer, group = inputs.layer, self.shape.group
-        softmax = Softmax(inputs.scaling, inputs.softcap, inputs.learned).of(heads, self.shape.kv_heads)
+        softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of(heads, self.shape.kv_heads)
         query = inputs.query[0].unflatten(0, (-1, group))[heads]
         own = inputs.key[0, heads], inputs.value[0, heads]
         held = None if pattern.full else self._kept(layer, heads, pattern)
@@ -185,15 +186,15 @@ class Replay(Context):
         That query is in the window itself, unless the cache is held: then the window stays as the document left it.
         """
         size, window = self._keys[layer].shape[1], pattern.window or 0
-        if not (self.once and self.shape.windows[layer] is None):
+        if not (self.prefill_compression and self.shape.windows[layer] is None):
             window = max(window - 1, 0)
         return range(max(size - window, min(pattern.sink, size)), size)
 
     def _kept(self, layer: int, heads: list[int], pattern: Pattern) -> Tensor:
-        """Places of the keys that the first query after the document sees: first tokens, floating keys, the window.
+        """Places of the keys that the first query after the document sees: first tokens, top-k keys, the window.
         int64 [heads, keys]."""
         sink = min(pattern.sink, self._keys[layer].shape[1])
-        return places(self._scores[layer][heads], sink, pattern.floating, self._near(layer, pattern))
+        return places(self._scores[layer][heads], sink, pattern.top_k, self._near(layer, pattern))
 
     def _mask(
         self, layer: int, heads: list[int], pattern: Pattern, held: Tensor | None, key: Tensor, value: Tensor
@@ -205,21 +206,21 @@ class Replay(Context):
         tokens, size = key.shape[1], self._keys[layer].shape[1]
         places = torch.arange(tokens, device=key.device)
         apart = places[:, None] - places
-        if held is None or (self.once and self.shape.windows[layer] is None):
+        if held is None or (self.prefill_compression and self.shape.windows[layer] is None):
             return F.pad(apart >= 0, (size if held is None else held.shape[1], 0), value=True)[None]
         near, window = self._near(layer, pattern), pattern.window or 0
         until = held.shape[1] - len(near)
         # Query n is n + size - place away from a key of the document.
         window_of_context = places[:, None] + size - torch.arange(near.start, near.stop, device=key.device) < window
         mask = F.pad(torch.cat([window_of_context, (apart >= 0) & (apart < window)], 1), (until, 0), value=True)
-        if not pattern.floating:
+        if not pattern.top_k:
             return mask[None]
         scores, sinks = self._scores[layer][heads], min(pattern.sink, size)
         new = key_scores(key.detach(), value.detach(), self._weights[layer, heads])
         # Query n has let go of the keys up to `window` before it.
         gone = (places + size - window - near.start + 1).clamp(min=0)
         leaving = torch.cat([scores[:, near.start : near.stop], new], 1)[:, : int(gone[-1])]
-        seen = best(scores.gather(1, held[:, sinks:until]), leaving, gone, pattern.floating)
+        seen = best(scores.gather(1, held[:, sinks:until]), leaving, gone, pattern.top_k)
         mask = mask.repeat(len(heads), 1, 1)
         mask[:, :, sinks : sinks + seen.shape[2]] = seen | _beyond(
             mask[:, :, sinks : sinks + seen.shape[2]], until - sinks

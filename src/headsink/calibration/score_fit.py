@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headsink.attention.params import Inputs
 from headsink.compression.continuations import Context
-from headsink.compression.reconstruction import LEAD, SPAN, Telling
+from headsink.compression.reconstruction import LEAD, SPAN, Reconstruction
 from headsink.errors import HeadsinkError
 from headsink.eviction.scoring import key_features, n_features
 
@@ -39,7 +39,7 @@ def demand(context: Context, prompt: Sequence[int], whole: bool = False) -> Dema
     """Tell spans of a document again, or the whole of it."""
     starts, shape = range(0, context.length, SPAN) if whole else _starts(context.length), context.shape
     spans = [range(start, min(start + SPAN, context.length)) for start in starts]
-    telling = Telling(context, prompt, spans)
+    telling = Reconstruction(context, prompt, spans)
     found = torch.zeros(shape.layers, shape.kv_heads, sum(map(len, spans)))
 
     def attend(inputs: Inputs) -> Tensor:

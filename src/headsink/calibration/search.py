@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headsink.calibration.allocation import needed
+from headsink.calibration.allocation import allocate
 from headsink.calibration.method import SINK, Method
 from headsink.calibration.replay import Marginals, Patterns, Replay
 from headsink.errors import HeadsinkError
@@ -42,11 +42,11 @@ class Step:
     phase: Phase
     kept: float
     loss: float
-    patterns: tuple[tuple[tuple[int, int, int | None], ...] | None, ...]  # sink, floating, window
+    patterns: tuple[tuple[tuple[int, int, int | None], ...] | None, ...]  # sink, top_k, window
 
     @classmethod
     def of(cls, patterns: Patterns, kept: float, loss: float, phase: Phase) -> Step:
-        rows = tuple(None if row is None else tuple((p.sink, p.floating, p.window) for p in row) for row in patterns)
+        rows = tuple(None if row is None else tuple((p.sink, p.top_k, p.window) for p in row) for row in patterns)
         return cls(phase, kept, loss, rows)
 
     def plan(self) -> list[list[Pattern] | None]:
@@ -64,7 +64,7 @@ class Search:
     ):
         self.replays, self.context, self.method, self.seed, self.need = replays, context, method, seed, need
         for replay in replays:
-            replay.once = method.once
+            replay.prefill_compression = method.prefill_compression
         shape = replays[0].shape
         self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
         self.ranks = list(dict.fromkeys(tuple(heads) for heads in rank_heads(shape.kv_heads, method.ranks)))
@@ -201,7 +201,7 @@ class Search:
         check_room(budget, self.context, least)
         if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
             return torch.full((len(self.heads),), smallest)
-        share = needed(self.need[self.layers], START * budget - least)
+        share = allocate(self.need[self.layers], START * budget - least)
         wanted = (self._rows(share) + least)[:, None] * self.context
         # Squares, so that no head goes without for the sake of another that has most of what it needs.
         missing = (wanted - self.sizes).clamp(min=0).square() / wanted
@@ -213,7 +213,7 @@ class Search:
             window = int(budget * self.context) - SINK
             if window < 1:
                 raise HeadsinkError(f"budget: {budget} of {self.context} tokens leaves no window")
-            full = window + SINK >= self.context and self.method.positions == "text"
+            full = window + SINK >= self.context and self.method.positions == "absolute"
             self.options = (FULL if full else Pattern(SINK, 0, window),)
             self.sizes = torch.tensor([self.options[0].size(self.context)], dtype=torch.float64)
             return torch.zeros(len(self.heads), dtype=torch.long)

@@ -18,7 +18,7 @@ from headsink.data.domains import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
 from headsink.utils.files import check_text
 
-SCHEMA = 2
+SCHEMA = 3
 TOP_KEYS = 8
 SEEDS = (-(2**63), 2**64)  # of torch
 
@@ -68,13 +68,13 @@ class _Text(_Part):
 
 class _Limits(_Part):
     first: Annotated[int, Field(ge=0)]
-    floating: Annotated[int, Field(ge=0)]
+    secondary: Annotated[int, Field(ge=0)]
     tau: Annotated[float, Field(allow_inf_nan=False)]
     window: Annotated[int, Field(ge=0)]
 
 
 class _Settings(_Part):
-    schema_: Annotated[Literal[2], Field(alias="schema")]
+    schema_: Annotated[Literal[3], Field(alias="schema")]
     headsink: str
     model: _Model
     dtype: str
@@ -163,7 +163,7 @@ def _expected(settings: Mapping[str, Any], text: int) -> dict[str, tuple[torch.d
             "errors": (torch.float32, (heads, len(KEPT), len(windows(n)))),
             "group_errors": (torch.float32, (kv_heads, len(KEPT), len(windows(n)))),
             "tokens": (torch.float64, (kv_heads, len(TOKENS))),
-            "floating": (torch.int32, (kv_heads, None)),
+            "secondary": (torch.int32, (kv_heads, None)),
             "short_keys": (torch.float32, (kv_heads, len(TAUS))),
             "short_attention": (torch.float32, (kv_heads, len(TAUS))),
             "top": (torch.int32, (heads, TOP_KEYS)),

@@ -2,9 +2,9 @@
 
 The statistics are means over queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4): the first query sees one
 key and must give it everything. Where more than `queries` of them count, about that many are read, evenly spaced, and a quarter
-as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), or
-inside kernels of a GPU (gpu/census.py), so memory is O(n) per head. Beside each score stands `uniform`: what flat attention
-over the visible keys would give.
+as many for the errors of windows; each stands for those since the one before. AttentionParams rows are made in blocks
+(blockwise.py), or inside kernels of a GPU (gpu/census.py), so memory is O(n) per head. Beside each score stands `uniform`:
+what flat attention over the visible keys would give.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ TINY = torch.finfo(torch.float32).tiny
 class Thresholds:
     """What counts as a sink token and as near: kept with every result.
 
-    first: first tokens that are sink tokens. floating: floating sinks at most, those with a value norm below `tau` of the
+    first: first tokens that are sink tokens. secondary: secondary sinks at most, those with a value norm below `tau` of the
     head's median (docs/census.md says why that tau); more than there are, or a long text would run out of them. window: the
     last keys that are local, the query's own among them.
     """
 
     first: int = 4
-    floating: int = 1024
+    secondary: int = 1024
     tau: float = TAU
     window: int = 128
 
     def at(self, length: int) -> Thresholds:
         """The same for a short text: a sixteenth of it at most is first, an eighth near."""
         near = 2 ** (max(1, length // 8).bit_length() - 1)
-        return Thresholds(min(self.first, max(1, length // 16)), self.floating, self.tau, min(self.window, near))
+        return Thresholds(min(self.first, max(1, length // 16)), self.secondary, self.tau, min(self.window, near))
 
 
 @dataclass
@@ -57,7 +57,7 @@ class HeadStatistics:
     heads, n], the mean attention to each key. profile: float64 [query heads, distances(n)], the attention that stays within 1,
     2, 4, ... keys. errors[kept], group_errors[kept]: float64 [query heads or KV heads, windows(n)], mean squared output
     error of a head, or of a KV head's whole group, relative to the layer's output, when only the last keys and the `first`
-    tokens, or also the `floating` sinks, are kept. tokens[name]: float64 [KV heads], see TOKENS. floating: bool [KV heads, n].
+    tokens, or also the `secondary` sinks, are kept. tokens[name]: float64 [KV heads], see TOKENS. secondary: bool [KV heads, n].
     short_keys, short_attention: float64 [KV heads, taus], the keys with a value norm below each of TAUS and the attention
     to them, first tokens left out.
     """
@@ -69,13 +69,13 @@ class HeadStatistics:
     errors: dict[str, Tensor]
     group_errors: dict[str, Tensor]
     tokens: dict[str, Tensor]
-    floating: Tensor
+    secondary: Tensor
     short_keys: Tensor
     short_attention: Tensor
 
     def joined(self, query_heads: int, kv_heads: int) -> HeadStatistics:
         """The same of all heads of the layer, where processes have a share each."""
-        by_kv_head = {"group_errors", "tokens", "floating", "short_keys", "short_attention"}
+        by_kv_head = {"group_errors", "tokens", "secondary", "short_keys", "short_attention"}
 
         def join(name: str) -> Any:
             heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
@@ -88,7 +88,7 @@ class HeadStatistics:
 
 SCORES = {
     "first": "attention to the first token",
-    "sink": "attention to sink tokens: the first ones and the floating sinks",
+    "sink": "attention to sink tokens: the first ones and the secondary sinks",
     "local": "attention to the last keys, sink tokens not counted",
     "far": "attention to the rest",
     "far_peak": "attention to the one far key that gets most of it",
@@ -102,11 +102,11 @@ TOKENS = {
     "value_norm": "median value norm",
     "first_value": "value norm of the first token relative to the mean",
     "first_key": "key norm of the first token relative to the mean",
-    "floating_count": "floating sinks",
-    "floating_value": "value norm of the floating sinks relative to the mean",
-    "floating_key": "key norm of the floating sinks relative to the mean",
+    "secondary_count": "secondary sinks",
+    "secondary_value": "value norm of the secondary sinks relative to the mean",
+    "secondary_key": "key norm of the secondary sinks relative to the mean",
 }
-KEPT = ("first", "floating")
+KEPT = ("first", "secondary")
 
 
 def distances(length: int) -> list[int]:
@@ -157,9 +157,9 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     value_norm, key_norm = value.norm(dim=-1), key.norm(dim=-1)
     median = value_norm.median(-1).values
     short = value_norm < limits.tau * median[:, None]
-    floating = short & (positions >= limits.first)
-    floating &= floating.cumsum(-1) <= limits.floating  # all of them, or the first of very many
-    sinks = SinkKeys(floating | (positions < limits.first), limits.first)
+    secondary = short & (positions >= limits.first)
+    secondary &= secondary.cumsum(-1) <= limits.secondary  # all of them, or the first of very many
+    sinks = SinkKeys(secondary | (positions < limits.first), limits.first)
 
     fused = _fused(inputs.key)
     size = QUERIES if fused else rows_per_block(n_heads, length)
@@ -202,14 +202,14 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     scores = {name: means[name] for name in SCORES if name != "legacy"}
     of_column, of_matrix = early * start + late * (length - start)
     scores["legacy"] = of_column / of_matrix
-    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), floating.sum(-1)
+    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), secondary.sum(-1)
     tokens = {
         "value_norm": median,
         "first_value": value_norm[:, 0] / mean_value,
         "first_key": key_norm[:, 0] / mean_key,
-        "floating_count": count,
-        "floating_value": (value_norm * floating).sum(-1) / count / mean_value,
-        "floating_key": (key_norm * floating).sum(-1) / count / mean_key,
+        "secondary_count": count,
+        "secondary_value": (value_norm * secondary).sum(-1) / count / mean_value,
+        "secondary_key": (key_norm * secondary).sum(-1) / count / mean_key,
     }
     taus = torch.tensor(TAUS, device=device)[:, None]
     below = (value_norm[:, None] < taus * median[:, None, None]) & (positions >= limits.first)  # [KV heads, taus, keys]
@@ -222,7 +222,7 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         errors={kept: torch.stack([wrong[f"{kept}_{w}"] for w in windows(length)], -1) for kept in KEPT},
         group_errors={kept: torch.stack([wrong[f"{kept}_{w}_group"] for w in windows(length)], -1) for kept in KEPT},
         tokens={name: number.double().cpu() for name, number in tokens.items()},
-        floating=floating.cpu(),
+        secondary=secondary.cpu(),
         short_keys=below.sum(-1).double().cpu(),
         short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
@@ -286,11 +286,11 @@ def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
 
 def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict[str, Tensor]:
     """Masses and the like, for each query of a block: float32 [query heads, queries]. Uses the block's weights up."""
-    logits, weights, learned = part.logits, part.weights, part.learned
-    real = 1 - learned
+    logits, weights, sink_logits = part.logits, part.weights, part.sink_logits
+    real = 1 - sink_logits
     spread = torch.linalg.vecdot(weights, logits) / real
     entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
-    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(learned)
+    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(sink_logits)
     at_sinks = sinks.weights(part)  # from here on `weights` holds the others only
     ages = part.rows[:, None] - sinks.index[:, None, None]  # of sink tokens: [KV heads, 1, queries, most]
     near = _near(part, window)
@@ -298,7 +298,7 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
     others = others.cumsum(-1)  # [query heads, queries, window], sink tokens not counted
     within = {step: others[:, :, step - 1] for step in steps if step <= window}
     local = others[:, :, -1]
-    kept, peak = local, torch.zeros_like(learned)
+    kept, peak = local, torch.zeros_like(sink_logits)
     for step, _, tile in _bands(part, [window, *(step for step in steps if step > window)]):
         if tile.shape[2]:
             kept = kept + tile.sum(-1)
@@ -314,7 +314,7 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
         "local": local,
         "far": kept - local,
         "far_peak": peak,
-        "learned": learned,
+        "learned": sink_logits,
         "entropy": entropy,
         "effective": entropy.exp(),
     }
@@ -323,19 +323,21 @@ def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict
 def _kept(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
     """Outputs under every window, for each query of a block: float32 [query heads, queries, dim]. Uses the weights up."""
     heads, queries, _ = part.weights.shape
-    learned = part.learned
+    sink_logits = part.sink_logits
     at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block holds the others only
     ages = part.rows[:, None] - sinks.index[:, None, None]
     sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
     opening = at_sinks * sinks.opening[:, None, None]
     over = value.new_zeros(heads, queries, value.shape[2])  # of a window's keys, sink tokens left out
-    mass = torch.zeros_like(learned)
+    mass = torch.zeros_like(sink_logits)
     outputs = {}
 
     def record(window: int) -> None:
         close = opening + (at_sinks - opening) * (ages < window)
-        for kept, tokens in (("first", close), ("floating", at_sinks)):
-            seen = (mass + tokens.sum(-1).view_as(mass) + learned).clamp(min=TINY)  # what a learned logit takes stays
+        for kept, tokens in (("first", close), ("secondary", at_sinks)):
+            seen = (mass + tokens.sum(-1).view_as(mass) + sink_logits).clamp(
+                min=TINY
+            )  # what a learned logit takes stays
             outputs[f"{kept}_{window}"] = (over + (tokens @ sink_values).view_as(over)) / seen[..., None]
 
     record(0)
@@ -366,7 +368,7 @@ def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dic
 def _first_and_all(part: Block) -> Tensor:
     """Attention to the first token and to all keys: [2, query heads, queries]."""
     first = part.weights[:, :, 0]
-    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.learned])
+    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.sink_logits])
 
 
 def _uniform(sinks: Tensor, length: int, limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from headsink.errors import HeadsinkError
 QUERIES = 512  # of a text that a census reads: docs/census.md says what reading so few costs
 
 
-TAU = 0.4  # of the head's median value norm, below which a key can be a floating sink (docs/census.md)
+TAU = 0.4  # of the head's median value norm, below which a key can be a secondary sink (docs/census.md)
 
 
 LEAST_TOKENS = 2  # of a text of a census

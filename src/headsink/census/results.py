@@ -46,7 +46,7 @@ class Census:
     profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys back
     errors, group_errors : float32 [layers, query or KV heads, KEPT, windows], squared output error, relative to the layer's
     tokens : float64 [layers, KV heads, TOKENS]
-    floating : int32 [layers, KV heads, most], positions of the floating sinks, -1 where there are no more
+    secondary : int32 [layers, KV heads, most], positions of the secondary sinks, -1 where there are no more
     short_keys, short_attention : float32 [layers, KV heads, taus]
     top : int32 [layers, query heads, TOP_KEYS], positions of the keys that get most attention, -1 where there are no more
     attention : float16 [layers, query heads, tokens], mean attention to each key
@@ -134,11 +134,11 @@ class Census:
         *,
         epsilon: float = EPSILON,
         heads: str = "query",
-        kept: str = "floating",
+        kept: str = "secondary",
     ) -> Tensor:
         """The smallest window that keeps the output error within epsilon: float64 [layers, query or KV heads].
 
-        kept: "first" if only the first tokens stay beside the window, "floating" if the floating sinks do too.
+        kept: "first" if only the first tokens stay beside the window, "secondary" if the secondary sinks do too.
         """
         name = {"query": "errors", "kv": "group_errors"}[heads]
         errors = self.score(name, length, domain)[:, :, KEPT.index(kept)]
@@ -234,7 +234,8 @@ class Census:
             raise HeadsinkError(f"{damaged}: arrays.safetensors cannot be read") from error
         if isinstance(settings, dict) and settings.get("schema", SCHEMA) != SCHEMA:
             raise HeadsinkError(
-                f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
+                f"{folder}: a census of schema {settings['schema']}, and this headsink reads {SCHEMA}; make it again: "
+                f"headsink analyze MODEL --out {folder}"
             )
         if isinstance(settings, dict):
             settings.pop("files", None)  # of the folder, not of the census

@@ -265,7 +265,7 @@ def _read(
 
 
 def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
-    most = max(1, *(int(layer.floating.sum(-1).max()) for layer in layers))
+    most = max(1, *(int(layer.secondary.sum(-1).max()) for layer in layers))
     missing = torch.full_like(layers[0].scores["first"], torch.nan)
     top = [layer.attention.topk(min(TOP_KEYS, layer.attention.shape[1])).indices.int() for layer in layers]
     return {
@@ -275,7 +275,7 @@ def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
         "errors": [torch.stack([layer.errors[kept] for kept in KEPT], 1).float() for layer in layers],
         "group_errors": [torch.stack([layer.group_errors[kept] for kept in KEPT], 1).float() for layer in layers],
         "tokens": [torch.stack([layer.tokens[name] for name in TOKENS], -1) for layer in layers],
-        "floating": [_positions(layer.floating, most) for layer in layers],
+        "secondary": [_positions(layer.secondary, most) for layer in layers],
         "short_keys": [layer.short_keys.float() for layer in layers],
         "short_attention": [layer.short_attention.float() for layer in layers],
         "top": [torch.nn.functional.pad(keys, (0, TOP_KEYS - keys.shape[1]), value=-1) for keys in top],

@@ -50,10 +50,10 @@ def drawing_tokens(census: Census, length: int, domain: str | None = None, most:
     ]
 
 
-def floating_tokens(census: Census, length: int, domain: str | None = None, most: int = 20) -> list[dict[str, Any]]:
-    """The tokens that are floating sinks, by the attention that they draw there.
+def secondary_tokens(census: Census, length: int, domain: str | None = None, most: int = 20) -> list[dict[str, Any]]:
+    """The tokens that are secondary sinks, by the attention that they draw there.
 
-    occurrences: how often they stand in the texts. taken: the share of those that are a floating sink of some KV head. heads:
+    occurrences: how often they stand in the texts. taken: the share of those that are a secondary sink of some KV head. heads:
     KV heads that have one of them. texts: in how many. attention: share of the attention of all heads. value, key: norm
     relative to the mean of the head, averaged over the heads that have the token.
     """
@@ -64,16 +64,16 @@ def floating_tokens(census: Census, length: int, domain: str | None = None, most
     attention: dict[int, float] = defaultdict(float)
     norms: dict[int, list[tuple[float, float]]] = defaultdict(list)
     chosen = census.texts(length, domain)
-    value_column, key_column = (list(TOKENS).index(name) for name in ("floating_value", "floating_key"))
+    value_column, key_column = (list(TOKENS).index(name) for name in ("secondary_value", "secondary_key"))
     for text in chosen:
         ids = census.arrays[f"{text}.ids"][:length].tolist()
         occurrences.update(ids)
-        floating = census.arrays[f"{text}.{length}.floating"].long()
+        secondary = census.arrays[f"{text}.{length}.secondary"].long()
         mass = census.arrays[f"{text}.{length}.attention"].float()
-        by_group = mass.view(*floating.shape[:2], -1, mass.shape[2]).mean(2)
+        by_group = mass.view(*secondary.shape[:2], -1, mass.shape[2]).mean(2)
         tokens = census.arrays[f"{text}.{length}.tokens"]
-        for layer, head, rank in (floating >= 0).nonzero().tolist():
-            position = int(floating[layer, head, rank])
+        for layer, head, rank in (secondary >= 0).nonzero().tolist():
+            position = int(secondary[layer, head, rank])
             token = ids[position]
             taken[token].add((text, position))
             heads[token].add((layer, head))
@@ -98,9 +98,9 @@ def floating_tokens(census: Census, length: int, domain: str | None = None, most
 
 
 def stability(census: Census, length: int, domain: str | None = None) -> dict[str, Any]:
-    """Whether a KV head has the same floating sinks in every text, by what they say.
+    """Whether a KV head has the same secondary sinks in every text, by what they say.
 
-    heads_with: KV heads with floating sinks in every text. mean_count: floating sinks of those, per text. overlap: Jaccard
+    heads_with: KV heads with secondary sinks in every text. mean_count: secondary sinks of those, per text. overlap: Jaccard
     overlap of a head's sets of tokens in two texts, over all pairs of texts; chance: of the sets of two heads of different
     layers in two texts. None with one text, or where no head has any.
     """
@@ -108,9 +108,9 @@ def stability(census: Census, length: int, domain: str | None = None) -> dict[st
     sets: list[list[frozenset[int]]] = []  # [texts][KV heads of all layers]
     counts = []
     for text in chosen:
-        ids, floating = census.arrays[f"{text}.ids"], census.arrays[f"{text}.{length}.floating"].flatten(0, 1)
-        sets.append([frozenset(ids[row[row >= 0].long()].tolist()) for row in floating])
-        counts.append((floating >= 0).sum(-1))
+        ids, secondary = census.arrays[f"{text}.ids"], census.arrays[f"{text}.{length}.secondary"].flatten(0, 1)
+        sets.append([frozenset(ids[row[row >= 0].long()].tolist()) for row in secondary])
+        counts.append((secondary >= 0).sum(-1))
     count = torch.stack(counts).double()
     having = (count > 0).all(0).nonzero()[:, 0].tolist()
     pairs = list(combinations(range(len(chosen)), 2))
@@ -159,7 +159,7 @@ def _steps(cumulative: Tensor) -> Tensor:
 def suggested_tau(census: Census, length: int, domain: str | None = None) -> float | None:
     """The largest tau up to which every step adds keys that draw at least twice what flat attention would give them.
 
-    None where no short key draws that much: the model has no floating sinks there.
+    None where no short key draws that much: the model has no secondary sinks there.
     """
     found = None
     for step in tau_evidence(census, length, domain):

@@ -116,7 +116,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     """Largest difference between attention over the cache, prefill and decode, and the definition in float64."""
     import torch
 
-    from headsink.attention.params import Softmax
+    from headsink.attention.params import AttentionParams
     from headsink.attention.reference import reference_attention
     from headsink.cache.head_group import HeadGroup
     from headsink.eviction.pattern import Pattern
@@ -134,7 +134,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
         group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
-            found.append(group.attend(module, next(new), next(new), next(new), Softmax(scaling)))
+            found.append(group.attend(module, next(new), next(new), next(new), AttentionParams(scaling)))
         worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
     return {
         "device": str(device),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headsink.calibration.method import FLOATING, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
+from headsink.calibration.method import POLICIES, SEVERAL_WINDOWS, TOP_K, WINDOWS, Method
 from headsink.census.options import CENSUS, QUERIES, TAU, check_census, check_lengths, check_tau, run_parts
 from headsink.cli.bench import bench
 from headsink.cli.generate import chat, generate, read
@@ -108,7 +108,7 @@ def analyze(
         int, typer.Option(min=2, help="Queries read at each length, evenly spaced, where more would count.")
     ] = QUERIES,
     tau: Annotated[
-        float, typer.Option(help="Keys with a value norm below tau of the head's median can be floating sinks.")
+        float, typer.Option(help="Keys with a value norm below tau of the head's median can be secondary sinks.")
     ] = TAU,
     again: Annotated[
         Path | None,
@@ -271,20 +271,23 @@ def plan(
     domains: Annotated[
         str, typer.Option(help=f"Kinds of text to calibrate on, separated by commas: {', '.join(KINDS)}.")
     ] = ",".join(corpus.DOMAINS),
-    once: Annotated[
-        bool, typer.Option("--once", help="For contexts that are read in full and compressed once, before an answer.")
-    ] = False,
-    retell: Annotated[
+    prefill_compression: Annotated[
         bool,
         typer.Option(
-            "--retell",
-            help="As --once, and the model tells a context again before: the best quality, for a second reading.",
+            "--prefill-compression", help="For contexts that are read in full and compressed once, before an answer."
         ),
     ] = False,
-    no_floating: Annotated[
+    reconstruct: Annotated[
         bool,
         typer.Option(
-            "--no-floating",
+            "--reconstruct",
+            help="As --prefill-compression, and the model tells a context again before: the best quality, for a second reading.",
+        ),
+    ] = False,
+    no_top_k: Annotated[
+        bool,
+        typer.Option(
+            "--no-top-k",
             help="First tokens and windows of several sizes only, which vLLM can serve (headsink serve).",
         ),
     ] = False,
@@ -298,9 +301,9 @@ def plan(
     positions: Annotated[
         str,
         typer.Option(
-            help="text, or cache: of texts without end, far beyond the model's maximum; needs --policy streaming-llm."
+            help="absolute, or cache-relative: for streaming generation, far beyond the model's maximum; needs --policy streaming-llm."
         ),
-    ] = "text",
+    ] = "absolute",
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -322,18 +325,18 @@ def plan(
     if wanted is not None:
         check_context(*(wanted if isinstance(wanted, tuple) else (wanted, wanted)))
     kinds = check_domains(names(domains))
-    if positions not in ("text", "cache"):
-        raise HeadsinkError(f"positions: {positions!r} is neither text nor cache")
-    if no_floating and policy != "headsink":
-        raise HeadsinkError(f"no-floating: the policy {policy} has no floating keys anyway; leave one of the two out")
+    if positions not in ("absolute", "cache-relative"):
+        raise HeadsinkError(f"positions: {positions!r} is neither absolute nor cache-relative")
+    if no_top_k and policy != "headsink":
+        raise HeadsinkError(f"no-top_k: the policy {policy} has no top-k keys anyway; leave one of the two out")
     method = Method(
         policy=policy,  # type: ignore[arg-type]
-        once=once or retell,
-        retell=retell,
+        prefill_compression=prefill_compression or reconstruct,
+        reconstruct=reconstruct,
         positions=positions,  # type: ignore[arg-type]
         ranks=tensor_parallel,
-        windows=SEVERAL_WINDOWS if no_floating else WINDOWS,
-        floating=(0.0,) if no_floating else FLOATING,
+        windows=SEVERAL_WINDOWS if no_top_k else WINDOWS,
+        top_k=(0.0,) if no_top_k else TOP_K,
     )
     measured: list[int] | None = [] if quality_contexts == "none" else None
     if measured is None and quality_contexts is not None:

@@ -17,7 +17,7 @@ from headsink.census import Census, Comparison
 from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import KEPT, windows
 from headsink.census.roles import EPSILON, ROLES, figures
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 from headsink.errors import printable
 from headsink.evaluation.options import CONTINUATION
 from headsink.generation.generate import Generated
@@ -42,8 +42,8 @@ def census_json(census: Census) -> dict[str, Any]:
         "windows": {length: windows_json(census, length) for length in census.lengths},
         "window_law": None if law is None else {"scale": law[0].tolist(), "exponent": law[1].tolist()},
         "drawing_tokens": drawing_tokens(census, longest),
-        "floating_tokens": floating_tokens(census, longest),
-        "floating_stability": stability(census, longest),
+        "secondary_tokens": secondary_tokens(census, longest),
+        "secondary_stability": stability(census, longest),
         "tau": {"evidence": tau_evidence(census, longest), "suggested": suggested_tau(census, longest)},
         "first_question": {length: [t.to_dict() for t in census.first_question(length)] for length in census.lengths},
     }
@@ -55,7 +55,7 @@ def role_counts(census: Census, length: int) -> dict[str, int]:
 
 
 def windows_json(census: Census, length: int) -> dict[str, float]:
-    """Of the KV heads: how wide a window has to be for a small error, with and without floating sinks kept."""
+    """Of the KV heads: how wide a window has to be for a small error, with and without secondary sinks kept."""
     found: dict[str, float] = {}
     for kept in KEPT:
         of = figures(census.window_needed(length, heads="kv", kept=kept), NEAR, length)
@@ -78,7 +78,7 @@ def census(console: Console, census: Census) -> None:
     at = windows(longest).index(max(w for w in windows(longest) if w <= NEAR))
     errors = census.score("errors", longest)[..., at]
     title = f"Strongest sinks at {longest} tokens; errors of first tokens + last {windows(longest)[at]}"
-    table = new_table(title, "head", "sink tokens", "of it first", "error", "with floating sinks")
+    table = new_table(title, "head", "sink tokens", "of it first", "error", "with secondary sinks")
     for place in sink.mean.flatten().argsort(descending=True)[:8].tolist():
         layer, head = divmod(place, sink.mean.shape[1])
         half = sink.half[layer, head]
@@ -101,12 +101,12 @@ def census(console: Console, census: Census) -> None:
     overlap = "" if found["overlap"] is None else f", the same tokens in two texts by {found['overlap']:.0%}"
     console.print(
         f"Floating sinks in every text: {found['heads_with']} KV heads, {found['mean_count']:.0f} a text{overlap}; tau by the "
-        f"rule: {tau if tau is not None else 'none, there are no floating sinks'} (used: {census.settings['limits']['tau']}).",
+        f"rule: {tau if tau is not None else 'none, there are no secondary sinks'} (used: {census.settings['limits']['tau']}).",
         highlight=False,
     )
 
     table = new_table(
-        f"Window that a KV head needs for an error within {EPSILON:.0%}, floating sinks kept",
+        f"Window that a KV head needs for an error within {EPSILON:.0%}, secondary sinks kept",
         "tokens",
         "median",
         f"at most {NEAR}",
@@ -114,8 +114,8 @@ def census(console: Console, census: Census) -> None:
     )
     for length in census.lengths:
         needed = windows_json(census, length)
-        shares = (f"{needed[name]:.0%}" for name in (f"within_{NEAR}_floating", "all_floating"))
-        table.add_row(str(length), f"{needed['median_floating']:.0f}", *shares)
+        shares = (f"{needed[name]:.0%}" for name in (f"within_{NEAR}_secondary", "all_secondary"))
+        table.add_row(str(length), f"{needed['median_secondary']:.0f}", *shares)
     console.print(table)
     if (law := census.window_law()) is not None:
         low, middle, high = torch.quantile(
@@ -197,7 +197,7 @@ def plan(console: Console, made: Plan) -> None:
     if len(counts) > MOST_PATTERNS:
         console.print(_shares(made, lengths[0]))
     else:
-        table = new_table("Patterns", "first + floating + window", "KV heads")
+        table = new_table("Patterns", "first + top_k + window", "KV heads")
         for name, count in counts.items():
             table.add_row(name, str(count))
         console.print(table)

@@ -14,7 +14,7 @@ from headsink.attention.params import Inputs
 from headsink.models.spec import decoder, describe
 
 
-class Branches:
+class Continuations:
     """Texts that may follow a document of `length` tokens, side by side: each sees the document and itself.
 
     ids, positions: int64 [tokens]. rows: the tokens of each.
@@ -45,7 +45,7 @@ class Context:
         """Keys and values of a layer, [KV heads, tokens, dim]; the last ones only in a layer that slides."""
         return self._keys[layer], self._values[layer]
 
-    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor], keep: Tensor | int = 1) -> Tensor:
+    def run(self, branches: Continuations, attend: Callable[[Inputs], Tensor], keep: Tensor | int = 1) -> Tensor:
         """Run branches, the attention of every layer computed by `attend`: the model's logits, [tokens, vocabulary].
 
         keep: the tokens whose logits are made: the last so many, or those at int64 [tokens].

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.attention.params import Inputs, Softmax, shares
-from headsink.compression.continuations import Branches, Context
+from headsink.attention.params import AttentionParams, Inputs, shares
+from headsink.compression.continuations import Context, Continuations
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.selection import places
 from headsink.plan.plan import Plan
@@ -32,13 +32,13 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
 
 
-class Telling:
+class Reconstruction:
     """Spans of a context, each told again by itself after `prompt`."""
 
     def __init__(self, context: Context, prompt: Sequence[int], spans: Sequence[range]):
         self.context, self.spans = context, spans
         texts = [[*prompt, *context.ids[max(span.start - LEAD, 0) : span.stop]] for span in spans]
-        self.branches = Branches(texts, context.length, context.model.device)
+        self.branches = Continuations(texts, context.length, context.model.device)
 
     def attend(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Attention in full: its output, [KV heads, group, tokens, dim]; and the log of the largest attention that every key of
@@ -66,14 +66,16 @@ class Telling:
         group = inputs.query.shape[1] // inputs.key.shape[1]
         query = inputs.query[0, head * group : (head + 1) * group, rows].flatten(0, 1)[::stride]
         own = inputs.key[0, head, rows]
-        softmax = Softmax(inputs.scaling, inputs.softcap, inputs.learned).of([head], len(inputs.key[0]))
+        softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of([head], len(inputs.key[0]))
         logits = softmax.capped((query.to(keys.dtype) * inputs.scaling) @ torch.cat([keys, own.to(keys.dtype)]).T)
         columns = torch.arange(0 if inputs.sliding is None else -len(keys), len(own), device=keys.device)
         apart = torch.arange(len(own), device=keys.device)[:, None] - columns
         hidden = (apart < 0) if inputs.sliding is None else (apart < 0) | (apart >= inputs.sliding)
         logits[:, logits.shape[1] - len(columns) :].masked_fill_(hidden.repeat(group, 1)[::stride], float("-inf"))
-        learned = None if softmax.learned is None else softmax.learned.repeat_interleave(len(own))[::stride, None]
-        return shares(logits, learned)
+        sink_logits = (
+            None if softmax.sink_logits is None else softmax.sink_logits.repeat_interleave(len(own))[::stride, None]
+        )
+        return shares(logits, sink_logits)
 
     def fitted(self, inputs: Inputs, outputs: Tensor, head: int, places: Tensor, fixed: int) -> Tensor:
         """Values for the keys at `places` of a KV head, all but the first `fixed`, with which its outputs come as near as they
@@ -98,11 +100,11 @@ def kept(pattern: Pattern, scores: Tensor) -> Tensor:
     length = len(scores)
     sink = min(pattern.sink, length)
     near = range(max(length - pattern.window, sink) if pattern.window is not None else 0, length)
-    return places(scores[None], sink, pattern.floating, near)[0]
+    return places(scores[None], sink, pattern.top_k, near)[0]
 
 
 @torch.no_grad()
-def retell(
+def reconstruct(
     model: PreTrainedModel, plan: Plan, cache: Cache, ids: Tensor, padding: Tensor | None = None
 ) -> dict[int, Tensor]:
     """Let the model tell the contexts in `cache` again: scores of their keys, to choose by what the plan keeps.
@@ -134,7 +136,7 @@ def retell(
 def _retell_one(context: Context, plan: Plan) -> dict[int, Tensor]:
     """Scores of the keys of one context, [KV heads, tokens], for each layer that has patterns; its values may change."""
     spans = [range(start, min(start + SPAN, context.length)) for start in range(0, context.length, SPAN)]
-    telling, scores = Telling(context, plan.retell, spans), {}
+    telling, scores = Reconstruction(context, plan.reconstruction_prompt, spans), {}
 
     def attend(inputs: Inputs) -> Tensor:
         outputs, largest = telling.attend(inputs)
@@ -143,7 +145,7 @@ def _retell_one(context: Context, plan: Plan) -> dict[int, Tensor]:
             scores[inputs.layer] = largest
             _, values = context.held(inputs.layer)
             for head, pattern in enumerate(one.pattern for one in row):
-                if plan.fit_values and pattern.size(context.length) < context.length:
+                if plan.refit_values and pattern.size(context.length) < context.length:
                     held = kept(pattern, largest[head])
                     held = held[largest[head, held].argsort()]
                     fixed = max(len(held) - FITTED, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NONE = float("-inf")  # the score of what is no floating key
+NONE = float("-inf")  # the score of what is no top-k key
 
 
 def n_features(dim: int) -> int:

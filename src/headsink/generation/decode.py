@@ -33,7 +33,7 @@ class Decoder(Protocol):
         Returns the logits of what follows, float32 [texts, vocabulary].
         """
 
-    def settle(self) -> None:
+    def start_evicting(self) -> None:
         """Tell the cache what has come in."""
 
     def resume(self) -> None:
@@ -79,7 +79,7 @@ def decoding(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
     try:
         yield step
     finally:
-        step.settle()
+        step.start_evicting()
 
 
 def decode(

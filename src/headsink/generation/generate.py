@@ -92,9 +92,9 @@ def generate(
 ) -> Generated:
     """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
 
-    If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
-    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
-    compiled: under a plan, attend by our kernels and decode by our own step (decode.py), where those can run the model.
+    If `plan.prefill_compression`, the prompt, of a conversation the first, is read in full and compressed once
+    (runtime.compress). cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece
+    of text. compiled: under a plan, attend by our kernels and decode by our own step (decode.py), where those can run the model.
     lossless: the plan only drafts (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty
     prompt or one that does not fit the model.
     """
@@ -104,7 +104,7 @@ def generate(
         raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
-    endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache"
+    endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache-relative"
     if len(ids) + max_new_tokens > longest and not endless:
         raise HeadsinkError(
             f"prompt: {len(ids)} tokens and {max_new_tokens} new ones are over the model's maximum of {longest}"
@@ -124,7 +124,7 @@ def generate(
         options = {"custom_generate": decode, **options}
         prepare(model)
     start = time.perf_counter()
-    if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
+    if isinstance(cache, PlanCache) and cache.plan.prefill_compression and not cache.get_seq_length():
         read_prompt(model, cache, text[:, :-1])
     reading = time.perf_counter() - start
     with nullcontext() if plan is None else apply(model, plan):

@@ -1,4 +1,4 @@
-"""Lossless mode: the plan drafts, the model itself verifies several tokens in one pass.
+"""SpeculativeDecoder mode: the plan drafts, the model itself verifies several tokens in one pass.
 
 Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the draft is the same model under a plan. Two caches are kept:
 the full one, and what the plan keeps of it, so memory is more than that of the model itself; what is saved is time, where
@@ -56,7 +56,7 @@ class Speculation:
         return self.accepted / self.drafted if self.drafted else None
 
 
-class Pace:
+class DraftLength:
     """How many tokens to draft: as many as promise most tokens for the time, by the acceptance and the times seen."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ def generate_lossless(
     """
     if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
         raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")
-    if plan.positions == "cache":
+    if plan.positions == "cache-relative":
         raise HeadsinkError(
             "positions: counted in the cache, which is not what the full model does; use a plan with 'text'"
         )
@@ -174,7 +174,7 @@ def _loop(
         if input_ids.shape[1] > 1:
             prompt.read(full, leave=1)
         draft = kept(model, plan, full)
-        state = Lossless(model, input_ids, prompt.places[..., -1], full, draft)
+        state = SpeculativeDecoder(model, input_ids, prompt.places[..., -1], full, draft)
         state.run(
             partial(_processed, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None),
             stopping_criteria,
@@ -191,7 +191,7 @@ def _loop(
     return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=filler)
 
 
-class Lossless:
+class SpeculativeDecoder:
     """Texts on their way. texts: int64 [tokens] each; place: int64 [rows], of the last token of those that go on, which neither
     cache has seen yet; [axes, rows] where positions have several axes. full, draft: what the model and the plan hold of all
     before it (`kept`)."""
@@ -222,7 +222,7 @@ class Lossless:
         processed: of a text by its number, its tokens and [vocabulary] logits, the logits to choose by; stop: transformers'
         stopping criteria; drafted: tokens of every round, None for as many as pay.
         """
-        pick, pace, fixed = _sampled if sample else _greedy, Pace(), drafted
+        pick, pace, fixed = _sampled if sample else _greedy, DraftLength(), drafted
         while self.rows:
             drafted = pace.choose() if fixed is None else fixed
             start = time.perf_counter()
@@ -248,7 +248,7 @@ class Lossless:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
                 going.append(self._enter(row, [*accepted, last], stop, streamer))
-            self._settle(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], going)
+            self._start_evicting(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], going)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
@@ -273,7 +273,7 @@ class Lossless:
             tokens = torch.cat([tokens, tokens.new_tensor(drawn)[:, None]], 1)
             proposals.append(own)
         if self.step is not None:
-            self.step.settle()
+            self.step.start_evicting()
         return tokens, proposals
 
     def _verify(self, tokens: Tensor, places: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class Lossless:
             return _forward(self.model, self.full, tokens, places).float()
         self.judge.resume()
         logits: Tensor = self.judge.read(tokens, places)
-        self.judge.settle()
+        self.judge.start_evicting()
         return logits
 
     def _enter(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:
@@ -298,7 +298,7 @@ class Lossless:
                 return False
         return True
 
-    def _settle(self, drafted: int, accepted: list[int], kept: list[bool]) -> None:
+    def _start_evicting(self, drafted: int, accepted: list[int], kept: list[bool]) -> None:
         """Both caches hold what was accepted, with the full one's keys and values, of the rows that go on."""
         counts = torch.tensor(accepted, device=self.place.device)
         columns = int(counts.max()) + 1
@@ -325,7 +325,7 @@ class Lossless:
             both[1].take(self.full, columns)
             for one in both if some else ():
                 one.hide(hidden)
-            both[1].settle()
+            both[1].start_evicting()
             return
         for mine, theirs in zip(self.draft.layers, self.full.layers, strict=True):
             if isinstance(mine, PlanLayer) and isinstance(theirs, PlanLayer):
@@ -352,7 +352,7 @@ def kept(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
             group = theirs.groups[0]
             group.holes = True  # sooner or later; and a few tokens go through the kernels then
             mine.fill(*group.last(theirs.seen), group.padding)
-    draft.hold()
+    draft.freeze()
     for cache in (full, draft):
         cache.activate_past_recording()
     return draft

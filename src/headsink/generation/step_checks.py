@@ -20,7 +20,7 @@ class Held:
         groups = [layer.groups for layer in layers]
         if not layers or not all(groups):
             raise HeadsinkError("decode: a cache is needed that holds a text")
-        if any(g.recent is not None or (g.recording and g.lets_go) for own in groups for g in own):
+        if any(g.recent is not None or (g.recording and g.evicts) for own in groups for g in own):
             raise HeadsinkError("decode: a cache is needed that is not being recorded")
         self.length, self.rows = layers[0].seen, len(groups[0][0].keys)
         must_be("decode: layers of the cache", len(layers), model.layers)

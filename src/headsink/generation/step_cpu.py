@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from headsink.attention.backends import attend_few, attend_tiles
 from headsink.attention.cpu.threads import claim, turn
-from headsink.attention.kv_table import Field, advance
-from headsink.attention.params import Softmax
-from headsink.attention.visibility import Sight
+from headsink.attention.kv_table import KVField, advance
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility
 from headsink.cache.cache import PlanCache
-from headsink.cache.kv_table import Layout
+from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.generation.step_checks import Held
@@ -67,14 +67,14 @@ def prepare(model: PreTrainedModel) -> None:
     from headsink.attention.cpu import decode
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
-    attend_few(key, key, key, key[..., 0] == 0, 1, Softmax(1.0))
-    attend_tiles(key, key[0], key[0], Sight(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), 1.0)
+    attend_few(key, key, key, key[..., 0] == 0, 1, AttentionParams(1.0))
+    attend_tiles(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), 1.0)
 
     def empty(*shape: int) -> Any:
         return np.zeros(shape, np.float32)
 
     row = np.zeros((1, 1), _kind(model.dtype))  # a model without layers, of one number
-    tables = np.zeros((0, len(decode.Weight)), np.int64), np.zeros((0, 1, 1, len(Field)), np.int64)
+    tables = np.zeros((0, len(decode.Weight)), np.int64), np.zeros((0, 1, 1, len(KVField)), np.int64)
     arrays = empty(0, 2, 1), empty(0, 0, 2), empty(0, 0), empty(1)
     one = np.float32(1)
     decode.run(
@@ -201,7 +201,7 @@ class Decoder:
         self.length += 1
         return logits
 
-    def settle(self) -> None:
+    def start_evicting(self) -> None:
         """Tell the cache what has come in."""
         for layer in self.layers:
             layer.seen = self.length
@@ -211,17 +211,17 @@ class Decoder:
 
     def _make_ready(self) -> None:
         """Room in the buffers and rotary positions for the next tokens, and the table of what lies where."""
-        self.settle()
+        self.start_evicting()
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
-        layouts = [Layout(layer.groups, AHEAD) for layer in self.layers]
+        layouts = [KVTable(layer.groups, AHEAD) for layer in self.layers]
         self.held = Held(self.shape, self.layers, self.embedding.dtype)  # buffers may have grown
         self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
         self.heads = np.stack([layout.table for layout in layouts])
-        self.pads = self.heads[0, :, :1, Field.PAD]
+        self.pads = self.heads[0, :, :1, KVField.PAD]
         columns = torch.arange(self.length, self.length + AHEAD)
         self.cos, self.sin = self._rotation((columns - torch.from_numpy(self.pads)).clamp(min=0))
-        if self.cache.plan.positions == "cache":
+        if self.cache.plan.positions == "cache-relative":
             self.last_place = np.array(
                 [[max(head.sink + (head.window or 0) - 1, 0) for head in row or ()] for row in self.cache.plan.layers]
             )

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.cuda.table import OnCard
+from headsink.attention.cuda.table import DeviceTable
 from headsink.cache.cache import PlanCache
-from headsink.cache.kv_table import Layout
+from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.generation.step_checks import Held
@@ -105,7 +105,7 @@ class Decoder:
             (
                 *(t.data_ptr() for t in (g.keys, g.values, g.visible)),
                 g.keys.shape,
-                g.anchors,
+                g.prefix_slots,
                 g.start,
                 g.window,
                 g.padding,
@@ -131,7 +131,7 @@ class Decoder:
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
         if places is not None:
             must_be("decode: positions", places.shape, tokens.shape)
-        if count > 1 and any(group.lets_go for layer in self.layers for group in layer.groups):
+        if count > 1 and any(group.evicts for layer in self.layers for group in layer.groups):
             raise HeadsinkError("decode: several tokens at once, where keys are let go; give one after the other")
         if self.length + count > self.ready:
             self._make_ready(count)
@@ -150,7 +150,7 @@ class Decoder:
         self.length += count
         return one.logits.clone()
 
-    def settle(self) -> None:
+    def start_evicting(self) -> None:
         """Tell the cache what has come in."""
         for layer in self.layers:
             layer.seen = self.length
@@ -160,7 +160,7 @@ class Decoder:
 
     def take(self, other: PlanCache, count: int) -> None:
         """Let in the last columns of another cache of the model, as they are. Neither lets anything go."""
-        from headsink.attention.cuda.append import enter
+        from headsink.attention.cuda.append import append_keys
 
         if self.length + count > self.ready:
             self._make_ready(count)
@@ -168,7 +168,7 @@ class Decoder:
         for theirs, table in zip(other.layers, self.tables, strict=True):
             key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
             must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (kind, self.shape.head_dim))
-            enter(key.contiguous(), value.contiguous(), table, self.columns)
+            append_keys(key.contiguous(), value.contiguous(), table, self.columns)
         self.columns.add_(count)
         self.length += count
 
@@ -183,7 +183,7 @@ class Decoder:
     def _pass(self, one: Pass) -> None:
         """The model, over what lies in `one`, to its logits. Reads nothing from the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
-            layer.on_card = OnCard(table, self.columns)
+            layer.on_card = DeviceTable(table, self.columns)
         try:
             with torch.no_grad():
                 found = self.model(one.token, position_ids=one.place, **cache_argument(self.cache), use_cache=True)
@@ -195,10 +195,10 @@ class Decoder:
 
     def _make_ready(self, tokens: int) -> None:
         """Room in the buffers for the next tokens, and the tables of what lies where."""
-        self.settle()
+        self.start_evicting()
         for layer in self.layers:
             layer.layout = None  # buffers may move now, and it has their addresses
-        layouts = [Layout(layer.groups, max(AHEAD, tokens)) for layer in self.layers]
+        layouts = [KVTable(layer.groups, max(AHEAD, tokens)) for layer in self.layers]
         self.held = Held(self.shape, self.layers, self.model.dtype)  # buffers may have grown
         self.ready = min(self.length + max(AHEAD, tokens), *(layout.until for layout in layouts))
         must_be("decode: there is room for the tokens", self.length + tokens <= self.ready, True)

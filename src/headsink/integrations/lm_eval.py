@@ -74,16 +74,17 @@ class HeadsinkLM(HFLM):
         return super().get_model_info() | {"plan": plan}
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        if self.plan is not None and self.plan.once:
+        if self.plan is not None and self.plan.prefill_compression:
             raise HeadsinkError(
-                "plan: it compresses a context once, and whole texts (loglikelihood_rolling) have none; use a plan without --once"
+                "plan: it compresses a context once, and whole texts (loglikelihood_rolling) have none; use a plan "
+                "without --prefill-compression"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        if self.plan is None or not self.plan.once:
+        if self.plan is None or not self.plan.prefill_compression:
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, **options))
         found: list[tuple[float, bool]] = []
         before: list[int] | None = None
@@ -111,7 +112,7 @@ class HeadsinkLM(HFLM):
             return super()._model_call(inps, **options)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        if self.plan is None or not self.plan.once:
+        if self.plan is None or not self.plan.prefill_compression:
             with self._applied(max_length):
                 return super()._model_generate(context, max_length, stop, **options)
         rows = []

@@ -1,4 +1,4 @@
-"""Rotary positions counted in the cache: `positions="cache"`, StreamingLLM's way (arXiv 2309.17453).
+"""Rotary positions counted in the cache: `positions="cache-relative"`, StreamingLLM's way (arXiv 2309.17453).
 
 Keys in a cache already carry the rotation of their place in the text, and what counts is how far a query and a key are apart.
 Of the last w tokens that is the same whether places are counted in the text or in a cache of s + w keys. Only the s first tokens
@@ -35,7 +35,7 @@ def inverse_frequencies(model: nn.Module) -> Tensor:
     return inverse.float()
 
 
-def turned_back(vectors: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+def rotate_back(vectors: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
     """Rotated vectors as they would be so many places earlier.
 
     vectors: [batch, heads, tokens, dim]; places: int [tokens] or [batch, 1, tokens]; inverse: float32 [pairs]. float32 or better.

@@ -28,7 +28,7 @@ class Architecture:
     """The heads of a model.
 
     windows: per layer the model's own sliding window, None where it sees all. softcap: attention logits are capped (Gemma 2).
-    uncapped: but the attention that the model was given, `sdpa`, does not. learned_sinks: a learned logit takes part in every
+    uncapped: but the attention that the model was given, `sdpa`, does not. has_sink_logits: a learned logit takes part in every
     softmax (gpt-oss). prefix_free: positions are encoded without regard to how long the text is, so that the beginning of a
     long text is computed as the short text would be.
     """
@@ -42,7 +42,7 @@ class Architecture:
     max_context: int
     softcap: bool = False
     uncapped: bool = False
-    learned_sinks: bool = False
+    has_sink_logits: bool = False
     prefix_free: bool = True
 
     @property
@@ -118,7 +118,7 @@ def describe(model: nn.Module) -> Architecture:
         max_context=config.max_position_embeddings,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
-        learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
+        has_sink_logits=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
 

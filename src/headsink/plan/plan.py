@@ -36,24 +36,27 @@ from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
 
+SCHEMA: Literal[4] = 4
+
+
 class Plan(Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
 
     once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
-    that (`headsink.compress`), rather than for caches that let go all the time. positions: "text", where a key keeps its place,
-    or "cache", where places are counted among the keys that are held (rotary.py): texts may then be of any length, and every
-    head must have a window and no floating keys. retell: tokens that ask the model to tell the
-    context again before it is compressed (retelling.py); none: keys are chosen by their scores. fit_values: whether values of the
-    keys that are kept of a context that is told again make up for the others.
+    that (`headsink.compress`), rather than for caches that let go all the time. positions: "absolute", where a key keeps its
+    place, or "cache", where places are counted among the keys that are held (rotary.py): texts may then be of any length,
+    and every head must have a window and no top-k keys. reconstruction_prompt: tokens that ask the model to tell the
+    context again before it is compressed (retelling.py); none: keys are chosen by their scores. refit_values: whether values
+    of the keys that are kept of a context that is told again make up for the others.
     """
 
-    schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
+    schema_version: Literal[4] = SCHEMA
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
-    positions: Positions = "text"
-    once: bool = False
-    retell: tuple[Tokens, ...] = ()
-    fit_values: bool = True
+    positions: Positions = "absolute"
+    prefill_compression: bool = False
+    reconstruction_prompt: tuple[Tokens, ...] = ()
+    refit_values: bool = True
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = Field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
@@ -62,24 +65,26 @@ class Plan(Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
-        if self.retell and not self.once:
-            raise ValueError("retell: only a context that is compressed once can be told again; once must be true")
-        if self.positions == "cache" and self.once:
+        if self.reconstruction_prompt and not self.prefill_compression:
+            raise ValueError(
+                "reconstruction_prompt: only a context that is compressed once can be told again; once must be true"
+            )
+        if self.positions == "cache-relative" and self.prefill_compression:
             raise ValueError("positions: of a context that is compressed once they are those of the text")
         for index, heads in enumerate(self.layers):
             for head, found in enumerate(heads or ()):
-                if self.positions == "cache" and (found.window is None or found.floating):
-                    what = "sees everything" if found.window is None else "has floating keys"
+                if self.positions == "cache-relative" and (found.window is None or found.top_k):
+                    what = "sees everything" if found.window is None else "has top-k keys"
                     raise ValueError(f"positions: counted in the cache, but layers.{index}.{head} {what}")
             if heads is not None and len(heads) != self.model.kv_heads:
                 raise ValueError(
                     f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
                 )
             for head, found in enumerate(heads or ()):
-                if found.score is not None and len(found.score) != n_features(self.model.head_dim):
+                if found.scorer_weights is not None and len(found.scorer_weights) != n_features(self.model.head_dim):
                     raise ValueError(
-                        f"layers.{index}.{head}.score: {len(found.score)} weights given, heads of size {self.model.head_dim} "
-                        f"have {n_features(self.model.head_dim)}"
+                        f"layers.{index}.{head}.scorer_weights: {len(found.scorer_weights)} weights given, heads of "
+                        f"size {self.model.head_dim} have {n_features(self.model.head_dim)}"
                     )
         return self
 
@@ -93,12 +98,12 @@ class Plan(Part):
     @classmethod
     def uniform(cls, model: nn.Module, pattern: Pattern, **fields: Any) -> Plan:
         """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`; for texts without end,
-        `positions="cache"`.
+        `positions="cache-relative"`.
 
-        Floating keys need scores, which `headsink.calibrate` fits.
+        Top-k keys need scores, which `headsink.calibrate` fits.
         """
-        if pattern.floating:
-            raise HeadsinkError("floating: a uniform plan has no scores of keys; use headsink.calibrate")
+        if pattern.top_k:
+            raise HeadsinkError("top_k: a uniform plan has no scores of keys; use headsink.calibrate")
         shape = describe(model)
         return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows], **fields)
 
@@ -112,7 +117,7 @@ class Plan(Part):
     ) -> Plan:
         """A plan from patterns [layers][KV heads], None for a sliding layer.
 
-        scores: [layers, KV heads, features], weights of the keys' scores; needed where there are floating keys.
+        scores: [layers, KV heads, features], weights of the keys' scores; needed where there are top-k keys.
         """
         check_plannable(describe(model))
 
@@ -125,9 +130,9 @@ class Plan(Part):
             else tuple(
                 Head(
                     sink=p.sink,
-                    floating=p.floating,
+                    top_k=p.top_k,
                     window=p.window,
-                    score=weights(layer, head) if p.floating else None,
+                    scorer_weights=weights(layer, head) if p.top_k else None,
                 )
                 for head, p in enumerate(row)
             )
@@ -158,6 +163,12 @@ class Plan(Part):
             plan = cls.model_validate_json(text)
             json.loads(text, object_pairs_hook=unique)
         except ValidationError as error:
+            old = next((e["input"] for e in error.errors() if e["loc"] == ("schema_version",)), None)
+            if old in range(1, SCHEMA):
+                again = f"headsink plan MODEL --budget BUDGET --context CONTEXT --out {path}"
+                raise HeadsinkError(
+                    f"{path}: a plan of schema {old}, and this headsink reads {SCHEMA}; make it again: {again}"
+                ) from error
             first = error.errors()[0]
             field = ".".join(harmless(part) if isinstance(part, str) else str(part) for part in first["loc"]) or "plan"
             reason = first["msg"].removeprefix("Value error, ")
@@ -207,7 +218,7 @@ class Plan(Part):
 
     def _check_use(self, model: nn.Module, shape: Architecture) -> None:
         """Raise if the plan asks for what a model of this shape may not have."""
-        if self.positions == "cache":
+        if self.positions == "cache-relative":
             inverse_frequencies(model)
             for index, heads in enumerate(self.layers):
                 for number, head in enumerate(heads or ()):
@@ -216,8 +227,10 @@ class Plan(Part):
                             f"layers.{index}.{number}: {head.sink} first tokens and a window of {head.window} are more positions "
                             f"than the model has, {shape.max_context}"
                         )
-        if (largest := max(self.retell, default=0)) >= (known := vocabulary(model)):
-            raise HeadsinkError(f"retell: {largest} is no token of this model, which has 0 to {known - 1}")
+        if (largest := max(self.reconstruction_prompt, default=0)) >= (known := vocabulary(model)):
+            raise HeadsinkError(
+                f"reconstruction_prompt: {largest} is no token of this model, which has 0 to {known - 1}"
+            )
 
     def check_shape(self, shape: Architecture) -> None:
         """Raise if the plan was made for a model of another shape or class, or none can run models of this one."""
@@ -246,18 +259,18 @@ class Plan(Part):
 
     def check_length(self, tokens: int, longest: int) -> None:
         """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""
-        if self.positions == "text" and tokens > longest:
+        if self.positions == "absolute" and tokens > longest:
             raise HeadsinkError(
                 f"a text has {tokens} tokens, over the model's maximum of {longest}; a plan of windows with positions 'cache' "
                 "has no limit"
             )
 
     def scores(self, layer: int) -> torch.Tensor:
-        """[KV heads, features] float32: weights of the keys' scores, 0 for heads without floating keys."""
+        """[KV heads, features] float32: weights of the keys' scores, 0 for heads without top-k keys."""
         weights = torch.zeros(self.model.kv_heads, n_features(self.model.head_dim))
         for head, found in enumerate(self.layers[layer] or ()):
-            if found.score is not None:
-                weights[head] = torch.tensor(found.score)
+            if found.scorer_weights is not None:
+                weights[head] = torch.tensor(found.scorer_weights)
         return weights
 
     @property

@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
 
 
-Positions = Literal["text", "cache"]
+Positions = Literal["absolute", "cache-relative"]
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -46,24 +46,24 @@ Interval = Annotated[tuple[Finite, Finite], AfterValidator(_ordered)]  # low, hi
 
 
 class Head(Part):
-    """The pattern of one KV head, and the weights of its keys' scores (scores.py), by which floating keys are chosen."""
+    """The pattern of one KV head, and the weights of its keys' scores (scores.py), by which top-k keys are chosen."""
 
     sink: Tokens = 0
-    floating: Tokens = 0
+    top_k: Tokens = 0
     window: Tokens | None
-    score: tuple[Weight, ...] | None = None
+    scorer_weights: tuple[Weight, ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.window is None and (self.sink or self.floating):
-            raise ValueError("full attention (window null) sees every key, so sink and floating must be 0")
-        if self.floating and not any(self.score or ()):
-            raise ValueError("floating keys need a score to be chosen by, and not all of its weights can be 0")
+        if self.window is None and (self.sink or self.top_k):
+            raise ValueError("full attention (window null) sees every key, so sink and top_k must be 0")
+        if self.top_k and not any(self.scorer_weights or ()):
+            raise ValueError("top-k keys need a score to be chosen by, and not all of its weights can be 0")
         return self
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.sink, self.floating, self.window)
+        return Pattern(self.sink, self.top_k, self.window)
 
 
 class Retrieval(Part):

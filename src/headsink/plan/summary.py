@@ -38,11 +38,11 @@ def contexts(plan: Plan) -> list[int]:
 
 
 def _mode(plan: Plan) -> str:
-    if plan.retell:
+    if plan.reconstruction_prompt:
         return "prefill compression, with context reconstruction"
-    if plan.once:
+    if plan.prefill_compression:
         return "prefill compression"
-    return "online eviction" + (", cache-relative positions" if plan.positions == "cache" else "")
+    return "online eviction" + (", cache-relative positions" if plan.positions == "cache-relative" else "")
 
 
 def _patterns(plan: Plan) -> str:

@@ -109,7 +109,7 @@ function showProfile() {
 }
 
 function showWindows() {
-  const found = [], kept = ["first tokens", "floating sinks too"];
+  const found = [], kept = ["first tokens", "secondary sinks too"];
   for (const length of lengthsOf(state.domain)) {
     const steps = data.windows[length], errors = ofHead(`${key(length)}.errors`, 2 * steps.length);
     kept.forEach((name, k) => steps.forEach((window, n) =>
@@ -141,7 +141,7 @@ function showKeys() {
       for (let at = Math.max(0, from); at < Math.min(to, state.length); at++) said += word(text.n, at);
       return visible(said);
     };
-    const [name, said] = sink ? ["floating-sink", "floating sink"] : position < first ? ["first-token", "first tokens"] : ["", ""];
+    const [name, said] = sink ? ["secondary-sink", "secondary sink"] : position < first ? ["first-token", "first tokens"] : ["", ""];
     context.replaceChildren(around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
     token.firstChild.textContent = visible(word(text.n, position)).replaceAll(" ", "␣");
     [text.name, position, figures(attention), figures(attention / flatOf(state.length).keys[position])].forEach((one, c) => { cells[c].textContent = one; });
@@ -163,16 +163,16 @@ async function showText() {
     box.scrollTop = 0;
     box.replaceChildren(...Array.from({length: shown}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
   }
-  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.floating.shape, {first} = data.limits[length];
-  const floating = new Set(arrays.floating.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
+  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length];
+  const secondary = new Set(arrays.secondary.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
   const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * shown, (state.layer * heads + state.head + 1) * shown);
   const flatly = flatOf(length).keys;
   [...box.children].forEach((span, n) => {
     const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = flatly[n] ? attention / flatly[n] : 0;
-    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = floating.has(n) ? " floating-sink" : n < first ? " first-token" : "";
+    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = secondary.has(n) ? " secondary-sink" : n < first ? " first-token" : "";
     span.className = `s${step}${mark}`;
     span.said = () => `${JSON.stringify(word(text, n))}, position ${n}: attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` +
-      (floating.has(n) ? `; floating sink of KV head ${kv}` : n < first ? "; one of the first tokens" : "");
+      (secondary.has(n) ? `; secondary sink of KV head ${kv}` : n < first ? "; one of the first tokens" : "");
   });
   if (Number(box.dataset.at) >= 0) say(Number(box.dataset.at));
 }

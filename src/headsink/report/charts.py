@@ -71,9 +71,9 @@ def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any
     return found | {"datasets": found.get("datasets", {}) | data}
 
 
-def masses_by_layer(learned: bool) -> alt.Chart:
+def masses_by_layer(sink_logits: bool) -> alt.Chart:
     """Where the attention of each layer goes, mean over its heads; learned: the model has learned sinks. Named data: heads."""
-    masses: list[Any] = [mass for mass in MASS_COLOURS if learned or mass != "learned"]
+    masses: list[Any] = [mass for mass in MASS_COLOURS if sink_logits or mass != "learned"]
     ranks = " : ".join(f"datum.kind == '{kind}' ? {n}" for n, kind in enumerate(MASS_COLOURS)) + " : 9"
     return (
         alt.Chart(alt.NamedData("heads"))
@@ -95,13 +95,13 @@ def masses_by_layer(learned: bool) -> alt.Chart:
 
 
 def errors_by_layer() -> alt.Chart:
-    """What the near window costs with and without floating sinks: median over the heads of a layer. Named data: heads."""
-    kept = {"error_first": "first tokens", "error_floating": "floating sinks too"}
+    """What the near window costs with and without secondary sinks: median over the heads of a layer. Named data: heads."""
+    kept = {"error_first": "first tokens", "error_secondary": "secondary sinks too"}
     return (
         alt.Chart(alt.NamedData("heads"))
         .transform_fold(list(kept), as_=["name", "error"])
         .transform_calculate(
-            kept=f"datum.name == 'error_first' ? '{kept['error_first']}' : '{kept['error_floating']}'",
+            kept=f"datum.name == 'error_first' ? '{kept['error_first']}' : '{kept['error_secondary']}'",
             error="max(datum.error, 1e-6)",
         )
         .mark_line(point={"size": 22})
@@ -167,9 +167,9 @@ def sinks_by_length(census: Census) -> alt.Chart:
 
 
 def norms_by_layer(census: Census, length: int) -> alt.Chart:
-    """Value and key norms of the first token and of the floating sinks, relative to the mean of all keys."""
+    """Value and key norms of the first token and of the secondary sinks, relative to the mean of all keys."""
     names = {"first_value": "first token, value", "first_key": "first token, key"}
-    names |= {"floating_value": "floating sinks, value", "floating_key": "floating sinks, key"}
+    names |= {"secondary_value": "secondary sinks, value", "secondary_key": "secondary sinks, key"}
     tokens = census.samples("tokens", length)
     rows = [
         {"layer": layer, "norm": norm if norm == norm else None, "of": title}  # a gap where there are none
@@ -221,7 +221,7 @@ def windows_needed(census: Census) -> alt.Chart:
     """How many KV heads make do with a window up to each size, at every length."""
     rows = []
     for length in census.lengths:
-        for kept, name in (("floating", "floating sinks too"), ("first", "first tokens")):
+        for kept, name in (("secondary", "secondary sinks too"), ("first", "first tokens")):
             needed = census.window_needed(length, heads="kv", kept=kept).flatten().sort().values
             for window in sorted({0, *(2**k for k in range(3, length.bit_length())), length}):
                 share = float((needed <= window).double().mean())
@@ -235,7 +235,7 @@ def windows_needed(census: Census) -> alt.Chart:
             .axis(values=[0, *(2**k for k in range(4, 24, 2))]),
             y=alt.Y("share:Q", title="KV heads that make do").scale(domain=[0, 1]).axis(format="%"),
             color=alt.Color("length:O", title="tokens").scale(scheme="viridis", reverse=True),
-            strokeDash=alt.StrokeDash("kept:N", title="kept beside it", sort=["floating sinks too", "first tokens"]),
+            strokeDash=alt.StrokeDash("kept:N", title="kept beside it", sort=["secondary sinks too", "first tokens"]),
             tooltip=["length:O", "kept:N", "window:Q", alt.Tooltip("share:Q", format=".0%")],
         )
         .properties(width=400, height=200)

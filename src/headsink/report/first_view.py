@@ -100,7 +100,9 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
                 {"distance": distance, "within": share, "line": line, "length": length, "chosen": length == last}
                 for distance, share in zip(distances(length), within.tolist(), strict=True)
             ]
-        for kept, error in zip(("first tokens", "floating sinks too"), found.errors[layer, head].tolist(), strict=True):
+        for kept, error in zip(
+            ("first tokens", "secondary sinks too"), found.errors[layer, head].tolist(), strict=True
+        ):
             errors += [
                 {"window": window, "error": max(one, LEAST_ERROR), "kept": kept, "length": length}
                 | {"chosen": length == last}
@@ -165,7 +167,7 @@ def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, 
                         "position": position,
                         "attention": attention,
                         "times": attention / float(flat[position]),
-                        "mark": "floating-sink" if sink else "first-token" if position < first else "",
+                        "mark": "secondary-sink" if sink else "first-token" if position < first else "",
                     }
                 )
     return sorted(lines, key=lambda line: -line["attention"])[:MOST_KEYS]
@@ -179,9 +181,9 @@ def _text(census: Census, layer: int, head: int) -> dict[str, Any]:
     flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer])[:shown])
     times = torch.where(flat > 0, attention / flat, 0)
     steps = times.log2().round().clamp(0, SHADES).int().tolist()
-    floating = set(census.arrays[f"{text}.{length}.floating"][layer, head // census.group].tolist())
+    secondary = set(census.arrays[f"{text}.{length}.secondary"][layer, head // census.group].tolist())
     first = Thresholds(**census.settings["limits"]).at(length).first
-    marks = ["floating-sink" if n in floating else "first-token" if n < first else "" for n in range(shown)]
+    marks = ["secondary-sink" if n in secondary else "first-token" if n < first else "" for n in range(shown)]
     return {
         "number": text,
         "length": length,

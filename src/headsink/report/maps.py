@@ -146,7 +146,7 @@ def profile() -> alt.Chart:
 
 def window_errors() -> Drawn:
     """What a window costs. Named data: errors (window, error, kept, length, chosen)."""
-    kept = {"first tokens": VERMILION, "floating sinks too": BLUE}
+    kept = {"first tokens": VERMILION, "secondary sinks too": BLUE}
     lines = (
         alt.Chart(alt.NamedData("errors"))
         .mark_line(point={"size": 18})

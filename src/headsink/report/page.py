@@ -16,7 +16,7 @@ from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import Thresholds, distances, windows
 from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, tau_evidence
 from headsink.report import charts, first_view, maps
 from headsink.report.assets import environment, to_svg, write_picture
 from headsink.report.views import (
@@ -96,12 +96,12 @@ def write_page(census: Census, path: Path) -> None:
             ramp=first_view.ramp(),
             statistics={name: STATISTICS[name].title for name in _shown(census)},
             drawing=drawing_tokens(census, last),
-            floating=floating_tokens(census, last),
+            secondary=secondary_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
             taus=tau_evidence(census, last),
             windows=_windows(census),
             law=_law(census),
-            learned=_learned(census),
+            sink_logits=_learned(census),
             answers={length: census.first_question(length) for length in census.lengths},
             answer=sentence(census.first_question(last)[0]),
         )
@@ -237,10 +237,10 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
 
 
 def _shaded(census: Census, text: int, length: int, shown: int) -> str:
-    """What the token view of one text needs: the attention of every head to each of its tokens, and the floating sinks."""
+    """What the token view of one text needs: the attention of every head to each of its tokens, and the secondary sinks."""
     arrays = {
         "attention": one_byte(census.arrays[f"{text}.{length}.attention"][..., :shown]),
-        "floating": census.arrays[f"{text}.{length}.floating"],
+        "secondary": census.arrays[f"{text}.{length}.secondary"],
     }
     return packed(arrays, length=length, shown=shown)
 
@@ -252,7 +252,7 @@ def _shown(census: Census) -> list[str]:
 
 def _high(statistic: str, length: int, views: list[View]) -> float:
     """The upper end of a statistic's scale at a length."""
-    if statistic in ("entropy", "output", "floating"):
+    if statistic in ("entropy", "output", "secondary"):
         column = list(STATISTICS).index(statistic)
         return max(float(found.value[column].nan_to_num().max()) for found in views)
     high = STATISTICS[statistic].high
@@ -275,7 +275,7 @@ def _windows(census: Census) -> list[dict[str, Any]]:
     rows = []
     for length in census.lengths:
         row: dict[str, Any] = {"length": length, "near": near_window(census, length)}
-        for kept in ("floating", "first"):
+        for kept in ("secondary", "first"):
             needed = census.window_needed(length, heads="kv", kept=kept)
             row[kept] = roles.figures(needed, row["near"], length)
         rows.append(row)
@@ -299,11 +299,11 @@ def _law(census: Census) -> dict[str, Any] | None:
 
 def _learned(census: Census) -> dict[str, Any] | None:
     """Attention to learned sink logits, None in a model that has none."""
-    learned = census.score("learned", census.lengths[-1])
-    if not bool(learned.max() > 0):
+    sink_logits = census.score("learned", census.lengths[-1])
+    if not bool(sink_logits.max() > 0):
         return None
-    layer, head = divmod(int(learned.argmax()), learned.shape[1])
-    return {"mean": float(learned.mean()), "most": float(learned.max()), "layer": layer, "head": head}
+    layer, head = divmod(int(sink_logits.argmax()), sink_logits.shape[1])
+    return {"mean": float(sink_logits.mean()), "most": float(sink_logits.max()), "layer": layer, "head": head}
 
 
 def _shape(census: Census) -> tuple[int, int]:

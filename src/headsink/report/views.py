@@ -57,11 +57,11 @@ STATISTICS = {
     "effective": Statistic("effective number of keys", "log", 1, None),
     "distance": Statistic("median distance of the attention, keys", "log", 1, None),
     "output": Statistic("output norm relative to the layer's"),
-    "window": Statistic("window needed, floating sinks kept", "symlog", 0, None),
+    "window": Statistic("window needed, secondary sinks kept", "symlog", 0, None),
     "window_first": Statistic("window needed, first tokens kept", "symlog", 0, None),
-    "error_floating": Statistic("error of the near window, floating sinks kept", "log", 1e-4, 1),
+    "error_secondary": Statistic("error of the near window, secondary sinks kept", "log", 1e-4, 1),
     "error_first": Statistic("error of the near window, first tokens kept", "log", 1e-4, 1),
-    "floating": Statistic("floating sinks of its KV head", "symlog", 0, None),
+    "secondary": Statistic("secondary sinks of its KV head", "symlog", 0, None),
     "agreement": Statistic("share of texts in which it has this role"),
     "legacy": Statistic("legacy score (row 0 counted)"),
 }
@@ -106,19 +106,19 @@ def view(census: Census, length: int, domain: str | None) -> View:
     uniform = census.score("uniform", length, domain)
     errors = census.samples("errors", length, domain)
     near = interval(errors[..., windows(length).index(near_window(census, length))])
-    floating = interval(census.samples("tokens", length, domain)[..., list(TOKENS).index("floating_count")])
-    group = scores.mean.shape[1] // floating.mean.shape[1]
+    secondary = interval(census.samples("tokens", length, domain)[..., list(TOKENS).index("secondary_count")])
+    group = scores.mean.shape[1] // secondary.mean.shape[1]
     none = torch.full(scores.mean.shape[:2], torch.nan, dtype=torch.float64)
 
     values = {name: scores.mean[..., n] for n, name in enumerate(SCORES)}
     halves = {name: scores.half[..., n] for n, name in enumerate(SCORES)}
     values["distance"] = census.distance(0.5, length, domain)
     values["agreement"] = census.role_agreement(length, domain)
-    for name, kept in (("window", "floating"), ("window_first", "first")):
+    for name, kept in (("window", "secondary"), ("window_first", "first")):
         values[name] = census.window_needed(length, domain, kept=kept)
     for n, kept in enumerate(KEPT):
         values[f"error_{kept}"], halves[f"error_{kept}"] = near.mean[..., n], near.half[..., n]
-    values["floating"], halves["floating"] = (part.repeat_interleave(group, 1) for part in floating)
+    values["secondary"], halves["secondary"] = (part.repeat_interleave(group, 1) for part in secondary)
     score, least = RULES["sink tokens"]
     sinks = values[score] >= least
     flat = {name: uniform[..., n] for n, name in enumerate(SCORES)}
@@ -135,12 +135,12 @@ def view(census: Census, length: int, domain: str | None) -> View:
 
 
 def top_keys(census: Census, text: int, length: int) -> dict[str, Tensor]:
-    """The keys of every query head that get most attention on a text: positions, attention, and which are floating sinks."""
+    """The keys of every query head that get most attention on a text: positions, attention, and which are secondary sinks."""
     top = census.arrays[f"{text}.{length}.top"]
     attention = census.arrays[f"{text}.{length}.attention"].float().gather(-1, top.clamp(min=0).long())
-    floating = census.arrays[f"{text}.{length}.floating"]
-    floating = floating.repeat_interleave(top.shape[1] // floating.shape[1], 1)
-    sink = (top[..., None] == floating[:, :, None]).any(-1) & (top >= 0)
+    secondary = census.arrays[f"{text}.{length}.secondary"]
+    secondary = secondary.repeat_interleave(top.shape[1] // secondary.shape[1], 1)
+    sink = (top[..., None] == secondary[:, :, None]).any(-1) & (top >= 0)
     return {"top": top, "drawn": attention, "sink": sink.to(torch.uint8)}
 
 

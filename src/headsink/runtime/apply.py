@@ -38,7 +38,7 @@ def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCac
 
 
 def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
-    inverse = inverse_frequencies(model) if plan.positions == "cache" else None
+    inverse = inverse_frequencies(model) if plan.positions == "cache-relative" else None
     cache = PlanCache(plan, shape.windows, inverse, exact)
     cache.model = weakref.ref(unwrapped(model))
     return cache
@@ -128,7 +128,7 @@ class _Texts:
         cache.plan.check_length(length, self.shape.max_context)
         if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
             self.warned.add("length")
-        evicts = cache.plan.once and not cache.held and not cache.get_seq_length() and count > 1
+        evicts = cache.plan.prefill_compression and not cache.held and not cache.get_seq_length() and count > 1
         if evicts and "once" not in self.warned:
             self.warned.add("once")
             warnings.warn(

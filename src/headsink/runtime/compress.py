@@ -7,7 +7,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headsink.attention.interface import GAPS, left_padding
 from headsink.cache.cache import PlanCache
-from headsink.compression.reconstruction import retell
+from headsink.compression.reconstruction import reconstruct
 from headsink.errors import HeadsinkError
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import check_mask, new_cache
@@ -23,9 +23,9 @@ def compress(
     """A context that the model itself has read, cut once to what `plan` keeps; all that comes after stays.
 
     Reading takes the time and memory that it always takes, and memory grows with every later token, but the context is read
-    without loss: of the same plan, this is the better and the slower way. Plans with `plan.once` are made for it. With
-    `plan.retell` the model tells the context again, which takes longer than reading it did: keys are chosen by what that
-    takes, and values make up for the keys that go (retelling.py).
+    without loss: of the same plan, this is the better and the slower way. Plans with `plan.prefill_compression` are made for
+    it. With `plan.reconstruction_prompt` the model tells the context again, which takes longer than reading it did: keys are
+    chosen by what that takes, and values make up for the keys that go (retelling.py).
 
     cache: transformers' `DynamicCache(config=model.config)`, filled; it is emptied. attention_mask: of the context, int [batch,
     tokens], 0 for left padding. input_ids: the context, int [batch, tokens], needed if the plan retells. Use what is returned
@@ -54,12 +54,12 @@ def compress_into(
     plan, padding, scores = compressed.plan, left_padding(attention_mask), None
     if padding is not None and padding.hidden is not None:
         raise HeadsinkError(GAPS)
-    if plan.retell:
+    if plan.reconstruction_prompt:
         if input_ids is None or input_ids.shape != (rows, tokens):
             given = "missing" if input_ids is None else f"{list(input_ids.shape)}"
             raise HeadsinkError(
                 f"input_ids: {given}; this plan tells the context again, the [{rows}, {tokens}] tokens of the cache"
             )
-        scores = retell(model, plan, cache, input_ids, None if padding is None else padding.tokens)
+        scores = reconstruct(model, plan, cache, input_ids, None if padding is None else padding.tokens)
     compressed.fill(cache, padding, scores)
-    compressed.hold()
+    compressed.freeze()

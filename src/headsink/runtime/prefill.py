@@ -33,7 +33,7 @@ def read_long(model: PreTrainedModel, cache: Cache, text: Tensor) -> None:
 def read_prompt(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
     """Read in full, and compress once, what comes before the last token of the prompt, which `generate` begins with."""
     if not text.shape[1]:
-        cache.hold()
+        cache.freeze()
         return
     full = empty_cache(model, None)
     with torch.no_grad(), full_cache(model):
@@ -44,10 +44,10 @@ def read_prompt(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
 def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
     """What a plan keeps of a text, with all of its tokens read. Raises HeadsinkError if it does not fit the model."""
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    if len(ids) > longest and plan.positions == "text":
+    if len(ids) > longest and plan.positions == "absolute":
         raise HeadsinkError(f"prompt: {len(ids)} tokens are over the model's maximum of {longest}")
     cache, text = new_cache(model, plan), torch.tensor([ids], device=model.device)
-    if plan.once:
+    if plan.prefill_compression:
         read_prompt(model, cache, text)
         return cache
     with torch.no_grad(), apply(model, plan):

@@ -34,7 +34,7 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import new_cache
 from headsink.utils.files import new_file
 
-OLD = "headsink prefix 1"  # it held buffers with their empty slots, and numbers that could disagree with them
+OLD = ("headsink prefix 1", "headsink prefix 2")
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 
@@ -42,20 +42,20 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class _Header(BaseModel):
     """What the file says beside its tensors.
 
-    dtype: of keys and values. seen: tokens of every row, padding included. frozen: how many of them had come when `hold` was
-    called, None if it was not. anchors: of every group of every layer, slots in front of its ring (before `hold`, if that was
-    called); None for layers with a sliding window of the model's own. text, exact: as for `save_prefix` and `new_cache`.
+    dtype: of keys and values. seen: tokens of every row, padding included. frozen: how many of them had come when `freeze` was
+    called, None if it was not. prefix_slots: of every group of every layer, slots in front of its ring (before `freeze`, if
+    that was called); None for layers with a sliding window of the model's own. text, exact: as for `save_prefix` and `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["headsink prefix 2"] = "headsink prefix 2"
+    format: Literal["headsink prefix 3"] = "headsink prefix 3"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     exact: Annotated[bool, Field(strict=True)]
     seen: Annotated[int, Field(gt=0, strict=True)]
     frozen: Count | None
-    anchors: tuple[tuple[Count, ...] | None, ...]
+    prefix_slots: tuple[tuple[Count, ...] | None, ...]
     text: str
 
 
@@ -63,7 +63,7 @@ class _Group(NamedTuple):
     """What follows from the header for a head group.
 
     name: what the names of its tensors begin with. evicts: whether its slots are sink slots, top-k slots and a ring of the
-    pattern's window (before `hold`, if that was called); otherwise they are a ring that holds every token. slots: in use.
+    pattern's window (before `freeze`, if that was called); otherwise they are a ring that holds every token. slots: in use.
     stored: its tensors.
     """
 
@@ -71,7 +71,7 @@ class _Group(NamedTuple):
     heads: int
     pattern: Pattern
     evicts: bool
-    anchors: int
+    prefix_slots: int
     slots: int
     stored: tuple[str, ...]
 
@@ -145,7 +145,7 @@ def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[_Header, 
     except SafetensorError as error:
         raise HeadsinkError(f"{path}: not a prefix that headsink has saved") from error
     except ValidationError as error:
-        if any(e["loc"] == ("format",) and e["input"] == OLD for e in error.errors()):
+        if any(e["loc"] == ("format",) and e["input"] in OLD for e in error.errors()):
             again = f"headsink read MODEL --plan PLAN --file DOCUMENT --out {path}"
             raise HeadsinkError(f"{path}: saved by an older headsink; read the document again: {again}") from error
         first = error.errors()[0]
@@ -163,8 +163,8 @@ def _described(cache: PlanCache, seen: int, text: str) -> _Header:
         if layer.get_seq_length() != seen:
             raise ValueError(f"layer {index} has seen {layer.get_seq_length()} tokens, layer 0 has seen {seen}")
         for group in layer.groups if isinstance(layer, PlanLayer) else ():
-            if any(not layer.patterns[head].full for head in group.heads):  # for the others `hold` changes nothing
-                frozen.add(None if group.lets_go else group.start)
+            if any(not layer.patterns[head].full for head in group.heads):  # for the others `freeze` changes nothing
+                frozen.add(None if group.evicts else group.start)
     if len(frozen) > 1:
         raise ValueError("hold was called for some of its layers, or at different times")
     first = cache.layers[0]
@@ -176,51 +176,54 @@ def _described(cache: PlanCache, seen: int, text: str) -> _Header:
             "exact": cache.exact,
             "seen": seen,
             "frozen": frozen.pop() if frozen else None,
-            "anchors": [
-                tuple(map(_anchors, layer.groups)) if isinstance(layer, PlanLayer) else None for layer in cache.layers
+            "prefix_slots": [
+                tuple(map(_prefix_slots, layer.groups)) if isinstance(layer, PlanLayer) else None
+                for layer in cache.layers
             ],
             "text": text,
         }
     )
 
 
-def _anchors(group: HeadGroup) -> int:
-    """Slots in front of the ring, before `hold` if that was called."""
-    if group.lets_go or group.pattern.window is None:
-        return group.anchors
-    below_capacity = group.anchors == group.start == group.pattern.size(group.start)
-    return 0 if below_capacity else group.anchors - min(group.start, group.pattern.window)
+def _prefix_slots(group: HeadGroup) -> int:
+    """Slots in front of the ring, before `freeze` if that was called."""
+    if group.evicts or group.pattern.window is None:
+        return group.prefix_slots
+    below_capacity = group.prefix_slots == group.start == group.pattern.size(group.start)
+    return 0 if below_capacity else group.prefix_slots - min(group.start, group.pattern.window)
 
 
 def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
     """The head groups of all layers. Raises ValueError for numbers that cannot arise."""
-    seen, streaming = header.seen, header.plan.positions == "cache"
+    seen, streaming = header.seen, header.plan.positions == "cache-relative"
     at = seen if header.frozen is None else header.frozen  # tokens by which the state of a group is what it is
     if at > seen or (streaming and header.frozen is not None):
         raise ValueError(f"frozen: {at}, of {seen} tokens with positions of the {header.plan.positions}")
-    if len(header.anchors) != len(cache.layers):
-        raise ValueError(f"anchors: of {len(header.anchors)} layers, the model has {len(cache.layers)}")
-    for index, (layer, every) in enumerate(zip(cache.layers, header.anchors, strict=True)):
+    if len(header.prefix_slots) != len(cache.layers):
+        raise ValueError(f"prefix_slots: of {len(header.prefix_slots)} layers, the model has {len(cache.layers)}")
+    for index, (layer, every) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
         patterns: dict[Pattern, int] = {}
         for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
             pattern = FULL if header.frozen == 0 else pattern
             patterns[pattern] = patterns.get(pattern, 0) + 1
         if (every is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(every or ()):
-            raise ValueError(f"anchors.{index}: {every}, of a layer with {len(patterns)} patterns")
-        for number, ((pattern, heads), anchors) in enumerate(zip(patterns.items(), every or (), strict=True)):
-            window, most = pattern.window or 0, pattern.floating
-            below_capacity = anchors == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
+            raise ValueError(f"prefix_slots.{index}: {every}, of a layer with {len(patterns)} patterns")
+        for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), every or (), strict=True)):
+            window, most = pattern.window or 0, pattern.top_k
+            below_capacity = prefix_slots == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
             top_k = range(min(max(at - window, 0), most), most + 1)  # slots that there may be
-            if not below_capacity and (pattern.full or anchors - pattern.sink not in top_k):
-                raise ValueError(f"anchors.{index}.{number}: {anchors} slots after {at} tokens under {pattern}")
-            slots = anchors + (at if below_capacity else min(at, window)) + seen - at
+            if not below_capacity and (pattern.full or prefix_slots - pattern.sink not in top_k):
+                raise ValueError(
+                    f"prefix_slots.{index}.{number}: {prefix_slots} slots after {at} tokens under {pattern}"
+                )
+            slots = prefix_slots + (at if below_capacity else min(at, window)) + seen - at
             stored = ["keys", "values"]
             if header.frozen is not None or pattern.full:
                 stored.append("visible")
             elif not below_capacity and most:
                 stored.append("scores")
             name = f"layers.{index}.{number}."
-            yield _Group(name, heads, pattern, not below_capacity, anchors, slots, tuple(stored))
+            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, tuple(stored))
 
 
 def _seen(cache: PlanCache) -> tuple[int, int]:
@@ -310,7 +313,7 @@ def _expected(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[t
             "keys": (dtype, (*lie, dim)),
             "values": (dtype, (*lie, dim)),
             "visible": (torch.bool, lie),
-            "scores": (torch.promote_types(dtype, torch.float32), (*lie[:2], group.anchors - group.pattern.sink)),
+            "scores": (torch.promote_types(dtype, torch.float32), (*lie[:2], group.prefix_slots - group.pattern.sink)),
         }
         found |= {group.name + name: kinds[name] for name in group.stored}
     return found
@@ -355,7 +358,7 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             none = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, dtype=getattr(torch, header.dtype))
             none = none.to(tensors["input_ids"].device)
             if header.frozen == 0:
-                layer.hold()
+                layer.freeze()
             layer.fill(none, none, padding)
             layer.held, layer.seen = header.frozen is not None, header.seen
         else:
@@ -366,10 +369,10 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
         for name in group.stored:
             setattr(live, name, tensors[group.name + name])
         if group.evicts:
-            live.young, live.window, live.anchors = False, group.pattern.window, group.anchors
+            live.below_capacity, live.window, live.prefix_slots = False, group.pattern.window, group.prefix_slots
         if header.frozen is not None:
             live.length = header.frozen
-            live.hold()
+            live.freeze()
         live.length = header.seen
         if "visible" in group.stored:
             ring, real = _ring(header, tensors, group)

@@ -23,10 +23,10 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache
     cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if plan is not None:
         plan = plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
-        if not plan.once:
+        if not plan.prefill_compression:
             cache = new_cache(model, plan)
     forward(model, cache, ids, 1)
-    if plan is not None and plan.once:
+    if plan is not None and plan.prefill_compression:
         cache = compress(model, plan, cache, input_ids=torch.tensor([list(ids)], device=model.device))
     cache.activate_past_recording()
     return cache

@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from headsink.attention.cpu.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 
 
 class Weight(IntEnum):
@@ -35,7 +35,7 @@ BLOCK = 128  # keys at once, which stay in the processor's first cache
 
 # The numbers, for the compiler, which takes no enumerations inside arrays' indices.
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = (int(w) for w in Weight)
-_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, *_, _END, _SLOT, _LEAVING = (int(f) for f in Field)
+_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, *_, _END, _SLOT, _LEAVING = (int(f) for f in KVField)
 
 
 @njit
@@ -105,8 +105,8 @@ def _score(key: Any, value: Any, weights: Any) -> Any:
 def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
     """Let a token into a head, and move the one that leaves the window for it. key, value: float32 [dim]."""
     dim, sink, slot, leaving = key.shape[0], head[_SINK], head[_SLOT], head[_LEAVING]
-    floating = head[_FLOATING]
-    slots = max(head[_END], sink + floating, slot + 1)
+    top_k = head[_FLOATING]
+    slots = max(head[_END], sink + top_k, slot + 1)
     keys = carray(pointer(head[_KEYS], like), (slots, dim))
     values = carray(pointer(head[_VALUES], like), (slots, dim))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
@@ -120,11 +120,11 @@ def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
         target = -1
         if leaving < sink:
             target = leaving
-        elif floating:
-            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), floating)
+        elif top_k:
+            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), top_k)
             weights = carray(pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
             worth, least = _score(old_key, old_value, weights), 0
-            for n in range(floating):
+            for n in range(top_k):
                 if scores[n] < scores[least]:
                     least = n
             if worth > scores[least]:
@@ -144,7 +144,7 @@ def _attend(
     head: Any,
     like: Any,
     query: Any,
-    turned: Any,
+    rotated: Any,
     tokens: Any,
     logits: Any,
     top: Any,
@@ -173,10 +173,10 @@ def _attend(
         count = min(BLOCK, end - first)
         products(head[_KEYS] + first * row_bytes, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
         for slot in range(first, min(first + count, head[_SINK])):
-            for row in range(turned.shape[0]):
+            for row in range(rotated.shape[0]):
                 one = np.float32(0)
                 for n in range(dim):
-                    one += wide(keys[slot, n]) * turned[row, n]
+                    one += wide(keys[slot, n]) * rotated[row, n]
                 logits[row, slot - first] = one
         for slot in range(first, first + count):
             if not visible[slot]:
@@ -241,12 +241,12 @@ def attend(head_table: Any, like: Any, key: Any, value: Any, query: Any, tokens:
     heads, group, dim = query.shape
     top, total = np.empty((heads, threads, group), np.float32), np.empty((heads, threads, group), np.float32)
     parts = np.empty((heads, threads, group, dim), np.float32)
-    turned = np.empty((0, dim), np.float32)
+    rotated = np.empty((0, dim), np.float32)
     for part in prange(threads):
         logits = np.empty((group, BLOCK), np.float32)
         for head in range(heads):
             sums = top[head, part], total[head, part], parts[head, part]
-            _attend(head_table[head], like, query[head], turned, tokens, logits, *sums, part, threads)
+            _attend(head_table[head], like, query[head], rotated, tokens, logits, *sums, part, threads)
     for head in range(heads):
         for row in range(group):
             _combine(top[head, :, row], total[head, :, row], parts[head, :, row], out[head, row])
@@ -294,7 +294,7 @@ def run(
     attended = np.empty((heads, group, dim), np.float32)
     by_head, flat = query.reshape((heads, group, dim)), attended.reshape((texts, query_heads * dim))
     keys, values = key.reshape((heads, dim)), value.reshape((heads, dim))
-    turned = np.empty((heads, group if turns.shape[3] else 0, dim), np.float32)
+    rotated = np.empty((heads, group if turns.shape[3] else 0, dim), np.float32)
     gate, up = np.empty((texts, inner), np.float32), np.empty((texts, inner), np.float32)
     for layer in range(layers):
         own = weights[layer]
@@ -322,9 +322,9 @@ def run(
                         _normalise(vector, head_norms[layer, 0], eps, vector)
                     for n in range(dim):
                         vector[n] *= scaling
-                    if turned.shape[1]:
-                        turned[head, row] = vector
-                        _rotate(turned[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
+                    if rotated.shape[1]:
+                        rotated[head, row] = vector
+                        _rotate(rotated[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
                     _rotate(vector, cos[text], sin[text])
                 _enter(head_table[layer, text, number], keys[head], values[head], like)
         for part in prange(threads):
@@ -332,7 +332,7 @@ def run(
             for head in range(heads):
                 sums = top[head, part], total[head, part], parts[head, part]
                 table = head_table[layer, head // kv_heads, head % kv_heads]
-                _attend(table, like, by_head[head], turned[head], 1, scratch, *sums, part, threads)
+                _attend(table, like, by_head[head], rotated[head], 1, scratch, *sums, part, threads)
         for head in range(heads):
             for row in range(group):
                 _combine(top[head, :, row], total[head, :, row], parts[head, :, row], attended[head, row])

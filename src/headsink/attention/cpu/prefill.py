@@ -2,8 +2,8 @@
 
 Queries come in blocks. For every block the keys that any of its queries sees are gathered, `KEYS` at a time, and laid out so
 that a vector of sixteen holds one coordinate of sixteen keys; `ROWS` queries at once then go over them, their logits and sums in
-registers (tiles.py). Softmax is taken as it goes (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). So
-a key costs what its queries cost, and one that none of them sees costs nothing.
+registers (tiles.py). AttentionParams is taken as it goes (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv
+2205.14135). So a key costs what its queries cost, and one that none of them sees costs nothing.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _power(builder: Any, x: Any) -> Any:
 def soften(
     context: Any, logits: Any, columns: Any, until: Any, column: Any, scaling: Any, top: Any, shares: Any, like: Any
 ) -> Any:
-    """Softmax of the logits of one query, float32 [KEYS], as far as is known.
+    """AttentionParams of the logits of one query, float32 [KEYS], as far as is known.
 
     columns, until: int32 [KEYS], from where and to where keys are seen. top: the largest logit before, float32, in units
     of log 2, scaled. Written: shares, 2^(logit - new top), as float32 or bfloat16. Returns the new top and the sum of shares.

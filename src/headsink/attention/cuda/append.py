@@ -1,7 +1,7 @@
 """Letting a token of every text into the heads of a layer: one launch, without a word from the host. And hiding some again.
 
 What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it
-moves to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its
+moves to the slots in front if it is one of the first tokens, or in place of the top-k key with the lowest score if its
 own is higher.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from headsink.attention.cuda.decode import (
     ANCHORS,
     FIELDS,
-    FLOATING,
     KEYS,
     PAD,
     SCORES,
     SINK,
     START,
+    TOP_K,
     VALUES,
     VISIBLE,
     WEIGHTS,
     WINDOW,
     check_table,
 )
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 from headsink.errors import must_be
 from headsink.eviction.pattern import FOREVER
 
@@ -59,10 +59,10 @@ def _enter(
     keys = tl.load(own + KEYS).to(tl.pointer_type(kind))
     values = tl.load(own + VALUES).to(tl.pointer_type(kind))
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
-    sink, floating, anchors = tl.load(own + SINK), tl.load(own + FLOATING), tl.load(own + ANCHORS)
+    sink, top_k, prefix_slots = tl.load(own + SINK), tl.load(own + TOP_K), tl.load(own + ANCHORS)
     start, window, pad = tl.load(own + START), tl.load(own + WINDOW), tl.load(own + PAD)
     place = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
-    slot = anchors + place
+    slot = prefix_slots + place
     leaving = tl.where(length >= window, length - window - pad, -1)
 
     column, pair = tl.arange(0, DIM), tl.arange(0, DIM // 2)
@@ -79,7 +79,7 @@ def _enter(
         target = leaving * 0 - 1
         if leaving < sink:
             target = leaving
-        elif floating > 0:
+        elif top_k > 0:
             scores = tl.load(own + SCORES).to(tl.pointer_type(tl.float32))
             weights = tl.load(own + WEIGHTS).to(tl.pointer_type(tl.float32))
             first = tl.load(from_keys + pair, pair < half, other=0.0).to(tl.float32)
@@ -88,8 +88,8 @@ def _enter(
             some = tl.arange(0, SOME)
             least = tl.full([SOME], float("inf"), tl.float32)
             at = tl.zeros([SOME], tl.int32)
-            for begin in range(0, floating.to(tl.int32), SOME):
-                found = tl.load(scores + begin + some, begin + some < floating, other=float("inf"))
+            for begin in range(0, top_k.to(tl.int32), SOME):
+                found = tl.load(scores + begin + some, begin + some < top_k, other=float("inf"))
                 at = tl.where(found < least, begin + some, at)
                 least = tl.minimum(least, found)
             lowest = tl.min(least, 0)
@@ -109,7 +109,7 @@ def _enter(
         tl.store(visible + slot, (length >= pad).to(tl.int8))
 
 
-def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
+def append_keys(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
     """Let tokens of every text in: one, or several where nothing is let go.
 
     key, value: [texts, KV heads, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
@@ -146,7 +146,7 @@ def hide(hidden: Tensor, tables: Tensor, length: Tensor) -> None:
     [layers, texts, KV heads, len(Field)]; length: int64 [1], all columns so far."""
     layers, texts, heads, _ = tables.shape
     columns = hidden.shape[1]
-    check_table(tables.view(layers * texts, heads, len(Field)), length, layers * texts, heads, hidden.device)
+    check_table(tables.view(layers * texts, heads, len(KVField)), length, layers * texts, heads, hidden.device)
     must_be("hide: rows", (len(hidden), hidden.dtype), (texts, torch.bool))
     with torch.cuda.device_of(tables):
         _hide[(layers * texts * heads,)](

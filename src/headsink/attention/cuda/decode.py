@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.attention.cuda.common import LOG2E, capped, processors, product
-from headsink.attention.kv_table import Field, check_buffers
+from headsink.attention.kv_table import KVField, check_buffers
 from headsink.errors import must_be
 
 TILE_BYTES = 2**14  # of the keys of a tile, and of their values
-FIELDS = tl.constexpr(len(Field))
-KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, PAD = (
-    tl.constexpr(int(field)) for field in list(Field)[: Field.END]
+FIELDS = tl.constexpr(len(KVField))
+KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, TOP_K, ANCHORS, START, WINDOW, PAD = (
+    tl.constexpr(int(field)) for field in list(KVField)[: KVField.END]
 )
 
 
@@ -38,10 +38,10 @@ def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.con
     head = tl.arange(0, HEADS)
     real = head < heads
     own = table + head * FIELDS
-    anchors, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
+    prefix_slots, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
     window, pad = tl.load(own + WINDOW, real, other=0), tl.load(own + PAD, real, other=0)
-    ends = tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
-    unseen = tl.where((window >= length) & (anchors == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
+    ends = tl.where(real, prefix_slots + tl.minimum(length - start, window), 0).to(tl.int32)
+    unseen = tl.where((window >= length) & (prefix_slots == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
     firsts = tl.minimum(unseen, ends) // TILE * TILE
     return firsts, ends, tl.cdiv(ends - firsts, TILE)
 
@@ -61,7 +61,7 @@ def _of(values, index, n):
 @triton.jit
 def _attend_part(
     query,
-    turned,
+    rotated,
     table,
     length_at,
     found,
@@ -111,7 +111,7 @@ def _attend_part(
         theirs = (head * rows + row)[:, None] * dim + column[None, :]
         asked = tl.load(query + theirs, inside, other=0.0)
         if TURNED:
-            sink, asked_first = tl.load(own + SINK), tl.load(turned + theirs, inside, other=0.0)
+            sink, asked_first = tl.load(own + SINK), tl.load(rotated + theirs, inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         sum_ = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, DIM], tl.float32)
@@ -153,7 +153,7 @@ def _combine(
     totals,
     table,
     length_at,
-    learned,
+    sink_logits,
     output,
     lse,
     heads: tl.constexpr,
@@ -200,7 +200,7 @@ def _combine(
     logarithm = calm + tl.log2(sum_)  # -inf where nothing was seen
     divisor = sum_
     if LEARNED:
-        extra = tl.load(learned + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
+        extra = tl.load(sink_logits + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
         divisor += tl.exp2(extra - calm)
     divisor = tl.where(sum_ == 0.0, 1.0, divisor)
     row_at = head * rows + row
@@ -213,7 +213,7 @@ def check_table(table: Tensor, length: Tensor, texts: int, heads: int, device: t
     """Raise unless a table on the card is of so many texts and KV heads. The buffers that it speaks of are checked where it is
     made (layout.py), and new keys where they are offered (cache.py)."""
     found = tuple(table.shape), table.dtype, table.device, table.is_contiguous()
-    must_be("attention: the table of KV heads", found, ((texts, heads, len(Field)), torch.int64, device, True))
+    must_be("attention: the table of KV heads", found, ((texts, heads, len(KVField)), torch.int64, device, True))
     must_be("attention: the length", (length.numel(), length.dtype, length.device), (1, torch.int64, device))
 
 
@@ -223,8 +223,8 @@ def attend(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
-    turned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    rotated: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last tokens of every text over what each head holds of it.
@@ -240,11 +240,11 @@ def attend(
     kv_heads = table.shape[1]
     check_table(table, length, texts, kv_heads, query.device)
     must_be("attention: query heads left over", query_heads % kv_heads, 0)
-    for given in (query, *(() if turned is None else (turned,))):
+    for given in (query, *(() if rotated is None else (rotated,))):
         kind = given.shape, given.dtype, given.device, given.is_contiguous()
         must_be("attention: queries", kind, (query.shape, query.dtype, query.device, True))
-    if learned is not None:
-        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
+    if sink_logits is not None:
+        must_be("attention: learned logits", (sink_logits.numel(), sink_logits.is_contiguous()), (query_heads, True))
     heads, group = texts * kv_heads, query_heads // kv_heads
     rows = group * tokens
     programs = 2 * processors(query.device) if programs is None else programs
@@ -265,7 +265,7 @@ def attend(
     with torch.cuda.device_of(query):
         _attend_part[(programs,)](
             query,
-            query if turned is None else turned,
+            query if rotated is None else rotated,
             table,
             length,
             found,
@@ -276,7 +276,7 @@ def attend(
             ROWS=max(16, triton.next_power_of_2(rows)),
             DIM=wide,
             CAPPED=softcap is not None,
-            TURNED=turned is not None,
+            TURNED=rotated is not None,
             STAGES=3,
             num_warps=4,
             **same,
@@ -287,14 +287,14 @@ def attend(
             totals,
             table,
             length,
-            tops if learned is None else learned,
+            tops if sink_logits is None else sink_logits,
             output,
             lse,
             kv_heads=kv_heads,
             PARTS=triton.next_power_of_2(programs),
             SOME=min(64, triton.next_power_of_2(programs)),
             COLUMNS=columns,
-            LEARNED=learned is not None,
+            LEARNED=sink_logits is not None,
             num_warps=4,
             **same,
         )
@@ -309,7 +309,7 @@ def attend_buffers(
     end: int,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
@@ -318,9 +318,9 @@ def attend_buffers(
     check_buffers(query, keys, values, visible, end)
     keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
     number = torch.arange(texts * kv_heads, device=query.device).view(texts, kv_heads) * slots
-    table = number.new_zeros(texts, kv_heads, len(Field))
+    table = number.new_zeros(texts, kv_heads, len(KVField))
     for field, buffer, size in ((KEYS, keys, dim), (VALUES, values, dim), (VISIBLE, visible, 1)):
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
-    table[..., Field.WINDOW] = end
+    table[..., KVField.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(query, table, length, scaling, softcap, learned, programs=programs)
+    return attend(query, table, length, scaling, softcap, sink_logits, programs=programs)

@@ -2,7 +2,7 @@
 
 A program takes 128 queries of one head. Far keys, which are seen because they are first tokens or float, lie anywhere: a small
 launch before lists them for every block, and they are gathered from there. The last ones lie side by side; those that every query
-of the block sees go without a mask. Softmax is taken as it goes (FlashAttention-2, arXiv 2307.08691).
+of the block sees go without a mask. AttentionParams is taken as it goes (FlashAttention-2, arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.attention.cuda.common import LOG2E, capped, product
-from headsink.attention.visibility import Own, Sight, check_sight
+from headsink.attention.visibility import HeadVisibility, KeyVisibility, check_sight
 from headsink.errors import must_be
 from headsink.utils.device import on_card
 
 SCAN = 1024  # keys looked through at once
 # Numbers that change from text to text, for which nothing is compiled anew.
-ANY = ["first", "anchors", "start", "n_keys", "tokens"]
+ANY = ["first", "prefix_slots", "start", "n_keys", "tokens"]
 # What is a KV head's own: its window, how far its far keys reach, how many a query sees at most, where their lists begin.
 WINDOW, REACH, MOST, LISTS, OWN = (tl.constexpr(n) for n in range(5))
 
@@ -45,14 +45,14 @@ def shape(dim: int, dtype: torch.dtype) -> Shape:
 
 
 @triton.jit
-def _near_from(begin, anchors, start, window, n_keys):
+def _near_from(begin, prefix_slots, start, window, n_keys):
     """The first of the keys side by side that a block sees whose first query is of column `begin`."""
-    first = anchors + begin - tl.maximum(window, 1) + 1 - start
-    return tl.minimum(tl.maximum(first, anchors), n_keys)
+    first = prefix_slots + begin - tl.maximum(window, 1) + 1 - start
+    return tl.minimum(tl.maximum(first, prefix_slots), n_keys)
 
 
 @triton.jit(do_not_specialize=ANY)
-def _list(until, lists, counts, table, first, anchors, start, n_keys, QUERIES: tl.constexpr, SOME: tl.constexpr):
+def _list(until, lists, counts, table, first, prefix_slots, start, n_keys, QUERIES: tl.constexpr, SOME: tl.constexpr):
     """The far keys that any query of a block sees, in order."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = first + block * QUERIES
@@ -62,7 +62,7 @@ def _list(until, lists, counts, table, first, anchors, start, n_keys, QUERIES: t
         tl.load(table + REACH).to(tl.int32),
         tl.load(table + MOST),
     )
-    end = tl.minimum(_near_from(begin, anchors, start, window, n_keys), reach)
+    end = tl.minimum(_near_from(begin, prefix_slots, start, window, n_keys), reach)
     lists += tl.load(table + LISTS) + block * most
     some, count = tl.arange(0, SOME), 0
     for place in range(0, end, SOME):
@@ -114,11 +114,11 @@ def _attend_block(
     lists,
     counts,
     table,
-    learned,
+    sink_logits,
     output,
     lse,
     first,
-    anchors,
+    prefix_slots,
     start,
     n_keys,
     tokens,
@@ -168,29 +168,29 @@ def _attend_block(
         never = tl.full([KEYS], -1, tl.int32)  # all of them come before every query
         state = _over(state, same, key, there, never, dim, DIM, True, CAPPED)
 
-    near = _near_from(begin, anchors, start, window, n_keys)
-    end = tl.minimum(anchors + last + 1 - start, n_keys)
+    near = _near_from(begin, prefix_slots, start, window, n_keys)
+    end = tl.minimum(prefix_slots + last + 1 - start, n_keys)
     # Whole tiles in the middle that every query sees: not before the window of the last one, not after the first one.
     calm_from, calm_to = near, near
     if not GAPS:
-        low = tl.maximum(near, anchors + last - tl.maximum(window, 1) + 1 - start)
+        low = tl.maximum(near, prefix_slots + last - tl.maximum(window, 1) + 1 - start)
         calm_from = near + tl.cdiv(low - near, KEYS) * KEYS
-        calm_to = calm_from + tl.maximum(anchors + begin + 1 - start - calm_from, 0) // KEYS * KEYS
+        calm_to = calm_from + tl.maximum(prefix_slots + begin + 1 - start - calm_from, 0) // KEYS * KEYS
     for place in tl.range(near, tl.minimum(calm_from, end), KEYS, num_stages=STAGES):
         key = place + some
-        state = _over(state, same, key, key < end, key - anchors + start, dim, DIM, True, CAPPED)
+        state = _over(state, same, key, key < end, key - prefix_slots + start, dim, DIM, True, CAPPED)
     for place in tl.range(calm_from, calm_to, KEYS, num_stages=STAGES):
         key = place + some
         state = _over(state, same, key, key < n_keys, key, dim, DIM, False, CAPPED)
     for place in tl.range(calm_to, end, KEYS, num_stages=STAGES):
         key = place + some
-        state = _over(state, same, key, key < end, key - anchors + start, dim, DIM, True, CAPPED)
+        state = _over(state, same, key, key < end, key - prefix_slots + start, dim, DIM, True, CAPPED)
 
     top, sum_, out = state
     calm = tl.where(top == float("-inf"), 0.0, top)
     divisor = sum_
     if LEARNED:
-        extra = tl.load(learned + query_head % QUERY_HEADS).to(tl.float32) * LOG2E
+        extra = tl.load(sink_logits + query_head % QUERY_HEADS).to(tl.float32) * LOG2E
         divisor += tl.exp2(extra - calm * unit)
     divisor = tl.where(sum_ == 0.0, 1.0, divisor)
     tl.store(output + at, (out / divisor[:, None]).to(output.dtype.element_ty), inside)
@@ -201,10 +201,10 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    sight: Sight,
+    sight: KeyVisibility,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     tile: Shape | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of many tokens, each over the keys that it sees.
@@ -216,14 +216,14 @@ def attend(
     batch, query_heads, tokens, dim = query.shape
     heads, n_keys = keys.shape[:2]
     check_sight(query, keys, values, sight)
-    if learned is not None:
-        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
+    if sink_logits is not None:
+        must_be("attention: learned logits", (sink_logits.numel(), sink_logits.is_contiguous()), (query_heads, True))
     wide = triton.next_power_of_2(dim)
     tile = shape(wide, query.dtype) if tile is None else tile
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     until = sight.until.int().contiguous()
     blocks, listed, table = triton.cdiv(tokens, tile.queries), 0, []
-    own = sight.each or [Own(sight.window, sight.far, sight.reach)] * heads
+    own = sight.each or [HeadVisibility(sight.window, sight.far, sight.reach)] * heads
     for window, far, reach in own:
         most = max(1, min(n_keys, far))
         table.append([n_keys + 1 if window is None else min(window, n_keys + 1), reach, most, listed])
@@ -231,7 +231,7 @@ def attend(
     lists = torch.empty(listed, dtype=torch.int32, device=query.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=query.device)
     of_heads = on_card(torch.tensor(table), query.device)
-    where = (sight.first, sight.anchors, sight.start, n_keys)
+    where = (sight.first, sight.prefix_slots, sight.start, n_keys)
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
         _list[(blocks, heads)](until, lists, counts, of_heads, *where, QUERIES=tile.queries, SOME=SCAN)
@@ -243,7 +243,7 @@ def attend(
             lists,
             counts,
             of_heads,
-            lse if learned is None else learned,
+            lse if sink_logits is None else sink_logits,
             output,
             lse,
             *where,
@@ -258,7 +258,7 @@ def attend(
             KEYS=tile.keys,
             GAPS=sight.gaps,
             CAPPED=softcap is not None,
-            LEARNED=learned is not None,
+            LEARNED=sink_logits is not None,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )

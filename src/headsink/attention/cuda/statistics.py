@@ -198,7 +198,7 @@ class _Sums(NamedTuple):
     """
 
     logarithm: Tensor
-    learned: Tensor
+    sink_logits: Tensor
     weights: Tensor
     spread: Tensor
     peaks: Tensor
@@ -291,23 +291,23 @@ class _Asked:
         scale = torch.exp2(tops - most)
         total = (sums.sum(-1) * scale)[..., :parts].sum(-1)
         logarithm = most[..., 0] + total.log2()
-        learned = torch.zeros_like(total)
-        if self.inputs.learned is not None:
-            logits = self.inputs.learned.float().view(shape[0], self.group).repeat(1, len(self.at))
-            learned = torch.sigmoid(logits - logarithm * LN2)
-        factors = scale * ((1 - learned) / total)[..., None]
+        sink_logits = torch.zeros_like(total)
+        if self.inputs.sink_logits is not None:
+            logits = self.inputs.sink_logits.float().view(shape[0], self.group).repeat(1, len(self.at))
+            sink_logits = torch.sigmoid(logits - logarithm * LN2)
+        factors = scale * ((1 - sink_logits) / total)[..., None]
         return _Sums(
             logarithm,
-            learned,
+            sink_logits,
             sums * factors[..., None],
             (spreads * scale)[..., :parts].sum(-1) / total,
-            torch.exp2(peaks - logarithm[..., None]) * (1 - learned)[..., None],
+            torch.exp2(peaks - logarithm[..., None]) * (1 - sink_logits)[..., None],
             vectors * factors[..., None, None],
         )
 
     def columns(self, found: _Sums, share: Tensor) -> Tensor:
         """Attention to each key, summed over queries with a `share` of each: float32 [query heads, keys]."""
-        offsets = (share.repeat_interleave(self.group) * (1 - found.learned)).log2() - found.logarithm
+        offsets = (share.repeat_interleave(self.group) * (1 - found.sink_logits)).log2() - found.logarithm
         output = found.logarithm.new_empty(self.inputs.query.shape[1], self.length)
         first = torch.arange(0, self.length, self.rows, device=self.key.device)
         bounds = torch.searchsorted(self.at, torch.stack([first, first + self.rows + self.reach - 1], -1))
@@ -353,7 +353,7 @@ def masses(
         "local": others[..., :near].sum(-1),
         "far": others[..., near:].sum(-1),
         "far_peak": torch.nn.functional.pad(found.peaks[..., near:-1], (0, 1)).amax(-1),
-        "learned": found.learned,
+        "learned": found.sink_logits,
         "entropy": entropy,
         "effective": entropy.exp(),
     }
@@ -366,13 +366,14 @@ def first_and_all(inputs: Inputs, rows: Tensor) -> Tensor:
     none = torch.zeros(asked.key.shape[:2], dtype=torch.bool, device=asked.key.device)
     bands = asked.bands(asked.cuts([]))
     found = asked.sums([*bands, asked.start(1)], len(bands), none)
-    return torch.stack([asked.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.learned)])
+    return torch.stack([asked.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.sink_logits)])
 
 
 def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Sequence[int]) -> dict[str, Tensor]:
     """Output of every head where only some keys are kept: float32 [query heads, queries, dim] by name.
 
-    "first_16" are the last 16 keys and the `opening` first tokens, "floating_16" those and all sinks. windows: 0, then ascending.
+    "first_16" are the last 16 keys and the `opening` first tokens, "secondary_16" those and all sinks. windows: 0, then
+    ascending.
     """
     asked = _Asked(inputs, rows)
     cuts = asked.cuts(windows)
@@ -388,12 +389,12 @@ def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Seq
 
     near = {
         "first": before(others + at_sinks) + first,
-        "floating": before(others) + at_sinks.sum(2, keepdim=True) + first,
+        "secondary": before(others) + at_sinks.sum(2, keepdim=True) + first,
     }
     outputs = {}
     for window in windows:
         for name, sums in near.items():
             sum_ = sums[:, :, cuts.index(window)]
-            mass = (sum_[..., -1:] + found.learned[..., None]).clamp(min=TINY)  # what a learned logit takes stays
+            mass = (sum_[..., -1:] + found.sink_logits[..., None]).clamp(min=TINY)  # what a learned logit takes stays
             outputs[f"{name}_{window}"] = asked.by_head(sum_[..., :-1] / mass)
     return outputs

@@ -53,7 +53,7 @@ def plans(found: dict[str, Record], link: Link) -> list[str]:
         for one in row["found"]["plans"]
     ]
     said = (
-        "Keys of each KV head: first tokens + floating (f) + window. KL in nats a token, on the documents that the plans were "
+        "Keys of each KV head: first tokens + top_k (f) + window. KL in nats a token, on the documents that the plans were "
         "calibrated with; what they cost elsewhere is below."
     )
     heads = ["model", "budget", "kept", "KL of text", "KL of answers", "KV heads", "row"]

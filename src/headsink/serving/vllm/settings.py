@@ -19,7 +19,7 @@ from headsink.utils.versions import check_vllm
 from headsink_vllm import FAMILIES, PREFIX
 
 KEY = "headsink_plan"  # in additional_config
-ANOTHER_PLAN = "make one with `headsink plan --no-floating`"
+ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
 def check_servable(plan: Plan) -> None:
@@ -28,16 +28,16 @@ def check_servable(plan: Plan) -> None:
     if plan.model.architecture not in FAMILIES:
         names = ", ".join(family.removesuffix("ForCausalLM") for family in FAMILIES)
         raise HeadsinkError(f"{plan.model.architecture} is not a family that is served under a plan; {names} are")
-    if any(head.floating for head in heads):
+    if any(head.top_k for head in heads):
         raise HeadsinkError(
-            "the plan has floating keys, and vLLM's scheduler must know which blocks to keep before it has seen a key; "
+            "the plan has top-k keys, and vLLM's scheduler must know which blocks to keep before it has seen a key; "
             f"{ANOTHER_PLAN}"
         )
-    if plan.once:
+    if plan.prefill_compression:
         raise HeadsinkError(
             f"the plan is for contexts that are compressed once, and vLLM lets keys go all the time; {ANOTHER_PLAN}"
         )
-    if plan.positions == "cache":
+    if plan.positions == "cache-relative":
         raise HeadsinkError("the plan counts positions in the cache; vLLM has those of the text only: --positions text")
 
 
