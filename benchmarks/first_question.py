@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headsink.census import Census
 from headsink.census.first_layer import RULES
+from headsink.census.results import Census
 from headsink.utils.files import write_text
 from headsink.utils.format import p_value, share
 

@@ -14,10 +14,11 @@ from families import tiny
 
 import headsink
 from headsink.census.head_statistics import distances
-from headsink.report import charts, write_comparison, write_comparison_pictures, write_report
+from headsink.report import charts
 from headsink.report.assets import write_picture
+from headsink.report.comparison import write_comparison, write_comparison_pictures
 from headsink.report.first_view import flat_keys, flat_profile, short
-from headsink.report.page import drawing, write_page
+from headsink.report.page import drawing, write_page, write_report
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 from headsink.utils.format import share
 

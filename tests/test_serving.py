@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import random_plan
 
-import headsink.serving.vllm
+import headsink.serving.vllm.settings
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.eviction.pattern import visible
 from headsink.models.distributed import rank_heads

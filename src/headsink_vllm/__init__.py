@@ -3,7 +3,7 @@
 vLLM calls `register` (entry point group `vllm.general_plugins`) in the server, the engine and every worker, whatever model is
 served. So this package stands beside `headsink` and imports nothing of it, which takes seconds: it only says in which module
 the model classes are that run under a plan. They are imported when a model is served whose configuration names one of them,
-which is what `headsink serve` and `headsink.serving.vllm.engine_args` see to.
+which is what `headsink serve` and `headsink.serving.vllm.settings.engine_args` see to.
 """
 
 FAMILIES = ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

@@ -11,8 +11,6 @@ import typer
 
 from headsink.cli.options import Device, Dtype, Force, Json, Model, OtherWeights, Seed, plan_path, readable
 from headsink.errors import HeadsinkError
-from headsink.generation import templates
-from headsink.runtime import prefill
 from headsink.utils.files import check_file, check_text, read_input, read_text
 from headsink.utils.terminal import emit, err, out, write
 
@@ -60,7 +58,9 @@ def read(
     import headsink
     from headsink.cache.cache import nbytes
     from headsink.cli import output
+    from headsink.generation import templates
     from headsink.plan.plan import Plan
+    from headsink.runtime.prefill import prefill
     from headsink.runtime.prefix import save_prefix
 
     plan = Plan.load(plan_file)
@@ -68,7 +68,7 @@ def read(
     plan = plan.for_model(loaded) if other_weights else plan
     text, ids = templates.document_prompt(tokenizer, document, raw)
     start = time.perf_counter()
-    cache = prefill.read(loaded, plan, ids)
+    cache = prefill(loaded, plan, torch.tensor([ids], device=loaded.device))
     seconds = time.perf_counter() - start
     save_prefix(out_file, cache, torch.tensor([ids]), text, force=force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(out_file)}
@@ -124,7 +124,7 @@ def generate(
 
     import headsink
     from headsink.cli import output
-    from headsink.generation import generate
+    from headsink.generation import generate, templates
     from headsink.generation.templates import chat_prompt, encode
     from headsink.plan.plan import Plan
     from headsink.runtime.prefix import load_prefix, prefix_text

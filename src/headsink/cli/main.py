@@ -226,7 +226,7 @@ def compare(
 
     import headsink
     from headsink.cli import output
-    from headsink.report import write_comparison, write_comparison_pictures
+    from headsink.report.comparison import write_comparison, write_comparison_pictures
 
     comparison = headsink.compare(*runs)
     if report_file is not None:
@@ -301,7 +301,7 @@ def plan(
     positions: Annotated[
         str,
         typer.Option(
-            help="absolute, or cache-relative: for streaming generation, far beyond the model's maximum; needs --policy streaming-llm."
+            help="absolute, or cache-relative: for streaming generation beyond the model's maximum; needs --policy streaming-llm."
         ),
     ] = "absolute",
     seed: Seed = 0,

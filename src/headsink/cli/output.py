@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from headsink.calibration.frontier import Frontier
-from headsink.census import Census, Comparison
+from headsink.census.compare import Comparison
 from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import KEPT, windows
+from headsink.census.results import Census
 from headsink.census.roles import EPSILON, ROLES, figures
 from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 from headsink.errors import printable

@@ -26,7 +26,7 @@ from headsink.generation.speculative import Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
-from headsink.runtime.prefill import empty_cache, read_long, read_prompt
+from headsink.runtime.prefill import empty_cache, prefill, prefill_chunks
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def generate(
         prepare(model)
     start = time.perf_counter()
     if isinstance(cache, PlanCache) and cache.plan.prefill_compression and not cache.get_seq_length():
-        read_prompt(model, cache, text[:, :-1])
+        prefill(model, cache.plan, text[:, :-1], cache=cache)
     reading = time.perf_counter() - start
     with nullcontext() if plan is None else apply(model, plan):
         start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text
         if plan is not None:
-            read_long(model, cache, text)
+            prefill_chunks(model, cache, text)
         model.generate(
             text,
             attention_mask=torch.ones_like(text),

@@ -6,28 +6,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import apply_here, full_cache, new_cache
-from headsink.runtime.compress import compress
+from headsink.runtime.apply import apply_here, full_cache
+from headsink.runtime.prefill import prefill
 
 BLOCK = 32  # consecutive tokens that are resampled together
 
 
 def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache:
-    """The cache of a document, read by the model itself or under a plan, ready for branches that are taken back."""
-    cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if plan is not None:
-        plan = plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
-        if not plan.prefill_compression:
-            cache = new_cache(model, plan)
-    forward(model, cache, ids, 1)
-    if plan is not None and plan.prefill_compression:
-        cache = compress(model, plan, cache, input_ids=torch.tensor([list(ids)], device=model.device))
+    """The cache of a document under a plan, or the full cache, ready for continuations that are taken back."""
+    quiet = plan if plan is None else plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
+    cache = prefill(model, quiet, torch.tensor([list(ids)], device=model.device))
     cache.activate_past_recording()
     return cache
 

@@ -57,7 +57,7 @@ def given_plan(additional_config: Any) -> Plan:
     found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if found is None:
         raise HeadsinkError(
-            f"additional_config has no {KEY}; start with `headsink serve` or headsink.serving.vllm.engine_args"
+            f"additional_config has no {KEY}; start with `headsink serve` or headsink.serving.vllm.settings.engine_args"
         )
     try:
         plan = Plan.model_validate(found)
