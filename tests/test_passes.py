@@ -20,8 +20,11 @@ from transformers.models.llama import modeling_llama
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache.cache import PlanCache
+from headsink.census.head_statistics import Thresholds
 from headsink.census.run import _read as census_pass
+from headsink.eviction.scoring import n_features
 from headsink.models import transformers_names
+from headsink.models.spec import describe
 from headsink.models.transformers_names import CACHE, cache_argument, returned_cache
 from headsink.runtime.apply import full_cache
 
@@ -121,11 +124,9 @@ def test_decode_and_lossless_raise_as_well(model, broken, monkeypatch):
 
 def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
     replace_the_attention_of_a_layer(model, monkeypatch)
-    shape = headsink.architecture.describe(model)
+    shape = describe(model)
     with pytest.raises(HeadsinkError, match="the attention of layer 1 was not seen"):
-        census_pass(
-            model, shape, prompt(1)[0].tolist(), [40], headsink.census.statistics.Thresholds(), 16, lambda: None
-        )
+        census_pass(model, shape, prompt(1)[0].tolist(), [40], Thresholds(), 16, lambda: None)
 
 
 @torch.no_grad()
@@ -449,8 +450,8 @@ def test_gradients_reach_every_weight_under_a_plan(model):
 
 
 def random_scores(model):
-    shape = headsink.architecture.describe(model)
-    return torch.randn(shape.layers, shape.kv_heads, headsink.scores.n_features(shape.head_dim))
+    shape = describe(model)
+    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim))
 
 
 # refusals

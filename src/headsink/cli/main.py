@@ -328,7 +328,7 @@ def plan(
     if positions not in ("absolute", "cache-relative"):
         raise HeadsinkError(f"positions: {positions!r} is neither absolute nor cache-relative")
     if no_top_k and policy != "headsink":
-        raise HeadsinkError(f"no-top_k: the policy {policy} has no top-k keys anyway; leave one of the two out")
+        raise HeadsinkError(f"no-top-k: the policy {policy} has no top-k keys anyway; leave one of the two out")
     method = Method(
         policy=policy,  # type: ignore[arg-type]
         prefill_compression=prefill_compression or reconstruct,
