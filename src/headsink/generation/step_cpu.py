@@ -25,11 +25,10 @@ from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.generation.step_checks import Held
 from headsink.models.devices import dtype_name
+from headsink.models.families import COMPILED_DECODE
 from headsink.models.spec import attention_modules, decoder, describe
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
-# The same layer, with or without biases and norms of queries and keys.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -37,8 +36,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     config, shape = model.config.get_text_config(decoder=True), describe(model)
     if find_spec("numba") is None:
         return "numba is not installed: pip install 'headsink[cpu]'"
-    if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not one of {', '.join(FAMILIES)}"
+    if config.model_type not in COMPILED_DECODE:
+        return f"{config.model_type} is not one of {', '.join(COMPILED_DECODE)}"
     if any(shape.windows):
         return "layers of this model slide by themselves"
     if not shape.prefix_free:

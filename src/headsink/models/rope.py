@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import ROTARY_HALVES
 from headsink.models.spec import decoder, describe, unwrapped
-
-# Rotary pairs are (n, n + half) in these; others may pair neighbours.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "gemma2", "gemma3_text", "gpt_oss")
 
 
 def inverse_frequencies(model: nn.Module) -> Tensor:
@@ -25,10 +23,10 @@ def inverse_frequencies(model: nn.Module) -> Tensor:
     Raises HeadsinkError if the model's positions cannot be counted in the cache.
     """
     kind, shape = unwrapped(model).config.get_text_config(decoder=True).model_type, describe(model)
-    if kind not in FAMILIES:
-        raise HeadsinkError(f"positions: {kind} cannot count them in the cache; these can: {', '.join(FAMILIES)}")
+    if kind not in ROTARY_HALVES:
+        raise HeadsinkError(f"positions: {kind} cannot count them in the cache; these can: {', '.join(ROTARY_HALVES)}")
     if not shape.prefix_free:
-        raise HeadsinkError("positions: this model's rotary positions depend on the length of the text: use 'text'")
+        raise HeadsinkError("positions: this model's rotary positions depend on the length of the text: use 'absolute'")
     rotary = decoder(model).rotary_emb
     found = getattr(rotary, "full_attention_inv_freq", None)  # Gemma 3 has one for each kind of layer
     inverse: Tensor = rotary.inv_freq if found is None else found  # type: ignore[union-attr, assignment]

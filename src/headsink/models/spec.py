@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import ENCODERS
 
 # What wrappers call the model inside them: torch.compile, DistributedDataParallel, PEFT's models, PEFT's tuners.
 INSIDE = ("_orig_mod", "module", "base_model", "model")
@@ -63,14 +64,11 @@ def check_class(model_class: type, name: str) -> None:
 def check_config(config: Any, name: str) -> None:
     """Raise if the configuration describes something other than a plain causal decoder."""
     config = config.get_text_config(decoder=True)
-    if config.is_encoder_decoder or config.model_type in _ENCODERS:
+    if config.is_encoder_decoder or config.model_type in ENCODERS:
         raise HeadsinkError(f"{name}: {config.model_type} is an encoder; headsink works on causal decoders only")
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
     if kinds:
         raise HeadsinkError(f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; not supported")
-
-
-_ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:

@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import VLLM_CLASSES
 from headsink.plan.plan import Plan
 from headsink.utils.versions import check_vllm
-from headsink_vllm import FAMILIES, PREFIX
+from headsink_vllm import PREFIX
 
 KEY = "headsink_plan"  # in additional_config
 ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
@@ -25,8 +26,8 @@ ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 def check_servable(plan: Plan) -> None:
     """Raise if vLLM cannot run a plan, with what to do instead."""
     heads = [head for layer in plan.layers for head in layer or ()]
-    if plan.model.architecture not in FAMILIES:
-        names = ", ".join(family.removesuffix("ForCausalLM") for family in FAMILIES)
+    if plan.model.architecture not in VLLM_CLASSES:
+        names = ", ".join(family.removesuffix("ForCausalLM") for family in VLLM_CLASSES)
         raise HeadsinkError(f"{plan.model.architecture} is not a family that is served under a plan; {names} are")
     if any(head.top_k for head in heads):
         raise HeadsinkError(
