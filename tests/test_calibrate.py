@@ -204,7 +204,7 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
         losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)
-    monkeypatch.setattr(calibrate_module, "tuned", None)  # all is done: nothing is tuned again
+    monkeypatch.setattr(calibrate_module, "coordinate_descent", None)  # all is done: nothing is searched again
     assert made(Method(prefill_compression=True, reconstruct=True), file).plan(0.3) == plan
     monkeypatch.undo()
     key = json.loads(file.read_text())["key"]

@@ -12,7 +12,8 @@ from families import tiny
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.backends import attend_few, attend_table, attend_tiles
+from headsink.attention.backends import backend_of
+from headsink.attention.cpu.backend import attend_table
 from headsink.attention.kv_table import KVField
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
@@ -28,7 +29,7 @@ FEW = {
     "values": torch.randn(2, 3, 5, 8),
     "visible": FLAGS,
     "end": 5,
-    "softmax": AttentionParams(1.0),
+    "params": AttentionParams(1.0),
 }
 WRONG_FEW = {
     "another batch": {"query": torch.randn(3, 6, 1, 8)},
@@ -49,8 +50,8 @@ TILES = {
     "query": torch.randn(2, 6, 4, 8),
     "keys": torch.randn(6, 5, 8),
     "values": torch.randn(6, 5, 8),
-    "sight": KeyVisibility(UNTIL, 1, 0, 0, None, False, 0, 0),
-    "scaling": 1.0,
+    "visibility": KeyVisibility(UNTIL, 1, 0, 0, None, False, 0, 0),
+    "params": AttentionParams(1.0),
 }
 WRONG_TILES = {
     "another batch": {"query": torch.randn(4, 6, 4, 8)},
@@ -59,10 +60,18 @@ WRONG_TILES = {
     "another dtype": {"query": torch.randn(2, 6, 4, 8).bfloat16()},
     "narrow keys": {"keys": torch.randn(6, 5, 8).bfloat16()},
     "fewer values": {"values": torch.randn(6, 4, 8)},
-    "fewer ends": {"sight": KeyVisibility(UNTIL[:, :4], 1, 0, 0, None, False, 0, 0)},
-    "ends of fewer heads": {"sight": KeyVisibility(UNTIL[:3], 1, 0, 0, None, False, 0, 0)},
-    "more anchors than keys": {"sight": KeyVisibility(UNTIL, 1, 6, 0, None, False, 0, 0)},
+    "fewer ends": {"visibility": KeyVisibility(UNTIL[:, :4], 1, 0, 0, None, False, 0, 0)},
+    "ends of fewer heads": {"visibility": KeyVisibility(UNTIL[:3], 1, 0, 0, None, False, 0, 0)},
+    "more anchors than keys": {"visibility": KeyVisibility(UNTIL, 1, 6, 0, None, False, 0, 0)},
 }
+
+
+def decode(**given):
+    return backend_of(given["query"].device.type).decode(**given)
+
+
+def prefill(**given):
+    return backend_of(given["query"].device.type).prefill(**given)
 
 
 def put(given, wrong, device):
@@ -79,30 +88,30 @@ def put(given, wrong, device):
 @pytest.mark.parametrize("wrong", WRONG_FEW)
 def test_buffers_of_another_shape_are_refused(wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_few(**FEW | WRONG_FEW[wrong])
+        decode(**FEW | WRONG_FEW[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG_TILES)
 def test_tiles_of_another_shape_are_refused(wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_tiles(**TILES | WRONG_TILES[wrong])
+        prefill(**TILES | WRONG_TILES[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG_FEW)
 def test_buffers_of_another_shape_are_refused_on_a_gpu(device, wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_few(**put(FEW, WRONG_FEW[wrong], device))
+        decode(**put(FEW, WRONG_FEW[wrong], device))
 
 
 @pytest.mark.parametrize("wrong", WRONG_TILES)
 def test_tiles_of_another_shape_are_refused_on_a_gpu(device, wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_tiles(**put(TILES, WRONG_TILES[wrong], device))
+        prefill(**put(TILES, WRONG_TILES[wrong], device))
 
 
 def test_what_fits_is_attended_to(device):
-    assert attend_few(**put(FEW, {}, device)).shape == (2, 6, 1, 8)
-    assert attend_tiles(**put(TILES, {}, device)).shape == (2, 6, 4, 8)
+    assert decode(**put(FEW, {}, device)).shape == (2, 6, 1, 8)
+    assert prefill(**put(TILES, {}, device)).shape == (2, 6, 4, 8)
 
 
 def test_what_is_not_contiguous_is_made_so():
@@ -110,9 +119,9 @@ def test_what_is_not_contiguous_is_made_so():
         name: FEW[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "keys", "values", "visible")
     }
     assert not odd["keys"].is_contiguous()
-    torch.testing.assert_close(attend_few(**FEW | odd), attend_few(**FEW))
+    torch.testing.assert_close(decode(**FEW | odd), decode(**FEW))
     odd = {name: TILES[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "keys", "values")}
-    torch.testing.assert_close(attend_tiles(**TILES | odd), attend_tiles(**TILES))
+    torch.testing.assert_close(prefill(**TILES | odd), prefill(**TILES))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])

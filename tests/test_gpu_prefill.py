@@ -20,7 +20,7 @@ TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def slow(query, keys, values, columns, until, first, scaling, softcap=None, sink_logits=None):
     """query: [heads, group, tokens, dim]. Returns the output and the log-sum-exp in float64."""
-    now = prefill_cuda + torch.arange(query.shape[2], device=query.device)[:, None]
+    now = first + torch.arange(query.shape[2], device=query.device)[:, None]
     seen = (columns <= now) & (now < until[:, None])
     logits = torch.einsum("hgtd,hkd->hgtk", query.double(), keys.double()) * scaling
     if softcap is not None:

@@ -111,10 +111,10 @@ def test_a_head_that_sees_nothing_gives_zero():
 
 THREADS = """
 import torch
-from headsink.attention.backends import AttentionParams, attend_few
+from headsink.attention.backends import AttentionParams, backend_of
 torch.set_num_threads({threads})
 query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
-attend_few(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, AttentionParams(1.0))
+backend_of("cpu").decode(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, AttentionParams(1.0))
 import numba
 print(torch.get_num_threads(), numba.get_num_threads())
 """

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headsink.attention import chunked
-from headsink.attention.backends import attend_rows
+from headsink.attention.eager import attend_rows
 from headsink.attention.params import QUERY_BLOCK, AttentionParams, Inputs, Padding
 from headsink.attention.passes import ATTENTION, check_uncached, engaged, watching
 from headsink.errors import HeadsinkError

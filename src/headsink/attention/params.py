@@ -37,6 +37,10 @@ class Inputs:
         return self.softcap is None and self.sink_logits is None and (self.sliding or self.length) >= self.length
 
     @property
+    def params(self) -> AttentionParams:
+        return AttentionParams(self.scaling, self.softcap, self.sink_logits)
+
+    @property
     def length(self) -> int:
         return self.key.shape[2]
 

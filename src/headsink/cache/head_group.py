@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headsink.attention.backends import attend_few, attend_rows, attend_tiles, can_run, few
-from headsink.attention.cuda import full
+from headsink.attention import backends
+from headsink.attention.eager import attend_rows
 from headsink.attention.params import QUERY_BLOCK, AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.slots import Slots
@@ -20,7 +20,6 @@ from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.pattern import FOREVER
 from headsink.eviction.scoring import NONE, key_scores
 from headsink.models.rope import rotate_back
-from headsink.utils import device
 
 
 class HeadGroup(Slots):
@@ -34,23 +33,23 @@ class HeadGroup(Slots):
         """
         if self.below_capacity and self.outgrown(query.shape[2]):
             self._start_evicting()
-        compiled = self.inverse is None and can_run(query, softmax)
+        backend = self._backend(query, softmax)
         whole = softmax.plain and (self.pattern.full or self.below_capacity)
         if (
             whole
             and not self.holes
-            and not (compiled and (self.below_capacity or not self.exact) and self._sooner(query))
+            and not (backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query))
         ):
             self.append_keys(key, value)
             return self._attend_full(module, query, softmax)
         if self.recording and self.window is not None:
             return self._attend_recording(query, key, value, softmax)
-        if query.shape[2] == 1 or (compiled and self.window is None):
+        if query.shape[2] == 1 or (backend and self.window is None):
             self.append_keys(key, value)
             return self._attend_buffer(query, softmax)
         output, start = torch.empty_like(query), 0
         first = not self.length and self.padding is None
-        if first and self.window is not None and not compiled and softmax.plain:
+        if first and self.window is not None and backend is None and softmax.plain:
             # The first queries of a text see all that is before them.
             start = self.pattern.size(query.shape[2])
             new = query[:, :, :start], key[:, :, :start], value[:, :, :start]
@@ -71,17 +70,22 @@ class HeadGroup(Slots):
             output[:, :, block] = self._attend_buffer(query[:, :, block], softmax)
         return output
 
-    def _sooner(self, query: Tensor) -> bool:
-        """Whether our kernels are sooner than those for causal attention over everything: on a GPU not for many tokens."""
-        return query.device.type not in device.DEVICES or self.padding is not None or few(query, len(self.heads))
+    def _backend(self, query: Tensor, softmax: AttentionParams) -> backends.Backend | None:
+        """The kernels that can attend; none can rotate queries back for cache-relative positions."""
+        return None if self.inverse is not None else backends.backend_for(query, softmax)
+
+    def _beats_sdpa(self, backend: backends.Backend, query: Tensor) -> bool:
+        return self.padding is not None or backend.beats_sdpa(query, len(self.heads))
 
     def _attend_full(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
         """Full attention by the very call that transformers makes, so that an all-full plan is the model itself; unless that is
         not asked for and there is a sooner one."""
         batch, _, tokens, _ = query.shape
         keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        if not self.exact and self.padding is None and device.can_run(query):
-            return full.attend(query, keys, values, softmax.scaling)
+        if not self.exact and self.padding is None and (backend := backends.backend_for(query, softmax)):
+            found = backend.attend_full(query, keys, values, softmax.scaling)
+            if found is not None:
+                return found
         mask = None
         if self.padding is not None or (tokens > 1 and self.length > tokens):
             columns = torch.arange(self.length, device=query.device)
@@ -97,12 +101,12 @@ class HeadGroup(Slots):
     def _attend_buffer(self, query: Tensor, softmax: AttentionParams) -> Tensor:
         """The last token over the buffer as it lies, or the last tokens if nothing is let go."""
         end = self.prefix_slots + self._held()
-        if self.inverse is None and can_run(query, softmax):
-            if few(query, len(self.heads)):
-                return attend_few(query, self.keys, self.values, self.visible, end, softmax)
+        if backend := self._backend(query, softmax):
+            if backend.is_decode_shape(query, len(self.heads)):
+                return backend.decode(query, self.keys, self.values, self.visible, end, softmax)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
             sight = self._sight(until, self.length - query.shape[2], self.start)
-            return attend_tiles(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, *softmax)
+            return backend.prefill(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, softmax)
         mask = self.visible[:, :, None, :end]
         if query.shape[2] > 1:
             slots = torch.arange(end, device=query.device)
@@ -125,8 +129,9 @@ class HeadGroup(Slots):
         values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2).flatten(0, 1)
         until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
         until = until.flatten(0, 1)
-        if self.inverse is None and can_run(query, softmax):
-            return attend_tiles(query, keys, values, self._sight(until, end - query.shape[2], first), *softmax), scores
+        if backend := self._backend(query, softmax):
+            sight = self._sight(until, end - query.shape[2], first)
+            return backend.prefill(query, keys, values, sight, softmax), scores
         columns = torch.arange(first - self.prefix_slots, end, device=key.device)
         columns[: self.prefix_slots] = -1  # before every query
         output = torch.empty_like(query)

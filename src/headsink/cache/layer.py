@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from headsink.attention.backends import attend_table, can_run
+from headsink.attention import backends
 from headsink.attention.cuda.table import DeviceTable
 from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
@@ -117,10 +117,11 @@ class PlanLayer(CacheLayerMixin):
             return self.on_card.attend(query, key, value, softmax, rotated).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
-        if self._steps(query, softmax):
-            return self._step(query, key, value, softmax).transpose(1, 2)
+        backend = backends.backend_for(query, softmax)
+        if backend and self._steps(backend, query, softmax):
+            return self._step(backend, query, key, value, softmax).transpose(1, 2)
         self.layout = None
-        at_once = self._at_once(query)
+        at_once = self._at_once(query) if backend and backend.reads_layers else []
         if len(self.groups) == 1 and not at_once:
             return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
@@ -138,13 +139,12 @@ class PlanLayer(CacheLayerMixin):
             output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
-    def _steps(self, query: Tensor, softmax: AttentionParams) -> bool:
+    def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
         """Whether one token goes through the kernels, in one call for all heads."""
         groups, padding = self.groups, self.groups[0].padding
         return (
             query.shape[2] == 1
-            and (padding is None or padding.most <= groups[0].length or query.device.type in device.DEVICES)
-            and can_run(query, softmax)
+            and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not what is to be the model itself
             and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
             and not any(g.recording or g.inverse is not None for g in groups)
@@ -153,33 +153,23 @@ class PlanLayer(CacheLayerMixin):
     def _at_once(self, query: Tensor) -> list[HeadGroup]:
         """The groups that a GPU reads a text into together (gpu/first.py): those that begin with more of it than they keep."""
         tokens, first = query.shape[2], self.seen == query.shape[2]
-        if (
-            not first
-            or tokens == 1
-            or self.recording
-            or self.groups[0].padding is not None
-            or not device.can_run(query)
-        ):
+        if not first or tokens == 1 or self.recording or self.groups[0].padding is not None:
             return []
         return [
             group for group in self.groups if group.inverse is None and group.below_capacity and group.outgrown(tokens)
         ]
 
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
+    def _step(
+        self, backend: backends.Backend, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
+    ) -> Tensor:
         from headsink.cache.kv_table import KVTable
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:
             self.layout = KVTable(self.groups, 1)
-            if query.device.type in device.DEVICES:
-                self.layout.table = DeviceTable.of(self.layout.table, length, query.device)
         for group in self.groups:
             group.length += 1
-        if isinstance(self.layout.table, DeviceTable):
-            self.layout.table.length.fill_(length)
-            return self.layout.table.attend(query, key, value, softmax)
-        table = self.layout.at(length)
-        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, softmax.scaling, key, value)
+        return backend.step(self.layout, length, query, key, value, softmax)
 
     def _check_padding(self, padding: Padding) -> None:
         """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""

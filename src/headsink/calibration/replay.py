@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.backends import attend_rows
+from headsink.attention.eager import attend_rows
 from headsink.attention.output_norms import OutputNorms
 from headsink.attention.params import AttentionParams, Inputs
 from headsink.calibration.score_fit import Demand

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headsink.attention.backends import backend_for
 from headsink.attention.chunked import Block, attend, block, normaliser, rows_per_block
 from headsink.attention.interface import Seen
 from headsink.attention.output_norms import OutputNorms
 from headsink.census.options import QUERIES, TAU
 from headsink.models.distributed import gather_heads
-from headsink.utils import device as gpu
 
 LEAST_WINDOW = 16  # the smallest window, besides none, whose output error is measured
 TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))  # value norms at which keys and their attention are counted
@@ -161,7 +161,8 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     secondary &= secondary.cumsum(-1) <= limits.secondary  # all of them, or the first of very many
     sinks = SinkKeys(secondary | (positions < limits.first), limits.first)
 
-    fused = _fused(inputs.key)
+    backend = backend_for(inputs.key, inputs.params)
+    fused = backend.statistics if backend else None  # in few launches what blocks do in many
     size = QUERIES if fused else rows_per_block(n_heads, length)
     attention = torch.zeros(n_heads, length, device=device)
 
@@ -226,15 +227,6 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         short_keys=below.sum(-1).double().cpu(),
         short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
-
-
-def _fused(key: Tensor) -> Any:
-    """The kernels that do in few launches what blocks do in many, where they can run."""
-    if not gpu.can_run(key):
-        return None
-    from headsink.attention.cuda import statistics
-
-    return statistics
 
 
 class SinkKeys:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headsink.attention.backends import attend_few, attend_tiles
+from headsink.attention.cpu.backend import CPUBackend
 from headsink.attention.cpu.threads import claim, turn
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
@@ -66,8 +66,9 @@ def prepare(model: PreTrainedModel) -> None:
     from headsink.attention.cpu import decode
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
-    attend_few(key, key, key, key[..., 0] == 0, 1, AttentionParams(1.0))
-    attend_tiles(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), 1.0)
+    kernels, params = CPUBackend(), AttentionParams(1.0)
+    kernels.decode(key, key, key, key[..., 0] == 0, 1, params)
+    kernels.prefill(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), params)
 
     def empty(*shape: int) -> Any:
         return np.zeros(shape, np.float32)

@@ -27,7 +27,7 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
-def _after_fork() -> None:
+def after_fork() -> None:
     """In a forked process: nobody else holds the lock, and the parent's OpenMP threads, which torch uses too, are gone. With
     one thread torch needs none, which is what `DataLoader` sets in its workers."""
     global _alone, _orphaned
