@@ -25,7 +25,7 @@ if sys.platform != "win32":  # where processes are not forked
 class Backend(Protocol):
     """Attention of the KV heads of a layer by kernels for one kind of device.
 
-    query: [batch, KV heads x group, tokens, dim] everywhere. reads_layers: whether a prompt is read by all heads of a layer in one
+    query: [batch, KV heads x group, tokens, dim] everywhere. reads_layers: whether all heads of a layer read a prompt in one
     launch (cache/prefill_cuda.py). decodes_padding: whether `step` takes rows that hold nothing but padding so far. statistics: a
     module with the kernels of the census, or None.
     """
