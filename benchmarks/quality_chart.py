@@ -4,7 +4,7 @@ python benchmarks/quality_chart.py benchmarks/results/plans-smollm2.json benchma
     --picture docs/pictures/quality
 
 Two panels: retrieval accuracy relative to the full cache, and the delta NLL per token of text. headsink and the best peers have a
-colour; every other press is a thin grey line. The numbers are those of standings.py, on the cases that all results have.
+colour; every other press is a thin grey line. The numbers are those of leaderboard.py, on the cases that all results have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-from standings import Row, standings
+from leaderboard import Row, leaderboard
 
 from headsink.report.assets import write_picture
 from headsink.report.charts import BLUE, CONFIG, GREEN, GREY, ORANGE, SKY, VERMILION
@@ -34,7 +34,7 @@ def rows_of(found: list[Row], context: int) -> list[dict[str, Any]]:
         label = {"method": method, "name": name if name in COLOURS else OTHERS}
         rows.append(label | {"budget": 1.0, "accuracy": 1.0, "nll": 0.0})
         rows += [
-            label | {"budget": row["budget"], "accuracy": row["answers_kept"], "nll": row["text"]}
+            label | {"budget": row["budget"], "accuracy": row["accuracy"], "nll": row["text"]}
             for row in found
             if (row["method"], row["context"]) == (method, context)
         ]
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of the cases to draw")
     parser.add_argument("--picture", type=Path, required=True, help="writes PICTURE.png and PICTURE.svg")
     arguments = parser.parse_args()
-    found = standings([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
+    found = leaderboard([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
     write_picture(arguments.picture, picture(rows_of(found, arguments.context)))
 
 
