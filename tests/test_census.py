@@ -184,7 +184,7 @@ def test_the_legacy_score_calls_flat_attention_a_sink_on_short_text():
 # roles and windows
 
 
-def masses(sink=0.0, local=0.0, far=0.0, far_peak=0.0, sink_logits=0.0):
+def masses(sink=0.0, local=0.0, far=0.0, far_peak=0.0, learned=0.0):
     return {name: torch.tensor([x]) for name, x in locals().items()}
 
 
@@ -198,7 +198,7 @@ def test_roles_say_what_they_mean():
     assert role(sink=0.5, local=0.5) == "mixed"
     assert role(sink=0.2, local=0.2, far=0.6, far_peak=0.01) == "diffuse"
     assert role(sink=0.2, local=0.2, far=0.6, far_peak=0.5) == "retrieval"
-    assert role(sink=0.1, sink_logits=0.85, local=0.05) == "sink"
+    assert role(sink=0.1, learned=0.85, local=0.05) == "sink"
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 20, 60, 500, 5000])

@@ -15,7 +15,7 @@ import multiprocessing, threading
 import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
-from headsink.decode import decoding
+from headsink.generation.decode import decoding
 from headsink.attention.backends import AttentionParams, backend_of
 from plans import random_plan
 

@@ -97,7 +97,7 @@ def test_a_run_gives_what_the_run_before_gave(device):
 SCRIPT = """
 import torch
 from headsink.attention.chunked import Inputs
-from headsink.utils.device import census
+from headsink.attention.cuda import statistics as census
 
 length = 2048
 for dtype in (torch.bfloat16, torch.float32):

@@ -319,22 +319,22 @@ LAUNCHES = """
 import torch
 from headsink.attention.cuda.decode import attend
 from headsink.generation.step_cuda import Decoder
-from headsink.attention.cuda.append import enter, hide
+from headsink.attention.cuda.append import append_keys, hide
 from headsink.eviction.lifetimes_cuda import better_ones
 from headsink.attention.cuda.prefill import attend as attend_many
-from headsink.cache.kv_table import Field
-from headsink.attention.backends import KeyVisibility
+from headsink.attention.kv_table import KVField
+from headsink.attention.visibility import KeyVisibility
 from headsink.models.transformers_names import cache_argument
 
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
-hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(Field), dtype=torch.int64), torch.tensor([0]))
+hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(KVField), dtype=torch.int64), torch.tensor([0]))
 for dim in (64, 128, 256):
-    table = torch.zeros(4, 8, len(Field), dtype=torch.int64)
+    table = torch.zeros(4, 8, len(KVField), dtype=torch.int64)
     for tokens in (1, 5):
         query = torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16)
         attend(query, table, torch.tensor([0]), 1.0, programs=264)
     attend(query, table, torch.tensor([0]), 1.0, 5.0, torch.zeros(32), query, programs=264)  # all that there may be
-    enter(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
+    append_keys(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
     query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
     attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
     attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, True, 5, 400), 1.0, 5.0, torch.zeros(32))
