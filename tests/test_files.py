@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import INSTALLED, browser
+from browser import browser, needs_browser
 from safetensors.torch import save_file
 
 from headsink.cli import main
@@ -326,7 +326,7 @@ def test_the_chart_of_a_frontier_runs_no_scripts_of_others(tmp_path):
     assert files.is_own(tmp_path / "frontier.html")
 
 
-@pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
+@needs_browser
 def test_the_chart_of_a_frontier_is_drawn_in_a_browser(tmp_path):
     write_hostile_frontier(tmp_path)
     with browser(tmp_path / "profile") as opened:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from browser import INSTALLED, browser
+from browser import browser, needs_browser
 from families import tiny
 
 import headsink
@@ -26,7 +26,6 @@ MARKUP = "<img src=x onerror=alert(1)></script>"
 KIND = "<img src=x onerror=alert(1)>"  # a kind of text may not hold a slash
 LAYERS, HEADS = 3, 4
 SHAPES = {"svg", "g", "path", "rect", "text", "line", "defs", "linearGradient", "stop", "clipPath"}
-needs_browser = pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
 
 
 class Markup:
