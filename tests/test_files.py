@@ -315,7 +315,7 @@ def write_hostile_frontier(folder):
     point["retrieval"] = [{"asked": 4, "right_plan": 3, "right_full": 4}]
     points = [point, point | {"budget": 0.7, "kept": 0.7}]
     advice = "</script><script>document.title = 'theirs'</script>"
-    frontier_report.write_frontier({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
+    frontier_report.write_chart({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
 
 
 def test_the_chart_of_a_frontier_runs_no_scripts_of_others(tmp_path):

@@ -22,18 +22,20 @@ def write_frontier(frontier: Frontier, folder: str | os.PathLike[str], *, force:
 
     force: replace files, too, that headsink did not write but that have the names of its own.
     """
-    found = frontier.to_dict()
-    spec = frontier_chart(found).configure(**CONFIG).to_dict(validate=False)
     with new_folder(folder, FRONTIER, force) as part:
         frontier.write(part)
-        write_picture(part / "frontier", spec)
-        page = (
-            environment()
-            .get_template("frontier.html.j2")
-            .render(specs={"frontier": spec}, advice=found["advice"], data="")
-        )
-        (part / "frontier.html").write_text(page, encoding="utf-8")
+        write_chart(frontier.to_dict(), part)
     return Path(folder)
+
+
+def write_chart(found: dict[str, Any], folder: Path) -> None:
+    """Write frontier.html, .png and .svg to a folder that is there; found: as by `Frontier.to_dict`."""
+    spec = frontier_chart(found).configure(**CONFIG).to_dict(validate=False)
+    write_picture(folder / "frontier", spec)
+    page = (
+        environment().get_template("frontier.html.j2").render(specs={"frontier": spec}, advice=found["advice"], data="")
+    )
+    (folder / "frontier.html").write_text(page, encoding="utf-8")
 
 
 def frontier_chart(found: dict[str, Any]) -> Drawn:
