@@ -59,9 +59,9 @@ Made by `python benchmarks/leaderboard.py --page docs/leaderboard.md`. Do not ed
 Look up here how headsink compares with sixteen presses of kvpress 0.5.5 at the same KV budget. [Calibration](calibration.md)
 says how it was measured.
 
-Each cell has retrieval accuracy (of the answers that the full cache gets right), delta NLL of the text, delta NLL of the answers
-(nats per token, lower is better), and cached bytes relative to the full cache. Rows are sorted by mean retrieval accuracy over the
-budgets that a method can reach, then by mean delta NLL of the text."""
+Each cell has retrieval accuracy (of the answers that the full cache gets right), delta NLL of the text, delta NLL of the
+answers (nats per token, lower is better), and cached bytes relative to the full cache. Rows are sorted by mean retrieval
+accuracy over the budgets that a method can reach, then by mean delta NLL of the text."""
 
 
 def leaderboard(runs: list[dict[str, Any]]) -> list[Row]:
