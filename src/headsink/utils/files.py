@@ -152,7 +152,7 @@ def write_text(path: str | os.PathLike[str], text: str, force: bool = False) -> 
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `path` when the block ends. An error or ctrl-C leaves no file. Creates its folder."""
+    """Yield a temporary path that becomes `path` when the block ends. An error or ctrl-C leaves no file. Creates the folder."""
     path = Path(path)
     check_file(path, force)
     with clear_errors(path):
@@ -191,8 +191,8 @@ def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -
     """Yield a temporary folder that is moved to `path` when the block ends. An error or ctrl-C leaves no folder.
 
     marker: a JSON object that the block writes; the names of the files are added to it. An existing folder is rewritten if it is
-    empty or has a marker: files that the marker lists are removed, others stay. force: also replace other files that have the name
-    of a new one. The marker is written last, so a folder without it is incomplete.
+    empty or has a marker: files that the marker lists are removed, others stay. force: also replace other files with the name of
+    a new one. The marker is written last, so a folder without it is incomplete.
     """
     path = Path(path)
     check_replaceable(path, marker, force)
