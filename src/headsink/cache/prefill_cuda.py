@@ -16,7 +16,7 @@ from headsink.attention.cuda.prefill import attend
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import HeadVisibility, KeyVisibility
 from headsink.cache.slots import Slots
-from headsink.eviction.lifetimes import at_once
+from headsink.eviction.lifetimes import batched_lifetimes
 from headsink.eviction.scoring import NONE, key_scores
 from headsink.utils.device import index, on_card
 
@@ -48,7 +48,7 @@ def read(
         scores = torch.cat([key_scores(key[:, part], value[:, part], weights[part]) for part in parts], 1)
         leave = (columns >= sink) & (columns < tokens - window)
         scores = scores.masked_fill(~leave[:some], NONE)
-        ends, best = at_once(scores[..., :0], scores, top_k[:some, 0].expand(batch, some))
+        ends, best = batched_lifetimes(scores[..., :0], scores, top_k[:some, 0].expand(batch, some))
         until = torch.cat([torch.where(scores > NONE, ends + (window[:some] - 1), until[:, :some]), until[:, some:]], 1)
     each = [HeadVisibility(p.window, p.sink + p.top_k, tokens if p.top_k else p.sink) for p in patterns]
     sight = KeyVisibility(until.flatten(0, 1), 0, 0, 0, None, False, 0, 0, each * batch)
