@@ -186,7 +186,7 @@ def test_only_windows_can_count_in_the_cache(tmp_path):
             Plan.load(path)
     plan = Plan.uniform(model, Pattern(1, 0, 5), positions="cache-relative")
     cache = headsink.new_cache(model, plan)
-    with pytest.raises(HeadsinkError, match="positions: counted in this cache"):
+    with pytest.raises(HeadsinkError, match="positions: a cache with 'cache-relative' ones must keep evicting"):
         cache.freeze()
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
 
