@@ -1,6 +1,6 @@
-"""Attention of grouped queries over keys that lie ready: the queries of a KV head are rows of one product.
+"""Attention of grouped queries by torch, the compiled CPU kernels (attention/cpu) or the GPU kernels (attention/cuda).
 
-In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads keys and values once, as they lie.
+All queries of a KV head are rows of one product, so each key and value is read once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
 from headsink.utils import device
 
-FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
-ROWS = 64  # queries of a KV head up to which it is so on a GPU
+FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
+ROWS = 64  # the same limit on a GPU, in queries of a KV head
 
 
 def few(query: Tensor, kv_heads: int) -> bool:
-    """Whether these are tokens so few, [batch, query heads, tokens, dim], that keys are best read as they lie."""
+    """Whether keys are best read in place for this query, [batch, query heads, tokens, dim]."""
     if query.device.type in device.DEVICES:
         return query.shape[2] * query.shape[1] <= ROWS * kv_heads
     return query.shape[2] <= FEW
 
 
-if sys.platform != "win32":  # where processes are not forked
+if sys.platform != "win32":  # which has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 
 def can_run(tensor: Tensor, softmax: AttentionParams) -> bool:
-    """Whether the kernels take tensors like this one; those of a CPU neither cap logits nor know learned ones."""
+    """Whether the kernels support this tensor. The CPU kernels support neither capped logits nor sink logits."""
     return device.can_run(tensor) or (
         softmax.plain
         and compiled()
@@ -50,9 +50,12 @@ def can_run(tensor: Tensor, softmax: AttentionParams) -> bool:
 def attend_table(
     table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
 ) -> Tensor:
-    """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
-    value: [batch, heads, 1, dim], of one token that comes in before, of the dtype that the heads' buffers have."""
-    claim()  # before numba is imported: another thread may have been at it when this process was forked
+    """Attend on a CPU over the heads of a table, int64 [batch x heads, len(KVField)].
+
+    query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to append before; the dtype is that of
+    the heads' buffers.
+    """
+    claim()  # before numba is imported: another thread may have been importing it when this process was forked
     from headsink.attention.cpu import decode
 
     batch, query_heads, _, dim = query.shape
@@ -75,7 +78,7 @@ def attend_table(
 def attend_few(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, softmax: AttentionParams
 ) -> Tensor:
-    """Attention of the last tokens over buffers up to slot `end`, the last of which are their own. For what `can_run` takes.
+    """Attend from the last tokens over buffers up to slot `end`. The last slots are their own. Needs `can_run`.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
     """
@@ -107,10 +110,10 @@ def attend_tiles(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention of many tokens, each over the keys that it sees.
+    """Attend from many tokens, each over the keys that it sees. Needs `can_run`.
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; the rest: see `AttentionParams`.
-    Zero where a query sees no key. For what `can_run` takes.
+    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; other arguments: see `AttentionParams`.
+    Returns zero where a query sees no key.
     """
     if query.device.type in device.DEVICES:
         from headsink.attention.cuda import prefill as on_gpu
@@ -142,7 +145,7 @@ def attend_tiles(
 
 
 def _numbers(tensor: Tensor) -> Any:
-    """As numpy has it: bfloat16 as uint16."""
+    """Return the tensor as a numpy array, with bfloat16 as uint16."""
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
@@ -155,11 +158,11 @@ def attend_rows(
     rotated: Tensor | None = None,
     sink: int = 0,
 ) -> Tensor:
-    """Attention of grouped queries, each over the keys of its KV head.
+    """Attend in torch from grouped queries, each over the keys of its KV head.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens, keys],
-    or [1, 1, tokens, keys] where `softmax` is not plain, or None. turned: queries with which the first `sink` keys are looked at
-    instead. Zero where a query sees no key.
+    or [1, 1, tokens, keys] where `softmax` is not plain, or None. rotated: the queries for the first `sink` keys, if they differ.
+    Returns zero where a query sees no key.
     """
     batch, heads, n_keys, dim = keys.shape
     if n_keys == 0:
@@ -167,10 +170,10 @@ def attend_rows(
     if rotated is not None or not softmax.plain:
         return _attend_by_logits(query, keys, values, mask, softmax, rotated, sink)
     tokens, group = query.shape[2], query.shape[1] // heads
-    if tokens == 1:  # the rows of a group as queries: a key is read once
+    if tokens == 1:  # the heads of a group as queries, so a key is read once
         rows = query.reshape(batch, heads, group, dim)
         mask = None if mask is None else mask.expand(batch, heads, group, n_keys)
-    else:  # the heads of a group share a mask, which is made once
+    else:  # the heads of a group share a mask
         rows = query.reshape(batch * heads, group, tokens, dim)
         keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
         mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
@@ -187,7 +190,7 @@ def _attend_by_logits(
     rotated: Tensor | None,
     sink: int,
 ) -> Tensor:
-    """What `sdpa` cannot express: all logits at once, in float32 or better."""
+    """Compute what `sdpa` cannot express, with all logits in memory, in float32 or better."""
     batch, heads, n_keys, _ = keys.shape
     kind = torch.promote_types(query.dtype, torch.float32)
 
@@ -195,12 +198,12 @@ def _attend_by_logits(
         rows = of.to(kind).reshape(batch, heads, -1, of.shape[3]) * softmax.scaling
         return rows @ seen.to(kind).transpose(-1, -2)
 
-    every = logits(query, keys)
+    scores = logits(query, keys)
     if rotated is not None:
-        every[..., :sink] = logits(rotated, keys[:, :, :sink])
-    every = softmax.capped(every).view(batch, heads, -1, query.shape[2], n_keys)
+        scores[..., :sink] = logits(rotated, keys[:, :, :sink])
+    scores = softmax.capped(scores).view(batch, heads, -1, query.shape[2], n_keys)
     if mask is not None:
-        every = every.masked_fill_(~mask[:, :, None], float("-inf"))
+        scores = scores.masked_fill_(~mask[:, :, None], float("-inf"))
     sink_logits = None if softmax.sink_logits is None else softmax.sink_logits.view(heads, -1, 1, 1)
-    weights = shares(every, sink_logits).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
+    weights = shares(scores, sink_logits).nan_to_num(0.0).flatten(2, 3)  # zero if no key is visible
     return (weights.to(values.dtype) @ values).view_as(query)
