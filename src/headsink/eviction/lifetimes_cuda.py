@@ -41,8 +41,8 @@ def _find(order, ranks, table, found, keys, limits, blocks, STEPS: tl.constexpr,
         enough = (count >= top_k) | (middle > blocks)
         low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
     count = tl.load(table + low) + tl.sum((better & (key[None, :] < (low * BLOCK)[:, None])).to(tl.int32), 1)
-    place = (low * BLOCK)[:, None] + some[None, :]
-    others = tl.load(ranks + place, place < keys, other=2147483647)
+    index = (low * BLOCK)[:, None] + some[None, :]
+    others = tl.load(ranks + index, index < keys, other=2147483647)
     count = count[:, None] + tl.cumsum((others < rank[:, None]).to(tl.int32), 1)
     after = low * BLOCK + 1 + tl.sum((count < top_k).to(tl.int32), 1)
     tl.store(found + key, tl.where(high > blocks, 2147483647, after), rank < keys)
@@ -61,9 +61,9 @@ def better_ones(scores: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
     order = scores.argsort(stable=True).flip(-1)
     number = torch.arange(keys, dtype=torch.int32, device=scores.device)
     ranks = torch.empty(rows, keys, dtype=torch.int32, device=scores.device).scatter_(1, order, number.expand(rows, -1))
-    place = (ranks // BLOCK + 1).long() * (blocks + 1) + number // BLOCK + 1
+    index = (ranks // BLOCK + 1).long() * (blocks + 1) + number // BLOCK + 1
     table = torch.zeros(rows, (blocks + 1) * (blocks + 1), dtype=torch.int32, device=scores.device)
-    table.scatter_add_(1, place, torch.ones_like(ranks))
+    table.scatter_add_(1, index, torch.ones_like(ranks))
     table = table.view(rows, blocks + 1, blocks + 1).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
     found = torch.empty_like(ranks)
     with torch.cuda.device_of(scores):

@@ -271,8 +271,8 @@ def _kind(mode: int) -> str:
 
 def _check_writable(path: Path) -> None:
     """Raise if the folder `path`, or its nearest existing parent, is not writable."""
-    place = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
-    if not place.is_dir():
-        raise HeadsinkError(f"cannot write {path}: {place} is a file, not a folder")
-    with clear_errors(path), tempfile.TemporaryFile(dir=place):
+    nearest = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+    if not nearest.is_dir():
+        raise HeadsinkError(f"cannot write {path}: {nearest} is a file, not a folder")
+    with clear_errors(path), tempfile.TemporaryFile(dir=nearest):
         pass

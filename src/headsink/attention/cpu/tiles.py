@@ -91,14 +91,14 @@ def _multiply(vectors: int, adds: bool) -> Any:
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at, row_words, matrix_at, line, number, written, width, _ = arguments
 
-            def place(row: int, vector: int) -> Any:
+            def offset(row: int, vector: int) -> Any:
                 return builder.add(builder.mul(width, ir.Constant(_I64, row)), ir.Constant(_I64, LANES * vector))
 
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
             for row in range(ROWS):
                 for vector in range(vectors):
-                    first = _load(builder, written, place(row, vector), _VECTOR) if adds else zero
+                    first = _load(builder, written, offset(row, vector), _VECTOR) if adds else zero
                     builder.store(first, sums[row][vector])
             with cgutils.for_range(builder, number) as loop:
                 begin = builder.mul(line, loop.index)
@@ -114,7 +114,7 @@ def _multiply(vectors: int, adds: bool) -> Any:
                         builder.store(_add_products(builder, total, word, columns[vector], paired), sums[row][vector])
             for row in range(ROWS):
                 for vector in range(vectors):
-                    to = _at(builder, written, place(row, vector), _VECTOR)
+                    to = _at(builder, written, offset(row, vector), _VECTOR)
                     builder.store(builder.load(sums[row][vector]), to, align=4)
             return target.get_dummy_value()
 

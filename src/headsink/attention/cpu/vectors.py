@@ -126,13 +126,13 @@ def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
             with cgutils.for_range(builder, builder.udiv(length, _number(LANES))) as loop:
                 first = builder.mul(loop.index, _number(LANES))
 
-                def place(base: Any, row: int, width: int) -> Any:
+                def offset(base: Any, row: int, width: int) -> Any:
                     column = builder.add(builder.mul(length, _number(row)), first)
                     return builder.add(base, builder.mul(column, _number(width)))
 
-                loaded = [_lanes(builder, place(at, row, size), narrow) for row in range(lines)]
+                loaded = [_lanes(builder, offset(at, row, size), narrow) for row in range(lines)]
                 for row in range(rows):
-                    vector = _lanes(builder, place(given, row, 4), False)
+                    vector = _lanes(builder, offset(given, row, 4), False)
                     for n in range(lines):
                         _add_product(builder, loaded[n], vector, sums[row][n])
             kind = ir.FunctionType(_F32, [_F32, _VECTOR])
@@ -165,14 +165,14 @@ def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at, _, length, given, apart, number, written = arguments
 
-            def place(row: int, chunk: int) -> Any:
+            def offset(row: int, chunk: int) -> Any:
                 column = builder.add(builder.mul(length, _number(row)), _number(LANES * chunk))
                 return builder.add(written, builder.mul(column, _number(4)))
 
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(chunks)] for _ in range(rows)]
             for row in range(rows):
                 for chunk in range(chunks):
-                    builder.store(_lanes(builder, place(row, chunk), False), sums[row][chunk])
+                    builder.store(_lanes(builder, offset(row, chunk), False), sums[row][chunk])
             with cgutils.for_range(builder, number) as loop:
                 begin = builder.add(at, builder.mul(loop.index, builder.mul(length, _number(size))))
                 loaded = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), narrow) for n in range(chunks)]
@@ -187,7 +187,7 @@ def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
                         _add_product(builder, loaded[chunk], same, sums[row][chunk])
             for row in range(rows):
                 for chunk in range(chunks):
-                    pointer = builder.inttoptr(place(row, chunk), _VECTOR.as_pointer())
+                    pointer = builder.inttoptr(offset(row, chunk), _VECTOR.as_pointer())
                     builder.store(builder.load(sums[row][chunk]), pointer, align=4)
             return target.get_dummy_value()
 

@@ -118,10 +118,10 @@ def _attend_part(
         for first in tl.range((tile - begun) * TILE, (stop - begun) * TILE, TILE, num_stages=STAGES):
             slots = first + slot
             in_use = slots < end
-            there = in_use[:, None] & (column < dim)[None, :]
-            place = slots[:, None] * dim + column[None, :]
-            key = tl.load(keys + place, there, other=0.0)
-            value = tl.load(values + place, there, other=0.0)
+            valid = in_use[:, None] & (column < dim)[None, :]
+            offset = slots[:, None] * dim + column[None, :]
+            key = tl.load(keys + offset, valid, other=0.0)
+            value = tl.load(values + offset, valid, other=0.0)
             seen = (tl.load(visible + slots, in_use, other=0) != 0)[None, :]
             if TOKENS > 1:  # the last tokens are in the last slots
                 seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
@@ -194,10 +194,10 @@ def _combine(
     some = tl.arange(0, SOME)
     for start in range(0, parts, SOME):
         part = start + some
-        there = part < parts
-        weight = tl.exp2(tl.load(tops + at + part * rows, there, other=float("-inf")) - finite)
-        place = (at + part * rows)[:, None] * dim + column[None, :]
-        vectors = tl.load(found + place, there[:, None] & (column < dim)[None, :], other=0.0)
+        valid = part < parts
+        weight = tl.exp2(tl.load(tops + at + part * rows, valid, other=float("-inf")) - finite)
+        offset = (at + part * rows)[:, None] * dim + column[None, :]
+        vectors = tl.load(found + offset, valid[:, None] & (column < dim)[None, :], other=0.0)
         out += tl.sum(vectors * weight[:, None], 0)
     logarithm = finite + tl.log2(sum_)  # -inf if no key is visible
     divisor = sum_

@@ -65,8 +65,8 @@ def _list(until, lists, counts, table, first, prefix_slots, start, n_keys, QUERI
     end = tl.minimum(_window_start(begin, prefix_slots, start, window, n_keys), reach)
     lists += tl.load(table + LISTS) + block * most
     some, count = tl.arange(0, SOME), 0
-    for place in range(0, end, SOME):
-        key = place + some
+    for offset in range(0, end, SOME):
+        key = offset + some
         seen = tl.load(until + head * n_keys + key, key < end, other=0) > begin
         number = count + tl.cumsum(seen.to(tl.int32)) - 1
         tl.store(lists + number, key, seen & (number < most))
@@ -76,24 +76,24 @@ def _list(until, lists, counts, table, first, prefix_slots, start, n_keys, QUERI
 
 @triton.jit
 def _attend_tile(
-    state, block, key, there, columns, dim: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr
+    state, block, key, valid, columns, dim: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr
 ):
     """Attend from all queries of a block to one tile of keys, and return the new state.
 
-    state: largest logits, sums, outputs. block: the arguments that are the same for all tiles. key, there, columns: [KEYS], key
+    state: largest logits, sums, outputs. block: the arguments that are the same for all tiles. key, valid, columns: [KEYS], key
     numbers, whether they are valid, and their columns.
     """
     queries, keys, values, until, now, scaling, softcap, unit = block
     top, sum_, out = state
     column = tl.arange(0, DIM)
-    place = key[:, None] * dim + column[None, :]
-    inside = there[:, None] & (column < dim)[None, :]
-    its_keys, its_values = tl.load(keys + place, inside, other=0.0), tl.load(values + place, inside, other=0.0)
+    offset = key[:, None] * dim + column[None, :]
+    inside = valid[:, None] & (column < dim)[None, :]
+    its_keys, its_values = tl.load(keys + offset, inside, other=0.0), tl.load(values + offset, inside, other=0.0)
     logits = product(queries, tl.trans(its_keys), tl.zeros([queries.shape[0], key.shape[0]], tl.float32))
     if CAPPED:
         logits = capped(logits * scaling, softcap)
     if MASKED:
-        ends = tl.load(until + key, there, other=0)
+        ends = tl.load(until + key, valid, other=0)
         seen = (columns[None, :] <= now[:, None]) & (now[:, None] < ends[None, :])
         logits = tl.where(seen, logits, float("-inf"))
     most = tl.maximum(top, tl.max(logits, 1))
@@ -162,11 +162,11 @@ def _attend_block(
 
     same = (queries, keys, values, until, now, scaling, softcap, unit)
     far = tl.load(counts + head * tl.num_programs(0) + block)
-    for place in tl.range(0, far, KEYS, num_stages=STAGES):
-        there = place + some < far
-        key = tl.load(lists + place + some, there, other=0)
+    for offset in tl.range(0, far, KEYS, num_stages=STAGES):
+        valid = offset + some < far
+        key = tl.load(lists + offset + some, valid, other=0)
         never = tl.full([KEYS], -1, tl.int32)  # far keys precede every query
-        state = _attend_tile(state, same, key, there, never, dim, DIM, True, CAPPED)
+        state = _attend_tile(state, same, key, valid, never, dim, DIM, True, CAPPED)
 
     near = _window_start(begin, prefix_slots, start, window, n_keys)
     end = tl.minimum(prefix_slots + last + 1 - start, n_keys)
@@ -176,14 +176,14 @@ def _attend_block(
         low = tl.maximum(near, prefix_slots + last - tl.maximum(window, 1) + 1 - start)
         unmasked_from = near + tl.cdiv(low - near, KEYS) * KEYS
         unmasked_to = unmasked_from + tl.maximum(prefix_slots + begin + 1 - start - unmasked_from, 0) // KEYS * KEYS
-    for place in tl.range(near, tl.minimum(unmasked_from, end), KEYS, num_stages=STAGES):
-        key = place + some
+    for offset in tl.range(near, tl.minimum(unmasked_from, end), KEYS, num_stages=STAGES):
+        key = offset + some
         state = _attend_tile(state, same, key, key < end, key - prefix_slots + start, dim, DIM, True, CAPPED)
-    for place in tl.range(unmasked_from, unmasked_to, KEYS, num_stages=STAGES):
-        key = place + some
+    for offset in tl.range(unmasked_from, unmasked_to, KEYS, num_stages=STAGES):
+        key = offset + some
         state = _attend_tile(state, same, key, key < n_keys, key, dim, DIM, False, CAPPED)
-    for place in tl.range(unmasked_to, end, KEYS, num_stages=STAGES):
-        key = place + some
+    for offset in tl.range(unmasked_to, end, KEYS, num_stages=STAGES):
+        key = offset + some
         state = _attend_tile(state, same, key, key < end, key - prefix_slots + start, dim, DIM, True, CAPPED)
 
     top, sum_, out = state

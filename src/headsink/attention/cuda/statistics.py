@@ -92,9 +92,9 @@ def _sum_bands(
         of_others, of_sinks = tl.zeros([ROWS, DIM], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     for first in tl.range(begin, end, TILE, num_stages=STAGES):
         in_band = first + slot < end
-        there = in_band[:, None] & wide[None, :]
+        inside = in_band[:, None] & wide[None, :]
         from_ = keys + tl.cast(first, tl.int64) * key_token
-        key = tl.load(from_ + slot[:, None] * key_token + column[None, :], there, other=0.0)
+        key = tl.load(from_ + slot[:, None] * key_token + column[None, :], inside, other=0.0)
         sink = (tl.load(flags + first + slot, in_band, other=0) != 0)[None, :]
         age = position[:, None] - first - slot[None, :]
         seen = (age >= low) & (age < high) & in_band[None, :]
@@ -110,7 +110,7 @@ def _sum_bands(
         sinks = sinks * factor + tl.sum(at_sinks, 1)
         if VALUES:
             from_ = values + tl.cast(first, tl.int64) * value_token
-            value = tl.load(from_ + slot[:, None] * value_token + column[None, :], there, other=0.0)
+            value = tl.load(from_ + slot[:, None] * value_token + column[None, :], inside, other=0.0)
             of_others = product(elsewhere.to(kind), value, of_others * factor[:, None])
             of_sinks = product(at_sinks.to(kind), value, of_sinks * factor[:, None])
         else:
@@ -123,9 +123,9 @@ def _sum_bands(
     tl.store(sums + 2 * at, others, real)
     tl.store(sums + 2 * at + 1, sinks, real)
     if VALUES:
-        place = 2 * at[:, None] * dim + column[None, :]
-        tl.store(vectors + place, of_others, real[:, None] & wide[None, :])
-        tl.store(vectors + place + dim, of_sinks, real[:, None] & wide[None, :])
+        at_row = 2 * at[:, None] * dim + column[None, :]
+        tl.store(vectors + at_row, of_others, real[:, None] & wide[None, :])
+        tl.store(vectors + at_row + dim, of_sinks, real[:, None] & wide[None, :])
     else:
         tl.store(spreads + at, spread, real)
         tl.store(peaks + at, peak, real)
@@ -167,8 +167,8 @@ def _sum_rows(
     for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         row = (first + some) * GROUP
         real = first + some < stop
-        place = (of_head + row)[:, None] * dim + column[None, :]
-        query = tl.load(query_rows + place, real[:, None] & wide[None, :], other=0.0)
+        at_row = (of_head + row)[:, None] * dim + column[None, :]
+        query = tl.load(query_rows + at_row, real[:, None] & wide[None, :], other=0.0)
         position = tl.load(positions + row, real, other=-1)  # before every key, so no key is visible
         offset = tl.load(offsets + of_head + row, real, other=0.0)
         age = position[None, :] - slot[:, None]
