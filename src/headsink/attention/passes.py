@@ -267,7 +267,7 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         given.get("output_attentions") is None and getattr(state.config, "output_attentions", False)
     ):
         raise HeadsinkError(
-            "output_attentions: headsink never computes attention weights as a matrix; leave it out, or measure "
+            "output_attentions: the weights are never computed while headsink runs the model; leave it out, or measure "
             "heads with headsink.analyze"
         )
     if scope is None or scope.prepare is None:
