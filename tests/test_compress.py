@@ -94,7 +94,7 @@ def test_a_cache_of_another_model_or_without_its_sliding_layers_is_refused(famil
     with pytest.raises(HeadsinkError, match="for other weights"):
         headsink.compress(tiny(family, 1), Plan.full(model), cache)
     if family == "gemma3":
-        with pytest.raises(HeadsinkError, match="slide by themselves: make the cache"):
+        with pytest.raises(HeadsinkError, match="this model has sliding-window layers: make the cache"):
             headsink.compress(model, Plan.full(model), cache)
 
 

@@ -251,7 +251,7 @@ def test_what_was_held_cannot_be_taken_back(pattern):
     layer.freeze()
     attend(layer, query, key, value, None, 50, 60)
     layer.crop(-3)
-    with pytest.raises(HeadsinkError, match=r"cannot take back 8 tokens: hold\(\) was called 7 tokens ago"):
+    with pytest.raises(HeadsinkError, match=r"cannot take back 8 tokens: freeze\(\) was called 7 tokens ago"):
         layer.crop(-8)
 
 

@@ -58,10 +58,13 @@ def with_retrieval(fields, **changes):
         (lambda f: head(f).update(window="64"), "layers.1.0.window"),
         (lambda f: head(f).pop("window"), "layers.1.0.window"),
         (lambda f: head(f).update(sinks=4), "layers.1.0.sinks"),
-        (lambda f: head(f).update(window=8, top_k=4, scorer_weights=None), "layers.1.0: top-k keys need a score"),
+        (
+            lambda f: head(f).update(window=8, top_k=4, scorer_weights=None),
+            "layers.1.0: top-k keys need scorer_weights",
+        ),
         (
             lambda f: head(f).update(window=8, top_k=4, scorer_weights=[0.0] * FEATURES),
-            "layers.1.0: top-k keys need a score",
+            "layers.1.0: top-k keys need scorer_weights",
         ),
         (
             lambda f: head(f).update(scorer_weights=[1.0] * (FEATURES - 1)),
@@ -81,7 +84,7 @@ def with_retrieval(fields, **changes):
         (lambda f: f.update(prefill_compression="perhaps"), "prefill_compression"),
         (
             lambda f: f.update(reconstruction_prompt=[5]),
-            "reconstruction_prompt: only a context that is compressed once",
+            "reconstruction_prompt: context reconstruction needs prefill compression",
         ),
         (lambda f: f.update(prefill_compression=True, reconstruction_prompt=[5, -1]), "reconstruction_prompt.1"),
         (lambda f: f.update(positions="cache-relative"), "positions"),
@@ -94,7 +97,10 @@ def with_retrieval(fields, **changes):
         (lambda f: with_quality(f, kl_interval=[0.3, 0.1]), "quality.0.kl_interval: 0.3 is above 0.1"),
         (lambda f: with_quality(f, top1_interval=[0.9]), "quality.0.top1_interval"),
         (lambda f: with_quality(f, nll_change_interval=[0.0, float("inf")]), "quality.0.nll_change_interval"),
-        (lambda f: with_retrieval(f, right_plan=5), "quality.0.retrieval.0.right_plan: 5 right of 4 asked"),
+        (
+            lambda f: with_retrieval(f, right_plan=5),
+            "quality.0.retrieval.0.right_plan: 5 correct answers to 4 questions",
+        ),
         (lambda f: with_retrieval(f, right_full=-1), "quality.0.retrieval.0.right_full"),
         (lambda f: with_retrieval(f, asked=0), "quality.0.retrieval.0.asked"),
     ],
@@ -164,7 +170,7 @@ def test_a_plan_for_a_sliding_layer_is_refused():
     sliding = tiny("gemma3")
     plan = Plan.full(sliding)
     assert plan.layers[0] is None
-    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model slides"):
+    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model has its own sliding window"):
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
 
 
@@ -282,7 +288,7 @@ def test_a_plan_is_described_in_five_lines():
     for context in (512, 2048):
         assert f"{plan.kept(context):.1%} of the KV entries at {context} tokens" in lines[4]
     assert "of 0.6 MB" in lines[4].split(";")[1]  # 2 x 6 heads x 2,048 tokens x 12 numbers of 2 bytes
-    assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers right (full cache 4) at 512 tokens" in lines[5]
+    assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers correct (full cache 4) at 512 tokens" in lines[5]
     html = plan._repr_html_()
     assert all(f"<th>{line.split()[0]}</th>" in html for line in lines[1:])
     assert "not measured" in repr(Plan.full(MODEL))

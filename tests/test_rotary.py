@@ -158,7 +158,7 @@ def test_no_distance_is_over_the_cache():
     assert cache.layers[0].groups[0].keys.shape[2] == 16
     text = Plan.uniform(model, Pattern(4, 0, 12))
     with pytest.raises(
-        HeadsinkError, match=r"a text has 1000 tokens, over the model's maximum of 512; .* positions 'cache'"
+        HeadsinkError, match=r"a text has 1000 tokens, over the model's maximum of 512; .* positions 'cache-relative'"
     ):
         feed(model, text, ids, [500])
 
@@ -174,17 +174,19 @@ def test_turning_back_undoes_a_rotation():
 def test_only_windows_can_count_in_the_cache(tmp_path):
     model = tiny("llama")
     for pattern, field in (
-        (Pattern(), "layers.0.0 sees everything"),
+        (Pattern(), "layers.0.0 has full attention"),
         (Pattern(1, 2, 3), "layers.0.0 has top-k keys"),
     ):
         plan = random_plan(model, 0, lambda _, pattern=pattern: pattern)
         path = tmp_path / "plan.json"
         path.write_text(plan.to_json().replace('"positions": "absolute"', '"positions": "cache-relative"'))
-        with pytest.raises(HeadsinkError, match=f"positions: counted in the cache, but {field}"):
+        with pytest.raises(
+            HeadsinkError, match=f"positions: 'cache-relative' needs windows without top-k keys, but {field}"
+        ):
             Plan.load(path)
     plan = Plan.uniform(model, Pattern(1, 0, 5), positions="cache-relative")
     cache = headsink.new_cache(model, plan)
-    with pytest.raises(HeadsinkError, match="positions: counted in this cache"):
+    with pytest.raises(HeadsinkError, match="positions: a cache with 'cache-relative' ones must keep evicting"):
         cache.freeze()
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
 

@@ -18,11 +18,11 @@ def attend_rows(
     rotated: Tensor | None = None,
     sink: int = 0,
 ) -> Tensor:
-    """Attention of grouped queries, each over the keys of its KV head.
+    """Attend in torch from grouped queries, each over the keys of its KV head.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens, keys],
-    or [1, 1, tokens, keys] where `softmax` is not plain, or None. turned: queries with which the first `sink` keys are looked at
-    instead. Zero where a query sees no key.
+    or [1, 1, tokens, keys] where `softmax` is not plain, or None. rotated: the queries for the first `sink` keys, if they differ.
+    Returns zero where a query sees no key.
     """
     batch, heads, n_keys, dim = keys.shape
     if n_keys == 0:
@@ -30,10 +30,10 @@ def attend_rows(
     if rotated is not None or not softmax.plain:
         return _attend_by_logits(query, keys, values, mask, softmax, rotated, sink)
     tokens, group = query.shape[2], query.shape[1] // heads
-    if tokens == 1:  # the rows of a group as queries: a key is read once
+    if tokens == 1:  # the heads of a group as queries, so a key is read once
         rows = query.reshape(batch, heads, group, dim)
         mask = None if mask is None else mask.expand(batch, heads, group, n_keys)
-    else:  # the heads of a group share a mask, which is made once
+    else:  # the heads of a group share a mask
         rows = query.reshape(batch * heads, group, tokens, dim)
         keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
         mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
@@ -50,7 +50,7 @@ def _attend_by_logits(
     rotated: Tensor | None,
     sink: int,
 ) -> Tensor:
-    """What `sdpa` cannot express: all logits at once, in float32 or better."""
+    """Compute what `sdpa` cannot express, with all logits in memory, in float32 or better."""
     batch, heads, n_keys, _ = keys.shape
     kind = torch.promote_types(query.dtype, torch.float32)
 
@@ -58,12 +58,12 @@ def _attend_by_logits(
         rows = of.to(kind).reshape(batch, heads, -1, of.shape[3]) * softmax.scaling
         return rows @ seen.to(kind).transpose(-1, -2)
 
-    every = logits(query, keys)
+    scores = logits(query, keys)
     if rotated is not None:
-        every[..., :sink] = logits(rotated, keys[:, :, :sink])
-    every = softmax.capped(every).view(batch, heads, -1, query.shape[2], n_keys)
+        scores[..., :sink] = logits(rotated, keys[:, :, :sink])
+    scores = softmax.capped(scores).view(batch, heads, -1, query.shape[2], n_keys)
     if mask is not None:
-        every = every.masked_fill_(~mask[:, :, None], float("-inf"))
+        scores = scores.masked_fill_(~mask[:, :, None], float("-inf"))
     sink_logits = None if softmax.sink_logits is None else softmax.sink_logits.view(heads, -1, 1, 1)
-    weights = shares(every, sink_logits).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
+    weights = shares(scores, sink_logits).nan_to_num(0.0).flatten(2, 3)  # zero if no key is visible
     return (weights.to(values.dtype) @ values).view_as(query)

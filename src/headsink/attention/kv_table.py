@@ -1,4 +1,4 @@
-"""The table by which kernels find the keys and values of a layer: its fields, and how it moves on by a token."""
+"""The fields of the table that gives kernels the addresses and sizes of a layer's KV buffers, and its update per token."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from headsink.eviction.pattern import FOREVER
 
 
 class KVField(IntEnum):
-    """What the table says of a KV head of a text.
+    """The fields of the table for one KV head of one sequence.
 
-    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [top-k keys]. WEIGHTS: of float32
-    [features], of scores. SINK, FLOATING: slots for first tokens, and for top-k keys after them. ANCHORS: slots in front
-    of the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it
-    never wraps. PAD: tokens of padding before the text.
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: address of bool [slots]. SCORES: address of float32 [top-k keys]. WEIGHTS:
+    address of the scorer weights, float32 [features]. SINK, TOP_K: number of slots of sink tokens, and of top-k keys after them.
+    ANCHORS: number of slots before the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the
+    ring, FOREVER if it never wraps. PAD: tokens of left padding.
 
-    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none.
-    LEAVING: the position of the token that leaves the window, negative for none.
+    `advance` computes these for the next token: END: slots in use after it is appended. SLOT: its slot, -1 for none. LEAVING: the
+    position of the token that leaves the window, negative for none.
     """
 
     KEYS = 0
@@ -42,7 +42,7 @@ class KVField(IntEnum):
 
 
 def advance(table: Any, length: int) -> Any:
-    """Write into a table, int64 [..., len(Field)], what follows for a token that comes as column `length`."""
+    """Write END, SLOT and LEAVING of a token in column `length` into a table, int64 [..., len(KVField)]."""
     prefix_slots, start, window, pad = (
         table[..., field] for field in (KVField.ANCHORS, KVField.START, KVField.WINDOW, KVField.PAD)
     )
@@ -54,7 +54,7 @@ def advance(table: Any, length: int) -> Any:
 
 
 def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int) -> None:
-    """Raise unless buffers are of the shapes that `attend_few` says."""
+    """Raise unless buffers have the shapes that `Backend.decode` expects."""
     batch, heads, slots, dim = keys.shape
     like = keys.shape, query.dtype, query.device
     must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1), query.shape[3]), (batch, 0, dim))

@@ -1,4 +1,4 @@
-"""Which keys stay of a text that is over."""
+"""The indices that prefill compression keeps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def places(scores: Tensor, sink: int, top_k: int, near: range) -> Tensor:
-    """Where the keys lie that heads hold of a text that is over: the first `sink`, the `top_k` with the highest scores of
-    those between, and the window `near`. scores: [heads, keys]. Returns int64 [heads, places]."""
+    """Return the kept indices of a complete text: `sink` initial tokens, `top_k` highest-scoring keys, and the window.
+
+    scores: [heads, keys]. near: the indices of the window. Returns int64 [heads, kept indices].
+    """
     between = scores[:, sink : near.start]
     chosen = between.topk(min(top_k, between.shape[1])).indices + sink
     first, last = (

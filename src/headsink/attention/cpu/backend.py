@@ -14,7 +14,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
 
-FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
+FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
 
 
 class CPUBackend:
@@ -94,9 +94,12 @@ class CPUBackend:
 def attend_table(
     table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
 ) -> Tensor:
-    """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
-    value: [batch, heads, 1, dim], of one token that comes in before, of the dtype that the heads' buffers have."""
-    claim()  # before numba is imported: another thread may have been at it when this process was forked
+    """Attend on a CPU over the heads of a table, int64 [batch x heads, len(KVField)].
+
+    query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to append before; the dtype is that of
+    the heads' buffers.
+    """
+    claim()  # before numba is imported: another thread may have been importing it when this process was forked
     from headsink.attention.cpu import decode
 
     batch, query_heads, _, dim = query.shape

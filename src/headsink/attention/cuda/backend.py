@@ -13,7 +13,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.utils import device
 
-ROWS = 64  # queries of a KV head up to which keys are read as they lie
+ROWS = 64  # queries of a KV head up to which keys are read in place
 
 
 class CUDABackend:
