@@ -49,7 +49,7 @@ def demand(context: Context, prompt: Sequence[int], whole: bool = False) -> Dema
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     with torch.no_grad():
-        context.run(telling.branches, attend)
+        context.run(telling.continuations, attend)
     return Demand(torch.tensor([position for span in spans for position in span]), found.clamp(min=LEAST))
 
 
