@@ -446,7 +446,7 @@ def test_bad_arguments_are_named(make):
             f"context: {LEAST_CONTEXT - 1} tokens are too few: .*; give {LEAST_CONTEXT} to 1024",
         ),
         ({"context": 1025}, f"context: 1025 is over the model's maximum of 1024 tokens; give {LEAST_CONTEXT} to 1024"),
-        ({"context": (800, 700)}, "context: 800 to 700 is no range; the shorter length comes first"),
+        ({"context": (800, 700)}, "context: 800 to 700 is not a range; give the shorter length first"),
         ({"context": (700, 2000)}, "context: 2000 is over the model's maximum of 1024"),
         ({"quality_contexts": (300,)}, "quality_contexts: 300 tokens are too few: .*; give 512 to 1024"),
     ]:

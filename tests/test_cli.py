@@ -372,7 +372,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
-        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is no range"),
+        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is not a range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
         (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither absolute nor cache-relative"),
         (["plan", "TINY", "--positions", "cache-relative"], "positions: only windows can count them in the cache"),

@@ -21,7 +21,9 @@ class Held:
         if not layers or not all(groups):
             raise HeadsinkError("decode: the cache is empty; prefill a prompt first")
         if any(g.recent is not None or (g.recording and g.evicts) for own in groups for g in own):
-            raise HeadsinkError("decode: the cache records tokens so that they can be cropped; set its record_past to False")
+            raise HeadsinkError(
+                "decode: the cache records tokens so that they can be cropped; set its record_past to False"
+            )
         self.length, self.rows = layers[0].seen, len(groups[0][0].keys)
         must_be("decode: layers of the cache", len(layers), model.layers)
         for number, layer in enumerate(layers):
