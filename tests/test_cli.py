@@ -204,7 +204,7 @@ def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
     assert status == 0, err
     status, _, err = run("plan", tiny_folder, *words, "--policy", "on-off", "--out", tmp_path / "other.json")
     assert status == 2
-    assert "reconstruct: contexts that are compressed once" in err
+    assert "reconstruct: it needs prefill_compression" in err
 
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):
@@ -375,7 +375,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is not a range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
         (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither absolute nor cache-relative"),
-        (["plan", "TINY", "--positions", "cache-relative"], "positions: only windows can count them in the cache"),
+        (["plan", "TINY", "--positions", "cache-relative"], "positions: cache-relative positions need the policy"),
         (["plan", "TINY", "--frontier", "file"], "it is a file"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "a,b"], "not a list of numbers"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),

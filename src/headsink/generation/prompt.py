@@ -66,7 +66,7 @@ class Prompt:
         new = ids[:, cached:] if columns == count else ids
         if not new.shape[1]:
             raise HeadsinkError(
-                f"input_ids: {count} tokens, and the cache holds {cached} already; give the cached tokens and one new token or more"
+                f"input_ids: {count} tokens, and the cache holds {cached} already; give the cached tokens and at least one more"
             )
         padding = padding_of(cache)
         if padding is not None and mask is None:

@@ -76,7 +76,7 @@ class DraftLength:
         return sum(self.acceptance**n for n in range(drafted + 1))
 
     def _seconds(self, drafted: int) -> float:
-        """Expected seconds of a round. The time to verify is interpolated linearly between the fewest and most tokens measured."""
+        """Expected seconds of a round. Verification time is linear between the fewest and most tokens measured."""
         few, many = min(self.verify), max(self.verify)
         slope = max(0.0, (self.verify[many] - self.verify[few]) / (many - few))
         return drafted * self.draft + max(1e-9, self.verify[few] + slope * (drafted + 1 - few))
@@ -141,8 +141,8 @@ def generate_lossless(
 
 
 def with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate` with stop_strings as a stopping criterion. transformers 5.19 does not pass their tokenizer to a custom
-    decoding loop."""
+    """Options of `generate` with stop_strings as a stopping criterion, since transformers 5.19 does not pass their tokenizer to
+    a custom decoding loop."""
     strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
     if strings is None:
         return options
@@ -259,7 +259,7 @@ class SpeculativeDecoder:
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """Draft `count` tokens: int64 [rows, 1 + count], beginning with each sequence's last token, and their processed logits."""
+        """Draft `count` tokens: int64 [rows, 1 + count], with each sequence's last token first, and their processed logits."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
         if self.compiled and self.step is None and self.draft.get_seq_length():

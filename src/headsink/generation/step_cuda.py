@@ -54,7 +54,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 class Pass:
-    """A forward pass over a fixed number of tokens per sequence, in buffers of its own: run once, then captured, then replayed."""
+    """A forward pass over a fixed number of tokens per sequence: run once, then captured as a CUDA graph, then replayed."""
 
     def __init__(self, sequences: int, tokens: int, device: torch.device):
         self.token, self.place = torch.zeros(2, sequences, tokens, dtype=torch.int64, device=device)

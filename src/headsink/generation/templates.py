@@ -10,7 +10,7 @@ MARK = "\ue000"  # a private-use character that marks where a document ends in t
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Token ids of a text. special: with the tokenizer's special tokens. Raises HeadsinkError for half characters (surrogates)."""
+    """Token ids of a text. special: add the tokenizer's special tokens. Raises HeadsinkError for lone surrogates."""
     half = next((n for n, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     if half is not None:
         raise HeadsinkError(
