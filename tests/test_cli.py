@@ -717,6 +717,6 @@ def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
     done = list(kept.glob("*.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"going on: {len(done)} of 8 texts are done" in again.stderr
+    assert f"continuing: {len(done)} of 8 texts are done" in again.stderr
     assert json.loads(again.stdout)["folder"] == str(tmp_path / "census")
     assert [path.name for path in tmp_path.iterdir()] == ["census"]

@@ -299,7 +299,7 @@ class Calibration:
                 shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
 
             allocation = coordinate_descent(allocation, loss, report)
-        step(deal, done[-1].loss, "done")
+        step(allocation, done[-1].loss, "done")
         for replay in self.replays:  # for other budgets
             replay.set_scores(self.weights)
         return allocation
