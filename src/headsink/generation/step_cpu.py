@@ -27,8 +27,8 @@ from headsink.generation.step_checks import Held
 from headsink.models.devices import dtype_name
 from headsink.models.spec import attention_modules, decoder, describe
 
-AHEAD = 64  # tokens that buffers and positions are allocated for at once
-# Families with the same decoder layer, with or without biases and with or without norms of queries and keys.
+AHEAD = 64  # tokens that buffers and positions are made ready for at once
+# The same layer, with or without biases and norms of queries and keys.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
