@@ -64,7 +64,7 @@ class Allocation:
     def trials(self, head: int) -> tuple[list[Allocation], list[Allocation]]:
         """Neighbours that differ in one head: by the part of its window, and by its share."""
         recent = [self.recent.clone().index_fill(0, torch.tensor(head), part) for part in RECENT]
-        shares = [moved for factor in FACTORS if (moved := transfer(self.shares, head, factor)) is not None]
+        shares = [changed for factor in FACTORS if (changed := transfer(self.shares, head, factor)) is not None]
         return (
             [Allocation(self.shares, one) for one in recent if one[head] != self.recent[head]],
             [Allocation(one, self.recent) for one in shares],

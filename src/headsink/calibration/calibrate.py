@@ -265,8 +265,8 @@ class Calibration:
         def pattern() -> Pattern:
             share, recent = next(rest)
             keys = int(share * self.shortest + 1e-6)
-            found = Pattern(SINK, keys - round(keys * recent), window + round(keys * recent))
-            return found if found.size(self.shortest) < self.shortest else FULL
+            result = Pattern(SINK, keys - round(keys * recent), window + round(keys * recent))
+            return result if result.size(self.shortest) < self.shortest else FULL
 
         return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
 
@@ -371,8 +371,8 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
     """The steps of an interrupted run with the same arguments; [] if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        steps = [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        steps = [Step(**step) for step in content["steps"]] if content["key"] == json.loads(json.dumps(key)) else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -181,8 +181,8 @@ class Search:
     def expected(self, pick: Tensor) -> tuple[float, Tensor]:
         """The loss of a plan, and its expected change for each option: float64 [heads, options], 0 for the current ones."""
         patterns = self.patterns(pick)
-        found = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.replays]
-        mean = _mean(found)
+        marginals = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.replays]
+        mean = _mean(marginals)
         if not (math.isfinite(mean.loss) and mean.gradient.isfinite().all()):
             raise HeadsinkError("the model's loss is not finite here; try --dtype float32 or bfloat16")
         gradient, error = (self._rows(t[self.layers]).double() for t in (mean.gradient, mean.error))
@@ -290,9 +290,9 @@ def _cheapest(cost: Tensor, sizes: Tensor, price: float) -> Tensor:
     return (cost + price * sizes).argmin(1)
 
 
-def _mean(found: Sequence[Marginals]) -> Marginals:
+def _mean(marginals: Sequence[Marginals]) -> Marginals:
     return Marginals(
-        sum(m.loss for m in found) / len(found),
-        torch.stack([m.gradient for m in found]).mean(0),
-        torch.stack([m.error for m in found]).mean(0),
+        sum(m.loss for m in marginals) / len(marginals),
+        torch.stack([m.gradient for m in marginals]).mean(0),
+        torch.stack([m.error for m in marginals]).mean(0),
     )

@@ -124,8 +124,8 @@ def check(settings: Any, vocabulary: Any, arrays: Mapping[str, Tensor]) -> str |
             return f"arrays.safetensors: {name} belongs to no text"
         of_texts[number][rest] = array
     for number, own in of_texts.items():
-        if wrong := misfit(settings, int(number), own):
-            return f"arrays.safetensors: {number}.{wrong}"
+        if problem := misfit(settings, int(number), own):
+            return f"arrays.safetensors: {number}.{problem}"
         if not known.issuperset(own["ids"].tolist()):
             return f"tokens.json: a token of text {number} is missing"
     return None
@@ -152,7 +152,7 @@ def _expected(settings: Mapping[str, Any], text: int) -> dict[str, tuple[torch.d
     """Expected arrays of a text: name -> dtype, shape, and range of integers."""
     model, tokens = settings["model"], settings["texts"][text]["tokens"]
     layers, heads, kv_heads = (model[name] for name in ("layers", "query_heads", "kv_heads"))
-    found: dict[str, tuple[torch.dtype, Shape, tuple[int, int] | None]] = {
+    expected: dict[str, tuple[torch.dtype, Shape, tuple[int, int] | None]] = {
         "ids": (torch.int32, (tokens,), (0, 2**31)),
     }
     for n in (n for n in settings["lengths"] if n <= tokens):
@@ -170,8 +170,8 @@ def _expected(settings: Mapping[str, Any], text: int) -> dict[str, tuple[torch.d
             "attention": (torch.float16, (heads, n)),
         }
         for name, (kind, shape) in by_head.items():
-            found[f"{n}.{name}"] = kind, (layers, *shape), (-1, n) if kind is torch.int32 else None
-    return found
+            expected[f"{n}.{name}"] = kind, (layers, *shape), (-1, n) if kind is torch.int32 else None
+    return expected
 
 
 def _strings(value: Any) -> str:

@@ -135,13 +135,13 @@ def compare(*runs: str | os.PathLike[str] | Census) -> Comparison:
                             "domains": [d or "all texts" for d in domains],
                         }
                         changed.append({**where, "layer": layer, "head": head, "before": was, "after": now})
-    every = [first, *others]
+    all_runs = [first, *others]
     differing = {
-        key: tuple(run.census.settings[key] for run in every)
+        key: tuple(run.census.settings[key] for run in all_runs)
         for key in SETTINGS
         if any(run.census.settings[key] != first.census.settings[key] for run in others)
     }
-    return Comparison(tuple(run.name for run in every), differing, views, changed, heads)
+    return Comparison(tuple(run.name for run in all_runs), differing, views, changed, heads)
 
 
 def _open(run: str | os.PathLike[str] | Census, number: int) -> Run:
@@ -182,18 +182,18 @@ def _pairs(one: Run, two: Run) -> list[tuple[tuple[int, int], tuple[str | None, 
         domains = [(d, d) for d in one.census.domains if d in two.census.domains]
         if len(domains) > 1 and one.census.domains == two.census.domains:
             domains.insert(0, (None, None))
-    found = [
+    pairs = [
         ((a, b), (c, d))
         for a, b in lengths
         for c, d in domains
         if a and b and one.census.has(a, c) and two.census.has(b, d)
     ]
-    if not found:
+    if not pairs:
         what = "kind of text" if lengths else "length"
         raise HeadsinkError(
             f"{one.name} and {two.name} cannot be compared: they have no {what} in common; name one, as in {two.name}@512:code"
         )
-    return found
+    return pairs
 
 
 def _same_texts(one: tuple[Census, int, str | None], two: tuple[Census, int, str | None]) -> bool:

@@ -99,8 +99,8 @@ def _renumbered(sinks: Tensor, group: int, times: int, generator: torch.Generato
     """Permute the heads of every layer: bool [times, layers, heads]."""
     layers, heads = sinks.shape
     kv_heads = torch.rand(times, layers, heads // group, generator=generator).argsort(-1)
-    within = torch.rand(times, layers, heads // group, group, generator=generator).argsort(-1)
-    order = (kv_heads[..., None] * group + within).flatten(2)
+    query_heads = torch.rand(times, layers, heads // group, group, generator=generator).argsort(-1)
+    order = (kv_heads[..., None] * group + query_heads).flatten(2)
     return sinks.expand(times, -1, -1).gather(2, order)
 
 

@@ -233,7 +233,7 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
 
 
 def _fused(key: Tensor) -> Any:
-    """The fused GPU kernels if they can run, else None."""
+    """The kernels that do in few launches what blocks do in many, where they can run."""
     if not gpu.can_run(key):
         return None
     from headsink.attention.cuda import statistics

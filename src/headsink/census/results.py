@@ -239,6 +239,6 @@ class Census:
             )
         if isinstance(settings, dict):
             settings.pop("files", None)  # describes the folder, not the census
-        if wrong := check(settings, vocabulary, arrays):
-            raise HeadsinkError(f"{damaged}: {wrong}")
+        if problem := check(settings, vocabulary, arrays):
+            raise HeadsinkError(f"{damaged}: {problem}")
         return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)

@@ -170,8 +170,8 @@ def analyze_again(
         "dtype": (devices.dtype_name(model.dtype), settings["dtype"]),
         "texts": ([text.digest for text in chosen], [text["sha256"] for text in settings["texts"]]),
     }
-    for name, (here, there) in pairs.items():
-        if here != there:
+    for name, (here, original) in pairs.items():
+        if here != original:
             made = ", ".join(f"{what} {number}" for what, number in settings["versions"].items())
             raise HeadsinkError(f"this census cannot be rerun: the {name} are not those that it was made with ({made})")
     return analyze(
@@ -261,8 +261,8 @@ def _read(
     with torch.no_grad(), observing(model, observe):
         decoder(model)(torch.tensor([ids], device=input_device(model)), use_cache=False)
     arrays: dict[str, Tensor] = {}
-    for length, found in zip(lengths, zip(*layers, strict=True), strict=True):
-        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(found).items()}
+    for length, of_length in zip(lengths, zip(*layers, strict=True), strict=True):
+        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(of_length).items()}
     return arrays
 
 
@@ -320,12 +320,12 @@ def _texts(
     if not domains:
         raise HeadsinkError(f"domains: none given; give one or more of {', '.join(corpus.CENSUS_DOMAINS)}")
     chosen = _check_lengths(lengths or sorted({min(n, shape.max_context) for n in LENGTHS}), shape)
-    found = [
+    built_in = [
         Text(domain, n, corpus.tokens(domain, tokenizer, chosen[-1], seed=seed + n, split="heldout"))
         for domain in dict.fromkeys(domains)
         for n in range(number)
     ]
-    return found, chosen
+    return built_in, chosen
 
 
 def _own(

@@ -59,11 +59,11 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
     full = read(model, None, document.ids)
     full_bytes = nbytes(full)
     full_log_probs = [branch_log_probs(model, full, ids, scored) for _, ids, scored in document.branches]
-    found = []
+    results = []
     for plan in plans:
         lossy = read(model, plan, document.ids)
         sizes = full_bytes, nbytes(lossy)
-        found.append(
+        results.append(
             [
                 _compare(
                     form,
@@ -75,7 +75,7 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
                 for (form, ids, scored), expected in zip(document.branches, full_log_probs, strict=True)
             ]
         )
-    return found
+    return results
 
 
 def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> Scored:
@@ -123,12 +123,12 @@ def measure(
         for number in range(documents)
         for domain in corpus.DOMAINS
     ]
-    found = []
+    scored = []
     with bar(f"quality at {context}", len(made), progress) as shown:
         for document in made:
-            found.append(score(model, plan, document))
+            scored.append(score(model, plan, document))
             shown.advance(shown.task_ids[0])
-    return summary(context, found)
+    return summary(context, scored)
 
 
 def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
@@ -184,9 +184,9 @@ def intervals(documents: Sequence[Tensor], seed: int = 0) -> list[Interval]:
     tokens = torch.zeros(RESAMPLES, 1, dtype=torch.float64)
     for document in documents:
         blocks = document.split(BLOCK, 1)
-        drawn = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=generator)
-        sums += torch.stack([block.sum(1) for block in blocks])[drawn].sum(1)
-        tokens += torch.tensor([[block.shape[1]] for block in blocks], dtype=torch.float64)[drawn].sum(1)
+        sample = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=generator)
+        sums += torch.stack([block.sum(1) for block in blocks])[sample].sum(1)
+        tokens += torch.tensor([[block.shape[1]] for block in blocks], dtype=torch.float64)[sample].sum(1)
     mean = torch.cat(list(documents), 1).mean(1)
     low, high = (sums / tokens).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
     low, high = torch.minimum(low, mean), torch.maximum(high, mean)  # rounding could exclude the mean of a constant

@@ -26,8 +26,8 @@ from headsink.utils import device
 class Decoder(Protocol):
     """A compiled decode step for a model and a cache. Call `resume` after any other code has changed the cache."""
 
-    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Append one token per sequence, int64 [sequences]. places: their positions; by default they follow the cached tokens.
+    def run(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Append one token per sequence, int64 [sequences]. positions: by default they follow the cached tokens.
 
         Returns the logits of the next tokens, float32 [sequences, vocabulary].
         """
@@ -105,7 +105,7 @@ def decode(
         raise HeadsinkError(f"decode: {reason}")
     cache = given_cache(model_kwargs)
     prompt = Prompt.of(model, input_ids, cache, generation_config, model_kwargs)
-    if prompt.places.dim() > 2:
+    if prompt.positions.dim() > 2:
         raise HeadsinkError("decode: positions of this model have several axes; leave out custom_generate")
     streamer = generate_argument("streamer") if streamer is None else streamer
     with torch.no_grad():
@@ -113,9 +113,9 @@ def decode(
         cache, logits = returned_cache(prefill), prefill.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it needs a plan; call it inside `with headsink.apply(model, plan):`")
-        place = prompt.places[:, -1] + 1
+        positions = prompt.positions[:, -1] + 1
         padding = padding_of(cache)
-        by_column = place + (0 if padding is None else padding.tokens) == cache.get_seq_length()
+        by_column = positions + (0 if padding is None else padding.tokens) == cache.get_seq_length()
         own_places = not bool(by_column.all())
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         filler = generation_config._pad_token_tensor
@@ -135,7 +135,7 @@ def decode(
                 ended = ended | stopping_criteria(input_ids, scores)
                 if bool(ended.all()):
                     break
-                logits, place = step.run(token[:, 0], place if own_places else None), place + 1
+                logits, positions = step.run(token[:, 0], positions if own_places else None), positions + 1
     if streamer is not None:
         streamer.end()
     return input_ids

@@ -25,13 +25,13 @@ OURS = ("attention_mask", "position_ids", "use_cache", *NAMES)  # arguments of t
 def check_call(loop: str, config: Any, given: dict[str, Any]) -> None:
     """Raise for arguments of `generate` that the decoding loop does not support. given: the model's arguments."""
     mode = config.get_generation_mode(generate_argument("assistant_model"))
-    wrong = {
+    unsupported = {
         mode.value.replace("_", " "): mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
         "return_dict_in_generate": config.return_dict_in_generate,
         "inputs_embeds": given.get("inputs_embeds") is not None,
         "use_cache=False": given.get("use_cache") is False,
     }
-    for what, is_so in wrong.items():
+    for what, is_so in unsupported.items():
         if is_so:
             raise HeadsinkError(f"{loop}: it cannot do {what}; leave it out, or call plain model.generate")
 
@@ -41,14 +41,14 @@ class Prompt:
     """The new tokens of a prompt and the model's arguments for them.
 
     new: tokens that are not cached yet, int64 [sequences, tokens]. mask: of all columns, int64 [sequences, columns]; None without
-    padding. places: positions, int64 [..., sequences, new tokens or more]; the last ones belong to the new tokens. given: the
+    padding. positions: int64 [..., sequences, new tokens or more]; the last ones belong to the new tokens. given: the
     model's other arguments.
     """
 
     model: PreTrainedModel
     new: Tensor
     mask: Tensor | None
-    places: Tensor
+    positions: Tensor
     given: dict[str, Any]
 
     @classmethod
@@ -59,7 +59,7 @@ class Prompt:
         for shapes that do not fit together, and for a prompt without new tokens.
         """
         (rows, count), cached = ids.shape, 0 if cache is None else cache.get_seq_length()
-        mask, places = given.get("attention_mask"), given.get("position_ids")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
         # `generate` drops a mask of ones and records its length.
         columns = getattr(config, "_mask_length", count) if mask is None else mask.shape[1]
         check_mask(mask, rows, count if columns == count else cached + count, columns)
@@ -73,15 +73,15 @@ class Prompt:
             raise HeadsinkError(
                 "attention_mask: the cache holds a padded batch; give the mask of all cached and new tokens"
             )
-        if places is None:
+        if positions is None:
             seen = torch.ones(rows, max(columns, cached + count), device=ids.device) if mask is None else mask
-            places = (seen.long().cumsum(1) - 1).clamp(min=0)
-        if places.shape[-2] not in (1, rows) or places.shape[-1] < new.shape[1]:
+            positions = (seen.long().cumsum(1) - 1).clamp(min=0)
+        if positions.shape[-2] not in (1, rows) or positions.shape[-1] < new.shape[1]:
             raise HeadsinkError(
-                f"position_ids: {list(places.shape)} do not fit {rows} sequences with {new.shape[1]} new tokens"
+                f"position_ids: {list(positions.shape)} do not fit {rows} sequences with {new.shape[1]} new tokens"
             )
-        places = places.expand(*places.shape[:-2], rows, places.shape[-1])
-        return cls(model, new, mask, places, {name: value for name, value in given.items() if name not in OURS})
+        positions = positions.expand(*positions.shape[:-2], rows, positions.shape[-1])
+        return cls(model, new, mask, positions, {name: value for name, value in given.items() if name not in OURS})
 
     def read(self, cache: Cache | None, chunk: int | None = None, leave: int = 0) -> Any:
         """Prefill the new tokens except the last `leave`, `chunk` per forward pass; returns the model's last output.
@@ -95,7 +95,7 @@ class Prompt:
             chunk = tokens.shape[1]
         for start in range(0, tokens.shape[1], chunk):
             part = tokens[:, start : start + chunk]
-            by_column = {"attention_mask": self.mask, "position_ids": self.places, **kinds}
+            by_column = {"attention_mask": self.mask, "position_ids": self.positions, **kinds}
             later = count - start - part.shape[1]
             sliced = {k: v if v is None else v[..., : v.shape[-1] - later] for k, v in by_column.items()}
             given = {**sliced, **rest, **cache_argument(cache), "use_cache": True, "is_first_iteration": True}

@@ -162,7 +162,7 @@ def _loop(
     *,
     plan: Plan,
     fixed: int | None,
-    told: Speculation,
+    counts: Speculation,
     streamer: Any = None,
     **given: Any,
 ) -> Tensor:
@@ -177,7 +177,7 @@ def _loop(
         if input_ids.shape[1] > 1:
             prompt.read(full, leave=1)
         draft = kept(model, plan, full)
-        state = SpeculativeDecoder(model, input_ids, prompt.places[..., -1], full, draft)
+        state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
         state.run(
             partial(
                 _process_logits, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None
@@ -185,10 +185,10 @@ def _loop(
             stopping_criteria,
             sample=generation_config.do_sample,
             drafted=fixed,
-            told=told,
+            told=counts,
             streamer=streamer,
         )
-    told.kv_bytes = full.nbytes() + draft.nbytes()
+    counts.kv_bytes = full.nbytes() + draft.nbytes()
     if streamer is not None:
         streamer.end()
     padding = generation_config._pad_token_tensor
@@ -197,16 +197,16 @@ def _loop(
 
 
 class SpeculativeDecoder:
-    """State of a batch. texts: each sequence so far, int64 [tokens]. place: position of the last token of every unfinished
+    """State of a batch. texts: each sequence so far, int64 [tokens]. position: of the last token of every unfinished
     sequence, int64 [rows], or [axes, rows] where positions have several axes; neither cache has that token yet. full, draft: the
     full cache and the plan's, with all tokens before it (`kept`)."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
-        self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, position: Tensor, full: PlanCache, draft: PlanCache):
+        self.model, self.texts, self.position, self.full, self.draft = model, list(input_ids), position, full, draft
         self.rows = list(range(len(input_ids)))  # unfinished sequences
         self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
-        self.compiled = place.dim() == 1 and refusal(model) is None
+        self.compiled = position.dim() == 1 and refusal(model) is None
         if self.compiled:
             prepare(model)  # not part of the measured times
         # Columns cannot be hidden in a sliding-window layer: there all rows accept as many tokens as the row with the fewest.
@@ -234,27 +234,27 @@ class SpeculativeDecoder:
             start = time.perf_counter()
             tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
-            places = self.place[..., None] + torch.arange(drafted + 1, device=self.place.device)
-            logits = self._verify(tokens, places)
-            found = []
+            positions = self.position[..., None] + torch.arange(drafted + 1, device=self.position.device)
+            logits = self._verify(tokens, positions)
+            picks = []
             for row, text in enumerate(self.rows):
                 guesses = tokens[row, 1:]
                 probabilities = [
                     processed(text, torch.cat([self.texts[text], guesses[:n]]), logits[row, n])
                     for n in range(drafted + 1)
                 ]
-                found.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
-            least = min(len(accepted) for accepted, _ in found)
-            pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in found) / len(found))
-            told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(found)
+                picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
+            least = min(len(accepted) for accepted, _ in picks)
+            pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks))
+            told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(picks)
             told.lengths.append(drafted)
             unfinished = []
-            for row, (accepted, last) in enumerate(found):
+            for row, (accepted, last) in enumerate(picks):
                 if not self.ragged and len(accepted) > least:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
                 unfinished.append(self._append(row, [*accepted, last], stop, streamer))
-            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], unfinished)
+            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in picks], unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
@@ -268,28 +268,28 @@ class SpeculativeDecoder:
             self.step.resume()
         for n in range(count):
             if self.step is not None:
-                logits = self.step.run(tokens[:, -1], self.place + n)
+                logits = self.step.run(tokens[:, -1], self.position + n)
             else:
-                logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[..., None] + n).float()[:, -1]
+                logits = _forward(self.model, self.draft, tokens[:, -1:], self.position[..., None] + n).float()[:, -1]
             own = [
                 processed(text, torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
             ]
-            drawn = [pick([one], [], [])[1] for one in own]
-            tokens = torch.cat([tokens, tokens.new_tensor(drawn)[:, None]], 1)
+            picks = [pick([one], [], [])[1] for one in own]
+            tokens = torch.cat([tokens, tokens.new_tensor(picks)[:, None]], 1)
             proposals.append(own)
         if self.step is not None:
             self.step.start_evicting()
         return tokens, proposals
 
-    def _verify(self, tokens: Tensor, places: Tensor) -> Tensor:
+    def _verify(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of the full cache after each token, [rows, tokens, vocabulary]; on a GPU by the CUDA graph where supported."""
         if self.judge is None and self.compiled and self.full.get_seq_length() and tokens.device.type in device.DEVICES:
             self.judge = decoder(self.model, self.full)
         if self.judge is None:
-            return _forward(self.model, self.full, tokens, places).float()
+            return _forward(self.model, self.full, tokens, positions).float()
         self.judge.resume()
-        logits: Tensor = self.judge.read(tokens, places)
+        logits: Tensor = self.judge.read(tokens, positions)
         self.judge.start_evicting()
         return logits
 
@@ -306,18 +306,18 @@ class SpeculativeDecoder:
 
     def _update_caches(self, drafted: int, accepted: list[int], unfinished: list[bool]) -> None:
         """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows."""
-        counts = torch.tensor(accepted, device=self.place.device)
+        counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
         _crop(self.draft, drafted)
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
         self._copy_to_draft(columns, hidden)
-        self.place = self.place + counts + 1
+        self.position = self.position + counts + 1
         remaining = [row for row, goes_on in enumerate(unfinished) if goes_on]
         self.rows = [self.rows[row] for row in remaining]
         if remaining and not all(unfinished):
-            rows = torch.tensor(remaining, device=self.place.device)
-            self.place = self.place[..., rows]
+            rows = torch.tensor(remaining, device=self.position.device)
+            self.position = self.position[..., rows]
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
 
@@ -342,9 +342,9 @@ class SpeculativeDecoder:
             cache.hide(hidden)
 
 
-def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, places: Tensor, **options: Any) -> Tensor:
-    """Append tokens at positions `places` to a cache. Returns their logits, [rows, tokens, vocabulary]."""
-    logits: Tensor = model(ids, position_ids=places, **cache_argument(cache), use_cache=True, **options).logits
+def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """Append tokens at `positions` to a cache. Returns their logits, [rows, tokens, vocabulary]."""
+    logits: Tensor = model(ids, position_ids=positions, **cache_argument(cache), use_cache=True, **options).logits
     return logits
 
 

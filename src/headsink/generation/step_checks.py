@@ -12,7 +12,7 @@ from headsink.errors import HeadsinkError, must_be
 from headsink.models.spec import Architecture
 
 
-class Held:
+class CacheCheck:
     """The cache that a decode step has read: checks that it fits the model, and later that other code has not changed it."""
 
     def __init__(self, model: Architecture, layers: Sequence[Any], kind: torch.dtype):
@@ -28,10 +28,12 @@ class Held:
         must_be("decode: layers of the cache", len(layers), model.layers)
         for number, layer in enumerate(layers):
             keys = layer.groups[0].keys
-            found = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
+            actual = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
             right = model.kv_heads, model.head_dim, kind, self.rows, self.length, self.length
             must_be(
-                f"decode: KV heads, head size, dtype, sequences and tokens of the cache in layer {number}", found, right
+                f"decode: KV heads, head size, dtype, sequences and tokens of the cache in layer {number}",
+                actual,
+                right,
             )
         self.buffers = self._current_buffers()
 

@@ -23,7 +23,7 @@ from headsink.cache.cache import PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
-from headsink.generation.step_checks import Held
+from headsink.generation.step_checks import CacheCheck
 from headsink.models.devices import dtype_name
 from headsink.models.spec import attention_modules, decoder, describe
 
@@ -52,7 +52,7 @@ def refusal(model: PreTrainedModel) -> str | None:
     weights = [*model.parameters(), *model.buffers()]
     if any(weight.device.type != "cpu" for weight in weights):
         return "it is not on the CPU"
-    reasons = [found for linear, bias in _linears(model) if (found := _linear_refusal(linear, bias)) is not None]
+    reasons = [reason for linear, bias in _linears(model) if (reason := _linear_refusal(linear, bias)) is not None]
     if reasons:
         return reasons[0]
     kinds = {weight.dtype for weight in model.parameters()}
@@ -119,7 +119,7 @@ class Decoder:
         blocks = list(self.stack.layers)
         self.parameters = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         self.embedding, self.unembedding = (weight.detach() for weight in self.parameters)
-        self.held = Held(shape, self.layers, self.embedding.dtype)
+        self.cache_check = CacheCheck(shape, self.layers, self.embedding.dtype)
         self.like = np.empty(0, _kind(self.embedding.dtype))
         self._weights = [
             [a.q_proj, a.k_proj, a.v_proj, a.o_proj, b.mlp.gate_proj, b.mlp.up_proj, b.mlp.down_proj]
@@ -146,20 +146,20 @@ class Decoder:
 
     def resume(self) -> None:
         """Continue after other code has changed the cache."""
-        self.held = Held(self.shape, self.layers, self.embedding.dtype)
-        self.length = self.ready = self.held.length
+        self.cache_check = CacheCheck(self.shape, self.layers, self.embedding.dtype)
+        self.length = self.ready = self.cache_check.length
 
-    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Append one token per sequence, int64 [sequences]. places: their positions; by default they follow the cached tokens.
+    def run(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Append one token per sequence, int64 [sequences]. positions: by default they follow the cached tokens.
 
         Returns the logits of the next tokens, float32 [sequences, vocabulary].
         """
-        self.held.check(tuple(tokens.shape))
+        self.cache_check.check(tuple(tokens.shape))
         same = (self.parameters[0].data_ptr(), self.parameters[1].data_ptr())
         if same != (self.embedding.data_ptr(), self.unembedding.data_ptr()):
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
-        if places is not None:
-            must_be("decode: positions", places.shape, tokens.shape)
+        if positions is not None:
+            must_be("decode: positions", positions.shape, tokens.shape)
         if self.length >= self.ready:
             self._make_ready()
         self.cache.plan.check_length(self.length + 1, self.shape.max_context)
@@ -170,8 +170,8 @@ class Decoder:
         sequences = len(self.pads)
         logits = torch.empty(sequences, self.vocabulary)
         cos, sin = (rotation[:, length - self.begun] for rotation in (self.cos, self.sin))
-        if places is not None:
-            cos, sin = (rotation[:, 0] for rotation in self._rotation(places[:, None]))
+        if positions is not None:
+            cos, sin = (rotation[:, 0] for rotation in self._rotation(positions[:, None]))
         # Queries see sink tokens from a position in the cache, at most from its last one.
         if self.turns is not None:
             turns = np.take(self.turns, np.clip(length - self.pads, 0, self.last_place[:, None]), 1)
@@ -207,7 +207,7 @@ class Decoder:
             layer.seen = self.length
             for group in layer.groups:
                 group.length = self.length
-        self.held.length = self.length
+        self.cache_check.length = self.length
 
     def _make_ready(self) -> None:
         """Allocate room in the buffers and rotary positions for the next tokens, and rebuild the KV table."""
@@ -215,7 +215,9 @@ class Decoder:
         for layer in self.layers:
             layer.layout = None  # it has the addresses of buffers that may move now
         layouts = [KVTable(layer.groups, AHEAD) for layer in self.layers]
-        self.held = Held(self.shape, self.layers, self.embedding.dtype)  # buffers may have been reallocated
+        self.cache_check = CacheCheck(
+            self.shape, self.layers, self.embedding.dtype
+        )  # buffers may have been reallocated
         self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
         self.heads = np.stack([layout.table for layout in layouts])
         self.pads = self.heads[0, :, :1, KVField.PAD]
@@ -225,9 +227,9 @@ class Decoder:
             self.last_place = np.array(
                 [[max(head.sink + (head.window or 0) - 1, 0) for head in row or ()] for row in self.cache.plan.layers]
             )
-            places = min(int(self.last_place.max()), self.length + AHEAD) + 1  # a plan's window may have any size
-            if self.turns is None or self.turns.shape[1] < places:
-                self.turns = np.stack([found[0] for found in self._rotation(torch.arange(places)[None])])
+            count = min(int(self.last_place.max()), self.length + AHEAD) + 1  # a plan's window may have any size
+            if self.turns is None or self.turns.shape[1] < count:
+                self.turns = np.stack([rotation[0] for rotation in self._rotation(torch.arange(count)[None])])
 
     def _rotation(self, positions: Tensor) -> tuple[Any, Any]:
         """cos and sin of rotary positions, int64 [sequences, tokens]: float32 [sequences, tokens, rotated]."""

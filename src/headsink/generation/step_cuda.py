@@ -23,7 +23,7 @@ from headsink.cache.cache import PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
-from headsink.generation.step_checks import Held
+from headsink.generation.step_checks import CacheCheck
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.utils import device as gpu
@@ -91,8 +91,8 @@ class Decoder:
 
     def resume(self) -> None:
         """Continue after other code has changed the cache."""
-        self.held = Held(self.shape, self.layers, self.model.dtype)
-        self.length = self.held.length
+        self.cache_check = CacheCheck(self.shape, self.layers, self.model.dtype)
+        self.length = self.cache_check.length
         if self.buffers == self._buffers():
             self.columns.fill_(self.length)
         else:
@@ -113,24 +113,24 @@ class Decoder:
             for g in groups
         ]
 
-    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Append one token per sequence, int64 [sequences]. places: their positions; by default they follow the cached tokens.
+    def run(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Append one token per sequence, int64 [sequences]. positions: by default they follow the cached tokens.
 
         Returns the logits of the next tokens, float32 [sequences, vocabulary].
         """
-        return self.read(tokens[:, None], None if places is None else places[:, None])[:, 0]
+        return self.read(tokens[:, None], None if positions is None else positions[:, None])[:, 0]
 
-    def read(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+    def read(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Append tokens to every sequence, int64 [sequences, tokens]; several at once only if no head evicts.
 
         Returns the logits after each of them, float32 [sequences, tokens, vocabulary].
         """
         count = tokens.shape[1]
-        self.held.check(tuple(tokens.shape[:-1]))
+        self.cache_check.check(tuple(tokens.shape[:-1]))
         if self.parameters[0].data_ptr() != self.weights[0].data_ptr():
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
-        if places is not None:
-            must_be("decode: positions", places.shape, tokens.shape)
+        if positions is not None:
+            must_be("decode: positions", positions.shape, tokens.shape)
         if count > 1 and any(group.evicts for layer in self.layers for group in layer.groups):
             raise HeadsinkError("decode: several tokens at once in a cache that evicts; give one after the other")
         if self.length + count > self.ready:
@@ -138,14 +138,14 @@ class Decoder:
         self.cache.plan.check_length(self.length + count, self.shape.max_context)
         if self.length == self.cache.plan.verified:  # for longer prompts the prefill has warned already
             self.cache.plan.warn_beyond_verified(self.length + 1)
-        if places is None:
+        if positions is None:
             columns = torch.arange(self.length, self.length + count, device=tokens.device)
-            places = (columns - self.pads[:, None]).clamp(min=0)
+            positions = (columns - self.pads[:, None]).clamp(min=0)
         if count not in self.passes:
             self.passes[count] = Pass(len(tokens), count, self.columns.device)
         one = self.passes[count]
         one.token.copy_(tokens)
-        one.place.copy_(places)
+        one.place.copy_(positions)
         one.run(self._pass)
         self.length += count
         return one.logits.clone()
@@ -156,7 +156,7 @@ class Decoder:
             layer.seen = self.length
             for group in layer.groups:
                 group.length = self.length
-        self.held.length = self.length
+        self.cache_check.length = self.length
 
     def take(self, other: PlanCache, count: int) -> None:
         """Append the last `count` columns of another cache of the model. Neither cache may evict."""
@@ -199,7 +199,7 @@ class Decoder:
         for layer in self.layers:
             layer.layout = None  # it has the addresses of buffers that may move now
         layouts = [KVTable(layer.groups, max(AHEAD, tokens)) for layer in self.layers]
-        self.held = Held(self.shape, self.layers, self.model.dtype)  # buffers may have been reallocated
+        self.cache_check = CacheCheck(self.shape, self.layers, self.model.dtype)  # buffers may have been reallocated
         self.ready = min(self.length + max(AHEAD, tokens), *(layout.until for layout in layouts))
         must_be("decode: there is room for the tokens", self.length + tokens <= self.ready, True)
         tables = torch.from_numpy(np.stack([layout.table for layout in layouts]))

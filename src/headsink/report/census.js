@@ -109,7 +109,7 @@ function showProfile() {
 }
 
 function showWindows() {
-  const found = [], kept = ["initial tokens", "and secondary sinks"];
+  const found = [], kept = ["initial tokens", "with secondary sinks"];
   for (const length of lengthsOf(state.domain)) {
     const steps = data.windows[length], errors = ofHead(`${key(length)}.errors`, 2 * steps.length);
     kept.forEach((name, k) => steps.forEach((window, n) =>

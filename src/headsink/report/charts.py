@@ -55,22 +55,22 @@ def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
     )  # validation is slow, and Vega-Lite validates too
 
 
-def drawable(found: Any) -> Any:
+def drawable(value: Any) -> Any:
     """Replace characters that break the drawing of a chart by a visible escape (`\\u2028`).
 
-    Vega-Lite writes sorted names into expressions, where a line separator ends a string. Characters that are not allowed in XML or
-    UTF-8 make an SVG invalid, and vl-convert then ends the process.
+    Vega-Lite writes sorted names into expressions, where a line separator ends a string. Characters that XML or UTF-8 does not
+    allow make an SVG invalid, and vl-convert then ends the process.
     """
-    if isinstance(found, str):
-        return UNDRAWABLE.sub(lambda one: one[0].encode("unicode_escape").decode(), found)
-    if isinstance(found, dict):
-        return {key: drawable(value) for key, value in found.items()}
-    return [drawable(value) for value in found] if isinstance(found, list) else found
+    if isinstance(value, str):
+        return UNDRAWABLE.sub(lambda one: one[0].encode("unicode_escape").decode(), value)
+    if isinstance(value, dict):
+        return {key: drawable(part) for key, part in value.items()}
+    return [drawable(part) for part in value] if isinstance(value, list) else value
 
 
-def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
+def filled(spec: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
     """A chart with its named data."""
-    return found | {"datasets": found.get("datasets", {}) | data}
+    return spec | {"datasets": spec.get("datasets", {}) | data}
 
 
 def masses_by_layer(sink_logits: bool) -> alt.Chart:
@@ -98,7 +98,7 @@ def masses_by_layer(sink_logits: bool) -> alt.Chart:
 
 def errors_by_layer() -> alt.Chart:
     """Output error of the near window with and without secondary sinks, median over the heads of a layer. Named data: heads."""
-    kept = {"error_first": "initial tokens", "error_secondary": "and secondary sinks"}
+    kept = {"error_first": "initial tokens", "error_secondary": "with secondary sinks"}
     return (
         alt.Chart(alt.NamedData("heads"))
         .transform_fold(list(kept), as_=["name", "error"])
@@ -223,7 +223,7 @@ def windows_needed(census: Census) -> alt.Chart:
     """Share of KV heads that need at most a window of each size, at every length."""
     rows = []
     for length in census.lengths:
-        for kept, name in (("secondary", "and secondary sinks"), ("first", "initial tokens")):
+        for kept, name in (("secondary", "with secondary sinks"), ("first", "initial tokens")):
             needed = census.window_needed(length, heads="kv", kept=kept).flatten().sort().values
             for window in sorted({0, *(2**k for k in range(3, length.bit_length())), length}):
                 share = float((needed <= window).double().mean())
@@ -237,7 +237,7 @@ def windows_needed(census: Census) -> alt.Chart:
             .axis(values=[0, *(2**k for k in range(4, 24, 2))]),
             y=alt.Y("share:Q", title="KV heads that need no more").scale(domain=[0, 1]).axis(format="%"),
             color=alt.Color("length:O", title="tokens").scale(scheme="viridis", reverse=True),
-            strokeDash=alt.StrokeDash("kept:N", title="kept with it", sort=["and secondary sinks", "initial tokens"]),
+            strokeDash=alt.StrokeDash("kept:N", title="kept with it", sort=["with secondary sinks", "initial tokens"]),
             tooltip=["length:O", "kept:N", "window:Q", alt.Tooltip("share:Q", format=".0%")],
         )
         .properties(width=400, height=200)

@@ -99,20 +99,22 @@ def _high(comparison: Comparison, score: str) -> float:
 
 def _differing(comparison: Comparison) -> dict[str, list[str]]:
     """The settings that differ between the runs, as shortened text: setting -> value of each run."""
-    found: dict[str, list[str]] = {}
+    differing: dict[str, list[str]] = {}
     for key, values in comparison.settings.items():
         if key == "texts":
-            found[key] = [", ".join(f"{t['domain']} {t['number']} ({t['tokens']})" for t in texts) for texts in values]
+            differing[key] = [
+                ", ".join(f"{t['domain']} {t['number']} ({t['tokens']})" for t in texts) for texts in values
+            ]
         elif isinstance(values[0], dict):
             for part in dict.fromkeys(part for value in values for part in value):
                 parts = [value.get(part) for value in values]
                 if any(one != parts[0] for one in parts):
-                    found[f"{key}: {part}"] = [_setting_text(one) for one in parts]
+                    differing[f"{key}: {part}"] = [_setting_text(one) for one in parts]
         else:
-            found[key] = [_setting_text(value) for value in values]
+            differing[key] = [_setting_text(value) for value in values]
     return {
         key: [value if len(value) <= SETTING_LENGTH else value[:SETTING_LENGTH] + " …" for value in values]
-        for key, values in found.items()
+        for key, values in differing.items()
     }
 
 

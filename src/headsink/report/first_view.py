@@ -91,8 +91,8 @@ def first_view(census: Census, views: dict[int, View], statistics: list[str]) ->
 def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -> dict[str, list[dict[str, Any]]]:
     """Data of the charts of one head, see `maps.profile` and `maps.window_errors`."""
     profile, errors, last = [], [], census.lengths[-1]
-    for length, found in views.items():
-        lines = {"this head": found.profile[layer, head]}
+    for length, view in views.items():
+        lines = {"this head": view.profile[layer, head]}
         if length == last:
             lines["flat attention"] = flat_profile(length, census.settings["model"]["sliding"][layer])
         for line, within in lines.items():
@@ -101,7 +101,7 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
                 for distance, share in zip(distances(length), within.tolist(), strict=True)
             ]
         for kept, error in zip(
-            ("initial tokens", "and secondary sinks"), found.errors[layer, head].tolist(), strict=True
+            ("initial tokens", "with secondary sinks"), view.errors[layer, head].tolist(), strict=True
         ):
             errors += [
                 {"window": window, "error": max(one, LEAST_ERROR), "kept": kept, "length": length}
@@ -134,14 +134,14 @@ def short(value: float | None, digits: int = 3) -> str:
     return f"{rounded:f}"
 
 
-def _scores(found: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
+def _scores(view: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
     """Rows of the table of scores."""
     lines = []
     for name in statistics:
         if name in ELSEWHERE:
             continue
         n = list(STATISTICS).index(name)
-        numbers = (number(three_figures(of[n, layer, head])) for of in (found.value, found.half, found.uniform))
+        numbers = (number(three_figures(of[n, layer, head])) for of in (view.value, view.half, view.uniform))
         title = STATISTICS[name].title.replace("the near window", f"a window of {near}")
         title = title.removeprefix("attention to ").removeprefix("the ")
         lines.append({"name": name, "title": title, "share": name in MASSES, "numbers": list(numbers)})

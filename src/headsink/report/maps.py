@@ -149,7 +149,7 @@ def profile() -> alt.Chart:
 
 def window_errors() -> Drawn:
     """Output error of each window. Named data: errors (window, error, kept, length, chosen)."""
-    kept = {"initial tokens": VERMILION, "and secondary sinks": BLUE}
+    kept = {"initial tokens": VERMILION, "with secondary sinks": BLUE}
     lines = (
         alt.Chart(alt.NamedData("errors"))
         .mark_line(point={"size": 18})

@@ -114,12 +114,12 @@ def _boxes(
 ) -> dict[str, dict[str, Any]]:
     """The first picture of every chart of the page, by the name of its element. All maps share one element."""
     last = census.lengths[-1]
-    found, layer, head = pooled[last], shown["layer"], shown["head"]
-    rows = [row | {"value": row["sink"]} for row in found.rows()]
+    view_of_all, layer, head = pooled[last], shown["layer"], shown["head"]
+    rows = [row | {"value": row["sink"]} for row in view_of_all.rows()]
     data = {
         "heads": rows,
         "selected": [{"layer": layer, "head": head}],
-        "pairs": _pair_rows(found),
+        "pairs": _pair_rows(view_of_all),
         **first_view.head_charts(census, pooled, layer, head),
     }
     pictures = {name: drawing(name, charts.filled(spec, **data)) for name, spec in specs.items()}
@@ -128,9 +128,9 @@ def _boxes(
     return pictures | {"map": every[0] | size}
 
 
-def drawing(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def drawing(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """A chart with its data as part of a page: SVG, width and height."""
-    svg = to_svg(found)
+    svg = to_svg(spec)
     sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
     assert sides is not None
     svg = re.sub(r'(\bid="|url\(#)(?=(?:clip|gradient_)\d)', rf"\1{name}-", svg)  # ids must be unique on the page
@@ -146,13 +146,13 @@ def write_pictures(census: Census, folder: Path) -> None:
 def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
     name, shape, last = census.settings["model"]["name"], _shape(census), census.lengths[-1]
     for length in census.lengths:
-        found, at = view(census, length, None), f"{name}, {length} tokens"
-        rows = found.rows()
+        pooled, at = view(census, length, None), f"{name}, {length} tokens"
+        rows = pooled.rows()
         shown = [n for n in _shown(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
-            high = _high(statistic, length, [found])
+            high = _high(statistic, length, [pooled])
             chart = maps.head_map(meaning.scale, shape, meaning.low, high)
             spec = charts.spec(
                 chart,
@@ -170,7 +170,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
             charts_of_length["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
         for key, (chart, title) in charts_of_length.items():
             spec = charts.spec(chart, [title, at])
-            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(found))
+            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(pooled))
     for key, chart in _own_data(census).items():
         yield key, charts.spec(chart, [OWN_DATA[key].format(last=last), name])
 
@@ -178,7 +178,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
 def _own_data(census: Census) -> dict[str, Any]:
     """The charts that do not depend on the menus."""
     last = census.lengths[-1]
-    found = {
+    own = {
         "windows": charts.windows_needed(census),
         "law": charts.exponents(census),
         "norms": charts.norms_by_layer(census, last),
@@ -187,7 +187,7 @@ def _own_data(census: Census) -> dict[str, Any]:
         "roles-by-text": charts.roles_by_text(census),
         "same-roles": charts.same_roles(census, last) if len(census.domains) > 1 else None,
     }
-    return {name: chart for name, chart in found.items() if chart is not None}
+    return {name: chart for name, chart in own.items() if chart is not None}
 
 
 # data in the page
@@ -198,13 +198,13 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
     every = [None, *census.domains]
     has = {n: [d for d, domain in enumerate(every) if census.has(n, domain)] for n in census.lengths}
     views = {(n, d): view(census, n, every[d]) if d else pooled[n] for n, domains in has.items() for d in domains}
-    arrays = {f"{n}.{d}.{name}": array for (n, d), found in views.items() for name, array in vars(found).items()}
+    arrays = {f"{n}.{d}.{name}": array for (n, d), one in views.items() for name, array in vars(one).items()}
     sliding = census.settings["model"]["sliding"]
     for n in census.lengths:
         for window in set(sliding):
             arrays[f"flat.{n}.{window or 0}.keys"] = first_view.flat_keys(n, window)
             arrays[f"flat.{n}.{window or 0}.profile"] = first_view.flat_profile(n, window)
-    words = {token: place for place, token in enumerate(census.vocabulary)}
+    words = {token: index for index, token in enumerate(census.vocabulary)}
     texts = []
     for number, text in enumerate(census.settings["texts"]):
         ids = census.arrays[f"{number}.ids"]
@@ -254,14 +254,14 @@ def _high(statistic: str, length: int, views: list[View]) -> float:
     """Upper end of a statistic's scale at a length."""
     if statistic in ("entropy", "output", "secondary"):
         column = list(STATISTICS).index(statistic)
-        return max(float(found.value[column].nan_to_num().max()) for found in views)
+        return max(float(one.value[column].nan_to_num().max()) for one in views)
     high = STATISTICS[statistic].high
     return float(length) if high is None else high
 
 
-def _pair_rows(found: View) -> list[dict[str, Any]]:
-    layers = range(len(found.rate))
-    rates, pairs = found.rate.tolist(), found.pairs.tolist()
+def _pair_rows(pooled: View) -> list[dict[str, Any]]:
+    layers = range(len(pooled.rate))
+    rates, pairs = pooled.rate.tolist(), pooled.pairs.tolist()
     return [
         {"a": a, "b": b, "found": pairs[a][b], "base": rates[b], "lift": pairs[a][b] - rates[b]}
         for a in layers

@@ -88,12 +88,12 @@ class View:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each head, for the charts."""
-        found = []
+        heads = []
         for layer, names in enumerate(self.roles.tolist()):
             for head, role in enumerate(names):
                 values = {name: number(self.value[n, layer, head]) for n, name in enumerate(STATISTICS)}
-                found.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
-        return found
+                heads.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
+        return heads
 
 
 def near_window(census: Census, length: int) -> int:
@@ -149,12 +149,12 @@ def token_views(census: Census) -> dict[int, tuple[int, int]]:
     """The texts of the token view, one of each kind: text -> length of its statistics and number of shown tokens."""
     model = census.settings["model"]
     room = max(16, SHADES // (model["layers"] * model["query_heads"] * len(census.domains)))
-    found = {}
+    shown = {}
     for domain in census.domains:
         lengths = [n for n in census.lengths if census.has(n, domain)]
         length = max([n for n in lengths if n <= TOKEN_VIEW] or lengths[:1])
-        found[census.texts(length, domain)[0]] = length, min(length, TOKEN_VIEW, room)
-    return found
+        shown[census.texts(length, domain)[0]] = length, min(length, TOKEN_VIEW, room)
+    return shown
 
 
 def one_byte(attention: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool)
 
 def check_mask(mask: Tensor | None, rows: int, tokens: int, columns: int | None = None) -> None:
     """Raise unless a mask has shape [rows, tokens] and pads on the left. columns: width of an all-ones mask passed as None."""
-    found = (rows if mask is None else len(mask), mask.shape[1] if mask is not None else columns or tokens)
-    if found != (rows, tokens):
-        raise HeadsinkError(f"attention_mask: its shape is {list(found)} and must be [{rows}, {tokens}]")
+    shape = (rows if mask is None else len(mask), mask.shape[1] if mask is not None else columns or tokens)
+    if shape != (rows, tokens):
+        raise HeadsinkError(f"attention_mask: its shape is {list(shape)} and must be [{rows}, {tokens}]")
     if mask is not None and not mask[:, -1].all():
         raise HeadsinkError("attention_mask: it pads on the right; pad on the left (tokenizer.padding_side = 'left')")
 
@@ -91,7 +91,7 @@ class _Calls:
         self.model, self.plan, self.shape, self.exact = model, plan, plan.check(model), exact
         self.warned: set[str] = set()
 
-    def prepare(self, given: dict[str, Any], kept: bool) -> PlanCache:
+    def prepare(self, given: dict[str, Any], returned: bool) -> PlanCache:
         """The cache for a forward pass. given: its arguments. kept: whether the cache is returned to the caller. Raises
         HeadsinkError for calls that cannot run under a plan."""
         tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
@@ -102,7 +102,7 @@ class _Calls:
                 None  # without images (Gemma 3) it has no effect, but the model would build a mask
             )
         cache = given_cache(given)
-        _refuse(decoder(self.model), given, kept)
+        _refuse(decoder(self.model), given, returned)
         if cache is None:
             cache = self._new()
         elif type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading:
@@ -113,9 +113,11 @@ class _Calls:
             raise HeadsinkError("this cache was made for another model: start with headsink.new_cache(model, plan)")
         cache.check_whole()
         rows, count = tokens.shape[:2]
-        places = given.get("position_ids")
-        if places is not None and places.shape[-1] not in (1, count):
-            raise HeadsinkError(f"position_ids: {list(places.shape)} do not fit {rows} sequences of {count} new tokens")
+        positions = given.get("position_ids")
+        if positions is not None and positions.shape[-1] not in (1, count):
+            raise HeadsinkError(
+                f"position_ids: {list(positions.shape)} do not fit {rows} sequences of {count} new tokens"
+            )
         if cache.rows == 1 and rows > 1:
             cache.batch_repeat_interleave(rows)
         elif cache.rows not in (0, rows):
@@ -156,20 +158,20 @@ class _Calls:
             cache.activate_past_recording()
 
 
-def _refuse(stack: Any, given: dict[str, Any], kept: bool) -> None:
+def _refuse(stack: Any, given: dict[str, Any], returned: bool) -> None:
     """Raise for arguments that are not supported under a plan."""
     if getattr(stack, "gradient_checkpointing", False) and stack.training and torch.is_grad_enabled():
         raise HeadsinkError(
             "gradient checkpointing drops the KV cache, and the plan with it: call "
             "model.gradient_checkpointing_disable(), or model.eval()"
         )
-    places = given.get("position_ids")
+    positions = given.get("position_ids")
     if (
-        not kept
+        not returned
         and given.get("attention_mask") is None
-        and places is not None
-        and places.dim() == 2
-        and (places.diff(dim=1) != 1).any()
+        and positions is not None
+        and positions.dim() == 2
+        and (positions.diff(dim=1) != 1).any()
     ):
         raise HeadsinkError(
             "position_ids start again within a row, as in packed documents; a plan needs one document per row, padded on the left"
@@ -179,8 +181,8 @@ def _refuse(stack: Any, given: dict[str, Any], kept: bool) -> None:
 def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
     """Raise unless the mask and positions of the new tokens continue the cached sequence."""
     length, padding = cache.get_seq_length(), cache.padding
-    mask, places = given.get("attention_mask"), given.get("position_ids")
-    first = places[:, 0] if places is not None and places.dim() == 2 else None
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    first = positions[:, 0] if positions is not None and positions.dim() == 2 else None
     if not length or cache.on_card:  # the CUDA decode step gives correct positions, and must not synchronise
         return
     pads = torch.zeros(1, dtype=torch.int64) if padding is None else padding.tokens
@@ -197,8 +199,8 @@ def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
             )
     if (
         first is not None
-        and places is not None
-        and places.shape[1] > 1
+        and positions is not None
+        and positions.shape[1] > 1
         and ((first == 0) & (pads.to(first.device) < length)).any()
     ):
         raise HeadsinkError(

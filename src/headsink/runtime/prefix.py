@@ -200,14 +200,14 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
         raise ValueError(f"frozen: {at}, of {seen} tokens with {header.plan.positions} positions")
     if len(header.prefix_slots) != len(cache.layers):
         raise ValueError(f"prefix_slots: of {len(header.prefix_slots)} layers, the model has {len(cache.layers)}")
-    for index, (layer, every) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
+    for index, (layer, numbers) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
         patterns: dict[Pattern, int] = {}
         for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
             pattern = FULL if header.frozen == 0 else pattern
             patterns[pattern] = patterns.get(pattern, 0) + 1
-        if (every is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(every or ()):
-            raise ValueError(f"prefix_slots.{index}: {every}, of a layer with {len(patterns)} patterns")
-        for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), every or (), strict=True)):
+        if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
+            raise ValueError(f"prefix_slots.{index}: {numbers}, of a layer with {len(patterns)} patterns")
+        for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), numbers or (), strict=True)):
             window, most = pattern.window or 0, pattern.top_k
             below_capacity = prefix_slots == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
             top_k = range(min(max(at - window, 0), most), most + 1)  # possible numbers of top-k slots
@@ -239,16 +239,16 @@ def _cache_groups(cache: PlanCache) -> list[HeadGroup]:
 
 def _tensors(header: _Header, cache: PlanCache) -> dict[str, Tensor]:
     """The parts in use of a cache's buffers."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PlanLayer):
             slots = _sliding_slots(header, layer)  # a recording layer may have more
-            found |= {f"layers.{index}.{name}": getattr(layer, name)[:, :, -slots:] for name in ("keys", "values")}
+            tensors |= {f"layers.{index}.{name}": getattr(layer, name)[:, :, -slots:] for name in ("keys", "values")}
     for group, live in zip(_groups(header, cache), _cache_groups(cache), strict=True):
-        found |= {group.name + name: getattr(live, name)[:, :, : group.slots] for name in group.stored}
+        tensors |= {group.name + name: getattr(live, name)[:, :, : group.slots] for name in group.stored}
         if live.padding is not None:
-            found["padding"] = live.padding.tokens.clamp(max=header.seen)  # a row may be padding only so far
-    return found
+            tensors["padding"] = live.padding.tokens.clamp(max=header.seen)  # a row may be padding only so far
+    return tensors
 
 
 def _sliding_slots(header: _Header, layer: CacheLayerMixin) -> int:
@@ -273,9 +273,9 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"tensor {name!r} {'is missing' if name in expected else 'does not belong there'}")
     for name, kind in expected.items():
-        found = tensors[name].dtype, tuple(tensors[name].shape)
-        if found != kind:
-            given, right = (f"{dtype_name(dtype)} {list(shape)}" for dtype, shape in (found, kind))
+        actual = tensors[name].dtype, tuple(tensors[name].shape)
+        if actual != kind:
+            given, right = (f"{dtype_name(dtype)} {list(shape)}" for dtype, shape in (actual, kind))
             raise ValueError(f"{name} is {given} and must be {right}")
     _check_range("input_ids", ids, last_id)
     if "padding" in tensors:
@@ -301,11 +301,11 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
 def _expected(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor but the padding. Raises ValueError for a header that no cache can have."""
     heads, dim, dtype = header.plan.model.kv_heads, header.plan.model.head_dim, getattr(torch, header.dtype)
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PlanLayer):
             shape = rows, heads, _sliding_slots(header, layer), dim
-            found |= {f"layers.{index}.{name}": (dtype, shape) for name in ("keys", "values")}
+            expected |= {f"layers.{index}.{name}": (dtype, shape) for name in ("keys", "values")}
     for group in _groups(header, cache):
         layout = rows, group.heads, group.slots
         kinds = {
@@ -317,16 +317,16 @@ def _expected(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[t
                 (*layout[:2], group.prefix_slots - group.pattern.sink),
             ),
         }
-        found |= {group.name + name: kinds[name] for name in group.stored}
-    return found
+        expected |= {group.name + name: kinds[name] for name in group.stored}
+    return expected
 
 
 def _check_range(name: str, numbers: Tensor, last: int | None) -> None:
     """Raise ValueError for numbers below 0 or above `last`."""
     if numbers.numel() and (int(numbers.min()) < 0 or (last is not None and int(numbers.max()) > last)):
-        found = int(numbers.min()), int(numbers.max())
+        limits = int(numbers.min()), int(numbers.max())
         raise ValueError(
-            f"{name}: numbers from {found[0]} to {found[1]}, outside 0{f' to {last}' if last is not None else ' and above'}"
+            f"{name}: numbers from {limits[0]} to {limits[1]}, outside 0{f' to {last}' if last is not None else ' and above'}"
         )
 
 
