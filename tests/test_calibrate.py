@@ -200,7 +200,7 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
     for tried in (by_need, plan):
         patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
         for replay in calibration.replays:
-            replay.set_told(demand(replay, calibration.prompt, whole=True))
+            replay.set_importance(demand(replay, calibration.prompt, whole=True))
         losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)

@@ -222,7 +222,7 @@ def test_a_step_sees_that_its_cache_was_changed(change):
     with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by other code"):
         step.run(torch.full((rows,), 6))
     if change == "reset":
-        with pytest.raises(HeadsinkError, match="holds a text"):
+        with pytest.raises(HeadsinkError, match="the cache is empty"):
             step.resume()
         return
     again = copy.deepcopy(cache)

@@ -326,7 +326,7 @@ def test_under_autocast_and_in_inference_mode():
         assert torch.equal(generate(do_sample=False, **DECODE), generate(do_sample=False))
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in refusal(model)
-        with pytest.raises(HeadsinkError, match="it does not support torch.autocast"):
+        with pytest.raises(HeadsinkError, match="it does not support"):
             generate(do_sample=False, **DECODE)
 
 
