@@ -134,7 +134,7 @@ def generate_lossless(
         _loop,
         plan=plan,
         fixed=draft_tokens,
-        told=Speculation() if speculation is None else speculation,
+        counts=Speculation() if speculation is None else speculation,
         streamer=options.get("streamer"),
     )
     return model.generate(input_ids, custom_generate=loop, use_cache=True, **options)  # type: ignore[operator, no-any-return]
