@@ -22,23 +22,23 @@ def write_frontier(frontier: Frontier, folder: str | os.PathLike[str], *, force:
 
     force: also replace files with the same names that headsink did not write.
     """
-    results = frontier.to_dict()
-    spec = frontier_chart(results).configure(**CONFIG).to_dict(validate=False)
+    found = frontier.to_dict()
+    spec = frontier_chart(found).configure(**CONFIG).to_dict(validate=False)
     with new_folder(folder, FRONTIER, force) as part:
         frontier.write(part)
         write_picture(part / "frontier", spec)
         page = (
             environment()
             .get_template("frontier.html.j2")
-            .render(specs={"frontier": spec}, advice=results["advice"], data="")
+            .render(specs={"frontier": spec}, advice=found["advice"], data="")
         )
         (part / "frontier.html").write_text(page, encoding="utf-8")
     return Path(folder)
 
 
-def frontier_chart(results: dict[str, Any]) -> Drawn:
+def frontier_chart(found: dict[str, Any]) -> Drawn:
     """KL of text with its interval, and retrieval accuracy, over the share of the KV cache that is kept."""
-    rows = [_row(point) for point in results["points"]]
+    rows = [_row(point) for point in found["points"]]
     kept = alt.X("kept:Q", title="KV entries kept", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     tooltip = [
         alt.Tooltip("budget:Q", title="budget", format=".1%"),
@@ -60,11 +60,11 @@ def frontier_chart(results: dict[str, Any]) -> Drawn:
     )
     full_cache = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(y="mean(right_full):Q")
     panels = [kl + interval, right + full_cache]
-    if results["least_sound_budget"] is not None:
-        limit = alt.Chart(alt.Data(values=[{"x": results["least_sound_budget"]}]))
+    if found["least_sound_budget"] is not None:
+        limit = alt.Chart(alt.Data(values=[{"x": found["least_sound_budget"]}]))
         panels = [panel + limit.mark_rule(color=VERMILION, strokeDash=[2, 2]).encode(x="x:Q") for panel in panels]
     chart = alt.hconcat(*(panel.properties(**SIZE) for panel in panels))
-    return chart.properties(title=[results["advice"], "Grey: full cache. Bars: 95 % intervals."])
+    return chart.properties(title=[found["advice"], "Grey: full cache. Bars: 95 % intervals."])
 
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:
