@@ -170,7 +170,7 @@ def test_windows_can_count_positions_in_the_cache(budget, make):
     plan = make(model=tiny("llama"), budget=budget, method=method)
     assert plan.positions == "cache-relative"
     assert set(plan.counts()) == {f"4+0k+{int(budget * CONTEXT) - 4}"}
-    with pytest.raises(HeadsinkError, match="positions: only windows"):
+    with pytest.raises(HeadsinkError, match="positions: cache-relative positions need"):
         Method(positions="cache-relative")
 
 
@@ -200,7 +200,7 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
     for tried in (by_need, plan):
         patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
         for replay in calibration.replays:
-            replay.set_told(demand(replay, calibration.prompt, whole=True))
+            replay.set_importance(demand(replay, calibration.prompt, whole=True))
         losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)
@@ -446,7 +446,7 @@ def test_bad_arguments_are_named(make):
             f"context: {LEAST_CONTEXT - 1} tokens are too few: .*; give {LEAST_CONTEXT} to 1024",
         ),
         ({"context": 1025}, f"context: 1025 is over the model's maximum of 1024 tokens; give {LEAST_CONTEXT} to 1024"),
-        ({"context": (800, 700)}, "context: 800 to 700 is no range; the shorter length comes first"),
+        ({"context": (800, 700)}, "context: 800 to 700 is not a range; give the shorter length first"),
         ({"context": (700, 2000)}, "context: 2000 is over the model's maximum of 1024"),
         ({"quality_contexts": (300,)}, "quality_contexts: 300 tokens are too few: .*; give 512 to 1024"),
     ]:
@@ -456,7 +456,7 @@ def test_bad_arguments_are_named(make):
 
 
 def test_models_that_cannot_be_planned_are_refused(make):
-    with pytest.raises(HeadsinkError, match="every layer of this model slides by itself"):
+    with pytest.raises(HeadsinkError, match="every layer of this model has a sliding window"):
         make("mistral-sliding")
     model = tiny("gemma2")
     model.config._attn_implementation = "sdpa"  # transformers 5.24 has none for Gemma 2, and its setter says so itself

@@ -50,7 +50,7 @@ def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_pat
     (tmp_path / "app" / "settings.json").write_text(settings_json)
     (tmp_path / "app" / "sub" / "thesis.tex").write_text("years of work")
     before = tree(tmp_path)
-    with pytest.raises(HeadsinkError, match="app is not a folder that a census left; name another one"):
+    with pytest.raises(HeadsinkError, match="app is not a checkpoint of a census; name another folder"):
         headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "app")
     assert tree(tmp_path) == before
 

@@ -119,7 +119,7 @@ def test_it_goes_on_where_it_was_stopped(model, census, tmp_path, monkeypatch):
     assert not same(other, census)  # another census does not take over what is there
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(HeadsinkError, match="not a folder that a census left"):
+    with pytest.raises(HeadsinkError, match="not a checkpoint of a census"):
         headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "mine")
 
 

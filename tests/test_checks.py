@@ -192,7 +192,7 @@ def test_a_step_takes_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
     with decoding(model, cache) as step:
         for rows in (1, 3):
-            with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: "):
+            with pytest.raises(HeadsinkError, match=r"^decode: sequences with new tokens: "):
                 step.run(torch.full((rows,), 5))
         with pytest.raises(HeadsinkError, match=r"^decode: positions: "):
             step.run(torch.tensor([5, 5]), torch.tensor([30]))
@@ -228,10 +228,10 @@ def test_a_step_sees_that_its_cache_was_changed(change):
     step.start_evicting()
     with headsink.apply(model, plan), torch.no_grad():
         CHANGES[change](model, plan, cache)
-    with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by others"):
+    with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by other code"):
         step.run(torch.full((rows,), 6))
     if change == "reset":
-        with pytest.raises(HeadsinkError, match="holds a text"):
+        with pytest.raises(HeadsinkError, match="the cache is empty"):
             step.resume()
         return
     again = copy.deepcopy(cache)
@@ -264,12 +264,12 @@ def test_a_step_on_a_gpu_sees_the_same(device):
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, **cache_argument(cache))
         step = Decoder(model, cache)
-        with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: \(1,\), and must be \(2,\)"):
+        with pytest.raises(HeadsinkError, match=r"^decode: sequences with new tokens: \(1,\), and must be \(2,\)"):
             step.run(ids[:1, 0])
         with pytest.raises(HeadsinkError, match="several tokens at once"):
             step.read(ids[:, :2])
         cache.reorder_cache(torch.tensor([1, 0], device=device))
-        with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by others"):
+        with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by other code"):
             step.run(ids[:, 0])
         step.resume()
         model.bfloat16()

@@ -204,7 +204,7 @@ def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
     assert status == 0, err
     status, _, err = run("plan", tiny_folder, *words, "--policy", "on-off", "--out", tmp_path / "other.json")
     assert status == 2
-    assert "reconstruct: contexts that are compressed once" in err
+    assert "reconstruct: it needs prefill_compression" in err
 
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):
@@ -372,10 +372,10 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
-        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is no range"),
+        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is not a range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
         (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither absolute nor cache-relative"),
-        (["plan", "TINY", "--positions", "cache-relative"], "positions: only windows can count them in the cache"),
+        (["plan", "TINY", "--positions", "cache-relative"], "positions: cache-relative positions need the policy"),
         (["plan", "TINY", "--frontier", "file"], "it is a file"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "a,b"], "not a list of numbers"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),
@@ -717,6 +717,6 @@ def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
     done = list(kept.glob("*.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"going on: {len(done)} of 8 texts are done" in again.stderr
+    assert f"continuing: {len(done)} of 8 texts are done" in again.stderr
     assert json.loads(again.stdout)["folder"] == str(tmp_path / "census")
     assert [path.name for path in tmp_path.iterdir()] == ["census"]

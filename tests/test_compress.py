@@ -116,6 +116,6 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused():
         assert cache.get_seq_length() == 9  # nothing was taken from it
     once = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8)})
     with pytest.raises(
-        HeadsinkError, match=r"input_ids: \[1, 9\]; this plan tells the context again, the \[2, 9\] tokens"
+        HeadsinkError, match=r"input_ids: \[1, 9\]; this plan reconstructs the context, the \[2, 9\] tokens"
     ):
         headsink.compress(model, once, cache, input_ids=whole[:1])

@@ -326,7 +326,7 @@ def test_under_autocast_and_in_inference_mode():
         assert torch.equal(generate(do_sample=False, **DECODE), generate(do_sample=False))
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in refusal(model)
-        with pytest.raises(HeadsinkError, match="it does not follow"):
+        with pytest.raises(HeadsinkError, match="it does not support"):
             generate(do_sample=False, **DECODE)
 
 
@@ -352,7 +352,7 @@ RIGHT[0, -4:], LEFT[0, :4] = 0, 0
         (LEFT[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
         (ROWS[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
         (LEFT[:1], r"its shape is \[1, 30\] and must be \[2, 30\]"),
-        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 texts with 30 new tokens"),
+        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 sequences with 30 new tokens"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, said):

@@ -71,7 +71,7 @@ def test_lossless_generation_is_the_models_own(tiny_folder):
     assert len(done.steps_s) == 11
     assert done.acceptance is None or 0 <= done.acceptance <= 1
     assert done.kv_bytes > own.kv_bytes  # both caches
-    with pytest.raises(HeadsinkError, match="lossless: give a plan that drafts"):
+    with pytest.raises(HeadsinkError, match="lossless: give a plan for the draft"):
         generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)
 
 
@@ -114,7 +114,7 @@ def test_a_cache_that_one_text_cannot_follow_is_refused(tokenizer):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     for rows, given, said in (
-        (slice(2), {}, "cache: it holds 2 texts; give the cache of one"),
+        (slice(2), {}, "cache: it holds 2 sequences; give the cache of one"),
         (
             slice(1),
             {"attention_mask": mask[:1], "position_ids": (mask[:1].cumsum(1) - 1).clamp(min=0)},

@@ -255,7 +255,7 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_refusals_say_why(device, monkeypatch):
     model = tiny("gemma3").to(device)
-    assert refusal(model) == "layers of this model slide by themselves"
+    assert refusal(model) == "this model has layers with a sliding window"
     model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
     monkeypatch.setattr("headsink.utils.device.installed", lambda: False)

@@ -375,8 +375,8 @@ def other_shape():
 
 
 MISFITS = {
-    "fewer rows": (lambda m: m, 1, "holds 2 texts and the model was given 1"),
-    "more rows": (lambda m: m, 3, "holds 2 texts and the model was given 3"),
+    "fewer rows": (lambda m: m, 1, "holds 2 sequences and the model was given 1"),
+    "more rows": (lambda m: m, 3, "holds 2 sequences and the model was given 3"),
     "another dtype": (lambda m: m.bfloat16(), 2, "dtype are torch.bfloat16 and must be torch.float32"),
     "other weights": (lambda m: tiny("llama", seed=1), 2, "this cache was made for another model"),
     "another head size": (lambda m: other_shape(), 2, "this cache was made for another model"),
@@ -488,7 +488,7 @@ def test_no_tokens_are_refused(model):
 def test_a_plan_for_prefill_compression_says_that_it_evicts_while_it_reads(model):
     plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     with headsink.apply(model, plan), torch.no_grad():
-        with pytest.warns(UserWarning, match="made for prefill compression"):
+        with pytest.warns(UserWarning, match="calibrated for prefill compression"):
             model(prompt())
         cache = headsink.compress(model, plan, full_cache_of(model))
         with warnings.catch_warnings(action="error"):

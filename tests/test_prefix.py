@@ -154,7 +154,7 @@ def test_a_cache_that_is_not_ready_is_refused(tmp_path):
     cache.activate_past_recording()
     with headsink.apply(model, plan), torch.no_grad():
         model(text(2, 5), past_key_values=cache)
-    with pytest.raises(HeadsinkError, match="waits for tokens to be taken back"):
+    with pytest.raises(HeadsinkError, match="records tokens so that they can be cropped"):
         headsink.save_prefix(file, cache, text(0, LENGTH + 5))
     assert list(tmp_path.iterdir()) == []
 
@@ -390,7 +390,7 @@ def test_a_frozen_cache_of_a_streaming_plan_is_refused(tmp_path):
     headsink.save_prefix(file, read(model, window_plan(model, 1), ids), ids)
     headsink.load_prefix(file, model)
     edit(file, lambda header, tensors: header.update(frozen=5))
-    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with positions of the cache"):
+    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with cache-relative positions"):
         headsink.load_prefix(file, model)
 
 

@@ -219,7 +219,7 @@ def test_the_text_must_be_given_and_fit():
     model, ids = tiny("llama"), text()
     plan, cache = plan_for(model), read(model, ids)
     with pytest.raises(
-        HeadsinkError, match=r"input_ids: missing; this plan tells the context again, the \[1, 61\] tokens"
+        HeadsinkError, match=r"input_ids: missing; this plan reconstructs the context, the \[1, 61\] tokens"
     ):
         headsink.compress(model, plan, cache)
     with pytest.raises(HeadsinkError, match=r"input_ids: \[1, 60\]"):

@@ -1,4 +1,4 @@
-"""Log-probabilities of what follows a text that has been read."""
+"""Log-probabilities of continuations on a cached prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, full_cache
 from headsink.runtime.prefill import prefill
 
-BLOCK = 32  # consecutive tokens that are resampled together
+BLOCK = 32  # consecutive tokens that the bootstrap resamples together
 
 
 def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache:
@@ -27,16 +27,21 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache
 
 
 def branch_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[int], scored: int) -> Tensor:
-    """Log-probabilities at the last `scored` tokens of a branch, float32 [scored, vocabulary]. Leaves the cache as it was."""
+    """Log-probabilities at the last `scored` tokens of a continuation, float32 [scored, vocabulary].
+
+    Removes the continuation from the cache afterwards. Raises HeadsinkError unless 0 < scored < len(ids).
+    """
     if not 0 < scored < len(ids):
-        raise HeadsinkError(f"scored: {scored} tokens of a branch of {len(ids)}, of which the first cannot be scored")
+        raise HeadsinkError(
+            f"scored: {scored} tokens of a continuation of {len(ids)}, of which the first cannot be scored"
+        )
     logits = forward(model, cache, ids, scored + 1)
     cache.crop(-len(ids))
     return logits[:-1].float().log_softmax(-1)
 
 
 def forward(model: PreTrainedModel, cache: Cache, ids: Sequence[int], keep: int) -> Tensor:
-    """Logits of the last `keep` tokens of `ids`, which come after what the cache holds."""
-    text = torch.tensor([ids], device=model.device)
+    """Append `ids` to the cache and return the logits of the last `keep` of them, [keep, vocabulary]."""
+    tokens = torch.tensor([ids], device=model.device)
     with torch.no_grad(), apply_here(model, cache.plan) if isinstance(cache, PlanCache) else full_cache(model):
-        return model(text, **cache_argument(cache), use_cache=True, logits_to_keep=keep).logits[0]
+        return model(tokens, **cache_argument(cache), use_cache=True, logits_to_keep=keep).logits[0]
