@@ -1,5 +1,6 @@
 # make demo: the main job on the built-in model.   make test: lint, types, all tests.   Both set up .venv first.
 # make test-oldest: the oldest transformers that headsink runs with, in .venv-oldest.
+# make docs: the documentation as a site, in .venv-docs.
 # make test-vllm: serving by vLLM, in .venv-vllm.   make test-harness: the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,10 +14,12 @@ OLDEST_READY := .venv-oldest/ready
 OLDEST_VERSION := 5.19.0
 OLDEST_TESTS := $(addprefix tests/test_, passes.py table_of_calls.py runtime.py head_group.py generation.py decode.py \
 	compress.py prefix.py models.py census.py cli.py)
+DOCS := .venv-docs/bin
+DOCS_READY := .venv-docs/ready
 HARNESS := .venv-harness/bin
 HARNESS_READY := .venv-harness/ready
 
-.PHONY: setup demo test test-oldest test-vllm test-harness lint peers clean
+.PHONY: setup demo test test-oldest test-vllm test-harness lint docs peers clean
 
 setup: $(READY)
 
@@ -79,6 +82,19 @@ $(HARNESS_READY): $(READY)
 	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt lm-eval
 	@touch $(HARNESS_READY)
 
+# Warnings are errors: broken links and anchors, pages without a place, docstrings that cannot be read.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# The packages of the extra alone: the site is built from the sources, without importing headsink or torch.
+$(DOCS_READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv-docs (once; about half a minute)"
+	@$(PYTHON) -m venv .venv-docs
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> .venv-docs/requirements.txt
+	@$(DOCS)/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
+	@touch $(DOCS_READY)
+
 # The presses of kvpress on the cases that plans are judged on (an hour or two; finished cases are kept if interrupted).
 peers: $(PEERS_READY) runs/cases.json
 	@$(PEERS)/python benchmarks/peers.py --cases runs/cases.json --out benchmarks/results/peers-smollm2.json
@@ -94,4 +110,4 @@ $(PEERS_READY): constraints.txt benchmarks/peers-constraints.txt
 	@touch $(PEERS_READY)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-harness runs
+	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-harness .venv-docs site runs

@@ -28,7 +28,7 @@ LOAD = (
     "import sys, torch, headsink; model, _ = headsink.load(sys.argv[1]); torch.set_grad_enabled(False); "
     "model(torch.arange(1000, 1000 + int(sys.argv[2]))[None], logits_to_keep=1)"
 )
-WAYS = {"running": (), "once": ("--once",), "retold": ("--retell",)}
+WAYS = {"running": (), "prefill_compression": ("--prefill-compression",), "retold": ("--reconstruct",)}
 
 
 def measure(command: list[str]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = headsink.load(arguments.model, dtype=arguments.dtype)
     pattern = Pattern(arguments.sink, 0, arguments.window)
-    plan = Plan.uniform(model, pattern, positions="cache")
+    plan = Plan.uniform(model, pattern, positions="cache-relative")
     torch.manual_seed(0)
     found: dict[str, Any] = heading(
         "nll and memory of texts far past the model's maximum, positions counted in the cache"

@@ -1,12 +1,12 @@
-"""The first question on a model: does a head that is a sink in one layer tell of the head of the same number in a later one?
+"""Test the first question on a model: does a sink head of one layer predict the head of the same number in a later layer?
 
 headsink analyze smollm2 --lengths 2,3,4,8,16,24,32,64,128,256,512 --texts-per-domain 8 --out runs/short
 headsink analyze smollm2 --lengths 1024,2048,4096,8192 --texts-per-domain 1 --out runs/long
 python benchmarks/first_question.py runs/short runs/long --out benchmarks/results/first-question-smollm2.json
 
-For each length and for each rule of what a sink is: how many heads are sinks, how often a sink's number is one again in a later
-layer, what that would be by chance, and the permutation test's p. For the legacy score also what flat attention would score.
-Prints tables in Markdown, as in docs/first-question.md; the JSON has everything, each kind of text by itself too.
+For each length and each definition of a sink: the share of sinks, how often a sink's number is a sink again in a later layer, the
+chance value of that, and p of the permutation test; for the legacy score also what uniform attention would score. Prints Markdown
+tables; the JSON has every domain too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headsink.census import Census
 from headsink.census.first_layer import RULES
+from headsink.census.results import Census
 from headsink.utils.files import write_text
 from headsink.utils.format import p_value, share
 

@@ -18,9 +18,9 @@ from headsink.attention.cuda.common import processors
 from headsink.attention.cuda.decode import attend, attend_buffers
 from headsink.attention.cuda.prefill import attend as attend_many
 from headsink.attention.interface import Seen
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 from headsink.attention.reference import reference_attention
-from headsink.attention.visibility import Sight
+from headsink.attention.visibility import KeyVisibility
 from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scoring import n_features
@@ -57,7 +57,7 @@ def sizes(budget: float, context: int, heads: int) -> list[int]:
 
 
 def patterns(budget: float, context: int, heads: int) -> list[Pattern]:
-    """The same as patterns: first tokens, then as many floating keys as last ones."""
+    """The same as patterns: first tokens, then as many top-k keys as last ones."""
     found = []
     for size in sizes(budget, context, heads):
         rest = max(0, min(size, context) - SINK)
@@ -105,13 +105,13 @@ def decode_kernel(
             )
         rows.append({"way": "full by sdpa's flash", "seconds": seconds})
     for budget in budgets:
-        table = torch.zeros(batch, shape.kv, len(Field), dtype=torch.int64, device=device)
-        for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values), (Field.VISIBLE, visible)):
+        table = torch.zeros(batch, shape.kv, len(KVField), dtype=torch.int64, device=device)
+        for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
             apart = buffer.stride(1) * buffer.element_size()
             number = torch.arange(batch * shape.kv, device=device).view(batch, -1)
             table[..., field] = buffer.data_ptr() + apart * number
         held = torch.tensor(sizes(budget, context, shape.kv), device=device)
-        table[..., Field.WINDOW] = held
+        table[..., KVField.WINDOW] = held
         length = torch.tensor([context - 1], device=device)
         bytes_ = batch * int(held.sum()) * (2 * shape.dim * keys.element_size() + 1)
         seconds = clock.kernel(lambda table=table, length=length: attend(query, table, length, scaling))  # type: ignore[misc]
@@ -128,7 +128,7 @@ def decode_kernel(
 
 
 def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
-    """A whole text by one layer: all heads in full by others, and by us with one window, first tokens, and floating keys."""
+    """A whole text by one layer: all heads in full by others, and by us with one window, first tokens, and top-k keys."""
     device, scaling = clock.device, shape.dim**-0.5
     query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
     keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
@@ -156,13 +156,13 @@ def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[flo
     columns = torch.arange(context, device=device)
     for budget in budgets:
         window = round(budget * context)
-        for floating in (0, window // 2):
-            near = window - SINK - floating
+        for top_k in (0, window // 2):
+            near = window - SINK - top_k
             until = (columns + near).int().expand(shape.kv, -1).clone()
             until[:, :SINK] = context
-            if floating:  # each of those that leave stays for `floating` tokens: as many as there may be at once
-                until[:, SINK:] += floating
-            sight = Sight(until, 0, 0, 0, near, False, SINK + floating, context if floating else SINK)
+            if top_k:  # each of those that leave stays for `top_k` tokens: as many as there may be at once
+                until[:, SINK:] += top_k
+            sight = KeyVisibility(until, 0, 0, 0, near, False, SINK + top_k, context if top_k else SINK)
             seconds = clock.kernel(
                 lambda sight=sight: attend_many(query, keys[0], values[0], sight, scaling),  # type: ignore[misc]
                 5,
@@ -172,7 +172,7 @@ def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[flo
                 {
                     "way": "headsink",
                     "window": near,
-                    "floating": floating,
+                    "top_k": top_k,
                     "area": seen / area,
                     "seconds": seconds,
                     "of_what_the_area_predicts": seconds["median"] / (best * seen / area),
@@ -195,7 +195,7 @@ def flex_beside(clock: Any, shape: Heads, context: int, budget: float) -> list[d
     by_flex = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
     until = (torch.arange(context, device=device) + window).int().expand(shape.kv, -1).clone()
     until[:, :SINK] = context
-    sight = Sight(until, 0, 0, 0, window, False, SINK, SINK)
+    sight = KeyVisibility(until, 0, 0, 0, window, False, SINK, SINK)
     ways: dict[str, Callable[[], Any]] = {
         "flex_attention": lambda: by_flex(query, keys, values, block_mask=blocks, scale=scaling, enable_gqa=True),
         "headsink": lambda: attend_many(query, keys[0], values[0], sight, scaling)[0],
@@ -219,7 +219,9 @@ def tuning(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
             lambda count=count: attend_buffers(last, keys, values, visible, context, scaling, programs=count)  # type: ignore[misc]
         )
         rows.append({"programs a multiprocessor": programs, "seconds": seconds})
-    sight = Sight(torch.arange(context, device=device).int().expand(shape.kv, -1) + 4096, 0, 0, 0, 4096, False, 0, 0)
+    sight = KeyVisibility(
+        torch.arange(context, device=device).int().expand(shape.kv, -1) + 4096, 0, 0, 0, 4096, False, 0, 0
+    )
     for tile in (prefill.Shape(128, 64, 8, 3), prefill.Shape(128, 128, 8, 2), prefill.Shape(64, 64, 4, 3)):
         seconds = clock.kernel(
             lambda tile=tile: attend_many(query, keys[0], values[0], sight, scaling, tile=tile),  # type: ignore[misc]
@@ -270,13 +272,13 @@ def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: in
     keys, values = torch.randn(2, texts, 3, 1000, dim, device=device).to(dtype)
     query = torch.randn(texts, 3 * group, tokens, dim, device=device).to(dtype)
     visible = torch.rand(texts, 3, 1000, device=device) < 0.9
-    table = torch.zeros(texts, 3, len(Field), dtype=torch.int64, device=device)
+    table = torch.zeros(texts, 3, len(KVField), dtype=torch.int64, device=device)
     expected = torch.empty_like(query, dtype=torch.float64)
     for head, size in enumerate(held):
         for text in range(texts):
-            for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values), (Field.VISIBLE, visible)):
+            for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
                 table[text, head, field] = buffer[text, head].data_ptr()
-        table[:, head, Field.WINDOW] = size
+        table[:, head, KVField.WINDOW] = size
         slots = torch.arange(size, device=device)
         mask = visible[:, head, None, :size] & (slots <= slots[size - tokens :, None])
         own = slice(head * group, (head + 1) * group)
@@ -290,10 +292,10 @@ def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: in
 def _prefill_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
     keys, values = torch.randn(2, 2, tokens, dim, device=device).to(dtype)
     query = torch.randn(1, 8, tokens, dim, device=device).to(dtype)
-    columns, near, floating = torch.arange(tokens, device=device), 33, 9
-    until = (columns + near + floating).expand(2, -1).clone()
+    columns, near, top_k = torch.arange(tokens, device=device), 33, 9
+    until = (columns + near + top_k).expand(2, -1).clone()
     until[:, :SINK] = tokens
-    sight = Sight(until, 0, 0, 0, near, False, SINK + floating, tokens)
+    sight = KeyVisibility(until, 0, 0, 0, near, False, SINK + top_k, tokens)
     mask = (columns <= columns[:, None]) & (columns[:, None] < until[:, None])
     logits = query.double().view(2, 4, tokens, dim) @ keys.double()[:, None].transpose(-1, -2) * dim**-0.5
     shares = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)

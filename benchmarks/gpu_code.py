@@ -24,20 +24,20 @@ from headsink.utils.files import write_text
 LAUNCHES = """
 import torch
 from headsink.attention.cuda.decode import attend
-from headsink.attention.cuda.append import enter
+from headsink.attention.cuda.append import append_keys
 from headsink.eviction.lifetimes_cuda import better_ones
 from headsink.attention.cuda.prefill import attend as attend_many
-from headsink.cache.kv_table import Field
-from headsink.attention.backends import Sight
+from headsink.attention.kv_table import KVField
+from headsink.attention.backends import KeyVisibility
 
 dim = {dim}
-table = torch.zeros(1, 8, len(Field), dtype=torch.int64)
+table = torch.zeros(1, 8, len(KVField), dtype=torch.int64)
 query = torch.zeros(1, 32, 1, dim, dtype=torch.bfloat16)
 attend(query, table, torch.tensor([0]), 1.0, programs=264)
-enter(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
+append_keys(query[:, :8].contiguous(), query[:, :8].contiguous(), table, torch.tensor([0]))
 query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
-attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
 """
 
 

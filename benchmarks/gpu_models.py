@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from headsink import Plan, apply, new_cache
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.eviction.scoring import n_features
-from headsink.generation.speculative import Lossless, Speculation, kept
+from headsink.generation.speculative import Speculation, SpeculativeDecoder, kept
 from headsink.generation.step_cuda import Decoder, Pass
 from headsink.models.transformers_names import cache_argument
 
@@ -128,7 +128,7 @@ class Rig:
                 for _ in range(3):
                     step.run(tokens)
                 seconds = self.clock.host(lambda step=step: step.run(tokens), 2 if self.small else TOKENS)  # type: ignore[misc]
-                step.settle()
+                step.start_evicting()
             held = nbytes(cache)
             whole = 2 * 2 * batch * len(cache.layers) * self.heads.kv * context * self.heads.dim
             rows.append(
@@ -197,7 +197,7 @@ class Rig:
         return rows
 
     def lossless(self, context: int, batch: int, budget: float) -> list[dict[str, Any]]:
-        """Lossless mode beside decoding in full, where every draft is right: heads that let keys go write nothing.
+        """SpeculativeDecoder mode beside decoding in full, where every draft is right: heads that let keys go write nothing.
 
         So this is what the machinery allows; how many drafts are right is a matter of the model and the plan.
         """
@@ -216,11 +216,11 @@ class Rig:
                 step.run(ids[:, 0])
             count = 2 if self.small else TOKENS
             own = self.clock.host(lambda: step.run(ids[:, 0]), count)
-            step.settle()
+            step.start_evicting()
             draft, told = kept(model, plan, full), Speculation()
             rounds = 2 if self.small else 8
             place = torch.full((batch,), full.get_seq_length(), device=device)
-            state = Lossless(model, ids[:, -1:], place, full, draft)
+            state = SpeculativeDecoder(model, ids[:, -1:], place, full, draft)
 
             def run(new: int) -> None:
                 ends = state.texts[0].shape[0] + new

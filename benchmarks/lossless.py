@@ -1,4 +1,4 @@
-"""Lossless mode against decoding in full, several texts at once: milliseconds for a token of every text.
+"""SpeculativeDecoder mode against decoding in full, several texts at once: milliseconds for a token of every text.
 
 python benchmarks/lossless.py --plan runs/plan-7500.json --out benchmarks/results/lossless-smollm2.json
 
@@ -28,7 +28,7 @@ from headsink.bench.heading import heading
 from headsink.cache.cache import PlanCache
 from headsink.data import corpus
 from headsink.generation.decode import decoding, prepare
-from headsink.generation.speculative import Lossless, Speculation, kept
+from headsink.generation.speculative import Speculation, SpeculativeDecoder, kept
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
@@ -70,7 +70,7 @@ def lossless(
     def stop(text: Tensor, _: Any) -> Tensor:
         return torch.tensor([text.shape[1] >= length])
 
-    state = Lossless(model, ids, place, full, draft)
+    state = SpeculativeDecoder(model, ids, place, full, draft)
     state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=told)
     return torch.stack(state.texts)[:, ids.shape[1] :]
 

@@ -40,8 +40,8 @@ POLICIES = {
     policy: Method(policy=policy) for policy in ("streaming-llm", "random", "copy-first-layer", "layer-wise", "on-off")
 }
 PARTS = {
-    "without floating keys": Method(floating=(0.0,), windows=(32, 128, 512)),
-    "one number of floating keys": Method(floating=(0.0, 1 / 8)),
+    "without top-k keys": Method(top_k=(0.0,), windows=(32, 128, 512)),
+    "one number of top-k keys": Method(top_k=(0.0, 1 / 8)),
     "squared errors, not slopes": Method(gradient=False),
     "one step": Method(steps=False, refine=False),
     "without a start by need": Method(need=False),
@@ -50,14 +50,14 @@ PARTS = {
     "without questions": Method(retrieval_weight=0.0),
 }
 RETOLD_PARTS = {
-    "retold, values as they are": Method(once=True, retell=True, fit_values=False),
-    "retold, equal numbers": Method(once=True, retell=True, need=False, refine=False),
-    "retold, numbers by need only": Method(once=True, retell=True, refine=False),
+    "retold, values as they are": Method(prefill_compression=True, reconstruct=True, refit_values=False),
+    "retold, equal numbers": Method(prefill_compression=True, reconstruct=True, need=False, refine=False),
+    "retold, numbers by need only": Method(prefill_compression=True, reconstruct=True, refine=False),
 }
 METHODS = {
     "headsink": Method(),
-    "headsink, once": Method(once=True),
-    "headsink, retold": Method(once=True, retell=True),
+    "headsink, once": Method(prefill_compression=True),
+    "headsink, retold": Method(prefill_compression=True, reconstruct=True),
     **POLICIES,
     **PARTS,
     **RETOLD_PARTS,

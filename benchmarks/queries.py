@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import headsink
-from headsink.census import Census
 from headsink.census.head_statistics import SCORES
 from headsink.census.options import QUERIES
+from headsink.census.results import Census
 from headsink.census.roles import ROLES
 from headsink.utils.files import write_text
 

@@ -1,4 +1,4 @@
-"""Speed against context: a table (Markdown, on standard output) and a picture, from results of `headsink bench speed`.
+"""Speed against context: a Markdown table and a picture, from results of `headsink bench speed`.
 
 python benchmarks/speed_chart.py benchmarks/results/speed-smollm2.json --picture docs/pictures/speed
 """
@@ -17,22 +17,24 @@ from headsink.report.charts import CONFIG
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each context and way: medians, with the least and the most."""
-    lines = ["| tokens | | ms a token | ratio | first token, s | ratio | KV cache |", "|---|---|---|---|---|---|---|"]
+    """A row for each context and way: medians, with (minimum–maximum)."""
+    lines = ["| context | | TPOT ratio | TPOT, ms | TTFT ratio | TTFT, s | KV cache |", "|---|---|---|---|---|---|---|"]
     for row in results:
         decode, prefill = row["decode_s"], row["prefill_s"]
         name = f"**{row['way']}**" if row["way"].startswith("headsink") else row["way"]
         lines.append(
             f"| {row['context']:,} | {name} "
-            f"| {1e3 * decode['median']:.1f} ({1e3 * decode['min']:.1f} to {1e3 * decode['max']:.1f}) "
-            f"| {row['decode_ratio']['median']:.2f} | {prefill['median']:.2f} ({prefill['min']:.2f} to {prefill['max']:.2f}) "
-            f"| {row['prefill_ratio']['median']:.2f} | {row['kv_bytes'] / 1e6:.1f} MB, {row['kv_ratio']:.3f} |"
+            f"| {row['decode_ratio']['median']:.2f} "
+            f"| {1e3 * decode['median']:.1f} ({1e3 * decode['min']:.1f}–{1e3 * decode['max']:.1f}) "
+            f"| {row['prefill_ratio']['median']:.2f} "
+            f"| {prefill['median']:.2f} ({prefill['min']:.2f}–{prefill['max']:.2f}) "
+            f"| {row['kv_ratio']:.3f}, {row['kv_bytes'] / 1e6:.1f} MB |"
         )
     return "\n".join(lines)
 
 
 def picture(results: list[dict[str, Any]]) -> Any:
-    """Milliseconds a token, and seconds to the first one, against the context."""
+    """TPOT and TTFT against the context."""
     rows = [
         {"context": row["context"], "way": row["way"]}
         | {"decode": 1e3 * row["decode_s"]["median"], "prefill": row["prefill_s"]["median"]}
@@ -41,12 +43,12 @@ def picture(results: list[dict[str, Any]]) -> Any:
     ways = list(dict.fromkeys(row["way"] for row in rows))
     base = alt.Chart(alt.Data(values=rows)).mark_line(point=True).properties(width=300, height=220)
     base = base.encode(
-        x=alt.X("context:Q", title="tokens of context"),
+        x=alt.X("context:Q", title="context, tokens"),
         color=alt.Color("way:N", sort=ways, title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=300)),
     )
     both = alt.hconcat(
-        base.encode(y=alt.Y("decode:Q", title="ms a token")),
-        base.encode(y=alt.Y("prefill:Q", title="seconds to the first token")),
+        base.encode(y=alt.Y("decode:Q", title="TPOT, ms")),
+        base.encode(y=alt.Y("prefill:Q", title="TTFT, s")),
     )
     return both.configure(**CONFIG).to_dict(validate=False)
 
@@ -54,7 +56,7 @@ def picture(results: list[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="from headsink bench speed --out")
-    parser.add_argument("--picture", type=Path, help="writes PICTURE.png and PICTURE.svg")
+    parser.add_argument("--picture", type=Path, help="write PICTURE.png and PICTURE.svg")
     arguments = parser.parse_args()
     found = json.loads(arguments.results.read_text(encoding="utf-8"))
     print(table(found["results"]))

@@ -24,7 +24,7 @@ from headsink.cli.plan import print_plan
 from headsink.data import corpus
 from headsink.generation.generate import Generated, generate
 from headsink.plan.plan import Plan
-from headsink.report import write_comparison
+from headsink.report.comparison import write_comparison
 from headsink.utils.files import write_text
 
 LENGTHS = (256, 1024, 4096)

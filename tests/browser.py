@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -9,7 +10,13 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
+import pytest
+
 INSTALLED = bool(shutil.which("chromium") and shutil.which("chromedriver"))
+# CI sets HEADSINK_BROWSER=required: there, tests of pages fail without a browser.
+needs_browser = pytest.mark.skipif(
+    not INSTALLED and os.environ.get("HEADSINK_BROWSER") != "required", reason="no chromium and chromedriver here"
+)
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),

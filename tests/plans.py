@@ -47,4 +47,4 @@ def window_pattern(rng: random.Random) -> Pattern:
 
 def window_plan(model, seed):
     plan = random_plan(model, seed, window_pattern)
-    return plan.model_copy(update={"positions": "cache"})
+    return plan.model_copy(update={"positions": "cache-relative"})

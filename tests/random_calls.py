@@ -102,7 +102,15 @@ class Game:
         self.log: list[tuple[str, str, Any]] = []  # of every call: its name, what came of it, logits
 
     def play(self) -> None:
-        calls = [self.forward] * 10 + [self.crop, self.rows, self.order, self.copy, self.record, self.hold, self.renew]
+        calls = [self.forward] * 10 + [
+            self.crop,
+            self.rows,
+            self.order,
+            self.copy,
+            self.record,
+            self.freeze,
+            self.renew,
+        ]
         calls += [self.reset]
         if not self.plain:
             calls += [self.generate] * 8 + [self.lossless, self.step, self.step, self.step, self.change, self.threads]
@@ -250,13 +258,13 @@ class Game:
                 logits = step.run(self._ids(rows, 1)[:, 0])
                 assert logits.shape == (rows, VOCABULARY)
                 if self.rng.random() < 0.15:
-                    step.settle()
-                    self.rng.choice([self.rows, self.order, self.crop, self.change, self.hold])()
+                    step.start_evicting()
+                    self.rng.choice([self.rows, self.order, self.crop, self.change, self.freeze])()
                     if self.rng.random() < 0.5:
                         step.resume()
         finally:
             with contextlib.suppress(HeadsinkError):
-                step.settle()
+                step.start_evicting()
         return logits
 
     def crop(self) -> None:
@@ -288,8 +296,8 @@ class Game:
     def record(self) -> None:
         self.rng.choice(self.held).cache.activate_past_recording()
 
-    def hold(self) -> None:
-        self.rng.choice(self.held).cache.hold()
+    def freeze(self) -> None:
+        self.rng.choice(self.held).cache.freeze()
 
     def renew(self) -> None:
         self.held[self.rng.randrange(2)] = self._new()
@@ -325,16 +333,13 @@ class Game:
 def without_kernels() -> Any:
     """Everything in torch."""
     from headsink.attention import backends
-    from headsink.cache import head_group, layer
 
-    before = backends.can_run
-    for module in (backends, layer, head_group):
-        module.can_run = lambda *_: False
+    before = backends.backend_for
+    backends.backend_for = lambda *_: None
     try:
         yield
     finally:
-        for module in (backends, layer, head_group):
-            module.can_run = before
+        backends.backend_for = before
 
 
 def played(seed: int) -> tuple[Counter[str], list[str]]:

@@ -17,27 +17,37 @@ _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 
 
 def held_attention(
-    query, key, value, patterns, weights, scaling, padding, hold, once=False, softcap=None, learned=None
+    query,
+    key,
+    value,
+    patterns,
+    weights,
+    scaling,
+    padding,
+    freeze,
+    prefill_compression=False,
+    softcap=None,
+    sink_logits=None,
 ):
-    """The reference if nothing is let go from column `hold` on: later queries see what the one before it saw, and all since.
+    """The reference if nothing is let go from column `freeze` on: later queries see what the one before it saw, and all since.
 
-    once: those before it saw everything, as if the context was read by the model itself and then compressed.
+    prefill_compression: those before it saw everything, as if the context was read by the model itself and then compressed.
     """
-    head = [t[:, :, :hold] for t in (query, key, value)]
-    reading = [FULL] * len(patterns) if once else patterns
-    before = reference_attention(*head, reading, weights, scaling, padding, softcap, learned)
+    head = [t[:, :, :freeze] for t in (query, key, value)]
+    reading = [FULL] * len(patterns) if prefill_compression else patterns
+    before = reference_attention(*head, reading, weights, scaling, padding, softcap, sink_logits)
     columns, scores = torch.arange(key.shape[2]), key_scores(key, value, weights)
     positions = columns - (torch.zeros(len(key), dtype=torch.long) if padding is None else padding)[:, None]
-    since = (columns[hold:] <= columns[hold:, None]) & (positions[:, None, hold:] >= 0)
-    output, group = torch.empty_like(query[:, :, hold:]), query.shape[1] // key.shape[1]
+    since = (columns[freeze:] <= columns[freeze:, None]) & (positions[:, None, freeze:] >= 0)
+    output, group = torch.empty_like(query[:, :, freeze:]), query.shape[1] // key.shape[1]
     for n, pattern in enumerate(patterns):
         held = since.new_zeros(len(key), 1, 0)
-        if hold:
-            held = visible(pattern, positions[:, hold - 1 : hold], positions[:, :hold], scores[:, n, :hold])
-        mask = torch.cat([held.expand(*since.shape[:2], hold), since], -1)[:, None]
+        if freeze:
+            held = visible(pattern, positions[:, freeze - 1 : freeze], positions[:, :freeze], scores[:, n, :freeze])
+        mask = torch.cat([held.expand(*since.shape[:2], freeze), since], -1)[:, None]
         rows = slice(n * group, (n + 1) * group)
-        given = query[:, rows, hold:], key[:, n : n + 1], value[:, n : n + 1], mask
-        output[:, rows] = masked_attention(*given, scaling, softcap, None if learned is None else learned[rows])
+        given = query[:, rows, freeze:], key[:, n : n + 1], value[:, n : n + 1], mask
+        output[:, rows] = masked_attention(*given, scaling, softcap, None if sink_logits is None else sink_logits[rows])
     return torch.cat([before, output], 2)
 
 
@@ -51,14 +61,18 @@ def own_attention(module, query, key, value, mask, **kwargs):
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    plan, padding, hold, once = _running[-1]
+    plan, padding, freeze, prefill_compression = _running[-1]
     heads = plan.layers[module.layer_idx]
     if heads is None:
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
     given = query, key, value, patterns, plan.scores(module.layer_idx), scaling, padding
-    more = {"softcap": kwargs.get("softcap"), "learned": kwargs.get("s_aux")}
-    output = reference_attention(*given, **more) if hold is None else held_attention(*given, hold, once, **more)
+    more = {"softcap": kwargs.get("softcap"), "sink_logits": kwargs.get("s_aux")}
+    output = (
+        reference_attention(*given, **more)
+        if freeze is None
+        else held_attention(*given, freeze, prefill_compression, **more)
+    )
     return output.transpose(1, 2), None
 
 
@@ -68,11 +82,15 @@ AttentionMaskInterface.register("headsink_reference", eager_mask)
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, hold: int | None = None, once=False
+    model: PreTrainedModel,
+    plan: Plan,
+    padding: torch.Tensor | None = None,
+    freeze: int | None = None,
+    prefill_compression=False,
 ):
     before = model.config._attn_implementation
     model.set_attn_implementation("headsink_reference")
-    _running.append((plan, padding, hold, once))
+    _running.append((plan, padding, freeze, prefill_compression))
     try:
         yield model
     finally:
@@ -81,12 +99,13 @@ def masked(
 
 
 @torch.no_grad()
-def reference_logits(model, plan, ids, attention_mask=None, hold=None, once=False):
+def reference_logits(model, plan, ids, attention_mask=None, freeze=None, prefill_compression=False):
     """Logits [batch, tokens, vocabulary] of `model` under `plan`.
 
-    hold: the column from which on nothing is let go; once: what is before it is read in full (headsink.compress).
+    freeze: the column from which on nothing is let go; prefill_compression: what is before it is read in full
+    (headsink.compress).
     """
     padding = None if attention_mask is None else attention_mask.int().argmax(1)
     position_ids = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
-    with masked(model, plan, padding, hold, once):
+    with masked(model, plan, padding, freeze, prefill_compression):
         return model(ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from headsink import HeadsinkError, Plan
 from headsink.bench.options import Options, label, model_names
@@ -14,6 +15,7 @@ from headsink.bench.suite.run import stretched
 from headsink.bench.tasks import datasets
 from headsink.cli import main
 from headsink.models.builtin import BUILT_IN
+from headsink.models.spec import describe
 
 WORDS = (
     *("--tasks", "retrieval,gsm8k", "--items", "2", "--context", "420", "--budgets", "0.5,0.25", "--device", "cpu"),
@@ -116,7 +118,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder
     monkeypatch.setattr(everything.quality, "generate", lambda *a, **k: answered.append(1) or generate(*a, **k))
     assert everything.run(options, tmp_path, ["quality/*"])["quality/tiny/retrieval"] == "measured"
     assert len(answered) <= 2  # of one item, by the model itself and by the plan
-    assert everything.rows.read_rows(tmp_path)["quality/tiny/retrieval"]["resumed"]
+    assert records.read_rows(tmp_path)["quality/tiny/retrieval"]["resumed"]
     assert not kept[0].exists()
 
 
@@ -139,15 +141,15 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     assert gemma.install in records.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
 
 
-@pytest.mark.parametrize("floating", [300, 0])
-def test_a_stretched_plan_keeps_its_share(tiny_folder, floating):
+@pytest.mark.parametrize("top_k", [300, 0])
+def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
     import headsink
     from headsink.eviction.scoring import n_features
 
     model = headsink.load(tiny_folder, device="cpu")[0]
-    shape = headsink.architecture.describe(model)
-    pattern = headsink.Pattern(4, floating, 32 if floating else 400)
-    weights = headsink.plan.torch.ones(shape.layers, shape.kv_heads, n_features(shape.head_dim))
+    shape = describe(model)
+    pattern = headsink.Pattern(4, top_k, 32 if top_k else 400)
+    weights = torch.ones(shape.layers, shape.kv_heads, n_features(shape.head_dim))
     plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
     plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})
     for context in (500, 1000, 8000):

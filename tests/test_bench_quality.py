@@ -255,7 +255,7 @@ def test_kl_and_nll_are_those_of_masked_attention(tiny):
 @pytest.mark.parametrize("once", [False, True])
 def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypatch):
     model, tokenizer = tiny
-    plans = {"a": streaming(model).model_copy(update={"once": once})}
+    plans = {"a": streaming(model).model_copy(update={"prefill_compression": once})}
     file = tmp_path / "done.jsonl"
     settings = {"context": 500, "checkpoint": file, "progress": False}
     first = run(model, tokenizer, "retrieval", plans, items=1, **settings)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -173,21 +174,22 @@ def test_times_overlap_within_a_tenth_on_one_machine(done, decode, verdict):
 def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "docs" / "results.md").read_text()
     for figure in (
-        *("0.500 (0.400 to 0.600)", "0.423; -0.077 (-0.120 to -0.030); keeps 25.1%", "1,800 tokens (1,500 to 1,999)"),
-        *("0.1234 (0.0900 to 0.1500)", "71.7% (65.0% to 78.0%)", "37.0%", "11.0 (10.0 to 12.0)", "0.62 (0.62 to 0.62)"),
+        *("0.500 [0.400, 0.600]", "0.423<br>-0.077 [-0.120, -0.030]<br>25.1%", "50<br>1,800 (1,500–1,999)"),
+        *("0.1234 [0.0900, 0.1500]<br>71.7% [65.0%, 78.0%]<br>37.0%", "11.0 (10.0–12.0)", "0.62 (0.62–0.62)"),
         *(
-            "3.0 | 0.300",
-            "840 (840 to 840) | 1.050",
+            "0.300 | 3.0",
+            "1.050 | 840 (840–840)",
             "a CPU (x86_64), 2 cores, 2 threads, 16 GiB; headsink 0.1.0, torch 2.13.0",
         ),
     ):
         assert figure in text
-    for name, row in done.items():
-        assert f"[{name}](../all/rows/{name}.json)" in text
-        assert row["command"] in text
+    for name in done:
+        assert f"| [{name}](../all/rows/{name}.json) |  | 2026-11-26 |" in text
+    assert "`headsink bench all --out DIR --only ROW OPTIONS` measures a row" in text
     assert f"{results.SERVING}" not in text
-    for line in text.splitlines():
-        if line.startswith("| ") and not set(line) <= set("|- ") and not line.endswith(("| row |", "| took |")):
+    lines = text.splitlines()
+    for line, after in pairwise(lines):
+        if line.startswith("| ") and "| ---" not in (line[:5], after[:5]):  # neither heads nor the rule below them
             assert "/rows/" in line
     for picture in re.findall(r"\]\((pictures/[^)]*)\)", text):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
@@ -210,35 +212,34 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
         "budget": 0.25,
         "kept": 0.249,
         "verified": {"kl_text": 0.01, "kl_answers": 0.02},
-        "patterns": {"4+9f+32": 80, "full": 10},
+        "patterns": {"4+9k+32": 80, "full": 10},
     }
     records.save(folder, record("plan/smollm2", {"plans": [plan]}))
     text = results.write(folder, tmp_path / "results.md").read_text()
-    part = text[text.index("## In short") : text.index("## What it costs")]
-    assert "| smollm2 | 25.0% | 1 of 2 | 0.200 (0.123 to 0.500) | 50% (25% to 72%) | 2,000 | " in part
-    assert "| **11.0**; transformers 40.5; llama.cpp 250.0 | **0.62**; transformers 0.51; llama.cpp 0.90 |" in part
-    assert "| **3.0**; transformers 10.0; llama.cpp not told | [plan/smollm2](all/rows/plan/smollm2.json)" in part
-    assert "| smollm2 | 25.0% | 24.9% | 0.0100 | 0.0200 | 80 x 4+9f+32, 10 x full |" in part
+    part = text[text.index("## In short") : text.index("## What a plan costs")]
+    plan_row, timed_row = "[smollm2](all/rows/plan/smollm2.json)", "[2,000](all/rows/speed/smollm2/2000x1.json)"
+    assert (
+        f"| {plan_row} | **25.0%** | 1 of 2 | 0.200 (0.123–0.500) | 50% (25%–72%) | {timed_row} | 11.0 | 0.62 | 3.0 |"
+        in part
+    )
+    assert f"| smollm2 | transformers |  |  |  | {timed_row} | 40.5 | 0.51 | 10.0 |" in part
+    assert f"| smollm2 | llama.cpp |  |  |  | {timed_row} | 250.0 | 0.90 | not reported |" in part
+    assert f"| {plan_row} | 25.0% | 24.9% | 0.0100 | 0.0200 | 80x 4+9k+32, 10x full |" in part
     squad["found"]["ways"][1] |= {"way": "0.5"}  # which was not timed
     records.save(folder, squad | {"row": "quality/smollm2/squad"})
     text = results.write(folder, tmp_path / "results.md").read_text()
-    assert "| smollm2 | 50.0% | 0 of 1 | 0.500 (0.500 to 0.500) | 25% (25% to 25%) | not measured |" in text
+    assert f"| {plan_row} | **50.0%** | 0 of 1 | 0.500 (0.500–0.500) | 25% (25%–25%) | not measured |" in text
 
 
 def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Where it is slower or worse") : text.index("## What was not measured")]
-    slow, more, scores, divergences = (
-        re.findall(r"^\| (?!-)(.*)", one, re.MULTILINE)[1:] for one in part.split("**")[2::2]
-    )
-    assert [line.split(" | ")[:5] for line in slow] == [
-        ["first token", "smollm2, 512 x 1", "headsink, 0.25", "transformers", "0.811 (0.800 to 0.823)"]
-    ]
-    assert [line.split(" | ")[:4] for line in more] == [
-        ["peak of the process", "smollm2, 512 x 1", "headsink, 0.25", "transformers"]
-    ]
-    assert [line.split(" | ")[:4] for line in scores] == [["smollm2, gsm8k", "0.25", "0.500", "0.423"]]
-    assert len(divergences) == 1
+    slow, more, scores = (re.findall(r"^\| (?!-)(.*) \|$", one, re.MULTILINE)[1:] for one in part.split("**")[2:8:2])
+    case = "[smollm2, 512 x 1](all/rows/{}/smollm2/512x1.json) | transformers | 0.25: {}"
+    assert slow == ["TTFT | " + case.format("speed", "0.811 (0.800–0.823)")]
+    assert more == ["peak memory | " + case.format("memory", "0.952 (0.952–0.952)")]
+    assert scores == ["smollm2 | [gsm8k](all/rows/quality/smollm2/gsm8k.json) | 0.500 | 25.0%: 0.423"]
+    assert "KL(full || plan) is above 0 with its whole interval in 1 of 1 pairs" in part
     rest = text[text.index("## What was not measured") :]
     assert "squad.json): pip install it" in rest
     assert "vLLM: not installed (make it), in [memory/smollm2/512x1]" in rest
@@ -253,10 +254,13 @@ def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, 
     quality["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": None, "kl_interval": None}
     records.save(folder, quality)
     part = results.write(folder, tmp_path / "results.md").read_text().split("## Where it is slower or worse")[1]
-    slow = [line for line in part.splitlines() if "| smollm2, 512 x 1 |" in line]
-    assert slow[0].startswith("| a token | smollm2, 512 x 1 | headsink, 0.5 | transformers | 0.101")
-    assert slow[1].startswith("| a token | smollm2, 512 x 1 | headsink, 0.5 | llama.cpp | 0.500")
-    assert part.split("## What was not")[0].count("Nowhere in these rows.") == 2
+    slow = [line for line in part.splitlines() if "[smollm2, 512 x 1](all/rows/speed/" in line]
+    assert slow[0].startswith("| TPOT |")
+    assert "| transformers | 0.5: 0.101 (" in slow[0]
+    assert "| llama.cpp | 0.5: 0.500 (" in slow[1]
+    part = part.split("## What was not")[0]
+    assert part.count("None in these rows.") == 1
+    assert "in 0 of 0 pairs" in part
 
 
 def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
@@ -280,11 +284,11 @@ def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Are specialised prompts different?") : text.index("## Where it is")]
     for figure in (
-        *("| plan made on | on prose | on code | row |", "| default | 0.0123 (0.0100 to 0.0150); 5 of 6 |"),
-        *("costs +0.0123 (+0.0100 to +0.0150) beyond a family's own", "differ by: prose +0.0123 (+0.0100 to +0.0150)"),
-        "texts of one family, 2.0% of the heads differ in attention to what is far and 1.0% in role; between plans, 10.0%",
-        "texts of two, 30.0% of the heads differ in attention to what is far and 15.0% in role; between plans, 40.0%",
-        "[families/smollm2](all/rows/families/smollm2.json)",
+        *("| calibrated on | on prose | on code |", "| 0.0123 [0.0100, 0.0150]<br>5/6 |"),
+        *("costs +0.0123 [+0.0100, +0.0150] more", "differ by: prose +0.0123 [+0.0100, +0.0150]"),
+        "Texts of one domain: 2.0% of the heads differ in far attention, 1.0% in role; plans give 10.0% of the keys",
+        "Texts of two domains: 30.0% of the heads differ in far attention, 15.0% in role; plans give 40.0% of the keys",
+        "[default](all/rows/families/smollm2.json)",
     ):
         assert figure in part
 
@@ -300,13 +304,15 @@ def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Serving") :]
     for figure in (
-        "tokens_per_s | 100 (100 to 101) | 150 (150 to 151)",
-        "first_s 50 | 1.5 (1.5 to 1.5)",
-        "running ratio: 2.4",
+        "|  | stock vLLM | headsink serve |",
+        "tokens/s, prompt and output | 100 (100–101) | 150 (150–151)",
+        "TTFT, s 50 | 1.5 (1.5–1.5)",
+        "running 2.4",
     ):
         assert figure in part
 
-    assert "| serving: waiting |  | headsink serve | vLLM | 0.500 (0.500 to 0.500) |" in part
+    link = f"[{results.SERVING}]({results.SERVING})"
+    assert f"| serving: waiting | {link} | vLLM | headsink serve: 0.500 (0.500–0.500) |" in part
     assert "serving: running" not in part
 
 

@@ -84,7 +84,7 @@ def replayed(calibration, rows):
 def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, small):
     model = tiny(family, dtype=torch.float64)  # else replays round keys and values to 16 bits
     shape = describe(model)
-    plan = make(model=model, budget=0.4, seed=3, method=Method(once=once))
+    plan = make(model=model, budget=0.4, seed=3, method=Method(prefill_compression=once))
     plan.check(model)
     assert [layer is None for layer in plan.layers] == [window is not None for window in shape.windows]
     assert 0.2 < plan.kept(CONTEXT) <= 0.4
@@ -94,7 +94,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     assert made["kept"] == pytest.approx(plan.kept(CONTEXT), abs=1e-4)
     assert made["dtype"] == "float64"
     assert made["method"]["policy"] == "headsink"
-    assert made["method"]["once"] == plan.once == once
+    assert made["method"]["prefill_compression"] == plan.prefill_compression == once
     assert made["forms"] == list(FORMS["calibration"])
     assert [document["text"] for document in made["documents"]] == list(corpus.DOMAINS)
     assert all(0.7 * (CONTEXT - TAIL) < d["tokens"] <= CONTEXT - TAIL for d in made["documents"])
@@ -102,7 +102,9 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
 
     # What is said to be verified is what running the plan on the same documents shows.
-    calibration = Calibration(model, small, context=CONTEXT, seed=3, method=Method(once=once), progress=False)
+    calibration = Calibration(
+        model, small, context=CONTEXT, seed=3, method=Method(prefill_compression=once), progress=False
+    )
     scored = [score(model, plan, document) for document in calibration.documents]
     text = sum(float(branches[0].kl.mean()) for branches in scored) / len(scored)
     answers = sum(sum(float(b.kl.mean()) for b in branches[1:]) / (len(branches) - 1) for branches in scored) / len(
@@ -116,24 +118,24 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     if once:
         assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
 
-    # Scores are those of the search, where there are floating keys.
-    floating = [head.floating > 0 for row in plan.layers for head in row or [FULL] * shape.kv_heads]
-    floating = torch.tensor(floating).view(shape.layers, -1, 1)
-    assert floating.any()
+    # Scores are those of the search, where there are top-k keys.
+    top_k = [head.top_k > 0 for row in plan.layers for head in row or [FULL] * shape.kv_heads]
+    top_k = torch.tensor(top_k).view(shape.layers, -1, 1)
+    assert top_k.any()
     found = torch.stack([plan.scores(layer) for layer in range(shape.layers)])
-    torch.testing.assert_close(found, calibration.weights * floating, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, calibration.weights * top_k, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, small):
-    model, method = tiny(family), Method(once=True, retell=True, refine=False)
+    model, method = tiny(family), Method(prefill_compression=True, reconstruct=True, refine=False)
     calibration = Calibration(model, small, context=CONTEXT, method=method, progress=False)
     planned = [layer for layer, window in enumerate(calibration.replays[0].shape.windows) if window is None]
     need = calibration.need[planned].flatten(0, 1)
     for budget in (0.2, 0.4):
         plan = calibration.plan(budget)
-        assert plan.once
-        assert plan.retell == tuple(small("\n\nRepeat the previous context exactly.\n\n")["input_ids"])
+        assert plan.prefill_compression
+        assert plan.reconstruction_prompt == tuple(small("\n\nRepeat the previous context exactly.\n\n")["input_ids"])
         assert budget - 0.01 < plan.kept(CONTEXT) <= budget
         assert plan.calibration["replayed_loss"] is None
         assert plan.calibration["verified"]["kl_text"] > 0
@@ -144,17 +146,19 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
         for pattern, own in zip(rows, need, strict=True):
             if not pattern.full:
                 order = own.sort(descending=True).values
-                place = round(pattern.floating / CONTEXT * len(order))
+                place = round(pattern.top_k / CONTEXT * len(order))
                 edges += [(order[max(place - 3, 0)], order[min(place + 3, len(order) - 1)])]
         assert max(low for _, low in edges) <= min(high for high, _ in edges)
-    calibration.method = Method(once=True, retell=True, refine=False, need=False)
+    calibration.method = Method(prefill_compression=True, reconstruct=True, refine=False, need=False)
     plan = calibration.plan(0.3)
     assert len({head for row in plan.layers if row for head in (h.pattern for h in row)}) == 1
     assert 0.29 < plan.kept(CONTEXT) <= 0.3
-    assert plan.fit_values
-    calibration.method = Method(once=True, retell=True, refine=False, need=False, fit_values=False)
+    assert plan.refit_values
+    calibration.method = Method(
+        prefill_compression=True, reconstruct=True, refine=False, need=False, refit_values=False
+    )
     assert calibration.plan(0.3).layers == plan.layers
-    assert not calibration.plan(0.3).fit_values
+    assert not calibration.plan(0.3).refit_values
     assert all(head.pattern.full for layer in planned for head in calibration.plan(1.0).layers[layer])
     with pytest.raises(HeadsinkError, match=r"budget: 0.05 of 600 tokens is less than the smallest plan, 0.060"):
         calibration.plan(0.05)
@@ -162,12 +166,12 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_windows_can_count_positions_in_the_cache(budget, make):
-    method = Method(policy="streaming-llm", positions="cache")
+    method = Method(policy="streaming-llm", positions="cache-relative")
     plan = make(model=tiny("llama"), budget=budget, method=method)
-    assert plan.positions == "cache"
-    assert set(plan.counts()) == {f"4+0f+{int(budget * CONTEXT) - 4}"}
-    with pytest.raises(HeadsinkError, match="positions: only windows"):
-        Method(positions="cache")
+    assert plan.positions == "cache-relative"
+    assert set(plan.counts()) == {f"4+0k+{int(budget * CONTEXT) - 4}"}
+    with pytest.raises(HeadsinkError, match="positions: cache-relative positions need"):
+        Method(positions="cache-relative")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
@@ -178,7 +182,7 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
     def made(method, checkpoint=None):
         return Calibration(model, small, context=CONTEXT, method=method, checkpoint=checkpoint, progress=False)
 
-    calibration = made(Method(once=True, retell=True), file)
+    calibration = made(Method(prefill_compression=True, reconstruct=True), file)
     plan = calibration.plan(0.3)
     steps = [Step(**step) for step in json.loads(file.read_text())["steps"]]
     assert steps[-1].phase == "done"
@@ -187,25 +191,25 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
     ]
     assert 0.28 < plan.kept(CONTEXT) <= 0.3
     calibration.method, calibration.checkpoint = (
-        Method(once=True),
+        Method(prefill_compression=True),
         None,
     )  # a search after it is as one without it before
-    assert calibration.plan(0.3) == made(Method(once=True)).plan(0.3)
-    by_need = made(Method(once=True, retell=True, refine=False)).plan(0.3)
+    assert calibration.plan(0.3) == made(Method(prefill_compression=True)).plan(0.3)
+    by_need = made(Method(prefill_compression=True, reconstruct=True, refine=False)).plan(0.3)
     losses = []
     for tried in (by_need, plan):
         patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
         for replay in calibration.replays:
-            replay.set_told(demand(replay, calibration.prompt, whole=True))
+            replay.set_importance(demand(replay, calibration.prompt, whole=True))
         losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)
-    monkeypatch.setattr(calibrate_module, "tuned", None)  # all is done: nothing is tuned again
-    assert made(Method(once=True, retell=True), file).plan(0.3) == plan
+    monkeypatch.setattr(calibrate_module, "coordinate_descent", None)  # all is done: nothing is searched again
+    assert made(Method(prefill_compression=True, reconstruct=True), file).plan(0.3) == plan
     monkeypatch.undo()
     key = json.loads(file.read_text())["key"]
     file.write_text(json.dumps({"key": key, "steps": [asdict(step) for step in steps[:2]]}))
-    assert made(Method(once=True, retell=True), file).plan(0.3).calibration["verified"]["loss"] > 0
+    assert made(Method(prefill_compression=True, reconstruct=True), file).plan(0.3).calibration["verified"]["loss"] > 0
     resumed = [Step(**step) for step in json.loads(file.read_text())["steps"]]
     assert resumed[:2] == steps[:2]
     assert resumed[-1].loss <= steps[1].loss
@@ -217,16 +221,16 @@ def test_a_replay_is_what_the_cache_does(family, once, small):
     """A replay leaves nothing out if the document is read in full, or by the same keys and values: with patterns in the last
     layer alone."""
     model = tiny(family, dtype=torch.float64)
-    calibration = Calibration(model, small, context=CONTEXT, method=Method(once=once), progress=False)
+    calibration = Calibration(model, small, context=CONTEXT, method=Method(prefill_compression=once), progress=False)
     shape = describe(model)
     for pattern in (Pattern(4, 75, 32), Pattern(4, 20, 8), Pattern(0, 9, 0), Pattern(4, 0, 50)):
         rows = [None if window else [FULL] * shape.kv_heads for window in shape.windows]
         for layer in [n for n, row in enumerate(rows) if row] if once else [-1]:
             rows[layer] = [Pattern(4, 4, 16), pattern]
-        plan = Plan.of(model, rows, calibration.weights, once=once)
+        plan = Plan.of(model, rows, calibration.weights, prefill_compression=once)
         kl = calibration._verify(plan)
         assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed(calibration, rows), rel=1e-3)
-        other = calibration._verify(plan.model_copy(update={"once": not once}))
+        other = calibration._verify(plan.model_copy(update={"prefill_compression": not once}))
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 
 
@@ -370,7 +374,7 @@ def test_a_checkpoint_of_other_arguments_is_ignored(make, tmp_path):
         {"seed": 1},
         {"context": LEAST_CONTEXT + 10},
         {"method": Method(retrieval_weight=0.5)},
-        {"method": Method(once=True)},
+        {"method": Method(prefill_compression=True)},
     ]:
         make(**usual | other, checkpoint=file)
         steps = json.loads(file.read_text())["steps"]
@@ -442,7 +446,7 @@ def test_bad_arguments_are_named(make):
             f"context: {LEAST_CONTEXT - 1} tokens are too few: .*; give {LEAST_CONTEXT} to 1024",
         ),
         ({"context": 1025}, f"context: 1025 is over the model's maximum of 1024 tokens; give {LEAST_CONTEXT} to 1024"),
-        ({"context": (800, 700)}, "context: 800 to 700 is no range; the shorter length comes first"),
+        ({"context": (800, 700)}, "context: 800 to 700 is not a range; give the shorter length first"),
         ({"context": (700, 2000)}, "context: 2000 is over the model's maximum of 1024"),
         ({"quality_contexts": (300,)}, "quality_contexts: 300 tokens are too few: .*; give 512 to 1024"),
     ]:
@@ -452,7 +456,7 @@ def test_bad_arguments_are_named(make):
 
 
 def test_models_that_cannot_be_planned_are_refused(make):
-    with pytest.raises(HeadsinkError, match="every layer of this model slides by itself"):
+    with pytest.raises(HeadsinkError, match="every layer of this model has a sliding window"):
         make("mistral-sliding")
     model = tiny("gemma2")
     model.config._attn_implementation = "sdpa"  # transformers 5.24 has none for Gemma 2, and its setter says so itself

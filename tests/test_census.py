@@ -18,7 +18,7 @@ from headsink.data import corpus
 from headsink.models.spec import attention_modules, decoder, describe
 from headsink.utils.statistics import difference, interval, rank_correlation
 
-LIMITS = Thresholds(first=2, floating=3, tau=0.8, window=9)
+LIMITS = Thresholds(first=2, secondary=3, tau=0.8, window=9)
 LENGTHS = (2, 3, 7, 30, 61)
 
 
@@ -36,12 +36,12 @@ def learned_share(seen):
         seen.query[0].double(),
         seen.key[0].double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 0),
     )
-    if seen.learned is None:
+    if seen.sink_logits is None:
         return torch.zeros(query.shape[:2]).double()
     ages = torch.arange(query.shape[1])[:, None] - torch.arange(query.shape[1])
     hidden = (ages < 0) | (ages >= (seen.sliding or query.shape[1]))
     logits = (query @ key.transpose(1, 2) * seen.scaling).masked_fill(hidden, float("-inf"))
-    with_learned = torch.cat([logits, seen.learned.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
+    with_learned = torch.cat([logits, seen.sink_logits.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
     return with_learned.softmax(-1)[:, :, -1]
 
 
@@ -50,11 +50,11 @@ def whole_matrix(weights, seen, n):
     limits = LIMITS.at(n)
     value, output = seen.value[0, :, :n].double(), seen.output[0, :, :n].double()
     weights, n_heads, group = weights[:, :n, :n].double(), weights.shape[0], weights.shape[0] // value.shape[0]
-    learned = learned_share(seen)
+    sink_logits = learned_share(seen)
     norms, positions, d = value.norm(dim=-1), torch.arange(n), value.shape[2]
     short = norms.float() < limits.tau * norms.float().median(-1, keepdim=True).values
     short &= positions >= limits.first
-    floating = short & (short.cumsum(-1) <= limits.floating)  # the first of them
+    secondary = short & (short.cumsum(-1) <= limits.secondary)  # the first of them
     w_o = seen.module.o_proj.weight.double()
     rows = range(first_row(n), n)
     scores = {name: torch.zeros(n_heads).double() for name in statistics.SCORES}
@@ -65,7 +65,7 @@ def whole_matrix(weights, seen, n):
         of_layer = (w_o @ output[:, i].flatten()).square().sum()
         for h in range(n_heads):
             g, p = h // group, weights[h, i]
-            sink = (positions <= i) & ((positions < limits.first) | floating[g])
+            sink = (positions <= i) & ((positions < limits.first) | secondary[g])
             near = (i - positions < limits.window) & (positions <= i) & ~sink
             far = (positions <= i) & ~sink & ~near
             entropy = -sum(x * math.log(x) for x in (p / p.sum()).tolist() if x > 0)
@@ -75,7 +75,7 @@ def whole_matrix(weights, seen, n):
                 "local": p[near].sum(),
                 "far": p[far].sum(),
                 "far_peak": p[far].max() if far.any() else 0.0,
-                "learned": learned[h, i],
+                "learned": sink_logits[h, i],
                 "entropy": entropy,
                 "effective": math.exp(entropy),
                 "output": ((w_o[:, h * d : (h + 1) * d] @ output[h, i]).square().sum() / of_layer).sqrt(),
@@ -88,10 +88,10 @@ def whole_matrix(weights, seen, n):
             for k, w in enumerate(windows(n)):
                 wrong = torch.zeros(n_heads, d).double()
                 for h in range(n_heads):
-                    sink = (positions < limits.first) | (floating[h // group] & (kept == "floating"))
+                    sink = (positions < limits.first) | (secondary[h // group] & (kept == "secondary"))
                     mask = (positions <= i) & (sink | (i - positions < w))
                     p = weights[h, i] * mask
-                    wrong[h] = output[h, i] - (p / (p.sum() + learned[h, i]).clamp(min=1e-30)) @ value[h // group]
+                    wrong[h] = output[h, i] - (p / (p.sum() + sink_logits[h, i]).clamp(min=1e-30)) @ value[h // group]
                     lost = w_o[:, h * d : (h + 1) * d] @ wrong[h]
                     errors[kept][h, k] += lost.square().sum() / of_layer / len(rows)
                 for g in range(value.shape[0]):

@@ -51,7 +51,7 @@ def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_pat
     (tmp_path / "app" / "settings.json").write_text(settings_json)
     (tmp_path / "app" / "sub" / "thesis.tex").write_text("years of work")
     before = tree(tmp_path)
-    with pytest.raises(HeadsinkError, match="app is not a folder that a census left; name another one"):
+    with pytest.raises(HeadsinkError, match="app is not a checkpoint of a census; name another folder"):
         headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "app")
     assert tree(tmp_path) == before
 
@@ -195,7 +195,7 @@ def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_pa
     ("name", "number", "reason"),
     [
         ("0.16.top", 99, "0.16.top has a number outside -1 to 15"),
-        ("0.16.floating", 16, "0.16.floating has a number outside -1 to 15"),
+        ("0.16.secondary", 16, "0.16.secondary has a number outside -1 to 15"),
         ("0.ids", -1, "0.ids has a number outside 0 to"),
         ("0.ids", 999_999, "tokens.json: a token of text 0 is missing"),
     ],

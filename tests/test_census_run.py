@@ -15,7 +15,7 @@ from headsink.census.head_statistics import SCORES, distance_within
 from headsink.census.results import Census
 from headsink.census.roles import ROLES
 from headsink.census.run import analyze_again
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 
 
 class Letters:
@@ -119,7 +119,7 @@ def test_it_goes_on_where_it_was_stopped(model, census, tmp_path, monkeypatch):
     assert not same(other, census)  # another census does not take over what is there
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(HeadsinkError, match="not a folder that a census left"):
+    with pytest.raises(HeadsinkError, match="not a checkpoint of a census"):
         headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "mine")
 
 
@@ -164,11 +164,11 @@ def test_distances_are_quantiles_of_the_attention(census):
     assert (far <= 100).all()
 
 
-def test_floating_sinks_by_what_they_say(census):
+def test_secondary_sinks_by_what_they_say(census):
     drawn = drawing_tokens(census, 100)
     assert all(0 < row["share"] <= 1 for row in drawn)
     assert sum(row["share"] for row in drawn) <= 1 + 1e-3
-    for row in floating_tokens(census, 100):
+    for row in secondary_tokens(census, 100):
         assert 0 < row["taken"] <= 1
         assert row["value"] < 1  # they are short by definition
     found = stability(census, 100)

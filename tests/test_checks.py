@@ -12,11 +12,12 @@ from families import tiny
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.backends import attend_few, attend_table, attend_tiles
-from headsink.attention.kv_table import Field
-from headsink.attention.params import Softmax
-from headsink.attention.visibility import Sight
-from headsink.cache.kv_table import Layout
+from headsink.attention.backends import backend_of
+from headsink.attention.cpu.backend import attend_table
+from headsink.attention.kv_table import KVField
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility
+from headsink.cache.kv_table import KVTable
 from headsink.eviction.lifetimes import lifetimes
 from headsink.generation.decode import decoder, decoding
 from headsink.models.transformers_names import cache_argument
@@ -28,7 +29,7 @@ FEW = {
     "values": torch.randn(2, 3, 5, 8),
     "visible": FLAGS,
     "end": 5,
-    "softmax": Softmax(1.0),
+    "params": AttentionParams(1.0),
 }
 WRONG_FEW = {
     "another batch": {"query": torch.randn(3, 6, 1, 8)},
@@ -49,8 +50,8 @@ TILES = {
     "query": torch.randn(2, 6, 4, 8),
     "keys": torch.randn(6, 5, 8),
     "values": torch.randn(6, 5, 8),
-    "sight": Sight(UNTIL, 1, 0, 0, None, False, 0, 0),
-    "scaling": 1.0,
+    "visibility": KeyVisibility(UNTIL, 1, 0, 0, None, False, 0, 0),
+    "params": AttentionParams(1.0),
 }
 WRONG_TILES = {
     "another batch": {"query": torch.randn(4, 6, 4, 8)},
@@ -59,17 +60,25 @@ WRONG_TILES = {
     "another dtype": {"query": torch.randn(2, 6, 4, 8).bfloat16()},
     "narrow keys": {"keys": torch.randn(6, 5, 8).bfloat16()},
     "fewer values": {"values": torch.randn(6, 4, 8)},
-    "fewer ends": {"sight": Sight(UNTIL[:, :4], 1, 0, 0, None, False, 0, 0)},
-    "ends of fewer heads": {"sight": Sight(UNTIL[:3], 1, 0, 0, None, False, 0, 0)},
-    "more anchors than keys": {"sight": Sight(UNTIL, 1, 6, 0, None, False, 0, 0)},
+    "fewer ends": {"visibility": KeyVisibility(UNTIL[:, :4], 1, 0, 0, None, False, 0, 0)},
+    "ends of fewer heads": {"visibility": KeyVisibility(UNTIL[:3], 1, 0, 0, None, False, 0, 0)},
+    "more anchors than keys": {"visibility": KeyVisibility(UNTIL, 1, 6, 0, None, False, 0, 0)},
 }
+
+
+def decode(**given):
+    return backend_of(given["query"].device.type).decode(**given)
+
+
+def prefill(**given):
+    return backend_of(given["query"].device.type).prefill(**given)
 
 
 def put(given, wrong, device):
     """Arguments with some of them wrong, on a device."""
 
     def there(one):
-        if isinstance(one, Sight):
+        if isinstance(one, KeyVisibility):
             return dataclasses.replace(one, until=one.until.to(device))
         return one.to(device) if isinstance(one, torch.Tensor) else one
 
@@ -79,30 +88,30 @@ def put(given, wrong, device):
 @pytest.mark.parametrize("wrong", WRONG_FEW)
 def test_buffers_of_another_shape_are_refused(wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_few(**FEW | WRONG_FEW[wrong])
+        decode(**FEW | WRONG_FEW[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG_TILES)
 def test_tiles_of_another_shape_are_refused(wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_tiles(**TILES | WRONG_TILES[wrong])
+        prefill(**TILES | WRONG_TILES[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG_FEW)
 def test_buffers_of_another_shape_are_refused_on_a_gpu(device, wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_few(**put(FEW, WRONG_FEW[wrong], device))
+        decode(**put(FEW, WRONG_FEW[wrong], device))
 
 
 @pytest.mark.parametrize("wrong", WRONG_TILES)
 def test_tiles_of_another_shape_are_refused_on_a_gpu(device, wrong):
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_tiles(**put(TILES, WRONG_TILES[wrong], device))
+        prefill(**put(TILES, WRONG_TILES[wrong], device))
 
 
 def test_what_fits_is_attended_to(device):
-    assert attend_few(**put(FEW, {}, device)).shape == (2, 6, 1, 8)
-    assert attend_tiles(**put(TILES, {}, device)).shape == (2, 6, 4, 8)
+    assert decode(**put(FEW, {}, device)).shape == (2, 6, 1, 8)
+    assert prefill(**put(TILES, {}, device)).shape == (2, 6, 4, 8)
 
 
 def test_what_is_not_contiguous_is_made_so():
@@ -110,14 +119,14 @@ def test_what_is_not_contiguous_is_made_so():
         name: FEW[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "keys", "values", "visible")
     }
     assert not odd["keys"].is_contiguous()
-    torch.testing.assert_close(attend_few(**FEW | odd), attend_few(**FEW))
+    torch.testing.assert_close(decode(**FEW | odd), decode(**FEW))
     odd = {name: TILES[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "keys", "values")}
-    torch.testing.assert_close(attend_tiles(**TILES | odd), attend_tiles(**TILES))
+    torch.testing.assert_close(prefill(**TILES | odd), prefill(**TILES))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_a_table_of_other_rows_is_refused(rows):
-    table = np.zeros((4, len(Field)), np.int64)  # two rows of two KV heads
+    table = np.zeros((4, len(KVField)), np.int64)  # two rows of two KV heads
     new = torch.randn(rows, 2, 1, 8)
     with pytest.raises(HeadsinkError, match=r"^attention: "):
         attend_table(table, torch.randn(rows, 4, 1, 8), 1, 1.0, new, new)
@@ -129,7 +138,7 @@ def test_a_table_of_other_rows_is_refused(rows):
     ids=["head size", "dtype", "tokens", "heads"],
 )
 def test_a_new_token_of_another_shape_is_refused(new):
-    table = np.zeros((4, len(Field)), np.int64)
+    table = np.zeros((4, len(KVField)), np.int64)
     with pytest.raises(HeadsinkError, match=r"^attention: a new token"):
         attend_table(table, torch.randn(2, 4, 1, 8), 1, 1.0, new, new)
 
@@ -163,7 +172,7 @@ DAMAGE = {
     "no weights": lambda g: {"weights": g.weights[:0]},
     "weights of another head size": lambda g: {"weights": g.weights[:, :-1].contiguous()},
     "another length": lambda g: {"length": g.length + 1},
-    "too few slots in front": lambda g: {"anchors": g.anchors - 1},
+    "too few slots in front": lambda g: {"prefix_slots": g.prefix_slots - 1},
     "a ring that is too long": lambda g: {"window": 2000, "length": 1500},
     "heads twice": lambda g: {"heads": [1]},
 }
@@ -172,18 +181,18 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_table_is_made_of_sound_buffers_only(damage):
     groups = model_and_cache(rows=2)[2].layers[0].groups
-    Layout(groups, 1)
+    KVTable(groups, 1)
     for name, value in DAMAGE[damage](groups[0]).items():
         setattr(groups[0], name, value)
     with pytest.raises(HeadsinkError, match=r"^(cache|KV heads)"):
-        Layout(groups, 1)
+        KVTable(groups, 1)
 
 
 def test_a_step_takes_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
     with decoding(model, cache) as step:
         for rows in (1, 3):
-            with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: "):
+            with pytest.raises(HeadsinkError, match=r"^decode: sequences with new tokens: "):
                 step.run(torch.full((rows,), 5))
         with pytest.raises(HeadsinkError, match=r"^decode: positions: "):
             step.run(torch.tensor([5, 5]), torch.tensor([30]))
@@ -207,7 +216,7 @@ CHANGES = {
     "rows": lambda model, plan, cache: cache.batch_repeat_interleave(2),
     "order": lambda model, plan, cache: cache.reorder_cache(torch.tensor([0])),
     "reset": lambda model, plan, cache: cache.reset(),
-    "hold": lambda model, plan, cache: cache.hold(),
+    "hold": lambda model, plan, cache: cache.freeze(),
 }
 
 
@@ -216,13 +225,13 @@ def test_a_step_sees_that_its_cache_was_changed(change):
     model, plan, cache = model_and_cache(tokens=4 if change == "crop" else 30)
     step, rows = decoder(model, cache), 2 if change == "rows" else 1
     step.run(torch.tensor([5]))
-    step.settle()
+    step.start_evicting()
     with headsink.apply(model, plan), torch.no_grad():
         CHANGES[change](model, plan, cache)
-    with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by others"):
+    with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by other code"):
         step.run(torch.full((rows,), 6))
     if change == "reset":
-        with pytest.raises(HeadsinkError, match="holds a text"):
+        with pytest.raises(HeadsinkError, match="the cache is empty"):
             step.resume()
         return
     again = copy.deepcopy(cache)
@@ -255,12 +264,12 @@ def test_a_step_on_a_gpu_sees_the_same(device):
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, **cache_argument(cache))
         step = Decoder(model, cache)
-        with pytest.raises(HeadsinkError, match=r"^decode: texts that tokens are given of: \(1,\), and must be \(2,\)"):
+        with pytest.raises(HeadsinkError, match=r"^decode: sequences with new tokens: \(1,\), and must be \(2,\)"):
             step.run(ids[:1, 0])
         with pytest.raises(HeadsinkError, match="several tokens at once"):
             step.read(ids[:, :2])
         cache.reorder_cache(torch.tensor([1, 0], device=device))
-        with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by others"):
+        with pytest.raises(HeadsinkError, match=r"^decode: the cache was changed by other code"):
             step.run(ids[:, 0])
         step.resume()
         model.bfloat16()
@@ -272,21 +281,21 @@ def test_a_step_on_a_gpu_sees_the_same(device):
 
 
 def test_kernels_of_a_gpu_take_tables_of_their_own_rows(device):
-    from headsink.attention.cuda.append import enter, hide
+    from headsink.attention.cuda.append import append_keys, hide
     from headsink.attention.cuda.decode import attend
 
-    table = torch.zeros(2, 3, len(Field), dtype=torch.int64, device=device)
+    table = torch.zeros(2, 3, len(KVField), dtype=torch.int64, device=device)
     length = torch.zeros(1, dtype=torch.int64, device=device)
     new, query = torch.randn(2, 3, 1, 8, device=device), torch.randn(2, 6, 1, 8, device=device)
     for wrong in (new[:1], new[:, :2].contiguous(), torch.cat([new, new])):
         with pytest.raises(HeadsinkError, match=r"^attention: the table"):
-            enter(wrong, wrong, table, length)
+            append_keys(wrong, wrong, table, length)
     for wrong in (new.bfloat16(), new[..., :4].contiguous()):
         with pytest.raises(HeadsinkError, match=r"^cache: new keys and values"):
-            enter(new, wrong, table, length)
+            append_keys(new, wrong, table, length)
     sideways = torch.randn(3, 2, 1, 8, device=device).transpose(0, 1)
     with pytest.raises(HeadsinkError, match=r"^cache: new keys and values"):
-        enter(sideways, sideways, table, length)
+        append_keys(sideways, sideways, table, length)
     for wrong in (query[:1], query[:, :5].contiguous()):
         with pytest.raises(HeadsinkError, match=r"^attention: "):
             attend(wrong, table, length, 1.0)

@@ -184,19 +184,19 @@ def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
 
 
 def test_a_plan_for_contexts_that_are_compressed_once(run, tiny_folder, tmp_path):
-    words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--once")
+    words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--prefill-compression")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
-    assert Plan.load(tmp_path / "plan.json").once
+    assert Plan.load(tmp_path / "plan.json").prefill_compression
 
 
 def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
-    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--retell")
+    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--reconstruct")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
     made = Plan.load(tmp_path / "plan.json")
-    assert made.once
-    assert made.retell
+    assert made.prefill_compression
+    assert made.reconstruction_prompt
     assert made.quality
     status, _, err = run(
         "generate", tiny_folder, "--prompt", "a box " * 200, "--plan", tmp_path / "plan.json", "--max-new-tokens", "5"
@@ -204,7 +204,7 @@ def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
     assert status == 0, err
     status, _, err = run("plan", tiny_folder, *words, "--policy", "on-off", "--out", tmp_path / "other.json")
     assert status == 2
-    assert "retell: contexts that are compressed once" in err
+    assert "reconstruct: it needs prefill_compression" in err
 
 
 def test_plan_then_generate(run, tiny_folder, tmp_path):
@@ -244,7 +244,9 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("raw", [(), ("--raw",)])
-@pytest.mark.parametrize("way", [{}, {"once": True}, {"once": True, "retell": (7, 8, 9)}])
+@pytest.mark.parametrize(
+    "way", [{}, {"prefill_compression": True}, {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}]
+)
 def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
     """The answers are those of the document and the question given together."""
     model, _ = headsink.load(tiny_folder, device="cpu", dtype="float32")
@@ -370,10 +372,10 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
         (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
-        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is no range"),
+        (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is not a range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),
-        (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither text nor cache"),
-        (["plan", "TINY", "--positions", "cache"], "positions: only windows can count them in the cache"),
+        (["plan", "TINY", "--positions", "here"], "positions: 'here' is neither absolute nor cache-relative"),
+        (["plan", "TINY", "--positions", "cache-relative"], "positions: cache-relative positions need the policy"),
         (["plan", "TINY", "--frontier", "file"], "it is a file"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "a,b"], "not a list of numbers"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),
@@ -715,6 +717,6 @@ def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
     done = list(kept.glob("*.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"going on: {len(done)} of 8 texts are done" in again.stderr
+    assert f"continuing: {len(done)} of 8 texts are done" in again.stderr
     assert json.loads(again.stdout)["folder"] == str(tmp_path / "census")
     assert [path.name for path in tmp_path.iterdir()] == ["census"]

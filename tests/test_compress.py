@@ -36,7 +36,7 @@ def test_what_follows_equals_the_reference(family, sizes, padding):
         if padding and context < 14:
             continue  # a row would be padding only
         plan = random_plan(model, seed)
-        expected = reference_logits(model, plan, ids, mask, hold=context, once=True)
+        expected = reference_logits(model, plan, ids, mask, freeze=context, prefill_compression=True)
         cache, _, _ = compressed(model, plan, ids[:, :context], None if mask is None else mask[:, :context])
         start, left = context, list(sizes)
         with headsink.apply(model, plan), torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_cache_of_another_model_or_without_its_sliding_layers_is_refused(famil
     with pytest.raises(HeadsinkError, match="for other weights"):
         headsink.compress(tiny(family, 1), Plan.full(model), cache)
     if family == "gemma3":
-        with pytest.raises(HeadsinkError, match="slide by themselves: make the cache"):
+        with pytest.raises(HeadsinkError, match="this model has sliding-window layers: make the cache"):
             headsink.compress(model, Plan.full(model), cache)
 
 
@@ -114,8 +114,8 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused():
         with pytest.raises(HeadsinkError, match=said):
             headsink.compress(model, Plan.full(model), cache, mask)
         assert cache.get_seq_length() == 9  # nothing was taken from it
-    once = Plan.full(model).model_copy(update={"once": True, "retell": (7, 8)})
+    once = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8)})
     with pytest.raises(
-        HeadsinkError, match=r"input_ids: \[1, 9\]; this plan tells the context again, the \[2, 9\] tokens"
+        HeadsinkError, match=r"input_ids: \[1, 9\]; this plan reconstructs the context, the \[2, 9\] tokens"
     ):
         headsink.compress(model, once, cache, input_ids=whole[:1])

@@ -5,7 +5,18 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from headsink.calibration.allocation import FACTORS, FEW, LEAST, NONE, RECENT, SWEEPS, Deal, moved, needed, tuned
+from headsink.calibration.allocation import (
+    FACTORS,
+    FEW,
+    LEAST,
+    NONE,
+    RECENT,
+    SWEEPS,
+    Allocation,
+    allocate,
+    coordinate_descent,
+    transfer,
+)
 
 some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -13,7 +24,7 @@ some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: to
 @pytest.mark.parametrize("share", [0.03, 0.25, 0.7, 1.0])
 def test_need_lets_the_most_needed_keys_of_all_heads_stay(share):
     need = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
-    found = needed(need, share)
+    found = allocate(need, share)
     ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most needed
     stay = ranks < need.numel() - 1 - int((1 - share) * (need.numel() - 1))
     assert torch.equal(found, stay.double().mean(-1))
@@ -25,7 +36,7 @@ def test_need_lets_the_most_needed_keys_of_all_heads_stay(share):
 def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, factor):
     head %= len(shares)
     assume(shares.mean() > 0.01)
-    found = moved(shares, head, factor)
+    found = transfer(shares, head, factor)
     own = min(1.0, factor * max(float(shares[head]), LEAST * float(shares.mean())))
     rest = [n for n in range(len(shares)) if n != head]
     if found is None:
@@ -44,7 +55,7 @@ def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, 
 
 def deal(*shares, recent=0.0):
     shares = torch.tensor(shares, dtype=torch.float64)
-    return Deal(shares, torch.full_like(shares, recent))
+    return Allocation(shares, torch.full_like(shares, recent))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -59,8 +70,8 @@ def test_numbers_find_a_loss_that_depends_on_them(seed):
         calls.append(float((weights / (deal.shares + 1e-3)).sum()))
         return calls[-1]
 
-    found = tuned(start, loss, lambda reached, low: steps.append((reached, low)))
-    low, least, first = loss(found), loss(Deal(best, start.recent)), calls[0]
+    found = coordinate_descent(start, loss, lambda reached, low: steps.append((reached, low)))
+    low, least, first = loss(found), loss(Allocation(best, start.recent)), calls[0]
     assert low == min(calls[:-2])
     assert low - least < 0.1 * (first - least) + 0.02 * least
     assert len(calls) <= 1 + SWEEPS * 4 * (len(FACTORS) + len(RECENT)) + 2
@@ -75,7 +86,7 @@ def test_heads_get_last_keys_where_those_are_what_they_need():
     def loss(deal):
         return float(((deal.recent - wanted) ** 2).sum() + (deal.shares[0] - 0.4).abs())
 
-    found = tuned(deal(0.2, 0.2, 0.2), loss, lambda reached, low: None)
+    found = coordinate_descent(deal(0.2, 0.2, 0.2), loss, lambda reached, low: None)
     assert torch.equal(found.recent, wanted)
     assert float(found.shares[0]) == pytest.approx(0.4)
     assert float(found.shares.sum()) == pytest.approx(0.6)
@@ -87,7 +98,7 @@ def test_numbers_that_are_best_already_stay():
     def loss(deal):
         return float((deal.shares - start.shares).abs().sum() + (deal.recent - start.recent).abs().sum())
 
-    found = tuned(start, loss, lambda reached, low: None)
+    found = coordinate_descent(start, loss, lambda reached, low: None)
     assert torch.equal(found.shares, start.shares)
     assert torch.equal(found.recent, start.recent)
     assert len(start.shares) <= FEW

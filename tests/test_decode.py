@@ -28,12 +28,12 @@ def prompt(tokens, seed=0):
 
 def held(group):
     """Scores, and what is in the anchors and in the ring: one cache may have made more room ahead than another."""
-    ring = slice(group.anchors, group.anchors + group._held())
+    ring = slice(group.prefix_slots, group.prefix_slots + group._held())
     buffers = group.keys, group.values, group.visible
-    floating = int((group.scores[0, 0] > float("-inf")).sum())
+    top_k = int((group.scores[0, 0] > float("-inf")).sum())
     return [
-        group.scores[..., :floating],
-        *(b[:, :, : group.pattern.sink + floating] for b in buffers),
+        group.scores[..., :top_k],
+        *(b[:, :, : group.pattern.sink + top_k] for b in buffers),
         *(b[:, :, ring] for b in buffers),
     ]
 
@@ -52,7 +52,7 @@ def test_tokens_give_what_the_model_gives(family, length):
     for seed in range(3):
         model = tiny(family, seed=seed)
         plan, ids = random_plan(model, seed), prompt(length + 2 * AHEAD + 5, seed)
-        if seed == 2:  # floating keys whose slots grow with the text
+        if seed == 2:  # top-k keys whose slots grow with the text
             plan = random_plan(model, seed, lambda _: Pattern(2, 200, 9))
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
@@ -326,7 +326,7 @@ def test_under_autocast_and_in_inference_mode():
         assert torch.equal(generate(do_sample=False, **DECODE), generate(do_sample=False))
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in refusal(model)
-        with pytest.raises(HeadsinkError, match="it does not follow"):
+        with pytest.raises(HeadsinkError, match="it does not support"):
             generate(do_sample=False, **DECODE)
 
 
@@ -352,7 +352,7 @@ RIGHT[0, -4:], LEFT[0, :4] = 0, 0
         (LEFT[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
         (ROWS[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
         (LEFT[:1], r"its shape is \[1, 30\] and must be \[2, 30\]"),
-        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 texts with 30 new tokens"),
+        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 sequences with 30 new tokens"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, said):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import INSTALLED, browser
+from browser import browser, needs_browser
 from safetensors.torch import save_file
 
 from headsink.cli import main
@@ -116,7 +116,7 @@ def test_it_is_said_before_the_work_that_nothing_can_be_written_there():
 
 
 OWN = {
-    "plan": '{\n "schema_version": 3,\n "headsink": "0.1.0",\n "model": {}}',
+    "plan": '{\n "schema_version": 4,\n "headsink": "0.1.0",\n "model": {}}',
     "with a byte order mark": '\ufeff{"headsink": "0.1.0"}',
     "results": json.dumps({"what": "x", "command": "python x", "versions": {"headsink": "0.1.0"}}),
     "from sources": json.dumps({"what": "x", "versions": {"headsink": None}}),
@@ -315,7 +315,7 @@ def write_hostile_frontier(folder):
     point["retrieval"] = [{"asked": 4, "right_plan": 3, "right_full": 4}]
     points = [point, point | {"budget": 0.7, "kept": 0.7}]
     advice = "</script><script>document.title = 'theirs'</script>"
-    frontier_report.write_frontier({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
+    frontier_report.write_chart({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
 
 
 def test_the_chart_of_a_frontier_runs_no_scripts_of_others(tmp_path):
@@ -326,7 +326,7 @@ def test_the_chart_of_a_frontier_runs_no_scripts_of_others(tmp_path):
     assert files.is_own(tmp_path / "frontier.html")
 
 
-@pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
+@needs_browser
 def test_the_chart_of_a_frontier_is_drawn_in_a_browser(tmp_path):
     write_hostile_frontier(tmp_path)
     with browser(tmp_path / "profile") as opened:

@@ -30,8 +30,8 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.kv_table import Field
-from headsink.cache.kv_table import Layout
+from headsink.attention.kv_table import KVField
+from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.pattern import FOREVER
 from headsink.generation.decode import decoding, refusal
@@ -110,13 +110,13 @@ def tokens(rows, count, seed=0):
 def read(family, dtype, plan, ids, mask=None, exact=True, held=False):
     """A model, a cache that holds the text, and the text."""
     loaded = model(family, dtype)
-    if plan.once:
+    if plan.prefill_compression:
         full = DynamicCache(config=loaded.config)
         loaded(ids, past_key_values=full)
         return loaded, headsink.compress(loaded, plan, full), ids
     cache = headsink.new_cache(loaded, plan, exact)
     if held:
-        cache.hold()
+        cache.freeze()
     with headsink.apply(loaded, plan):
         options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         loaded(ids, past_key_values=cache, **options)
@@ -132,7 +132,7 @@ def prefixes():
     bases = [
         *(read("llama", dtype, random_plan(llama, seed), tokens(1, 61)) for seed, dtype in ((1, wide), (2, half))),
         read("llama", wide, random_plan(llama, 3), tokens(3, 61), mask),
-        read("llama", half, random_plan(llama, 4).model_copy(update={"once": True}), tokens(2, 61)),
+        read("llama", half, random_plan(llama, 4).model_copy(update={"prefill_compression": True}), tokens(2, 61)),
         read("llama", wide, random_plan(llama, 5), tokens(1, 9)),
         read("llama", half, window_plan(llama, 1), tokens(2, 61)),
         read("llama", wide, random_plan(llama, 6), tokens(1, 20), held=True),
@@ -157,7 +157,7 @@ def plans():
     found = [
         (llama, random_plan(llama, 1), fields),
         (model("llama", torch.bfloat16), random_plan(llama, 2), {}),
-        (llama, random_plan(llama, 3), {**fields, "once": True, "retell": (7, 8, 9)}),
+        (llama, random_plan(llama, 3), {**fields, "prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}),
         (llama, window_plan(llama, 4), fields),
         (gemma, random_plan(gemma, 5), {}),
     ]
@@ -323,16 +323,16 @@ def check_bounds(cache):
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):
             assert {group.length for group in layer.groups} == {layer.seen} == {cache.get_seq_length()}
-            table = Layout(layer.groups, 1).at(layer.seen)
+            table = KVTable(layer.groups, 1).at(layer.seen)
             layer.layout = None
             for group in layer.groups:
                 own, slots = table[:, group.heads], group.keys.shape[2]
                 assert group.keys.shape == group.values.shape == (*group.visible.shape, group.keys.shape[3])
-                assert (own[..., Field.END] <= slots).all()
-                assert (own[..., Field.SLOT] < slots).all()
+                assert (own[..., KVField.END] <= slots).all()
+                assert (own[..., KVField.SLOT] < slots).all()
                 if group.window is not None and layer.seen >= group.window:
-                    assert (own[..., Field.SINK] + own[..., Field.FLOATING] <= slots).all()
-                    assert (own[..., Field.WINDOW] < FOREVER).all()
+                    assert (own[..., KVField.SINK] + own[..., KVField.TOP_K] <= slots).all()
+                    assert (own[..., KVField.WINDOW] < FOREVER).all()
 
 
 @torch.no_grad()
@@ -363,7 +363,7 @@ def try_plan(rng, folder):
         cache = headsink.new_cache(loaded, plan)
         loaded(tokens(2, 40), past_key_values=cache)
         run(loaded, cache, 2)
-    if plan.once:
+    if plan.prefill_compression:
         full = DynamicCache(config=loaded.config)
         loaded(tokens(1, 40), past_key_values=full)
         run(loaded, headsink.compress(loaded, plan, full, input_ids=tokens(1, 40)), 1)
@@ -432,7 +432,7 @@ def test_a_mutated_file_is_refused_or_runs(kind, outcomes):
 @torch.no_grad()
 def test_a_streaming_plan_takes_memory_for_the_positions_that_it_reaches_only():
     loaded = model("llama", torch.float32)
-    plan = Plan.uniform(loaded, Pattern(4, 0, loaded.config.max_position_embeddings - 4), positions="cache")
+    plan = Plan.uniform(loaded, Pattern(4, 0, loaded.config.max_position_embeddings - 4), positions="cache-relative")
     text, longer = tokens(1, 20), tokens(1, 100, seed=1)
     cache, same = headsink.new_cache(loaded, plan), headsink.new_cache(loaded, plan)
     with headsink.apply(loaded, plan):

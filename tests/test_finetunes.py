@@ -275,7 +275,7 @@ def test_another_class_of_the_same_shape_is_named_and_allowed():
     [
         ("llama-mha", "the plan is for another model: kv_heads is 4 here and 2 in the plan"),
         ("qwen3", "the plan is for another model: head_dim is 16 here and 12 in the plan"),
-        ("mistral-sliding", "layers.0: this layer of the model slides by itself"),
+        ("mistral-sliding", "layers.0: this layer of the model has its own sliding window"),
         ("gemma3", "head_dim is 16"),
     ],
 )
@@ -287,13 +287,18 @@ def test_a_model_of_another_shape_is_refused_all_the_same(family, reason):
 
 
 def test_what_a_plan_asks_for_must_be_there_too():
-    plan = Plan.uniform(tiny("llama"), Pattern(), once=True, retell=(5, 211))
+    plan = Plan.uniform(tiny("llama"), Pattern(), prefill_compression=True, reconstruction_prompt=(5, 211))
     for use in (plan.check, plan.for_model):
-        with pytest.raises(HeadsinkError, match="retell: 211 is no token of this model, which has 0 to 210"):
+        with pytest.raises(
+            HeadsinkError, match="reconstruction_prompt: 211 is no token of this model, which has 0 to 210"
+        ):
             use(tiny("llama"))
-    assert Plan.uniform(tiny("llama"), Pattern(), once=True, retell=(5, 210)).check(tiny("llama"))
+    assert Plan.uniform(tiny("llama"), Pattern(), prefill_compression=True, reconstruction_prompt=(5, 210)).check(
+        tiny("llama")
+    )
     assert (
-        Plan.uniform(tiny("llama"), Pattern(1, 0, 4), positions="cache").for_model(tiny("mistral")).positions == "cache"
+        Plan.uniform(tiny("llama"), Pattern(1, 0, 4), positions="cache-relative").for_model(tiny("mistral")).positions
+        == "cache-relative"
     )
 
 

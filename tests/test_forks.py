@@ -15,18 +15,19 @@ import multiprocessing, threading
 import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
-from headsink.decode import decoding
-from headsink.attention.backends import Softmax, attend_few
+from headsink.generation.decode import decoding
+from headsink.attention.backends import AttentionParams, backend_of
 from plans import random_plan
 
 context = multiprocessing.get_context("fork")
 model, ids = tiny("llama"), torch.arange(3, 33)[None]
 plan = Plan.of(model, [[Pattern(1, 0, 4)] * 2] * 3)
-counted_in_cache = plan.model_copy(update={"positions": "cache"})  # which no kernel does
+counted_in_cache = plan.model_copy(update={"positions": "cache-relative"})  # which no kernel does
 key = torch.randn(1, 2, 5, 8)
 
 def kernel():
-    return attend_few(key[:, :, :1], key, key, torch.ones(1, 2, 5, dtype=torch.bool), 5, Softmax(1.0)).shape[1]
+    visible = torch.ones(1, 2, 5, dtype=torch.bool)
+    return backend_of("cpu").decode(key[:, :, :1], key, key, visible, 5, AttentionParams(1.0)).shape[1]
 
 def under(plan, **options):
     with apply(model, plan), torch.no_grad():

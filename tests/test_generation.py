@@ -15,29 +15,29 @@ from headsink.generation.templates import MARK, document_prompt, encode
 from headsink.models.transformers_names import cache_argument
 
 
-def follows(model, plan, ids, answer, hold):
-    """Whether an answer at the end of `ids` is the reference's greedy one, nothing being let go from column `hold` on."""
-    logits = reference_logits(model, plan, torch.tensor([ids]), hold=hold, once=hold is not None)[
+def follows(model, plan, ids, answer, freeze):
+    """Whether an answer at the end of `ids` is the reference's greedy one, nothing being let go from column `freeze` on."""
+    logits = reference_logits(model, plan, torch.tensor([ids]), freeze=freeze, prefill_compression=freeze is not None)[
         0, -len(answer) - 1 : -1
     ]
     return logits.argmax(-1).tolist() == answer
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 50])
-@pytest.mark.parametrize("hold", [False, True])
-def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, tokens, hold):
+@pytest.mark.parametrize("freeze", [False, True])
+def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, tokens, freeze):
     model = tiny("llama", dtype=torch.float64)
-    plan = random_plan(model, 4).model_copy(update={"once": hold})
+    plan = random_plan(model, 4).model_copy(update={"prefill_compression": freeze})
     ids = torch.randint(3, 211, (tokens,)).tolist()
     done = generate(model, tokenizer, ids, plan, max_new_tokens=30)
     assert done.prompt_tokens == tokens
     assert len(done.ids) == 30
-    assert follows(model, plan, ids + done.ids, done.ids, tokens - 1 if hold else None)
+    assert follows(model, plan, ids + done.ids, done.ids, tokens - 1 if freeze else None)
 
 
 def test_a_prompt_is_told_again(tokenizer):
     model = tiny("llama", dtype=torch.float64)
-    plan = random_plan(model, 4).model_copy(update={"once": True, "retell": (7, 8, 9)})
+    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)})
     ids = torch.randint(3, 211, (50,)).tolist()
     done = generate(model, tokenizer, ids, plan, max_new_tokens=12)
     before, full = torch.tensor([ids[:-1]]), DynamicCache(config=model.config)
@@ -47,13 +47,13 @@ def test_a_prompt_is_told_again(tokenizer):
     with headsink.apply(model, plan), torch.no_grad():
         logits = model(torch.tensor([ids[-1:] + done.ids[:-1]]), **cache_argument(cache)).logits
     assert logits[0].argmax(-1).tolist() == done.ids
-    other = generate(model, tokenizer, ids, plan.model_copy(update={"retell": ()}), max_new_tokens=12)
+    other = generate(model, tokenizer, ids, plan.model_copy(update={"reconstruction_prompt": ()}), max_new_tokens=12)
     assert other.ids != done.ids
 
 
 def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
-    plan = random_plan(model, 4).model_copy(update={"once": True})
+    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
     talk = Conversation(model, tokenizer, plan, max_new_tokens=8)
     first = talk.ask("What is in the box? " * 20)
     cache = talk.cache
@@ -71,7 +71,7 @@ def test_lossless_generation_is_the_models_own(tiny_folder):
     assert len(done.steps_s) == 11
     assert done.acceptance is None or 0 <= done.acceptance <= 1
     assert done.kv_bytes > own.kv_bytes  # both caches
-    with pytest.raises(HeadsinkError, match="lossless: give a plan that drafts"):
+    with pytest.raises(HeadsinkError, match="lossless: give a plan for the draft"):
         generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)
 
 
@@ -114,7 +114,7 @@ def test_a_cache_that_one_text_cannot_follow_is_refused(tokenizer):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     for rows, given, said in (
-        (slice(2), {}, "cache: it holds 2 texts; give the cache of one"),
+        (slice(2), {}, "cache: it holds 2 sequences; give the cache of one"),
         (
             slice(1),
             {"attention_mask": mask[:1], "position_ids": (mask[:1].cumsum(1) - 1).clamp(min=0)},

@@ -14,12 +14,12 @@ from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.utils import device as gpu
 
 census = pytest.importorskip("headsink.attention.cuda.statistics")  # triton may not be there
-LIMITS = Thresholds(first=2, floating=9, tau=0.8, window=9)
+LIMITS = Thresholds(first=2, secondary=9, tau=0.8, window=9)
 CASES = {
     "group-of-two": {"length": 77},
-    "group-of-three": {"length": 77, "kv_heads": 1, "group": 3, "learned": True},
+    "group-of-three": {"length": 77, "kv_heads": 1, "group": 3, "sink_logits": True},
     "mha-80": {"length": 77, "kv_heads": 3, "group": 1, "dim": 80},
-    "sliding": {"length": 77, "sliding": 20, "learned": True},
+    "sliding": {"length": 77, "sliding": 20, "sink_logits": True},
     "capped": {"length": 50, "softcap": 3.0, "dim": 96},
     "few-queries": {"length": 300, "kv_heads": 1, "queries": 21},
     "few-queries-sliding": {"length": 300, "kv_heads": 1, "queries": 21, "sliding": 130},
@@ -38,7 +38,7 @@ def seen(
     dtype=torch.float32,
     sliding=None,
     softcap=None,
-    learned=False,
+    sink_logits=False,
 ):
     """What a layer of random weights computed with: more tokens than will be read, some of them with a short value."""
     heads, more = kv_heads * group, length + 3
@@ -52,7 +52,7 @@ def seen(
     module.o_proj = torch.nn.Linear(heads * dim, 32, bias=False).to(device)
     module.config = SimpleNamespace(num_key_value_heads=kv_heads, num_attention_heads=heads)
     query, key, value = (t.to(device, dtype) for t in (query, key, value))
-    logits = torch.randn(heads).to(device) if learned else None
+    logits = torch.randn(heads).to(device) if sink_logits else None
     inputs = Inputs(module, 0, query, key, value, dim**-0.5, sliding, softcap, logits)
     return Seen(**vars(inputs), output=attention(inputs))
 
@@ -69,7 +69,7 @@ def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
     assert ran
     monkeypatch.setattr(gpu, "DEVICES", set())
     expected = head_statistics(layer, length, LIMITS, queries)
-    assert expected.floating.any() or length < 3
+    assert expected.secondary.any() or length < 3
     rounded = case.get("dtype", torch.float32) != torch.float32
     for field in fields(expected):
         one, other = getattr(found, field.name), getattr(expected, field.name)
@@ -97,7 +97,7 @@ def test_a_run_gives_what_the_run_before_gave(device):
 SCRIPT = """
 import torch
 from headsink.attention.chunked import Inputs
-from headsink.utils.device import census
+from headsink.attention.cuda import statistics as census
 
 length = 2048
 for dtype in (torch.bfloat16, torch.float32):

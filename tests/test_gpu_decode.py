@@ -16,7 +16,7 @@ from waiting import Waiting
 
 from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
 from headsink.attention.cuda.decode import attend
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 from headsink.generation.decode import decoding, refusal
 from headsink.generation.speculative import Speculation, kept
 from headsink.generation.step_cuda import Decoder
@@ -25,20 +25,20 @@ from headsink.models.transformers_names import cache_argument
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def slow(query, keys, values, visible, scaling, softcap, learned, turned=None, sink=0):
+def slow(query, keys, values, visible, scaling, softcap, sink_logits, rotated=None, sink=0):
     """query: [group, tokens, dim] over the keys of one head. Returns output and log-sum-exp in float64."""
     tokens, n_keys = query.shape[1], len(keys)
     logits = query.double() @ keys.double().T * scaling
-    if turned is not None:
-        logits[..., :sink] = turned.double() @ keys[:sink].double().T * scaling
+    if rotated is not None:
+        logits[..., :sink] = rotated.double() @ keys[:sink].double().T * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     slots = torch.arange(n_keys, device=keys.device)
     ends = n_keys - tokens + torch.arange(tokens, device=keys.device)[:, None]
     logits = logits.masked_fill(~(visible & (slots <= ends)), float("-inf"))
     lse = logits.logsumexp(-1)
-    if learned is not None:
-        logits = torch.cat([logits, learned.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
+    if sink_logits is not None:
+        logits = torch.cat([logits, sink_logits.double()[:, None, None].expand(*logits.shape[:2], 1)], -1)
     return logits.softmax(-1).nan_to_num(0.0)[..., :n_keys] @ values.double(), lse
 
 
@@ -49,21 +49,21 @@ def slow(query, keys, values, visible, scaling, softcap, learned, turned=None, s
         ([[100, 300]], 3, 1, 64, 4, {}),
         ([[1, 5, 200], [700, 64, 65]], 4, 1, 80, 5, {}),
         ([[3, 5, 200], [270, 64, 65]], 2, 3, 96, 7, {"softcap": 0.8}),
-        ([[0, 64]], 2, 1, 128, 7, {"learned": True}),
-        ([[0, 0]], 2, 1, 16, 3, {"learned": True}),
-        ([[130]], 1, 1, 256, 4, {"softcap": 3.0, "learned": True}),
+        ([[0, 64]], 2, 1, 128, 7, {"sink_logits": True}),
+        ([[0, 0]], 2, 1, 16, 3, {"sink_logits": True}),
+        ([[130]], 1, 1, 256, 4, {"softcap": 3.0, "sink_logits": True}),
         ([[130], [1], [1]], 1, 5, 192, 1, {}),
         ([[300, 70], [1, 200]], 2, 1, 64, 4, {"padded": True}),
-        ([[300, 70], [1, 200]], 2, 1, 64, 4, {"turned": True}),
+        ([[300, 70], [1, 200]], 2, 1, 64, 4, {"rotated": True}),
     ],
     ids=str,
 )
 def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens, dim, programs, options):
     texts, heads = len(sizes), len(sizes[0])
     query = (torch.randn(texts, heads * group, tokens, dim) * 2).to(device, dtype)
-    learned = torch.randn(heads * group, device=device) if options.get("learned") else None
-    turned = torch.randn_like(query) if options.get("turned") else None
-    table = torch.zeros(texts, heads, len(Field), dtype=torch.int64)
+    sink_logits = torch.randn(heads * group, device=device) if options.get("sink_logits") else None
+    rotated = torch.randn_like(query) if options.get("rotated") else None
+    table = torch.zeros(texts, heads, len(KVField), dtype=torch.int64)
     buffers, expected, expected_lse = [], [], []
     for text in range(texts):
         for head in range(heads):
@@ -72,25 +72,27 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
             keys[size:] = values[size:] = float("nan")  # of which nothing may be read
             visible = torch.rand(size + spare).to(device) < 0.8
             buffers.append((keys, values, visible))
-            for field, buffer in zip((Field.KEYS, Field.VALUES, Field.VISIBLE), buffers[-1], strict=True):
+            for field, buffer in zip((KVField.KEYS, KVField.VALUES, KVField.VISIBLE), buffers[-1], strict=True):
                 table[text, head, field] = buffer.data_ptr()
             pad = int(torch.randint(size + 1, ())) if options.get("padded") else 0
             visible[:pad] = False
             keys[: pad // 128 * 128] = float("nan")  # whole tiles of padding are not read
-            table[text, head, Field.WINDOW], table[text, head, Field.PAD] = (1000 if pad else size), pad
+            table[text, head, KVField.WINDOW], table[text, head, KVField.PAD] = (1000 if pad else size), pad
             if pad:  # a head that has let nothing go
-                table[text, head, Field.START] = 1000 - size
-                table[text, head, Field.PAD] += 1000 - size
+                table[text, head, KVField.START] = 1000 - size
+                table[text, head, KVField.PAD] += 1000 - size
             own = slice(head * group, (head + 1) * group)
             given = query[text, own], keys[:size], values[:size], visible[:size], dim**-0.5
             given = tuple(t.nan_to_num(0.0) if torch.is_tensor(t) else t for t in given)
-            sink = table[text, head, Field.SINK] = min(size, 5 + head)
-            extra = (t if t is None else t[own] for t in (learned, None if turned is None else turned[text]))
+            sink = table[text, head, KVField.SINK] = min(size, 5 + head)
+            extra = (t if t is None else t[own] for t in (sink_logits, None if rotated is None else rotated[text]))
             found = slow(*given, options.get("softcap"), *extra, sink)
             expected.append(found[0])
             expected_lse.append(found[1])
     length = torch.tensor([1000 - tokens], device=device)
-    output, lse = attend(query, table.to(device), length, dim**-0.5, options.get("softcap"), learned, turned, programs)
+    output, lse = attend(
+        query, table.to(device), length, dim**-0.5, options.get("softcap"), sink_logits, rotated, programs
+    )
     error = TYPES[dtype]
     torch.testing.assert_close(output.double(), torch.stack(expected).view_as(output), atol=error, rtol=error)
     torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
@@ -165,13 +167,13 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), hold=30)
+        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), freeze=30)
         model.to(device)
         with torch.no_grad(), apply(model, plan):
             cache = new_cache(model, plan)
             for start, end in ((0, 17), (17, 26), *((n, n + 1) for n in range(26, 30)), (30, 33)):
                 if start == 30:
-                    cache.hold()
+                    cache.freeze()
                 given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
                 found = model(ids[:, start:end], **cache_argument(cache), **given).logits.cpu()
                 real = mask[:, start:end].bool().cpu()
@@ -228,7 +230,7 @@ def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
             # The first layer's keys depend on the token alone, so plain code can let the same ones in.
             key, value = first_layer(model, ids[:, 20:])
             for token in range(20):
-                theirs.enter(key[:, theirs.heads, token : token + 1], value[:, theirs.heads, token : token + 1])
+                theirs.append_keys(key[:, theirs.heads, token : token + 1], value[:, theirs.heads, token : token + 1])
             assert torch.equal(mine.visible, theirs.visible)
             torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(mine.values, theirs.values, atol=1e-5, rtol=1e-5)
@@ -253,7 +255,7 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_refusals_say_why(device, monkeypatch):
     model = tiny("gemma3").to(device)
-    assert refusal(model) == "layers of this model slide by themselves"
+    assert refusal(model) == "this model has layers with a sliding window"
     model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
     monkeypatch.setattr("headsink.utils.device.installed", lambda: False)
@@ -301,14 +303,14 @@ def test_taking_and_hiding_columns_is_what_the_cache_does(device):
         step = Decoder(model, one)
         step.take(full, 4)
         step.hide(hidden)
-        step.settle()
+        step.start_evicting()
         for mine, theirs in zip(other.layers, full.layers, strict=True):
             mine.append(*theirs.groups[0].last(4))
         other.hide(hidden)
     assert one.get_seq_length() == other.get_seq_length() == 29
     for mine, theirs in zip(one.layers, other.layers, strict=True):
         for ours, own in zip(mine.groups, theirs.groups, strict=True):
-            end = own.anchors + own.length - own.start
+            end = own.prefix_slots + own.length - own.start
             for name in ("keys", "values", "visible"):
                 assert torch.equal(getattr(ours, name)[:, :, :end], getattr(own, name)[:, :, :end]), name
 
@@ -317,25 +319,25 @@ LAUNCHES = """
 import torch
 from headsink.attention.cuda.decode import attend
 from headsink.generation.step_cuda import Decoder
-from headsink.attention.cuda.append import enter, hide
+from headsink.attention.cuda.append import append_keys, hide
 from headsink.eviction.lifetimes_cuda import better_ones
 from headsink.attention.cuda.prefill import attend as attend_many
-from headsink.cache.kv_table import Field
-from headsink.attention.backends import Sight
+from headsink.attention.kv_table import KVField
+from headsink.attention.visibility import KeyVisibility
 from headsink.models.transformers_names import cache_argument
 
 better_ones(torch.randn(8, 1000), torch.full((8,), 100))
-hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(Field), dtype=torch.int64), torch.tensor([0]))
+hide(torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 4, 8, len(KVField), dtype=torch.int64), torch.tensor([0]))
 for dim in (64, 128, 256):
-    table = torch.zeros(4, 8, len(Field), dtype=torch.int64)
+    table = torch.zeros(4, 8, len(KVField), dtype=torch.int64)
     for tokens in (1, 5):
         query = torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16)
         attend(query, table, torch.tensor([0]), 1.0, programs=264)
     attend(query, table, torch.tensor([0]), 1.0, 5.0, torch.zeros(32), query, programs=264)  # all that there may be
-    enter(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
+    append_keys(query[:, :8, :1].contiguous(), query[:, :8, :1].contiguous(), table, torch.tensor([0]))
     query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
-    attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
-    attend_many(query, keys, keys, Sight(torch.zeros(8, 400), 100, 5, 5, 90, True, 5, 400), 1.0, 5.0, torch.zeros(32))
+    attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
+    attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, True, 5, 400), 1.0, 5.0, torch.zeros(32))
 """
 
 

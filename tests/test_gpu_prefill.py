@@ -8,8 +8,8 @@ from waiting import Waiting
 
 from headsink.attention.cuda import prefill
 from headsink.attention.interface import Update
-from headsink.attention.params import Softmax
-from headsink.attention.visibility import Sight
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility
 from headsink.cache import prefill_cuda
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.pattern import FULL, Pattern
@@ -18,55 +18,55 @@ from headsink.eviction.scoring import n_features
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def slow(query, keys, values, columns, until, first, scaling, softcap=None, learned=None):
+def slow(query, keys, values, columns, until, first, scaling, softcap=None, sink_logits=None):
     """query: [heads, group, tokens, dim]. Returns the output and the log-sum-exp in float64."""
-    now = prefill_cuda + torch.arange(query.shape[2], device=query.device)[:, None]
+    now = first + torch.arange(query.shape[2], device=query.device)[:, None]
     seen = (columns <= now) & (now < until[:, None])
     logits = torch.einsum("hgtd,hkd->hgtk", query.double(), keys.double()) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~seen[:, None], float("-inf"))
     lse = logits.logsumexp(-1)
-    if learned is not None:
-        extra = learned.double().view(len(keys), -1, 1, 1).expand(*logits.shape[:3], 1)
+    if sink_logits is not None:
+        extra = sink_logits.double().view(len(keys), -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, extra], -1)
     shares = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[1]]
     return shares @ values.double()[:, None], lse
 
 
-def case(heads, tokens, dim, sink, floating, window, context, gaps, seed):
-    """What heads with one pattern see of a text whose first `context` columns are held: columns, until, Sight."""
+def case(heads, tokens, dim, sink, top_k, window, context, gaps, seed):
+    """What heads with one pattern see of a text whose first `context` columns are held: columns, until, KeyVisibility."""
     torch.manual_seed(seed)
     held, end = min(context, window), context + tokens
-    start, anchors = context - held, sink + floating if context > window else 0
-    columns = torch.cat([torch.full((anchors,), -1), torch.arange(start, end)])
+    start, prefix_slots = context - held, sink + top_k if context > window else 0
+    columns = torch.cat([torch.full((prefix_slots,), -1), torch.arange(start, end)])
     until = columns + window
     until = until.expand(heads, -1).clone()
-    until[:, :anchors] = end
-    if floating:  # some of those that leave stay for a while, as many as there may be at once: each in place of another
-        taken = torch.full((heads, floating), -1)
-        taken[:] = torch.arange(sink, sink + floating) if anchors else -1
+    until[:, :prefix_slots] = end
+    if top_k:  # some of those that leave stay for a while, as many as there may be at once: each in place of another
+        taken = torch.full((heads, top_k), -1)
+        taken[:] = torch.arange(sink, sink + top_k) if prefix_slots else -1
         for head in range(heads):
             for column in range(start + sink, end - window):
                 if torch.rand(()) < 0.5:
-                    slot = int(torch.randint(floating, ()))
+                    slot = int(torch.randint(top_k, ()))
                     if taken[head, slot] >= 0:
                         until[head, taken[head, slot]] = column + window
-                    taken[head, slot] = anchors + column - start
-                    until[head, anchors + column - start] = end
-    if not anchors:
+                    taken[head, slot] = prefix_slots + column - start
+                    until[head, prefix_slots + column - start] = end
+    if not prefix_slots:
         until[:, :sink] = end
     if gaps:
         until[torch.rand(until.shape) < 0.2] = 0
-    reach = until.shape[1] if floating else anchors + sink
-    return columns, until, Sight(until, context, anchors, start, window, gaps, sink + floating, reach)
+    reach = until.shape[1] if top_k else prefix_slots + sink
+    return columns, until, KeyVisibility(until, context, prefix_slots, start, window, gaps, sink + top_k, reach)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     "how",
     [
-        # heads, group, tokens, dim, sink, floating, window, context
+        # heads, group, tokens, dim, sink, top_k, window, context
         (2, 2, 150, 64, 4, 0, 20, 0),
         (1, 3, 300, 32, 4, 0, 150, 0),
         (2, 1, 131, 80, 2, 5, 33, 0),
@@ -89,18 +89,18 @@ def test_prefill_is_attention(device: torch.device, dtype: torch.dtype, how: tup
 @pytest.mark.parametrize("group", [1, 3])
 def test_capped_logits_and_learned_sinks(device: torch.device, group: int) -> None:
     columns, until, sight = case(2, 90, 32, 3, 4, 30, 50, True, 0)
-    learned = torch.randn(2 * group)
+    sink_logits = torch.randn(2 * group)
     check(device, torch.float32, 2, group, 90, 32, columns, until, sight, softcap=3.0)
-    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, learned=learned)
-    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, softcap=0.7, learned=learned)
+    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, sink_logits=sink_logits)
+    check(device, torch.float32, 2, group, 90, 32, columns, until, sight, softcap=0.7, sink_logits=sink_logits)
 
 
-def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softcap=None, learned=None) -> None:
+def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softcap=None, sink_logits=None) -> None:
     query = (torch.randn(1, heads * group, tokens, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, heads, until.shape[1], dim).to(device, dtype)
-    moved = Sight(**{**vars(sight), "until": until.to(device)})
-    learned = None if learned is None else learned.to(device)
-    found, lse = prefill.attend(query, keys, values, moved, dim**-0.5, softcap, learned)
+    moved = KeyVisibility(**{**vars(sight), "until": until.to(device)})
+    sink_logits = None if sink_logits is None else sink_logits.to(device)
+    found, lse = prefill.attend(query, keys, values, moved, dim**-0.5, softcap, sink_logits)
     expected, expected_lse = slow(
         query.view(heads, group, tokens, dim),
         keys,
@@ -110,7 +110,7 @@ def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softc
         sight.first,
         dim**-0.5,
         softcap,
-        learned,
+        sink_logits,
     )
     error = TYPES[dtype]
     torch.testing.assert_close(found.double(), expected.view_as(query), atol=error, rtol=error)
@@ -128,7 +128,11 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
     query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
     weights = torch.randn(len(patterns), n_features(dim))
-    read, softmax, ran = prefill_cuda.read, Softmax(scaling, 5.0, torch.randn(2 * len(patterns), device=device)), []
+    read, softmax, ran = (
+        prefill_cuda.read,
+        AttentionParams(scaling, 5.0, torch.randn(2 * len(patterns), device=device)),
+        [],
+    )
 
     def watched(*given):
         ran.append(given[0])
@@ -148,13 +152,13 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
         )
         torch.testing.assert_close(found, expected, atol=error, rtol=error)
         for mine, theirs in zip(one.groups, other.groups, strict=True):
-            assert (mine.length, mine.anchors, mine.window) == (theirs.length, theirs.anchors, theirs.window)
+            assert (mine.length, mine.prefix_slots, mine.window) == (theirs.length, theirs.prefix_slots, theirs.window)
             assert mine.keys.shape == theirs.keys.shape
             assert torch.equal(mine.visible, theirs.visible)
-            sink, ring = slice(mine.pattern.sink), slice(mine.anchors, None)
+            sink, ring = slice(mine.pattern.sink), slice(mine.prefix_slots, None)
             for ours, own in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 assert torch.equal(ours[:, :, ring], own[:, :, ring])
                 assert torch.equal(ours[:, :, sink], own[:, :, sink])
-                assert torch.equal(ours.sort(2).values, own.sort(2).values)  # floating keys are in no order
+                assert torch.equal(ours.sort(2).values, own.sort(2).values)  # top-k keys are in no order
             torch.testing.assert_close(mine.scores.sort(-1).values, theirs.scores.sort(-1).values)
     assert len(ran) == any(p in SOME for p in patterns)

@@ -58,7 +58,7 @@ def encoded(lm, context, continuation):
 
 def by_definition(lm, context, continuation):
     """Log-likelihood of a continuation, and whether it is the likeliest, with every head masked by its pattern."""
-    once = {"hold": len(context) - 1, "once": True} if lm.plan.once else {}
+    once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
     logits = reference_logits(lm.model, lm.plan, torch.tensor([context + continuation]), **once)
     log_probs = logits[0, len(context) - 1 : -1].float().log_softmax(-1)
     targets = torch.tensor(continuation)
@@ -67,7 +67,7 @@ def by_definition(lm, context, continuation):
 
 def greedy_by_definition(lm, prompt, tokens):
     ids = lm.tok_encode(prompt)
-    once = {"hold": len(ids) - 1, "once": True} if lm.plan.once else {}
+    once = {"freeze": len(ids) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
     found = []
     for _ in range(tokens):
         logits = reference_logits(lm.model, lm.plan, torch.tensor([ids + found]), **once)
@@ -82,7 +82,11 @@ def plans(tiny_folder, tmp_path_factory):
     """Files of plans of the tiny model: of full heads, by lot, the same for contexts that are compressed once."""
     model, folder = HFLM(str(tiny_folder), device="cpu").model, tmp_path_factory.mktemp("plans")
     drawn = random_plan(model, 3)
-    made = {"full": Plan.full(model), "drawn": drawn, "once": drawn.model_copy(update={"once": True})}
+    made = {
+        "full": Plan.full(model),
+        "drawn": drawn,
+        "prefill_compression": drawn.model_copy(update={"prefill_compression": True}),
+    }
     return {name: str(plan.save(folder / f"{name}.json")) for name, plan in made.items()}
 
 
@@ -133,7 +137,7 @@ def test_what_the_model_itself_would_say_is_greedy(tiny_folder, plans):
     for which in ("drawn", "once"):
         lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu")
         context = lm.tok_encode(PROMPTS[0])
-        once = {"hold": len(context) - 1, "once": True} if lm.plan.once else {}
+        once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
         said = int(reference_logits(lm.model, lm.plan, torch.tensor([context]), **once)[0, -1].argmax())
         likely, unlikely = lm._loglikelihood_tokens([(None, context, [said]), (None, context, [said ^ 1])])
         assert (likely[1], unlikely[1]) == (True, False)
@@ -199,7 +203,7 @@ def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
     with pytest.raises(HeadsinkError, match=r"cannot read plan nosuch\.json"):
         HeadsinkLM(str(tiny_folder), "nosuch.json")
     lm = HeadsinkLM(str(tiny_folder), plans["once"], device="cpu")
-    with pytest.raises(HeadsinkError, match="use a plan without --once"):
+    with pytest.raises(HeadsinkError, match="use a plan without --prefill-compression"):
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS))
 
 

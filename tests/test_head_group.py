@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
 from headsink.attention.interface import Update
-from headsink.attention.params import Padding, Softmax
+from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.scoring import key_scores, n_features
 
 SCALE, DIM = 0.5, 6
-PLAIN = Softmax(SCALE)
+PLAIN = AttentionParams(SCALE)
 windowed = st.builds(
     Pattern, st.sampled_from([0, 1, 3]), st.sampled_from([0, 1, 2, 5, 16, 200]), st.sampled_from([0, 1, 2, 7, 20, 90])
 )
@@ -92,11 +92,11 @@ def test_any_way_of_feeding_gives_the_reference(patterns, group, pads, sizes, le
 def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, some, dtype, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    learned = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
+    sink_logits = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
     layer = PlanLayer(patterns, weights)
-    output = feed(layer, query, key, value, padding_of(pads), sizes, Softmax(SCALE, softcap, learned))
+    output = feed(layer, query, key, value, padding_of(pads), sizes, AttentionParams(SCALE, softcap, sink_logits))
     exact = (t.double() for t in (query, key, value))
-    expected = reference_attention(*exact, patterns, weights, SCALE, torch.tensor(pads), softcap, learned)
+    expected = reference_attention(*exact, patterns, weights, SCALE, torch.tensor(pads), softcap, sink_logits)
     close(output.double(), expected, pads, atol=1e-12 if dtype == torch.float64 else 1e-4)
 
 
@@ -115,14 +115,14 @@ class Largest(TorchDispatchMode):
 def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
     query, key, value, weights = text(1, 2, 1, 2000, 1)
     with Largest() as largest:
-        feed(PlanLayer([pattern] * 2, weights), query, key, value, None, [2000], Softmax(SCALE, 5.0))
+        feed(PlanLayer([pattern] * 2, weights), query, key, value, None, [2000], AttentionParams(SCALE, 5.0))
     assert largest.elements <= 2 * QUERY_BLOCK * 2000
 
 
 @pytest.mark.parametrize("sizes", WAYS)
 @pytest.mark.parametrize("pads", [[0], [0, 40]], ids=["whole", "padded"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_the_floating_slots_hold_the_best_that_have_left(pattern, pads, sizes):
+def test_the_top_k_slots_hold_the_best_that_have_left(pattern, pads, sizes):
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
     layer = PlanLayer([pattern] * 2, weights)
     feed(layer, query, key, value, padding_of(pads), sizes)
@@ -131,12 +131,12 @@ def test_the_floating_slots_hold_the_best_that_have_left(pattern, pads, sizes):
         left = slice(pad + pattern.sink, 400 - pattern.window)
         for head in range(2):
             kept, slots = group.scores[row, head].sort(descending=True)
-            best, columns = scores[row, head, left].topk(pattern.floating)
+            best, columns = scores[row, head, left].topk(pattern.top_k)
             assert torch.equal(kept, best)
             slots, columns = slots + pattern.sink, columns + pad + pattern.sink
             assert torch.equal(group.keys[row, head, slots], key[row, head, columns])
             assert torch.equal(group.values[row, head, slots], value[row, head, columns])
-    assert group.keys.shape[2] == pattern.sink + pattern.floating + pattern.window
+    assert group.keys.shape[2] == pattern.sink + pattern.top_k + pattern.window
 
 
 @given(
@@ -216,17 +216,17 @@ def test_rows_that_move_take_their_scores_along():
 )
 @settings(max_examples=200, deadline=None)
 def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
-    patterns, pads, sizes, hold, recording, steps, dtype, seed
+    patterns, pads, sizes, freeze, recording, steps, dtype, seed
 ):
-    length = hold + sum(tokens for tokens, _ in steps) + 3
+    length = freeze + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    layer, padding, start, outputs = PlanLayer(patterns, weights), padding_of(pads), hold, []
-    if hold:
+    layer, padding, start, outputs = PlanLayer(patterns, weights), padding_of(pads), freeze, []
+    if freeze:
         if recording:
             layer.activate_past_recording()
-        outputs = [feed(layer, *(t[:, :, :hold] for t in (query, key, value)), padding, sizes)]
-    layer.hold()
+        outputs = [feed(layer, *(t[:, :, :freeze] for t in (query, key, value)), padding, sizes)]
+    layer.freeze()
     for n, (tokens, share) in enumerate(steps):
         right = round(share * tokens)
         parts = zip(
@@ -236,10 +236,10 @@ def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
         outputs.append(attend(layer, *mixed, padding, 0, tokens)[:, :, :right])
         layer.crop(right - tokens)
         start += right
-        layer.hold()  # again: nothing changes
+        layer.freeze()  # again: nothing changes
     outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
-    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), hold)
+    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
     close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
 
 
@@ -248,10 +248,10 @@ def test_what_was_held_cannot_be_taken_back(pattern):
     query, key, value, weights = text(1, 2, 1, 60, 1)
     layer = PlanLayer([pattern] * 2, weights)
     attend(layer, query, key, value, None, 0, 50)
-    layer.hold()
+    layer.freeze()
     attend(layer, query, key, value, None, 50, 60)
     layer.crop(-3)
-    with pytest.raises(HeadsinkError, match=r"cannot take back 8 tokens: hold\(\) was called 7 tokens ago"):
+    with pytest.raises(HeadsinkError, match=r"cannot take back 8 tokens: freeze\(\) was called 7 tokens ago"):
         layer.crop(-8)
 
 
@@ -260,7 +260,7 @@ def test_rows_that_move_after_hold_take_all_along():
     query, key, value, weights = text(3, 3, 2, 130, 5)
     layer = PlanLayer(patterns, weights)
     feed(layer, *(t[:, :, :60] for t in (query, key, value)), padding_of(pads), [50, 1])
-    layer.hold()
+    layer.freeze()
     attend(layer, query, key, value, padding_of(pads), 60, 100)
     rows = torch.tensor([2, 0, 1, 2])
     layer.reorder_cache(rows)
@@ -274,7 +274,7 @@ def test_rows_that_move_after_hold_take_all_along():
 def test_a_layer_that_is_reset_lets_go_again():
     query, key, value, weights = text(1, 1, 1, 60, 1)
     layer = PlanLayer([Pattern(1, 2, 5)], weights)
-    layer.hold()
+    layer.freeze()
     attend(layer, query, key, value, None, 0, 60)
     assert layer.groups[0].keys.shape[2] >= 60
     layer.reset()
@@ -298,8 +298,8 @@ def simulated(query, key, value, pattern, weights, pad, hidden, told):
             left = ring.pop(0)
             if left - pad < pattern.sink:
                 sinks.append(left)
-            elif pattern.floating and left not in gone:
-                top = sorted([*(t for t in top if t not in gone), left], key=lambda t: -scores[t])[: pattern.floating]
+            elif pattern.top_k and left not in gone:
+                top = sorted([*(t for t in top if t not in gone), left], key=lambda t: -scores[t])[: pattern.top_k]
         seen = [t for t in sinks + top + ring if t not in gone]
         logits = key[seen] @ query[column] * SCALE
         out.append(logits.softmax(0) @ value[seen] if seen else torch.zeros_like(query[column]))
@@ -330,7 +330,7 @@ def test_columns_between_tokens_are_hidden(patterns, pad, end, count, sizes, dty
     late = [
         p
         for p in patterns
-        if p.floating and p.size(told) < told
+        if p.top_k and p.size(told) < told
         for column in range(end, end + count)
         if column < told - (p.window or 0) and column - pad >= p.sink
     ]

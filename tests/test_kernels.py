@@ -10,7 +10,7 @@ import torch
 from numba import njit
 
 from headsink.attention.cpu import decode, vectors
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 from headsink.eviction.scoring import key_scores, n_features
 
 RANDOM = np.random.default_rng(0)
@@ -80,24 +80,24 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     keys, values = torch.randn(2, size, dim).to(dtype)
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
-    head = np.zeros(len(Field), np.int64)
-    head[[Field.KEYS, Field.VALUES, Field.VISIBLE]] = [t.data_ptr() for t in (keys, values, visible)]
-    head[Field.END] = size
+    head = np.zeros(len(KVField), np.int64)
+    head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [t.data_ptr() for t in (keys, values, visible)]
+    head[KVField.END] = size
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
     top, total = np.full((2, parts, group), np.nan, np.float32)
     out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
     logits = np.empty((group, decode.BLOCK), np.float32)
     sinks = min(2, size) if turned_sinks else 0
-    head[Field.SINK] = sinks
-    turned = torch.randn(group if turned_sinks else 0, dim)
-    given = query.numpy(), turned.numpy(), tokens, logits
+    head[KVField.SINK] = sinks
+    rotated = torch.randn(group if turned_sinks else 0, dim)
+    given = query.numpy(), rotated.numpy(), tokens, logits
     for part in range(parts):
         decode._attend(head, like, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
         decode._combine(top[:, row], total[:, row], out[:, row], result[row])
     every = query @ keys.float().T
     if turned_sinks:
-        every[:, :sinks] = turned @ keys[:sinks].float().T
+        every[:, :sinks] = rotated @ keys[:sinks].float().T
     mask = visible & (torch.arange(size) <= size - tokens + torch.arange(group)[:, None] % tokens)
     shares = every.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
     torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=3e-5, atol=3e-5)
@@ -111,10 +111,10 @@ def test_a_head_that_sees_nothing_gives_zero():
 
 THREADS = """
 import torch
-from headsink.attention.backends import Softmax, attend_few
+from headsink.attention.backends import AttentionParams, backend_of
 torch.set_num_threads({threads})
 query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
-attend_few(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, Softmax(1.0))
+backend_of("cpu").decode(query, keys, keys, torch.ones(1, 2, 5, dtype=torch.bool), 5, AttentionParams(1.0))
 import numba
 print(torch.get_num_threads(), numba.get_num_threads())
 """

@@ -20,8 +20,11 @@ from transformers.models.llama import modeling_llama
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache.cache import PlanCache
+from headsink.census.head_statistics import Thresholds
 from headsink.census.run import _read as census_pass
+from headsink.eviction.scoring import n_features
 from headsink.models import transformers_names
+from headsink.models.spec import describe
 from headsink.models.transformers_names import CACHE, cache_argument, returned_cache
 from headsink.runtime.apply import full_cache
 
@@ -121,11 +124,9 @@ def test_decode_and_lossless_raise_as_well(model, broken, monkeypatch):
 
 def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
     replace_the_attention_of_a_layer(model, monkeypatch)
-    shape = headsink.architecture.describe(model)
+    shape = describe(model)
     with pytest.raises(HeadsinkError, match="the attention of layer 1 was not seen"):
-        census_pass(
-            model, shape, prompt(1)[0].tolist(), [40], headsink.census.statistics.Thresholds(), 16, lambda: None
-        )
+        census_pass(model, shape, prompt(1)[0].tolist(), [40], Thresholds(), 16, lambda: None)
 
 
 @torch.no_grad()
@@ -374,8 +375,8 @@ def other_shape():
 
 
 MISFITS = {
-    "fewer rows": (lambda m: m, 1, "holds 2 texts and the model was given 1"),
-    "more rows": (lambda m: m, 3, "holds 2 texts and the model was given 3"),
+    "fewer rows": (lambda m: m, 1, "holds 2 sequences and the model was given 1"),
+    "more rows": (lambda m: m, 3, "holds 2 sequences and the model was given 3"),
     "another dtype": (lambda m: m.bfloat16(), 2, "dtype are torch.bfloat16 and must be torch.float32"),
     "other weights": (lambda m: tiny("llama", seed=1), 2, "this cache was made for another model"),
     "another head size": (lambda m: other_shape(), 2, "this cache was made for another model"),
@@ -449,8 +450,8 @@ def test_gradients_reach_every_weight_under_a_plan(model):
 
 
 def random_scores(model):
-    shape = headsink.architecture.describe(model)
-    return torch.randn(shape.layers, shape.kv_heads, headsink.scores.n_features(shape.head_dim))
+    shape = describe(model)
+    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim))
 
 
 # refusals
@@ -485,9 +486,9 @@ def test_no_tokens_are_refused(model):
 
 
 def test_a_plan_for_prefill_compression_says_that_it_evicts_while_it_reads(model):
-    plan = random_plan(model, 1).model_copy(update={"once": True})
+    plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     with headsink.apply(model, plan), torch.no_grad():
-        with pytest.warns(UserWarning, match="made for prefill compression"):
+        with pytest.warns(UserWarning, match="calibrated for prefill compression"):
             model(prompt())
         cache = headsink.compress(model, plan, full_cache_of(model))
         with warnings.catch_warnings(action="error"):
@@ -505,9 +506,9 @@ def test_models_have_the_argument_that_is_filled():
 
 
 def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
-    plan = random_plan(model, 1).model_copy(update={"once": True})
+    plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     cache = headsink.new_cache(model, plan)
-    cache.hold()
+    cache.freeze()
     with headsink.apply(model, plan), torch.no_grad(), warnings.catch_warnings(action="error"):
         model(prompt(), **cache_argument(cache))
 

@@ -21,7 +21,7 @@ def sees(pattern: Pattern, i: int, j: int, scores: list[float]) -> bool:
     if pattern.window is None or j < pattern.sink or i - j < pattern.window:
         return True
     left = range(pattern.sink, i - pattern.window + 1)
-    return j in left and sum(scores[k] > scores[j] for k in left) < pattern.floating
+    return j in left and sum(scores[k] > scores[j] for k in left) < pattern.top_k
 
 
 @given(patterns, texts)

@@ -27,7 +27,7 @@ def test_what_is_saved_comes_back(tmp_path_factory, seed):
 
 def test_a_person_can_read_it():
     text = Plan.uniform(MODEL, Pattern(4, 0, 128)).to_json()
-    assert '{"sink": 4, "floating": 0, "window": 128, "score": null}' in text
+    assert '{"sink": 4, "top_k": 0, "window": 128, "scorer_weights": null}' in text
 
 
 def edit(tmp_path, change):
@@ -58,24 +58,36 @@ def with_retrieval(fields, **changes):
         (lambda f: head(f).update(window="64"), "layers.1.0.window"),
         (lambda f: head(f).pop("window"), "layers.1.0.window"),
         (lambda f: head(f).update(sinks=4), "layers.1.0.sinks"),
-        (lambda f: head(f).update(window=8, floating=4, score=None), "layers.1.0: floating keys need a score"),
         (
-            lambda f: head(f).update(window=8, floating=4, score=[0.0] * FEATURES),
-            "layers.1.0: floating keys need a score",
+            lambda f: head(f).update(window=8, top_k=4, scorer_weights=None),
+            "layers.1.0: top-k keys need scorer_weights",
         ),
-        (lambda f: head(f).update(score=[1.0] * (FEATURES - 1)), f"layers.1.0.score: {FEATURES - 1} weights given"),
-        (lambda f: head(f).update(score=[1.0] * (FEATURES - 1) + [float("nan")]), f"layers.1.0.score.{FEATURES - 1}:"),
-        (lambda f: head(f).update(score=["some"] + [1.0] * (FEATURES - 1)), "layers.1.0.score.0:"),
-        (lambda f: head(f).update(window=None, sink=4, floating=0), "layers.1.0.*window null"),
+        (
+            lambda f: head(f).update(window=8, top_k=4, scorer_weights=[0.0] * FEATURES),
+            "layers.1.0: top-k keys need scorer_weights",
+        ),
+        (
+            lambda f: head(f).update(scorer_weights=[1.0] * (FEATURES - 1)),
+            f"layers.1.0.scorer_weights: {FEATURES - 1} weights given",
+        ),
+        (
+            lambda f: head(f).update(scorer_weights=[1.0] * (FEATURES - 1) + [float("nan")]),
+            f"layers.1.0.scorer_weights.{FEATURES - 1}:",
+        ),
+        (lambda f: head(f).update(scorer_weights=["some"] + [1.0] * (FEATURES - 1)), "layers.1.0.scorer_weights.0:"),
+        (lambda f: head(f).update(window=None, sink=4, top_k=0), "layers.1.0.*window null"),
         (lambda f: f["layers"].pop(), "layers: 2 given"),
         (lambda f: f["layers"][2].pop(), "layers.2: 1 heads given"),
         (lambda f: f.update(schema_version=99), "schema_version"),
-        (lambda f: f.update(schema_version=2), "schema_version"),
+        (lambda f: f.update(schema_version=0), "schema_version"),
         (lambda f: f.update(tau=0.4), "tau"),
-        (lambda f: f.update(once="perhaps"), "once"),
-        (lambda f: f.update(retell=[5]), "retell: only a context that is compressed once"),
-        (lambda f: f.update(once=True, retell=[5, -1]), "retell.1"),
-        (lambda f: f.update(positions="cache"), "positions"),
+        (lambda f: f.update(prefill_compression="perhaps"), "prefill_compression"),
+        (
+            lambda f: f.update(reconstruction_prompt=[5]),
+            "reconstruction_prompt: context reconstruction needs prefill compression",
+        ),
+        (lambda f: f.update(prefill_compression=True, reconstruction_prompt=[5, -1]), "reconstruction_prompt.1"),
+        (lambda f: f.update(positions="cache-relative"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),
         (lambda f: with_quality(f, kl=float("nan")), "quality.0.kl:"),
@@ -85,7 +97,10 @@ def with_retrieval(fields, **changes):
         (lambda f: with_quality(f, kl_interval=[0.3, 0.1]), "quality.0.kl_interval: 0.3 is above 0.1"),
         (lambda f: with_quality(f, top1_interval=[0.9]), "quality.0.top1_interval"),
         (lambda f: with_quality(f, nll_change_interval=[0.0, float("inf")]), "quality.0.nll_change_interval"),
-        (lambda f: with_retrieval(f, right_plan=5), "quality.0.retrieval.0.right_plan: 5 right of 4 asked"),
+        (
+            lambda f: with_retrieval(f, right_plan=5),
+            "quality.0.retrieval.0.right_plan: 5 correct answers to 4 questions",
+        ),
         (lambda f: with_retrieval(f, right_full=-1), "quality.0.retrieval.0.right_full"),
         (lambda f: with_retrieval(f, asked=0), "quality.0.retrieval.0.asked"),
     ],
@@ -123,7 +138,7 @@ def test_kept_counts_what_the_cache_holds():
     assert plan.kept(640) == pytest.approx((640 + 64) / 1280)
     assert plan.kept(30) == 1
     assert Plan.full(MODEL).kept(100) == 1
-    assert plan.counts() == {"full": 3, "4+0f+60": 3}
+    assert plan.counts() == {"full": 3, "4+0k+60": 3}
 
 
 def test_quality_comes_back_and_says_how_far_it_goes(tmp_path):
@@ -136,26 +151,26 @@ def test_quality_comes_back_and_says_how_far_it_goes(tmp_path):
     assert Plan.load(plan.save(path)) == plan
 
 
-def test_floating_keys_need_scores():
-    with pytest.raises(HeadsinkError, match="floating"):
+def test_top_k_keys_need_scores():
+    with pytest.raises(HeadsinkError, match="top_k"):
         Plan.uniform(MODEL, Pattern(4, 4, 16))
 
 
-def test_scores_are_those_given_for_heads_with_floating_keys():
+def test_scores_are_those_given_for_heads_with_top_k_keys():
     given = torch.randn(3, 2, FEATURES)
     plan = Plan.of(MODEL, [[Pattern(2, 4, 8), Pattern(2, 0, 8)], [Pattern()] * 2, [Pattern(0, 1, 0)] * 2], given)
     assert torch.allclose(plan.scores(0)[0], given[0, 0], rtol=1e-5)
     assert torch.allclose(plan.scores(2), given[2], rtol=1e-5)
     assert not plan.scores(0)[1].any()
     assert not plan.scores(1).any()
-    assert plan.layers[0][1].score is None
+    assert plan.layers[0][1].scorer_weights is None
 
 
 def test_a_plan_for_a_sliding_layer_is_refused():
     sliding = tiny("gemma3")
     plan = Plan.full(sliding)
     assert plan.layers[0] is None
-    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model slides"):
+    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model has its own sliding window"):
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
 
 
@@ -175,7 +190,11 @@ def refused(tmp_path, text):
     ("once", "twice", "field"),
     [
         ('"window": ', '"window": 8, "window": ', "window is there twice"),
-        ('"once": ', '"once": false, "once": ', "once is there twice"),
+        (
+            '"prefill_compression": ',
+            '"prefill_compression": false, "prefill_compression": ',
+            "prefill_compression is there twice",
+        ),
         ('"calibration": {', '"calibration": {"a\\u001b": 1, "a\\u001b": 1', r"'a\\x1b' is there twice"),
     ],
 )
@@ -183,6 +202,16 @@ def test_a_name_that_stands_twice_is_refused(tmp_path, once, twice, field):
     text = random_plan(MODEL, 1).to_json()
     assert once in text
     assert field.replace("\\\\", "\\") in refused(tmp_path, text.replace(once, twice, 1))
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_a_plan_of_an_older_schema_is_refused_with_the_command_that_makes_a_new_one(tmp_path, schema):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"schema_version": schema, "model": {}, "layers": []}), encoding="utf-8")
+    again = f"make it again: headsink plan MODEL --budget BUDGET --context CONTEXT --out {path}"
+    with pytest.raises(HeadsinkError, match=f"a plan of schema {schema}, and this headsink reads 4") as error:
+        Plan.load(path)
+    assert str(error.value).endswith(again)
 
 
 def test_a_byte_order_mark_is_read(tmp_path):
@@ -196,9 +225,11 @@ def test_a_byte_order_mark_is_read(tmp_path):
 @pytest.mark.parametrize("score", ["1e308", "-3.5e38", "1e400"])
 def test_scores_that_float32_cannot_hold_are_refused(tmp_path, score):
     fields = json.loads(random_plan(MODEL, 1).to_json())
-    head(fields).update(window=8, floating=4, score=[1.0] * FEATURES)
+    head(fields).update(window=8, top_k=4, scorer_weights=[1.0] * FEATURES)
     text = json.dumps(fields).replace("[1.0, 1.0", f"[1.0, {score}", 1)
-    assert f"layers.1.0.score.1: Input should be {'a finite' if score == '1e400' else ''}" in refused(tmp_path, text)
+    assert f"layers.1.0.scorer_weights.1: Input should be {'a finite' if score == '1e400' else ''}" in refused(
+        tmp_path, text
+    )
     plan = Plan.model_validate_json(text.replace(score, "3.4e38"))
     assert plan.scores(1).isfinite().all()
 
@@ -257,11 +288,11 @@ def test_a_plan_is_described_in_five_lines():
     for context in (512, 2048):
         assert f"{plan.kept(context):.1%} of the KV entries at {context} tokens" in lines[4]
     assert "of 0.6 MB" in lines[4].split(";")[1]  # 2 x 6 heads x 2,048 tokens x 12 numbers of 2 bytes
-    assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers right (full cache 4) at 512 tokens" in lines[5]
+    assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers correct (full cache 4) at 512 tokens" in lines[5]
     html = plan._repr_html_()
     assert all(f"<th>{line.split()[0]}</th>" in html for line in lines[1:])
     assert "not measured" in repr(Plan.full(MODEL))
-    assert "prefill compression" in repr(Plan.full(MODEL).model_copy(update={"once": True}))
+    assert "prefill compression" in repr(Plan.full(MODEL).model_copy(update={"prefill_compression": True}))
 
 
 @pytest.mark.parametrize("context", [None, "x", 512, [], [0, -5], ["512"], [True], {"a": 1}])
@@ -280,5 +311,5 @@ def test_html_of_a_plan_is_escaped():
 def test_plans_are_compared_and_copied_as_before():
     plan = random_plan(MODEL, 1)
     assert plan.model_copy() == plan
-    assert plan.model_copy(update={"once": True}) != plan
+    assert plan.model_copy(update={"prefill_compression": True}) != plan
     assert Plan.model_validate(plan.model_dump()) == plan

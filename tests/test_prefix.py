@@ -31,7 +31,7 @@ def text(seed=0, tokens=LENGTH, rows=1):
 def read(model, plan, ids, mask=None):
     """Under the plan, or in full and compressed once."""
     options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if plan.once:
+    if plan.prefill_compression:
         full = DynamicCache(config=model.config)
         model(ids, past_key_values=full, **options)
         return headsink.compress(model, plan, full, mask, ids)
@@ -75,11 +75,15 @@ def edit(file, change):
     save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"headsink": json.dumps(header)})
 
 
-@pytest.mark.parametrize("way", ["running", "once", "retold"])
+@pytest.mark.parametrize("way", ["online", "prefill compression", "reconstruction"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_path):
     model, ids, file = tiny(family), text(), tmp_path / "prefix.safetensors"
-    ways = {"running": {}, "once": {"once": True}, "retold": {"once": True, "retell": (7, 8, 9)}}
+    ways = {
+        "online": {},
+        "prefill compression": {"prefill_compression": True},
+        "reconstruction": {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)},
+    }
     for seed in (1, 2):
         plan = random_plan(model, seed).model_copy(update=ways[way])
         cache = read(model, plan, ids)
@@ -100,7 +104,7 @@ def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_pa
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_padded_batch_in_bfloat16(family, once, tmp_path):
     model, file = tiny(family, dtype=torch.bfloat16), tmp_path / "prefix.safetensors"
-    plan = random_plan(model, 3).model_copy(update={"once": once})
+    plan = random_plan(model, 3).model_copy(update={"prefill_compression": once})
     ids, mask = text(rows=3), torch.ones(3, LENGTH, dtype=torch.long)
     mask[1, :7] = mask[2, :40] = 0
     cache = read(model, plan, ids, mask)
@@ -113,7 +117,7 @@ def test_a_padded_batch_in_bfloat16(family, once, tmp_path):
 
 def test_generate_goes_on_from_a_file(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    plan = random_plan(model, 4).model_copy(update={"once": True})
+    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
     headsink.save_prefix(file, read(model, plan, ids), ids)
     longer, answers = torch.cat([ids, text(5, 12)], 1), []
     for cache in (read(model, plan, ids), headsink.load_prefix(file, model)[0]):
@@ -150,7 +154,7 @@ def test_a_cache_that_is_not_ready_is_refused(tmp_path):
     cache.activate_past_recording()
     with headsink.apply(model, plan), torch.no_grad():
         model(text(2, 5), past_key_values=cache)
-    with pytest.raises(HeadsinkError, match="waits for tokens to be taken back"):
+    with pytest.raises(HeadsinkError, match="records tokens so that they can be cropped"):
         headsink.save_prefix(file, cache, text(0, LENGTH + 5))
     assert list(tmp_path.iterdir()) == []
 
@@ -207,21 +211,33 @@ DAMAGE = {
     "frozen though it evicts": (lambda h, t: h.update(frozen=61), "layers.0.0.scores' does not belong there"),
     "frozen when empty": (
         lambda h, t: h.update(frozen=0),
-        r"anchors.0.0: 6 slots after 0 tokens under full",
+        r"prefix_slots.0.0: 6 slots after 0 tokens under full",
     ),
-    "fewer layers": (lambda h, t: h["anchors"].pop(), "anchors: of 2 layers, the model has 3"),
-    "fewer groups": (lambda h, t: h["anchors"][1].pop(), "anchors.1: .6,., of a layer with 2 patterns"),
-    "a layer without groups": (lambda h, t: h["anchors"].__setitem__(1, None), "anchors.1: None, of a layer with 2"),
-    "no anchors": (lambda h, t: h["anchors"][0].__setitem__(0, 0), "anchors.0.0: 0 slots after 61 tokens under 2.4f.8"),
-    "too many anchors": (lambda h, t: h["anchors"][0].__setitem__(0, 2**62), "anchors.0.0: 4611686018427387904 slots"),
-    "anchors of full attention": (lambda h, t: h["anchors"][1].__setitem__(1, 4), "anchors.1.1: 4 slots .* under full"),
+    "fewer layers": (lambda h, t: h["prefix_slots"].pop(), "prefix_slots: of 2 layers, the model has 3"),
+    "fewer groups": (lambda h, t: h["prefix_slots"][1].pop(), "prefix_slots.1: .6,., of a layer with 2 patterns"),
+    "a layer without groups": (
+        lambda h, t: h["prefix_slots"].__setitem__(1, None),
+        "prefix_slots.1: None, of a layer with 2",
+    ),
+    "no anchors": (
+        lambda h, t: h["prefix_slots"][0].__setitem__(0, 0),
+        "prefix_slots.0.0: 0 slots after 61 tokens under 2.4k.8",
+    ),
+    "too many anchors": (
+        lambda h, t: h["prefix_slots"][0].__setitem__(0, 2**62),
+        "prefix_slots.0.0: 4611686018427387904 slots",
+    ),
+    "anchors of full attention": (
+        lambda h, t: h["prefix_slots"][1].__setitem__(1, 4),
+        "prefix_slots.1.1: 4 slots .* under full",
+    ),
     "more anchors than slots": (
-        lambda h, t: h["anchors"][2].__setitem__(1, 3),
+        lambda h, t: h["prefix_slots"][2].__setitem__(1, 3),
         "tensor 'layers.2.1.scores' is missing",
     ),
     "another pattern in the plan": (
         lambda h, t: h["plan"]["layers"][0][0].update(window=9),
-        "anchors.0: .6,., of a layer with 2 patterns",
+        "prefix_slots.0: .6,., of a layer with 2 patterns",
     ),
     "a window of 0 in the plan": (
         lambda h, t: [head.update(window=0) for head in h["plan"]["layers"][0]],
@@ -341,12 +357,12 @@ def test_a_file_whose_parts_disagree_is_refused(case, damaged, tmp_path):
         ({"seen": 61.0}, "'seen'"),
         ({"exact": 1}, "'exact'"),
         ({"frozen": -1}, "'frozen'"),
-        ({"anchors": [[-1], [6, 0], [1, 0]]}, "'anchors.0.0'"),
+        ({"prefix_slots": [[-1], [6, 0], [1, 0]]}, "'prefix_slots.0.0'"),
         ({"dtype": "int8"}, "'dtype'"),
         ({"window": 8}, "'window'"),
         ({"\x1b[2J\n": 8}, r"'\\x1b\[2J\\n'"),
         ({"plan": {}}, "'plan.model'"),
-        ({"format": "headsink prefix 3"}, "'format'"),
+        ({"format": "headsink prefix 4"}, "'format'"),
     ],
 )
 def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):
@@ -374,7 +390,7 @@ def test_a_frozen_cache_of_a_streaming_plan_is_refused(tmp_path):
     headsink.save_prefix(file, read(model, window_plan(model, 1), ids), ids)
     headsink.load_prefix(file, model)
     edit(file, lambda header, tensors: header.update(frozen=5))
-    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with positions of the cache"):
+    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with cache-relative positions"):
         headsink.load_prefix(file, model)
 
 
@@ -434,7 +450,7 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
 
 def test_tokens_that_are_hidden_stay_hidden(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    cache = read(model, random_plan(model, 4).model_copy(update={"once": True}), ids)
+    cache = read(model, random_plan(model, 4).model_copy(update={"prefill_compression": True}), ids)
     with headsink.apply(model, cache.plan), torch.no_grad():
         model(text(2, 6), past_key_values=cache)
     hidden = torch.tensor([[False, True, True, False]])
@@ -449,7 +465,7 @@ def test_a_cache_that_was_held_while_empty(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 4)
     cache = headsink.new_cache(model, plan)
-    cache.hold()
+    cache.freeze()
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, past_key_values=cache)
     headsink.save_prefix(file, cache, ids)

@@ -32,18 +32,18 @@ def branches(document):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("hold", [False, True], ids=["", "held"])
-def test_the_numbers_are_those_of_one_pass_over_everything(family, hold):
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "held"])
+def test_the_numbers_are_those_of_one_pass_over_everything(family, freeze):
     model, document = tiny(family, dtype=torch.float64), random_document()
     for seed in range(3):
-        plan = random_plan(model, seed).model_copy(update={"once": hold})
+        plan = random_plan(model, seed).model_copy(update={"prefill_compression": freeze})
         found = score(model, plan, document)
         assert [branch.form for branch in found] == ["text", "first", "second"]
         for branch, (ids, scored) in zip(found, branches(document), strict=True):
             text = torch.tensor([document.ids + ids])
             with torch.no_grad():
-                since = len(document.ids) if hold else None
-                both = model(text).logits, reference_logits(model, plan, text, hold=since, once=hold)
+                since = len(document.ids) if freeze else None
+                both = model(text).logits, reference_logits(model, plan, text, freeze=since, prefill_compression=freeze)
             full, lossy = (logits[0, -scored - 1 : -1].log_softmax(-1) for logits in both)
             targets, rows = torch.tensor(ids[-scored:]), torch.arange(scored)
             close = {"rtol": 0, "atol": 1e-5}
@@ -73,7 +73,7 @@ def test_a_plan_that_keeps_everything_costs_nothing(family):
 def test_taking_a_branch_back_leaves_the_cache_as_it_was(family, length):
     model, document = tiny(family), random_document(length=length)
     lossy = random_plan(model, 1)
-    for plan in (None, lossy, lossy.model_copy(update={"once": True})):
+    for plan in (None, lossy, lossy.model_copy(update={"prefill_compression": True})):
         cache = read(model, plan, document.ids)
         first = [branch_log_probs(model, cache, *branch) for branch in branches(document)]
         assert cache.get_seq_length() == length

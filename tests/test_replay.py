@@ -42,11 +42,11 @@ def everything(shape):
 
 
 def any_pattern(rng):
-    """More kinds than a plan has: windows that end in a branch, in the document, before it; more floating keys than tokens."""
+    """More kinds than a plan has: windows that end in a branch, in the document, before it; more top-k keys than tokens."""
     if rng.random() < 0.1:
         return FULL
-    floating, window = rng.choice([0, 1, 3, 30, 300]), rng.choice([0, 1, 2, 7, 20, 100, LENGTH, LENGTH + 5, 300])
-    return Pattern(rng.choice([0, 3]), floating, window)
+    top_k, window = rng.choice([0, 1, 3, 30, 300]), rng.choice([0, 1, 2, 7, 20, 100, LENGTH, LENGTH + 5, 300])
+    return Pattern(rng.choice([0, 3]), top_k, window)
 
 
 def random_patterns(shape, seed, make=any_pattern):
@@ -59,9 +59,9 @@ def random_weights(shape, seed=0):
     return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
 
 
-def replayed(model, seed=0, hold=False):
+def replayed(model, seed=0, freeze=False):
     """A replay, with weights of keys' scores by lot."""
-    replay, weights = Replay(model, random_document(seed), hold), random_weights(describe(model), seed)
+    replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
     replay.set_scores(weights)
     return replay, weights
 
@@ -71,21 +71,21 @@ def replayed(model, seed=0, hold=False):
 _running = []
 
 
-def _masked(query, key, value, masks, scaling, softcap, learned):
+def _masked(query, key, value, masks, scaling, softcap, sink_logits):
     """The last queries over all keys. masks: bool [queries, keys] of each KV head."""
     group = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for head, mask in enumerate(masks):
         rows = slice(head * group, (head + 1) * group)
         given = query[:, rows], key[:, head : head + 1], value[:, head : head + 1], mask
-        output[:, rows] = masked_attention(*given, scaling, softcap, None if learned is None else learned[rows])
+        output[:, rows] = masked_attention(*given, scaling, softcap, None if sink_logits is None else sink_logits[rows])
     return output
 
 
-def branch_mask(pattern, scores, slides, hold):
+def branch_mask(pattern, scores, slides, freeze):
     """What the queries after the document see, by the definition: bool [queries, keys]. scores: float [keys]."""
     tokens = torch.arange(len(scores))
-    if slides or not hold:
+    if slides or not freeze:
         return visible(pattern, tokens[LENGTH:], tokens, scores)
     mask = tokens <= tokens[LENGTH:, None]
     mask[:, :LENGTH] = visible(pattern, tokens[LENGTH - 1 : LENGTH], tokens[:LENGTH], scores[:LENGTH])
@@ -93,7 +93,7 @@ def branch_mask(pattern, scores, slides, hold):
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    patterns, weights, windows, stored_as, hold = _running[-1]
+    patterns, weights, windows, stored_as, freeze = _running[-1]
     layer, heads = module.layer_idx, key.shape[1]
     natural = [Pattern(0, 0, windows[layer]) if windows[layer] else FULL] * heads
     positions, any_scores = torch.arange(LENGTH), torch.zeros(LENGTH)
@@ -103,7 +103,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     key, value = (torch.cat([t[:, :, :LENGTH].to(stored_as).to(t.dtype), t[:, :, LENGTH:]], 2) for t in (key, value))
     scores = key_scores(key[0], value[0], weights[layer])
     masks = [
-        branch_mask(pattern, own, windows[layer] is not None, hold)
+        branch_mask(pattern, own, windows[layer] is not None, freeze)
         for pattern, own in zip(patterns[layer] or natural, scores, strict=True)
     ]
     after = _masked(query[:, :, LENGTH:], key, value, masks, *softmax)
@@ -136,8 +136,8 @@ def plain_log_probs(model, document):
     return torch.cat(found)
 
 
-def slow_log_probs(model, document, patterns, weights, stored_as, hold=False):
-    with reference(model, patterns, weights, describe(model).windows, stored_as, hold):
+def slow_log_probs(model, document, patterns, weights, stored_as, freeze=False):
+    with reference(model, patterns, weights, describe(model).windows, stored_as, freeze):
         return plain_log_probs(model, document)
 
 
@@ -171,17 +171,17 @@ def test_keys_and_values_in_16_bits_hardly_move_the_model(family):
         assert float(by_pattern.abs().mean()) > 4 * float(moved.mean())
 
 
-every_hold = pytest.mark.parametrize("hold", [False, True])
+every_hold = pytest.mark.parametrize("freeze", [False, True])
 
 
 @every_hold
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_patterns_a_replay_is_the_slow_way(family, hold, precise):
+def test_under_patterns_a_replay_is_the_slow_way(family, freeze, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
-    replay, weights = replayed(model, hold=hold)
+    replay, weights = replayed(model, freeze=freeze)
     for seed in range(4):
         patterns = random_patterns(replay.shape, seed)
-        expected = slow_log_probs(model, document, patterns, weights, torch.float64, hold)
+        expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
         torch.testing.assert_close(replay.log_probs(patterns), expected, rtol=0, atol=1e-9)
 
 
@@ -189,28 +189,28 @@ def test_under_patterns_a_replay_is_the_slow_way(family, hold, precise):
 @pytest.mark.parametrize(
     "pattern", [Pattern(3, 4, 1), Pattern(0, 6, 0), Pattern(2, 140, 12), Pattern(0, 0, 0)], ids=str
 )
-def test_one_pattern_in_every_head_is_the_slow_way(pattern, hold, precise):
+def test_one_pattern_in_every_head_is_the_slow_way(pattern, freeze, precise):
     model, document = tiny("llama", dtype=torch.float64), random_document()
-    replay, weights = replayed(model, hold=hold)
+    replay, weights = replayed(model, freeze=freeze)
     patterns = [[pattern] * 2] * 3
     found = replay.log_probs(patterns)
-    expected = slow_log_probs(model, document, patterns, weights, torch.float64, hold)
+    expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    other = slow_log_probs(model, document, patterns, weights, torch.float64, not hold)
+    other = slow_log_probs(model, document, patterns, weights, torch.float64, not freeze)
     assert float((found - other).abs().max()) > 1e-3
 
 
 @every_hold
 @pytest.mark.parametrize("window", [0, 9])
-def test_with_more_floating_keys_than_tokens_nothing_is_let_go(window, hold, precise):
-    replay, _ = replayed(tiny("llama", dtype=torch.float64), hold=hold)
+def test_with_more_top_k_keys_than_tokens_nothing_is_let_go(window, freeze, precise):
+    replay, _ = replayed(tiny("llama", dtype=torch.float64), freeze=freeze)
     found = replay.log_probs([[Pattern(2, LENGTH + BRANCH, window)] * 2] * 3)
     torch.testing.assert_close(found, replay.full, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_with_hold_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
-    replay, _ = replayed(tiny(family), hold=True)
+    replay, _ = replayed(tiny(family), freeze=True)
     layer = replay.shape.windows.index(None)
     heads = list(range(replay.shape.kv_heads))
     for seed in range(6):
@@ -221,12 +221,12 @@ def test_with_hold_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
 
 @every_hold
 @pytest.mark.parametrize("family", SOME)
-def test_only_the_documents_keys_and_values_are_rounded(family, hold):
+def test_only_the_documents_keys_and_values_are_rounded(family, freeze):
     model, document = tiny(family), random_document()
-    replay, weights = replayed(model, hold=hold)
+    replay, weights = replayed(model, freeze=freeze)
     for seed in range(2):
         patterns = random_patterns(replay.shape, seed)
-        expected = slow_log_probs(model, document, patterns, weights, torch.bfloat16, hold)
+        expected = slow_log_probs(model, document, patterns, weights, torch.bfloat16, freeze)
         torch.testing.assert_close(replay.log_probs(patterns), expected, rtol=0, atol=1e-3)
 
 

@@ -9,15 +9,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from browser import INSTALLED, browser
+from browser import browser, needs_browser
 from families import tiny
 
 import headsink
 from headsink.census.head_statistics import distances
-from headsink.report import charts, write_comparison, write_comparison_pictures, write_report
+from headsink.report import charts
 from headsink.report.assets import write_picture
+from headsink.report.comparison import write_comparison, write_comparison_pictures
 from headsink.report.first_view import flat_keys, flat_profile, short
-from headsink.report.page import drawing, write_page
+from headsink.report.page import drawing, write_page, write_report
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 from headsink.utils.format import share
 
@@ -25,7 +26,6 @@ MARKUP = "<img src=x onerror=alert(1)></script>"
 KIND = "<img src=x onerror=alert(1)>"  # a kind of text may not hold a slash
 LAYERS, HEADS = 3, 4
 SHAPES = {"svg", "g", "path", "rect", "text", "line", "defs", "linearGradient", "stop", "clipPath"}
-needs_browser = pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
 
 
 class Markup:

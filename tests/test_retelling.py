@@ -40,7 +40,9 @@ def read(model, ids, mask=None):
 
 
 def plan_for(model, seed=1, **fields):
-    return random_plan(model, seed).model_copy(update={"once": True, "retell": PROMPT} | fields)
+    return random_plan(model, seed).model_copy(
+        update={"prefill_compression": True, "reconstruction_prompt": PROMPT} | fields
+    )
 
 
 @torch.no_grad()
@@ -58,9 +60,9 @@ def attention(inputs, head, group, hidden):
     """Of the query heads of a KV head: [group, tokens, tokens], nothing on columns that are `hidden`."""
     rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
     seen = ~(hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1))
-    learned = None if inputs.learned is None else inputs.learned[rows]
+    sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[rows]
     given = inputs.query[:, rows], inputs.key[:, head : head + 1], torch.eye(tokens, dtype=inputs.key.dtype)[None, None]
-    return masked_attention(*given, seen, inputs.scaling, inputs.softcap, learned)[0]
+    return masked_attention(*given, seen, inputs.scaling, inputs.softcap, sink_logits)[0]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_scores_and_values_equal_the_slow_way(family, most, rows, precise, monke
     plan, shape = plan_for(model), describe(model)
     cache = read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
-    scores = reconstruction.retell(model, plan, cache, ids)
+    scores = reconstruction.reconstruct(model, plan, cache, ids)
     told = list(passes(model, ids[0].tolist()))
     assert scores.keys() == {layer for layer, row in enumerate(plan.layers) if row}
     for layer, row in enumerate(plan.layers):
@@ -134,7 +136,7 @@ def test_the_cache_holds_the_fitted_values(family):
     model, ids = tiny(family), text(2)
     plan = plan_for(model, 3)
     told = read(model, ids)
-    scores = reconstruction.retell(model, plan, told, ids)
+    scores = reconstruction.reconstruct(model, plan, told, ids)
     cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
     for index, row in enumerate(plan.layers):
         for group in cache.layers[index].groups if row else ():
@@ -178,8 +180,10 @@ def test_fitted_values_bring_what_follows_nearer_to_the_model():
         with torch.no_grad():
             full = model(torch.cat([ids, ids[:, :60]], 1)).logits[:, 200:]
         loss = []
-        for retell in ((), PROMPT):
-            plan = Plan.of(model, patterns, weights, once=True, retell=retell)
+        for reconstruction_prompt in ((), PROMPT):
+            plan = Plan.of(
+                model, patterns, weights, prefill_compression=True, reconstruction_prompt=reconstruction_prompt
+            )
             cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
             with headsink.apply(model, plan), torch.no_grad():
                 logits = model(ids[:, :60], **cache_argument(cache)).logits
@@ -192,7 +196,7 @@ def test_fitted_values_bring_what_follows_nearer_to_the_model():
 
 def test_an_all_full_plan_stays_the_model_bit_for_bit():
     model, ids = tiny("llama"), text(4)
-    plan = Plan.full(model).model_copy(update={"once": True, "retell": PROMPT})
+    plan = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": PROMPT})
     cache, plain = headsink.compress(model, plan, read(model, ids), input_ids=ids), read(model, ids)
     with torch.no_grad():
         expected = model(ids[:, :9], **cache_argument(plain)).logits
@@ -203,7 +207,7 @@ def test_an_all_full_plan_stays_the_model_bit_for_bit():
 def test_in_16_bits_scores_hardly_move():
     ids = text(6, 120)
     exact, rounded = (
-        reconstruction.retell(model, plan_for(model), read(model, ids), ids)
+        reconstruction.reconstruct(model, plan_for(model), read(model, ids), ids)
         for model in (tiny("llama"), tiny("llama").to(torch.bfloat16))
     )
     for layer, scores in exact.items():
@@ -215,7 +219,7 @@ def test_the_text_must_be_given_and_fit():
     model, ids = tiny("llama"), text()
     plan, cache = plan_for(model), read(model, ids)
     with pytest.raises(
-        HeadsinkError, match=r"input_ids: missing; this plan tells the context again, the \[1, 61\] tokens"
+        HeadsinkError, match=r"input_ids: missing; this plan reconstructs the context, the \[1, 61\] tokens"
     ):
         headsink.compress(model, plan, cache)
     with pytest.raises(HeadsinkError, match=r"input_ids: \[1, 60\]"):
@@ -228,8 +232,8 @@ def test_values_may_stay_as_they_are(family):
     model, ids = tiny(family), text()
     plan, cache = plan_for(model), read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
-    scores = reconstruction.retell(model, plan.model_copy(update={"fit_values": False}), cache, ids)
+    scores = reconstruction.reconstruct(model, plan.model_copy(update={"refit_values": False}), cache, ids)
     assert all(torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))
-    fitted = reconstruction.retell(model, plan, cache, ids)  # which they are not otherwise; scores are the same
+    fitted = reconstruction.reconstruct(model, plan, cache, ids)  # which they are not otherwise; scores are the same
     assert all(torch.equal(scores[layer], fitted[layer]) for layer in scores)
     assert any(not torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))

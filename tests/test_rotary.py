@@ -15,7 +15,7 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.reference import masked_attention
 from headsink.generation.decode import decoding
 from headsink.generation.generate import generate
-from headsink.models.rope import inverse_frequencies, turned_back
+from headsink.models.rope import inverse_frequencies, rotate_back
 from headsink.models.spec import decoder
 from headsink.models.transformers_names import cache_argument
 
@@ -43,7 +43,7 @@ def streaming(model, plan, ids, mask):
         heads = plan.layers[module.layer_idx]
         if heads is None:
             return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        learned = kwargs.get("s_aux")
+        sink_logits = kwargs.get("s_aux")
         output, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
         for row in range(len(query)):
             first = 0 if mask is None else int(mask[row].int().argmax())
@@ -63,7 +63,7 @@ def streaming(model, plan, ids, mask):
                             rotate(model, k[n, seen], torch.arange(len(seen))),
                         )
                         given = own[None], keys[None, None], value[row : row + 1, n : n + 1, first + seen]
-                        softmax = scaling, kwargs.get("softcap"), None if learned is None else learned[rows]
+                        softmax = scaling, kwargs.get("softcap"), None if sink_logits is None else sink_logits[rows]
                         every = torch.ones(1, 1, 1, len(seen), dtype=torch.bool)
                         output[row, rows, first + i] = masked_attention(*given, every, *softmax)[0, :, 0]
         return output.transpose(1, 2), None
@@ -143,7 +143,7 @@ def test_tokens_can_be_taken_back():
 
 def test_a_text_in_its_window_is_the_model_itself():
     model = tiny("qwen3")
-    plan, ids = Plan.uniform(model, Pattern(4, 0, 60), positions="cache"), torch.randint(3, 211, (2, 64))
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 60), positions="cache-relative"), torch.randint(3, 211, (2, 64))
     found, _ = feed(model, plan, ids, [1000])
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
@@ -152,13 +152,13 @@ def test_a_text_in_its_window_is_the_model_itself():
 def test_no_distance_is_over_the_cache():
     """A text that goes on with the same token has the same logits again and again, however far it goes."""
     model = tiny("llama", dtype=torch.float64)
-    plan, ids = Plan.uniform(model, Pattern(4, 0, 12), positions="cache"), torch.full((1, 3000), 7)
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 12), positions="cache-relative"), torch.full((1, 3000), 7)
     found, cache = feed(model, plan, ids, [500])
     torch.testing.assert_close(found[:, 2900:], found[:, 100:200], rtol=0, atol=1e-4)  # angles are float32
     assert cache.layers[0].groups[0].keys.shape[2] == 16
     text = Plan.uniform(model, Pattern(4, 0, 12))
     with pytest.raises(
-        HeadsinkError, match=r"a text has 1000 tokens, over the model's maximum of 512; .* positions 'cache'"
+        HeadsinkError, match=r"a text has 1000 tokens, over the model's maximum of 512; .* positions 'cache-relative'"
     ):
         feed(model, text, ids, [500])
 
@@ -167,41 +167,43 @@ def test_turning_back_undoes_a_rotation():
     model, places = tiny("phi3"), torch.tensor([3, 700, 12345])
     vectors = torch.randn(2, 4, 3, 12, dtype=torch.float64)
     there = rotate(model, vectors, places)
-    torch.testing.assert_close(turned_back(there, places, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
-    torch.testing.assert_close(turned_back(there, places - places, inverse_frequencies(model)), there)
+    torch.testing.assert_close(rotate_back(there, places, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
+    torch.testing.assert_close(rotate_back(there, places - places, inverse_frequencies(model)), there)
 
 
 def test_only_windows_can_count_in_the_cache(tmp_path):
     model = tiny("llama")
     for pattern, field in (
-        (Pattern(), "layers.0.0 sees everything"),
-        (Pattern(1, 2, 3), "layers.0.0 has floating keys"),
+        (Pattern(), "layers.0.0 has full attention"),
+        (Pattern(1, 2, 3), "layers.0.0 has top-k keys"),
     ):
         plan = random_plan(model, 0, lambda _, pattern=pattern: pattern)
         path = tmp_path / "plan.json"
-        path.write_text(plan.to_json().replace('"positions": "text"', '"positions": "cache"'))
-        with pytest.raises(HeadsinkError, match=f"positions: counted in the cache, but {field}"):
+        path.write_text(plan.to_json().replace('"positions": "absolute"', '"positions": "cache-relative"'))
+        with pytest.raises(
+            HeadsinkError, match=f"positions: 'cache-relative' needs windows without top-k keys, but {field}"
+        ):
             Plan.load(path)
-    plan = Plan.uniform(model, Pattern(1, 0, 5), positions="cache")
+    plan = Plan.uniform(model, Pattern(1, 0, 5), positions="cache-relative")
     cache = headsink.new_cache(model, plan)
-    with pytest.raises(HeadsinkError, match="positions: counted in this cache"):
-        cache.hold()
+    with pytest.raises(HeadsinkError, match="positions: a cache with 'cache-relative' ones must keep evicting"):
+        cache.freeze()
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
 
 
 def test_more_positions_than_the_model_has_are_refused():
     model = tiny("llama")
     most = model.config.max_position_embeddings
-    Plan.uniform(model, Pattern(4, 0, most - 4), positions="cache").check(model)
+    Plan.uniform(model, Pattern(4, 0, most - 4), positions="cache-relative").check(model)
     for pattern in (Pattern(4, 0, most - 3), Pattern(2**31 - 1, 0, 1)):
-        plan = Plan.uniform(model, pattern, positions="cache")
+        plan = Plan.uniform(model, pattern, positions="cache-relative")
         with pytest.raises(HeadsinkError, match=rf"layers\.0\.0: .* more positions than the model has, {most}"):
             plan.check(model)
 
 
 def test_generate_goes_past_the_maximum(tokenizer):
     model = tiny("llama")
-    plan, ids = Plan.uniform(model, Pattern(4, 0, 30), positions="cache"), list(range(3, 200)) * 2
+    plan, ids = Plan.uniform(model, Pattern(4, 0, 30), positions="cache-relative"), list(range(3, 200)) * 2
     found = generate(model, tokenizer, ids, plan, max_new_tokens=300)
     assert len(found.ids) == 300
     assert found.kv_bytes < generate(model, tokenizer, ids[:100], Plan.full(model), max_new_tokens=20).kv_bytes

@@ -21,17 +21,17 @@ from headsink.plan.schema import Quality
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def feed(model, plan, ids, sizes, mask=None, hold=None, exact=True):
+def feed(model, plan, ids, sizes, mask=None, freeze=None, exact=True):
     """Logits of `ids` given to the model in pieces of `sizes` (the last size repeats), held from a column on."""
     cache, parts, start = headsink.new_cache(model, plan, exact), [], 0
     sizes = list(sizes)
     with headsink.apply(model, plan), torch.no_grad():
         while start < ids.shape[1]:
             end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), ids.shape[1])
-            if start == hold:
-                cache.hold()
-            elif hold is not None and start < hold:
-                end = min(end, hold)
+            if start == freeze:
+                cache.freeze()
+            elif freeze is not None and start < freeze:
+                end = min(end, freeze)
             options = {}
             if mask is not None:
                 options["attention_mask"] = mask[:, :end]
@@ -72,12 +72,12 @@ def test_any_plan_equals_the_reference(family, way, padding):
 def test_any_plan_equals_the_reference_by_the_kernels(family, way, padding):
     """float64 goes through torch; float32 through what is compiled."""
     model, exact = tiny(family), tiny(family, dtype=torch.float64)
-    for seed, hold in enumerate((None, 45)):
+    for seed, freeze in enumerate((None, 45)):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
         real = slice(None) if mask is None else mask.bool()
         for plan in (random_plan(model, seed), Plan.full(model)):
-            expected = reference_logits(exact, plan, ids, mask, hold)
-            logits, _ = feed(model, plan, ids, WAYS[way], mask, hold, exact=False)
+            expected = reference_logits(exact, plan, ids, mask, freeze)
+            logits, _ = feed(model, plan, ids, WAYS[way], mask, freeze, exact=False)
             torch.testing.assert_close(logits[real].double(), expected[real], rtol=0, atol=3e-5)
 
 
@@ -86,27 +86,27 @@ def test_any_plan_equals_the_reference_by_the_kernels(family, way, padding):
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_any_held_plan_equals_the_reference(family, way, padding):
     model = tiny(family, dtype=torch.float64)
-    for seed, hold in enumerate((1, 30, 45)):
+    for seed, freeze in enumerate((1, 30, 45)):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
         plan = random_plan(model, seed)
-        expected = reference_logits(model, plan, ids, mask, hold)
-        logits, _ = feed(model, plan, ids, WAYS[way], mask, hold)
+        expected = reference_logits(model, plan, ids, mask, freeze)
+        logits, _ = feed(model, plan, ids, WAYS[way], mask, freeze)
         real = slice(None) if mask is None else mask.bool()
         torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
 @pytest.mark.parametrize("sizes", [[1000], [200, 131, 1, 1, 9], [1]], ids=["one pass", "chunks", "token by token"])
-@pytest.mark.parametrize("hold", [None, 150])
-def test_floating_keys_that_come_and_go(family, sizes, hold):
+@pytest.mark.parametrize("freeze", [None, 150])
+def test_top_k_keys_that_come_and_go(family, sizes, freeze):
     model, (ids, mask) = tiny(family, dtype=torch.float64), padded(length=250)
     patterns = [Pattern(2, 5, 16), Pattern(0, 1, 0), Pattern(4, 2, 40), Pattern(1, 16, 1)]
     heads = model.config.num_key_value_heads
     rows = [[patterns[(layer + head) % 4] for head in range(heads)] for layer in range(3)]
     plan = Plan.of(model, rows, torch.randn(3, heads, n_features(12)))
-    logits, cache = feed(model, plan, ids, sizes, mask, hold)
+    logits, cache = feed(model, plan, ids, sizes, mask, freeze)
     real = mask.bool()
-    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, hold)[real], **TOLERANCE)
+    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, freeze)[real], **TOLERANCE)
     for group in (group for layer in cache.layers for group in layer.groups):
         assert (group.scores > float("-inf")).all()
 
@@ -135,8 +135,8 @@ def test_all_full_plan_is_the_model(family, padding):
             options = {"attention_mask": mask[:, :end], "position_ids": positions}
         parts.append(model(ids[:, start:end], **cache_argument(plain), **options).logits)
     real = slice(None) if mask is None else mask.bool()
-    for plan, hold in ((Plan.full(model), None), (Plan.full(model), 40), (random_plan(model, 1), 0)):
-        logits, _ = feed(model, plan, ids, [40, 1, 1, 19], mask, hold)
+    for plan, freeze in ((Plan.full(model), None), (Plan.full(model), 40), (random_plan(model, 1), 0)):
+        logits, _ = feed(model, plan, ids, [40, 1, 1, 19], mask, freeze)
         torch.testing.assert_close(logits[real], torch.cat(parts, 1)[real], rtol=0, atol=1e-6 if family in EAGER else 0)
 
 
@@ -168,32 +168,32 @@ def test_all_full_plan_is_the_model_in_bfloat16():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hold", [None, 60])
-def test_bfloat16_is_as_near_the_reference_as_the_model_is_to_itself(hold):
+@pytest.mark.parametrize("freeze", [None, 60])
+def test_bfloat16_is_as_near_the_reference_as_the_model_is_to_itself(freeze):
     half, whole, ids = tiny("llama", dtype=torch.bfloat16), tiny("llama"), torch.randint(3, 211, (1, 90))
     plan = Plan.uniform(whole, Pattern(2, 0, 9))
-    logits, _ = feed(half, plan, ids, [60, 1], hold=hold)
-    error = (logits.float() - reference_logits(whole, plan, ids, hold=hold)).abs().mean()
+    logits, _ = feed(half, plan, ids, [60, 1], freeze=freeze)
+    error = (logits.float() - reference_logits(whole, plan, ids, freeze=freeze)).abs().mean()
     assert error < 1.5 * (half(ids).logits.float() - whole(ids).logits).abs().mean()
 
 
 # the cache
 
 
-@pytest.mark.parametrize("hold", [None, 250])
-def test_cache_holds_what_the_plan_keeps_and_nothing_more(hold):
+@pytest.mark.parametrize("freeze", [None, 250])
+def test_cache_holds_what_the_plan_keeps_and_nothing_more(freeze):
     model = tiny("llama")
     patterns = [[Pattern(4, 0, 16), Pattern(0, 30, 8)], [Pattern(4, 0, 16)] * 2, [Pattern(), Pattern(1, 0, 0)]]
     plan = Plan.of(model, patterns, torch.randn(3, 2, n_features(12)))
     gc.collect()
     before = {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
-    cache = feed(model, plan, torch.randint(3, 211, (1, 300)), [200, 1], hold=hold)[1]
+    cache = feed(model, plan, torch.randint(3, 211, (1, 300)), [200, 1], freeze=freeze)[1]
     gc.collect()
     new = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and id(t) not in before]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new if t.numel()}
     assert cache.nbytes() == sum(held.values())
     slots = [group.keys.shape[1] * group.keys.shape[2] for layer in cache.layers for group in layer.groups]
-    more = 0 if hold is None else 128  # for the 50 tokens after
+    more = 0 if freeze is None else 128  # for the 50 tokens after
     assert slots == [20 + more, 38 + more, 2 * (20 + more), 384, 1 + more]
 
 
@@ -233,7 +233,7 @@ def test_crop_while_recording_leaves_no_trace(padding):
     torch.testing.assert_close(logits, expected[:, 40:], **TOLERANCE)
 
 
-def test_a_short_text_holds_no_slots_for_floating_keys_of_a_long_one():
+def test_a_short_text_holds_no_slots_for_top_k_keys_of_a_long_one():
     model = tiny("llama")
     plan = Plan.of(model, [[Pattern(2, 400, 16)] * 2] * 3, torch.randn(3, 2, n_features(12)))
     for tokens, slots in ((10, 128), (128, 128), (140, 256), (410, 418), (500, 418)):
@@ -256,20 +256,20 @@ def test_a_copy_of_a_cache_goes_its_own_way(tokens):
         torch.testing.assert_close(torch.cat(found, 1), wanted, **TOLERANCE)
 
 
-@pytest.mark.parametrize("hold", [None, 30])
-def test_crop_inside_the_window_needs_no_recording(hold):
+@pytest.mark.parametrize("freeze", [None, 30])
+def test_crop_inside_the_window_needs_no_recording(freeze):
     model = tiny("llama")
     plan = Plan.uniform(model, Pattern(2, 0, 64))
     ids = torch.randint(3, 211, (1, 100))
     _, cache = feed(model, plan, ids[:, :50], [50])
     cache.crop(-20)
-    if hold:
-        cache.hold()
+    if freeze:
+        cache.freeze()
     with headsink.apply(model, plan), torch.no_grad():
         logits = torch.cat(
             [model(part, **cache_argument(cache)).logits for part in ids[:, 30:].split([1, 49, 20], 1)], 1
         )
-    torch.testing.assert_close(logits, reference_logits(model, plan, ids, hold=hold)[:, 30:], **TOLERANCE)
+    torch.testing.assert_close(logits, reference_logits(model, plan, ids, freeze=freeze)[:, 30:], **TOLERANCE)
 
 
 def test_crop_of_what_is_gone_is_refused():
@@ -286,13 +286,13 @@ def test_hold_takes_in_what_was_recorded_and_lets_later_tokens_be_taken_back():
         model(ids[:, :30], **cache_argument(cache))
         cache.activate_past_recording()
         model(ids[:, 30:40], **cache_argument(cache))
-        cache.hold()
+        cache.freeze()
         for tokens in (20, 1, 150):
             model(torch.randint(3, 211, (1, tokens)), **cache_argument(cache))
             cache.crop(-tokens)
         logits = model(ids[:, 40:], **cache_argument(cache)).logits
     assert cache.get_seq_length() == 80
-    torch.testing.assert_close(logits, reference_logits(model, plan, ids, hold=40)[:, 40:], **TOLERANCE)
+    torch.testing.assert_close(logits, reference_logits(model, plan, ids, freeze=40)[:, 40:], **TOLERANCE)
 
 
 def test_reorder_repeat_and_select_rows():
@@ -521,7 +521,7 @@ def test_nothing_is_left_behind_by_200_calls(kind):
     plan = {
         "plan": random_plan(model, 3),
         "full": Plan.full(model),
-        "endless": Plan.uniform(model, Pattern(2, 0, 9), positions="cache"),
+        "endless": Plan.uniform(model, Pattern(2, 0, 9), positions="cache-relative"),
     }[kind]
     ids, sizes = torch.randint(3, 211, (1, 30)), []
     for number in range(200):

@@ -28,13 +28,13 @@ def test_pairs_are_those_that_rotary_embedding_turns():
     assert key_features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
 
 
-def slow_best(held, leaving, gone, floating):
+def slow_best(held, leaving, gone, top_k):
     """One query after the other."""
     rows = []
     for left in gone.tolist():
         scores = torch.cat([held, leaving], -1)
         scores[..., held.shape[-1] + left :] = float("-inf")
-        top = scores.topk(min(floating, scores.shape[-1]), -1)
+        top = scores.topk(min(top_k, scores.shape[-1]), -1)
         rows.append(torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, top.values > float("-inf")))
     return torch.stack(rows, -2)
 
@@ -48,13 +48,13 @@ def slow_best(held, leaving, gone, floating):
     st.integers(0, 10_000),
 )
 @settings(max_examples=400, deadline=None)
-def test_the_best_are_those_found_one_query_after_the_other(shape, before, later, floating, gone, seed):
+def test_the_best_are_those_found_one_query_after_the_other(shape, before, later, top_k, gone, seed):
     generator = torch.Generator().manual_seed(seed)
     held, leaving = (torch.randn(*shape, keys, generator=generator) for keys in (before, later))
     for scores, empty in ((held, 0.3), (leaving, 0.2)):
         scores[torch.rand(scores.shape, generator=generator) < empty] = float("-inf")
     gone = torch.tensor(sorted(min(n, later) for n in gone))
-    assert torch.equal(best(held, leaving, gone, floating), slow_best(held, leaving, gone, floating))
+    assert torch.equal(best(held, leaving, gone, top_k), slow_best(held, leaving, gone, top_k))
 
 
 def test_of_equal_scores_no_more_are_kept_than_there_is_room_for():
@@ -65,17 +65,17 @@ def test_of_equal_scores_no_more_are_kept_than_there_is_room_for():
 
 
 @pytest.mark.parametrize(
-    ("before", "later", "floating"),
+    ("before", "later", "top_k"),
     [(0, 1, 1), (3, 40, 2), (5, 0, 3), (7, 20, 0), (2, 300, 5), (0, 500, 130), (140, 260, 140), (4, 30, 90)],
 )
-def test_lifetimes_at_once_are_those_of_a_heap(device, before, later, floating):
+def test_lifetimes_at_once_are_those_of_a_heap(device, before, later, top_k):
     """Equal scores too: which of them stay must not depend on the machine."""
     held, leaving = (torch.randint(-9, 10, (2, 2, keys)).float() for keys in (before, later))
     for scores in (held, leaving):
         scores[scores == -9] = float("-inf")
     leaving[1] = torch.randn(2, later)
-    found = lifetimes(held.to(device), leaving.to(device), floating).cpu()
+    found = lifetimes(held.to(device), leaving.to(device), top_k).cpu()
     expected = np.empty((4, before + later), np.int64)
     for row, (own, new) in enumerate(zip(held.flatten(0, 1), leaving.flatten(0, 1), strict=True)):
-        lifetimes_module._lifetimes(own.double().numpy(), new.double().numpy(), floating, expected[row])
+        lifetimes_module._lifetimes(own.double().numpy(), new.double().numpy(), top_k, expected[row])
     assert found.flatten(0, 1).tolist() == expected.tolist()

@@ -20,19 +20,19 @@ from headsink.eviction.pattern import FULL
 from headsink.models.spec import attention_modules
 
 CONTEXT = 190  # a document of the replays and the longest branch
-SMALL = {"windows": (8, 32), "floating": (0, 1 / 8)}  # two of the patterns are of one size
+SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns are of one size
 LEAST = Pattern(SINK, 0, 8)
 ON_OFF = Pattern(4, 0, 24)
 METHODS = (
     *(Method(policy=policy, **SMALL) for policy in POLICIES),
     *(Method(**{switch: False}, **SMALL) for switch in ("need", "gradient", "steps", "correction", "refine")),
-    Method(once=True, **SMALL),
+    Method(prefill_compression=True, **SMALL),
 )
 
 
 def name(method):
     off = [switch for switch in ("need", "gradient", "steps", "correction", "refine") if not getattr(method, switch)]
-    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' once' if method.once else ''}"
+    return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' once' if method.prefill_compression else ''}"
 
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=name)
@@ -222,11 +222,11 @@ def test_an_unknown_policy_is_refused():
         Method(policy="best")
 
 
-def test_options_are_every_window_with_every_share_of_floating_keys():
-    floating = [pattern.floating for pattern in Method().options(8192)[:-1]]
-    assert floating == [0, 64, 128, 256, 512, 1024, 2048, 4096]
+def test_options_are_every_window_with_every_share_of_top_k_keys():
+    top_k = [pattern.top_k for pattern in Method().options(8192)[:-1]]
+    assert top_k == [0, 64, 128, 256, 512, 1024, 2048, 4096]
     assert Method(**SMALL).options(CONTEXT) == (
-        *(Pattern(4, floating, window) for floating in (0, 24) for window in (8, 32)),
+        *(Pattern(4, top_k, window) for top_k in (0, 24) for window in (8, 32)),
         FULL,
     )
 
@@ -259,7 +259,7 @@ def test_a_search_starts_from_what_is_needed(family, budget):
 
 
 def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
-    made = searching("llama", Method(windows=(8,), floating=(0, 0.5)))
+    made = searching("llama", Method(windows=(8,), top_k=(0, 0.5)))
     made.need = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
     for dealt, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
@@ -293,9 +293,9 @@ def test_the_first_layer_is_copied_to_all(family):
 def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
-    held = [replayed(tiny("llama"), seed, hold=True)[0] for seed in range(2)]
+    held = [replayed(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
     expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
-    assert searching("llama", Method(once=True, **SMALL)).loss(pick) == pytest.approx(expected)
+    assert searching("llama", Method(prefill_compression=True, **SMALL)).loss(pick) == pytest.approx(expected)
     assert abs(expected - let_go) > 0.01 * let_go
 
 
@@ -408,6 +408,10 @@ def test_more_ranks_than_heads_keep_alike_in_a_layer():
 def test_ranks_that_cannot_be_balanced_are_refused():
     with pytest.raises(HeadsinkError, match="tensor-parallel: 4 KV heads cannot be split evenly over 3 ranks"):
         searching("llama-mha", Method(ranks=3, **SMALL))
-    for wrong in ({"ranks": 0}, {"ranks": 2, "policy": "random"}, {"ranks": 2, "once": True, "retell": True}):
+    for wrong in (
+        {"ranks": 0},
+        {"ranks": 2, "policy": "random"},
+        {"ranks": 2, "prefill_compression": True, "reconstruct": True},
+    ):
         with pytest.raises(HeadsinkError, match=f"tensor-parallel: {wrong['ranks']} ranks; at least 1"):
             Method(**wrong)

@@ -8,7 +8,7 @@ import torch
 import headsink
 from headsink.calibration.method import Method
 from headsink.census.head_statistics import windows
-from headsink.census.sink_tokens import floating_tokens, suggested_tau
+from headsink.census.sink_tokens import secondary_tokens, suggested_tau
 from headsink.data import corpus, documents
 from headsink.evaluation.quality import score
 
@@ -39,19 +39,19 @@ def test_the_plan_keeps_its_budget(half_plan):
     assert 0.4 < half_plan.kept(TOKENS) <= 0.5
 
 
-def test_the_plan_finds_floating_sinks(half_plan):
-    assert any(head.floating for layer in half_plan.layers for head in layer)
+def test_the_plan_finds_secondary_sinks(half_plan):
+    assert any(head.top_k for layer in half_plan.layers for head in layer)
 
 
 def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
     """Held-out text again. What is worth the second reading is seen beside the same plan without it."""
     model, tokenizer = smollm2
-    method = Method(once=True, retell=True)
+    method = Method(prefill_compression=True, reconstruct=True)
     plan = headsink.calibrate(
         model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
     )
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
-    told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"retell": ()})))
+    told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"reconstruction_prompt": ()})))
     assert told[0].bytes_plan < 0.15 * told[0].bytes_full
     assert any(branch.right_full for branch in told[1:])
     assert all(branch.right_plan or not branch.right_full for branch in told[1:])
@@ -60,8 +60,8 @@ def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
     assert sum(kl[0][1:]) < 0.7 * sum(kl[1][1:])
 
 
-def test_census_sees_the_first_token_and_the_floating_sinks(smollm2):
-    """Facts measured before on this model: no sinks in layers 0 and 1, sinks from layer 12, floating ones in layers 3 to 10."""
+def test_census_sees_the_first_token_and_the_secondary_sinks(smollm2):
+    """Facts measured before on this model: no sinks in layers 0 and 1, sinks from layer 12, top_k ones in layers 3 to 10."""
     model, tokenizer = smollm2
     census = headsink.analyze(model, tokenizer, lengths=(1024,), domains=("prose",), progress=False)
     first, sink = census.score("first", 1024), census.score("sink", 1024)
@@ -69,10 +69,10 @@ def test_census_sees_the_first_token_and_the_floating_sinks(smollm2):
     assert float(first[12:].mean()) > 0.25
     assert float(sink[3:11].mean()) > float(first[3:11].mean()) + 0.1
     errors = census.score("errors", 1024)[..., windows(1024).index(128)]  # [layers, heads, kept]
-    first_only, floating_too = errors[3:11].mean((0, 1)).tolist()
-    assert first_only > 2 * floating_too
+    first_only, secondary_too = errors[3:11].mean((0, 1)).tolist()
+    assert first_only > 2 * secondary_too
     assert suggested_tau(census, 1024) == 0.4
-    assert any(row["token"] == " the" for row in floating_tokens(census, 1024, most=3))
+    assert any(row["token"] == " the" for row in secondary_tokens(census, 1024, most=3))
 
 
 def test_all_full_plan_gives_the_models_tokens(smollm2):

@@ -1,4 +1,4 @@
-"""Lossless mode: greedy text is the model's own, sampled text has its distribution."""
+"""SpeculativeDecoder mode: greedy text is the model's own, sampled text has its distribution."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.generation.speculative import AGAIN, MOST, Pace, Speculation, generate_lossless
+from headsink.generation.speculative import AGAIN, MOST, DraftLength, Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 
 NEW = 24
@@ -141,7 +141,7 @@ def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
 
 
 def test_as_many_are_drafted_as_pay():
-    pace = Pace()
+    pace = DraftLength()
     assert pace.choose() == 0
     pace.saw(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 3
@@ -155,7 +155,7 @@ def test_as_many_are_drafted_as_pay():
     for _ in range(AGAIN):
         pace.saw(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 1  # to see whether it pays by now
-    slow = Pace()
+    slow = DraftLength()
     slow.saw(0, 0.0, 1.0, 0.0)
     slow.saw(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
     assert slow.choose() == 0
@@ -196,6 +196,6 @@ def test_what_it_cannot_do_is_refused(options, said):
     with pytest.raises(HeadsinkError, match=said):
         lossless(model, Plan.full(model), torch.tensor([[5, 6, 7]]), **options)
     with pytest.raises(HeadsinkError, match="positions:"):
-        lossless(model, Plan.uniform(model, Pattern(1, 0, 4), positions="cache"), torch.tensor([[5, 6, 7]]))
+        lossless(model, Plan.uniform(model, Pattern(1, 0, 4), positions="cache-relative"), torch.tensor([[5, 6, 7]]))
     with pytest.raises(HeadsinkError, match="another model"):
         headsink.generate_lossless(model, Plan.full(tiny("qwen2")), torch.tensor([[5, 6, 7]]))

@@ -552,7 +552,7 @@ CALLS = {
         Call(
             "a cache of other texts than are given",
             lambda h: h.forward(h.more[:1], **cache_argument(h.read())),
-            "this cache holds 2 texts",
+            "this cache holds 2 sequences",
         ),
         Call("a saved and loaded prefix", saved_prefix, lambda h: h.text(torch.cat([h.ids[:1], h.more[:1]], 1))),
         Call("a pickled cache", pickled_cache, longer_text),

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headsink.attention.backends import attend_tiles
+from headsink.attention.backends import backend_of
 from headsink.attention.cpu import tiles
-from headsink.attention.visibility import Sight
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
@@ -51,14 +52,14 @@ def test_tiles_are_attention(
     heads, group, tokens, n_keys = shape
     query = (torch.randn(batch, heads * group, tokens, dim) * size).to(dtype)
     keys, values = (torch.randn(batch * heads, n_keys, dim).to(dtype) for _ in range(2))
-    anchors, start = int(torch.randint(0, n_keys + 1, ())), int(torch.randint(0, 9, ()))
-    columns = torch.arange(n_keys) + (start - anchors)
-    columns[:anchors] = -1
+    prefix_slots, start = int(torch.randint(0, n_keys + 1, ())), int(torch.randint(0, 9, ()))
+    columns = torch.arange(n_keys) + (start - prefix_slots)
+    columns[:prefix_slots] = -1
     until = torch.randint(0, n_keys + 2, (batch * heads, n_keys))
     until[torch.rand(until.shape) < torch.rand(())] = 2**30
     first = int(torch.randint(0, n_keys + 1, ()))
-    sight = Sight(until, first, anchors, start, None, True, n_keys, n_keys)
-    found = attend_tiles(query, keys, values, sight, dim**-0.5)
+    sight = KeyVisibility(until, first, prefix_slots, start, None, True, n_keys, n_keys)
+    found = backend_of("cpu").prefill(query, keys, values, sight, AttentionParams(dim**-0.5))
     expected = slow(query.view(batch * heads, group, tokens, dim), keys, values, columns, until, first, dim**-0.5)
     error = TYPES[dtype] * max(
         1.0, size if dtype == torch.float32 else 1.0
@@ -71,7 +72,7 @@ def test_tiles_are_attention(
 def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     query, (keys, values) = torch.randn(1, 2, 70, 16).to(dtype), torch.randn(2, 1, 70, 16).to(dtype)
     query[0, 1, 30, 3] = float("nan")
-    sight = Sight(torch.full((1, 70), 70), 0, 0, 0, None, False, 0, 0)
-    found = attend_tiles(query, keys, values, sight, 1.0).isnan()
+    sight = KeyVisibility(torch.full((1, 70), 70), 0, 0, 0, None, False, 0, 0)
+    found = backend_of("cpu").prefill(query, keys, values, sight, AttentionParams(1.0)).isnan()
     assert found[0, 1, 30].all()
     assert found.sum() == 16

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import expected
 import pytest
@@ -51,6 +52,22 @@ def server(smollm2, tmp_path_factory):
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+def test_the_example_queries_the_server(server):
+    client, _ = server
+    script = Path(__file__).parent.parent / "examples" / "serve_and_query.py"
+    command = [
+        sys.executable,
+        script,
+        "The capital of France is",
+        "--url",
+        str(client.base_url).rstrip("/"),
+        "--tokens",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("The capital of France is ")
 
 
 def test_streams_and_answers_at_once_what_the_masked_model_says(server, smollm2):

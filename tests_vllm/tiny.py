@@ -34,7 +34,7 @@ def tiny(family, seed=0, **sizes):
 
 
 def servable(rng):
-    """A pattern without floating keys, of blocks' size and around it."""
+    """A pattern without top-k keys, of blocks' size and around it."""
     if rng.random() < 0.3:
         return Pattern()
     return Pattern(rng.choice([0, 1, 4, 32, 70]), 0, rng.choice([0, 1, 2, 32, 33, 64, 65, 100, 129, 300]))

@@ -1,7 +1,7 @@
-"""headsink: find the attention heads that look at nothing far away, and stop paying for them.
+"""headsink measures attention sinks per head and turns them into a smaller KV cache.
 
-A public name imports its module when it is first used, so that `import headsink` and the command line's help take no time. Type
-checkers and editors read `__init__.pyi`.
+A public name imports its module on first use, so `import headsink` and the help of the command line are fast. Type checkers and
+editors read `__init__.pyi`.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""Attention under a pattern: the reference, the transformers interface, and the kernel backends (cpu, cuda)."""
+"""Attention under a pattern: the reference, the interface to transformers, and the kernel backends (cpu, cuda)."""

@@ -1,204 +1,94 @@
-"""Attention of grouped queries over keys that lie ready: the queries of a KV head are rows of one product.
+"""Kernel backends: one protocol, chosen in one place. Where none supports a call, `eager.attend_rows` computes it in torch.
 
-In plain torch; or, of a few tokens on a CPU, compiled (kernels.py), which reads keys and values once, as they lie.
+A new backend is a package with a class of this protocol, and a line in `backend_of`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from headsink.attention.cpu.threads import _after_fork, claim, compiled, turn
-from headsink.attention.kv_table import check_buffers
-from headsink.attention.params import Softmax, shares
-from headsink.attention.visibility import Sight, check_sight
-from headsink.errors import must_be
+from headsink.attention.cpu.backend import CPUBackend
+from headsink.attention.cpu.threads import after_fork
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility
 from headsink.utils import device
 
-FEW = 3  # tokens up to which keys are read as they lie; for more, laid out in tiles first, they take less time
-ROWS = 64  # queries of a KV head up to which it is so on a GPU
-
-
-def few(query: Tensor, kv_heads: int) -> bool:
-    """Whether these are tokens so few, [batch, query heads, tokens, dim], that keys are best read as they lie."""
-    if query.device.type in device.DEVICES:
-        return query.shape[2] * query.shape[1] <= ROWS * kv_heads
-    return query.shape[2] <= FEW
-
-
 if sys.platform != "win32":  # where processes are not forked
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=after_fork)
 
 
-def can_run(tensor: Tensor, softmax: Softmax) -> bool:
-    """Whether the kernels take tensors like this one; those of a CPU neither cap logits nor know learned ones."""
-    return device.can_run(tensor) or (
-        softmax.plain
-        and compiled()
-        and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16)
-        and not (tensor.requires_grad and torch.is_grad_enabled())
-    )
+class Backend(Protocol):
+    """Attention of the KV heads of a layer by kernels for one kind of device.
 
-
-def attend_table(
-    table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
-) -> Tensor:
-    """Attention over the heads of a table, int64 [batch x heads, len(Field)]. query: [batch, heads x group, tokens, dim]; key,
-    value: [batch, heads, 1, dim], of one token that comes in before, of the dtype that the heads' buffers have."""
-    claim()  # before numba is imported: another thread may have been at it when this process was forked
-    from headsink.attention.cpu import decode
-
-    batch, query_heads, _, dim = query.shape
-    heads = len(table) // max(batch, 1)
-    must_be("attention: rows of the table", len(table), batch * heads)
-    must_be("attention: tokens and query heads left over", (query.shape[2], query_heads % max(heads, 1)), (tokens, 0))
-    for token in (key, value):
-        if token is not None:
-            must_be("attention: a new token", (token.shape, token.dtype), ((batch, heads, 1, dim), query.dtype))
-    rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
-    out = torch.empty_like(rows)
-    none = rows.new_empty(0, dim)
-    new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
-    like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
-    with turn() as threads:
-        decode.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
-    return out.view_as(query).to(query.dtype)
-
-
-def attend_few(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, softmax: Softmax) -> Tensor:
-    """Attention of the last tokens over buffers up to slot `end`, the last of which are their own. For what `can_run` takes.
-
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, slots, dim]; visible: bool [batch, heads, slots].
+    query: [batch, KV heads x group, tokens, dim] everywhere. reads_layers: whether all heads of a layer read a prompt in one
+    launch (cache/prefill_cuda.py). decodes_padding: whether `step` takes rows that hold nothing but padding so far. statistics: a
+    module with the kernels of the census, or None.
     """
-    if query.device.type in device.DEVICES:
-        from headsink.attention.cuda.decode import attend_buffers
 
-        return attend_buffers(query.contiguous(), keys, values, visible, end, *softmax)[0]
-    from headsink.attention.kv_table import Field
+    reads_layers: bool
+    decodes_padding: bool
+    statistics: Any
 
-    batch, heads, slots, dim = keys.shape
-    check_buffers(query, keys, values, visible, end)
-    keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
+    def supports(self, query: Tensor, params: AttentionParams) -> bool:
+        """Whether the kernels take tensors like this one."""
 
-    table = np.zeros((batch * heads, len(Field)), np.int64)
-    number = np.arange(batch * heads) * slots
-    for field, buffer in ((Field.KEYS, keys), (Field.VALUES, values)):
-        table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
-    table[:, Field.VISIBLE] = visible.data_ptr() + number
-    table[:, Field.END] = end
-    return attend_table(table, query, query.shape[2], softmax.scaling)
+    def is_decode_shape(self, query: Tensor, kv_heads: int) -> bool:
+        """Whether the tokens are so few that `decode` is faster than `prefill`."""
 
+    def beats_sdpa(self, query: Tensor, kv_heads: int) -> bool:
+        """Whether these kernels are faster than those of torch for causal attention to every key."""
 
-def attend_tiles(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sight: Sight,
-    scaling: float,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
-) -> Tensor:
-    """Attention of many tokens, each over the keys that it sees.
+    def attend_full(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
+        """Causal attention to every key, [batch, KV heads, keys, dim]; None to leave it to torch."""
 
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch x heads, keys, dim]; the rest: see `Softmax`. Zero where a
-    query sees no key. For what `can_run` takes.
-    """
-    if query.device.type in device.DEVICES:
-        from headsink.attention.cuda import prefill as on_gpu
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, params: AttentionParams
+    ) -> Tensor:
+        """Attention of the last tokens over buffers up to slot `end`, the last of which are their own.
 
-        return on_gpu.attend(query, keys, values, sight, scaling, softcap, learned)[0]
-    check_sight(query, keys, values, sight)
-    claim()
-    from headsink.attention.cpu import prefill, tiles
+        keys, values: [batch, KV heads, slots, dim]; visible: bool [batch, KV heads, slots].
+        """
 
-    grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
-    out = torch.empty_like(grouped)
-    pairs = tiles.PAIRED and query.dtype == torch.bfloat16 and query.shape[3] % 2 == 0
-    work: Any = np.empty(0, np.uint16 if pairs else np.float32)
-    columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (sight.start - sight.anchors)
-    columns[: sight.anchors] = -1
-    with turn() as threads:
-        prefill.attend(
-            *(_numbers(t.detach().contiguous()) for t in (keys, values)),
-            columns.astype(np.int32),
-            sight.until.int().contiguous().numpy(),
-            _numbers(grouped),
-            sight.first,
-            scaling,
-            work,
-            _numbers(out),
-            threads,
-        )
-    return out.view_as(query)
+    def prefill(
+        self, query: Tensor, keys: Tensor, values: Tensor, visibility: KeyVisibility, params: AttentionParams
+    ) -> Tensor:
+        """Attention of many tokens, each over the keys that it sees; zero where it sees none.
+
+        keys, values: [batch x KV heads, keys, dim].
+        """
+
+    def step(
+        self, table: Any, length: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """Append one token of every row to all heads of a layer, evict what leaves, and attend.
+
+        table: a `cache.kv_table.KVTable`. key, value: [batch, KV heads, 1, dim].
+        """
 
 
-def _numbers(tensor: Tensor) -> Any:
-    """As numpy has it: bfloat16 as uint16."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+def backend_for(query: Tensor, params: AttentionParams) -> Backend | None:
+    """The backend that computes attention of these queries, or None for torch."""
+    found = backend_of(query.device.type)
+    return found if found is not None and found.supports(query, params) else None
 
 
-def attend_rows(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    softmax: Softmax,
-    turned: Tensor | None = None,
-    sink: int = 0,
-) -> Tensor:
-    """Attention of grouped queries, each over the keys of its KV head.
-
-    query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]; mask: bool [batch, heads, tokens, keys],
-    or [1, 1, tokens, keys] where `softmax` is not plain, or None. turned: queries with which the first `sink` keys are looked at
-    instead. Zero where a query sees no key.
-    """
-    batch, heads, n_keys, dim = keys.shape
-    if n_keys == 0:
-        return torch.zeros_like(query)
-    if turned is not None or not softmax.plain:
-        return _attend_by_logits(query, keys, values, mask, softmax, turned, sink)
-    tokens, group = query.shape[2], query.shape[1] // heads
-    if tokens == 1:  # the rows of a group as queries: a key is read once
-        rows = query.reshape(batch, heads, group, dim)
-        mask = None if mask is None else mask.expand(batch, heads, group, n_keys)
-    else:  # the heads of a group share a mask, which is made once
-        rows = query.reshape(batch * heads, group, tokens, dim)
-        keys, values = (t.reshape(batch * heads, 1, n_keys, dim).expand(-1, group, -1, -1) for t in (keys, values))
-        mask = None if mask is None else mask.reshape(batch * heads, 1, tokens, n_keys)
-    output = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=softmax.scaling)
-    return output.view(batch, heads * group, tokens, dim)
+def backend_of(kind: str) -> Backend | None:
+    """The backend of a device type. On "cpu" it is the GPU's where a test runs its kernels by Triton's interpreter."""
+    if kind in device.DEVICES and device.installed():
+        return _cuda()
+    return _CPU if kind == "cpu" else None
 
 
-def _attend_by_logits(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    softmax: Softmax,
-    turned: Tensor | None,
-    sink: int,
-) -> Tensor:
-    """What `sdpa` cannot express: all logits at once, in float32 or better."""
-    batch, heads, n_keys, _ = keys.shape
-    kind = torch.promote_types(query.dtype, torch.float32)
+_CPU = CPUBackend()
 
-    def logits(of: Tensor, seen: Tensor) -> Tensor:
-        rows = of.to(kind).reshape(batch, heads, -1, of.shape[3]) * softmax.scaling
-        return rows @ seen.to(kind).transpose(-1, -2)
 
-    every = logits(query, keys)
-    if turned is not None:
-        every[..., :sink] = logits(turned, keys[:, :, :sink])
-    every = softmax.capped(every).view(batch, heads, -1, query.shape[2], n_keys)
-    if mask is not None:
-        every = every.masked_fill_(~mask[:, :, None], float("-inf"))
-    learned = None if softmax.learned is None else softmax.learned.view(heads, -1, 1, 1)
-    weights = shares(every, learned).nan_to_num(0.0).flatten(2, 3)  # no key at all: zero
-    return (weights.to(values.dtype) @ values).view_as(query)
+@cache
+def _cuda() -> Backend:
+    from headsink.attention.cuda.backend import CUDABackend  # needs triton
+
+    return CUDABackend()

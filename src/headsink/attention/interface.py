@@ -1,12 +1,13 @@
-"""headsink's place in transformers: an attention function and a mask function under one name.
+"""The attention function and the mask function that headsink registers with transformers.
 
-While a model is *engaged* (`engaged(model)`), its layers call `_attention`. Keys that come from a plan's cache are attended
-by that cache; all others (another thread's ordinary cache, a layer with its own sliding window) go to transformers' `sdpa`,
-so an engaged model without a plan is the model itself; where `sdpa` cannot express the softmax, it is computed in blocks and
-differs by rounding. `observing(callback)` shows every layer's queries, keys, values and output to a callback on the way; the
-census is built on that. `substituting(attend)` computes attention by other means; calibration tries patterns so. What is
-observed is one whole text without padding, so no mask is made for it, and layers that `sdpa` has no causal kernel for are
-computed in blocks (blockwise.py).
+While a model is *engaged* (`engaged(model)`), its layers call `_attention`. If the keys come from a plan's cache, the cache
+computes the attention. All other attention (another thread's ordinary cache, a layer with its own sliding window) goes to
+transformers' `sdpa`, so an engaged model without a plan computes the same as before; where `sdpa` cannot express the softmax,
+it is computed in blocks and differs by rounding.
+
+`observing(model, callback)` passes every layer's queries, keys, values and output to a callback, which the census uses.
+`substituting(model, attend)` replaces the attention, which calibration uses to try patterns. Both process one whole text without
+padding, so they need no mask; layers without a causal `sdpa` kernel are computed in blocks (attention/chunked.py).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headsink.attention import chunked
-from headsink.attention.backends import attend_rows
-from headsink.attention.params import QUERY_BLOCK, Inputs, Padding, Softmax
+from headsink.attention.eager import attend_rows
+from headsink.attention.params import QUERY_BLOCK, AttentionParams, Inputs, Padding
 from headsink.attention.passes import ATTENTION, check_uncached, engaged, watching
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
@@ -33,13 +34,13 @@ from headsink.models.spec import describe
 
 @dataclass(frozen=True, kw_only=True)
 class Seen(Inputs):
-    """What one attention layer computed with, and `output`, [1, query heads, tokens, dim], before the output projection."""
+    """The inputs of one attention layer, and `output`, [1, query heads, tokens, dim], before the output projection."""
 
     output: Tensor
 
 
 class Sliding(int):
-    """The mask of a sliding layer while it is observed: its window, in place of a square."""
+    """The mask of an observed sliding-window layer: the window as a number instead of a square mask."""
 
 
 _observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
@@ -50,38 +51,38 @@ _substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsin
 def observing(model: PreTrainedModel, callback: Callable[[Seen], None]) -> Iterator[None]:
     """Call `callback` for every attention layer that the model runs in this thread.
 
-    Raises HeadsinkError at the end of the block if a layer did not come.
+    Raises HeadsinkError at the end of the block if a layer did not run.
     """
-    came: set[int] = set()
+    layers_seen: set[int] = set()
 
     def call(seen: Seen) -> None:
-        came.add(seen.layer)
+        layers_seen.add(seen.layer)
         callback(seen)
 
-    with _watched(model, _observer, call, came):
+    with _check_layers(model, _observer, call, layers_seen):
         yield
 
 
 @contextmanager
 def substituting(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
-    """Let `attend` compute the attention of every layer that the model runs in this thread.
+    """Use `attend` for the attention of every layer that the model runs in this thread.
 
-    It is given one row of tokens and returns [1, query heads, tokens, dim]; which tokens see which is its own affair. Raises
-    HeadsinkError at the end of the block if a layer did not come.
+    It gets one sequence, and returns [1, query heads, tokens, dim]. It decides which tokens are visible. Raises HeadsinkError
+    at the end of the block if a layer did not run.
     """
-    came: set[int] = set()
+    layers_seen: set[int] = set()
 
     def call(inputs: Inputs) -> Tensor:
-        came.add(inputs.layer)
+        layers_seen.add(inputs.layer)
         return attend(inputs)
 
-    with _watched(model, _substitute, call, came):
+    with _check_layers(model, _substitute, call, layers_seen):
         yield
 
 
 @contextmanager
-def _watched(
-    model: PreTrainedModel, variable: ContextVar[Any], call: Callable[..., Any], came: set[int]
+def _check_layers(
+    model: PreTrainedModel, variable: ContextVar[Any], call: Callable[..., Any], layers_seen: set[int]
 ) -> Iterator[None]:
     token = variable.set(call)
     try:
@@ -89,7 +90,7 @@ def _watched(
             yield
     finally:
         variable.reset(token)
-    missing = sorted(set(range(describe(model).layers)) - came)
+    missing = sorted(set(range(describe(model).layers)) - layers_seen)
     if missing:
         raise HeadsinkError(
             f"{type(model).__name__}: the attention of layer {missing[0]} was not seen; it must go through "
@@ -110,10 +111,10 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it. Returns [batch, tokens, query heads, dim], contiguous: some models take a view of
-    it."""
+    """The attention function that transformers calls. Returns [batch, tokens, query heads, dim], contiguous because some models
+    take a view of it."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    softmax = AttentionParams(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
         if not isinstance(attention_mask, Padding | None):
             raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
@@ -143,17 +144,18 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
-    """What `sdpa` cannot express, over a cache that is not a plan's, in blocks of queries: [batch, query heads, tokens, dim].
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: AttentionParams) -> Tensor:
+    """Attend over an ordinary cache in blocks of queries, where `sdpa` cannot express the softmax.
 
-    key, value: [batch, KV heads, keys, dim]; mask: bool [batch, 1, tokens, keys], None: causal, the last query sees all keys.
+    key, value: [batch, KV heads, keys, dim]; mask: bool [batch, 1, tokens, keys]; None: causal, and the last query sees all keys.
+    Returns [batch, query heads, tokens, dim].
     """
     output, tokens, columns = torch.empty_like(query), query.shape[2], torch.arange(key.shape[2], device=query.device)
     for start in range(0, tokens, QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         seen = (columns <= columns[-tokens:][block, None])[None, None] if mask is None else mask[:, :, block]
-        some = seen.flatten(0, 2).any(0).nonzero()  # of a sliding window not many
-        near = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0)
+        used = seen.flatten(0, 2).any(0).nonzero()  # few in a sliding window
+        near = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0)
         output[:, :, block] = attend_rows(
             query[:, :, block], key[:, :, near], value[:, :, near], seen[..., near], softmax
         )
@@ -169,7 +171,7 @@ def _mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | Padding | Sliding | None:
-    """The mask of a layer: transformers' own, or what says the same without a square for a plan's or an observed layer."""
+    """Return the mask of a layer: transformers' own, or `Padding` or `Sliding` for a plan's or an observed layer."""
     if _observer.get() is not None or _substitute.get() is not None:
         if attention_mask is not None and not attention_mask.all():
             raise HeadsinkError("observed attention takes one text at a time, without padding")
@@ -200,12 +202,12 @@ def _mask(
 
 
 def left_padding(mask: Tensor | None) -> Padding | None:
-    """Read the padding off a 2-D mask [batch, columns], True for tokens. None where there is none."""
+    """Return the padding of a 2-D mask [batch, columns], True for tokens; None if there is none."""
     if mask is None or mask.all():
         return None
     mask = mask.bool()
     columns = mask.shape[1]
-    tokens = torch.where(mask.any(1), mask.int().argmax(1), columns)  # a row may be padding only, so far
+    tokens = torch.where(mask.any(1), mask.int().argmax(1), columns)  # a row may be padding only
     hidden = ~mask & (torch.arange(columns, device=mask.device) >= tokens[:, None])
     return Padding(tokens, int(tokens.max()), hidden if hidden.any() else None)
 
@@ -215,20 +217,20 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class PlanLength(int):
-    """A key length reported by a `PlanLayer`: tells the mask function that no mask need be built."""
+    """The key length of a `PlanLayer`. Its type marks that the mask function need not build a mask."""
 
 
 class AttendingLayer(Protocol):
-    """A layer of a cache that attends itself (cache/layer.py)."""
+    """A cache layer that computes attention (cache/layer.py)."""
 
     def attend(
-        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Update:
-    """New keys and values on their way into a layer: what the attention function gets in place of a tensor."""
+    """New keys and values of a cache layer, which the attention function gets instead of a tensor."""
 
     layer: AttendingLayer
     key: Tensor
@@ -240,7 +242,7 @@ class Update:
 
 
 def cast(tensor: Tensor) -> Tensor:
-    """What attention computes with: under `torch.autocast` its dtype, into which `sdpa` casts too."""
+    """Cast to the dtype of `torch.autocast` if it is enabled, as `sdpa` does."""
     kind = tensor.device.type
-    cast_here = torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return tensor.to(torch.get_autocast_dtype(kind)) if cast_here else tensor
+    enabled = torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.to(torch.get_autocast_dtype(kind)) if enabled else tensor

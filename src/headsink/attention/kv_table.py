@@ -1,4 +1,4 @@
-"""The table by which kernels find the keys and values of a layer: its fields, and how it moves on by a token."""
+"""The fields of the table that gives kernels the addresses and sizes of a layer's KV buffers, and its update per token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from headsink.errors import must_be
 from headsink.eviction.pattern import FOREVER
 
 
-class Field(IntEnum):
-    """What the table says of a KV head of a text.
+class KVField(IntEnum):
+    """The fields of the table for one KV head of one sequence.
 
-    KEYS, VALUES: address of [slots, dim]. VISIBLE: of bool [slots]. SCORES: of float32 [floating keys]. WEIGHTS: of float32
-    [features], of scores. SINK, FLOATING: slots for first tokens, and for floating keys after them. ANCHORS: slots in front
-    of the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the ring, FOREVER if it
-    never wraps. PAD: tokens of padding before the text.
+    KEYS, VALUES: address of [slots, dim]. VISIBLE: address of bool [slots]. SCORES: address of float32 [top-k keys]. WEIGHTS:
+    address of the scorer weights, float32 [features]. SINK, TOP_K: number of slots of sink tokens, and of top-k keys after them.
+    ANCHORS: number of slots before the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the
+    ring, FOREVER if it never wraps. PAD: tokens of left padding.
 
-    What follows from these for the token that comes next: END: slots in use once it is in. SLOT: its own, -1 for none.
-    LEAVING: the position of the token that leaves the window, negative for none.
+    `advance` computes these for the next token: END: slots in use after it is appended. SLOT: its slot, -1 for none. LEAVING: the
+    position of the token that leaves the window, negative for none.
     """
 
     KEYS = 0
@@ -31,7 +31,7 @@ class Field(IntEnum):
     SCORES = 3
     WEIGHTS = 4
     SINK = 5
-    FLOATING = 6
+    TOP_K = 6
     ANCHORS = 7
     START = 8
     WINDOW = 9
@@ -42,17 +42,19 @@ class Field(IntEnum):
 
 
 def advance(table: Any, length: int) -> Any:
-    """Write into a table, int64 [..., len(Field)], what follows for a token that comes as column `length`."""
-    anchors, start, window, pad = (table[..., field] for field in (Field.ANCHORS, Field.START, Field.WINDOW, Field.PAD))
+    """Write END, SLOT and LEAVING of a token in column `length` into a table, int64 [..., len(KVField)]."""
+    prefix_slots, start, window, pad = (
+        table[..., field] for field in (KVField.ANCHORS, KVField.START, KVField.WINDOW, KVField.PAD)
+    )
     ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
-    table[..., Field.SLOT] = np.where(window > 0, anchors + ring, -1)
-    table[..., Field.END] = anchors + np.minimum(length + 1 - start, window)
-    table[..., Field.LEAVING] = np.where(length >= window, length - window - pad, -1)
+    table[..., KVField.SLOT] = np.where(window > 0, prefix_slots + ring, -1)
+    table[..., KVField.END] = prefix_slots + np.minimum(length + 1 - start, window)
+    table[..., KVField.LEAVING] = np.where(length >= window, length - window - pad, -1)
     return table
 
 
 def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int) -> None:
-    """Raise unless buffers are of the shapes that `attend_few` says."""
+    """Raise unless buffers have the shapes that `Backend.decode` expects."""
     batch, heads, slots, dim = keys.shape
     like = keys.shape, query.dtype, query.device
     must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1), query.shape[3]), (batch, 0, dim))

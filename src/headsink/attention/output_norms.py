@@ -1,8 +1,7 @@
-"""Sizes of what attention heads write into the residual stream.
+"""Squared norms of attention outputs after the output projection W_O.
 
-A head's output matters only after the output projection W_O, so errors are measured there:
-|W_O (o_full - o_pattern)|^2 / |W_O o_full of the whole layer|^2. With G = W_O^T W_O of a head, |W_O o|^2 is o^T G o, which
-costs dim^2 a query and not dim x hidden.
+Errors of a pattern are measured in the residual stream: |W_O (o_full - o_pattern)|^2 / |W_O o_full of the whole layer|^2. With
+G = W_O^T W_O of a head, |W_O o|^2 = o^T G o, which costs dim^2 per query instead of dim x hidden.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from headsink.models.distributed import output_weight, sum_over_ranks
 class OutputNorms:
     """Squared norms after the output projection of one attention module.
 
-    kv_heads: KV heads that the module sees here, a share of them in tensor parallelism; heads of a group lie side by
-    side, as in transformers.
+    kv_heads: KV heads of the module in this process; a share of them in tensor parallelism. The heads of a group are adjacent, as
+    in transformers.
     """
 
     def __init__(self, module: nn.Module, kv_heads: int, head_dim: int):

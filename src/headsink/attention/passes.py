@@ -1,15 +1,14 @@
-"""Which plan a forward pass runs under, and whether every layer did.
+"""Choose the plan of each forward pass, and check that every layer applied it.
 
-A model is *engaged* while headsink has to do with it: its attention goes to the function that attention.py registers with
-transformers, and hooks see every forward pass. An open `with apply(model, plan)` block is a `Scope` of the model. It holds
-in every thread:
+While a model is *engaged*, its attention goes to the function that attention/interface.py registers with transformers, and hooks
+run around every forward pass. An open `with apply(model, plan)` block is a `Scope` of the model. It applies in every thread:
 
-- While the open blocks of a model have one plan, every pass runs under it.
-- If they have several, the block counts that the call comes from (its frame is on the call stack, which is so for a generator
-  too, whoever resumes it), else the last one that the calling thread entered.
+- If all open blocks of a model have the same plan, every pass runs under it.
+- If they have several plans, a pass belongs to the block that called it: the block whose frame is on the call stack, also for a
+  generator that other code resumes. If there is none, it belongs to the last block that the calling thread entered.
 
-A pass that begins in a block is finished under its plan, even if the block is left by another thread meanwhile. After a pass
-each layer that the plan governs must have attended through the plan's cache.
+A pass that begins in a block ends under its plan, even if another thread leaves the block meanwhile. After a pass, every layer
+with patterns in the plan must have attended through the plan's cache.
 """
 
 from __future__ import annotations
@@ -32,16 +31,18 @@ from headsink.errors import HeadsinkError
 from headsink.models.spec import unwrapped
 from headsink.models.transformers_names import given_cache, named_arguments, with_cache, without_cache
 
-ATTENTION = "headsink"  # the name under which attention.py registers with transformers
+ATTENTION = "headsink"  # the name that attention/interface.py registers with transformers
 
 Prepare = Callable[[dict[str, Any], bool], Cache]
 
 
 @dataclass(eq=False)
 class Scope:
-    """An open block. plan: None if the model runs with the full cache in it. prepare: makes or checks the cache of a pass,
-    given its
-    arguments. private: the block is headsink's own, and holds for calls from it only."""
+    """An open block.
+
+    plan: None for the full cache. prepare: creates or checks the cache of a pass, given its arguments. private: the block is
+    headsink's own, and applies only to calls from it.
+    """
 
     plan: Any
     prepare: Prepare | None
@@ -52,25 +53,25 @@ class Scope:
 
 @dataclass(eq=False)
 class Pass:
-    """A forward pass under a plan. module: the outermost one that was called; attended: how often each layer of the cache
-    did before."""
+    """A forward pass under a plan.
+
+    module: the outermost called module. attended: for each cache layer, the number of `attend` calls before the pass.
+    """
 
     state: _State
     scope: Scope
     module: nn.Module
     cache: Cache
-    keeps: bool  # whether the caller wants the cache back
+    keeps: bool  # whether the output includes the cache
     attended: list[tuple[int, Any, int]]
 
 
 class _State:
-    """What headsink keeps of an engaged model."""
+    """The hooks, scopes and users of an engaged model."""
 
     def __init__(self, model: PreTrainedModel):
         self.config, self.before = model.config, str(model.config._attn_implementation)
-        self.text_config = model.config.get_text_config(
-            decoder=True
-        )  # finding it takes long, for every layer of every token
+        self.text_config = model.config.get_text_config(decoder=True)  # cached, since the lookup is slow
         self.users = 0
         self.scopes: list[Scope] = []
         inner = model.get_decoder()
@@ -91,7 +92,7 @@ class _State:
 
 
 class _Hook:
-    """A hook of an engaged model. A copy of the model must not have it, nor the attention that goes with it."""
+    """A hook of an engaged model. It prevents copying the model, whose copy would have the hooks."""
 
     def __init__(self, work: Callable[..., Any], state: _State):
         self.work, self.state = work, state
@@ -106,20 +107,20 @@ class _Hook:
         )
 
 
-class _Local(threading.local):
+class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.passes: list[Pass] = []
         self.watchers = 0  # `watching` blocks
 
 
 _states: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDictionary()
-_owners: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()  # of modules with a layer's number
+_owners: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()  # of modules with a layer_idx
 _lock = threading.RLock()
-_here = _Local()
+_thread = _ThreadState()
 
 
 def _after_fork() -> None:
-    """In a forked process nobody else holds the lock."""
+    """Replace the lock in a forked process, where its owner may not exist."""
     global _lock
     _lock = threading.RLock()
 
@@ -155,7 +156,7 @@ def _release(state: _State) -> None:
 
 @contextmanager
 def engaged(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention through headsink until the last such block, and the last pass that began in one, ends."""
+    """Route the model's attention through headsink until the last such block, and the last pass begun in one, ends."""
     state = _use(model)
     try:
         yield
@@ -165,7 +166,7 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def scoped(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: bool = False) -> Iterator[None]:
-    """Run the model's passes under a plan (`Scope`) until the block ends."""
+    """Run the model's passes under a plan (`Scope`) in the block."""
     scope, state = Scope(plan, prepare, private), _use(model)
     with _lock:
         state.scopes.append(scope)
@@ -174,24 +175,24 @@ def scoped(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: 
     finally:
         with _lock:
             state.scopes.remove(scope)
-        # An interrupted pass has left its mark: torch runs no hook after ctrl-C.
-        for one in [p for p in _here.passes if p.scope is scope]:
+        # An interrupted pass is still registered: torch runs no hook after ctrl-C.
+        for one in [p for p in _thread.passes if p.scope is scope]:
             _drop(one)
         _release(state)
 
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Passes of this thread are looked at (attention.py), and run under no plan."""
-    _here.watchers += 1
+    """In the block, passes of this thread are observed (attention/interface.py) and run without a plan."""
+    _thread.watchers += 1
     try:
         yield
     finally:
-        _here.watchers -= 1
+        _thread.watchers -= 1
 
 
 def _caller() -> tuple[int, Any]:
-    """The frame that enters a block: the first outside this module, `contextlib` and the function that has the block."""
+    """Return the frame that enters a block: the first outside this module, `contextlib` and headsink.runtime.apply."""
     frame: FrameType | None = sys._getframe(1)
     skipped = (__name__, "contextlib", "dataclasses", "headsink.runtime.apply")
     while frame is not None and (frame.f_globals.get("__name__") in skipped or frame.f_code.co_filename == "<string>"):
@@ -200,7 +201,7 @@ def _caller() -> tuple[int, Any]:
 
 
 def _scope(state: _State) -> Scope | None:
-    """The block that a pass of the calling thread belongs to, None for none."""
+    """Return the block of a pass of the calling thread, or None."""
     scopes = list(state.scopes)
     public = [scope for scope in scopes if not scope.private]
     if len(public) == len(scopes) and all(
@@ -224,9 +225,9 @@ def _scope(state: _State) -> Scope | None:
 
 
 def check_pass(layer: Any) -> None:
-    """Raise unless a pass of this thread is under way with the cache that a layer belongs to."""
-    here = _here.passes[-1] if _here.passes else None
-    if here is None or layer not in here.cache.layers:
+    """Raise unless this thread runs a pass with the cache that contains `layer`."""
+    current = _thread.passes[-1] if _thread.passes else None
+    if current is None or layer not in current.cache.layers:
         raise HeadsinkError(
             "this cache carries a plan: run the model inside `with headsink.apply(model, plan):`, and leave the block only when "
             "all threads that use the model are done"
@@ -234,31 +235,31 @@ def check_pass(layer: Any) -> None:
 
 
 def check_uncached(module: nn.Module) -> None:
-    """Raise if a layer that a plan governs attends to keys that are not in the plan's cache."""
+    """Raise if a layer with patterns in the plan attends to keys outside the plan's cache."""
     state = _owners.get(module)
-    if state is None or _here.watchers:
+    if state is None or _thread.watchers:
         return
-    scope = _here.passes[-1].scope if _here.passes else _scope(state)
+    scope = _thread.passes[-1].scope if _thread.passes else _scope(state)
     if scope is not None and scope.plan is not None and scope.plan.layers[module.layer_idx] is not None:
         raise HeadsinkError(
-            f"layer {module.layer_idx}: it attended without the plan's cache, so the plan does not hold. Call the "
-            "model itself, not its parts or `forward`, and leave gradient checkpointing off"
+            f"layer {module.layer_idx}: it attended without the plan's cache, so the plan was not applied. Call the "
+            "model, not its parts or `forward`, and turn gradient checkpointing off"
         )
 
 
 def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before a module on the way to the decoder runs: the outermost one gets the plan's cache."""
-    if _here.watchers:
+    """Pre-forward hook of the modules from the model to the decoder. The outermost one gets the plan's cache."""
+    if _thread.watchers:
         return None
-    for stale in [p for p in _here.passes if p.module is module]:
+    for stale in [p for p in _thread.passes if p.module is module]:
         _drop(stale)
-    here = _here.passes[-1] if _here.passes else None
+    current = _thread.passes[-1] if _thread.passes else None
     given = named_arguments(module, args, kwargs)
-    if here is not None and here.state is state:
-        if given_cache(given) is not here.cache:
+    if current is not None and current.state is state:
+        if given_cache(given) is not current.cache:
             raise HeadsinkError(
                 f"{type(module).__name__} was called with another KV cache than the plan's: "
-                f"{type(here.module).__name__} makes one of its own, which no plan can govern"
+                f"{type(current.module).__name__} makes its own cache, which a plan cannot use"
             )
         return None
     scope = _scope(state)
@@ -266,42 +267,43 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         given.get("output_attentions") is None and getattr(state.config, "output_attentions", False)
     ):
         raise HeadsinkError(
-            "output_attentions: the weights are never computed while headsink runs the model; leave it out, or look "
-            "at heads with headsink.analyze"
+            "output_attentions: the weights are never computed while headsink runs the model; leave it out, or measure "
+            "heads with headsink.analyze"
         )
     if scope is None or scope.prepare is None:
         return None
     if (found := _attention_of(state)) != ATTENTION:
-        raise HeadsinkError(_changed(found))
-    wanted = given.get("use_cache")
-    wanted = getattr(state.text_config, "use_cache", True) if wanted is None else wanted
-    keeps = bool(wanted) or given_cache(given) is not None
+        raise HeadsinkError(_implementation_error(found))
+    use_cache = given.get("use_cache")
+    use_cache = getattr(state.text_config, "use_cache", True) if use_cache is None else use_cache
+    keeps = bool(use_cache) or given_cache(given) is not None
     cache = scope.prepare(given, keeps)
     layers = [(n, layer, layer.attended) for n, layer in enumerate(cache.layers) if hasattr(layer, "attended")]
     with _lock:
         state.users += 1
-    _here.passes.append(Pass(state, scope, module, cache, keeps, layers))
+    _thread.passes.append(Pass(state, scope, module, cache, keeps, layers))
     return (), with_cache(module, given, cache)
 
 
 def _end(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After a module has run: of the outermost one, see that the plan held. output: None after an error."""
-    here = _here.passes[-1] if _here.passes else None
-    if here is None or here.module is not module:
+    """Forward hook. After the outermost module, check that all layers applied the plan. output: None after an error."""
+    current = _thread.passes[-1] if _thread.passes else None
+    if current is None or current.module is not module:
         return None
-    _drop(here)
+    _drop(current)
     if output is None:
         return None
-    missed = [number for number, layer, before in here.attended if layer.attended == before]
+    missed = [number for number, layer, before in current.attended if layer.attended == before]
     if missed:
         raise HeadsinkError(
-            f"layer {missed[0]}: it did not attend through the plan, so the plan does not hold: {_cause(here, missed)}"
+            f"layer {missed[0]}: it did not attend through the plan's cache, so the plan was not applied: "
+            f"{_cause(current, missed)}"
         )
-    return None if here.keeps else without_cache(output)
+    return None if current.keeps else without_cache(output)
 
 
 def _drop(one: Pass) -> None:
-    _here.passes.remove(one)
+    _thread.passes.remove(one)
     _release(one.state)
 
 
@@ -309,20 +311,20 @@ def _attention_of(state: _State) -> str:
     return str(state.text_config._attn_implementation)
 
 
-def _changed(found: str) -> str:
+def _implementation_error(found: str) -> str:
     return f"the model's attention was set to {found!r} inside `with headsink.apply(model, plan):`; set it before the block"
 
 
 def _cause(one: Pass, missed: list[int]) -> str:
-    """The likely reason why layers did not attend through the plan."""
+    """Return the likely reason why layers did not apply the plan."""
     if (found := _attention_of(one.state)) != ATTENTION:
-        return _changed(found)
+        return _implementation_error(found)
     if len(missed) < len(one.attended):
         return (
-            "its attention was replaced, and only attention that goes through transformers' AttentionInterface and "
-            "Cache.update can follow a plan"
+            "its attention was replaced; a plan needs attention that goes through transformers' AttentionInterface and "
+            "Cache.update"
         )
     return (
-        "no layer got the plan's cache. The model was patched or compiled, or this version of transformers hands caches on "
-        "in another way (run `headsink doctor`)"
+        "no layer got the plan's cache. The model was patched or compiled, or this version of transformers passes caches "
+        "differently (run `headsink doctor`)"
     )

@@ -12,7 +12,7 @@ held-out documents of every kind. A kind's own plan should be better there than 
       families   {family: {roles: {role: share of query heads}, scores: {score: number}, keys: {figure: number}}}
                  a number is {mean, half}: over texts, with the half width of its 95 % interval; keys, of KV heads within 1 % of
                  the output: window (median), kept (mean share of all keys, window and sinks), all (share that needs every key),
-                 floating (floating sinks, mean)
+                 secondary (secondary sinks, mean)
       pairs      [{families: [a, b], scores: {score: {mean_difference, beyond_chance, rank_correlation}}, other_role}]: half the
                  texts of a and half of b, head by head; with a = b the two halves of one family, which is chance. beyond_chance:
                  share of heads whose difference is outside its 95 % interval; other_role: share of heads with another role
@@ -249,16 +249,16 @@ def _looks(census: Census, kind: Domain, length: int) -> dict[str, Any]:
     """What the heads of full layers look at on texts of a kind."""
     full = [layer for layer, window in enumerate(census.settings["model"]["sliding"]) if window is None]
     counted = Counter(role for layer in full for role in census.roles(length, kind)[layer])
-    errors = census.samples("group_errors", length, kind)[:, full][..., KEPT.index("floating"), :]
+    errors = census.samples("group_errors", length, kind)[:, full][..., KEPT.index("secondary"), :]
     needed = window_needed(errors, windows(length), length).flatten(1)  # [texts, heads]
-    sinks = [(census.arrays[f"{n}.{length}.floating"][full] >= 0).double() for n in census.texts(length, kind)]
-    floating = torch.stack([one.sum(-1).flatten() for one in sinks])
+    sinks = [(census.arrays[f"{n}.{length}.secondary"][full] >= 0).double() for n in census.texts(length, kind)]
+    secondary = torch.stack([one.sum(-1).flatten() for one in sinks])
     first = census.settings["limits"]["first"]
     figures = {
         "window": needed.median(1).values,
-        "kept": ((needed + floating + first).clamp(max=length) / length).mean(1),
+        "kept": ((needed + secondary + first).clamp(max=length) / length).mean(1),
         "all": (needed >= length).double().mean(1),
-        "floating": floating.mean(1),
+        "secondary": secondary.mean(1),
     }
     return {
         "roles": {role: count / counted.total() for role, count in counted.most_common()},

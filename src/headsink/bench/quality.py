@@ -46,16 +46,12 @@ from transformers.generation import StoppingCriteria
 from headsink.bench.tasks.scoring import cut, interval, p_value
 from headsink.bench.tasks.tasks import NLL, SAME, TASKS, Item, Task
 from headsink.bench.tasks.tasks import task as find_task
-from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.devices import dtype_name
 from headsink.models.fingerprint import Fingerprint
-from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import apply, new_cache
-from headsink.runtime.compress import compress_into
-from headsink.runtime.prefill import empty_cache
+from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import branch_log_probs
 from headsink.utils.files import check_file, read_text, write_text
 from headsink.utils.progress import bar
@@ -184,7 +180,7 @@ def _answer(
     along: list[int] | None = None,
 ) -> _Answer:
     """Read a prompt once and answer it. along: the text for the log-probabilities, the answer itself if not given."""
-    cache = _read(model, plan, ids[:-1])
+    cache = prefill(model, plan, torch.tensor([ids[:-1]], device=model.device), exact=False)
     again = copy.deepcopy(cache)
     done = generate(
         model,
@@ -199,20 +195,6 @@ def _answer(
     along = along or done.ids
     log_probs = branch_log_probs(model, again, [ids[-1], *along], len(along))
     return _Answer(done.ids, cut(done.text, task.stops), done.kv_bytes, log_probs)
-
-
-def _read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
-    """The cache of a prompt but for its last token, as `generate` would make it."""
-    cache, text = new_cache(model, plan, exact=False), torch.tensor([ids], device=model.device)
-    if plan.once:
-        full = empty_cache(model, None)
-        with torch.no_grad():
-            model(text, **cache_argument(full), use_cache=True, logits_to_keep=1)
-        compress_into(cache, model, full, input_ids=text)
-    else:
-        with torch.no_grad(), apply(model, plan):
-            model(text, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 import headsink
@@ -35,8 +35,7 @@ from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
-from headsink.runtime.compress import compress_into
-from headsink.runtime.prefill import CHUNK, empty_cache
+from headsink.runtime.prefill import CHUNK, empty_cache, prefill
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
@@ -78,8 +77,8 @@ class Way:
         if self.plan is not None and ids.shape[1] > CHUNK:
             options["prefill_chunk_size"] = CHUNK
         start = time.perf_counter()
-        if isinstance(cache, PlanCache) and cache.plan.once:
-            self._compress(cache, ids[:, :-1])
+        if isinstance(cache, PlanCache) and cache.plan.prefill_compression:
+            prefill(self.model, cache.plan, ids[:, :-1], cache=cache)
         reading = time.perf_counter() - start
         with nullcontext() if self.plan is None else apply(self.model, self.plan):
             start = (
@@ -96,12 +95,6 @@ class Way:
             )
         arrived = [moment - start for moment in clock.times[-tokens:]]
         return {"times": [arrived] * len(texts), "kv_bytes": nbytes(cache)}
-
-    def _compress(self, cache: PlanCache, context: Tensor) -> None:
-        full = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        with torch.no_grad():
-            self.model(context, **cache_argument(full), use_cache=True, logits_to_keep=1)
-        compress_into(cache, self.model, full, input_ids=context)
 
 
 def run(

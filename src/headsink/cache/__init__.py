@@ -1,1 +1,1 @@
-"""The KV cache of a plan: slots, groups of KV heads that share a pattern, layers, the transformers `Cache`."""
+"""The KV cache of a plan: slots, groups of KV heads with the same pattern, layers, and the transformers `Cache`."""

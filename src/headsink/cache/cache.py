@@ -1,6 +1,7 @@
-"""A KV cache that holds only what the plan keeps, as transformers wants a cache: a `PlanLayer` (cache_layer.py) where the
-plan governs,
-transformers' own where the model has a sliding window."""
+"""PlanCache, a transformers `Cache` that stores only the keys and values that a plan keeps.
+
+Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the model has a sliding window.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from headsink.plan.plan import Plan
 
 
 class PlanCache(Cache):
-    """The KV cache of one plan. An ordinary transformers `Cache`; `nbytes()` is the memory that it holds."""
+    """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes."""
 
     def __init__(
         self,
@@ -37,26 +38,28 @@ class PlanCache(Cache):
                 layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact))
         super().__init__(layers=layers)
         self.plan, self.exact = plan, exact
-        self.model: weakref.ref[Any] | None = None  # that it was made for
+        self.model: weakref.ref[Any] | None = None  # the model that the cache was created for
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None}
 
-    def hold(self) -> None:
-        """From now on nothing is let go: all that is held now stays visible to every later token, and so do later tokens.
+    def freeze(self) -> None:
+        """Stop evicting: all cached keys and all later keys stay visible to every later token.
 
-        What presses that compress a context once do; memory then grows with every token. Tokens that were recorded stay; those
-        that come after can be taken back, without recording. Layers that slide by themselves go on as they are. Raises
-        HeadsinkError where positions are counted in the cache.
+        This is prefill compression; memory grows with every later token. Recorded tokens are kept. Later tokens can be cropped
+        without recording. Layers with a sliding window of the model are not changed. Raises HeadsinkError for cache-relative
+        positions.
         """
-        if self.plan.positions == "cache":
-            raise HeadsinkError("positions: counted in this cache, so its windows must go on; use a plan with 'text'")
+        if self.plan.positions == "cache-relative":
+            raise HeadsinkError(
+                "positions: a cache with 'cache-relative' ones must keep evicting; use a plan with 'absolute'"
+            )
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
-                layer.hold()
+                layer.freeze()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -`tokens_to_remove` tokens of every layer, or of none if one of them cannot."""
+        """Remove the last -`tokens_to_remove` tokens from every layer. If a layer cannot, raise and change nothing."""
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PlanLayer):
                 layer.check_crop(tokens_to_remove)
@@ -68,7 +71,7 @@ class PlanCache(Cache):
 
     @property
     def rows(self) -> int:
-        """Texts of the batch that the cache holds, 0 if it is empty."""
+        """The number of cached sequences, 0 if the cache is empty."""
         first = self.layers[0]
         if isinstance(first, PlanLayer):
             return first.groups[0].keys.shape[0] if first.groups else 0
@@ -76,22 +79,22 @@ class PlanCache(Cache):
 
     @property
     def on_card(self) -> bool:
-        """Whether a step on a GPU (gpu/decoder.py) runs."""
+        """Whether a decode step on a GPU is running (generation/step_cuda.py)."""
         return any(layer.on_card is not None for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property
     def held(self) -> bool:
-        """Whether nothing is evicted any more (`hold`)."""
+        """Whether the cache is frozen, so nothing is evicted (`freeze`)."""
         return any(layer.held for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property
     def padding(self) -> Padding | None:
-        """What rows do not see, None if they see all."""
+        """The padding of the batch, or None."""
         groups = (layer.groups for layer in self.layers if isinstance(layer, PlanLayer))
         return next((own[0].padding for own in groups if own), None)
 
     def check_whole(self) -> None:
-        """Raise if the layers hold different numbers of tokens, as an interrupted pass leaves them."""
+        """Raise if the layers have different numbers of tokens, which happens after an interrupted forward pass."""
         lengths = {layer.get_seq_length() for layer in self.layers}
         if len(lengths) > 1:
             raise HeadsinkError(
@@ -100,21 +103,21 @@ class PlanCache(Cache):
             )
 
     def hide(self, hidden: Tensor) -> None:
-        """Of the last columns, those that a row is not to see: bool [batch, columns]. For caches that let nothing go."""
+        """Hide some of the last columns: bool [batch, columns]. For caches that do not evict."""
         for layer in self.layers:
             if isinstance(layer, PlanLayer):
                 for group in layer.groups:
                     group.hide(hidden)
 
     def fill(self, full: Cache, padding: Padding | None = None, scores: Mapping[int, Tensor] | None = None) -> None:
-        """Take over, into this empty cache, what the model itself has read, cut to what the plan keeps; `full` is emptied.
+        """Move the keys that the plan keeps from a full cache into this empty one. `full` is emptied.
 
-        scores: of layers, [batch, KV heads, tokens], to choose floating keys by in place of the plan's.
+        scores: {layer: importance scores [batch, KV heads, tokens]} that choose the top-k keys instead of the plan's scorer.
         """
         pairs = list(zip(self.layers, full.layers, strict=True))
         if not all(isinstance(layer, PlanLayer) or type(layer) is type(before) for layer, before in pairs):
             raise HeadsinkError(
-                "layers of this model slide by themselves: make the cache DynamicCache(config=model.config)"
+                "this model has sliding-window layers: make the cache with DynamicCache(config=model.config)"
             )
         for index, (layer, before) in enumerate(pairs):
             if isinstance(layer, PlanLayer):
@@ -124,12 +127,12 @@ class PlanCache(Cache):
                 self.layers[index] = before
 
     def nbytes(self) -> int:
-        """Bytes of memory held, bookkeeping included."""
+        """Return the memory of the cache in bytes, including bookkeeping."""
         return nbytes(self)
 
 
 def nbytes(cache: Cache) -> int:
-    """Bytes of memory that any transformers cache holds: the whole storage behind each of its tensors, once."""
+    """Return the memory of any transformers cache in bytes: the storage of each of its tensors, counted once."""
     storages: dict[int, int] = {}
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):

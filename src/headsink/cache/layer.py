@@ -1,8 +1,8 @@
-"""One layer of a KV cache that holds only what the plan keeps: the place of head groups in transformers.
+"""PlanLayer, a transformers cache layer that stores only the keys and values that a plan keeps.
 
-The KV heads of a layer that share a pattern form a `HeadGroup` (head_group.py), which holds their keys and attends to them.
-`PlanLayer` is the groups' home: `Cache.update` gives the attention function an `Update` instead of two tensors, and the attention
-function (attention.py) asks it for the output.
+The KV heads with the same pattern form a `HeadGroup` (cache/head_group.py), which stores their keys and attends to them.
+`Cache.update` returns an `Update` instead of two tensors. The attention function (attention/interface.py) passes it to
+`PlanLayer.attend`, which returns the output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from headsink.attention.backends import attend_table, can_run
-from headsink.attention.cuda.table import OnCard
+from headsink.attention import backends
+from headsink.attention.cuda.table import DeviceTable
 from headsink.attention.interface import PlanLength, Update, cast
-from headsink.attention.params import Padding, Softmax
+from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup
 from headsink.errors import HeadsinkError
@@ -35,20 +35,18 @@ class PlanLayer(CacheLayerMixin):
     def __init__(self, patterns: list[Pattern], weights: Tensor, inverse: Tensor | None = None, exact: bool = True):
         super().__init__()
         self.patterns, self.weights, self.inverse, self.exact = patterns, weights, inverse, exact
-        self.attended = 0  # calls of `attend`, by which passes.py sees that the plan holds
+        self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
-        self.layout: Any = None  # of the groups' buffers, while they stay where they are
-        self.on_card: OnCard | None = (
-            None  # while a step on a GPU runs, which lets tokens in by itself (gpu/decoder.py)
-        )
+        self.layout: Any = None  # KVTable of the groups; None after their buffers may have moved
+        self.on_card: DeviceTable | None = None  # during a decode step on a GPU (generation/step_cuda.py)
         self.recording = self.held = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
-        """A copy that goes its own way, of the same model."""
+        """Copy the layer without the tables of addresses."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        left_out = {"layout": None, "on_card": None}  # addresses are of the original's buffers
+        left_out = {"layout": None, "on_card": None}  # they contain addresses of the original's buffers
         copied.__dict__ |= {
             name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in left_out
         }
@@ -62,7 +60,7 @@ class PlanLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Update, Update]:  # type: ignore[override]
-        """Offer [batch, KV heads, tokens, dim] keys and values; they enter when the attention function attends."""
+        """Return an `Update` of [batch, KV heads, tokens, dim] keys and values, which `attend` will append to the cache."""
         check_pass(self)
         key_states, value_states = cast(key_states), cast(value_states)
         self._check(key_states, value_states)
@@ -70,7 +68,7 @@ class PlanLayer(CacheLayerMixin):
         return update, update
 
     def _check(self, key: Tensor, value: Tensor) -> None:
-        """Raise unless new keys and values fit what is held: kernels go by addresses, and see no shapes."""
+        """Raise unless new keys and values match the cache. Kernels use addresses and do not check shapes."""
         found = {"keys": list(key.shape), "dtype": key.dtype, "device": key.device}
         fits = {
             "keys": [key.shape[0], len(self.patterns), key.shape[2], key.shape[3]],
@@ -78,13 +76,17 @@ class PlanLayer(CacheLayerMixin):
             "device": value.device,
         }
         if self.groups:
-            held = self.groups[0].keys
-            rows, dim = held.shape[0], held.shape[3]
-            fits = {"keys": [rows, len(self.patterns), key.shape[2], dim], "dtype": held.dtype, "device": held.device}
+            cached = self.groups[0].keys
+            rows, dim = cached.shape[0], cached.shape[3]
+            fits = {
+                "keys": [rows, len(self.patterns), key.shape[2], dim],
+                "dtype": cached.dtype,
+                "device": cached.device,
+            }
         if n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
             raise HeadsinkError(
                 f"this cache is for another model: it got keys {list(key.shape)} and values {list(value.shape)}, "
-                f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} weights of scores for "
+                f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} scorer weights for "
                 f"{len(self.patterns)} KV heads"
             )
         for what, expected in fits.items():
@@ -94,93 +96,87 @@ class PlanLayer(CacheLayerMixin):
                 )
 
     def attend(
-        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: Softmax
+        self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor:
-        """Attention of every head over what its pattern keeps: [batch, tokens, query heads, dim]."""
+        """Append the tokens of `update`, and return the attention of all heads: [batch, tokens, query heads, dim]."""
         self.attended += 1
         if not self.groups:
             self._make_groups(update.key, padding)
         elif self.groups[0].padding is not None and self.groups[0].padding.right:
             raise HeadsinkError(
-                "this cache begins with texts that are padded on the right: pad on the left (tokenizer.padding_side "
-                "= 'left') to go on from it"
+                "this cache begins with a batch that is padded on the right: pad on the left (tokenizer.padding_side "
+                "= 'left') to continue it"
             )
         elif padding is not None:
             self._check_padding(padding)
         key, value = update.key, update.value
-        held = self.groups[0].keys
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or held.requires_grad):
-            # Kernels have no gradients and are chosen by the query; an adapter on keys or values alone leaves it without.
+        cached = self.groups[0].keys
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or cached.requires_grad):
+            # The query decides whether kernels run, which have no gradients. An adapter may be on keys or values only.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
-            turned = None if self.inverse is None else self.on_card.turned(query, self.inverse)
-            return self.on_card.attend(query, key, value, softmax, turned).transpose(1, 2)
+            rotated = None if self.inverse is None else self.on_card.rotated(query, self.inverse)
+            return self.on_card.attend(query, key, value, softmax, rotated).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
-        if self._steps(query, softmax):
-            return self._step(query, key, value, softmax).transpose(1, 2)
+        backend = backends.backend_for(query, softmax)
+        if backend and self._steps(backend, query, softmax):
+            return self._step(backend, query, key, value, softmax).transpose(1, 2)
         self.layout = None
-        at_once = self._at_once(query)
-        if len(self.groups) == 1 and not at_once:
+        parallel = self._at_once(query) if backend and backend.reads_layers else []
+        if len(self.groups) == 1 and not parallel:
             return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
         grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
         output = torch.empty_like(grouped)
-        if at_once:
+        if parallel:
             from headsink.cache.prefill_cuda import read
 
-            read(at_once, grouped, key, value, softmax, output)
+            read(parallel, grouped, key, value, softmax, output)
         for group in self.groups:
-            if group in at_once:
+            if group in parallel:
                 continue
             part, own = grouped[:, group.index].flatten(1, 2), softmax.of(group.heads, kv_heads)
             part = group.attend(module, part, key[:, group.index], value[:, group.index], own)
             output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
 
-    def _steps(self, query: Tensor, softmax: Softmax) -> bool:
-        """Whether one token goes through the kernels, in one call for all heads."""
+    def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
+        """Whether the decode kernel can run: one token, all heads in one call."""
         groups, padding = self.groups, self.groups[0].padding
         return (
             query.shape[2] == 1
-            and (padding is None or padding.most <= groups[0].length or query.device.type in device.DEVICES)
-            and can_run(query, softmax)
-            # not what is to be the model itself
+            and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
+            # not where the output must equal the full cache's bit for bit
             and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
             and not any(g.recording or g.inverse is not None for g in groups)
         )
 
     def _at_once(self, query: Tensor) -> list[HeadGroup]:
-        """The groups that a GPU reads a text into together (gpu/first.py): those that begin with more of it than they keep."""
+        """Return the groups that cache/prefill_cuda.py fills: empty ones whose pattern keeps less than the whole text."""
         tokens, first = query.shape[2], self.seen == query.shape[2]
-        if (
-            not first
-            or tokens == 1
-            or self.recording
-            or self.groups[0].padding is not None
-            or not device.can_run(query)
-        ):
+        if not first or tokens == 1 or self.recording or self.groups[0].padding is not None:
             return []
-        return [group for group in self.groups if group.inverse is None and group.young and group.outgrown(tokens)]
+        return [
+            group
+            for group in self.groups
+            if group.inverse is None and group.below_capacity and group.exceeds_capacity(tokens)
+        ]
 
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        from headsink.cache.kv_table import Layout
+    def _step(
+        self, backend: backends.Backend, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
+    ) -> Tensor:
+        from headsink.cache.kv_table import KVTable
 
         length = self.groups[0].length
         if self.layout is None or length >= self.layout.until:
-            self.layout = Layout(self.groups, 1)
-            if query.device.type in device.DEVICES:
-                self.layout.table = OnCard.of(self.layout.table, length, query.device)
+            self.layout = KVTable(self.groups, 1)
         for group in self.groups:
             group.length += 1
-        if isinstance(self.layout.table, OnCard):
-            self.layout.table.length.fill_(length)
-            return self.layout.table.attend(query, key, value, softmax)
-        table = self.layout.at(length)
-        return attend_table(table.reshape(-1, table.shape[-1]), query, 1, softmax.scaling, key, value)
+        return backend.step(self.layout, length, query, key, value, softmax)
 
     def _check_padding(self, padding: Padding) -> None:
-        """Take a later mask's padding: the same as before, save where a row was nothing but padding so far."""
+        """Check that the padding of a later mask agrees with the earlier one, except in rows of padding only, and store it."""
         before = self.groups[0].padding
         if padding.tokens.shape[0] != self.groups[0].keys.shape[0]:
             raise HeadsinkError(
@@ -196,12 +192,12 @@ class PlanLayer(CacheLayerMixin):
             group.padding = padding
 
     def _hide(self, hidden: Tensor | None, before: Tensor | None) -> None:
-        """Hide the columns of a mask, bool [batch, columns], but for those that are hidden already."""
-        now = torch.zeros(self.groups[0].keys.shape[0], self.seen, dtype=torch.bool, device=self.groups[0].keys.device)
-        new, old = now.clone(), now
-        for held, given in ((new, hidden), (old, before)):
+        """Hide the columns of a mask, bool [batch, columns], except those that were already hidden (`before`)."""
+        new = torch.zeros(self.groups[0].keys.shape[0], self.seen, dtype=torch.bool, device=self.groups[0].keys.device)
+        old = torch.zeros_like(new)
+        for target, given in ((new, hidden), (old, before)):
             if given is not None:
-                held[:, : given.shape[1]] = given[:, : self.seen]
+                target[:, : given.shape[1]] = given[:, : self.seen]
         if (old & ~new).any():
             raise HeadsinkError("attention_mask: it shows tokens that it hid before; they may have been evicted")
         new &= ~old
@@ -218,7 +214,7 @@ class PlanLayer(CacheLayerMixin):
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
         self.layout = None
-        self.weights = device.on_card(self.weights, key.device)  # once, and not for every group
+        self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
             HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)
@@ -242,7 +238,7 @@ class PlanLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether tokens can be taken back; the name is transformers' own."""
+        """Whether tokens can be cropped after they pushed others out of the window. transformers' name for `recording`."""
         return self.recording
 
     @record_past.setter
@@ -257,41 +253,43 @@ class PlanLayer(CacheLayerMixin):
         self.record_past = True
 
     def fill(self, key: Tensor, value: Tensor, padding: Padding | None, scores: Tensor | None = None) -> None:
-        """Let in a whole context at once, [batch, KV heads, tokens, dim], that was attended to elsewhere.
+        """Fill the empty layer with a whole text, [batch, KV heads, tokens, dim], without computing attention.
 
-        scores: [batch, KV heads, tokens], in place of the keys' own.
+        scores: [batch, KV heads, tokens], importance scores that replace those of the plan's scorer.
         """
         self._make_groups(key, padding)
         for group in self.groups:
-            group.enter(key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads])
+            group.append_keys(
+                key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads]
+            )
         self.seen, self.is_initialized = key.shape[2], True
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Let in tokens that were attended to elsewhere, [batch, KV heads, tokens, dim]."""
+        """Append tokens, [batch, KV heads, tokens, dim], without computing attention."""
         if not self.groups:
             self._make_groups(key, None)
         self.layout = None
         for group in self.groups:
-            group.enter(key[:, group.heads], value[:, group.heads])
+            group.append_keys(key[:, group.heads], value[:, group.heads])
         self.seen, self.is_initialized = self.seen + key.shape[2], True
 
-    def hold(self) -> None:
-        """From now on nothing is let go; of a layer that is empty still, nothing ever is."""
+    def freeze(self) -> None:
+        """Stop evicting. An empty layer will never evict."""
         self.held, self.layout = True, None
         for group in self.groups:
-            group.hold()
+            group.freeze()
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise if `crop` cannot do this. Nothing is changed."""
+        """Raise if `crop` with this argument would fail."""
         if tokens_to_remove > 0:
-            raise HeadsinkError("crop: give the tokens to take back as a negative number")
+            raise HeadsinkError("crop: give the number of tokens to remove as a negative number")
         if -tokens_to_remove > self.seen:
-            raise HeadsinkError(f"crop: cannot take back {-tokens_to_remove} tokens of {self.seen}")
+            raise HeadsinkError(f"crop: cannot remove {-tokens_to_remove} tokens of {self.seen}")
         for group in self.groups:
             group.check_crop(-tokens_to_remove)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -`tokens_to_remove` tokens (transformers counts them negative)."""
+        """Remove the last -`tokens_to_remove` tokens (transformers passes a negative number)."""
         self.check_crop(tokens_to_remove)
         self.layout = None
         for group in self.groups:

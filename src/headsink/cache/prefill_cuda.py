@@ -1,8 +1,7 @@
-"""A text that begins, longer than what heads keep of it: read by all of a layer's heads in the same launches.
+"""Prefill into an empty cache on a GPU, with the same kernel launches for all heads of a layer.
 
-One group of heads after the other (head_group.py) is a hundred small launches each, with the host waiting for the card in
-between, which at 8,192 tokens of a model of 8 billion parameters takes more time than the model. Here the host waits for
-nothing.
+Without it, every head group (cache/head_group.py) needs about a hundred small launches, and the host waits for the GPU in
+between. At 8,192 tokens of a model with 8 billion parameters that takes longer than the model. Here the host never waits.
 """
 
 from __future__ import annotations
@@ -13,47 +12,49 @@ import torch
 from torch import Tensor
 
 from headsink.attention.cuda.prefill import attend
-from headsink.attention.params import Softmax
-from headsink.attention.visibility import Own, Sight
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import HeadVisibility, KeyVisibility
 from headsink.cache.slots import Slots
-from headsink.eviction.lifetimes import at_once
+from headsink.eviction.lifetimes import batched_lifetimes
 from headsink.eviction.scoring import NONE, key_scores
 from headsink.utils.device import index, on_card
 
-AT_ONCE = 2**18  # keys that are scored at once: their features take 5 bytes for one of a key
+KEYS_PER_BLOCK = 2**18  # keys scored at once: their features take five times the memory of the keys
 
 
-def read(groups: Sequence[Slots], query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, output: Tensor) -> None:
-    """Let a text into empty groups that keep less than all of it, and attend.
+def read(
+    groups: Sequence[Slots], query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams, output: Tensor
+) -> None:
+    """Fill empty groups that keep less than the whole text, and write their attention into `output`.
 
-    query, output: [batch, KV heads, group, tokens, dim]; key, value: [batch, KV heads, tokens, dim]: all heads of the layer.
-    Written are the output of these groups' heads and what the groups hold.
+    query, output: [batch, KV heads, group, tokens, dim]; key, value: [batch, KV heads, tokens, dim]: all heads of the layer. Only
+    the output of these groups' heads is written.
     """
-    groups = sorted(groups, key=lambda group: not group.pattern.floating)  # those that have floating keys first
+    groups = sorted(groups, key=lambda group: not group.pattern.top_k)  # those with top-k keys first
     heads = [head for group in groups for head in group.heads]
     patterns = [group.pattern for group in groups for _ in group.heads]
     kv_heads, (batch, _, tokens, _) = key.shape[1], key.shape
     own = index(heads, key.device)
     query, key, value = query[:, own], key[:, own], value[:, own]
-    numbers = torch.tensor([[p.sink, p.floating, p.window or 0] for p in patterns])
-    sink, floating, window = on_card(numbers, key.device).T[..., None]
+    numbers = torch.tensor([[p.sink, p.top_k, p.window or 0] for p in patterns])
+    sink, top_k, window = on_card(numbers, key.device).T[..., None]
     columns = torch.arange(tokens, device=key.device)
     until = torch.where(columns < sink, tokens, columns + window).expand(batch, -1, -1)
     scores, best = until.new_zeros(0), until.new_zeros(0)
-    if some := sum(p.floating > 0 for p in patterns):
-        weights, step = torch.cat([group.weights for group in groups]), max(1, AT_ONCE // (batch * tokens))
+    if some := sum(p.top_k > 0 for p in patterns):
+        weights, step = torch.cat([group.weights for group in groups]), max(1, KEYS_PER_BLOCK // (batch * tokens))
         parts = [slice(begin, min(begin + step, some)) for begin in range(0, some, step)]
         scores = torch.cat([key_scores(key[:, part], value[:, part], weights[part]) for part in parts], 1)
         leave = (columns >= sink) & (columns < tokens - window)
         scores = scores.masked_fill(~leave[:some], NONE)
-        ends, best = at_once(scores[..., :0], scores, floating[:some, 0].expand(batch, some))
+        ends, best = batched_lifetimes(scores[..., :0], scores, top_k[:some, 0].expand(batch, some))
         until = torch.cat([torch.where(scores > NONE, ends + (window[:some] - 1), until[:, :some]), until[:, some:]], 1)
-    each = [Own(p.window, p.sink + p.floating, tokens if p.floating else p.sink) for p in patterns]
-    sight = Sight(until.flatten(0, 1), 0, 0, 0, None, False, 0, 0, each * batch)
+    each = [HeadVisibility(p.window, p.sink + p.top_k, tokens if p.top_k else p.sink) for p in patterns]
+    sight = KeyVisibility(until.flatten(0, 1), 0, 0, 0, None, False, 0, 0, each * batch)
     found, _ = attend(query.flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1), sight, *softmax.of(heads, kv_heads))
     output[:, own] = found.view(query.shape)
     begin = 0
     for group in groups:
         part = slice(begin, begin := begin + len(group.heads))
-        floats = group.pattern.floating
-        group.take(key[:, part], value[:, part], *((scores[:, part], best[:, part, :floats]) if floats else ()))
+        count = group.pattern.top_k
+        group.take(key[:, part], value[:, part], *((scores[:, part], best[:, part, :count]) if count else ()))

@@ -1,1 +1,1 @@
-"""Calibration: from documents to importance scores, budget allocation and a plan."""
+"""Calibration: scorer weights, budget allocation and local search that turn documents into a plan."""

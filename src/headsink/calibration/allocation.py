@@ -1,9 +1,10 @@
-"""How many keys each head gets of contexts that are told again: by need, and by the loss where heads are few.
+"""Budget allocation for context reconstruction: divide a KV budget among heads by importance, then by coordinate descent if
+there are few heads.
 
-Heads compete for keys by the attention that telling calibration documents again takes (reconstruction.py). Over tens of heads
-what that leaves out averages away: a search gains nothing on documents that it has not seen (docs/calibration.md). A model with
-a handful of global heads has nothing to average over, and few numbers to find: there they are moved one by one while the loss
-of the replays falls.
+Heads compete for keys by the importance scores of calibration documents (compression/reconstruction.py). With tens of heads the
+errors of this allocation average out, and a search gains nothing on held-out documents (docs/calibration.md). In a model with a
+handful of global heads they do not, and there are few numbers to search: coordinate descent changes one head's budget at a time
+while the loss of the replays decreases.
 """
 
 from __future__ import annotations
@@ -14,26 +15,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FEW = 16  # heads whose numbers are moved one by one
-FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the number of each head
-RECENT = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried as the part of a head's keys that are its last
-NONE = 1e-9  # of the context: a head with less has no keys
-LEAST = 1 / 128  # of the mean: what a head without keys is taken to have, so that it may get some
-GAIN = 0.02  # of the loss, that a sweep over the heads must gain for another to follow
+FEW = 16  # heads at most for coordinate descent
+FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the budget of each head
+RECENT = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried as the share of a head's keys that are recent
+NONE = 1e-9  # share of the context: a head with less has no keys
+LEAST = 1 / 128  # of the mean share: assumed for a head without keys, so that a factor can give it some
+GAIN = 0.02  # relative decrease of the loss per sweep over the heads, below which the descent stops
 SWEEPS = 4  # at most
 
 
-def needed(need: Tensor, share: float) -> Tensor:
-    """How many keys each head needs if all may have `share` of them, and heads compete: shares of its own, float64 [layers, KV
-    heads]. need: [layers, KV heads, samples], as `Demand.attention`, of layers that do not slide."""
-    rest = int((1 - share) * (need.numel() - 1))  # quantile() refuses more than 2^24 numbers
+def allocate(need: Tensor, share: float) -> Tensor:
+    """Head budgets: the share of each head's keys among the most important keys of all heads, float64 [layers, KV heads].
+
+    need: importance scores [layers, KV heads, samples], as `Demand.attention`, of layers without a sliding window. share: budget,
+    the share of all keys that is kept.
+    """
+    rest = int((1 - share) * (need.numel() - 1))  # quantile() fails for more than 2^24 numbers
     return (need > need.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
-def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
-    """`factor` times as many keys for a head, at most all; what it gains the others lose in proportion, and the other way round.
+def transfer(shares: Tensor, head: int, factor: float) -> Tensor | None:
+    """Multiply a head's share by `factor`, at most to 1, and scale the others to keep the sum.
 
-    shares: float64 [heads], of the context. None where that is not possible.
+    shares: float64 [heads], of the context. Returns None where the sum cannot be kept.
     """
     own = min(max(float(shares[head]), LEAST * float(shares.mean())) * factor, 1.0)
     others, left = shares.clone(), float(shares.sum()) - own
@@ -42,7 +46,7 @@ def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
     if not 0 <= left <= int((others > 0).sum()):
         return None
     full = torch.zeros_like(others, dtype=torch.bool)
-    while abs(left - float(others.sum())) > NONE:  # those that are full leave the rest to the others
+    while abs(left - float(others.sum())) > NONE:  # heads at 1 leave the rest to the others
         others = torch.where(full, 1.0, others * ((left - int(full.sum())) / others[~full].sum())).clamp(max=1)
         full = others >= 1
     others[head] = own
@@ -50,36 +54,38 @@ def moved(shares: Tensor, head: int, factor: float) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Deal:
-    """What each head keeps. shares: float64 [heads], of the context, beyond the smallest pattern. recent: float64 [heads], how
-    much of that, from 0 to 1, are its last keys; the rest are floating keys."""
+class Allocation:
+    """Head budgets. shares: float64 [heads], share of the context kept in addition to the smallest pattern. recent: float64
+    [heads], which part of that, from 0 to 1, is the window; the rest are top-k keys."""
 
     shares: Tensor
     recent: Tensor
 
-    def trials(self, head: int) -> tuple[list[Deal], list[Deal]]:
-        """With other keys for one head, and with more or fewer of them."""
+    def trials(self, head: int) -> tuple[list[Allocation], list[Allocation]]:
+        """Neighbours that differ in one head: by the part of its window, and by its share."""
         recent = [self.recent.clone().index_fill(0, torch.tensor(head), part) for part in RECENT]
-        shares = [found for factor in FACTORS if (found := moved(self.shares, head, factor)) is not None]
+        shares = [changed for factor in FACTORS if (changed := transfer(self.shares, head, factor)) is not None]
         return (
-            [Deal(self.shares, one) for one in recent if one[head] != self.recent[head]],
-            [Deal(one, self.recent) for one in shares],
+            [Allocation(self.shares, one) for one in recent if one[head] != self.recent[head]],
+            [Allocation(one, self.recent) for one in shares],
         )
 
 
-def tuned(deal: Deal, loss: Callable[[Deal], float], report: Callable[[Deal, float], None]) -> Deal:
-    """A deal with a lower loss, of the same sum. `report` is called after each head with the deal reached and its loss."""
-    best = loss(deal)
+def coordinate_descent(
+    allocation: Allocation, loss: Callable[[Allocation], float], report: Callable[[Allocation, float], None]
+) -> Allocation:
+    """Lower the loss of an allocation at the same total budget. `report` is called after each head, with the current loss."""
+    best = loss(allocation)
     for _ in range(SWEEPS):
         before = best
-        for head in range(len(deal.shares)):
+        for head in range(len(allocation.shares)):
             for kind in range(2):
-                trials = deal.trials(head)[kind]
+                trials = allocation.trials(head)[kind]
                 losses = [loss(trial) for trial in trials]
                 if losses and min(losses) < best:
                     best = min(losses)
-                    deal = trials[losses.index(best)]
-            report(deal, best)
+                    allocation = trials[losses.index(best)]
+            report(allocation, best)
         if best > (1 - GAIN) * before:
             break
-    return deal
+    return allocation

@@ -1,8 +1,8 @@
-"""Make a plan: read documents, search for patterns under a budget, run the result as it will be used, measure what it costs.
+"""Calibrate a plan: prefill documents, search for patterns under a budget, verify the plan on its cache, measure its quality.
 
-Documents of the calibration half, ordinary text with facts strewn in, are read once at the context that the plan is for
-(replay.py); the search (search.py) tries patterns on what follows them. Then the plan runs through its own cache over the same
-documents, which the search did not do, and over documents that calibration never saw (quality.py).
+Documents from the calibration half of the corpus, ordinary text with needles, are prefilled once at the context that the plan is
+for (replay.py). The search (search.py) evaluates patterns on teacher-forced continuations of these documents. Then the plan runs
+on its own cache over the same documents, and over held-out documents (evaluation/quality.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.calibration.allocation import FEW, SWEEPS, Deal, needed, tuned
+from headsink.calibration.allocation import FEW, SWEEPS, Allocation, allocate, coordinate_descent
 from headsink.calibration.method import SINK, Method
 from headsink.calibration.replay import Replay
 from headsink.calibration.score_fit import Demand, demand, fit
@@ -43,10 +43,10 @@ from headsink.runtime.scoring import branch_log_probs, read
 from headsink.utils.files import check_file, write_text
 from headsink.utils.progress import bar
 
-DOCUMENTS = len(corpus.DOMAINS)  # at least
-CONTINUATION = 128  # tokens of text after a document
-VERIFIED = 8_000  # tokens of documents that a plan is run over once it is made, at least one document
-BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # that --max-kl chooses from
+DOCUMENTS = len(corpus.DOMAINS)  # least number of calibration documents
+CONTINUATION = 128  # tokens of the continuation of a document
+VERIFIED = 8_000  # tokens of documents on which the finished plan is verified, at least one document
+BUDGETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # candidates of --max-kl
 
 Context = int | tuple[int, int]
 
@@ -65,25 +65,27 @@ def calibrate(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Make a plan that keeps at most `budget` of the KV entries at `context` tokens, or as few as `max_kl` allows.
+    """Calibrate a plan that keeps at most `budget` of the KV entries at `context` tokens, or as few as `max_kl` allows.
 
     Parameters
     ----------
-    budget : fraction of the full KV cache, over the heads that do not slide by themselves; above 0, at most 1.
-    max_kl : instead of a budget: KL(full || plan) of text, in nats per token, that is not to be exceeded on the calibration
-        documents. One of `BUDGETS` that holds it is taken, of which the next smaller one does not.
-    context : tokens of context that the plan is for. Of a range (shortest, longest) the budget holds at the shortest, and so
-        at all of them, since windows are constant; errors are measured at both ends.
-    method : how patterns are chosen; ours if not given. `Method(policy="streaming-llm")` and others are there to compare with.
-    quality_contexts : lengths at which the plan is measured on held-out text; the context and a shorter one if not given, ()
-        to leave that out.
-    domains : kinds of text that the calibration documents are made of, of `KINDS`; four documents at least, in turn.
-    checkpoint : a file that keeps the steps done; an interrupted search goes on from there, given the same arguments.
-    progress : show bars on standard error.
+    budget : fraction of the full KV cache that is kept, over layers without a sliding window; above 0, at most 1.
+    max_kl : instead of a budget: largest KL(full || plan) on the text of the calibration documents, in nats per token. Takes a
+        budget of `BUDGETS` that satisfies it while the next smaller one does not.
+    context : context of the plan in tokens. With a range (shortest, longest) the budget holds at the shortest context, and so at
+        all of them, since windows are constant; errors are measured at both ends.
+    method : how patterns are chosen; the default is headsink's. Others, such as `Method(policy="streaming-llm")`, are baselines.
+    quality_contexts : contexts in tokens at which quality is measured on held-out text; by default `context` and a shorter one,
+        () for none.
+    domains : kinds of text of the calibration documents, used in turn; there are at least four documents.
+    checkpoint : a file with the finished steps; an interrupted search continues from it, given the same arguments.
+    progress : show progress bars on standard error.
 
     Returns
     -------
     Plan, with its measured quality.
+
+    Raises HeadsinkError for invalid or contradictory arguments and for models without a layer to plan.
     """
     if (budget is None) == (max_kl is None):
         raise HeadsinkError("budget: give a budget or max_kl, one of the two")
@@ -92,7 +94,7 @@ def calibrate(
     if max_kl is not None:
         check_max_kl(max_kl)
     if checkpoint is not None:
-        check_file(checkpoint, force=True)  # what is in it, the next line checks
+        check_file(checkpoint, force=True)  # the next line checks its contents
         _read_checkpoint(checkpoint, {})
     most = describe(model).max_context
     check_quality(quality_contexts or (), most)
@@ -117,12 +119,12 @@ def calibrate(
 
 
 def default_quality_contexts(longest: int) -> tuple[int, ...]:
-    """The context, and a shorter one if there is room for it."""
+    """The context, and a shorter one if it is long enough."""
     return tuple(n for n in dict.fromkeys((min(2048, longest // 2), longest)) if n >= LEAST_QUALITY)
 
 
 class Calibration:
-    """Documents that the model has read, from which plans of any budget are made."""
+    """Prefilled documents and scorer weights, from which `plan` makes plans of any budget."""
 
     def __init__(
         self,
@@ -145,24 +147,24 @@ class Calibration:
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
         check_context(self.shortest, self.longest, shape.max_context)
         if all(shape.windows):
-            raise HeadsinkError("every layer of this model slides by itself: there is nothing to plan")
+            raise HeadsinkError("every layer of this model has a sliding window: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, self.domains, seed)
         self.prompt = prompt_tokens(tokenizer)
         self.replays: list[Replay] = []
-        told = []
+        demands = []
         with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
-                self.replays.append(Replay(model, document, self.method.once))
+                self.replays.append(Replay(model, document, self.method.prefill_compression))
                 shown.advance(shown.task_ids[0])
-                told.append(demand(self.replays[-1], self.prompt))
+                demands.append(demand(self.replays[-1], self.prompt))
                 shown.advance(shown.task_ids[0])
-        self.weights = fit(self.replays, told)
-        self.need = torch.cat([one.attention for one in told], -1)
+        self.weights = fit(self.replays, demands)
+        self.need = torch.cat([one.attention for one in demands], -1)
         for replay in self.replays:
             replay.set_scores(self.weights)
 
     def plan(self, budget: float) -> Plan:
-        """The plan for a budget, run once as it will be used; without quality on held-out text."""
+        """The plan for a budget, verified once on its own cache; without quality on held-out text."""
         check_budget(budget)
         key = {
             "budget": budget,
@@ -172,15 +174,18 @@ class Calibration:
             "method": asdict(self.method),
         }
         search = key | _identity(self.model)
-        if self.method.retell:
-            patterns, replayed = self._dealt(budget, search), None
+        if self.method.reconstruct:
+            patterns, replayed = self._allocate(budget, search), None
         else:
             last = self._search(budget, search)
             patterns, replayed = last.plan(), round(last.loss, 5)
-        ways: dict[str, Any] = {"once": self.method.once, "positions": self.method.positions}
-        if self.method.retell:
-            ways |= {"retell": self.prompt, "fit_values": self.method.fit_values}
-        plan = Plan.of(self.model, patterns, self.weights, **ways)
+        options: dict[str, Any] = {
+            "prefill_compression": self.method.prefill_compression,
+            "positions": self.method.positions,
+        }
+        if self.method.reconstruct:
+            options |= {"reconstruction_prompt": self.prompt, "refit_values": self.method.refit_values}
+        plan = Plan.of(self.model, patterns, self.weights, **options)
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
@@ -201,9 +206,9 @@ class Calibration:
         return plan.model_copy(update={"calibration": made})
 
     def plan_within(self, max_kl: float) -> Plan:
-        """A plan whose KL on the text of the calibration documents is at most `max_kl`, found by halving `BUDGETS`.
+        """A plan whose KL on the text of the calibration documents is at most `max_kl`, by bisection of `BUDGETS`.
 
-        The next smaller budget does not hold it, or is below the smallest plan.
+        The next smaller budget exceeds it, or is below the smallest plan.
         """
         budgets = [budget for budget in BUDGETS if budget >= self.least]
         low, high, best = 0, len(budgets) - 1, None
@@ -224,12 +229,12 @@ class Calibration:
 
     @property
     def _verified(self) -> list[Replay]:
-        """The documents that a plan is run over: all, or the first of long ones, as running takes longer than all the rest."""
+        """The documents on which a plan is verified: all, or the first ones if they are long, since verifying takes longest."""
         tokens = accumulate(len(replay.document.ids) for replay in self.replays)
         return [one for one, so_far in zip(self.replays, tokens, strict=True) if so_far <= VERIFIED] or self.replays[:1]
 
     def _verify(self, plan: Plan) -> torch.Tensor:
-        """KL of the text and of the answers, under the plan as it runs, mean over documents: float32 [2]."""
+        """KL of the text and of the answers under the plan on its own cache, mean over documents: float32 [2]."""
         total = torch.zeros(2)
         with bar("verifying", len(self._verified), self.progress) as shown:
             for replay in self._verified:
@@ -239,90 +244,90 @@ class Calibration:
                 shown.advance(shown.task_ids[0])
         return total
 
-    def _dealt(self, budget: float, key: dict[str, Any]) -> list[list[Pattern] | None]:
-        """Floating keys by need; where heads are few, floating and last keys by the loss (dealing.py). For contexts that are told
-        again."""
+    def _allocate(self, budget: float, key: dict[str, Any]) -> list[list[Pattern] | None]:
+        """Patterns for context reconstruction: top-k keys by importance, then coordinate descent over top-k keys and windows if
+        there are few heads (allocation.py)."""
         check_room(budget, self.shortest, self.least)
         layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
         share = budget - self.least if budget < 1 else 1.0
-        shares = needed(self.need[layers], share).flatten()
+        shares = allocate(self.need[layers], share).flatten()
         if budget == 1 or not self.method.need:
             shares = torch.full_like(shares, share)
-        deal = Deal(shares, torch.zeros_like(shares))
+        allocation = Allocation(shares, torch.zeros_like(shares))
         if budget < 1 and self.method.refine and len(shares) <= FEW:
-            deal = self._tuned(deal, key)
-        return self._patterns(deal)
+            allocation = self._refine(allocation, key)
+        return self._patterns(allocation)
 
-    def _patterns(self, deal: Deal) -> list[list[Pattern] | None]:
+    def _patterns(self, allocation: Allocation) -> list[list[Pattern] | None]:
         window, shape = self.method.windows[0], self.replays[0].shape
-        rest = iter(zip(deal.shares.tolist(), deal.recent.tolist(), strict=True))
+        rest = iter(zip(allocation.shares.tolist(), allocation.recent.tolist(), strict=True))
 
         def pattern() -> Pattern:
             share, recent = next(rest)
             keys = int(share * self.shortest + 1e-6)
-            found = Pattern(SINK, keys - round(keys * recent), window + round(keys * recent))
-            return found if found.size(self.shortest) < self.shortest else FULL
+            result = Pattern(SINK, keys - round(keys * recent), window + round(keys * recent))
+            return result if result.size(self.shortest) < self.shortest else FULL
 
         return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
 
-    def _tuned(self, deal: Deal, key: dict[str, Any]) -> Deal:
-        """Move the numbers of heads one by one while the loss of the replays falls, keeping what is reached in the checkpoint."""
+    def _refine(self, allocation: Allocation, key: dict[str, Any]) -> Allocation:
+        """Coordinate descent on the loss of the replays, with its steps in the checkpoint."""
         done = self._done(key)
         if done:
-            deal = self._deal(done[-1])
+            allocation = self._restore(done[-1])
         if done and done[-1].phase == "done":
-            return deal
-        for replay, told in zip(self.replays, self._told, strict=True):
-            replay.set_told(told)
+            return allocation
+        for replay, importance in zip(self.replays, self._importance, strict=True):
+            replay.set_importance(importance)
 
-        @cache  # many trials of a head with next to no keys are one
+        @cache  # trials of a head with few keys often give the same patterns
         def measured(patterns: tuple[tuple[Pattern, ...] | None, ...]) -> float:
             return mean_loss(self.replays, patterns, self.method.retrieval_weight)
 
-        def loss(trial: Deal) -> float:
+        def loss(trial: Allocation) -> float:
             return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
 
-        def step(reached: Deal, lowest: float, phase: Phase) -> None:
+        def step(reached: Allocation, lowest: float, phase: Phase) -> None:
             kept = float(reached.shares.mean()) + self.least
             done.append(Step.of(self._patterns(reached), kept, lowest, phase))
             self._save(key, done)
 
-        with bar("tuning", SWEEPS * len(deal.shares), self.progress) as shown:
+        with bar("tuning", SWEEPS * len(allocation.shares), self.progress) as shown:
 
-            def report(reached: Deal, lowest: float) -> None:
+            def report(reached: Allocation, lowest: float) -> None:
                 step(reached, lowest, "refined")
                 shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
 
-            deal = tuned(deal, loss, report)
-        step(deal, done[-1].loss, "done")
-        for replay in self.replays:  # as another method or budget expects them
+            allocation = coordinate_descent(allocation, loss, report)
+        step(allocation, done[-1].loss, "done")
+        for replay in self.replays:  # for other budgets
             replay.set_scores(self.weights)
-        return deal
+        return allocation
 
-    def _deal(self, step: Step) -> Deal:
-        """As it was when the step was kept."""
+    def _restore(self, step: Step) -> Allocation:
+        """The allocation of a step in the checkpoint."""
         patterns = [p for row in step.plan() if row is not None for p in row]
-        last = [0 if p.window is None else p.window - self.method.windows[0] for p in patterns]
-        held = [self.shortest if p.full else p.floating + more for p, more in zip(patterns, last, strict=True)]
-        shares = torch.tensor(held, dtype=torch.float64) / self.shortest
-        recent = [more / max(keys, 1) for more, keys in zip(last, held, strict=True)]
-        return Deal(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
+        windows = [0 if p.window is None else p.window - self.method.windows[0] for p in patterns]
+        counts = [self.shortest if p.full else p.top_k + window for p, window in zip(patterns, windows, strict=True)]
+        shares = torch.tensor(counts, dtype=torch.float64) / self.shortest
+        recent = [window / max(keys, 1) for window, keys in zip(windows, counts, strict=True)]
+        return Allocation(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
 
     @cached_property
-    def _told(self) -> list[Demand]:
-        """What telling the whole of each document again takes."""
+    def _importance(self) -> list[Demand]:
+        """Importance scores of all keys of each document."""
         return [demand(replay, self.prompt, whole=True) for replay in self.replays]
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
-        """Run the search, keeping its steps in the checkpoint."""
+        """Run the search, with its steps in the checkpoint."""
         search = Search(self.replays, self.shortest, self.method, self.seed, self.need)
         done = self._done(key)
         with bar("searching", 100, self.progress) as shown:
 
             def report(step: Step) -> None:
                 share = {"forward": 85 * (step.kept / budget) ** 2, "refined": 90, "done": 100}[step.phase]
-                said = f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}"
-                shown.update(shown.task_ids[0], completed=share, description=said)
+                text = f"searching: keeps {step.kept:.1%}, loss {step.loss:.4f}"
+                shown.update(shown.task_ids[0], completed=share, description=text)
                 done.append(step)
                 self._save(key, done)
 
@@ -337,14 +342,14 @@ class Calibration:
 
 
 def _kinds(domains: Sequence[Domain]) -> list[tuple[Domain, int]]:
-    """The kind of text of each document, and how many of its kind come before it: the kinds in turn, four documents at least."""
+    """The kind of text of each document and its number within the kind: the kinds in turn, at least four documents."""
     return [(domains[n % len(domains)], n // len(domains)) for n in range(max(DOCUMENTS, len(domains)))]
 
 
 def _documents(
     tokenizer: PreTrainedTokenizerBase, shortest: int, longest: int, domains: Sequence[Domain], seed: int
 ) -> list[Document]:
-    """Documents that fit the context with what follows them, at both ends of a range in turn."""
+    """Documents that fit into the context with their continuations, at both ends of a range in turn."""
     return [
         documents.document(
             tokenizer, length - TAIL, split="calibration", seed=seed + n, domains=(kind,), continuation=CONTINUATION
@@ -354,7 +359,7 @@ def _documents(
 
 
 def _log_probs(model: PreTrainedModel, plan: Plan, document: Document) -> torch.Tensor:
-    """Of all scored tokens of a document's branches, run under the plan: float32 [scored tokens, vocabulary]."""
+    """Log-probabilities of all scored tokens of a document under the plan: float32 [scored tokens, vocabulary]."""
     cache = read(model, plan, document.ids)
     return torch.cat([branch_log_probs(model, cache, ids, scored) for _, ids, scored in document.branches])
 
@@ -364,10 +369,10 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path, key: dict[str, Any]) -> list[Step]:
-    """The steps of an interrupted run with the same arguments; none if there was no such run."""
+    """The steps of an interrupted run with the same arguments; [] if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        steps = [Step(**step) for step in found["steps"]] if found["key"] == json.loads(json.dumps(key)) else []
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        steps = [Step(**step) for step in content["steps"]] if content["key"] == json.loads(json.dumps(key)) else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

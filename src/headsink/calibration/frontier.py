@@ -1,4 +1,4 @@
-"""Quality against budget: plans of several budgets for one model, and the budget below which it should not go."""
+"""Quality frontier: plans of several KV budgets for one model, and the smallest budget without a large loss of quality."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from headsink.evaluation.quality import measure
 from headsink.plan.plan import Plan
 from headsink.plan.schema import Quality
 
-SOUND_KL = 0.1  # nats a token of text: about nine tokens of ten stay the most likely one on SmolLM2
-SOUND_ANSWERS = 0.9  # of the answers that the model itself gets right
+SOUND_KL = 0.1  # nats per token: on SmolLM2 about nine of ten most likely tokens stay the same
+SOUND_ANSWERS = 0.9  # retrieval accuracy relative to the full cache
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Plans by rising budget, each with its quality at one and the same context on held-out text."""
+    """Plans by increasing budget, each with its quality on held-out text at the same context."""
 
     plans: tuple[Plan, ...]
 
     def least_sound(self) -> Plan | None:
-        """The plan of the smallest budget that is sound, as are all larger ones; None if the largest is not.
+        """The plan of the smallest budget for which it and all larger ones are sound; None if the largest is not.
 
-        Sound: KL of text at most 0.1 nats a token, and at least 90 % of the answers that the model itself gets right.
+        Sound: KL of text at most 0.1 nats per token, and retrieval accuracy at least 90 % of the full cache's.
         """
         least = None
         for plan in reversed(self.plans):
@@ -43,10 +43,10 @@ class Frontier:
         return least
 
     def advice(self) -> str:
-        """What to do, in one sentence."""
+        """A recommendation in one sentence."""
         least = self.least_sound()
         if least is None:
-            return "Keep more than these budgets: even the largest of them loses too much on this model."
+            return "Use a larger budget than these: even the largest of them loses too much quality on this model."
         return (
             f"Do not go below {least.calibration['budget']:.0%} for this model at {least.quality[-1].context} tokens."
         )
@@ -64,9 +64,9 @@ class Frontier:
         }
 
     def write(self, folder: Path) -> None:
-        """Write frontier.json and every plan to a folder that is there."""
+        """Write frontier.json and every plan to an existing folder."""
         for plan in self.plans:
-            plan.save(folder / f"plan-{1000 * plan.calibration['budget']:04.0f}.json")  # in thousandths
+            plan.save(folder / f"plan-{1000 * plan.calibration['budget']:04.0f}.json")  # budget in thousandths
         (folder / FRONTIER).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def frontier(
     seed: int = 0,
     progress: bool = True,
 ) -> Frontier:
-    """Plans for several budgets and their quality at `context`. Documents are read once; see `headsink.calibrate`.
+    """Plans for several budgets and their quality at `context`. Documents are prefilled once; see `headsink.calibrate`.
 
     Budgets that are below the smallest plan are left out; raises HeadsinkError if all are.
     """

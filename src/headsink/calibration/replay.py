@@ -1,13 +1,12 @@
-"""What patterns cost, tried out cheaply: a document is read once, what may follow it is run again and again.
+"""Loss of patterns on teacher-forced continuations of a cached document, and its gradient for every KV head.
 
-The model reads the document as it is, and its keys and values are kept. Then the continuation and the questions run over them in
-one pass, each as a branch that sees the document and itself, under any patterns: a few hundred tokens, not thousands. A
-backward pass through those tokens gives, for every KV head at once, how the loss would move if its output were that of
-another pattern: the gradient of the loss by the head's output, times the difference of the two outputs. It is taken at
-the plan that is being changed and goes through all following layers, so that errors which add up, cancel or get
-mended later are seen as they are.
+The document is prefilled once with full attention and its keys and values are kept. Its continuations (text and questions) then
+run over them in one pass under any patterns: a few hundred tokens, not thousands. One backward pass gives, for every KV head, the
+first-order change of the loss if the head had another pattern: the gradient of the loss with respect to the head's output, times
+the difference of the two outputs. The gradient is taken at the current plan and passes through all following layers, so it
+includes errors that add up or cancel there.
 
-What this leaves out is that under a plan the document too is read with its patterns; `quality.py` measures that.
+The prefill of the document itself does not use the patterns here; evaluation/quality.py measures that.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.backends import attend_rows
+from headsink.attention.eager import attend_rows
 from headsink.attention.output_norms import OutputNorms
-from headsink.attention.params import Inputs, Softmax
+from headsink.attention.params import AttentionParams, Inputs
 from headsink.calibration.score_fit import Demand
-from headsink.compression.continuations import Branches, Context, read
+from headsink.compression.continuations import Context, Continuations, read
 from headsink.data.documents import Document
 from headsink.eviction.lifetimes import best
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scoring import key_scores
 from headsink.eviction.selection import places
 
-Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that slides by itself
+Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a sliding-window layer
 
 
 @dataclass(frozen=True)
 class Marginals:
-    """What other patterns would do at a plan. loss: of the plan.
+    """First-order effects of other patterns at a plan. loss: of the plan.
 
-    gradient: float32 [layers, KV heads, options], the first-order change of the loss. error: the squared distance of the head's
-    output from the plan's, relative to the layer's output, averaged over the scored tokens. Both 0 for layers that slide.
+    gradient: float32 [layers, KV heads, options], the first-order change of the loss. error: same shape, the squared change of
+    the head's output relative to the layer's output, mean over the scored tokens. Both are 0 for sliding-window layers.
     """
 
     loss: float
@@ -48,43 +47,43 @@ class Marginals:
 
 
 class Replay(Context):
-    """A document that the model has read, and its branches: the continuation first, then the questions.
+    """A prefilled document and its continuations: the text that follows first, then the questions.
 
-    forms: names of the branches ("text" for the continuation). full: float32 [scored tokens, vocabulary], the log-probabilities
-    of the model itself; targets: int64 [scored tokens]; branch: int64 [scored tokens], the branch of each. once: whether
-    branches keep all of their own tokens and all that was held at the end of the document (`headsink.compress`).
+    forms: name of each continuation ("text" for the first). full: float32 [scored tokens, vocabulary], log-probabilities of the
+    full cache. targets: int64 [scored tokens]. branch: int64 [scored tokens], index of the continuation of each.
+    prefill_compression: evict once at the end of the document, as `headsink.compress` does, and not within continuations.
     """
 
-    def __init__(self, model: PreTrainedModel, document: Document, once: bool = False):
+    def __init__(self, model: PreTrainedModel, document: Document, prefill_compression: bool = False):
         super().__init__(model, document.ids, *read(model, document.ids))
-        self.document, self.once = document, once
-        self._scores = [keys.new_zeros(keys.shape[:2]) for keys in self._keys]  # until there are some
+        self.document, self.prefill_compression = document, prefill_compression
+        self._scores = [keys.new_zeros(keys.shape[:2]) for keys in self._keys]  # until `set_scores`
         device = model.device
         self.forms = [form for form, _, _ in document.branches]
-        self._branches = Branches([tokens for _, tokens, _ in document.branches], self.length, device)
+        self._continuations = Continuations([tokens for _, tokens, _ in document.branches], self.length, device)
         scored: list[int] = []
-        own: list[int] = []
-        for number, (rows, (_, _, count)) in enumerate(zip(self._branches.rows, document.branches, strict=True)):
-            scored += range(rows.stop - count - 1, rows.stop - 1)  # each token is predicted from the one before it
-            own += [number] * count
-        self.scored, self.branch = (torch.tensor(x, device=device) for x in (scored, own))
-        self.targets = self._branches.ids[self.scored + 1]
+        branch: list[int] = []
+        for number, (rows, (_, _, count)) in enumerate(zip(self._continuations.rows, document.branches, strict=True)):
+            scored += range(rows.stop - count - 1, rows.stop - 1)  # predictions are made at the token before
+            branch += [number] * count
+        self.scored, self.branch = (torch.tensor(x, device=device) for x in (scored, branch))
+        self.targets = self._continuations.ids[self.scored + 1]
         self.full = self.log_probs([None if window else [FULL] * self.shape.kv_heads for window in self.shape.windows])
 
     def set_scores(self, weights: Tensor) -> None:
-        """[layers, KV heads, features]: weights of the keys' scores."""
+        """Score the keys by scorer weights, [layers, KV heads, features]."""
         self._weights = weights.to(self.model.device)
-        held = zip(self._keys, self._values, self._weights, strict=True)
-        self._scores = [key_scores(keys, values, own) for keys, values, own in held]
+        layers = zip(self._keys, self._values, self._weights, strict=True)
+        self._scores = [key_scores(keys, values, own) for keys, values, own in layers]
 
-    def set_told(self, told: Demand) -> None:
-        """Score the keys by what telling the whole document again takes."""
+    def set_importance(self, importance: Demand) -> None:
+        """Score the keys by their importance in context reconstruction, of the whole document."""
         self._scores = [
             own.to(old.device) if window is None else old
-            for own, old, window in zip(told.attention, self._scores, self.shape.windows, strict=True)
+            for own, old, window in zip(importance.attention, self._scores, self.shape.windows, strict=True)
         ]
 
-    # running the branches
+    # running the continuations
 
     def log_probs(self, patterns: Patterns) -> Tensor:
         """Log-probabilities of the scored tokens under patterns, float32 [scored tokens, vocabulary]."""
@@ -92,7 +91,7 @@ class Replay(Context):
             return self._run(patterns, None)
 
     def divergences(self, log_probs: Tensor) -> Tensor:
-        """KL(full || given) of every branch, the mean over its tokens, float32 [branches]; the text is branch 0."""
+        """Mean KL(full || given) per token of every continuation, float32 [continuations]; the text is the first."""
         kl = (self.full.exp() * (self.full - log_probs)).sum(-1)
         return torch.stack([kl[self.branch == number].mean() for number in range(len(self.forms))])
 
@@ -102,9 +101,9 @@ class Replay(Context):
         return kl[0] + retrieval_weight * kl[1:].mean() if len(kl) > 1 else kl[0]
 
     def marginals(self, patterns: Patterns, options: Sequence[Pattern], retrieval_weight: float) -> Marginals:
-        """The loss under patterns, and how it would move with every head at every option. One forward and one backward pass."""
+        """The loss under patterns and its first-order change for every head and option, by one forward and one backward pass."""
         outputs: dict[int, Tensor] = {}
-        moves: dict[int, Tensor] = {}  # layer: [options, query heads, tokens, dim]
+        changes: dict[int, Tensor] = {}  # layer -> [options, query heads, tokens, dim]
         error = torch.zeros(self.shape.layers, self.shape.kv_heads, len(options))
 
         def look(inputs: Inputs, output: Tensor) -> Tensor:
@@ -114,13 +113,13 @@ class Replay(Context):
                 return output
             outputs[inputs.layer] = output
             with torch.no_grad():
-                moves[inputs.layer] = torch.stack(
-                    [self._moved(inputs, output, row, option) for option in options]
+                changes[inputs.layer] = torch.stack(
+                    [self._output_change(inputs, output, row, option) for option in options]
                 ).bfloat16()
                 norms = OutputNorms(inputs.module, self.shape.kv_heads, self.shape.head_dim)
                 layer = norms.layer(output[0, :, self.scored]).clamp(min=torch.finfo(torch.float32).tiny)
-                for n, moved in enumerate(moves[inputs.layer]):
-                    error[inputs.layer, :, n] = (norms.groups(moved[:, self.scored].float()) / layer).mean(-1)
+                for n, change in enumerate(changes[inputs.layer]):
+                    error[inputs.layer, :, n] = (norms.groups(change[:, self.scored].float()) / layer).mean(-1)
             return output
 
         with torch.enable_grad():
@@ -128,7 +127,7 @@ class Replay(Context):
             slopes = torch.autograd.grad(loss, list(outputs.values()))
         gradient = torch.zeros_like(error)
         for layer, slope in zip(outputs, slopes, strict=True):
-            by_head = (moves[layer] * slope).float().unflatten(1, (self.shape.kv_heads, -1))
+            by_head = (changes[layer] * slope).float().unflatten(1, (self.shape.kv_heads, -1))
             gradient[layer] = by_head.flatten(2).sum(-1).T
         return Marginals(float(loss.detach()), gradient, error)
 
@@ -142,96 +141,95 @@ class Replay(Context):
             output = output.flatten(0, 1)[None]
             return output if look is None else look(inputs, output)
 
-        return self.run(self._branches, attend, self.scored).float().log_softmax(-1)
+        return self.run(self._continuations, attend, self.scored).float().log_softmax(-1)
 
-    def _moved(self, inputs: Inputs, output: Tensor, row: Sequence[Pattern], option: Pattern) -> Tensor:
-        """How far each head's output moves if it goes over to `option`: [query heads, tokens, dim]."""
+    def _output_change(self, inputs: Inputs, output: Tensor, row: Sequence[Pattern], option: Pattern) -> Tensor:
+        """Change of each head's output if its pattern becomes `option`: [query heads, tokens, dim]."""
         before = output[0].unflatten(0, (self.shape.kv_heads, -1))
-        moved = torch.zeros_like(before)
+        change = torch.zeros_like(before)
         heads = [head for head, pattern in enumerate(row) if pattern != option]
         if heads:
-            moved[heads] = self._part(inputs, heads, option) - before[heads]
-        return moved.flatten(0, 1)
+            change[heads] = self._part(inputs, heads, option) - before[heads]
+        return change.flatten(0, 1)
 
     def _part(self, inputs: Inputs, heads: list[int], pattern: Pattern) -> Tensor:
         """Output of the query heads of some KV heads under a pattern: [KV heads, group, tokens, dim]."""
         layer, group = inputs.layer, self.shape.group
-        softmax = Softmax(inputs.scaling, inputs.softcap, inputs.learned).of(heads, self.shape.kv_heads)
+        softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of(heads, self.shape.kv_heads)
         query = inputs.query[0].unflatten(0, (-1, group))[heads]
         own = inputs.key[0, heads], inputs.value[0, heads]
-        held = None if pattern.full else self._kept(layer, heads, pattern)
-        context = [_take(kept[heads], held).to(query.dtype) for kept in self.held(layer)]
+        indices = None if pattern.full else self._kept(layer, heads, pattern)
+        context = [_take(cached[heads], indices).to(query.dtype) for cached in self.held(layer)]
         parts = []
-        for rows in self._branches.rows:
-            keys, values = (torch.cat([kept, new[:, rows]], 1) for kept, new in zip(context, own, strict=True))
-            mask = self._mask(layer, heads, pattern, held, own[0][:, rows], own[1][:, rows])
-            asked = query[:, :, rows]
+        for rows in self._continuations.rows:
+            keys, values = (torch.cat([old, new[:, rows]], 1) for old, new in zip(context, own, strict=True))
+            mask = self._mask(layer, heads, pattern, indices, own[0][:, rows], own[1][:, rows])
+            queries = query[:, :, rows]
             if softmax.plain:
-                output = F.scaled_dot_product_attention(  # queries of a group as rows: a key is read once
-                    asked.flatten(1, 2)[None],
+                output = F.scaled_dot_product_attention(  # queries of a group as rows: each key is read once
+                    queries.flatten(1, 2)[None],
                     keys[None],
                     values[None],
                     mask.expand(len(heads), *mask.shape[-2:]).repeat(1, group, 1)[None],
                     scale=softmax.scaling,
                 )
             else:
-                output = attend_rows(asked.flatten(0, 1)[None], keys[None], values[None], mask[None], softmax)
-            parts.append(output.view(asked.shape))
+                output = attend_rows(queries.flatten(0, 1)[None], keys[None], values[None], mask[None], softmax)
+            parts.append(output.view(queries.shape))
         return torch.cat(parts, 2)
 
     def _near(self, layer: int, pattern: Pattern) -> range:
-        """Places, among the keys of a layer, of the window of the first query after the document, first tokens left out.
+        """Indices, among a layer's keys, of the window of the first query after the document, without sink tokens.
 
-        That query is in the window itself, unless the cache is held: then the window stays as the document left it.
+        The query itself counts as part of the window, except with prefill compression, where the window ends with the document.
         """
         size, window = self._keys[layer].shape[1], pattern.window or 0
-        if not (self.once and self.shape.windows[layer] is None):
+        if not (self.prefill_compression and self.shape.windows[layer] is None):
             window = max(window - 1, 0)
         return range(max(size - window, min(pattern.sink, size)), size)
 
     def _kept(self, layer: int, heads: list[int], pattern: Pattern) -> Tensor:
-        """Places of the keys that the first query after the document sees: first tokens, floating keys, the window.
-        int64 [heads, keys]."""
+        """Indices of the keys that the first query after the document sees, int64 [heads, keys]: sinks, top-k keys, window."""
         sink = min(pattern.sink, self._keys[layer].shape[1])
-        return places(self._scores[layer][heads], sink, pattern.floating, self._near(layer, pattern))
+        return places(self._scores[layer][heads], sink, pattern.top_k, self._near(layer, pattern))
 
     def _mask(
-        self, layer: int, heads: list[int], pattern: Pattern, held: Tensor | None, key: Tensor, value: Tensor
+        self, layer: int, heads: list[int], pattern: Pattern, indices: Tensor | None, key: Tensor, value: Tensor
     ) -> Tensor:
-        """Which of the kept keys and of a branch's own tokens each token of the branch sees: bool [heads or 1, tokens, keys].
+        """Which kept keys and which tokens of its continuation each token sees: bool [heads or 1, tokens, keys].
 
-        held: as `_kept` gives it, None for all keys. key, value: of the branch, [heads, tokens, dim].
+        indices: of the kept keys, from `_kept`; None for all keys. key, value: of the continuation, [heads, tokens, dim].
         """
         tokens, size = key.shape[1], self._keys[layer].shape[1]
-        places = torch.arange(tokens, device=key.device)
-        apart = places[:, None] - places
-        if held is None or (self.once and self.shape.windows[layer] is None):
-            return F.pad(apart >= 0, (size if held is None else held.shape[1], 0), value=True)[None]
+        steps = torch.arange(tokens, device=key.device)
+        distance = steps[:, None] - steps
+        if indices is None or (self.prefill_compression and self.shape.windows[layer] is None):
+            return F.pad(distance >= 0, (size if indices is None else indices.shape[1], 0), value=True)[None]
         near, window = self._near(layer, pattern), pattern.window or 0
-        until = held.shape[1] - len(near)
-        # Query n is n + size - place away from a key of the document.
-        window_of_context = places[:, None] + size - torch.arange(near.start, near.stop, device=key.device) < window
-        mask = F.pad(torch.cat([window_of_context, (apart >= 0) & (apart < window)], 1), (until, 0), value=True)
-        if not pattern.floating:
+        until = indices.shape[1] - len(near)
+        # The distance of query n from key i of the document is n + size - i.
+        window_of_context = steps[:, None] + size - torch.arange(near.start, near.stop, device=key.device) < window
+        mask = F.pad(torch.cat([window_of_context, (distance >= 0) & (distance < window)], 1), (until, 0), value=True)
+        if not pattern.top_k:
             return mask[None]
         scores, sinks = self._scores[layer][heads], min(pattern.sink, size)
         new = key_scores(key.detach(), value.detach(), self._weights[layer, heads])
-        # Query n has let go of the keys up to `window` before it.
-        gone = (places + size - window - near.start + 1).clamp(min=0)
-        leaving = torch.cat([scores[:, near.start : near.stop], new], 1)[:, : int(gone[-1])]
-        seen = best(scores.gather(1, held[:, sinks:until]), leaving, gone, pattern.floating)
+        # At query n, keys at a distance of `window` or more have left the window.
+        evicted = (steps + size - window - near.start + 1).clamp(min=0)
+        leaving = torch.cat([scores[:, near.start : near.stop], new], 1)[:, : int(evicted[-1])]
+        seen = best(scores.gather(1, indices[:, sinks:until]), leaving, evicted, pattern.top_k)
         mask = mask.repeat(len(heads), 1, 1)
-        mask[:, :, sinks : sinks + seen.shape[2]] = seen | _beyond(
+        mask[:, :, sinks : sinks + seen.shape[2]] = seen | _hide_first(
             mask[:, :, sinks : sinks + seen.shape[2]], until - sinks
         )
         return mask
 
 
-def _beyond(mask: Tensor, first: int) -> Tensor:
-    """The mask, with its first columns hidden."""
+def _hide_first(mask: Tensor, first: int) -> Tensor:
+    """The mask with its first columns hidden."""
     return F.pad(mask[:, :, first:], (first, 0), value=False)
 
 
-def _take(kept: Tensor, places: Tensor | None) -> Tensor:
-    """kept: [heads, keys, dim]; places: int64 [heads, fewer], None for all."""
-    return kept if places is None else kept.gather(1, places[..., None].expand(-1, -1, kept.shape[2]))
+def _take(cached: Tensor, indices: Tensor | None) -> Tensor:
+    """Select keys. cached: [heads, keys, dim]; indices: int64 [heads, fewer], None for all."""
+    return cached if indices is None else cached.gather(1, indices[..., None].expand(-1, -1, cached.shape[2]))

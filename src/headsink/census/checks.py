@@ -1,6 +1,6 @@
-"""What must hold of a census that was read from a folder: its settings, its vocabulary and its arrays fit each other.
+"""Checks of a census that was read from a folder: its settings, vocabulary and arrays must fit together.
 
-A folder may be damaged, or made by somebody else. What passes here can be shown, compared and drawn.
+The folder may be damaged or made by somebody else. A census that passes can be shown, compared and drawn.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from headsink.data.domains import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
 from headsink.utils.files import check_text
 
-SCHEMA = 2
+SCHEMA = 3
 TOP_KEYS = 8
-SEEDS = (-(2**63), 2**64)  # of torch
+SEEDS = (-(2**63), 2**64)  # range of torch seeds
 
 Shape = tuple[int | None, ...]  # None: one or more
 
@@ -68,13 +68,13 @@ class _Text(_Part):
 
 class _Limits(_Part):
     first: Annotated[int, Field(ge=0)]
-    floating: Annotated[int, Field(ge=0)]
+    secondary: Annotated[int, Field(ge=0)]
     tau: Annotated[float, Field(allow_inf_nan=False)]
     window: Annotated[int, Field(ge=0)]
 
 
 class _Settings(_Part):
-    schema_: Annotated[Literal[2], Field(alias="schema")]
+    schema_: Annotated[Literal[3], Field(alias="schema")]
     headsink: str
     model: _Model
     dtype: str
@@ -91,16 +91,16 @@ class _Settings(_Part):
     @model_validator(mode="after")
     def _lengths(self) -> Self:
         if any(a >= b for a, b in pairwise(self.lengths)):
-            raise ValueError("lengths: each has to be above the one before")
+            raise ValueError("lengths: they must increase")
         if min(text.tokens for text in self.texts) < self.lengths[0]:
-            raise ValueError("texts: one of them does not reach the shortest length")
+            raise ValueError("texts: one of them is shorter than the shortest length")
         if max(text.tokens for text in self.texts) != self.lengths[-1]:
-            raise ValueError("texts: the longest has to be as long as the longest length")
+            raise ValueError("texts: the longest must have as many tokens as the longest length")
         return self
 
 
 def check(settings: Any, vocabulary: Any, arrays: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a census; None if nothing is. settings, vocabulary: as they are in the JSON files."""
+    """The first error in a census, None if there is none. settings, vocabulary: contents of the JSON files."""
     try:
         check_text(_strings(settings), "census.json")
         check_text(_strings(vocabulary), "tokens.json")
@@ -111,28 +111,28 @@ def check(settings: Any, vocabulary: Any, arrays: Mapping[str, Tensor]) -> str |
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         return f"census.json: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
-    words = isinstance(vocabulary, dict) and all(
+    valid = isinstance(vocabulary, dict) and all(
         key.isdecimal() and isinstance(vocabulary[key], str) for key in vocabulary
     )
-    if not words:
-        return "tokens.json: it is not token ids with what they say"
+    if not valid:
+        return "tokens.json: it must map token ids to their text"
     known = {int(token) for token in vocabulary}
     of_texts: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(settings["texts"]))}
     for name, array in arrays.items():
         number, _, rest = name.partition(".")
         if number not in of_texts:
-            return f"arrays.safetensors: {name} is of no text"
+            return f"arrays.safetensors: {name} belongs to no text"
         of_texts[number][rest] = array
     for number, own in of_texts.items():
-        if wrong := misfit(settings, int(number), own):
-            return f"arrays.safetensors: {number}.{wrong}"
+        if problem := misfit(settings, int(number), own):
+            return f"arrays.safetensors: {number}.{problem}"
         if not known.issuperset(own["ids"].tolist()):
             return f"tokens.json: a token of text {number} is missing"
     return None
 
 
 def misfit(settings: Mapping[str, Any], text: int, arrays: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the arrays of one text, as `Census` describes them but named without its number; None if nothing is."""
+    """The first error in the arrays of one text (`Census`, names without the text's number), None if there is none."""
     expected = _expected(settings, text)
     for name in expected.keys() ^ arrays.keys():
         return f"{name} is {'missing' if name in expected else 'unknown'}"
@@ -149,10 +149,10 @@ def misfit(settings: Mapping[str, Any], text: int, arrays: Mapping[str, Tensor])
 
 
 def _expected(settings: Mapping[str, Any], text: int) -> dict[str, tuple[torch.dtype, Shape, tuple[int, int] | None]]:
-    """Name -> dtype, shape, and range of the whole numbers."""
+    """Expected arrays of a text: name -> dtype, shape, and range of integers."""
     model, tokens = settings["model"], settings["texts"][text]["tokens"]
     layers, heads, kv_heads = (model[name] for name in ("layers", "query_heads", "kv_heads"))
-    found: dict[str, tuple[torch.dtype, Shape, tuple[int, int] | None]] = {
+    expected: dict[str, tuple[torch.dtype, Shape, tuple[int, int] | None]] = {
         "ids": (torch.int32, (tokens,), (0, 2**31)),
     }
     for n in (n for n in settings["lengths"] if n <= tokens):
@@ -163,19 +163,19 @@ def _expected(settings: Mapping[str, Any], text: int) -> dict[str, tuple[torch.d
             "errors": (torch.float32, (heads, len(KEPT), len(windows(n)))),
             "group_errors": (torch.float32, (kv_heads, len(KEPT), len(windows(n)))),
             "tokens": (torch.float64, (kv_heads, len(TOKENS))),
-            "floating": (torch.int32, (kv_heads, None)),
+            "secondary": (torch.int32, (kv_heads, None)),
             "short_keys": (torch.float32, (kv_heads, len(TAUS))),
             "short_attention": (torch.float32, (kv_heads, len(TAUS))),
             "top": (torch.int32, (heads, TOP_KEYS)),
             "attention": (torch.float16, (heads, n)),
         }
         for name, (kind, shape) in by_head.items():
-            found[f"{n}.{name}"] = kind, (layers, *shape), (-1, n) if kind is torch.int32 else None
-    return found
+            expected[f"{n}.{name}"] = kind, (layers, *shape), (-1, n) if kind is torch.int32 else None
+    return expected
 
 
 def _strings(value: Any) -> str:
-    """All strings in what JSON can say, one after the other."""
+    """All strings in a JSON value, concatenated."""
     if isinstance(value, dict):
         return "".join(key + _strings(of) for key, of in value.items())
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Census runs side by side: how far the heads moved, what of that is more than chance, and which changed their role.
+"""Compare census runs: how much scores of heads change, which changes exceed chance, and which heads change their role.
 
-A run is compared as a whole, or a part of it: `runs/a@512`, `runs/a:code`, `runs/a@512:code` name a length and a kind of text, so
-that two lengths or two kinds of text of one run can be compared too.
+A run is compared as a whole or in part: `runs/a@512`, `runs/a:code`, `runs/a@512:code` name a length and a kind of text, so two
+lengths or two kinds of text of one run can be compared as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_MOVED = 10
 
 @dataclass(frozen=True)
 class Run:
-    """A census, or the part of it with one length or one kind of text."""
+    """A census, or its part with one length or one kind of text."""
 
     name: str
     census: Census
@@ -35,10 +35,10 @@ class Run:
 
 @dataclass(frozen=True)
 class View:
-    """One thing compared: a score at a length on a kind of text in the first run and in another (`run`).
+    """A score at a length on a kind of text, in the first run and in another (`run`).
 
-    before, after: float64 [layers, query heads]. change: the mean change and the half width of its 95 % interval over texts, NaN
-    where a run has one text. paired: both read the same texts.
+    before, after: float64 [layers, query heads]. change: mean change with the half width of its 95 % interval over texts, NaN if
+    a run has only one text. paired: both runs used the same texts.
     """
 
     run: str
@@ -51,10 +51,10 @@ class View:
     paired: bool
 
     def to_dict(self) -> dict[str, Any]:
-        moved = self.change.mean.abs()
-        beyond = moved > self.change.half  # never where the half width is NaN
-        order = moved.flatten().argsort(descending=True)[:MOST_MOVED].tolist()
-        places = [divmod(place, moved.shape[1]) for place in order]
+        change = self.change.mean.abs()
+        beyond = change > self.change.half  # False where the half width is NaN
+        order = change.flatten().argsort(descending=True)[:MOST_MOVED].tolist()
+        heads = [divmod(index, change.shape[1]) for index in order]
         return {
             "run": self.run,
             "lengths": list(self.lengths),
@@ -62,9 +62,9 @@ class View:
             "score": self.score,
             "mean_a": float(self.before.mean()),
             "mean_b": float(self.after.mean()),
-            "mean_difference": float(moved.mean()),
-            "largest_difference": float(moved.max()),
-            "largest_at": list(places[0]),
+            "mean_difference": float(change.mean()),
+            "largest_difference": float(change.max()),
+            "largest_at": list(heads[0]),
             "rank_correlation": rank_correlation(self.before.flatten(), self.after.flatten()),
             "paired": self.paired,
             "beyond_chance": None if self.change.half.isnan().all() else float(beyond.double().mean()),
@@ -75,17 +75,17 @@ class View:
                     "change": float(self.change.mean[layer, head]),
                     "half": _number(self.change.half[layer, head]),
                 }
-                for layer, head in places
+                for layer, head in heads
             ],
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """Result of `compare`.
 
-    names: the runs. settings: what differs between them, a value for each run. views: the scores, for each run after the first.
-    changed: heads with another role. heads: how many (run, length, kind of text, head) were looked at for that.
+    names: the runs. settings: the settings that differ, with a value for each run. views: the scores, for each run after the
+    first. changed: heads with another role. heads: number of roles compared (per run, length, kind of text and head).
     """
 
     names: tuple[str, ...]
@@ -107,7 +107,7 @@ class Comparison:
 def compare(*runs: str | os.PathLike[str] | Census) -> Comparison:
     """Compare two or more runs, each with the first, on the lengths and kinds of text that they share, and on all texts together.
 
-    Raises HeadsinkError if they cannot be compared: models of different shape, other thresholds, nothing in common.
+    Raises HeadsinkError if they cannot be compared: models of different shape, other thresholds, no length or kind in common.
     """
     if len(runs) < 2:
         raise HeadsinkError("compare: give two runs or more")
@@ -135,13 +135,13 @@ def compare(*runs: str | os.PathLike[str] | Census) -> Comparison:
                             "domains": [d or "all texts" for d in domains],
                         }
                         changed.append({**where, "layer": layer, "head": head, "before": was, "after": now})
-    every = [first, *others]
+    all_runs = [first, *others]
     differing = {
-        key: tuple(run.census.settings[key] for run in every)
+        key: tuple(run.census.settings[key] for run in all_runs)
         for key in SETTINGS
         if any(run.census.settings[key] != first.census.settings[key] for run in others)
     }
-    return Comparison(tuple(run.name for run in every), differing, views, changed, heads)
+    return Comparison(tuple(run.name for run in all_runs), differing, views, changed, heads)
 
 
 def _open(run: str | os.PathLike[str] | Census, number: int) -> Run:
@@ -166,12 +166,12 @@ def _check(one: Run, two: Run) -> None:
             )
     if one.census.settings["limits"] != two.census.settings["limits"]:
         raise HeadsinkError(
-            f"{one.name} and {two.name} cannot be compared: they count different tokens as sinks or as near (`limits`)"
+            f"{one.name} and {two.name} cannot be compared: their thresholds for sinks and local keys differ (`limits`)"
         )
 
 
 def _pairs(one: Run, two: Run) -> list[tuple[tuple[int, int], tuple[str | None, str | None]]]:
-    """The lengths and kinds of text that both have; where a run names one, that one."""
+    """The lengths and kinds of text that both runs have, or those that a run names."""
     if one.length or two.length:
         lengths = [(one.length or two.length, two.length or one.length)]
     else:
@@ -182,22 +182,22 @@ def _pairs(one: Run, two: Run) -> list[tuple[tuple[int, int], tuple[str | None, 
         domains = [(d, d) for d in one.census.domains if d in two.census.domains]
         if len(domains) > 1 and one.census.domains == two.census.domains:
             domains.insert(0, (None, None))
-    found = [
+    pairs = [
         ((a, b), (c, d))
         for a, b in lengths
         for c, d in domains
         if a and b and one.census.has(a, c) and two.census.has(b, d)
     ]
-    if not found:
+    if not pairs:
         what = "kind of text" if lengths else "length"
         raise HeadsinkError(
             f"{one.name} and {two.name} cannot be compared: they have no {what} in common; name one, as in {two.name}@512:code"
         )
-    return found
+    return pairs
 
 
 def _same_texts(one: tuple[Census, int, str | None], two: tuple[Census, int, str | None]) -> bool:
-    """Whether both read the same tokens, text by text."""
+    """Whether both runs used the same tokens, text by text."""
     ids = [
         [census.arrays[f"{text}.ids"] for text in census.texts(length, domain)] for census, length, domain in (one, two)
     ]

@@ -1,10 +1,10 @@
-"""What the heads of one layer look at on one text: section 4 of the design.
+"""Attention statistics of the heads of one layer on one text: sink, local and far attention, entropy, window errors, norms.
 
-The statistics are means over queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4): the first query sees one
-key and must give it everything. Where more than `queries` of them count, about that many are read, evenly spaced, and a quarter
-as many for the errors of windows; each stands for those since the one before. Softmax rows are made in blocks (blockwise.py), or
-inside kernels of a GPU (gpu/census.py), so memory is O(n) per head. Beside each score stands `uniform`: what flat attention
-over the visible keys would give.
+Statistics are means over the queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4), because early queries see few
+keys: the first one gives all attention to one key. If there are more than `queries` of them, about that many are sampled, evenly
+spaced, and a quarter as many for the errors of windows; each is weighted by the number of queries since the previous one.
+Attention is computed in blocks of queries (attention/chunked.py) or in GPU kernels (attention/cuda/statistics.py), so memory is
+O(n) per head. For every score, `uniform` is its value under flat attention over the visible keys.
 """
 
 from __future__ import annotations
@@ -17,49 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headsink.attention.backends import backend_for
 from headsink.attention.chunked import Block, attend, block, normaliser, rows_per_block
 from headsink.attention.interface import Seen
 from headsink.attention.output_norms import OutputNorms
 from headsink.census.options import QUERIES, TAU
 from headsink.models.distributed import gather_heads
-from headsink.utils import device as gpu
 
-LEAST_WINDOW = 16  # the smallest window, besides none, whose output error is measured
-TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))  # value norms at which keys and their attention are counted
+LEAST_WINDOW = 16  # the smallest window above 0 whose output error is measured
+TAUS = tuple(
+    round(0.1 * n, 1) for n in range(1, 11)
+)  # relative value norms below which keys and their attention are counted
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a sink token and as near: kept with every result.
+    """Definition of sink tokens and local keys, stored with every result.
 
-    first: first tokens that are sink tokens. floating: floating sinks at most, those with a value norm below `tau` of the
-    head's median (docs/census.md says why that tau); more than there are, or a long text would run out of them. window: the
-    last keys that are local, the query's own among them.
+    first: number of initial tokens that are sink tokens. secondary: largest number of secondary sinks, keys with a value norm
+    below `tau` times the head's median (docs/census.md explains the value); it must exceed the number in a long text. window:
+    number of most recent keys that are local, including the query's own.
     """
 
     first: int = 4
-    floating: int = 1024
+    secondary: int = 1024
     tau: float = TAU
     window: int = 128
 
     def at(self, length: int) -> Thresholds:
-        """The same for a short text: a sixteenth of it at most is first, an eighth near."""
+        """Thresholds for a short text: at most 1/16 of it are initial tokens and at most 1/8 local keys."""
         near = 2 ** (max(1, length // 8).bit_length() - 1)
-        return Thresholds(min(self.first, max(1, length // 16)), self.floating, self.tau, min(self.window, near))
+        return Thresholds(min(self.first, max(1, length // 16)), self.secondary, self.tau, min(self.window, near))
 
 
 @dataclass
 class HeadStatistics:
     """Statistics of one layer on one text of n tokens; all on the CPU.
 
-    scores[name]: float64 [query heads] (see SCORES), uniform[name]: the same for flat attention. attention: float32 [query
-    heads, n], the mean attention to each key. profile: float64 [query heads, distances(n)], the attention that stays within 1,
-    2, 4, ... keys. errors[kept], group_errors[kept]: float64 [query heads or KV heads, windows(n)], mean squared output
-    error of a head, or of a KV head's whole group, relative to the layer's output, when only the last keys and the `first`
-    tokens, or also the `floating` sinks, are kept. tokens[name]: float64 [KV heads], see TOKENS. floating: bool [KV heads, n].
-    short_keys, short_attention: float64 [KV heads, taus], the keys with a value norm below each of TAUS and the attention
-    to them, first tokens left out.
+    scores[name]: float64 [query heads] (see SCORES); uniform[name]: the same under flat attention. attention: float32 [query
+    heads, n], mean attention to each key. profile: float64 [query heads, distances(n)], attention within 1, 2, 4, ... keys.
+    errors[kept], group_errors[kept]: float64 [query heads or KV heads, windows(n)], mean squared output error of a head, or of a
+    KV head's whole group, relative to the layer's output, when only a window and the initial tokens ("first"), or also the
+    secondary sinks ("secondary"), are kept. tokens[name]: float64 [KV heads], see TOKENS. secondary: bool [KV heads, n].
+    short_keys, short_attention: float64 [KV heads, taus], number of keys with a value norm below each of TAUS and the attention
+    to them, without initial tokens.
     """
 
     scores: dict[str, Tensor]
@@ -69,13 +71,13 @@ class HeadStatistics:
     errors: dict[str, Tensor]
     group_errors: dict[str, Tensor]
     tokens: dict[str, Tensor]
-    floating: Tensor
+    secondary: Tensor
     short_keys: Tensor
     short_attention: Tensor
 
     def joined(self, query_heads: int, kv_heads: int) -> HeadStatistics:
-        """The same of all heads of the layer, where processes have a share each."""
-        by_kv_head = {"group_errors", "tokens", "floating", "short_keys", "short_attention"}
+        """Statistics of all heads of the layer, gathered from tensor-parallel processes."""
+        by_kv_head = {"group_errors", "tokens", "secondary", "short_keys", "short_attention"}
 
         def join(name: str) -> Any:
             heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
@@ -88,36 +90,36 @@ class HeadStatistics:
 
 SCORES = {
     "first": "attention to the first token",
-    "sink": "attention to sink tokens: the first ones and the floating sinks",
-    "local": "attention to the last keys, sink tokens not counted",
-    "far": "attention to the rest",
-    "far_peak": "attention to the one far key that gets most of it",
-    "learned": "attention that goes to the learned sink logit",
+    "sink": "attention to sink tokens: initial tokens and secondary sinks",
+    "local": "attention to the most recent keys, without sink tokens",
+    "far": "attention to all other keys",
+    "far_peak": "attention to the strongest far key",
+    "learned": "attention to the learned sink logit",
     "entropy": "entropy of the attention, nats",
     "effective": "effective number of keys: the exponential of the entropy",
-    "legacy": "column 0 of the attention matrix over the whole matrix, row 0 counted",
+    "legacy": "column 0 of the attention matrix over the whole matrix, including row 0",
     "output": "norm of the head's output relative to the layer's",
 }
 TOKENS = {
     "value_norm": "median value norm",
     "first_value": "value norm of the first token relative to the mean",
     "first_key": "key norm of the first token relative to the mean",
-    "floating_count": "floating sinks",
-    "floating_value": "value norm of the floating sinks relative to the mean",
-    "floating_key": "key norm of the floating sinks relative to the mean",
+    "secondary_count": "secondary sinks",
+    "secondary_value": "value norm of the secondary sinks relative to the mean",
+    "secondary_key": "key norm of the secondary sinks relative to the mean",
 }
-KEPT = ("first", "floating")
+KEPT = ("first", "secondary")
 
 
 def distances(length: int) -> list[int]:
-    """1, 2, 4, ... up to the first power of two that is not below `length`."""
+    """1, 2, 4, ... up to the smallest power of two that is at least `length`."""
     return [2**k for k in range((length - 1).bit_length() + 1)]
 
 
 def distance_within(profile: Tensor, quantile: float, length: int) -> Tensor:
-    """Distance within which a share of the attention on real keys stays: float64, [..., distances] -> [...].
+    """Distance that contains a share of the attention to keys: float64, [..., distances] -> [...].
 
-    Linear between the distances that were measured; the query itself is 1 key back.
+    Interpolated linearly between measured distances; the query's own key has distance 1.
     """
     steps = torch.tensor(distances(length), dtype=torch.float64)
     target = quantile * profile[..., -1:]
@@ -128,19 +130,19 @@ def distance_within(profile: Tensor, quantile: float, length: int) -> Tensor:
 
 
 def windows(length: int) -> list[int]:
-    """The windows whose error is measured: none at all, then 16, 32, ... below `length`."""
+    """The windows whose error is measured: 0, then 16, 32, ... below `length`."""
     return [0, *(d for d in distances(length) if LEAST_WINDOW <= d < length)]
 
 
 def first_row(length: int) -> int:
-    """The first query that counts at this length."""
+    """The first query that is included at this length."""
     return min(max(1, length // 4), length - 1)
 
 
 def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` of the queries first <= i < end, evenly spaced up to the last, and the weight of each in the mean.
+    """At most `most` of the queries first <= i < end, evenly spaced and including the last, and their weights in the mean.
 
-    Each stands for itself and those since the one before it. Weights are float64 and sum to 1.
+    The weight of a query is proportional to the number of queries since the previous one. Weights are float64 and sum to 1.
     """
     rows = torch.arange(end - 1, first - 1, (first - end) // most).flip(0)
     weights = torch.diff(rows, prepend=torch.tensor([first - 1])).double()
@@ -148,7 +150,7 @@ def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
 
 
 def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
-    """Statistics of one layer on the first `length` tokens of what was seen; queries: most that are read."""
+    """Statistics of one layer on the first `length` tokens of its inputs. queries: largest number of sampled queries."""
     inputs, limits = seen.prefix(length), limits.at(length)
     key, value, output = inputs.key[0].float(), inputs.value[0].float(), inputs.output[0]
     (n_heads, _, dim), kv_heads, device = output.shape, key.shape[0], key.device
@@ -157,38 +159,39 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     value_norm, key_norm = value.norm(dim=-1), key.norm(dim=-1)
     median = value_norm.median(-1).values
     short = value_norm < limits.tau * median[:, None]
-    floating = short & (positions >= limits.first)
-    floating &= floating.cumsum(-1) <= limits.floating  # all of them, or the first of very many
-    sinks = SinkKeys(floating | (positions < limits.first), limits.first)
+    secondary = short & (positions >= limits.first)
+    secondary &= secondary.cumsum(-1) <= limits.secondary  # if there are too many, the first ones
+    sinks = SinkKeys(secondary | (positions < limits.first), limits.first)
 
-    fused = _fused(inputs.key)
+    backend = backend_for(inputs.key, inputs.params)
+    fused = backend.statistics if backend else None  # in few launches what blocks do in many
     size = QUERIES if fused else rows_per_block(n_heads, length)
     attention = torch.zeros(n_heads, length, device=device)
 
     def mean_over(
         first: int, end: int, most: int, read: Callable[[Tensor, Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Means over queries of what `read` finds for each, given some and their weights: float64 [...], on the CPU."""
+        """Weighted means over queries of what `read` computes for blocks of queries and weights: float64 [...], on the CPU."""
         rows, share = (t.to(device) for t in sampled(first, end, most))
         parts = [read(r, w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
         return {name: (torch.cat([part[name] for part in parts], -1).double() @ share).cpu() for name in parts[0]}
 
     def masses(rows: Tensor, share: Tensor) -> dict[str, Tensor]:
         if fused:
-            found, columns = fused.masses(inputs, rows, share, sinks.flags, limits.window, distances(length))
+            sums, columns = fused.masses(inputs, rows, share, sinks.flags, limits.window, distances(length))
             attention.add_(columns)
         else:
             part = block(inputs, rows)
             attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
-            found = _masses(part, sinks, limits.window, distances(length))
+            sums = _masses(part, sinks, limits.window, distances(length))
         layer = norms.layer(output[:, rows]).clamp(min=TINY)
-        return found | {"output": (norms.heads(output[:, rows]) / layer).sqrt()}
+        return sums | {"output": (norms.heads(output[:, rows]) / layer).sqrt()}
 
     def errors(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
         if fused:
             outputs = fused.kept(inputs, rows, sinks.flags, limits.first, windows(length))
         else:
-            outputs = _kept(block(inputs, rows), value, sinks)
+            outputs = _window_outputs(block(inputs, rows), value, sinks)
         return _errors(outputs, output[:, rows], norms)
 
     def first_and_all(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
@@ -196,20 +199,20 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
 
     start = first_row(length)
     means = mean_over(start, length, queries, masses)
-    wrong = mean_over(start, length, max(1, queries // 4), errors)
+    window_errors = mean_over(start, length, max(1, queries // 4), errors)
     early = mean_over(0, start, max(1, queries // 4), first_and_all)["both"]
     late = torch.stack([means["first"], 1 - means["learned"]])
     scores = {name: means[name] for name in SCORES if name != "legacy"}
     of_column, of_matrix = early * start + late * (length - start)
     scores["legacy"] = of_column / of_matrix
-    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), floating.sum(-1)
+    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), secondary.sum(-1)
     tokens = {
         "value_norm": median,
         "first_value": value_norm[:, 0] / mean_value,
         "first_key": key_norm[:, 0] / mean_key,
-        "floating_count": count,
-        "floating_value": (value_norm * floating).sum(-1) / count / mean_value,
-        "floating_key": (key_norm * floating).sum(-1) / count / mean_key,
+        "secondary_count": count,
+        "secondary_value": (value_norm * secondary).sum(-1) / count / mean_value,
+        "secondary_key": (key_norm * secondary).sum(-1) / count / mean_key,
     }
     taus = torch.tensor(TAUS, device=device)[:, None]
     below = (value_norm[:, None] < taus * median[:, None, None]) & (positions >= limits.first)  # [KV heads, taus, keys]
@@ -219,28 +222,21 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         uniform=_uniform(sinks.flags.repeat_interleave(n_heads // kv_heads, 0), length, limits, seen.sliding),
         attention=attention.cpu(),
         profile=torch.stack([means[f"within_{d}"] for d in distances(length)], -1),
-        errors={kept: torch.stack([wrong[f"{kept}_{w}"] for w in windows(length)], -1) for kept in KEPT},
-        group_errors={kept: torch.stack([wrong[f"{kept}_{w}_group"] for w in windows(length)], -1) for kept in KEPT},
+        errors={kept: torch.stack([window_errors[f"{kept}_{w}"] for w in windows(length)], -1) for kept in KEPT},
+        group_errors={
+            kept: torch.stack([window_errors[f"{kept}_{w}_group"] for w in windows(length)], -1) for kept in KEPT
+        },
         tokens={name: number.double().cpu() for name, number in tokens.items()},
-        floating=floating.cpu(),
+        secondary=secondary.cpu(),
         short_keys=below.sum(-1).double().cpu(),
         short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
 
 
-def _fused(key: Tensor) -> Any:
-    """The kernels that do in few launches what blocks do in many, where they can run."""
-    if not gpu.can_run(key):
-        return None
-    from headsink.attention.cuda import statistics
-
-    return statistics
-
-
 class SinkKeys:
     """The sink tokens of every KV head as indices, padded to the same number.
 
-    flags: bool [KV heads, keys]. index: int [KV heads, most], ascending where `real`. first: how many begin the text.
+    flags: bool [KV heads, keys]. index: int [KV heads, most], ascending where `real`. first: number of initial tokens.
     """
 
     def __init__(self, flags: Tensor, first: int):
@@ -252,29 +248,28 @@ class SinkKeys:
         self.opening = self.real & (self.index < first)
 
     def weights(self, part: Block) -> Tensor:
-        """Take the attention to the sink tokens out of a block: [KV heads, group, queries, most]; its weights there become 0."""
+        """Attention to sink tokens in a block: [KV heads, group, queries, most]. Sets these weights of the block to 0."""
         _, queries, keys = part.weights.shape
         grouped = part.weights.view(len(self.flags), -1, queries, keys)
-        place = self.index - part.begin
-        inside = self.real & (place >= 0) & (place < keys)
-        place = place.clamp(0, keys - 1)[:, None, None].expand(*grouped.shape[:3], -1)
-        found = grouped.gather(3, place) * inside[:, None, None]
+        index = self.index - part.begin
+        inside = self.real & (index >= 0) & (index < keys)
+        index = index.clamp(0, keys - 1)[:, None, None].expand(*grouped.shape[:3], -1)
+        weights = grouped.gather(3, index) * inside[:, None, None]
         head, rank = inside.nonzero(as_tuple=True)
         grouped[head, :, :, (self.index - part.begin)[head, rank]] = 0
-        return found
+        return weights
 
 
 def _near(part: Block, most: int) -> Tensor:
-    """Where the last `most` keys of every query lie in the block, its own first: int [queries, most], negative outside."""
+    """Indices in the block of the last `most` keys of every query, newest first: int [queries, most], negative outside."""
     ages = torch.arange(most, device=part.rows.device)
     return part.rows[:, None] - part.begin - ages
 
 
 def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
-    """The keys between two successive distances: (distance, first key, weights [query heads, queries, keys]).
+    """The weights between two successive distances: (distance, first key, weights [query heads, queries, keys]).
 
-    With cuts [a, b, c]: what is a to b - 1 keys back, as distance b; then b to c - 1 keys back, as distance c. Other
-    weights are 0.
+    With cuts [a, b, c]: keys a to b - 1 back, with distance b; then keys b to c - 1 back, with distance c. Other weights are 0.
     """
     rows, begin = part.rows, part.begin
     first, last = int(rows[0]), int(rows[-1])
@@ -285,77 +280,77 @@ def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict[str, Tensor]:
-    """Masses and the like, for each query of a block: float32 [query heads, queries]. Uses the block's weights up."""
-    logits, weights, learned = part.logits, part.weights, part.learned
-    real = 1 - learned
+    """Masses and other scores for each query of a block: float32 [query heads, queries]. Overwrites the block's weights."""
+    logits, weights, sink_logits = part.logits, part.weights, part.sink_logits
+    real = 1 - sink_logits
     spread = torch.linalg.vecdot(weights, logits) / real
     entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
-    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(learned)
-    at_sinks = sinks.weights(part)  # from here on `weights` holds the others only
+    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(sink_logits)
+    at_sinks = sinks.weights(part)  # from here on `weights` has no sink tokens
     ages = part.rows[:, None] - sinks.index[:, None, None]  # of sink tokens: [KV heads, 1, queries, most]
     near = _near(part, window)
     others = weights.gather(2, near.clamp(min=0).expand(len(weights), -1, -1)) * (near >= 0)
-    others = others.cumsum(-1)  # [query heads, queries, window], sink tokens not counted
+    others = others.cumsum(-1)  # [query heads, queries, window], without sink tokens
     within = {step: others[:, :, step - 1] for step in steps if step <= window}
     local = others[:, :, -1]
-    kept, peak = local, torch.zeros_like(learned)
+    kept, peak = local, torch.zeros_like(sink_logits)
     for step, _, tile in _bands(part, [window, *(step for step in steps if step > window)]):
         if tile.shape[2]:
             kept = kept + tile.sum(-1)
             peak = torch.maximum(peak, tile.amax(-1))
         within[step] = kept
-    found = {
-        f"within_{step}": mass + (at_sinks * (ages < step)).sum(-1).view_as(mass)  # what is yet to come weighs nothing
+    profile = {
+        f"within_{step}": mass + (at_sinks * (ages < step)).sum(-1).view_as(mass)  # weights of future keys are 0
         for step, mass in within.items()
     }
-    return found | {
+    return profile | {
         "first": first,
         "sink": at_sinks.sum(-1).view_as(local),
         "local": local,
         "far": kept - local,
         "far_peak": peak,
-        "learned": learned,
+        "learned": sink_logits,
         "entropy": entropy,
         "effective": entropy.exp(),
     }
 
 
-def _kept(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
-    """Outputs under every window, for each query of a block: float32 [query heads, queries, dim]. Uses the weights up."""
+def _window_outputs(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
+    """Outputs under every window for each query of a block: float32 [query heads, queries, dim]. Overwrites its weights."""
     heads, queries, _ = part.weights.shape
-    learned = part.learned
-    at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block holds the others only
+    sink_logits = part.sink_logits
+    at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block has no sink tokens
     ages = part.rows[:, None] - sinks.index[:, None, None]
     sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
     opening = at_sinks * sinks.opening[:, None, None]
-    over = value.new_zeros(heads, queries, value.shape[2])  # of a window's keys, sink tokens left out
-    mass = torch.zeros_like(learned)
+    total = value.new_zeros(heads, queries, value.shape[2])  # weighted values of a window's keys, without sink tokens
+    mass = torch.zeros_like(sink_logits)
     outputs = {}
 
     def record(window: int) -> None:
         close = opening + (at_sinks - opening) * (ages < window)
-        for kept, tokens in (("first", close), ("floating", at_sinks)):
-            seen = (mass + tokens.sum(-1).view_as(mass) + learned).clamp(min=TINY)  # what a learned logit takes stays
-            outputs[f"{kept}_{window}"] = (over + (tokens @ sink_values).view_as(over)) / seen[..., None]
+        for kept, tokens in (("first", close), ("secondary", at_sinks)):
+            visible = (mass + tokens.sum(-1).view_as(mass) + sink_logits).clamp(min=TINY)
+            outputs[f"{kept}_{window}"] = (total + (tokens @ sink_values).view_as(total)) / visible[..., None]
 
     record(0)
     for window, start, tile in _bands(part, windows(value.shape[1])):
         if tile.shape[2]:
-            over, mass = over + attend(tile, start, value), mass + tile.sum(-1)
+            total, mass = total + attend(tile, start, value), mass + tile.sum(-1)
         record(window)
     return outputs
 
 
 def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dict[str, Tensor]:
-    """Output errors of every window, for each query: float32 [query or KV heads, queries].
+    """Output errors of every window for each query: float32 [query or KV heads, queries].
 
-    outputs, full: [query heads, queries, dim], under each window and without one.
+    outputs, full: [query heads, queries, dim], under each window and with all keys.
     """
     layer = norms.layer(full).clamp(min=TINY)
-    wrong = torch.cat(
+    errors = torch.cat(
         [full - output for output in outputs.values()], 1
-    )  # all at once: else they are many small products
-    sizes = {"": norms.heads(wrong), "_group": norms.groups(wrong)}
+    )  # one large product is faster than many small ones
+    sizes = {"": norms.heads(errors), "_group": norms.groups(errors)}
     return {
         name + suffix: of_window / layer
         for suffix, size in sizes.items()
@@ -364,13 +359,13 @@ def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dic
 
 
 def _first_and_all(part: Block) -> Tensor:
-    """Attention to the first token and to all keys: [2, query heads, queries]."""
+    """Attention to the first token and to all keys: float32 [2, query heads, queries]."""
     first = part.weights[:, :, 0]
-    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.learned])
+    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.sink_logits])
 
 
 def _uniform(sinks: Tensor, length: int, limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:
-    """The scores of flat attention over the visible keys, all queries counted; sinks: bool [query heads, keys]."""
+    """Scores of flat attention over the visible keys, mean over all queries. sinks: bool [query heads, keys]."""
     n_heads = sinks.shape[0]
     row = torch.arange(length, device=sinks.device)
     low = torch.zeros_like(row) if sliding is None else (row - sliding + 1).clamp(min=0)  # first visible key

@@ -1,4 +1,4 @@
-"""What a user may choose for a census, and the checks of it that need no model. Light: nothing here imports torch."""
+"""Options of a census and checks of them that need no model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from pathlib import Path
 
 from headsink.errors import HeadsinkError
 
-QUERIES = 512  # of a text that a census reads: docs/census.md says what reading so few costs
-
-
-TAU = 0.4  # of the head's median value norm, below which a key can be a floating sink (docs/census.md)
-
-
-LEAST_TOKENS = 2  # of a text of a census
-
-
-CENSUS = "census.json"  # marks the folder of a census
+QUERIES = 512  # sampled queries per text; docs/census.md has the resulting error
+TAU = 0.4  # a secondary sink has a value norm below this factor times the head's median (docs/census.md)
+LEAST_TOKENS = 2  # tokens of a text at least
+CENSUS = "census.json"  # a folder with this file is a census
 
 
 def check_lengths(lengths: Sequence[int], most: int | None = None) -> None:
-    """Raise for a length that a census cannot read. `most`: the model's maximum, if it is known."""
+    """Raise for a length that a census cannot use. most: the model's maximum, if it is known."""
     for length in lengths:
         if length < LEAST_TOKENS:
             raise HeadsinkError(f"lengths: {length} is too short, a census needs {LEAST_TOKENS} tokens or more")
@@ -31,11 +25,11 @@ def check_lengths(lengths: Sequence[int], most: int | None = None) -> None:
 
 def check_tau(tau: float) -> None:
     if not 0 < tau <= 1:
-        raise HeadsinkError(f"tau: {tau} is outside (0, 1]; {TAU} if not given")
+        raise HeadsinkError(f"tau: {tau} is outside (0, 1]; the default is {TAU}")
 
 
 def check_census(folder: Path) -> None:
-    """Raise for a folder that is no census."""
+    """Raise for a folder that is not a census."""
     if not folder.is_dir():
         raise HeadsinkError(f"{folder}: no such folder; a census is a folder that headsink analyze has written")
     if not (folder / CENSUS).is_file():
@@ -43,7 +37,7 @@ def check_census(folder: Path) -> None:
 
 
 def run_parts(name: str) -> tuple[str, int | None, str | None]:
-    """Read `runs/a@512:code`: the folder of a census, and a length and a kind of text if they are named."""
+    """Parse `runs/a@512:code` into a census folder, a length and a kind of text; the last two may be None."""
     if Path(name).exists() or not (parts := re.fullmatch(r"(.+?)(?:@(\d+))?(?::([^/:@]+))?", name)):
         return name, None, None
     return parts[1], int(parts[2]) if parts[2] else None, parts[3]

@@ -1,8 +1,8 @@
-"""A census: what every head looks at, at several lengths, on several texts; and the folder that it is kept in.
+"""A census: statistics of every attention head at several lengths on several texts, and the folder that it is saved in.
 
-`run.analyze` makes one. Its folder holds `census.json` (settings, enough to run it again), `arrays.safetensors` (all results),
-`heads.parquet` (the scores as a table for other programs: one row per text, length and head), `tokens.json` (what the token ids
-of the texts say), `report.html` and pictures.
+`run.analyze` makes one. The folder has `census.json` (settings, enough to run it again), `arrays.safetensors` (all results),
+`heads.parquet` (the scores as a table for other programs: one row per text, length and head), `tokens.json` (the text of every
+token id), and, if `headsink.write_report` wrote it, `report.html` and pictures.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from headsink.errors import HeadsinkError
 from headsink.utils.files import new_folder, parse_json, read_text
 from headsink.utils.statistics import Interval, interval
 
-QUANTILES = (0.1, 0.5, 0.9)  # of the distance, in the table
+QUANTILES = (0.1, 0.5, 0.9)  # of the attention distance, in the table
 
 
 @dataclass
 class Census:
     """Results of `analyze`.
 
-    settings: how they were made. vocabulary: token id -> what it says. arrays["{text}.{length}.{name}"], texts being numbered
-    as in `settings["texts"]`, for every length that the text reaches:
+    settings: how they were made. vocabulary: token id -> its text. arrays["{text}.{length}.{name}"], with texts numbered as in
+    `settings["texts"]`, for every length that the text has (see `HeadStatistics`):
 
-    scores, uniform : float64 [layers, query heads, SCORES], uniform NaN where flat attention has no such score
-    profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys back
-    errors, group_errors : float32 [layers, query or KV heads, KEPT, windows], squared output error, relative to the layer's
+    scores, uniform : float64 [layers, query heads, SCORES], uniform is NaN for scores that flat attention does not have
+    profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys
+    errors, group_errors : float32 [layers, query or KV heads, KEPT, windows], squared output error relative to the layer's output
     tokens : float64 [layers, KV heads, TOKENS]
-    floating : int32 [layers, KV heads, most], positions of the floating sinks, -1 where there are no more
+    secondary : int32 [layers, KV heads, most], positions of the secondary sinks, padded with -1
     short_keys, short_attention : float32 [layers, KV heads, taus]
-    top : int32 [layers, query heads, TOP_KEYS], positions of the keys that get most attention, -1 where there are no more
+    top : int32 [layers, query heads, TOP_KEYS], positions of the keys with most attention, padded with -1
     attention : float16 [layers, query heads, tokens], mean attention to each key
 
     and arrays["{text}.ids"], int32 [tokens].
@@ -67,14 +67,14 @@ class Census:
         return list(dict.fromkeys(text["domain"] for text in self.settings["texts"]))
 
     def texts(self, length: int, domain: str | None = None) -> list[int]:
-        """Numbers of the texts of a domain (of all, if None) that have `length` tokens."""
-        found = self._reaching(length, domain)
-        if not found:
+        """Numbers of the texts with `length` tokens of a domain (None for all). Raises HeadsinkError if there are none."""
+        numbers = self._reaching(length, domain)
+        if not numbers:
             raise HeadsinkError(f"the census has nothing at length {length}" + (f" on {domain}" if domain else ""))
-        return found
+        return numbers
 
     def has(self, length: int, domain: str | None = None) -> bool:
-        """Whether some text of the domain reaches the length."""
+        """Whether a text of the domain has `length` tokens."""
         return bool(self._reaching(length, domain))
 
     def _reaching(self, length: int, domain: str | None) -> list[int]:
@@ -90,7 +90,7 @@ class Census:
         return int(self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"])
 
     def samples(self, name: str, length: int, domain: str | None = None) -> Tensor:
-        """One array for each text: [texts, layers, ...]. A name in SCORES is that score, "uniform_..." what is by chance."""
+        """An array of every text, stacked: float64 [texts, layers, ...]. name: an array, a score, or "uniform_" and a score."""
         array, column = name, None
         if name.removeprefix("uniform_") in SCORES:
             array = "uniform" if name.startswith("uniform_") else "scores"
@@ -99,32 +99,32 @@ class Census:
         return stacked if column is None else stacked[..., column]
 
     def score(self, name: str, length: int, domain: str | None = None) -> Tensor:
-        """The mean over the texts of a domain, all texts if None: float64 [layers, heads], or what `samples` has more."""
+        """Mean of `samples` over the texts of a domain (None for all texts): float64 [layers, heads, ...]."""
         return self.samples(name, length, domain).mean(0)
 
     def interval(self, name: str, length: int, domain: str | None = None) -> Interval:
-        """The mean with its 95 % confidence interval over texts."""
+        """Mean with its 95 % confidence interval over texts."""
         return interval(self.samples(name, length, domain))
 
     def _masses(self, length: int, domain: str | None) -> Iterator[dict[str, Tensor]]:
-        """What roles are read from, for each text: masses, and their uniform."""
+        """The attention masses of each text, then those of flat attention."""
         for prefix in ("", "uniform_"):
             yield {name: self.samples(prefix + name, length, domain) for name in MASSES}
 
     def text_roles(self, length: int, domain: str | None = None) -> Tensor:
-        """The role of every head in every single text: int64 [texts, layers, query heads], index into ROLES."""
+        """Role of every head in each text: int64 [texts, layers, query heads], index into ROLES."""
         return roles(*self._masses(length, domain))
 
     def mean_roles(self, length: int, domain: str | None = None) -> Tensor:
-        """The role of every head by its mean masses: int64 [layers, query heads], index into ROLES."""
+        """Role of every head by its mean masses: int64 [layers, query heads], index into ROLES."""
         return roles(*({name: of.mean(0) for name, of in masses.items()} for masses in self._masses(length, domain)))
 
     def roles(self, length: int, domain: str | None = None) -> list[list[str]]:
-        """The same as words: [layers][query heads]."""
+        """`mean_roles` as names: [layers][query heads]."""
         return [[ROLES[n] for n in layer] for layer in self.mean_roles(length, domain).tolist()]
 
     def role_agreement(self, length: int, domain: str | None = None) -> Tensor:
-        """The share of single texts in which a head has the role that it has on average: float64 [layers, query heads]."""
+        """Share of texts in which a head has its `mean_roles` role: float64 [layers, query heads]."""
         return (self.text_roles(length, domain) == self.mean_roles(length, domain)).double().mean(0)
 
     def window_needed(
@@ -134,11 +134,11 @@ class Census:
         *,
         epsilon: float = EPSILON,
         heads: str = "query",
-        kept: str = "floating",
+        kept: str = "secondary",
     ) -> Tensor:
-        """The smallest window that keeps the output error within epsilon: float64 [layers, query or KV heads].
+        """Smallest window with an output error of at most epsilon: float64 [layers, query or KV heads], in tokens.
 
-        kept: "first" if only the first tokens stay beside the window, "floating" if the floating sinks do too.
+        heads: "query" or "kv". kept: "first" keeps the window and the initial tokens, "secondary" also the secondary sinks.
         """
         name = {"query": "errors", "kv": "group_errors"}[heads]
         errors = self.score(name, length, domain)[:, :, KEPT.index(kept)]
@@ -147,9 +147,9 @@ class Census:
     def window_law(
         self, domain: str | None = None, *, epsilon: float = EPSILON, least: int = 64
     ) -> tuple[Tensor, Tensor] | None:
-        """Scale and exponent of `window = scale x length ^ exponent` for every KV head, over the lengths from `least` on.
+        """Scale and exponent of `window = scale x length ^ exponent` for every KV head, over lengths of at least `least`.
 
-        float64 [layers, KV heads] each. None where fewer than two lengths were measured.
+        float64 [layers, KV heads] each. None with fewer than two lengths.
         """
         lengths = [n for n in self.lengths if n >= least and self.has(n, domain)]
         if len(lengths) < 2:
@@ -158,11 +158,11 @@ class Census:
         return law(torch.stack(needed), lengths)
 
     def distance(self, quantile: float, length: int, domain: str | None = None) -> Tensor:
-        """Distance within which a share of the attention on real keys stays: float64 [layers, query heads]."""
+        """Distance in keys that contains a share (`quantile`) of the attention: float64 [layers, query heads]."""
         return distance_within(self.score("profile", length, domain), quantile, length)
 
     def first_question(self, length: int, domain: str | None = None) -> list[Transfer]:
-        """Do head numbers carry over between layers? One answer per rule for what a sink is."""
+        """Whether sinks in one layer predict sinks in later ones: a result for each definition of a sink in RULES."""
         seed = self.settings["seed"]
         return [
             transfer(self.score(score, length, domain) >= least, rule, group=self.group, seed=seed)
@@ -171,7 +171,7 @@ class Census:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The scores as a table: one row per text, length, layer and query head."""
+        """The scores as a table with a row per text, length, layer and query head."""
         return pa.concat_tables(self._tables(), promote_options="default")  # longer texts have more windows
 
     def _tables(self) -> Iterator[pa.Table]:
@@ -203,16 +203,16 @@ class Census:
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the results to a folder, atomically. An older census there is replaced; other files stay.
 
-        `headsink.write_report` writes them with a report and pictures.
+        `headsink.write_report` also writes a report and pictures.
 
-        force: replace files, too, that headsink did not write but that have the names of its own.
+        force: also replace files with the same names that headsink did not write.
         """
         with new_folder(folder, MARKER, force) as part:
             self.write(part)
         return Path(folder)
 
     def write(self, folder: Path) -> None:
-        """Write the files of `save` to a folder that is there."""
+        """Write the files of `save` to an existing folder."""
         pq.write_table(self.table, folder / "heads.parquet")
         save_file({name: array.contiguous() for name, array in self.arrays.items()}, folder / "arrays.safetensors")
         (folder / "tokens.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -220,7 +220,7 @@ class Census:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Census:
-        """Read a folder that `save` wrote."""
+        """Read a folder that `save` wrote. Raises HeadsinkError if it is not a census, damaged, or of another schema."""
         folder = Path(folder)
         check_census(folder)
         damaged = f"{folder}: not a census folder, or damaged"
@@ -234,10 +234,11 @@ class Census:
             raise HeadsinkError(f"{damaged}: arrays.safetensors cannot be read") from error
         if isinstance(settings, dict) and settings.get("schema", SCHEMA) != SCHEMA:
             raise HeadsinkError(
-                f"{folder}: census schema {settings['schema']} is not {SCHEMA}, which this version reads"
+                f"{folder}: a census of schema {settings['schema']}, and this headsink reads {SCHEMA}; make a new one: "
+                f"headsink analyze MODEL --out {folder}"
             )
         if isinstance(settings, dict):
-            settings.pop("files", None)  # of the folder, not of the census
-        if wrong := check(settings, vocabulary, arrays):
-            raise HeadsinkError(f"{damaged}: {wrong}")
+            settings.pop("files", None)  # describes the folder, not the census
+        if problem := check(settings, vocabulary, arrays):
+            raise HeadsinkError(f"{damaged}: {problem}")
         return cls(settings, {int(token): text for token, text in vocabulary.items()}, arrays)

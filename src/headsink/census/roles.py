@@ -1,11 +1,10 @@
-"""What a head does, in one word, and how wide a window it needs.
+"""Roles of attention heads (sink, local, mixed, diffuse, retrieval) and the window that a head needs.
 
-A role is read from where the attention goes, against what flat attention would give at that length: what counts is the
-excess (m - u) / (1 - u) of a mass m over its uniform u, 0 at chance and 1 if everything lies there. A head looks far if its far
-mass is at least `FAR` of the uniform one: `retrieval` if one key at a time gets much of that, and much more than by chance,
-`diffuse` if it is spread. Otherwise it is `sink` or `local` if one of the two has most of the excess, `mixed` if neither, and
-again `diffuse` if it differs from flat attention by less than `LEAST`. A role always belongs to a length, a text and these
-thresholds.
+A role compares attention masses with those of flat attention at the same length, by the excess (m - u) / (1 - u) of a mass m over
+its uniform value u: 0 at chance, 1 if all attention is there. A head is far if its far mass is at least `FAR` of the uniform one:
+`retrieval` if a single key gets much of it, and much more than by chance, otherwise `diffuse`. Other heads are `sink` or `local`
+if one of the two has most of the excess, `mixed` if neither has, and `diffuse` if the excess is below `LEAST`. A role always
+belongs to a length, a text and these thresholds.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ Role = Literal["sink", "local", "mixed", "diffuse", "retrieval"]
 ROLES: tuple[Role, ...] = ("sink", "local", "mixed", "diffuse", "retrieval")
 MASSES = ("sink", "local", "far", "far_peak", "learned")
 
-FAR = 0.25  # of the uniform far mass: from there a head looks far
-PEAK = 0.25  # of the far mass on its strongest key: from there looking far is retrieval
-PEAK_OVER_CHANCE = 4.0  # times what the strongest key has in flat attention, which is much on short texts
-MOST = 0.75  # of the excess of sink and local: from there that one names the head
-LEAST = 0.1  # excess below which attention counts as flat
-EPSILON = 0.01  # squared error of a head's output, relative to the layer's, that a window may cost
+FAR = 0.25  # least share of the uniform far mass of a far head
+PEAK = 0.25  # least share of the far mass on its strongest key for retrieval
+PEAK_OVER_CHANCE = 4.0  # and least multiple of that share under flat attention, which is high on short texts
+MOST = 0.75  # least share of sink or local in the excess of both, for that role
+LEAST = 0.1  # excess below which attention is considered flat
+EPSILON = 0.01  # largest squared error of a head's output under a window, relative to the layer's output
 
 
 def roles(mass: Mapping[str, Tensor], uniform: Mapping[str, Tensor]) -> Tensor:
-    """Index into ROLES: int64 of the shape of its arguments, which hold MASSES. Attention to a learned logit counts as sink."""
+    """Roles as indices into ROLES, int64 of the shape of each of MASSES. Attention to a learned sink logit counts as sink."""
     sink = _excess(mass["sink"] + mass["learned"], uniform["sink"])
     local = _excess(mass["local"], uniform["local"])
     far = (uniform["far"] > 0) & (mass["far"] >= FAR * uniform["far"])
@@ -42,10 +41,10 @@ def roles(mass: Mapping[str, Tensor], uniform: Mapping[str, Tensor]) -> Tensor:
         (sink >= MOST * near, "sink"),
         (local >= MOST * near, "local"),
     ]
-    found = torch.full(far.shape, ROLES.index("mixed"))
+    role = torch.full(far.shape, ROLES.index("mixed"))
     for condition, name in reversed(names):
-        found[condition] = ROLES.index(name)
-    return found
+        role[condition] = ROLES.index(name)
+    return role
 
 
 def _excess(mass: Tensor, uniform: Tensor) -> Tensor:
@@ -53,13 +52,12 @@ def _excess(mass: Tensor, uniform: Tensor) -> Tensor:
 
 
 def window_needed(errors: Tensor, windows: list[int], length: int, epsilon: float = EPSILON) -> Tensor:
-    """The smallest window from which on the error stays within epsilon: float64, [..., windows] -> [...].
+    """The smallest window for which, and for all larger ones, the error is at most epsilon: float64, [..., windows] -> [...].
 
-    Between the windows that were measured the logarithm of the error is taken as linear in that of the window. `length` where no
-    smaller window will do, 0 where the sink tokens are enough.
+    Interpolated log-linearly between measured windows. `length` if no smaller window is enough, 0 if sink tokens are enough.
     """
-    reached = (errors <= epsilon).flip(-1).long().cumprod(-1).flip(-1).bool()  # and so do all wider ones
-    enough = torch.where(reached.any(-1), reached.long().argmax(-1), len(windows))
+    small = (errors <= epsilon).flip(-1).long().cumprod(-1).flip(-1).bool()  # for all larger windows too
+    enough = torch.where(small.any(-1), small.long().argmax(-1), len(windows))
     sizes = torch.tensor([*windows, length], dtype=torch.float64)
     padded = torch.cat([errors.double(), torch.zeros_like(errors[..., :1]).double()], -1).clamp(min=1e-12)
     after, before = enough, (enough - 1).clamp(min=0)
@@ -71,7 +69,7 @@ def window_needed(errors: Tensor, windows: list[int], length: int, epsilon: floa
 
 
 def figures(needed: Tensor, near: int, length: int) -> dict[str, float]:
-    """Of the windows that heads need: the median, the share of heads that make do with `near` keys, the share that needs all."""
+    """Median of the windows that heads need, share of heads that need at most `near` keys, and share that needs all keys."""
     return {
         "median": float(needed.median()),
         "near": float((needed <= near).double().mean()),
@@ -82,8 +80,8 @@ def figures(needed: Tensor, near: int, length: int) -> dict[str, float]:
 def law(needed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Fit `window = scale x length ^ exponent` by least squares on logarithms.
 
-    needed: [lengths, ...]. Returns scale and exponent, float64 [...]. An exponent of 0 is a window that does for every length, of
-    1 one that grows with the text.
+    needed: [lengths, ...]. Returns scale and exponent, float64 [...]. With exponent 0 one window is enough at every length, with
+    1 it grows in proportion to the length.
     """
     x = torch.tensor(lengths, dtype=torch.float64).log()
     y = needed.double().clamp(min=1).log()

@@ -1,8 +1,8 @@
-"""Run a census: texts through the model, every layer read on the way; goes on where it was stopped.
+"""Run a census: forward passes over texts, with the statistics of every layer; continues an interrupted run.
 
-Each text is one forward pass, from which all lengths are read: a prefix of a causal model's text is the shorter text. (Where
-positions are encoded by the length of the whole, as in dynamic and long rotary scaling, each length is a pass of its own.)
-In tensor parallelism every process runs this, and has the whole census at the end.
+Each text is one forward pass that gives the statistics of all lengths, since in a causal model a prefix of a text does not depend
+on the rest. If rotary positions depend on the length (dynamic and long scaling), each length is a pass of its own. With tensor
+parallelism every process runs this and has the whole census at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from headsink.utils.progress import bar, console
 
 LENGTHS = (512, 4096)
 OWN_LENGTHS_FROM = 16
-SETTINGS = "census-checkpoint.json"  # in a checkpoint: the settings of its census
+SETTINGS = "census-checkpoint.json"  # file in a checkpoint with the settings of its census
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,25 @@ def analyze(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Census:
-    """See what every attention head looks at.
+    """Measure statistics of every attention head of a model.
 
     Parameters
     ----------
-    lengths : tokens; all are read off the same texts. 512 and 4096 if not given; for texts of your own, the length of the
-        shortest and the powers of two that the longest reaches.
-    domains : kinds of built-in text (corpus.py); `texts_per_domain` of each. Intervals are over texts, so take two or more.
-    texts : your own instead, or by kind, {"tickets": [...], "mails": [...]}. A text counts at the lengths that it reaches.
-    limits : what counts as a sink token and as near.
-    queries : queries read at each length where more would count; evenly spaced (docs/census.md).
-    checkpoint : folder that keeps what is done, one file for each text. The same call goes on from there if it was stopped.
-    progress : show a bar on standard error.
+    lengths : in tokens, all measured on the same texts; by default 512 and 4096. For your own texts: by default the length of the
+        shortest text and powers of two up to the longest.
+    domains : kinds of built-in text (data/corpus.py), `texts_per_domain` of each. Confidence intervals need two or more.
+    texts : your own texts instead, as a list or by kind, {"tickets": [...], "mails": [...]}. A text is used at the lengths that
+        it has.
+    limits : definition of sink tokens and local keys.
+    queries : largest number of queries sampled per length, evenly spaced (docs/census.md).
+    checkpoint : folder for finished texts, one file each. The same call continues from it after an interruption.
+    progress : show a progress bar on standard error.
 
     Returns
     -------
-    Census, to be saved with `.save(folder)`.
+    Census; save it with `.save(folder)`.
+
+    Raises HeadsinkError for invalid arguments, for lengths over the model's maximum, and for texts that are too short.
     """
     shape, limits = describe(model), limits or Thresholds()
     if queries < 2:
@@ -114,17 +117,17 @@ def analyze(
         "seed": seed,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
     }
-    kept = Checkpoint(checkpoint, settings) if checkpoint is not None else None
+    finished = Checkpoint(checkpoint, settings) if checkpoint is not None else None
     arrays: dict[str, Tensor] = {}
     passes = [_passes(shape, [n for n in lengths if n <= len(text.ids)]) for text in chosen]
     steps = sum(map(len, passes)) * shape.layers
-    if kept and progress and (done_before := sum(kept.has(number) for number in range(len(chosen)))):
-        console.print(f"going on: {done_before} of {len(chosen)} texts are done", highlight=False)
+    if finished and progress and (count := sum(finished.has(number) for number in range(len(chosen)))):
+        console.print(f"continuing: {count} of {len(chosen)} texts are done", highlight=False)
     if progress and is_main():
         timing.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), timing.CENSUS)
     with bar("census", steps, progress and is_main()) as shown:
         for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
-            done = kept.read(number) if kept else None
+            done = finished.read(number) if finished else None
             if done is None:
                 done = {"ids": torch.tensor(text.ids, dtype=torch.int32)}
                 for together in of_text:
@@ -132,8 +135,8 @@ def analyze(
                     done |= _read(
                         model, shape, ids, together, limits, queries, lambda: shown.advance(shown.task_ids[0])
                     )
-                if kept:
-                    kept.write(number, done)
+                if finished:
+                    finished.write(number, done)
             else:
                 shown.advance(shown.task_ids[0], len(of_text) * shape.layers)
             arrays |= {f"{number}.{name}": array for name, array in done.items()}
@@ -142,7 +145,7 @@ def analyze(
 
 
 def _passes(shape: Architecture, lengths: list[int]) -> list[list[int]]:
-    """The lengths of a text by forward pass."""
+    """The lengths of a text, grouped by forward pass."""
     return [lengths] if shape.prefix_free else [[length] for length in lengths]
 
 
@@ -154,25 +157,23 @@ def analyze_again(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Census:
-    """Make a census again from its settings (`Census.settings`, the file census.json).
+    """Rerun a census from its settings (`Census.settings`, the file census.json).
 
-    Raises HeadsinkError if it could not be the same: other weights, another dtype, other texts (built-in text comes out of Python
-    itself, so another Python may have another).
+    Raises HeadsinkError if the weights, the dtype or the texts differ (built-in text is part of Python, so it may differ between
+    Python versions).
     """
     domains = list(dict.fromkeys(text["domain"] for text in settings["texts"]))
     own, number, seed = settings["own_texts"], settings["texts_per_domain"], settings["seed"]
     chosen, lengths = _texts(tokenizer, describe(model), settings["lengths"], domains, own, number, seed)
-    found = {
+    pairs = {
         "weights": (Fingerprint.of(model).weights, settings["model"]["weights"]),
         "dtype": (devices.dtype_name(model.dtype), settings["dtype"]),
         "texts": ([text.digest for text in chosen], [text["sha256"] for text in settings["texts"]]),
     }
-    for name, (here, there) in found.items():
-        if here != there:
+    for name, (here, original) in pairs.items():
+        if here != original:
             made = ", ".join(f"{what} {number}" for what, number in settings["versions"].items())
-            raise HeadsinkError(
-                f"this census cannot be made again: the {name} are not those that it was made with ({made})"
-            )
+            raise HeadsinkError(f"this census cannot be rerun: the {name} are not those that it was made with ({made})")
     return analyze(
         model,
         tokenizer,
@@ -189,9 +190,10 @@ def analyze_again(
 
 
 class Checkpoint:
-    """A folder with the results of the texts that are done, for one census and no other.
+    """A folder with the results of finished texts of one census.
 
-    It is known by the file SETTINGS in it. Besides that one only files are touched that are numbered as its texts are.
+    The file SETTINGS in it identifies the census. Only this file and files numbered like the census's texts are written or
+    removed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
@@ -200,10 +202,10 @@ class Checkpoint:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise HeadsinkError(f"checkpoint: {self.folder} is not a folder; name a new one")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not is_own(ours):
-            raise HeadsinkError(f"checkpoint: {self.folder} is not a folder that a census left; name another one")
+            raise HeadsinkError(f"checkpoint: {self.folder} is not a checkpoint of a census; name another folder")
         if is_main():
             if ours.is_file() and ours.read_text(encoding="utf-8") != text:
-                remove_checkpoint(self.folder)  # of another census: its results cannot be used
+                remove_checkpoint(self.folder)  # a checkpoint of another census
             write_text(ours, text)
         wait_for_all()
 
@@ -211,7 +213,7 @@ class Checkpoint:
         return self._path(number).is_file()
 
     def read(self, number: int) -> dict[str, Tensor] | None:
-        """The results of a text, None if it is not done."""
+        """The results of a text, None if it is not finished."""
         try:
             arrays = load_file(self._path(number))
         except (OSError, SafetensorError):
@@ -231,7 +233,7 @@ class Checkpoint:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove what a census kept in its checkpoint, and the folder if nothing else is in it."""
+    """Remove a census's checkpoint, and its folder if nothing else is in it."""
     ours = folder / SETTINGS
     if not is_own(ours):
         return
@@ -248,24 +250,24 @@ def _read(
     queries: int,
     step: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """One forward pass: the arrays of each length, see Census."""
+    """Arrays of each length (see Census) from one forward pass."""
     layers: list[list[HeadStatistics]] = []
 
-    def see(seen: Seen) -> None:
-        found = [head_statistics(seen, length, limits, queries) for length in lengths]
-        layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in found])
+    def observe(seen: Seen) -> None:
+        by_length = [head_statistics(seen, length, limits, queries) for length in lengths]
+        layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in by_length])
         step()
 
-    with torch.no_grad(), observing(model, see):
+    with torch.no_grad(), observing(model, observe):
         decoder(model)(torch.tensor([ids], device=input_device(model)), use_cache=False)
     arrays: dict[str, Tensor] = {}
-    for length, found in zip(lengths, zip(*layers, strict=True), strict=True):
-        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(found).items()}
+    for length, of_length in zip(lengths, zip(*layers, strict=True), strict=True):
+        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(of_length).items()}
     return arrays
 
 
 def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
-    most = max(1, *(int(layer.floating.sum(-1).max()) for layer in layers))
+    most = max(1, *(int(layer.secondary.sum(-1).max()) for layer in layers))
     missing = torch.full_like(layers[0].scores["first"], torch.nan)
     top = [layer.attention.topk(min(TOP_KEYS, layer.attention.shape[1])).indices.int() for layer in layers]
     return {
@@ -275,7 +277,7 @@ def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
         "errors": [torch.stack([layer.errors[kept] for kept in KEPT], 1).float() for layer in layers],
         "group_errors": [torch.stack([layer.group_errors[kept] for kept in KEPT], 1).float() for layer in layers],
         "tokens": [torch.stack([layer.tokens[name] for name in TOKENS], -1) for layer in layers],
-        "floating": [_positions(layer.floating, most) for layer in layers],
+        "secondary": [_positions(layer.secondary, most) for layer in layers],
         "short_keys": [layer.short_keys.float() for layer in layers],
         "short_attention": [layer.short_attention.float() for layer in layers],
         "top": [torch.nn.functional.pad(keys, (0, TOP_KEYS - keys.shape[1]), value=-1) for keys in top],
@@ -284,10 +286,10 @@ def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
 
 
 def _positions(flags: Tensor, most: int) -> Tensor:
-    """Where flags are set, ascending, -1 where there are no more: bool [heads, keys] -> int32 [heads, most]."""
-    place = torch.where(flags, torch.arange(flags.shape[1]), flags.shape[1])
-    place = torch.nn.functional.pad(place, (0, max(0, most - flags.shape[1])), value=flags.shape[1])
-    first = place.sort(-1).values[:, :most]
+    """Indices of set flags, ascending and padded with -1: bool [heads, keys] -> int32 [heads, most]."""
+    index = torch.where(flags, torch.arange(flags.shape[1]), flags.shape[1])
+    index = torch.nn.functional.pad(index, (0, max(0, most - flags.shape[1])), value=flags.shape[1])
+    first = index.sort(-1).values[:, :most]
     return torch.where(first == flags.shape[1], -1, first).int()
 
 
@@ -314,16 +316,16 @@ def _texts(
     if (own := _by_domain(texts)) is not None:
         return _own(tokenizer, shape, lengths, own)
     if number < 1:
-        raise HeadsinkError(f"texts_per_domain: {number} is none")
+        raise HeadsinkError(f"texts_per_domain: {number} is below 1")
     if not domains:
-        raise HeadsinkError(f"domains: none given; one or more of {', '.join(corpus.CENSUS_DOMAINS)}")
+        raise HeadsinkError(f"domains: none given; give one or more of {', '.join(corpus.CENSUS_DOMAINS)}")
     chosen = _check_lengths(lengths or sorted({min(n, shape.max_context) for n in LENGTHS}), shape)
-    found = [
+    built_in = [
         Text(domain, n, corpus.tokens(domain, tokenizer, chosen[-1], seed=seed + n, split="heldout"))
         for domain in dict.fromkeys(domains)
         for n in range(number)
     ]
-    return found, chosen
+    return built_in, chosen
 
 
 def _own(

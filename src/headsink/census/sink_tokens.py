@@ -1,4 +1,4 @@
-"""Which tokens draw attention: sinks by what they say, how stable they are over texts, and which tau finds them."""
+"""Tokens that receive most attention: sinks by their text, their stability over texts, and the tau that identifies them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from headsink.census.head_statistics import TAUS, TOKENS
 from headsink.census.results import Census
 
-LEAST_SHARE = 0.0005  # of all attention, from which a token is listed
-LEAST_DENSITY = 2.0  # attention per key as a multiple of flat attention, from which keys count as sinks
+LEAST_SHARE = 0.0005  # least share of all attention of a listed token
+LEAST_DENSITY = 2.0  # least attention per key of sinks, as a multiple of flat attention
 
 
 def drawing_tokens(census: Census, length: int, domain: str | None = None, most: int = 12) -> list[dict[str, Any]]:
-    """The tokens that draw most attention over all heads and texts.
+    """The tokens that receive most attention over all heads and texts.
 
-    token: what it says. first: it is the first token of its text. share: of all attention, from the keys that are among a head's
-    first few. heads: how many have it there. texts: in how many.
+    token: its text. first: whether it is the first token of a text. share: of all attention, counting the top keys of every head.
+    heads: number of heads with the token among their top keys. texts: number of texts in which this occurs.
     """
-    drawn: dict[tuple[int, bool], float] = defaultdict(float)
+    received: dict[tuple[int, bool], float] = defaultdict(float)
     heads: dict[tuple[int, bool], set[tuple[int, int]]] = defaultdict(set)
     texts: dict[tuple[int, bool], set[int]] = defaultdict(set)
     total = 0
@@ -33,10 +33,10 @@ def drawing_tokens(census: Census, length: int, domain: str | None = None, most:
         for layer, head, rank in (top >= 0).nonzero().tolist():
             position = int(top[layer, head, rank])
             key = int(ids[position]), position == 0
-            drawn[key] += float(attention[layer, head, position])
+            received[key] += float(attention[layer, head, position])
             heads[key].add((layer, head))
             texts[key].add(text)
-    listed = sorted(drawn.items(), key=lambda item: -item[1])[:most]
+    listed = sorted(received.items(), key=lambda item: -item[1])[:most]
     return [
         {
             "token": census.vocabulary[key[0]],
@@ -50,12 +50,12 @@ def drawing_tokens(census: Census, length: int, domain: str | None = None, most:
     ]
 
 
-def floating_tokens(census: Census, length: int, domain: str | None = None, most: int = 20) -> list[dict[str, Any]]:
-    """The tokens that are floating sinks, by the attention that they draw there.
+def secondary_tokens(census: Census, length: int, domain: str | None = None, most: int = 20) -> list[dict[str, Any]]:
+    """The tokens that are secondary sinks, by the attention that they receive as such.
 
-    occurrences: how often they stand in the texts. taken: the share of those that are a floating sink of some KV head. heads:
-    KV heads that have one of them. texts: in how many. attention: share of the attention of all heads. value, key: norm
-    relative to the mean of the head, averaged over the heads that have the token.
+    occurrences: number in the texts. taken: share of the occurrences that are a secondary sink of some KV head. heads: number of
+    KV heads with such a sink. texts: number of texts with one. attention: share of the attention of all heads. value, key: norm
+    relative to the head's mean, averaged over these heads.
     """
     occurrences: Counter[int] = Counter()
     taken: dict[int, set[tuple[int, int]]] = defaultdict(set)
@@ -64,16 +64,16 @@ def floating_tokens(census: Census, length: int, domain: str | None = None, most
     attention: dict[int, float] = defaultdict(float)
     norms: dict[int, list[tuple[float, float]]] = defaultdict(list)
     chosen = census.texts(length, domain)
-    value_column, key_column = (list(TOKENS).index(name) for name in ("floating_value", "floating_key"))
+    value_column, key_column = (list(TOKENS).index(name) for name in ("secondary_value", "secondary_key"))
     for text in chosen:
         ids = census.arrays[f"{text}.ids"][:length].tolist()
         occurrences.update(ids)
-        floating = census.arrays[f"{text}.{length}.floating"].long()
+        secondary = census.arrays[f"{text}.{length}.secondary"].long()
         mass = census.arrays[f"{text}.{length}.attention"].float()
-        by_group = mass.view(*floating.shape[:2], -1, mass.shape[2]).mean(2)
+        by_group = mass.view(*secondary.shape[:2], -1, mass.shape[2]).mean(2)
         tokens = census.arrays[f"{text}.{length}.tokens"]
-        for layer, head, rank in (floating >= 0).nonzero().tolist():
-            position = int(floating[layer, head, rank])
+        for layer, head, rank in (secondary >= 0).nonzero().tolist():
+            position = int(secondary[layer, head, rank])
             token = ids[position]
             taken[token].add((text, position))
             heads[token].add((layer, head))
@@ -98,30 +98,30 @@ def floating_tokens(census: Census, length: int, domain: str | None = None, most
 
 
 def stability(census: Census, length: int, domain: str | None = None) -> dict[str, Any]:
-    """Whether a KV head has the same floating sinks in every text, by what they say.
+    """Whether a KV head has the same secondary sinks, by their text, in every text.
 
-    heads_with: KV heads with floating sinks in every text. mean_count: floating sinks of those, per text. overlap: Jaccard
-    overlap of a head's sets of tokens in two texts, over all pairs of texts; chance: of the sets of two heads of different
-    layers in two texts. None with one text, or where no head has any.
+    heads_with: number of KV heads with secondary sinks in every text. mean_count: their secondary sinks per text. overlap: mean
+    Jaccard index of a head's sets of tokens in two texts. chance: the same for two heads of different layers. Both are None with
+    one text, or if no head has secondary sinks.
     """
     chosen = census.texts(length, domain)
     sets: list[list[frozenset[int]]] = []  # [texts][KV heads of all layers]
     counts = []
     for text in chosen:
-        ids, floating = census.arrays[f"{text}.ids"], census.arrays[f"{text}.{length}.floating"].flatten(0, 1)
-        sets.append([frozenset(ids[row[row >= 0].long()].tolist()) for row in floating])
-        counts.append((floating >= 0).sum(-1))
+        ids, secondary = census.arrays[f"{text}.ids"], census.arrays[f"{text}.{length}.secondary"].flatten(0, 1)
+        sets.append([frozenset(ids[row[row >= 0].long()].tolist()) for row in secondary])
+        counts.append((secondary >= 0).sum(-1))
     count = torch.stack(counts).double()
-    having = (count > 0).all(0).nonzero()[:, 0].tolist()
+    with_sinks = (count > 0).all(0).nonzero()[:, 0].tolist()
     pairs = list(combinations(range(len(chosen)), 2))
     kv_heads = census.settings["model"]["kv_heads"]
-    same = [_jaccard(sets[a][head], sets[b][head]) for a, b in pairs for head in having]
-    others = [(head, other) for head in having for other in having if head // kv_heads < other // kv_heads]
+    same = [_jaccard(sets[a][head], sets[b][head]) for a, b in pairs for head in with_sinks]
+    others = [(head, other) for head in with_sinks for other in with_sinks if head // kv_heads < other // kv_heads]
     between = [_jaccard(sets[a][head], sets[b][other]) for a, b in pairs for head, other in others]
     return {
         "texts": len(chosen),
-        "heads_with": len(having),
-        "mean_count": float(count[:, having].mean()) if having else 0.0,
+        "heads_with": len(with_sinks),
+        "mean_count": float(count[:, with_sinks].mean()) if with_sinks else 0.0,
         "overlap": sum(same) / len(same) if same else None,
         "chance": sum(between) / len(between) if between else None,
     }
@@ -132,15 +132,15 @@ def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
 
 
 def tau_evidence(census: Census, length: int, domain: str | None = None) -> list[dict[str, Any]]:
-    """For each tau of a grid: what a sink token would be by it, the first tokens left out.
+    """For each tau of a grid, the keys that would be secondary sinks and their attention, without initial tokens.
 
-    keys: keys with a value norm below tau of the median, per KV head. attention: their share of it. density: attention per key of
-    those between this tau and the one before, as a multiple of what flat attention gives a key; None where there are none.
+    keys: number of keys with a value norm below tau times the median, per KV head. attention: their share. density: attention per
+    key of those between this tau and the previous one, as a multiple of flat attention; None if there are none.
     """
     keys, attention = (
         census.samples(name, length, domain).mean((0, 1, 2)) for name in ("short_keys", "short_attention")
     )
-    more_keys, more = (_steps(found) for found in (keys, attention))
+    more_keys, more = (_steps(cumulative) for cumulative in (keys, attention))
     return [
         {
             "tau": tau,
@@ -157,15 +157,15 @@ def _steps(cumulative: Tensor) -> Tensor:
 
 
 def suggested_tau(census: Census, length: int, domain: str | None = None) -> float | None:
-    """The largest tau up to which every step adds keys that draw at least twice what flat attention would give them.
+    """The largest tau up to which every step adds keys with at least twice the attention per key of flat attention.
 
-    None where no short key draws that much: the model has no floating sinks there.
+    None if no key with a small value norm has that much: the model has no secondary sinks at this length.
     """
-    found = None
+    tau = None
     for step in tau_evidence(census, length, domain):
         if step["density"] is None:
             continue
         if step["density"] < LEAST_DENSITY:
             break
-        found = step["tau"]
-    return found
+        tau = step["tau"]
+    return tau

@@ -14,7 +14,7 @@ from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import KEPT, windows
 from headsink.census.results import Census
 from headsink.census.roles import EPSILON, ROLES, figures
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, suggested_tau, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 from headsink.utils.format import p_value, share
 from headsink.utils.terminal import new_table
 
@@ -32,8 +32,8 @@ def census_json(census: Census) -> dict[str, Any]:
         "windows": {length: windows_json(census, length) for length in census.lengths},
         "window_law": None if law is None else {"scale": law[0].tolist(), "exponent": law[1].tolist()},
         "drawing_tokens": drawing_tokens(census, longest),
-        "floating_tokens": floating_tokens(census, longest),
-        "floating_stability": stability(census, longest),
+        "secondary_tokens": secondary_tokens(census, longest),
+        "secondary_stability": stability(census, longest),
         "tau": {"evidence": tau_evidence(census, longest), "suggested": suggested_tau(census, longest)},
         "first_question": {length: [t.to_dict() for t in census.first_question(length)] for length in census.lengths},
     }
@@ -59,7 +59,7 @@ def print_census(console: Console, census: Census) -> None:
     console.print(_roles(census))
     console.print(_sinks(census, longest))
     console.print(_tokens(census, longest))
-    console.print(_floating(census, longest), highlight=False)
+    console.print(_secondary(census, longest), highlight=False)
     console.print(_windows(census))
     if (law := census.window_law()) is not None:
         console.print(_growth(law[1]), highlight=False)
@@ -105,7 +105,7 @@ def _tokens(census: Census, length: int) -> Table:
     return table
 
 
-def _floating(census: Census, length: int) -> str:
+def _secondary(census: Census, length: int) -> str:
     found, tau = stability(census, length), suggested_tau(census, length)
     overlap = "" if found["overlap"] is None else f", the same tokens in two texts by {found['overlap']:.0%}"
     return (
@@ -124,8 +124,8 @@ def _windows(census: Census) -> Table:
     )
     for length in census.lengths:
         needed = windows_json(census, length)
-        shares = (f"{needed[name]:.0%}" for name in (f"within_{NEAR}_floating", "all_floating"))
-        table.add_row(str(length), f"{needed['median_floating']:.0f}", *shares)
+        shares = (f"{needed[name]:.0%}" for name in (f"within_{NEAR}_secondary", "all_secondary"))
+        table.add_row(str(length), f"{needed['median_secondary']:.0f}", *shares)
     return table
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headsink
-from headsink.calibration.method import TOP_K, POLICIES, SEVERAL_WINDOWS, WINDOWS, Method
+from headsink.calibration.method import POLICIES, SEVERAL_WINDOWS, TOP_K, WINDOWS, Method
 from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, context_range, names, numbers
 from headsink.cli.output import print_file
 from headsink.data import corpus
@@ -77,13 +77,16 @@ class PlanOptions:
         str, typer.Option(help=f"Kinds of text to calibrate on, separated by commas: {', '.join(KINDS)}.")
     ] = ",".join(corpus.DOMAINS)
     prefill_compression: Annotated[
-        bool, typer.Option("--prefill-compression", help="For contexts that are read in full and compressed once, before an answer.")
+        bool,
+        typer.Option(
+            "--prefill-compression", help="For contexts that are read in full and compressed once, before an answer."
+        ),
     ] = False
     reconstruct: Annotated[
         bool,
         typer.Option(
             "--reconstruct",
-            help="As --prefill-compression, and the model tells a context again before: the best quality, for a second reading.",
+            help="As --prefill-compression, with context reconstruction: the best quality, for a second reading of the prompt.",
         ),
     ] = False
     no_top_k: Annotated[
@@ -102,9 +105,7 @@ class PlanOptions:
     ] = 1
     positions: Annotated[
         str,
-        typer.Option(
-            help="text, or cache: of texts without end, far beyond the model's maximum; needs --policy streaming-llm."
-        ),
+        typer.Option(help="absolute, or cache-relative for streaming generation, which needs --policy streaming-llm."),
     ] = "absolute"
     seed: Seed = 0
     dtype: Dtype = None
@@ -133,7 +134,7 @@ class PlanOptions:
             raise HeadsinkError(f"positions: {self.positions!r} is neither absolute nor cache-relative")
         if self.no_top_k and self.policy != "headsink":
             raise HeadsinkError(
-                f"no-top_k: the policy {self.policy} has no top-k keys anyway; leave one of the two out"
+                f"no-top-k: the policy {self.policy} has no top-k keys anyway; leave one of the two out"
             )
         return Method(
             policy=self.policy,  # type: ignore[arg-type]

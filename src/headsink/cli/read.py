@@ -55,14 +55,14 @@ def read(options: ReadOptions) -> None:
 
     from headsink.cache.cache import nbytes
     from headsink.generation import templates
-    from headsink.runtime import prefill
+    from headsink.runtime.prefill import prefill
 
     plan = headsink.Plan.load(options.plan_file)
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
     plan = plan.for_model(model) if options.other_weights else plan
     text, ids = templates.document_prompt(tokenizer, document, options.raw)
     start = time.perf_counter()
-    cache = prefill.read(model, plan, ids)
+    cache = prefill(model, plan, torch.tensor([ids], device=model.device))
     seconds = time.perf_counter() - start
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(options.out_file)}

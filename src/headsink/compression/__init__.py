@@ -1,1 +1,1 @@
-"""Compression of a prompt that has been read: continuations over its cache, context reconstruction."""
+"""Context reconstruction (KVzip) and value refitting for a cached prompt, and continuations on a cached prefix."""

@@ -1,4 +1,4 @@
-"""A text that a model has read, and what may come after it, run over its keys and values without reading it again."""
+"""Continuations on a cached prefix: run several of them in one forward pass over the keys and values of a document."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from headsink.attention.params import Inputs
 from headsink.models.spec import decoder, describe
 
 
-class Branches:
-    """Texts that may follow a document of `length` tokens, side by side: each sees the document and itself.
+class Continuations:
+    """Continuations of a document of `length` tokens, concatenated: each attends to the document and to itself.
 
-    ids, positions: int64 [tokens]. rows: the tokens of each.
+    ids, positions: int64 [tokens], of all continuations. rows: the slice of each continuation.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], length: int, device: torch.device):
@@ -28,9 +28,9 @@ class Branches:
 
 
 class Context:
-    """A text and the keys and values that the model made of it.
+    """A document and its KV cache.
 
-    keys, values: of each layer, [KV heads, tokens, dim]; in a layer that slides by itself the last tokens only.
+    keys, values: one tensor per layer, [KV heads, tokens, dim]; in a sliding-window layer only the last tokens.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]):
@@ -42,21 +42,21 @@ class Context:
         return len(self.ids)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [KV heads, tokens, dim]; the last ones only in a layer that slides."""
+        """Cached keys and values of a layer, [KV heads, tokens, dim]; in a sliding-window layer only the last tokens."""
         return self._keys[layer], self._values[layer]
 
-    def run(self, branches: Branches, attend: Callable[[Inputs], Tensor], keep: Tensor | int = 1) -> Tensor:
-        """Run branches, the attention of every layer computed by `attend`: the model's logits, [tokens, vocabulary].
+    def run(self, continuations: Continuations, attend: Callable[[Inputs], Tensor], keep: Tensor | int = 1) -> Tensor:
+        """Run the model over the continuations with `attend` as attention. Returns logits [tokens, vocabulary].
 
-        keep: the tokens whose logits are made: the last so many, or those at int64 [tokens].
+        keep: which tokens to return logits for: the last `keep`, or the indices int64 [tokens].
         """
-        given = {"position_ids": branches.positions[None], "use_cache": False, "logits_to_keep": keep}
+        arguments = {"position_ids": continuations.positions[None], "use_cache": False, "logits_to_keep": keep}
         with substituting(self.model, attend):
-            return self.model(branches.ids[None], **given).logits[0]
+            return self.model(continuations.ids[None], **arguments).logits[0]
 
 
 def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values that the model makes of a text, for a `Context`; in 16 bits."""
+    """Keys and values of a prompt for a `Context`, one tensor per layer, in 16 bits."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
 

@@ -1,10 +1,10 @@
-"""Text to measure on, without any download: prose, code, maths, chat, question answering and random tokens.
+"""The built-in corpus, which needs no download: prose, code, maths, chat, question answering and random tokens.
 
-Prose is Python's own language reference (`pydoc_data`), code the standard library, both read from the running
-Python; chat is made of questions about the reference and its answers; maths is generated, with the steps worked out; question
-answering asks for sentences of a passage of the reference; random tokens are drawn evenly from the vocabulary.
-Every item belongs to the `calibration` or to the `heldout` half by the hash of its name, and paragraphs that stand
-in both halves are taken out of the second, so no sentence that a plan is judged on was seen when it was made.
+Prose is Python's language reference (`pydoc_data`), code is the standard library; both are read from the running Python. Chat is
+questions about the reference with their answers. Maths is generated problems with worked solutions. Question answering asks for
+sentences of a passage of the reference. Random tokens are drawn uniformly from the vocabulary. The hash of an item's name assigns
+it to the `calibration` or the `heldout` half. Paragraphs that occur in both halves are removed from the second, so no held-out
+text was seen during calibration.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 Domain = Literal["prose", "code", "maths", "chat", "qa", "random"]
 Split = Literal["calibration", "heldout"]
-DOMAINS: tuple[Domain, ...] = ("prose", "code", "maths", "chat")  # what plans are made with and judged on
+DOMAINS: tuple[Domain, ...] = ("prose", "code", "maths", "chat")  # the domains of calibration and evaluation
 CENSUS_DOMAINS: tuple[Domain, ...] = (*DOMAINS, "qa", "random")
-CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs on this text; what is too much is cut
+CHARACTERS_PER_TOKEN = 6  # an upper bound for every tokenizer on this text; the surplus is cut
 
 
 def tokens(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split) -> list[int]:
-    """A text of exactly `length` tokens, special tokens at its start included.
+    """Return a text of exactly `length` tokens, including special tokens at its start.
 
-    The same arguments give the same text on the same Python. Raises HeadsinkError if there is not so much text.
+    The result is deterministic for one version of Python. Raises HeadsinkError if the corpus is too short.
     """
     if domain not in CENSUS_DOMAINS:
         raise HeadsinkError(f"domain: {domain!r} is unknown; one of {', '.join(CENSUS_DOMAINS)}")
@@ -48,13 +48,13 @@ def tokens(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed
     ids: list[int] = tokenizer(text(domain, tokenizer, length, seed=seed, split=split), verbose=False)["input_ids"]
     if len(ids) < length:
         raise HeadsinkError(
-            f"length: the built-in {domain} has {len(ids)} tokens, {length} were asked for; give texts of your own"
+            f"length: the built-in {domain} has {len(ids)} tokens, {length} were requested; give your own texts"
         )
     return ids[:length]
 
 
 def text(domain: str, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, split: Split) -> str:
-    """A text of more than `length` tokens, if there is so much: items of one kind, in an order that `seed` chooses."""
+    """Return a text of more than `length` tokens, if the corpus has as many: items of one domain, shuffled by `seed`."""
     rng = random.Random(f"{domain} {seed}")
     parts, characters = [], 0
     for part in _items(domain, rng, split, tokenizer):
@@ -75,7 +75,7 @@ def _items(domain: str, rng: random.Random, split: Split, tokenizer: PreTrainedT
     rng.shuffle(sources)
     for name, text in sources:
         if domain == "qa":
-            yield from _asked(text, rng)
+            yield from _passage_questions(text, rng)
         else:
             yield _dialogue(name, text, tokenizer) if domain == "chat" else text
 
@@ -85,7 +85,7 @@ def _half(name: str) -> Split:
 
 
 def _split(sources: dict[str, str], split: Split) -> dict[str, str]:
-    """The items of one half; the second half without any paragraph that the first one has."""
+    """Return the items of one half. The held-out half has no paragraph of the calibration half."""
     mine = {name: text for name, text in sources.items() if _half(name) == split}
     if split == "calibration":
         return mine
@@ -95,19 +95,19 @@ def _split(sources: dict[str, str], split: Split) -> dict[str, str]:
 
 
 def paragraphs(text: str) -> set[str]:
-    """The blocks of a text between blank lines, without surrounding space."""
+    """Return the blocks of a text between blank lines, stripped."""
     return {block.strip() for block in text.split("\n\n")} - {""}
 
 
 @cache
 def prose(split: Split) -> dict[str, str]:
-    """The topics of the language reference that belong to one half."""
+    """Return the topics of the language reference in one half."""
     return _split({name: text for name, text in sorted(topics.items()) if len(text) > 400}, split)
 
 
 @cache
 def _code(split: Split) -> dict[str, str]:
-    """Modules of the standard library, those of 4 to 60 kB."""
+    """Return the modules of the standard library in one half, of 4 to 60 kB each."""
     folder = Path(random.__file__).parent
     paths = sorted(path for path in folder.glob("*.py") if 4_000 < path.stat().st_size < 60_000)
     return _split({path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}, split)
@@ -121,7 +121,7 @@ _QUESTIONS = (
 
 
 def _dialogue(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A question and its answer, in the model's own chat format if it has one."""
+    """Return a question and its answer in the model's chat template, if it has one."""
     question = _QUESTIONS[len(text) % len(_QUESTIONS)].format(name.replace("-", " "))
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text[:1500].strip()}]
     if tokenizer.chat_template is None:
@@ -132,8 +132,8 @@ def _dialogue(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
-def _asked(text: str, rng: random.Random) -> Iterator[str]:
-    """Passages of a text, each with a question about one of its sentences and the answer, which the passage holds."""
+def _passage_questions(text: str, rng: random.Random) -> Iterator[str]:
+    """Yield passages of a text, each with a question about one of its sentences, and the answer."""
     for paragraph in sorted(paragraphs(text)):
         passage = " ".join(paragraph.split())
         sentences = [s for s in SENTENCE.split(passage) if 8 <= len(s.split()) <= 60]
@@ -150,7 +150,7 @@ _THINGS = ("pencils", "bricks", "tickets", "apples", "tiles", "stamps", "marbles
 
 
 def _problem(rng: random.Random) -> str:
-    """A word problem with its solution worked out."""
+    """Return a random word problem with its worked solution."""
     a, b, c, d = (rng.randint(3, 97) for _ in range(4))
     name, other = rng.sample(NAMES, 2)
     thing = rng.choice(_THINGS)

@@ -1,10 +1,10 @@
-"""Documents to calibrate on and to judge by: ordinary text with facts strewn in, and what may follow it.
+"""Documents for calibration and for retrieval accuracy: text with needles, and the continuations of each document.
 
-After a document comes either the text that follows in its source, or a question about one of the facts, each by itself.
-The document is read before any question is known, so a cache that let go of a fact cannot answer. The two halves have forms
-of their own: `calibration` passkeys, keys and values of a table, several needles asked for at once, variables, questions
-about a passage; `heldout` other sentences, lists, constants in code and quotations, in other text, so that a plan is not
-judged on the forms that it was made with.
+A document is continued either by the text that follows in its source, or by a question about one needle. The model reads the
+document before the question, so a cache that has evicted the needle cannot answer. The two splits use different text and
+different forms of needles: `calibration` has passkeys, entries of a JSON table, several needles per question, variables and
+questions about a passage; `heldout` has other sentences, lists, constants in code and quotations. Evaluation therefore never
+uses the forms of calibration.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-AFTER = 1000  # tokens of the source beyond the document, for its continuation
-TEXT = "text"  # the form of the branch that is the text's own continuation
-LEAST_LENGTH = 256  # tokens, below which a document is more facts than text
+AFTER = 1000  # tokens of the source after the document, for its continuation
+TEXT = "text"  # the form of the continuation by the source's own text
+LEAST_LENGTH = 256  # tokens; a shorter document would be mostly needles
 
 
 @dataclass(frozen=True)
 class Question:
-    """What follows a document. The last `answer_tokens` of `ids` are the answer, the rest asks for it."""
+    """A question about a document with its answer, which is the last `answer_tokens` of `ids`."""
 
     form: str
     ids: list[int]
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, special tokens at its start included; the ordinary text that follows it; questions that may follow instead."""
+    """A document (`ids`, including special tokens at its start), the source text that follows it, and questions about it."""
 
     ids: list[int]
     continuation: list[int]
@@ -47,16 +47,16 @@ class Document:
 
     @property
     def branches(self) -> list[tuple[str, list[int], int]]:
-        """What may follow: form, tokens, and how many of the last ones are scored; all but the first of the text."""
+        """Continuations as (form, tokens, number of scored tokens at the end). The source text's first token is not scored."""
         text = (TEXT, self.continuation, len(self.continuation) - 1)
         return [text, *((q.form, q.ids, q.answer_tokens) for q in self.questions)]
 
 
 class _Probe(NamedTuple):
-    """Sentences to strew over a text; what is asked, and what the answer is."""
+    """Needles to insert into a text, a question about them, and its answer."""
 
-    facts: list[str]
-    asked: str
+    needles: list[str]
+    question: str
     answer: str
 
 
@@ -69,11 +69,11 @@ def document(
     domains: Sequence[Domain] = ("prose",),
     continuation: int = 256,
 ) -> Document:
-    """A document of at most `length` tokens, and little less, with a question of every form of its half.
+    """Return a document of at most, and close to, `length` tokens, with a question of every form of its split.
 
-    Facts lie at even distances in random order, over paragraphs of the kinds of text `domains`, one kind after the other; the
-    last one goes on for `continuation` tokens. A short document has fewer questions: facts take at most a third of it. The
-    same arguments give the same document. Raises HeadsinkError if `length` is too short, or more than there is.
+    Needles are inserted in random order, evenly spaced, between the paragraphs of `domains`, which follow one another. The text
+    of the last domain continues for `continuation` tokens. Needles take at most a third of a document, so a short one has fewer
+    questions. The result is deterministic. Raises HeadsinkError if `length` is too short, or longer than the corpus.
     """
     if length < LEAST_LENGTH:
         raise HeadsinkError(f"length: {length} tokens are too few for retrieval probes, {LEAST_LENGTH} are needed")
@@ -84,23 +84,23 @@ def document(
 
     names = Names(rng)
     probes = [(form, make(rng, names)) for form, make in _FORMS[split].items()]
-    sizes = [sum(len(encode(fact + "\n\n")) for fact in probe.facts) for _, probe in probes]
+    sizes = [sum(len(encode(needle + "\n\n")) for needle in probe.needles) for _, probe in probes]
     kept, room = [], length // 3
     for index in rng.sample(range(len(probes)), len(probes)):
         if sizes[index] <= room:
             kept.append(index)
             room -= sizes[index]
     probes = [probes[index] for index in sorted(kept)]
-    facts = [fact for _, probe in probes for fact in probe.facts]
-    rng.shuffle(facts)
+    needles = [needle for _, probe in probes for needle in probe.needles]
+    rng.shuffle(needles)
     body, following = _body(tokenizer, length - sum(sizes[index] for index in kept) - 8, split, seed, domains)
-    places = sorted(((n + rng.random()) / len(facts) * len(body) for n in range(len(facts))), reverse=True)
-    for place, fact in zip(places, facts, strict=True):  # from the back, so that places hold
-        body.insert(round(place), fact)
+    depths = sorted(((n + rng.random()) / len(needles) * len(body) for n in range(len(needles))), reverse=True)
+    for depth, needle in zip(depths, needles, strict=True):  # from the end, so that earlier indices stay valid
+        body.insert(round(depth), needle)
     ids = encode("\n\n".join(body), special=True)
     if len(ids) > length:
-        raise HeadsinkError(f"length: the document came to {len(ids)} tokens, over {length}")
-    enough = 4 * corpus.CHARACTERS_PER_TOKEN * continuation  # a table has wide tokens
+        raise HeadsinkError(f"length: the document has {len(ids)} tokens, over {length}")
+    enough = 4 * corpus.CHARACTERS_PER_TOKEN * continuation  # tokens of a table have many characters
     after = encode(f"\n\n{following[:enough]}")[:continuation]
     if len(after) < continuation:
         raise HeadsinkError(
@@ -110,16 +110,16 @@ def document(
 
 
 def _question(form: str, probe: _Probe, encode: Callable[[str], list[int]]) -> Question:
-    asked, whole = encode(f"\n\n{probe.asked}"), encode(f"\n\n{probe.asked}{probe.answer}")
-    # A tokenizer may join the end of the question to the answer: what differs is the answer.
-    shared = next((n for n, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
+    question, whole = encode(f"\n\n{probe.question}"), encode(f"\n\n{probe.question}{probe.answer}")
+    # A tokenizer may merge the end of the question with the answer, so the answer begins at the first token that differs.
+    shared = next((n for n, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))
     return Question(form, whole, len(whole) - shared)
 
 
 def _body(
     tokenizer: PreTrainedTokenizerBase, length: int, split: Split, seed: int, domains: Sequence[Domain]
 ) -> tuple[list[str], str]:
-    """Paragraphs of at most `length` tokens in all, an equal share of each kind of text, and the text after the last one."""
+    """Return paragraphs of at most `length` tokens in total, an equal share per domain, and the text after the last one."""
     body: list[str] = []
     left, following = length, ""
     for n, domain in enumerate(domains):
@@ -144,7 +144,7 @@ def _body(
 
 
 class Names:
-    """Names of people that no two probes of a document share."""
+    """Names of people, each used once per document."""
 
     def __init__(self, rng: random.Random):
         self.left = [f"{name} {surname}" for name in NAMES for surname in _SURNAMES]
@@ -260,9 +260,9 @@ def _directory(rng: random.Random, names: Names) -> _Probe:
     people = [names.next() for _ in range(3)]
     numbers = [f"555-{_number(rng, 4)}" for _ in people]
     lines = "\n".join(f"- {name}: {number}" for name, number in zip(people, numbers, strict=True))
-    asked = rng.randrange(3)
+    person = rng.randrange(3)
     return _Probe(
-        [f"Telephone list\n{lines}"], f"From the telephone list:\n- {people[asked]}: 555-", numbers[asked][4:]
+        [f"Telephone list\n{lines}"], f"From the telephone list:\n- {people[person]}: 555-", numbers[person][4:]
     )
 
 

@@ -1,4 +1,4 @@
-"""The domains of text, and what a domain may be called."""
+"""Domains of text, and the rule for the names of user domains."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from headsink.data import corpus
 from headsink.data.corpus import Domain
 from headsink.errors import HeadsinkError
 
-KINDS: tuple[Domain, ...] = (*corpus.DOMAINS, "qa")  # of text that calibration documents can be made of
+KINDS: tuple[Domain, ...] = (*corpus.DOMAINS, "qa")  # domains of calibration documents
 
 
 DOMAIN_RULE = "is not a name of visible characters without . @ : / \\"
 
 
 def is_domain(name: object) -> bool:
-    r"""Whether a kind of text may be called so. `runs/a@512:code` names one, and charts have expressions with the name."""
+    r"""Whether `name` is allowed for a domain. `runs/a@512:code` refers to one, and charts use the name in expressions."""
     return isinstance(name, str) and bool(name.strip()) and name.isprintable() and not set(name) & set(".@:/\\")
 
 
 def check_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
-    """The kinds of text that are named, each once. Raises HeadsinkError for one that documents cannot be made of."""
+    """Return the named domains without duplicates. Raises HeadsinkError for one that has no calibration documents."""
     return _known(domains, KINDS)
 
 
 def check_census_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
-    """The kinds of built-in text that are named, each once. Raises HeadsinkError for an unknown one."""
+    """Return the named domains of the built-in corpus without duplicates. Raises HeadsinkError for an unknown one."""
     return _known(domains, corpus.CENSUS_DOMAINS)
 
 

@@ -1,4 +1,4 @@
-"""Texts of the user's own, by kind: whole files, files with a prompt a line, JSONL, and what stands on the command line."""
+"""The user's own texts by domain: whole files, files with one prompt per line, JSONL, and command-line arguments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from headsink.data.domains import DOMAIN_RULE, is_domain
 from headsink.errors import HeadsinkError
 from headsink.utils.files import check_text, parse_json, read_text
 
-OWN = "own"  # the kind of a text for which none is named
+OWN = "own"  # the domain of a text without one
 TEXT_FIELDS, DOMAIN_FIELDS = ("prompt", "text"), ("domain", "family")
 
 
 def read(files: Sequence[Path], prompts: Sequence[Path], typed: Sequence[str]) -> dict[str, list[str]] | None:
-    """All of them, {kind: texts}; None if none is given. A file of prompts is JSONL if it is called so."""
+    """Return {domain: texts}, or None if there are none. The suffix decides whether a file of prompts is JSONL."""
     found: dict[str, list[str]] = {}
     for domain, text in [
         *((OWN, read_text(path)) for path in files),
@@ -29,7 +29,7 @@ def read(files: Sequence[Path], prompts: Sequence[Path], typed: Sequence[str]) -
 
 
 def _prompts(path: Path) -> list[tuple[str, str]]:
-    # Line feeds only: the other line separators of Unicode may stand in a prompt, and in a string of JSON.
+    # Split at line feeds only: prompts and JSON strings may contain other Unicode line separators.
     lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise HeadsinkError(f"prompts: {path} has no prompt in it")
@@ -39,7 +39,7 @@ def _prompts(path: Path) -> list[tuple[str, str]]:
 
 
 def _record(path: Path, number: int, line: str) -> tuple[str, str]:
-    """A line of JSONL: an object with a text under `prompt` or `text`, and its kind under `domain` or `family` if it has one."""
+    """Parse a line of JSONL: an object with the text in `prompt` or `text`, and optionally its domain in `domain` or `family`."""
     record = parse_json(line, f"prompts: line {number} of {path}")
     if isinstance(record, str):
         return OWN, record

@@ -1,1 +1,1 @@
-"""What a plan costs: KL divergence, NLL and retrieval accuracy against the full cache."""
+"""Quality of a plan: KL divergence, delta NLL and retrieval accuracy against the full cache."""

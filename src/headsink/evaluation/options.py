@@ -1,4 +1,4 @@
-"""What a user may choose for a plan or a census, and the checks of it that need no model. Light: nothing here imports torch."""
+"""Options for making and measuring a plan, and checks of them that need no model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from headsink.data.documents import LEAST_LENGTH
 from headsink.errors import HeadsinkError
 
-TAIL = 160  # tokens that may follow a calibration document: with them it fits into the longest context
+TAIL = 160  # tokens after a calibration document at most; both together fit into the longest context
 LEAST_CONTEXT = LEAST_LENGTH + TAIL
-CONTINUATION = 256  # tokens of text after a document that quality is measured on
-LEAST_QUALITY = 2 * CONTINUATION  # tokens of the shortest context that quality is measured at
+CONTINUATION = 256  # tokens after a document on which quality is measured
+LEAST_QUALITY = 2 * CONTINUATION  # shortest context at which quality is measured, in tokens
 FRONTIER_BUDGETS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75)
-
-
-FRONTIER = "frontier.json"  # marks the folder of a frontier
+FRONTIER = "frontier.json"  # a folder with this file is a frontier
 
 
 def check_budget(budget: float) -> None:
@@ -24,14 +22,14 @@ def check_budget(budget: float) -> None:
 
 def check_max_kl(max_kl: float) -> None:
     if not max_kl > 0:
-        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats; 0.02 is little")
+        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats per token; try 0.02")
 
 
 def check_context(shortest: int, longest: int, most: int | None = None) -> None:
-    """Raise for a context that no plan can be made for. `most`: the model's maximum, if it is known."""
+    """Raise for a context that is too short or too long to calibrate for. most: the model's maximum, if it is known."""
     right = f"give {LEAST_CONTEXT} or more" if most is None else f"give {LEAST_CONTEXT} to {most}"
     if shortest > longest:
-        raise HeadsinkError(f"context: {shortest} to {longest} is no range; the shorter length comes first")
+        raise HeadsinkError(f"context: {shortest} to {longest} is not a range; give the shorter length first")
     if shortest < LEAST_CONTEXT:
         raise HeadsinkError(
             f"context: {shortest} tokens are too few: a plan is calibrated on documents of {LEAST_LENGTH} tokens or more, "
@@ -42,13 +40,13 @@ def check_context(shortest: int, longest: int, most: int | None = None) -> None:
 
 
 def check_quality(contexts: Sequence[int], most: int | None = None, name: str = "quality_contexts") -> None:
-    """Raise for a context that quality cannot be measured at. `most`: the model's maximum, if it is known."""
+    """Raise for a context that is too short or too long to measure quality at. most: the model's maximum, if it is known."""
     right = f"give {LEAST_QUALITY} or more" if most is None else f"give {LEAST_QUALITY} to {most}"
     for context in contexts:
         if context < LEAST_QUALITY:
             raise HeadsinkError(
-                f"{name}: {context} tokens are too few: quality is measured on {CONTINUATION} tokens after a text that is as "
-                f"long or longer; {right}"
+                f"{name}: {context} tokens are too few: quality is measured on {CONTINUATION} tokens after a document of the "
+                f"same length or longer; {right}"
             )
         if most is not None and context > most:
             raise HeadsinkError(f"{name}: {context} is over the model's maximum of {most} tokens; {right}")

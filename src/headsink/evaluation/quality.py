@@ -1,9 +1,8 @@
-"""What a plan costs: the model under the plan beside the model itself, on text that calibration never saw.
+"""Quality of a plan against the full cache, on held-out text: KL divergence, delta NLL and retrieval accuracy.
 
-A document (probes.py) is read once by the model itself and once under the plan, through the cache that it will be used with.
-Then each branch, the text that follows or a question about the document, runs over both caches and is taken back again, so
-neither reading knew what would be asked. The last tokens of a branch are scored, each predicted from the one before: all
-but the first of the text, the answer of a question.
+A document (data/documents.py) is prefilled once with the full cache and once under the plan. Then each continuation, the text
+that follows or a question about the document, runs teacher-forced over both caches and is cropped again, so the prefill does not
+depend on the question. The last tokens of a continuation are scored: all but the first of the text, the answer of a question.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Scored:
-    """One branch with the model itself and under a plan.
+    """One continuation with the full cache and under a plan.
 
-    Of every scored token: kl, KL(full || plan) in nats; nll_*, of the token that stands there; agree, whether both find the
-    same token most likely (float64 and bool, [tokens]). right_*: whether greedy decoding would have given all of them.
-    bytes_*: what the caches held after the document.
+    Per scored token, float64 or bool [tokens]: kl, KL(full || plan) in nats; nll_*, negative log-likelihood in nats; agree,
+    whether both have the same most likely token. right_*: whether greedy decoding gives all scored tokens. bytes_*: size of the
+    caches after the document.
     """
 
     form: str
@@ -51,20 +50,20 @@ class Scored:
 
 
 def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored]:
-    """Every branch of a document: the text that follows first, then the questions."""
+    """Score every continuation of a document: first the text that follows, then the questions."""
     return score_each(model, [plan], document)[0]
 
 
 def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[Scored]]:
-    """The same under each plan; the model itself reads the document once."""
+    """As `score`, for each plan, with one prefill of the full cache. Returns a list per plan."""
     full = read(model, None, document.ids)
-    held = nbytes(full)
-    own = [branch_log_probs(model, full, ids, scored) for _, ids, scored in document.branches]
-    found = []
+    full_bytes = nbytes(full)
+    full_log_probs = [branch_log_probs(model, full, ids, scored) for _, ids, scored in document.branches]
+    results = []
     for plan in plans:
         lossy = read(model, plan, document.ids)
-        sizes = held, nbytes(lossy)
-        found.append(
+        sizes = full_bytes, nbytes(lossy)
+        results.append(
             [
                 _compare(
                     form,
@@ -73,10 +72,10 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
                     torch.tensor(ids[-scored:], device=expected.device),
                     sizes,
                 )
-                for (form, ids, scored), expected in zip(document.branches, own, strict=True)
+                for (form, ids, scored), expected in zip(document.branches, full_log_probs, strict=True)
             ]
         )
-    return found
+    return results
 
 
 def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> Scored:
@@ -100,15 +99,15 @@ def measure(
     split: Split = "heldout",
     progress: bool = True,
 ) -> Quality:
-    """Measure a plan on texts of `context` tokens, their continuation included.
+    """Measure a plan on documents of `context` tokens, continuation included.
 
     Parameters
     ----------
-    documents : how many of each kind of text in `corpus.DOMAINS`; more of them narrow the intervals.
-    split : the half of the text and of the forms of questions; plans are made with the other one.
-    progress : show a bar on standard error.
+    documents : number per kind of text in `corpus.DOMAINS`; more documents give narrower intervals.
+    split : half of the corpus and of the question forms; plans are calibrated on the other half.
+    progress : show a progress bar on standard error.
 
-    Raises HeadsinkError if the context is too short, or longer than the model or the built-in text allows.
+    Raises HeadsinkError if the context is too short, or longer than the model or the built-in corpus allows.
     """
     most = describe(model).max_context
     check_quality([context], most, "context")
@@ -124,24 +123,24 @@ def measure(
         for number in range(documents)
         for domain in corpus.DOMAINS
     ]
-    found = []
+    scored = []
     with bar(f"quality at {context}", len(made), progress) as shown:
         for document in made:
-            found.append(score(model, plan, document))
+            scored.append(score(model, plan, document))
             shown.advance(shown.task_ids[0])
-    return summary(context, found)
+    return summary(context, scored)
 
 
 def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
-    """The quality that the branches of some documents show."""
-    branches = [branch for document in documents for branch in document]
-    texts = [branch for branch in branches if branch.form == TEXT]
+    """Aggregate the scored continuations of documents."""
+    continuations = [one for document in documents for one in document]
+    texts = [one for one in continuations if one.form == TEXT]
     series = [torch.stack([t.kl, t.agree.double(), t.nll_plan - t.nll_full]) for t in texts]
-    kl, top1, nll_change = intervals(series)
-    asked: dict[str, list[Scored]] = {}
-    for branch in branches:
-        if branch.form != TEXT:
-            asked.setdefault(branch.form, []).append(branch)
+    kl, top1, delta_nll = intervals(series)
+    questions: dict[str, list[Scored]] = {}
+    for one in continuations:
+        if one.form != TEXT:
+            questions.setdefault(one.form, []).append(one)
     return Quality(
         context=context,
         documents=len(documents),
@@ -152,7 +151,7 @@ def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
         top1_interval=top1,
         nll_full=_mean([t.nll_full for t in texts]),
         nll_plan=_mean([t.nll_plan for t in texts]),
-        nll_change_interval=nll_change,
+        nll_change_interval=delta_nll,
         retrieval=tuple(
             Retrieval(
                 form=form,
@@ -162,7 +161,7 @@ def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
                 nll_full=_mean([a.nll_full for a in answers]),
                 nll_plan=_mean([a.nll_plan for a in answers]),
             )
-            for form, answers in sorted(asked.items())
+            for form, answers in sorted(questions.items())
         ),
         kv_bytes=sum(document[0].bytes_plan for document in documents) // len(documents),
         kv_bytes_full=sum(document[0].bytes_full for document in documents) // len(documents),
@@ -175,21 +174,20 @@ def _mean(parts: Sequence[Tensor]) -> float:
 
 
 def intervals(documents: Sequence[Tensor], seed: int = 0) -> list[Interval]:
-    """95 % intervals of means over tokens. documents: float64 [series, tokens] of each; an interval for each series.
+    """95 % bootstrap intervals of means over tokens. documents: float64 [series, tokens] each. Returns an interval per series.
 
-    A bootstrap: blocks of 32 consecutive tokens, which depend on one another, are drawn again with replacement, 1,000 times.
-    Documents are few, so blocks are drawn within each of them: the intervals say how far the numbers would move on other
-    passages of such documents, not on documents of another kind.
+    Blocks of 32 consecutive tokens, which are correlated, are resampled with replacement 1,000 times, within each document
+    because documents are few. So the intervals hold for other passages of such documents, not for other kinds of documents.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = torch.zeros(RESAMPLES, len(documents[0]), dtype=torch.float64)
     tokens = torch.zeros(RESAMPLES, 1, dtype=torch.float64)
     for document in documents:
         blocks = document.split(BLOCK, 1)
-        drawn = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=generator)
-        sums += torch.stack([block.sum(1) for block in blocks])[drawn].sum(1)
-        tokens += torch.tensor([[block.shape[1]] for block in blocks], dtype=torch.float64)[drawn].sum(1)
+        sample = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=generator)
+        sums += torch.stack([block.sum(1) for block in blocks])[sample].sum(1)
+        tokens += torch.tensor([[block.shape[1]] for block in blocks], dtype=torch.float64)[sample].sum(1)
     mean = torch.cat(list(documents), 1).mean(1)
     low, high = (sums / tokens).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
-    low, high = torch.minimum(low, mean), torch.maximum(high, mean)  # else a constant could miss its mean by rounding
+    low, high = torch.minimum(low, mean), torch.maximum(high, mean)  # rounding could exclude the mean of a constant
     return list(zip(low.tolist(), high.tolist(), strict=True))

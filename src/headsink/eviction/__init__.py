@@ -1,1 +1,1 @@
-"""KV cache eviction: the pattern of a KV head, importance scores, and when a key is evicted."""
+"""KV cache eviction: the pattern of a KV head, importance scores, and the step at which each key is evicted."""

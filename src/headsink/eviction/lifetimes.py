@@ -1,4 +1,4 @@
-"""When a top-k key is evicted: for every key of a text, the column from which no query sees it."""
+"""The step at which each top-k key is evicted, as keys leave the window one after the other."""
 
 from __future__ import annotations
 
@@ -17,76 +17,77 @@ from headsink.eviction.scoring import NONE
 from headsink.utils import device
 
 
-def lifetimes(held: Tensor, leaving: Tensor, floating: int) -> Tensor:
-    """When floating keys are let go, as keys leave the window one after the other: int64 [..., f' + c].
+def lifetimes(cached: Tensor, leaving: Tensor, top_k: int) -> Tensor:
+    """Return the step at which each top-k key is evicted, as keys leave the window one after the other: int64 [..., f' + c].
 
-    held: float [..., f'] scores of keys that are floating keys to begin with, -inf where there is none. leaving: float [..., c]
-    scores of keys in the order in which they leave, -inf for those that cannot be kept (sink tokens, padding). A key is there
-    while fewer than this number of `leaving` have left; those that leave are there from then on, or never.
+    cached: float [..., f'], scores of the top-k keys at the start, -inf for an empty slot. leaving: float [..., c], scores of the
+    keys in the order in which they leave the window, -inf for keys that cannot become top-k keys (sink tokens, padding). A key is
+    cached while fewer keys than its step have left the window. A leaving key is a top-k key from its own step on, or never.
     """
-    must_be("lifetimes: rows of scores", held.shape[:-1], leaving.shape[:-1])
-    every = leaving.shape[-1]
-    if held.shape[-1] + every <= floating:  # what can be kept is
-        gone = torch.arange(1, every + 1, device=leaving.device)
-        return torch.cat([torch.where(held == NONE, 0, every + 1), gone.where(leaving == NONE, every + 1)], -1)
-    if floating and device.can_run(leaving):
-        return at_once(held, leaving, torch.full(leaving.shape[:-1], floating, device=leaving.device))[0]
-    before, after = (scores.detach().flatten(0, -2).double().cpu().numpy() for scores in (held, leaving))
+    must_be("lifetimes: rows of scores", cached.shape[:-1], leaving.shape[:-1])
+    count = leaving.shape[-1]
+    if cached.shape[-1] + count <= top_k:  # nothing is evicted
+        steps = torch.arange(1, count + 1, device=leaving.device)
+        return torch.cat([torch.where(cached == NONE, 0, count + 1), steps.where(leaving == NONE, count + 1)], -1)
+    if top_k and device.can_run(leaving):
+        return batched_lifetimes(cached, leaving, torch.full(leaving.shape[:-1], top_k, device=leaving.device))[0]
+    before, after = (scores.detach().flatten(0, -2).double().cpu().numpy() for scores in (cached, leaving))
     ends = np.empty((len(after), before.shape[1] + after.shape[1]), np.int64)
-    one = compiled() if find_spec("numba") else _lifetimes
+    run = _compiled() if find_spec("numba") else _lifetimes
     for row in range(len(ends)):
-        one(before[row], after[row], floating, ends[row])
+        run(before[row], after[row], top_k, ends[row])
     return torch.from_numpy(ends).to(leaving.device).view(*leaving.shape[:-1], -1)
 
 
-def at_once(held: Tensor, leaving: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of all keys at once, on a GPU, with a number of floating keys for each row: int64 [...], 1 or more.
+def batched_lifetimes(cached: Tensor, leaving: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `lifetimes` of all keys in parallel on a GPU. top_k: int64 [...], 1 or more, one number per row.
 
-    Returns as well the keys of each row, the best first: int64 [..., f' + c].
+    Also returns the keys of each row, ordered by descending score: int64 [..., f' + c].
     """
     from headsink.eviction.lifetimes_cuda import better_ones
 
-    every, first = torch.cat([held, leaving], -1), held.shape[-1]
-    comes = (torch.arange(every.shape[-1], device=every.device) - first + 1).clamp(min=0)  # when they are there
-    goes, best = (found.view(every.shape) for found in better_ones(every.flatten(0, -2), floating.flatten()))
-    goes = (goes.long() - first).clamp(max=leaving.shape[-1] + 1).maximum(comes)
-    return torch.where(every == NONE, comes, goes), best
+    scores, first = torch.cat([cached, leaving], -1), cached.shape[-1]
+    start = (torch.arange(scores.shape[-1], device=scores.device) - first + 1).clamp(
+        min=0
+    )  # step at which they are cached
+    end, order = (found.view(scores.shape) for found in better_ones(scores.flatten(0, -2), top_k.flatten()))
+    end = (end.long() - first).clamp(max=leaving.shape[-1] + 1).maximum(start)
+    return torch.where(scores == NONE, start, end), order
 
 
-def _lifetimes(held: Any, leaving: Any, floating: int, ends: Any) -> None:
-    """Of one head: float64 [f'] and [c], written int64 [f' + c]. The floating keys are a heap with the lowest score in front, so
-    that each step takes next to nothing."""
-    first, heap = len(held), [(held[key], key) for key in range(len(held))]
+def _lifetimes(cached: Any, leaving: Any, top_k: int, ends: Any) -> None:
+    """Compute `lifetimes` of one head with a heap of top-k keys, lowest score first: float64 [f'] and [c] into int64 [f' + c]."""
+    first, heap = len(cached), [(cached[key], key) for key in range(len(cached))]
     heapq.heapify(heap)
     ends[:] = len(leaving) + 1
-    while len(heap) and (heap[0][0] == NONE or len(heap) > floating):
+    while len(heap) and (heap[0][0] == NONE or len(heap) > top_k):
         ends[heapq.heappop(heap)[1]] = 0
     for left in range(len(leaving)):
         score, key = leaving[left], first + left
-        if score == NONE or floating == 0:
+        if score == NONE or top_k == 0:
             ends[key] = left + 1
-        elif len(heap) < floating:
+        elif len(heap) < top_k:
             heapq.heappush(heap, (score, key))
         else:
             ends[heapq.heappushpop(heap, (score, key))[1]] = left + 1
 
 
 @cache
-def compiled() -> Callable[..., None]:
-    """The same, ten times sooner."""
+def _compiled() -> Callable[..., None]:
+    """Compile `_lifetimes` with numba, which is ten times faster."""
     from numba import njit
 
     found: Callable[..., None] = njit(cache=True, nogil=True)(_lifetimes)
     return found
 
 
-def best(held: Tensor, leaving: Tensor, gone: Tensor, floating: int) -> Tensor:
-    """Which keys are floating keys at each of some queries: bool [..., queries, f' + c].
+def best(cached: Tensor, leaving: Tensor, steps: Tensor, top_k: int) -> Tensor:
+    """Return which keys are top-k keys at each query: bool [..., queries, f' + c].
 
-    held, leaving, floating: as for `lifetimes`. gone: int64 [queries], how many of `leaving` have left at each query.
+    cached, leaving, top_k: as for `lifetimes`. steps: int64 [queries], how many of `leaving` have left the window at each query.
     """
-    if held.dim() == 1:
-        return best(held[None], leaving[None], gone, floating)[0]
-    found = gone[:, None] < lifetimes(held, leaving, floating)[..., None, :]
-    found[..., held.shape[-1] :] &= torch.arange(leaving.shape[-1], device=gone.device) < gone[:, None]
+    if cached.dim() == 1:
+        return best(cached[None], leaving[None], steps, top_k)[0]
+    found = steps[:, None] < lifetimes(cached, leaving, top_k)[..., None, :]
+    found[..., cached.shape[-1] :] &= torch.arange(leaving.shape[-1], device=steps.device) < steps[:, None]
     return found

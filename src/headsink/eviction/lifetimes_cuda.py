@@ -1,8 +1,8 @@
-"""When floating keys are let go (scores.lifetimes), for all keys of all heads at once, on a GPU.
+"""Triton kernel for `lifetimes.batched_lifetimes`: the eviction step of all keys of all heads in parallel.
 
-A key is there as long as fewer than f better ones have come. So what is asked for every key is when the f-th better one
-comes. How many of the best `BLOCK` m came before `BLOCK` n is a table, made by counting; the kernel looks the block up in
-it that the f-th falls into, by bisection, and counts inside of two blocks for what the table does not say.
+A key is cached while fewer than top_k better keys have left the window, so its eviction step is that of the top_k-th better
+key. A table counts, for every block of ranks, the better keys before every block of positions. The kernel finds the block that
+contains the top_k-th better key by bisection, and counts within two blocks to find the exact step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NEVER = 2**31 - 1
 
 
 @triton.jit
-def _find(order, ranks, table, found, keys, wanted, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """For the keys of one block of ranks: after how many keys the `floating`-th that is better has come.
+def _find(order, ranks, table, found, keys, limits, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """For each key of one block of ranks, count the keys up to and including the `top_k`-th better one.
 
-    order: [rows, keys], the key of each rank. ranks: [rows, keys]. table: [rows, blocks, blocks + 1], of ranks and of keys.
-    wanted: [rows], `floating`.
+    order: [rows, keys], the key of each rank. ranks: [rows, keys]. table: [rows, blocks, blocks + 1], by rank and by key.
+    limits: [rows], `top_k`.
     """
     own, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    floating = tl.load(wanted + row)
+    top_k = tl.load(limits + row)
     order, ranks, found = order + row * keys, ranks + row * keys, found + row * keys
     table += (row * blocks + own) * (blocks + 1)
     some = tl.arange(0, BLOCK)
@@ -34,35 +34,36 @@ def _find(order, ranks, table, found, keys, wanted, blocks, STEPS: tl.constexpr,
     key = tl.load(order + rank, rank < keys, other=2147483647)
     better = some[None, :] < some[:, None]  # in this block
     low, high = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + blocks + 1
-    for _ in range(STEPS):  # the count is below `floating` at low, and not at high
+    for _ in range(STEPS):  # the count is below `top_k` at low, but not at high
         middle = (low + high) // 2
         count = tl.load(table + middle, middle <= blocks, other=0)
         count += tl.sum((better & (key[None, :] < (middle * BLOCK)[:, None])).to(tl.int32), 1)
-        enough = (count >= floating) | (middle > blocks)
+        enough = (count >= top_k) | (middle > blocks)
         low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
     count = tl.load(table + low) + tl.sum((better & (key[None, :] < (low * BLOCK)[:, None])).to(tl.int32), 1)
-    place = (low * BLOCK)[:, None] + some[None, :]
-    others = tl.load(ranks + place, place < keys, other=2147483647)
+    index = (low * BLOCK)[:, None] + some[None, :]
+    others = tl.load(ranks + index, index < keys, other=2147483647)
     count = count[:, None] + tl.cumsum((others < rank[:, None]).to(tl.int32), 1)
-    after = low * BLOCK + 1 + tl.sum((count < floating).to(tl.int32), 1)
+    after = low * BLOCK + 1 + tl.sum((count < top_k).to(tl.int32), 1)
     tl.store(found + key, tl.where(high > blocks, 2147483647, after), rank < keys)
 
 
-def better_ones(scores: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
-    """After how many keys of its row the `floating`-th with a higher score than a key's own has come, or as high and later.
+def better_ones(scores: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """For each key, count the keys of its row up to and including the `top_k`-th better one.
 
-    scores: [rows, keys]; floating: int64 [rows], 1 or more. Returns int32 [rows, keys], NEVER where so many do not come, and the
-    keys of each row, the best first: int64 [rows, keys].
+    A key is better if its score is higher, or equal and later. scores: [rows, keys]; top_k: int64 [rows], 1 or more. Returns
+    int32 [rows, keys], NEVER where there are fewer better keys, and the keys of each row, ordered by descending score: int64
+    [rows, keys].
     """
     rows, keys = scores.shape
-    must_be("lifetimes: numbers of keys", (tuple(floating.shape), floating.device), ((rows,), scores.device))
+    must_be("lifetimes: numbers of keys", (tuple(top_k.shape), top_k.device), ((rows,), scores.device))
     blocks = triton.cdiv(keys, BLOCK)
     order = scores.argsort(stable=True).flip(-1)
     number = torch.arange(keys, dtype=torch.int32, device=scores.device)
     ranks = torch.empty(rows, keys, dtype=torch.int32, device=scores.device).scatter_(1, order, number.expand(rows, -1))
-    place = (ranks // BLOCK + 1).long() * (blocks + 1) + number // BLOCK + 1
+    index = (ranks // BLOCK + 1).long() * (blocks + 1) + number // BLOCK + 1
     table = torch.zeros(rows, (blocks + 1) * (blocks + 1), dtype=torch.int32, device=scores.device)
-    table.scatter_add_(1, place, torch.ones_like(ranks))
+    table.scatter_add_(1, index, torch.ones_like(ranks))
     table = table.view(rows, blocks + 1, blocks + 1).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
     found = torch.empty_like(ranks)
     with torch.cuda.device_of(scores):
@@ -72,7 +73,7 @@ def better_ones(scores: Tensor, floating: Tensor) -> tuple[Tensor, Tensor]:
             table[:, :blocks].contiguous(),
             found,
             keys,
-            floating.contiguous(),
+            top_k.contiguous(),
             blocks,
             STEPS=(blocks + 1).bit_length(),
             BLOCK=BLOCK,

@@ -1,15 +1,15 @@
-"""The one definition: which keys a query may see under a pattern, and attention with nothing else in the softmax.
+"""The definition of a pattern: which keys a query sees. Attention is the softmax over these keys only.
 
-Query i (0-based position in its text) of a KV head with `Pattern(sink=s, floating=f, window=w)` sees key j iff
+Query i (0-based position in its text) of a KV head with `Pattern(sink=s, top_k=f, window=w)` sees key j iff
 
-    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's floating keys at i )
+    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's top-k keys at i )
 
-The floating keys at i are the f keys at s <= j <= i - w with the highest scores, all of them while there are not so many. A
-key's score is a fixed function of the key and its value (scores.py), so the rule looks backwards only: a key that was once
-let go never comes back, one pass, chunks and token by token agree, and no query sees more than s + f + w keys. Which of
-several keys with equal scores are kept is left open.
+The top-k keys at i are the f keys at s <= j <= i - w with the highest importance scores; all of them if there are fewer than f.
+The score is a fixed function of the key and its value (eviction/scoring.py). Therefore an evicted key never returns, the result
+does not depend on how the text is divided into chunks, and no query sees more than s + f + w keys. Which of several keys with
+equal scores is kept is unspecified.
 
-Everything here is slow and obvious. The cache, the kernels and the serving plugin are tested against it.
+This module is the slow reference that the cache, the kernels and the serving plugin are tested against.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headsink.errors import HeadsinkError
 
-LONGEST = 2**31 - 1  # tokens that a pattern may name: what kernels count with has 32 or 64 bits
+LONGEST = 2**31 - 1  # largest number of tokens in a pattern; kernels use 32-bit counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,20 @@ class Pattern:
 
     Parameters
     ----------
-    sink : first tokens of the text that stay visible.
-    floating : keys with the highest scores, of those that have left the window, that stay visible.
-    window : last keys that are visible, the query's own among them; `None` is full attention.
+    sink : number of initial tokens that are always visible.
+    top_k : number of visible keys outside the window, those with the highest importance scores.
+    window : number of most recent visible keys, including the query's own; `None` is full attention.
 
-    `Pattern()` is full attention, `Pattern(4, 0, 128)` is StreamingLLM's shape (arXiv 2309.17453), `Pattern(4, 0, 0)`
-    sees the first tokens only and `Pattern(0, 0, 0)` nothing: its output is zero.
+    `Pattern()` is full attention, and `Pattern(4, 0, 128)` is StreamingLLM's (arXiv 2309.17453). `Pattern(4, 0, 0)` sees the sink
+    tokens only. `Pattern(0, 0, 0)` sees nothing, and its output is zero.
     """
 
     sink: int = 0
-    floating: int = 0
+    top_k: int = 0
     window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sink", "floating", "window"):
+        for name in ("sink", "top_k", "window"):
             value = getattr(self, name)
             if name == "window" and value is None:
                 continue
@@ -51,47 +51,47 @@ class Pattern:
                 raise HeadsinkError(f"{name}: {value!r} is not a whole number of tokens, 0 or more")
             if value > LONGEST:
                 raise HeadsinkError(f"{name}: {value} tokens are over {LONGEST}, the most that kernels count to")
-        if self.window is None and (self.sink or self.floating):
-            raise HeadsinkError("window: full attention (window=None) sees every key, so sink and floating must be 0")
+        if self.window is None and (self.sink or self.top_k):
+            raise HeadsinkError("window: full attention (window=None) sees every key, so sink and top_k must be 0")
 
     @property
     def full(self) -> bool:
         return self.window is None
 
     def size(self, context: int) -> int:
-        """Keys held for a text of `context` tokens."""
-        return context if self.window is None else min(context, self.sink + self.floating + self.window)
+        """Return the number of cached keys for a text of `context` tokens."""
+        return context if self.window is None else min(context, self.sink + self.top_k + self.window)
 
     def __str__(self) -> str:
         if self.window is None:
             return "full"
-        return f"{self.sink}+{self.floating}f+{self.window}"
+        return f"{self.sink}+{self.top_k}k+{self.window}"
 
 
 FULL = Pattern()
 
 
-def floating_keys(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
-    """Which keys are their head's floating keys at each query: bool [..., queries, keys]. Arguments as for `visible`."""
+def top_k_keys(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
+    """Return which keys are top-k keys at each query: bool [..., queries, keys]. Arguments as for `visible`."""
     i, j = queries[..., :, None], keys[..., None, :]
-    gone = (j >= pattern.sink) & (j <= i - (pattern.window or 0))
-    worth = scores[..., None, :].masked_fill(~gone, float("-inf"))
-    rank = worth.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return gone & (rank < pattern.floating)
+    candidates = (j >= pattern.sink) & (j <= i - (pattern.window or 0))
+    masked = scores[..., None, :].masked_fill(~candidates, float("-inf"))
+    rank = masked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return candidates & (rank < pattern.top_k)
 
 
 def visible(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
-    """The mask of section "definition": bool [..., queries, keys], True where the query sees the key.
+    """Return the attention mask of a pattern: bool [..., queries, keys], True where the query sees the key.
 
-    queries: int [..., queries] positions. keys: int [..., keys] positions, ascending from the text's first token,
-    negative for padding, which nobody sees. scores: float [..., keys].
+    queries: int [..., queries], positions. keys: int [..., keys], ascending positions from the text's first token, negative for
+    padding, which no query sees. scores: float [..., keys].
     """
     i, j = queries[..., :, None], keys[..., None, :]
     causal = (j <= i) & (j >= 0)
     if pattern.window is None:
         return causal.expand(*torch.broadcast_shapes(causal.shape[:-2], scores.shape[:-1]), *causal.shape[-2:])
-    near = i - j < pattern.window
-    return causal & ((j < pattern.sink) | near | floating_keys(pattern, queries, keys, scores))
+    in_window = i - j < pattern.window
+    return causal & ((j < pattern.sink) | in_window | top_k_keys(pattern, queries, keys, scores))
 
 
-FOREVER = 2**31 - 1  # a column that never comes, also as int32
+FOREVER = 2**31 - 1  # larger than every column; fits into int32

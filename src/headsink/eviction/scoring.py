@@ -1,9 +1,9 @@
-"""The score of a key: how much a head stands to lose with it, by a rule that is linear in what the cache holds of the key.
+"""The linear scorer: the importance score of a key as a linear function of the cached key and value.
 
-Features of a key are the key itself, as rotary embedding left it, the norms of the pairs of its coordinates that rotary
-embedding turns together, and the value. Weights are a head's own, fitted at calibration (reconstruction.py). Far away from a key
-queries come from about the same direction, and the product of the key and that direction is what the weights find; what
-is kept does not change with the query, as in KVzip (arXiv 2505.23416), but takes no second reading of the text.
+The features are the rotated key, the norms of its rotary pairs, and the value. Each head has its own scorer weights, which are
+fitted at calibration (calibration/score_fit.py). Queries far from a key have about the same direction, and the weights learn the
+product of the key with that direction. The score is query-agnostic as in KVzip (arXiv 2505.23416), but needs no second forward
+pass over the text.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NONE = float("-inf")  # the score of what is no floating key
+NONE = float("-inf")  # the score of a key that cannot be a top-k key
 
 
 def n_features(dim: int) -> int:
-    """Features of a key of a head of size `dim`."""
+    """Return the number of features of a key of `dim` coordinates."""
     return 2 * dim + dim // 2
 
 
 def key_features(key: Tensor, value: Tensor) -> Tensor:
-    """key, value: [..., dim]. Returns [..., n_features(dim)], in float32 or better."""
+    """Return the features of keys. key, value: [..., dim]. Returns [..., n_features(dim)], float32 or better."""
     kind = torch.promote_types(key.dtype, torch.float32)
     key, value = key.to(kind), value.to(kind)
     half = key.shape[-1] // 2
@@ -29,9 +29,10 @@ def key_features(key: Tensor, value: Tensor) -> Tensor:
 
 
 def key_scores(key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
-    """key, value: [..., heads, keys, dim]; weights: [heads, n_features(dim)]. Returns [..., heads, keys].
+    """Return the importance scores of keys: [..., heads, keys].
 
-    A sum of products, not a matrix product: the score of a key must not depend on how many it is computed with.
+    key, value: [..., heads, keys, dim]; weights: [heads, n_features(dim)]. Not a matrix product, because the rounding of a
+    key's score must not depend on the number of other keys.
     """
     features = key_features(key, value)
     return (features * weights.to(features)[:, None]).sum(-1)

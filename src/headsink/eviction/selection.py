@@ -1,4 +1,4 @@
-"""Which keys stay of a text that is over."""
+"""The indices that prefill compression keeps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 
-def places(scores: Tensor, sink: int, floating: int, near: range) -> Tensor:
-    """Where the keys lie that heads hold of a text that is over: the first `sink`, the `floating` with the highest scores of
-    those between, and the window `near`. scores: [heads, keys]. Returns int64 [heads, places]."""
+def places(scores: Tensor, sink: int, top_k: int, near: range) -> Tensor:
+    """Return the kept indices of a complete text: `sink` initial tokens, `top_k` highest-scoring keys, and the window.
+
+    scores: [heads, keys]. near: the indices of the window. Returns int64 [heads, kept indices].
+    """
     between = scores[:, sink : near.start]
-    chosen = between.topk(min(floating, between.shape[1])).indices + sink
+    chosen = between.topk(min(top_k, between.shape[1])).indices + sink
     first, last = (
         torch.arange(r.start, r.stop, device=scores.device).expand(len(scores), -1) for r in (range(sink), near)
     )

@@ -1,1 +1,1 @@
-"""Decoding: compiled steps, self-speculative decoding, generation with timings, chat."""
+"""Decoding under a plan: compiled decode steps, self-speculative decoding, generation with timings, chat."""

@@ -1,4 +1,4 @@
-"""A conversation whose KV cache goes on from turn to turn."""
+"""Multi-turn chat over one KV cache."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from headsink.runtime.prefill import empty_cache
 
 
 class Conversation:
-    """Many turns over one cache: each turn feeds only what is new.
+    """A conversation over one cache: each turn feeds only its new tokens.
 
-    `plan` None is the model itself.
+    plan: None for the full cache. options: passed on to `generate`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, **options: Any):
         self.model, self.tokenizer, self.plan, self.options = model, tokenizer, plan, options
         self.messages: list[dict[str, str]] = []
-        self.ids: list[int] = []  # all tokens of the conversation so far, the model's own as it gave them
-        self.text = ""  # the same as text, so that the next turn's prompt can be cut where it begins
+        self.ids: list[int] = []  # all tokens of the conversation so far, answers as they were generated
+        self.text = ""  # the same as text, to find what the next prompt adds
         self.cache = self._empty_cache()
 
     def _empty_cache(self) -> Cache:
         return empty_cache(self.model, self.plan, exact=not self.options.get("compiled", True))
 
     def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generated:
-        """One turn. On an error or ctrl-C the conversation stays as it was before the turn, with a fresh cache."""
+        """Run one turn. On an error or ctrl-C the messages stay as they were before the turn, and the cache starts empty."""
         if not question.strip():
             raise HeadsinkError("prompt: it is empty")
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = chat_prompt(self.tokenizer, messages)
         if self.text and prompt.startswith(self.text):
             ids = self.ids + encode(self.tokenizer, prompt[len(self.text) :])
-        else:  # the chat format rewrites what was said: read it anew
+        else:  # the chat template rewrites earlier turns: prefill all of it again
             ids, self.cache = encode(self.tokenizer, prompt), self._empty_cache()
         try:
             answer = generate(self.model, self.tokenizer, ids, self.plan, cache=self.cache, show=show, **self.options)

@@ -1,10 +1,9 @@
-"""Decoding by a step of our own: one compiled call a token on a CPU (cpu/), a CUDA graph on a GPU (gpu/).
+"""Compiled decoding: one compiled call per token on a CPU (step_cpu.py), a CUDA graph on a GPU (step_cuda.py).
 
     model.generate(**inputs, custom_generate=headsink.decode)      # inside `with headsink.apply(model, plan):`
 
-transformers prepares everything and hands over its own logits processors and stopping criteria; only the forward passes of
-single tokens, one of every text, are ours. Prompts go through the model. What this cannot run (`refusal`) is refused with the
-reason.
+transformers prepares the call and provides the logits processors and stopping criteria. Only the forward passes of single
+tokens, one per sequence, are replaced; the model prefills the prompt. `refusal` gives the reason why a model is not supported.
 """
 
 from __future__ import annotations
@@ -25,47 +24,47 @@ from headsink.utils import device
 
 
 class Decoder(Protocol):
-    """A model and a cache, laid out for single tokens. Others may change neither in between, but for `resume`."""
+    """A compiled decode step for a model and a cache. Call `resume` after any other code has changed the cache."""
 
-    def run(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Let a token of every text in, int64 [texts]. places: their positions, if they are not those of the columns.
+    def run(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Append one token per sequence, int64 [sequences]. positions: by default they follow the cached tokens.
 
-        Returns the logits of what follows, float32 [texts, vocabulary].
+        Returns the logits of the next tokens, float32 [sequences, vocabulary].
         """
 
-    def settle(self) -> None:
-        """Tell the cache what has come in."""
+    def start_evicting(self) -> None:
+        """Update the cache's lengths with the tokens that were appended."""
 
     def resume(self) -> None:
-        """Go on after the cache was changed by others."""
+        """Continue after other code has changed the cache."""
 
 
 def _backend(model: PreTrainedModel) -> Any:
     if model.device.type in device.DEVICES:
-        from headsink.generation import step_cuda as on_gpu
+        from headsink.generation import step_cuda
 
-        return on_gpu
-    from headsink.generation import step_cpu as on_cpu
+        return step_cuda
+    from headsink.generation import step_cpu
 
-    return on_cpu
+    return step_cpu
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why a model cannot decode here; None if it can."""
+    """Why a model has no compiled decode step on this machine; None if it has one."""
     kind = model.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
-        return "it does not follow torch.autocast; convert the model with model.to(dtype) instead"
-    found: str | None = _backend(model).refusal(model)
-    return found
+        return "it does not support torch.autocast; convert the model with model.to(dtype) instead"
+    reason: str | None = _backend(model).refusal(model)
+    return reason
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Compile what a model that can decode here runs: half a minute the first time on a machine, then from a cache."""
+    """Compile the decode step of a model: half a minute the first time on a machine, then loaded from a cache."""
     _backend(model).prepare(model)
 
 
 def decoder(model: PreTrainedModel, cache: PlanCache) -> Decoder:
-    """A step for a model and a cache that holds a text. Raises HeadsinkError with the reason if there is none (`refusal`)."""
+    """A decode step for a model and a filled cache. Raises HeadsinkError with the reason if there is none (`refusal`)."""
     if reason := refusal(model):
         raise HeadsinkError(f"decode: {reason}")
     step: Decoder = _backend(model).Decoder(model, cache)
@@ -74,12 +73,12 @@ def decoder(model: PreTrainedModel, cache: PlanCache) -> Decoder:
 
 @contextmanager
 def decoding(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
-    """Decode one token after the other into a cache, which is in order again after the block."""
+    """Decode token by token into a cache inside the block. After the block the cache is up to date."""
     step = decoder(model, cache)
     try:
         yield step
     finally:
-        step.settle()
+        step.start_evicting()
 
 
 def decode(
@@ -94,29 +93,29 @@ def decode(
 ) -> Tensor:
     """A decoding loop for `model.generate(custom_generate=headsink.decode)`, greedy or sampling.
 
-    The model reads the prompt with all arguments that `generate` was given, images too. transformers does not hand the tokenizer
-    for stop strings to a loop that it is given: make a `StopStringCriteria` of them.
+    The model prefills the prompt with all arguments of `generate`, images too. transformers does not pass the tokenizer for stop
+    strings to a custom loop: pass a `StopStringCriteria` instead.
 
-    input_ids: int64 [texts, tokens], padded on the left with `attention_mask`. Returns int64 [texts, tokens], the prompts and
-    what follows them. Raises HeadsinkError for what it cannot run: see `refusal`; and beams, assisted generation,
-    `return_dict_in_generate`, `inputs_embeds`, right padding, a model that no plan is applied to.
+    input_ids: int64 [sequences, tokens], padded on the left with `attention_mask`. Returns int64 [sequences, tokens], prompts
+    followed by the generated tokens. Raises HeadsinkError for models without a compiled decode step (`refusal`), and for beam
+    search, assisted generation, `return_dict_in_generate`, `inputs_embeds`, right padding, and a model without an applied plan.
     """
     check_call("decode", generation_config, model_kwargs)
     if reason := refusal(model):
         raise HeadsinkError(f"decode: {reason}")
     cache = given_cache(model_kwargs)
     prompt = Prompt.of(model, input_ids, cache, generation_config, model_kwargs)
-    if prompt.places.dim() > 2:
-        raise HeadsinkError("decode: this model has positions of several axes; leave out custom_generate")
+    if prompt.positions.dim() > 2:
+        raise HeadsinkError("decode: positions of this model have several axes; leave out custom_generate")
     streamer = generate_argument("streamer") if streamer is None else streamer
     with torch.no_grad():
-        read = prompt.read(cache, generation_config.prefill_chunk_size)
-        cache, logits = returned_cache(read), read.logits[:, -1].float()
+        prefill = prompt.read(cache, generation_config.prefill_chunk_size)
+        cache, logits = returned_cache(prefill), prefill.logits[:, -1].float()
         if not isinstance(cache, PlanCache):
-            raise HeadsinkError("decode: it runs under a plan, inside `with headsink.apply(model, plan):`")
-        place = prompt.places[:, -1] + 1
+            raise HeadsinkError("decode: it needs a plan; call it inside `with headsink.apply(model, plan):`")
+        positions = prompt.positions[:, -1] + 1
         padding = padding_of(cache)
-        by_column = place + (0 if padding is None else padding.tokens) == cache.get_seq_length()
+        by_column = positions + (0 if padding is None else padding.tokens) == cache.get_seq_length()
         own_places = not bool(by_column.all())
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         filler = generation_config._pad_token_tensor
@@ -136,7 +135,7 @@ def decode(
                 ended = ended | stopping_criteria(input_ids, scores)
                 if bool(ended.all()):
                     break
-                logits, place = step.run(token[:, 0], place if own_places else None), place + 1
+                logits, positions = step.run(token[:, 0], positions if own_places else None), positions + 1
     if streamer is not None:
         streamer.end()
     return input_ids

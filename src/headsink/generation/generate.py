@@ -1,7 +1,7 @@
-"""Generate text with or without a plan and measure it: time to the first token, time per token, memory of the cache.
+"""Generate text with or without a plan and measure TTFT, time per token and the memory of the KV cache.
 
-`model.generate` inside `headsink.apply` is all that is needed to use a plan; this adds the clock and the checks that the
-command line wants.
+To use a plan, `model.generate` inside `headsink.apply` is enough. This module adds the timing and the checks that the command
+line needs.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ from headsink.generation.speculative import Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
-from headsink.runtime.prefill import empty_cache, read_long, read_prompt
+from headsink.runtime.prefill import empty_cache, prefill, prefill_chunks
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A continuation and what it took. Times in seconds; kv_bytes is what the cache holds at the end, in lossless mode both.
-    acceptance: in lossless mode, the share of drafted tokens that were the model's own; None if none was drafted."""
+    """A continuation and its cost.
+
+    first_token_s: TTFT in seconds. steps_s: seconds of each token after the first. kv_bytes: bytes of the KV cache at the end, of
+    both caches in lossless mode. acceptance: in lossless mode, the share of drafted tokens that were accepted; None if none was
+    drafted.
+    """
 
     text: str
     ids: list[int]
     prompt_tokens: int
     first_token_s: float
-    steps_s: list[float]  # of each token after the first
+    steps_s: list[float]
     kv_bytes: int
     acceptance: float | None = None
 
     @property
     def token_s(self) -> float | None:
-        """Mean time of the tokens after the first, None if there are none."""
+        """Mean seconds per token after the first, None if there are none."""
         return sum(self.steps_s) / len(self.steps_s) if self.steps_s else None
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens arrive and hands on the text that is complete so far."""
+    """Streamer that records when tokens arrive and passes new complete text to `show`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None):
         self.tokenizer, self.show = tokenizer, show
@@ -59,12 +63,12 @@ class _Clock(BaseStreamer):
         self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        if not self.prompt_seen:  # `generate` begins by giving the prompt
+        if not self.prompt_seen:  # `generate` passes the prompt first
             self.prompt_seen = True
             return
         self.times.append(time.perf_counter())
         self.ids += value.flatten().tolist()
-        if self.show and not (text := self.text()).endswith("\ufffd"):  # half a character so far
+        if self.show and not (text := self.text()).endswith("\ufffd"):  # an incomplete character
             self.show(text[self.shown :])
             self.shown = len(text)
 
@@ -90,22 +94,24 @@ def generate(
     lossless: bool = False,
     **options: Any,
 ) -> Generated:
-    """Continue `ids`, greedily or by sampling at a temperature, under a plan or without.
+    """Continue `ids`, greedily or by sampling, under a plan or without.
 
-    If `plan.once`, the prompt, of a conversation the first, is read in full and compressed once (runtime.compress).
-    cache: continue one that holds a prefix of `ids` (its plan counts). show: called with each new piece of text.
-    compiled: under a plan, attend by our kernels and decode by our own step (decode.py), where those can run the model.
-    lossless: the plan only drafts (speculate.py). options: passed on to `model.generate`. Raises HeadsinkError for an empty
-    prompt or one that does not fit the model.
+    With `plan.prefill_compression` the prompt (in a conversation the first one) is prefilled in full attention and then
+    compressed (runtime/compress.py).
+
+    cache: continue a cache that holds a prefix of `ids`; its own plan applies. temperature: 0 for greedy decoding. show: called
+    with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step (decode.py) if they
+    support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). options: passed on to
+    `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")
     if max_new_tokens < 1:
-        raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is none")
+        raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is below 1")
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
-    endless = isinstance(cache, PlanCache) and cache.plan.positions == "cache"
-    if len(ids) + max_new_tokens > longest and not endless:
+    streaming = isinstance(cache, PlanCache) and cache.plan.positions == "cache-relative"
+    if len(ids) + max_new_tokens > longest and not streaming:
         raise HeadsinkError(
             f"prompt: {len(ids)} tokens and {max_new_tokens} new ones are over the model's maximum of {longest}"
         )
@@ -113,24 +119,24 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     text = torch.tensor([ids], device=model.device)
     if cache.get_seq_length() and getattr(cache, "rows", 1) != 1:
-        raise HeadsinkError(f"cache: it holds {cache.rows} texts; give the cache of one")  # type: ignore[attr-defined]
+        raise HeadsinkError(f"cache: it holds {cache.rows} sequences; give the cache of one")  # type: ignore[attr-defined]
     if padding_of(cache) is not None:
-        raise HeadsinkError("cache: it holds a padded batch; give the cache of one text without padding")
+        raise HeadsinkError("cache: it holds a padded batch; give the cache of one sequence without padding")
     if lossless:
         if plan is None or cache.get_seq_length():
-            raise HeadsinkError("lossless: give a plan that drafts, and no cache")
+            raise HeadsinkError("lossless: give a plan for the draft, and no cache")
         return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
     if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
         options = {"custom_generate": decode, **options}
         prepare(model)
     start = time.perf_counter()
-    if isinstance(cache, PlanCache) and cache.plan.once and not cache.get_seq_length():
-        read_prompt(model, cache, text[:, :-1])
+    if isinstance(cache, PlanCache) and cache.plan.prefill_compression and not cache.get_seq_length():
+        prefill(model, cache.plan, text[:, :-1], cache=cache)
     reading = time.perf_counter() - start
     with nullcontext() if plan is None else apply(model, plan):
         start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text
         if plan is not None:
-            read_long(model, cache, text)
+            prefill_chunks(model, cache, text)
         model.generate(
             text,
             attention_mask=torch.ones_like(text),
@@ -152,15 +158,15 @@ def generate(
 
 
 def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generated:
-    told, start = Speculation(), time.perf_counter()
+    counts, start = Speculation(), time.perf_counter()
     mask = torch.ones_like(text)
-    generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=told, **options)
+    generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=counts, **options)
     return Generated(
         text=clock.text(),
         ids=clock.ids,
         prompt_tokens=text.shape[1],
         first_token_s=clock.times[0] - start,
         steps_s=[later - earlier for earlier, later in pairwise(clock.times)],
-        kv_bytes=told.kv_bytes,
-        acceptance=told.acceptance,
+        kv_bytes=counts.kv_bytes,
+        acceptance=counts.acceptance,
     )

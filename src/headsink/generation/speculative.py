@@ -1,14 +1,14 @@
-"""Lossless mode: the plan drafts, the model itself verifies several tokens in one pass.
+"""Self-speculative decoding (Leviathan et al., arXiv 2211.17192): the model with a compressed cache drafts tokens, the model
+with the full cache verifies several of them in one pass.
 
-Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the draft is the same model under a plan. Two caches are kept:
-the full one, and what the plan keeps of it, so memory is more than that of the model itself; what is saved is time, where
-reading the full cache is what takes it (long contexts, many texts at once). Keys and values of tokens that were accepted are
-copied from the full cache into the plan's, so the draft looks at exact ones only. Where the compiled step (decode.py) can run the
-model, it drafts; passes of the model decide. Rows of a batch accept different numbers of tokens; what a row did not accept stays
-in its cache unseen, and its positions go on without a gap.
+There are two caches, the full one and the plan's, so memory is higher than with the full cache alone. It saves time where
+decoding is limited by reading the full cache (long contexts, large batches). Keys and values of accepted tokens are copied from
+the full cache into the plan's, so the draft only uses exact ones. The compiled step (decode.py) drafts if it supports the model.
+Rows of a batch may accept different numbers of tokens: rejected tokens stay in a row's cache but are hidden, and its positions
+continue without a gap.
 
-Greedy text is the model's own; sampled text has its distribution: a drafted token x is accepted with probability
-min(1, p(x) / q(x)), else drawn from max(0, p - q), p and q as the logits processors leave them.
+Greedy output equals that of the full cache; sampled output has the same distribution. A drafted token x is accepted with
+probability min(1, p(x) / q(x)), otherwise a token is drawn from max(0, p - q); p and q are taken after the logits processors.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
 from headsink.utils import device
 
-MOST = 8  # tokens drafted at once
-MEMORY = 0.9  # weight of what was seen before, in the running means of acceptance and time
-AGAIN = 32  # rounds without a draft after which one token is drafted, to see whether it pays by now
+MOST = 8  # drafted tokens per round at most
+MEMORY = 0.9  # weight of the past in the running means of acceptance and time
+AGAIN = 32  # rounds without a draft after which one token is drafted, to measure the acceptance again
 
 
 @dataclass
 class Speculation:
-    """What a lossless generation did. drafted, accepted: tokens, over all rows; passes: of the full model, its prompt's left out;
-    kv_bytes: of both caches at the end."""
+    """Counts of a lossless generation. drafted, accepted: tokens over all rows. passes: verifying forward passes, without the
+    prefill. kv_bytes: of both caches at the end. lengths: drafted tokens per row in each round."""
 
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
     kv_bytes: int = 0
-    lengths: list[int] = field(default_factory=list)  # of the draft in each round
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def acceptance(self) -> float | None:
         return self.accepted / self.drafted if self.drafted else None
 
 
-class Pace:
-    """How many tokens to draft: as many as promise most tokens for the time, by the acceptance and the times seen."""
+class DraftLength:
+    """Choose the number of tokens to draft that maximises expected tokens per second, from measured acceptance and times."""
 
     def __init__(self) -> None:
         self.acceptance, self.draft, self.idle = 0.8, 0.0, 0
-        self.verify: dict[int, float] = {}  # tokens: seconds
+        self.verify: dict[int, float] = {}  # number of tokens -> seconds
 
     def choose(self) -> int:
         if not self.verify:
-            return 0  # what a pass of one token takes
+            return 0  # measure the time of a pass of one token
         if len(self.verify) == 1:
             return 3
         if self.idle >= AGAIN:
@@ -76,23 +76,24 @@ class Pace:
         return sum(self.acceptance**n for n in range(drafted + 1))
 
     def _seconds(self, drafted: int) -> float:
-        """Of a round: drafting, and verifying by a straight line through the fewest and the most tokens seen."""
+        """Expected seconds of a round. Verification time is linear between the fewest and most tokens measured."""
         few, many = min(self.verify), max(self.verify)
         slope = max(0.0, (self.verify[many] - self.verify[few]) / (many - few))
         return drafted * self.draft + max(1e-9, self.verify[few] + slope * (drafted + 1 - few))
 
     def saw(self, drafted: int, draft: float, verify: float, accepted: float) -> None:
-        """A round. draft, verify: seconds; accepted: tokens, mean over rows."""
+        """Record a round. draft, verify: seconds; accepted: tokens, mean over rows."""
         self.verify[drafted + 1] = _mean(self.verify.get(drafted + 1), verify)
         self.idle = 0 if drafted else self.idle + 1
         if drafted:
             self.draft = _mean(self.draft or None, draft / drafted)
-            tried = min(accepted + 1, drafted)  # the first that is not accepted ends the trial
-            self.acceptance = min(0.999, _mean(self.acceptance, accepted / tried))
+            verified = min(accepted + 1, drafted)  # tokens after the first rejected one are not judged
+            self.acceptance = min(0.999, _mean(self.acceptance, accepted / verified))
 
 
-def _mean(before: float | None, now: float) -> float:
-    return now if before is None else MEMORY * before + (1 - MEMORY) * now
+def _mean(mean: float | None, value: float) -> float:
+    """Running mean after a new value."""
+    return value if mean is None else MEMORY * mean + (1 - MEMORY) * value
 
 
 def generate_lossless(
@@ -104,42 +105,44 @@ def generate_lossless(
     speculation: Speculation | None = None,
     **options: Any,
 ) -> Tensor:
-    """What `model.generate(input_ids, **options)` gives, drafted under `plan`: int64 [batch, tokens].
+    """`model.generate(input_ids, **options)` by self-speculative decoding with `plan` as draft. Returns int64 [batch, tokens].
 
-    Greedy text is the model's own (up to ties within rounding), sampled text has its distribution. The full KV cache is kept, and
-    the plan's beside it.
+    Greedy output equals that of the full cache (up to ties within rounding); sampled output has its distribution. Memory is that
+    of the full KV cache and the plan's.
 
-    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of each round; as many as pay, by
-    the acceptance and times seen, if not given. speculation: is told what was done. options: those of `model.generate`, greedy
-    or sampling: max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (of one text), ...
-    Raises HeadsinkError if the plan was made for another model, and for beams, a cache of one's own and return_dict_in_generate.
+    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: per round, 0 to 8; chosen from
+    measured acceptance and times if None. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
+    max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (for one sequence), ... Raises
+    HeadsinkError if the plan was made for another model, and for beam search, a cache of your own and return_dict_in_generate.
     """
     if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
         raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")
-    if plan.positions == "cache":
+    if plan.positions == "cache-relative":
         raise HeadsinkError(
-            "positions: counted in the cache, which is not what the full model does; use a plan with 'text'"
+            "positions: cache-relative, unlike those of the full cache; use a plan with absolute positions"
         )
     if given_cache(options) is not None or options.get("custom_generate") is not None:
-        raise HeadsinkError("lossless: it has caches and a loop of its own; leave out the cache and custom_generate")
+        raise HeadsinkError(
+            "lossless: it makes its own caches and has its own decoding loop; leave out the cache and custom_generate"
+        )
     if options.pop("use_cache", True) is False:
-        raise HeadsinkError("lossless: it keeps two caches; leave out use_cache=False")
+        raise HeadsinkError("lossless: it needs two caches; leave out use_cache=False")
     plan.check(model)
     options = with_stop_strings(options)
-    plan = plan.model_copy(update={"quality": ()})  # no length is beyond what is verified: all of it is
+    plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
     loop = partial(
         _loop,
         plan=plan,
         fixed=draft_tokens,
-        told=Speculation() if speculation is None else speculation,
+        counts=Speculation() if speculation is None else speculation,
         streamer=options.get("streamer"),
     )
     return model.generate(input_ids, custom_generate=loop, use_cache=True, **options)  # type: ignore[operator, no-any-return]
 
 
 def with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate` with stop_strings as a stopping criterion: transformers 5.19 does not hand the tokenizer that they
-    need to a decoding loop that it is given."""
+    """Options of `generate` with stop_strings as a stopping criterion, since transformers 5.19 does not pass their tokenizer to
+    a custom decoding loop."""
     strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
     if strings is None:
         return options
@@ -159,31 +162,33 @@ def _loop(
     *,
     plan: Plan,
     fixed: int | None,
-    told: Speculation,
+    counts: Speculation,
     streamer: Any = None,
     **given: Any,
 ) -> Tensor:
-    """The decoding loop that transformers is given."""
+    """The decoding loop, called by `model.generate(custom_generate=...)`."""
     check_call("lossless", generation_config, given)
     if streamer is not None and len(input_ids) > 1:
-        raise HeadsinkError("lossless: a streamer takes one text")
+        raise HeadsinkError("lossless: a streamer takes one sequence")
     prompt = Prompt.of(model, input_ids, None, generation_config, given)
-    everything = Plan.full(model)
-    with torch.no_grad(), apply_here(model, everything):
-        full = new_cache(model, everything, exact=False)
+    full_plan = Plan.full(model)
+    with torch.no_grad(), apply_here(model, full_plan):
+        full = new_cache(model, full_plan, exact=False)
         if input_ids.shape[1] > 1:
             prompt.read(full, leave=1)
         draft = kept(model, plan, full)
-        state = Lossless(model, input_ids, prompt.places[..., -1], full, draft)
+        state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
         state.run(
-            partial(_processed, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None),
+            partial(
+                _process_logits, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None
+            ),
             stopping_criteria,
             sample=generation_config.do_sample,
             drafted=fixed,
-            told=told,
+            told=counts,
             streamer=streamer,
         )
-    told.kv_bytes = full.nbytes() + draft.nbytes()
+    counts.kv_bytes = full.nbytes() + draft.nbytes()
     if streamer is not None:
         streamer.end()
     padding = generation_config._pad_token_tensor
@@ -191,20 +196,20 @@ def _loop(
     return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=filler)
 
 
-class Lossless:
-    """Texts on their way. texts: int64 [tokens] each; place: int64 [rows], of the last token of those that go on, which neither
-    cache has seen yet; [axes, rows] where positions have several axes. full, draft: what the model and the plan hold of all
-    before it (`kept`)."""
+class SpeculativeDecoder:
+    """State of a batch. texts: each sequence so far, int64 [tokens]. position: of the last token of every unfinished
+    sequence, int64 [rows], or [axes, rows] where positions have several axes; neither cache has that token yet. full, draft: the
+    full cache and the plan's, with all tokens before it (`kept`)."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, place: Tensor, full: PlanCache, draft: PlanCache):
-        self.model, self.texts, self.place, self.full, self.draft = model, list(input_ids), place, full, draft
-        self.rows = list(range(len(input_ids)))  # those that go on
-        self.step: Decoder | None = None  # drafts, where it can run the model: what it says binds nobody
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, position: Tensor, full: PlanCache, draft: PlanCache):
+        self.model, self.texts, self.position, self.full, self.draft = model, list(input_ids), position, full, draft
+        self.rows = list(range(len(input_ids)))  # unfinished sequences
+        self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
-        self.compiled = place.dim() == 1 and refusal(model) is None
+        self.compiled = position.dim() == 1 and refusal(model) is None
         if self.compiled:
-            prepare(model)  # before the pace is set
-        # A layer that slides by itself has no unseen columns: there all rows go as far as the slowest.
+            prepare(model)  # not part of the measured times
+        # Columns cannot be hidden in a sliding-window layer: there all rows accept as many tokens as the row with the fewest.
         self.ragged = all(isinstance(layer, PlanLayer) for layer in full.layers)
 
     def run(
@@ -217,43 +222,44 @@ class Lossless:
         told: Speculation,
         streamer: Any = None,
     ) -> None:
-        """Go on until all texts end.
+        """Decode until all sequences end.
 
-        processed: of a text by its number, its tokens and [vocabulary] logits, the logits to choose by; stop: transformers'
-        stopping criteria; drafted: tokens of every round, None for as many as pay.
+        processed: logits processors, called with the number of a sequence, its tokens and its logits [vocabulary]. stop:
+        transformers' stopping criteria. drafted: tokens per round, None to choose them from measured times. told: is filled with
+        counts.
         """
-        pick, pace, fixed = _sampled if sample else _greedy, Pace(), drafted
+        pick, pace, fixed = _accept_sampled if sample else _accept_greedy, DraftLength(), drafted
         while self.rows:
             drafted = pace.choose() if fixed is None else fixed
             start = time.perf_counter()
             tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
-            places = self.place[..., None] + torch.arange(drafted + 1, device=self.place.device)
-            logits = self._verify(tokens, places)
-            found = []
+            positions = self.position[..., None] + torch.arange(drafted + 1, device=self.position.device)
+            logits = self._verify(tokens, positions)
+            picks = []
             for row, text in enumerate(self.rows):
                 guesses = tokens[row, 1:]
                 probabilities = [
                     processed(text, torch.cat([self.texts[text], guesses[:n]]), logits[row, n])
                     for n in range(drafted + 1)
                 ]
-                found.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
-            least = min(len(accepted) for accepted, _ in found)
-            pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in found) / len(found))
-            told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(found)
+                picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
+            least = min(len(accepted) for accepted, _ in picks)
+            pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks))
+            told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(picks)
             told.lengths.append(drafted)
-            going = []
-            for row, (accepted, last) in enumerate(found):
+            unfinished = []
+            for row, (accepted, last) in enumerate(picks):
                 if not self.ragged and len(accepted) > least:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
-                going.append(self._enter(row, [*accepted, last], stop, streamer))
-            self._settle(drafted, [len(accepted) if self.ragged else least for accepted, _ in found], going)
+                unfinished.append(self._append(row, [*accepted, last], stop, streamer))
+            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in picks], unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """Tokens, int64 [rows, 1 + count], the last one of each text first, and the distributions that they were drawn from."""
+        """Draft `count` tokens: int64 [rows, 1 + count], with each sequence's last token first, and their processed logits."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
         if self.compiled and self.step is None and self.draft.get_seq_length():
@@ -262,33 +268,33 @@ class Lossless:
             self.step.resume()
         for n in range(count):
             if self.step is not None:
-                logits = self.step.run(tokens[:, -1], self.place + n)
+                logits = self.step.run(tokens[:, -1], self.position + n)
             else:
-                logits = _forward(self.model, self.draft, tokens[:, -1:], self.place[..., None] + n).float()[:, -1]
+                logits = _forward(self.model, self.draft, tokens[:, -1:], self.position[..., None] + n).float()[:, -1]
             own = [
                 processed(text, torch.cat([self.texts[text], tokens[row, 1:]]), logits[row])
                 for row, text in enumerate(self.rows)
             ]
-            drawn = [pick([one], [], [])[1] for one in own]
-            tokens = torch.cat([tokens, tokens.new_tensor(drawn)[:, None]], 1)
+            picks = [pick([one], [], [])[1] for one in own]
+            tokens = torch.cat([tokens, tokens.new_tensor(picks)[:, None]], 1)
             proposals.append(own)
         if self.step is not None:
-            self.step.settle()
+            self.step.start_evicting()
         return tokens, proposals
 
-    def _verify(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """The model's own logits after each of some tokens, [rows, tokens, vocabulary]: by its pass, on a GPU held by a graph."""
+    def _verify(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits of the full cache after each token, [rows, tokens, vocabulary]; on a GPU by the CUDA graph where supported."""
         if self.judge is None and self.compiled and self.full.get_seq_length() and tokens.device.type in device.DEVICES:
             self.judge = decoder(self.model, self.full)
         if self.judge is None:
-            return _forward(self.model, self.full, tokens, places).float()
+            return _forward(self.model, self.full, tokens, positions).float()
         self.judge.resume()
-        logits: Tensor = self.judge.read(tokens, places)
-        self.judge.settle()
+        logits: Tensor = self.judge.read(tokens, positions)
+        self.judge.start_evicting()
         return logits
 
-    def _enter(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:
-        """Add tokens to a text, up to the one that ends it. Returns whether the text goes on."""
+    def _append(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:
+        """Append tokens to a sequence, up to the one that ends it. Returns whether it is unfinished."""
         text = self.rows[row]
         for token in new:
             self.texts[text] = torch.cat([self.texts[text], self.texts[text].new_tensor([token])])
@@ -298,25 +304,25 @@ class Lossless:
                 return False
         return True
 
-    def _settle(self, drafted: int, accepted: list[int], kept: list[bool]) -> None:
-        """Both caches hold what was accepted, with the full one's keys and values, of the rows that go on."""
-        counts = torch.tensor(accepted, device=self.place.device)
+    def _update_caches(self, drafted: int, accepted: list[int], unfinished: list[bool]) -> None:
+        """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows."""
+        counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
         _crop(self.draft, drafted)
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
-        self._follow(columns, hidden)
-        self.place = self.place + counts + 1
-        going = [row for row, goes_on in enumerate(kept) if goes_on]
-        self.rows = [self.rows[row] for row in going]
-        if going and not all(kept):
-            rows = torch.tensor(going, device=self.place.device)
-            self.place = self.place[..., rows]
+        self._copy_to_draft(columns, hidden)
+        self.position = self.position + counts + 1
+        remaining = [row for row, goes_on in enumerate(unfinished) if goes_on]
+        self.rows = [self.rows[row] for row in remaining]
+        if remaining and not all(unfinished):
+            rows = torch.tensor(remaining, device=self.position.device)
+            self.position = self.position[..., rows]
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
 
-    def _follow(self, columns: int, hidden: Tensor) -> None:
-        """Let the last columns of the full cache into the draft's. hidden: bool [rows, columns], not for a row to see."""
+    def _copy_to_draft(self, columns: int, hidden: Tensor) -> None:
+        """Append the last columns of the full cache to the draft's. hidden: bool [rows, columns], rejected tokens of a row."""
         some = bool(hidden.any())
         if self.judge is not None and self.step is not None:
             both = self.judge, cast(Any, self.step)
@@ -325,7 +331,7 @@ class Lossless:
             both[1].take(self.full, columns)
             for one in both if some else ():
                 one.hide(hidden)
-            both[1].settle()
+            both[1].start_evicting()
             return
         for mine, theirs in zip(self.draft.layers, self.full.layers, strict=True):
             if isinstance(mine, PlanLayer) and isinstance(theirs, PlanLayer):
@@ -336,55 +342,55 @@ class Lossless:
             cache.hide(hidden)
 
 
-def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, places: Tensor, **options: Any) -> Tensor:
-    """Logits, [rows, tokens, vocabulary], of tokens at `places` of their texts."""
-    found: Tensor = model(ids, position_ids=places, **cache_argument(cache), use_cache=True, **options).logits
-    return found
+def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """Append tokens at `positions` to a cache. Returns their logits, [rows, tokens, vocabulary]."""
+    logits: Tensor = model(ids, position_ids=positions, **cache_argument(cache), use_cache=True, **options).logits
+    return logits
 
 
 def kept(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
-    """What the plan keeps of what the model has read; nothing of it is let go any more, and tokens can be taken back."""
+    """A frozen cache with the keys of the full cache that the plan keeps. Tokens of both caches can be cropped afterwards."""
     draft = new_cache(model, plan)
     for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):
         if not isinstance(mine, PlanLayer):
             draft.layers[index] = copy.deepcopy(theirs)
         elif isinstance(theirs, PlanLayer) and theirs.groups:
             group = theirs.groups[0]
-            group.holes = True  # sooner or later; and a few tokens go through the kernels then
+            group.holes = True  # rows will have hidden tokens; also makes short passes use the kernels
             mine.fill(*group.last(theirs.seen), group.padding)
-    draft.hold()
+    draft.freeze()
     for cache in (full, draft):
         cache.activate_past_recording()
     return draft
 
 
 def _crop(cache: PlanCache, tokens: int) -> None:
-    """Take back the last tokens. In a layer that slides and has begun to let go this ends the record, even if there are none."""
+    """Remove the last tokens. A full sliding-window layer is cropped even by none, which ends its record."""
     for layer in cache.layers:
         if tokens or (not isinstance(layer, PlanLayer) and layer.get_seq_length() >= layer.sliding_window):
             layer.crop(-tokens)
 
 
 def _by_number(processor: Any) -> bool:
-    """Whether a logits processor treats a text by its number in the batch: a repetition penalty skips the padding of each."""
+    """Whether a logits processor depends on the number of a sequence, such as a repetition penalty that skips padding."""
     return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor) or hasattr(
         processor, "_prefix_allowed_tokens_fn"
     )
 
 
-def _processed(processor: Any, batch: int | None, text: int, ids: Tensor, logits: Tensor) -> Tensor:
-    """What the logits processors make of [vocabulary] logits after one text of a batch.
+def _process_logits(processor: Any, batch: int | None, sequence: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """Apply the logits processors to the logits [vocabulary] after one sequence of a batch.
 
-    batch: so many times they are given it, so that it has its number; None: they do not go by that.
+    batch: repeat the sequence this many times, so that a processor that depends on its number finds it; None to call once.
     """
     if batch is None:
-        found: Tensor = processor(ids[None], logits[None].clone())[0]
-        return found
-    return cast(Tensor, processor(ids.expand(batch, -1), logits.repeat(batch, 1))[text])
+        processed: Tensor = processor(ids[None], logits[None].clone())[0]
+        return processed
+    return cast(Tensor, processor(ids.expand(batch, -1), logits.repeat(batch, 1))[sequence])
 
 
-def _greedy(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
-    """The guesses that are what the model itself would say, and what it says after them."""
+def _accept_greedy(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
+    """The drafted tokens that equal greedy decoding with the full cache, and the token after them."""
     for n, guess in enumerate(guesses):
         own = int(scores[n].argmax())
         if own != guess:
@@ -392,8 +398,8 @@ def _greedy(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -
     return guesses, int(scores[len(guesses)].argmax())
 
 
-def _sampled(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
-    """Guesses accepted by lot, and a token drawn from what is left of the model's distribution."""
+def _accept_sampled(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
+    """The drafted tokens accepted at random, and a token drawn from the remaining distribution."""
     for n, guess in enumerate(guesses):
         p, q = scores[n].softmax(-1), proposals[n].softmax(-1)
         if not float(torch.rand((), device=p.device)) * float(q[guess]) < float(p[guess]):

@@ -1,4 +1,4 @@
-"""What a step of our own (decode.py) takes for granted of a cache: kernels go by addresses that were read before."""
+"""Checks of the cache of a compiled decode step (decode.py), whose kernels use memory addresses that were read earlier."""
 
 from __future__ import annotations
 
@@ -12,37 +12,41 @@ from headsink.errors import HeadsinkError, must_be
 from headsink.models.spec import Architecture
 
 
-class Held:
-    """What a step of our own (decode.py) has read of a cache: that it fits the model, and later, that nobody has changed it."""
+class CacheCheck:
+    """The cache that a decode step has read: checks that it fits the model, and later that other code has not changed it."""
 
     def __init__(self, model: Architecture, layers: Sequence[Any], kind: torch.dtype):
         self.layers = layers
         groups = [layer.groups for layer in layers]
         if not layers or not all(groups):
-            raise HeadsinkError("decode: a cache is needed that holds a text")
-        if any(g.recent is not None or (g.recording and g.lets_go) for own in groups for g in own):
-            raise HeadsinkError("decode: a cache is needed that is not being recorded")
+            raise HeadsinkError("decode: the cache is empty; prefill a prompt first")
+        if any(g.recent is not None or (g.recording and g.evicts) for own in groups for g in own):
+            raise HeadsinkError(
+                "decode: the cache records tokens so that they can be cropped; set its record_past to False"
+            )
         self.length, self.rows = layers[0].seen, len(groups[0][0].keys)
         must_be("decode: layers of the cache", len(layers), model.layers)
         for number, layer in enumerate(layers):
             keys = layer.groups[0].keys
-            found = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
+            actual = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
             right = model.kv_heads, model.head_dim, kind, self.rows, self.length, self.length
             must_be(
-                f"decode: KV heads, head size, dtype, texts and tokens of the cache in layer {number}", found, right
+                f"decode: KV heads, head size, dtype, sequences and tokens of the cache in layer {number}",
+                actual,
+                right,
             )
-        self.buffers = self._now()
+        self.buffers = self._current_buffers()
 
-    def _now(self) -> list[Any]:
-        """Buffers are made anew when rows change, when the cache grows, and when keys are held that would have gone."""
+    def _current_buffers(self) -> list[Any]:
+        """The cache's buffers. They are replaced when rows change, when the cache grows, and when it is frozen."""
         return [buffer for layer in self.layers for group in layer.groups for buffer in (group.keys, group.scores)]
 
-    def check(self, texts: tuple[int, ...]) -> None:
-        """Raise unless the cache is as it was, and tokens of all of its texts are given, [texts]."""
-        now = self._now()
-        same = len(now) == len(self.buffers) and all(map(operator.is_, now, self.buffers))
+    def check(self, sequences: tuple[int, ...]) -> None:
+        """Raise unless the cache is unchanged and new tokens are given for all of its sequences. sequences: their shape."""
+        current = self._current_buffers()
+        same = len(current) == len(self.buffers) and all(map(operator.is_, current, self.buffers))
         if not same or self.layers[0].seen != self.length:
             raise HeadsinkError(
-                "decode: the cache was changed by others; call resume() after a change, or make a new step"
+                "decode: the cache was changed by other code; call resume() after a change, or make a new step"
             )
-        must_be("decode: texts that tokens are given of", texts, (self.rows,))
+        must_be("decode: sequences with new tokens", sequences, (self.rows,))

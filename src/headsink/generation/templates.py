@@ -1,4 +1,4 @@
-"""Prompts as a model was trained on them: a document, a question about it, a turn of a conversation."""
+"""Prompts in the model's chat format: a document, a question about it, a turn of a conversation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from transformers import PreTrainedTokenizerBase
 
 from headsink.errors import HeadsinkError
 
-MARK = "\ue000"  # of the characters for private use: where a document ends within the chat format
+MARK = "\ue000"  # a private-use character that marks where a document ends in the chat format
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Tokens of a text, special: with those that begin one. Raises HeadsinkError for what is no text."""
+    """Token ids of a text. special: add the tokenizer's special tokens. Raises HeadsinkError for lone surrogates."""
     half = next((n for n, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     if half is not None:
         raise HeadsinkError(
@@ -20,7 +20,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
 
 
 def document_prompt(tokenizer: PreTrainedTokenizerBase, document: str, raw: bool = False) -> tuple[str, list[int]]:
-    """What comes before any question about a document: text and tokens, in the model's chat format if it has one."""
+    """The prompt up to a question about a document, as text and tokens, in the model's chat format if it has one."""
     if raw or tokenizer.chat_template is None:
         return document, encode(tokenizer, document, special=True)
     text = chat_prompt(tokenizer, [{"role": "user", "content": document + MARK}]).rpartition(MARK)[0]
@@ -28,7 +28,7 @@ def document_prompt(tokenizer: PreTrainedTokenizerBase, document: str, raw: bool
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, before: str, question: str) -> list[int]:
-    """Tokens of a question that comes after the text of `document_prompt`, in the format that this has."""
+    """Tokens of a question that follows `before`, the text of `document_prompt`, in the same format."""
     text = f"\n\n{question}"
     if tokenizer.chat_template is not None:
         start, _, rest = chat_prompt(tokenizer, [{"role": "user", "content": MARK + text}]).partition(MARK)
@@ -37,7 +37,7 @@ def question_prompt(tokenizer: PreTrainedTokenizerBase, before: str, question: s
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The conversation as text, ready for the model's answer, in its own chat format."""
+    """A conversation as text in the model's chat format, ready for its answer. Raises HeadsinkError if the model has none."""
     if tokenizer.chat_template is None:
         raise HeadsinkError("this model has no chat format: it continues text but was not made to chat")
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

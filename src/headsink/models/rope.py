@@ -1,10 +1,9 @@
-"""Rotary positions counted in the cache: `positions="cache"`, StreamingLLM's way (arXiv 2309.17453).
+"""Cache-relative rotary positions, `positions="cache-relative"`, for streaming generation (StreamingLLM, arXiv 2309.17453).
 
-Keys in a cache already carry the rotation of their place in the text, and what counts is how far a query and a key are apart.
-Of the last w tokens that is the same whether places are counted in the text or in a cache of s + w keys. Only the s first tokens
-come nearer: to a query at place s + w or later they are as far away as from the last place of the cache. So such a query is
-turned back to that place, and with this turned query it looks at the first tokens. No distance ever exceeds s + w, however long
-the text.
+Cached keys are already rotated by their absolute position, and attention depends only on the distance of query and key. For the
+last w tokens this distance is the same in the text and in a cache of s + w keys. Only the distance to the s sink tokens differs:
+a query at position s + w or later attends to them from position s + w - 1, the last of the cache. Such a query is rotated back
+to that position for the sink tokens only. Thus no distance exceeds s + w, for texts of any length.
 """
 
 from __future__ import annotations
@@ -13,35 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import ROTARY_HALVES
 from headsink.models.spec import decoder, describe, unwrapped
-
-# Rotary pairs are (n, n + half) in these; others may pair neighbours.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "gemma2", "gemma3_text", "gpt_oss")
 
 
 def inverse_frequencies(model: nn.Module) -> Tensor:
-    """By how many radians a place turns each rotary pair of a full-attention layer: float32 [pairs].
+    """Return the inverse frequencies of a full-attention layer, radians per position of each rotary pair: float32 [pairs].
 
-    Raises HeadsinkError if the model's positions cannot be counted in the cache.
+    Raises HeadsinkError if the model does not support cache-relative positions.
     """
     kind, shape = unwrapped(model).config.get_text_config(decoder=True).model_type, describe(model)
-    if kind not in FAMILIES:
-        raise HeadsinkError(f"positions: {kind} cannot count them in the cache; these can: {', '.join(FAMILIES)}")
+    if kind not in ROTARY_HALVES:
+        raise HeadsinkError(
+            f"positions: {kind} does not support cache-relative ones; these do: {', '.join(ROTARY_HALVES)}"
+        )
     if not shape.prefix_free:
-        raise HeadsinkError("positions: this model's rotary positions depend on the length of the text: use 'text'")
+        raise HeadsinkError("positions: this model's rotary positions depend on the length of the text: use 'absolute'")
     rotary = decoder(model).rotary_emb
     found = getattr(rotary, "full_attention_inv_freq", None)  # Gemma 3 has one for each kind of layer
     inverse: Tensor = rotary.inv_freq if found is None else found  # type: ignore[union-attr, assignment]
     return inverse.float()
 
 
-def turned_back(vectors: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
-    """Rotated vectors as they would be so many places earlier.
+def rotate_back(vectors: Tensor, distance: Tensor, inverse: Tensor) -> Tensor:
+    """Move rotated vectors to a position `distance` tokens earlier.
 
-    vectors: [batch, heads, tokens, dim]; places: int [tokens] or [batch, 1, tokens]; inverse: float32 [pairs]. float32 or better.
+    vectors: [batch, heads, tokens, dim]; distance: int [tokens] or [batch, 1, tokens]; inverse: float32 [pairs]. Returns float32
+    or better.
     """
     kind = torch.promote_types(vectors.dtype, torch.float32)
-    angles = places[..., None].to(kind) * inverse.to(device=vectors.device, dtype=kind)
+    angles = distance[..., None].to(kind) * inverse.to(device=vectors.device, dtype=kind)
     cos, sin, half = angles.cos(), angles.sin(), len(inverse)
     a, b = vectors[..., :half].to(kind), vectors[..., half : 2 * half].to(kind)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, vectors[..., 2 * half :].to(kind)], -1)

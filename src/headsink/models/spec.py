@@ -1,8 +1,8 @@
-"""What headsink needs to know of a model: its attention layers, the shape of their heads, and a hash of its weights.
+"""The architecture of a model as headsink needs it: its attention layers and the shape of their heads.
 
-A model qualifies if it is a causal decoder whose attention goes through transformers' `AttentionInterface` and has an
-output projection called `o_proj`. That is most families since Llama; the others are refused with the reason. Wrappers around
-a model (PEFT's, torch.compile's, DistributedDataParallel's) are seen through.
+A supported model is a causal decoder whose attention goes through transformers' `AttentionInterface` and whose output projection
+is called `o_proj`. Most families since Llama are; others raise an error with the reason. Wrappers of PEFT, torch.compile and
+DistributedDataParallel are unwrapped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import ENCODERS
 
-# What wrappers call the model inside them: torch.compile, DistributedDataParallel, PEFT's models, PEFT's tuners.
+# The attribute of the wrapped model in torch.compile, DistributedDataParallel, PEFT models and PEFT tuners.
 INSIDE = ("_orig_mod", "module", "base_model", "model")
-# Parts of the names of parameters that a plain model does not have: wrappers of compiled and checkpointed layers, and of layers
-# that PEFT has put an adapter around.
+# Parts of parameter names that wrappers add: compiled and checkpointed layers, and layers with a PEFT adapter.
 WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_module", "token_adapter"}
 
 
@@ -27,10 +27,10 @@ WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_mod
 class Architecture:
     """The heads of a model.
 
-    windows: per layer the model's own sliding window, None where it sees all. softcap: attention logits are capped (Gemma 2).
-    uncapped: but the attention that the model was given, `sdpa`, does not. learned_sinks: a learned logit takes part in every
-    softmax (gpt-oss). prefix_free: positions are encoded without regard to how long the text is, so that the beginning of a
-    long text is computed as the short text would be.
+    windows: the model's own sliding window per layer, None for full attention. softcap: attention logits are capped (Gemma 2).
+    uncapped: the model caps logits, but its attention implementation, `sdpa`, does not. has_sink_logits: the softmax includes a
+    learned sink logit (gpt-oss). prefix_free: the encoding of positions does not depend on the length of the text, so a prefix of
+    a long text gives the same states as the short text.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Architecture:
     max_context: int
     softcap: bool = False
     uncapped: bool = False
-    learned_sinks: bool = False
+    has_sink_logits: bool = False
     prefix_free: bool = True
 
     @property
@@ -52,29 +52,26 @@ class Architecture:
 
 
 def check_class(model_class: type, name: str) -> None:
-    """Raise if models of this class cannot be used, before their weights are read."""
+    """Raise if models of this class are not supported. Needs no weights."""
     if not getattr(model_class, "_supports_attention_backend", False) or not model_class._can_set_attn_implementation():  # type: ignore[attr-defined]
         raise HeadsinkError(
-            f"{name}: {model_class.__name__} computes attention by itself, not through transformers' AttentionInterface; "
+            f"{name}: {model_class.__name__} does not compute attention through transformers' AttentionInterface; "
             "headsink cannot see its heads"
         )
 
 
 def check_config(config: Any, name: str) -> None:
-    """Raise if the configuration describes something other than a plain causal decoder."""
+    """Raise unless the configuration describes a causal decoder with full and sliding-window attention only."""
     config = config.get_text_config(decoder=True)
-    if config.is_encoder_decoder or config.model_type in _ENCODERS:
+    if config.is_encoder_decoder or config.model_type in ENCODERS:
         raise HeadsinkError(f"{name}: {config.model_type} is an encoder; headsink works on causal decoders only")
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
     if kinds:
         raise HeadsinkError(f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; not supported")
 
 
-_ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}
-
-
 def wrappers(model: nn.Module) -> list[nn.Module]:
-    """A model and what it wraps, outermost first; the last is the transformers model."""
+    """Return a model and the models that it wraps, outermost first. The last one is the transformers model."""
     found = [model]
     while not isinstance(found[-1], PreTrainedModel):
         children = dict(found[-1].named_children())
@@ -86,13 +83,13 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside the wrappers of PEFT, torch.compile and DistributedDataParallel; itself without any."""
+    """Return the transformers model inside wrappers of PEFT, torch.compile and DistributedDataParallel."""
     inside: PreTrainedModel = wrappers(model)[-1]  # type: ignore[assignment]
     return inside
 
 
 def _class_name(model: PreTrainedModel) -> str:
-    """The model's class in transformers. A subclass by others, such as FSDP's, goes by the name of what it extends."""
+    """Return the name of the model's class in transformers, also for a subclass from elsewhere, such as FSDP's."""
     for kind in type(model).__mro__:
         if kind.__module__.startswith("transformers.models."):
             return kind.__name__
@@ -118,13 +115,13 @@ def describe(model: nn.Module) -> Architecture:
         max_context=config.max_position_embeddings,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
-        learned_sinks=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
+        has_sink_logits=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """The kinds of rotary position encoding in a configuration, which has one or one for each kind of layer."""
+    """Return the rope types in a configuration, which has one for all layers or one per layer type."""
     if not isinstance(parameters, dict):
         return set()
     nested = set().union(*(_rope_types(value) for value in parameters.values()))
@@ -132,7 +129,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 def check_plannable(shape: Architecture) -> None:
-    """Raise if the model itself computes something else than it would under a plan that keeps everything."""
+    """Raise if the model without a plan computes other outputs than with a plan of full attention."""
     if shape.uncapped:
         raise HeadsinkError(
             f"{shape.name} caps its attention logits, but not with sdpa: call model.set_attn_implementation('eager')"
@@ -140,7 +137,7 @@ def check_plannable(shape: Architecture) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention module of every layer, in order."""
+    """Return the attention module of every layer, in order."""
     shape = describe(model)
     found: dict[Any, nn.Module] = {
         m.layer_idx: m for m in unwrapped(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
@@ -151,10 +148,10 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The stack of layers inside a causal language model: what takes the cache and gives hidden states."""
+    """Return the decoder inside a causal language model, which takes the cache and returns hidden states."""
     return unwrapped(model).get_decoder()
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many token ids the model knows."""
+    """Return the size of the vocabulary."""
     return int(unwrapped(model).config.get_text_config(decoder=True).vocab_size)

@@ -1,4 +1,4 @@
-"""How long a census or a plan will take: short forward passes are timed on this machine and scaled by the tokens to come."""
+"""Estimate how long a census or a calibration will take, from timed short forward passes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 from headsink.models.distributed import input_device
 from headsink.utils.terminal import note
 
-ENOUGH = 0.3  # seconds of a pass that is long enough to be timed
-SHORTEST, LONGEST = 32, 2048  # tokens of such a pass
-CENSUS = 1.5  # times a token of a short pass: 1.1 at 1,024 tokens of SmolLM2 on a CPU; attention to 4,096 adds the rest
-PLAN = 70.0  # times a token of a short pass, for each token of the context: SmolLM2 at 416 tokens on a CPU
+ENOUGH = 0.3  # seconds; a pass that takes as long is timed
+SHORTEST, LONGEST = 32, 2048  # tokens of a timed pass
+CENSUS = (
+    1.5  # cost of a census token relative to a token of a short pass: 1.1 at 1,024 tokens (SmolLM2, CPU), more at 4,096
+)
+PLAN = 70.0  # cost of a calibration per token of the context, relative to a token of a short pass (SmolLM2, 416 tokens, CPU)
 
 
 def seconds_per_token(model: PreTrainedModel) -> float:
-    """Seconds that a token of a prompt takes. Passes double in length, so that the first ones warm up the last."""
+    """Return the seconds per prompt token. Passes double in length, so the first ones warm up the last."""
     tokens, most = SHORTEST, min(LONGEST, model.config.get_text_config(decoder=True).max_position_embeddings)
     while True:
         ids = torch.zeros(1, min(tokens, most), dtype=torch.int64, device=input_device(model))
@@ -31,12 +33,12 @@ def seconds_per_token(model: PreTrainedModel) -> float:
 
 
 def tell(what: str, model: PreTrainedModel, tokens: float, factor: float) -> None:
-    """Say on standard error about how long `tokens` tokens will take, each `factor` times a token of a prompt."""
+    """Print an estimate of the time for `tokens` tokens, each of which costs `factor` prompt tokens, to standard error."""
     note(f"{what}: {spoken(factor * tokens * seconds_per_token(model))}")
 
 
 def spoken(seconds: float) -> str:
-    """ "about 3 minutes" and the like; nothing finer, as it is an estimate."""
+    """Return a rough duration, such as "about 3 minutes"."""
     if seconds < 60:
         return "less than a minute"
     minutes = round(seconds / 60)

@@ -1,1 +1,1 @@
-"""A plan: one eviction pattern per KV head of a model, with its measured quality."""
+"""A plan: one eviction pattern per KV head of a model, and its measured quality."""

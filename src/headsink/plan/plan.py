@@ -1,7 +1,7 @@
-"""A plan: one pattern per KV head of one model, how it was chosen, and what it was measured to cost.
+"""The plan: one pattern per KV head of a model, with its calibration settings and measured quality.
 
-A plan is one JSON file that a person can read. Loading checks every field and names the one that is wrong; using it
-checks that the model is the one that it was made for.
+A plan is one readable JSON file. Loading checks every field and names an invalid one. Applying a plan checks that it was made
+for the model.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ from headsink.plan.summary import as_html, as_text, summary
 from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
+SCHEMA: Literal[4] = 4
+
 
 class Plan(Part):
-    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which is left alone.
+    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which headsink does not change.
 
-    once: whether it was calibrated and measured for contexts that are read in full and compressed once, with nothing let go after
-    that (`headsink.compress`), rather than for caches that let go all the time. positions: "text", where a key keeps its place,
-    or "cache", where places are counted among the keys that are held (rotary.py): texts may then be of any length, and every
-    head must have a window and no floating keys. retell: tokens that ask the model to tell the
-    context again before it is compressed (retelling.py); none: keys are chosen by their scores. fit_values: whether values of the
-    keys that are kept of a context that is told again make up for the others.
+    prefill_compression: the plan was calibrated and measured for prefill compression (evict once, after the prompt, as
+    `headsink.compress` does), not for online eviction. positions: "absolute", or "cache-relative", where positions count the
+    cached keys (models/rope.py); texts may then have any length, and every head needs a window and no top-k keys.
+    reconstruction_prompt: token ids of the prompt of context reconstruction (compression/reconstruction.py); empty: keys are
+    chosen by the linear scorer. refit_values: refit the kept values by least squares after context reconstruction.
     """
 
-    schema_version: Literal[3] = 3  # 1 and 2 chose floating keys by the norms of their values
+    schema_version: Literal[4] = SCHEMA
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
-    positions: Positions = "text"
-    once: bool = False
-    retell: tuple[Tokens, ...] = ()
-    fit_values: bool = True
+    positions: Positions = "absolute"
+    prefill_compression: bool = False
+    reconstruction_prompt: tuple[Tokens, ...] = ()
+    refit_values: bool = True
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = Field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
@@ -62,24 +63,28 @@ class Plan(Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
-        if self.retell and not self.once:
-            raise ValueError("retell: only a context that is compressed once can be told again; once must be true")
-        if self.positions == "cache" and self.once:
-            raise ValueError("positions: of a context that is compressed once they are those of the text")
+        if self.reconstruction_prompt and not self.prefill_compression:
+            raise ValueError(
+                "reconstruction_prompt: context reconstruction needs prefill compression; prefill_compression must be true"
+            )
+        if self.positions == "cache-relative" and self.prefill_compression:
+            raise ValueError("positions: prefill compression supports 'absolute' only")
         for index, heads in enumerate(self.layers):
             for head, found in enumerate(heads or ()):
-                if self.positions == "cache" and (found.window is None or found.floating):
-                    what = "sees everything" if found.window is None else "has floating keys"
-                    raise ValueError(f"positions: counted in the cache, but layers.{index}.{head} {what}")
+                if self.positions == "cache-relative" and (found.window is None or found.top_k):
+                    what = "has full attention" if found.window is None else "has top-k keys"
+                    raise ValueError(
+                        f"positions: 'cache-relative' needs windows without top-k keys, but layers.{index}.{head} {what}"
+                    )
             if heads is not None and len(heads) != self.model.kv_heads:
                 raise ValueError(
                     f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
                 )
             for head, found in enumerate(heads or ()):
-                if found.score is not None and len(found.score) != n_features(self.model.head_dim):
+                if found.scorer_weights is not None and len(found.scorer_weights) != n_features(self.model.head_dim):
                     raise ValueError(
-                        f"layers.{index}.{head}.score: {len(found.score)} weights given, heads of size {self.model.head_dim} "
-                        f"have {n_features(self.model.head_dim)}"
+                        f"layers.{index}.{head}.scorer_weights: {len(found.scorer_weights)} weights given, heads of "
+                        f"size {self.model.head_dim} need {n_features(self.model.head_dim)}"
                     )
         return self
 
@@ -87,18 +92,18 @@ class Plan(Part):
 
     @classmethod
     def full(cls, model: nn.Module) -> Plan:
-        """Every KV head sees everything: the model itself."""
+        """Return a plan of full attention, under which the model computes the same as without a plan."""
         return cls.uniform(model, FULL)
 
     @classmethod
     def uniform(cls, model: nn.Module, pattern: Pattern, **fields: Any) -> Plan:
-        """The same pattern for every KV head: StreamingLLM's policy with `Pattern(4, 0, window)`; for texts without end,
-        `positions="cache"`.
+        """Return a plan with the same pattern for every KV head, such as StreamingLLM's `Pattern(4, 0, window)`.
 
-        Floating keys need scores, which `headsink.calibrate` fits.
+        For streaming generation add `positions="cache-relative"`. Raises HeadsinkError for a pattern with top-k keys: these need
+        scorer weights, which `headsink.calibrate` fits.
         """
-        if pattern.floating:
-            raise HeadsinkError("floating: a uniform plan has no scores of keys; use headsink.calibrate")
+        if pattern.top_k:
+            raise HeadsinkError("top_k: a uniform plan has no scorer weights; use headsink.calibrate")
         shape = describe(model)
         return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows], **fields)
 
@@ -110,9 +115,9 @@ class Plan(Part):
         scores: torch.Tensor | None = None,
         **fields: Any,
     ) -> Plan:
-        """A plan from patterns [layers][KV heads], None for a sliding layer.
+        """Return a plan from patterns [layers][KV heads], None for a layer with a sliding window.
 
-        scores: [layers, KV heads, features], weights of the keys' scores; needed where there are floating keys.
+        scores: scorer weights [layers, KV heads, features], needed for heads with top-k keys.
         """
         check_plannable(describe(model))
 
@@ -125,9 +130,9 @@ class Plan(Part):
             else tuple(
                 Head(
                     sink=p.sink,
-                    floating=p.floating,
+                    top_k=p.top_k,
                     window=p.window,
-                    score=weights(layer, head) if p.floating else None,
+                    scorer_weights=weights(layer, head) if p.top_k else None,
                 )
                 for head, p in enumerate(row)
             )
@@ -138,7 +143,7 @@ class Plan(Part):
     # files
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the plan as JSON, atomically. force: replace a file, too, that headsink did not write."""
+        """Write the plan as JSON, atomically. force: also replace a file that headsink did not write."""
         return write_text(path, self.to_json(), force)
 
     def to_json(self) -> str:
@@ -149,7 +154,7 @@ class Plan(Part):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan. Raises HeadsinkError with the name of the field that is wrong."""
+        """Read a plan. Raises HeadsinkError with the name of the invalid field."""
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -158,6 +163,12 @@ class Plan(Part):
             plan = cls.model_validate_json(text)
             json.loads(text, object_pairs_hook=unique)
         except ValidationError as error:
+            old = next((e["input"] for e in error.errors() if e["loc"] == ("schema_version",)), None)
+            if old in range(1, SCHEMA):
+                command = f"headsink plan MODEL --budget BUDGET --context CONTEXT --out {path}"
+                raise HeadsinkError(
+                    f"{path}: a plan of schema {old}, and this headsink reads {SCHEMA}; make it again: {command}"
+                ) from error
             first = error.errors()[0]
             field = ".".join(harmless(part) if isinstance(part, str) else str(part) for part in first["loc"]) or "plan"
             reason = first["msg"].removeprefix("Value error, ")
@@ -166,7 +177,7 @@ class Plan(Part):
             raise HeadsinkError(f"{path}: not a valid plan: {error}") from error
         return plan
 
-    # what a person sees
+    # display
 
     def __repr__(self) -> str:
         return as_text(self)
@@ -182,11 +193,11 @@ class Plan(Part):
     # use
 
     def for_model(self, model: nn.Module) -> Plan:
-        """This plan for other weights: of a fine-tune of its model, say, with an adapter or without.
+        """Return this plan for other weights, such as a fine-tune of its model, with or without an adapter.
 
-        Its layers and heads must be those of the plan's model. What the plan costs there is not known: the copy has no quality
-        until it is measured (`headsink bench quality --plan FILE --other-weights`). Its calibration says whose weights it was
-        made with. Raises HeadsinkError for a model of another shape.
+        The model must have the layers and heads of the plan's model. The copy has no measured quality; measure it with `headsink
+        bench quality --plan FILE --other-weights`. Its calibration records the hash of the original weights. Raises HeadsinkError
+        for a model of another shape.
         """
         shape = describe(model)
         self._check_numbers(shape)
@@ -197,7 +208,7 @@ class Plan(Part):
         return self.model_copy(update={"model": Fingerprint.of(model), "quality": (), "calibration": origin})
 
     def check(self, model: nn.Module) -> Architecture:
-        """Raise if the plan was made for another model. Returns the model's architecture."""
+        """Raise if the plan was made for another model. Return the model's architecture."""
         shape = describe(model)
         self.check_shape(shape)
         if other := self.model.other_weights(model):
@@ -206,26 +217,28 @@ class Plan(Part):
         return shape
 
     def _check_use(self, model: nn.Module, shape: Architecture) -> None:
-        """Raise if the plan asks for what a model of this shape may not have."""
-        if self.positions == "cache":
+        """Raise if the model does not support the plan's positions or reconstruction prompt."""
+        if self.positions == "cache-relative":
             inverse_frequencies(model)
             for index, heads in enumerate(self.layers):
                 for number, head in enumerate(heads or ()):
                     if head.sink + (head.window or 0) > shape.max_context:
                         raise HeadsinkError(
-                            f"layers.{index}.{number}: {head.sink} first tokens and a window of {head.window} are more positions "
+                            f"layers.{index}.{number}: {head.sink} sink tokens and a window of {head.window} are more positions "
                             f"than the model has, {shape.max_context}"
                         )
-        if (largest := max(self.retell, default=0)) >= (known := vocabulary(model)):
-            raise HeadsinkError(f"retell: {largest} is no token of this model, which has 0 to {known - 1}")
+        if (largest := max(self.reconstruction_prompt, default=0)) >= (known := vocabulary(model)):
+            raise HeadsinkError(
+                f"reconstruction_prompt: {largest} is no token of this model, which has 0 to {known - 1}"
+            )
 
     def check_shape(self, shape: Architecture) -> None:
-        """Raise if the plan was made for a model of another shape or class, or none can run models of this one."""
+        """Raise if the plan was made for a model of another shape or class, or if plans do not support the model."""
         self._check_numbers(shape)
         if shape.name != self.model.architecture:
             raise HeadsinkError(
                 f"the plan is for another model: architecture is {harmless(shape.name)} here and "
-                f"{harmless(self.model.architecture)} in the plan; if these are the same layers by another name, {ALLOWED}"
+                f"{harmless(self.model.architecture)} in the plan; if these are the same layers under another name, {ALLOWED}"
             )
 
     def _check_numbers(self, shape: Architecture) -> None:
@@ -236,37 +249,39 @@ class Plan(Part):
                 raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
         for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
             if (heads is None) != (window is not None):
-                what = "slides by itself and must be null" if window else "has full attention and needs patterns"
+                what = (
+                    "has its own sliding window and must be null" if window else "has full attention and needs patterns"
+                )
                 raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
 
     def check_weights(self, found: str, which: Hashed = "weights") -> None:
-        """Raise if the plan was made for other weights than those with this hash; `which` of the fingerprint's it is."""
+        """Raise if the plan was made for other weights. found: the model's hash of kind `which`."""
         if other := self.model.other_hash(found, which):
             raise HeadsinkError(other)
 
     def check_length(self, tokens: int, longest: int) -> None:
-        """Raise if a text of so many tokens is over the model's maximum and positions are those of the text."""
-        if self.positions == "text" and tokens > longest:
+        """Raise if `tokens` is over the model's maximum `longest` and positions are absolute."""
+        if self.positions == "absolute" and tokens > longest:
             raise HeadsinkError(
-                f"a text has {tokens} tokens, over the model's maximum of {longest}; a plan of windows with positions 'cache' "
-                "has no limit"
+                f"a text has {tokens} tokens, over the model's maximum of {longest}; a plan of windows with positions "
+                "'cache-relative' has no limit"
             )
 
     def scores(self, layer: int) -> torch.Tensor:
-        """[KV heads, features] float32: weights of the keys' scores, 0 for heads without floating keys."""
+        """Return the scorer weights of a layer: float32 [KV heads, features], 0 for heads without top-k keys."""
         weights = torch.zeros(self.model.kv_heads, n_features(self.model.head_dim))
         for head, found in enumerate(self.layers[layer] or ()):
-            if found.score is not None:
-                weights[head] = torch.tensor(found.score)
+            if found.scorer_weights is not None:
+                weights[head] = torch.tensor(found.scorer_weights)
         return weights
 
     @property
     def verified(self) -> int | None:
-        """The longest context that quality was measured at; None if it was not."""
+        """The longest context at which quality was measured, or None."""
         return max((quality.context for quality in self.quality), default=None)
 
     def warn_beyond_verified(self, tokens: int) -> bool:
-        """Warn if a text of so many tokens is longer than any that quality was measured at. Returns whether it is."""
+        """Warn if a text of `tokens` tokens is longer than the longest measured context. Return whether it is."""
         beyond = self.verified is not None and tokens > self.verified
         if beyond:
             warnings.warn(
@@ -276,10 +291,10 @@ class Plan(Part):
         return beyond
 
     def kept(self, context: int) -> float:
-        """Fraction of the full KV entries that the planned heads hold at `context` tokens."""
+        """Return the KV budget: the fraction of the full KV entries that the plan's heads cache at `context` tokens."""
         heads = [head for layer in self.layers if layer for head in layer]
         return sum(head.pattern.size(context) for head in heads) / (context * len(heads)) if heads else 1.0
 
     def counts(self) -> dict[str, int]:
-        """How many KV heads have each pattern, most first."""
+        """Return the number of KV heads with each pattern, most frequent first."""
         return dict(Counter(str(head.pattern) for layer in self.layers if layer for head in layer).most_common())

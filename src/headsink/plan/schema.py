@@ -1,4 +1,4 @@
-"""The parts of a plan file: a head's pattern, and what quality was measured."""
+"""The schema of a plan file: a head's pattern, and the measured quality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=0, strict=True)]
 
 
-Positions = Literal["text", "cache"]
+Positions = Literal["absolute", "cache-relative"]
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -46,30 +46,31 @@ Interval = Annotated[tuple[Finite, Finite], AfterValidator(_ordered)]  # low, hi
 
 
 class Head(Part):
-    """The pattern of one KV head, and the weights of its keys' scores (scores.py), by which floating keys are chosen."""
+    """The pattern of one KV head, and the scorer weights that choose its top-k keys (eviction/scoring.py)."""
 
     sink: Tokens = 0
-    floating: Tokens = 0
+    top_k: Tokens = 0
     window: Tokens | None
-    score: tuple[Weight, ...] | None = None
+    scorer_weights: tuple[Weight, ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.window is None and (self.sink or self.floating):
-            raise ValueError("full attention (window null) sees every key, so sink and floating must be 0")
-        if self.floating and not any(self.score or ()):
-            raise ValueError("floating keys need a score to be chosen by, and not all of its weights can be 0")
+        if self.window is None and (self.sink or self.top_k):
+            raise ValueError("full attention (window null) sees every key, so sink and top_k must be 0")
+        if self.top_k and not any(self.scorer_weights or ()):
+            raise ValueError("top-k keys need scorer_weights that are not all 0")
         return self
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.sink, self.floating, self.window)
+        return Pattern(self.sink, self.top_k, self.window)
 
 
 class Retrieval(Part):
-    """Questions of one form about documents: how many were asked, and how many the model itself and the plan got right.
+    """Retrieval accuracy on questions of one form.
 
-    `nll_*` is the mean negative log-likelihood of the answers, in nats per token.
+    `asked`: number of questions. `right_*`: number of correct answers with the full cache and with the plan. `nll_*`: mean
+    negative log-likelihood of the answers, nats per token.
     """
 
     form: str
@@ -83,16 +84,16 @@ class Retrieval(Part):
     @classmethod
     def _at_most_all(cls, right: int, info: ValidationInfo) -> int:
         if right > info.data.get("asked", right):
-            raise ValueError(f"{right} right of {info.data['asked']} asked")
+            raise ValueError(f"{right} correct answers to {info.data['asked']} questions")
         return right
 
 
 class Quality(Part):
-    """What a plan was measured to cost on held-out texts of `context` tokens: the last `positions` of `documents` texts.
+    """The quality of a plan on the last `positions` tokens of `documents` held-out texts of `context` tokens.
 
-    `kl` is KL(full || plan) of the next-token distributions in nats, `top1` the share of positions with the same most likely
-    token, `nll_*` the mean negative log-likelihood of the text in nats per token, `kv_bytes` what the cache held. Intervals are
-    95 % (quality.py).
+    `kl`: KL(full || plan) of the next-token distributions, nats. `top1`: share of positions with the same most likely token.
+    `nll_*`: mean negative log-likelihood of the text, nats per token. `kv_bytes`: size of the cache. Intervals are 95 %
+    (evaluation/quality.py).
     """
 
     context: Annotated[int, Field(gt=0)]
@@ -115,7 +116,7 @@ class Quality(Part):
 
     @property
     def asked(self) -> int:
-        """Questions of all forms."""
+        """The number of questions of all forms."""
         return sum(r.asked for r in self.retrieval)
 
     @property
@@ -128,9 +129,9 @@ class Quality(Part):
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name may stand twice: readers of JSON disagree on which of the two counts."""
+    """Return a JSON object from its pairs. Raises ValueError for a duplicate name, which JSON readers treat differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{harmless(twice)} is there twice in one object")
+        duplicate = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{harmless(duplicate)} is there twice in one object")
     return found

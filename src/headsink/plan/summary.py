@@ -1,4 +1,4 @@
-"""A plan in five lines: what `repr`, `print` and a notebook show of it."""
+"""The summary of a plan that `repr`, `print` and notebooks show."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from headsink.plan.plan import Plan
 
 
-NO_CONTEXT = 1024  # tokens at which a plan that was made for none is described
-MOST_PATTERNS = 4  # that are counted one by one
+NO_CONTEXT = 1024  # tokens; the context of the summary if the plan names none
+MOST_PATTERNS = 4  # patterns that are listed with their count
 MEGABYTE = 1e6
 BFLOAT16 = 2  # bytes
 
 
 def summary(plan: Plan) -> dict[str, str]:
-    """What to say of a plan, by what it is of."""
+    """Return the rows of the summary: {title: text}."""
     model = plan.model
     return {
         "model": f"{harmless(model.architecture)}, {model.layers} layers, {model.kv_heads} KV heads of size {model.head_dim}, "
@@ -31,18 +31,18 @@ def summary(plan: Plan) -> dict[str, str]:
 
 
 def contexts(plan: Plan) -> list[int]:
-    """The lengths that a plan was made for, or measured at if it does not say; ascending."""
+    """Return the contexts of the plan's calibration, or else of its measured quality, ascending."""
     made = plan.calibration.get("context")
     found = [n for n in made if type(n) is int and n > 0] if isinstance(made, list | tuple) else []
     return sorted(set(found or [quality.context for quality in plan.quality])) or [NO_CONTEXT]
 
 
 def _mode(plan: Plan) -> str:
-    if plan.retell:
+    if plan.reconstruction_prompt:
         return "prefill compression, with context reconstruction"
-    if plan.once:
+    if plan.prefill_compression:
         return "prefill compression"
-    return "online eviction" + (", cache-relative positions" if plan.positions == "cache" else "")
+    return "online eviction" + (", cache-relative positions" if plan.positions == "cache-relative" else "")
 
 
 def _patterns(plan: Plan) -> str:
@@ -65,8 +65,8 @@ def _quality(plan: Plan) -> str:
         return "not measured"
     q = max(plan.quality, key=lambda quality: quality.context)
     return (
-        f"KL {q.kl:.4f} nats, same top token {q.top1:.1%}, {q.right_plan} of {q.asked} answers right (full cache {q.right_full}) "
-        f"at {q.context} tokens"
+        f"KL {q.kl:.4f} nats, same top token {q.top1:.1%}, {q.right_plan} of {q.asked} answers correct "
+        f"(full cache {q.right_full}) at {q.context} tokens"
     )
 
 

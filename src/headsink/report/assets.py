@@ -1,4 +1,4 @@
-"""Files of the page (styles, scripts) and charts as pictures."""
+"""Style sheets, scripts and templates of the HTML pages, and charts as pictures."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     pass
 
 
-PIXELS = 3.0  # of a picture, per CSS pixel: 300 dpi at the size that it has on the page
+PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
 
 
-def to_svg(found: dict[str, Any]) -> str:
-    return str(vl_convert.vegalite_to_svg(charts.drawable(found)))
+def to_svg(spec: dict[str, Any]) -> str:
+    return str(vl_convert.vegalite_to_svg(charts.drawable(spec)))
 
 
 def write_picture(path: Path, spec: dict[str, Any]) -> None:
-    """Write a chart that has its data as `path`.svg and `path`.png."""
+    """Write a chart with its data as `path`.svg and `path`.png."""
     svg = to_svg(spec)
     path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
     path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
 
 
 def environment() -> jinja2.Environment:
-    """Templates with everything escaped but what is the package's own."""
-    found = jinja2.Environment(
+    """The template environment. Escapes all text except the package's own scripts and style sheets."""
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("headsink.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {
+    templates.filters |= {
         "share": share,
         "p": p_value,
         "figures": figures,
@@ -50,16 +50,16 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "capital": capital,
     }
-    found.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
-    return found
+    templates.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
+    return templates
 
 
 def asset(name: str) -> Markup:
-    """A script or style sheet of the package."""
+    """Contents of a script or style sheet of the package."""
     return Markup((files("headsink.report") / name).read_text(encoding="utf-8"))
 
 
 @cache
 def scripts() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed."""
+    """The JavaScript of Vega, Vega-Lite and Vega-Embed."""
     return Markup(cast(Any, vl_convert).javascript_bundle())

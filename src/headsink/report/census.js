@@ -1,12 +1,12 @@
 "use strict";
-// The page of a census. `state` is what is chosen; `show` draws it. Numbers come from views.py by way of page.py.
+// The page of a census. `state` is the current choice; `show` draws it. Numbers come from views.py through page.py.
 
-const SHADES = 10; // steps of the token view: twice flat attention, four times, ... 1024 times
+const SHADES = 10; // steps of the token view: 2, 4, ... 1024 times flat attention
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
 
 let data, state, rows, statistics, layers, heads, group;
-const shaded = {}; // text -> what the token view needs of it, unpacked when it is first shown
+const shaded = {}; // text -> data of its token view, unpacked when first shown
 
 const array = name => data.arrays[name]?.data;
 const ofHead = (name, per, layer = state.layer, head = state.head) => array(name).subarray((layer * heads + head) * per, (layer * heads + head + 1) * per);
@@ -34,7 +34,7 @@ function viewRows() {
   return found;
 }
 
-// What flat attention gives each key and within each distance, in the selected layer, which may have a sliding window of its own.
+// Flat attention to each key and within each distance, in the selected layer, which may have a sliding window.
 function flatOf(length) {
   const [keys, profile] = ["keys", "profile"].map(name => array(`flat.${length}.${data.sliding[state.layer] ?? 0}.${name}`));
   return {keys, profile};
@@ -68,8 +68,8 @@ function showHead() {
   const kv = Math.floor(state.head / group), same = Math.round(row.agreement * texts);
   $("head-title").textContent = `Layer ${state.layer}, head ${state.head} (KV head ${kv})`;
   const badge = element("span", {class: `badge ${row.role}`}, row.role);
-  $("head-role").replaceChildren(badge, texts > 1 ? ` in ${same} of ${texts} texts read singly` : " (one text)",
-    ` · median distance ${figures(row.distance)} · window needed ${figures(Math.round(row.window))}, with first tokens only ${figures(Math.round(row.window_first))}`);
+  $("head-role").replaceChildren(badge, texts > 1 ? ` in ${same} of ${texts} texts on their own` : " (one text)",
+    ` · median distance ${figures(row.distance)} · window needed ${figures(Math.round(row.window))}, with initial tokens only ${figures(Math.round(row.window_first))}`);
   const chosen = statistic(state.statistic);
   const half = chosen && row.halves[chosen.name] !== null ? ` ± ${figures(row.halves[chosen.name], 2)}` : "";
   const uniform = chosen && row.uniforms[chosen.name] !== null ? `, flat attention ${figures(row.uniforms[chosen.name])}` : "";
@@ -109,7 +109,7 @@ function showProfile() {
 }
 
 function showWindows() {
-  const found = [], kept = ["first tokens", "floating sinks too"];
+  const found = [], kept = ["initial tokens", "with secondary sinks"];
   for (const length of lengthsOf(state.domain)) {
     const steps = data.windows[length], errors = ofHead(`${key(length)}.errors`, 2 * steps.length);
     kept.forEach((name, k) => steps.forEach((window, n) =>
@@ -141,7 +141,7 @@ function showKeys() {
       for (let at = Math.max(0, from); at < Math.min(to, state.length); at++) said += word(text.n, at);
       return visible(said);
     };
-    const [name, said] = sink ? ["floating-sink", "floating sink"] : position < first ? ["first-token", "first tokens"] : ["", ""];
+    const [name, said] = sink ? ["secondary-sink", "secondary sink"] : position < first ? ["first-token", "initial token"] : ["", ""];
     context.replaceChildren(around(position - AROUND, position), element("b", {}, visible(word(text.n, position))), around(position + 1, position + 1 + AROUND));
     token.firstChild.textContent = visible(word(text.n, position)).replaceAll(" ", "␣");
     [text.name, position, figures(attention), figures(attention / flatOf(state.length).keys[position])].forEach((one, c) => { cells[c].textContent = one; });
@@ -154,7 +154,7 @@ function showKeys() {
 async function showText() {
   const text = state.text;
   const {arrays, length, shown} = shaded[text] ??= await unpack(`text-${text}`);
-  if (text !== state.text) return; // another was chosen meanwhile
+  if (text !== state.text) return; // another text was chosen meanwhile
   $("text-head").textContent = `first ${figures(shown)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
   const box = $("tokens");
   if (box.dataset.text !== String(text)) {
@@ -163,16 +163,16 @@ async function showText() {
     box.scrollTop = 0;
     box.replaceChildren(...Array.from({length: shown}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
   }
-  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.floating.shape, {first} = data.limits[length];
-  const floating = new Set(arrays.floating.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
+  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length];
+  const secondary = new Set(arrays.secondary.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
   const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * shown, (state.layer * heads + state.head + 1) * shown);
   const flatly = flatOf(length).keys;
   [...box.children].forEach((span, n) => {
     const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = flatly[n] ? attention / flatly[n] : 0;
-    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = floating.has(n) ? " floating-sink" : n < first ? " first-token" : "";
+    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = secondary.has(n) ? " secondary-sink" : n < first ? " first-token" : "";
     span.className = `s${step}${mark}`;
     span.said = () => `${JSON.stringify(word(text, n))}, position ${n}: attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` +
-      (floating.has(n) ? `; floating sink of KV head ${kv}` : n < first ? "; one of the first tokens" : "");
+      (secondary.has(n) ? `; secondary sink of KV head ${kv}` : n < first ? "; initial token" : "");
   });
   if (Number(box.dataset.at) >= 0) say(Number(box.dataset.at));
 }
@@ -186,7 +186,7 @@ function say(place) {
   $("token-said").textContent = spans[place].said();
 }
 
-// The rest that follows the menus
+// Other charts that follow the menus
 
 function showPairs() {
   const pairs = array(`${key()}.pairs`), rate = array(`${key()}.rate`), found = [];
@@ -203,9 +203,9 @@ function showLayers() {
   return Promise.all([draw("layers", "layers", {heads: rows}), draw("errors", "errors", {heads: rows})]);
 }
 
-// What is chosen
+// The current choice
 
-// The text of a kind that can be shaded.
+// The text of a kind that has a token view.
 const textOf = domain => [...$("shaded").options].find(option => data.texts[option.value].domain === data.domains[domain])?.value;
 
 function readState() {
@@ -233,11 +233,11 @@ function show(wholeView) {
   return Promise.all(asked).catch(fail);
 }
 
-// A choice by the reader: draws it, and puts it in the address.
+// Apply a choice by the reader: draw it and write it to the address.
 function choose(change) {
   const before = key();
   for (const name of ["layer", "head", "length", "domain", "statistic", "text"]) if (name in change) state[name] = change[name];
-  if (change.domain > 0) { // the token view goes along to a text of that kind
+  if (change.domain > 0) { // the token view shows a text of that kind
     state.text = Number(textOf(state.domain));
   }
   limitDomains();

@@ -1,7 +1,7 @@
-"""The charts of a census and of a comparison, as Vega-Lite by Altair: the same ones on the page and as pictures.
+"""Charts of a census and of a comparison as Vega-Lite specifications (Altair), for the page and for pictures.
 
-Charts that follow the page's menus read named data ("heads", "selected", ...), which the page puts in; `filled` does that for
-pictures. The others come with their data.
+Charts that follow the page's menus read named data ("heads", "selected", ...), which the page provides; `filled` provides it for
+pictures. The other charts contain their data.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from headsink.census.results import Census
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, distinguishable with colour blindness.
 BLUE, ORANGE, SKY, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#BBBBBB"
 ROLE_COLOURS = {"sink": BLUE, "local": ORANGE, "mixed": SKY, "diffuse": GREY, "retrieval": VERMILION}
 MASS_COLOURS = {"sink": BLUE, "local": ORANGE, "far": GREY, "learned": GREEN}
-Drawn = Any  # a chart: what Altair layers has no one type
+Drawn = Any  # an Altair chart, layered or not
 CONFIG: dict[str, Any] = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
@@ -47,33 +47,35 @@ UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\u2028\u2029\uf
 
 
 def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
-    """As JSON that Vega-Lite reads."""
+    """The Vega-Lite specification of a chart."""
     if title is not None:
         chart = chart.properties(title=title)
-    return drawable(chart.configure(**CONFIG).to_dict(validate=False))  # validating is slow, and Vega-Lite does it too
+    return drawable(
+        chart.configure(**CONFIG).to_dict(validate=False)
+    )  # validation is slow, and Vega-Lite validates too
 
 
-def drawable(found: Any) -> Any:
-    """A chart, or a part of one, with a visible escape (`\\u2028`) for each character that ends the drawing.
+def drawable(value: Any) -> Any:
+    """Replace characters that break the drawing of a chart by a visible escape (`\\u2028`).
 
-    Vega-Lite writes sorted names into expressions, where a line separator ends a string. Characters that XML does not have, or
-    that UTF-8 cannot say, end an SVG, and vl-convert then ends the process.
+    Vega-Lite writes sorted names into expressions, where a line separator ends a string. Characters that XML or UTF-8 does not
+    allow make an SVG invalid, and vl-convert then ends the process.
     """
-    if isinstance(found, str):
-        return UNDRAWABLE.sub(lambda one: one[0].encode("unicode_escape").decode(), found)
-    if isinstance(found, dict):
-        return {key: drawable(value) for key, value in found.items()}
-    return [drawable(value) for value in found] if isinstance(found, list) else found
+    if isinstance(value, str):
+        return UNDRAWABLE.sub(lambda one: one[0].encode("unicode_escape").decode(), value)
+    if isinstance(value, dict):
+        return {key: drawable(part) for key, part in value.items()}
+    return [drawable(part) for part in value] if isinstance(value, list) else value
 
 
-def filled(found: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
+def filled(spec: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
     """A chart with its named data."""
-    return found | {"datasets": found.get("datasets", {}) | data}
+    return spec | {"datasets": spec.get("datasets", {}) | data}
 
 
-def masses_by_layer(learned: bool) -> alt.Chart:
-    """Where the attention of each layer goes, mean over its heads; learned: the model has learned sinks. Named data: heads."""
-    masses: list[Any] = [mass for mass in MASS_COLOURS if learned or mass != "learned"]
+def masses_by_layer(sink_logits: bool) -> alt.Chart:
+    """Attention masses of each layer, mean over its heads. sink_logits: the model has learned sinks. Named data: heads."""
+    masses: list[Any] = [mass for mass in MASS_COLOURS if sink_logits or mass != "learned"]
     ranks = " : ".join(f"datum.kind == '{kind}' ? {n}" for n, kind in enumerate(MASS_COLOURS)) + " : 9"
     return (
         alt.Chart(alt.NamedData("heads"))
@@ -95,13 +97,13 @@ def masses_by_layer(learned: bool) -> alt.Chart:
 
 
 def errors_by_layer() -> alt.Chart:
-    """What the near window costs with and without floating sinks: median over the heads of a layer. Named data: heads."""
-    kept = {"error_first": "first tokens", "error_floating": "floating sinks too"}
+    """Output error of the near window with and without secondary sinks, median over the heads of a layer. Named data: heads."""
+    kept = {"error_first": "initial tokens", "error_secondary": "with secondary sinks"}
     return (
         alt.Chart(alt.NamedData("heads"))
         .transform_fold(list(kept), as_=["name", "error"])
         .transform_calculate(
-            kept=f"datum.name == 'error_first' ? '{kept['error_first']}' : '{kept['error_floating']}'",
+            kept=f"datum.name == 'error_first' ? '{kept['error_first']}' : '{kept['error_secondary']}'",
             error="max(datum.error, 1e-6)",
         )
         .mark_line(point={"size": 22})
@@ -120,7 +122,7 @@ def errors_by_layer() -> alt.Chart:
 
 def pairs(layers: int) -> alt.Chart:
     """P(sink in layer b | sink in layer a) minus the base rate of b. Named data: pairs (a, b, found, base, lift)."""
-    side = max(180, layers * max(3, min(14, 420 // layers)))  # at least as long as the titles of the axes in any font
+    side = max(180, layers * max(3, min(14, 420 // layers)))  # room for the axis titles in any font
     axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False, domain=False)
     every = alt.Scale(domain=list(range(layers)))
     return (
@@ -145,7 +147,7 @@ def pairs(layers: int) -> alt.Chart:
 
 
 def sinks_by_length(census: Census) -> alt.Chart:
-    """Share of heads called sinks at each length, by the fair scores and by the legacy one."""
+    """Share of heads that are sinks at each length, by the fair scores and by the legacy score."""
     rows = [
         {"length": length, "rule": rule, "share": float((census.score(score, length) >= least).double().mean())}
         for length in census.lengths
@@ -157,7 +159,7 @@ def sinks_by_length(census: Census) -> alt.Chart:
         .mark_line(point=True)
         .encode(
             x=alt.X("length:Q", title="tokens").scale(type="log", base=2),
-            y=alt.Y("share:Q", title="heads called sinks").axis(format="%").scale(domainMin=0),
+            y=alt.Y("share:Q", title="heads that are sinks").axis(format="%").scale(domainMin=0),
             color=colour,
             strokeDash=alt.StrokeDash("rule:N", sort=list(RULES), legend=None),
             tooltip=["rule:N", "length:Q", alt.Tooltip("share:Q", format=".1%")],
@@ -167,12 +169,12 @@ def sinks_by_length(census: Census) -> alt.Chart:
 
 
 def norms_by_layer(census: Census, length: int) -> alt.Chart:
-    """Value and key norms of the first token and of the floating sinks, relative to the mean of all keys."""
+    """Value and key norms of the first token and of the secondary sinks, relative to the mean of all keys."""
     names = {"first_value": "first token, value", "first_key": "first token, key"}
-    names |= {"floating_value": "floating sinks, value", "floating_key": "floating sinks, key"}
+    names |= {"secondary_value": "secondary sinks, value", "secondary_key": "secondary sinks, key"}
     tokens = census.samples("tokens", length)
     rows = [
-        {"layer": layer, "norm": norm if norm == norm else None, "of": title}  # a gap where there are none
+        {"layer": layer, "norm": norm if norm == norm else None, "of": title}  # NaN leaves a gap
         for name, title in names.items()
         for layer, norm in enumerate(tokens[..., list(TOKENS).index(name)].nanmean((0, 2)).tolist())
     ]
@@ -193,7 +195,7 @@ def norms_by_layer(census: Census, length: int) -> alt.Chart:
 
 
 def tau(census: Census, length: int) -> Drawn | None:
-    """Attention for each key by its value norm: where it falls to that of flat attention, sinks end."""
+    """Attention per key by its value norm. Keys are sinks above the level of flat attention."""
     rows = [row for row in tau_evidence(census, length) if row["density"]]
     if not rows:
         return None
@@ -218,10 +220,10 @@ def tau(census: Census, length: int) -> Drawn | None:
 
 
 def windows_needed(census: Census) -> alt.Chart:
-    """How many KV heads make do with a window up to each size, at every length."""
+    """Share of KV heads that need at most a window of each size, at every length."""
     rows = []
     for length in census.lengths:
-        for kept, name in (("floating", "floating sinks too"), ("first", "first tokens")):
+        for kept, name in (("secondary", "with secondary sinks"), ("first", "initial tokens")):
             needed = census.window_needed(length, heads="kv", kept=kept).flatten().sort().values
             for window in sorted({0, *(2**k for k in range(3, length.bit_length())), length}):
                 share = float((needed <= window).double().mean())
@@ -233,9 +235,9 @@ def windows_needed(census: Census) -> alt.Chart:
             x=alt.X("window:Q", title="window, keys")
             .scale(type="symlog", constant=8, nice=False)
             .axis(values=[0, *(2**k for k in range(4, 24, 2))]),
-            y=alt.Y("share:Q", title="KV heads that make do").scale(domain=[0, 1]).axis(format="%"),
+            y=alt.Y("share:Q", title="KV heads that need no more").scale(domain=[0, 1]).axis(format="%"),
             color=alt.Color("length:O", title="tokens").scale(scheme="viridis", reverse=True),
-            strokeDash=alt.StrokeDash("kept:N", title="kept beside it", sort=["floating sinks too", "first tokens"]),
+            strokeDash=alt.StrokeDash("kept:N", title="kept with it", sort=["with secondary sinks", "initial tokens"]),
             tooltip=["length:O", "kept:N", "window:Q", alt.Tooltip("share:Q", format=".0%")],
         )
         .properties(width=400, height=200)
@@ -243,11 +245,11 @@ def windows_needed(census: Census) -> alt.Chart:
 
 
 def exponents(census: Census) -> alt.Chart | None:
-    """How the window that a KV head needs grows with the length: 0 it stays, 1 it grows in step."""
-    fitted = census.window_law()
-    if fitted is None:
+    """Exponent by which the window of a KV head grows with the length: 0 is constant, 1 proportional."""
+    law = census.window_law()
+    if law is None:
         return None
-    scale, exponent = fitted
+    scale, exponent = law
     last = census.window_needed(census.lengths[-1], heads="kv")
     rows = each({"exponent": exponent, "scale": scale, "window": last})
     return (
@@ -272,7 +274,7 @@ def exponents(census: Census) -> alt.Chart | None:
 
 
 def roles_by_text(census: Census) -> alt.Chart:
-    """How many heads have each role on each kind of text, at every length."""
+    """Number of heads with each role on each kind of text, at every length."""
     rows = [
         {"text": domain or POOLED, "length": length, "role": role, "heads": count}
         for length in census.lengths
@@ -298,7 +300,7 @@ def roles_by_text(census: Census) -> alt.Chart:
 
 
 def same_roles(census: Census, length: int) -> Drawn:
-    """Share of heads that have the same role on two kinds of text."""
+    """Share of heads with the same role on two kinds of text."""
     domains = [domain for domain in census.domains if census.has(length, domain)]
     roles = {domain: list(chain(*census.roles(length, domain))) for domain in domains}
     rows = [
@@ -324,12 +326,12 @@ def role_colour() -> alt.Color:
 
 
 def thirds(high: float) -> list[int]:
-    """Where to put figures on a nearly logarithmic (symlog) scale from 0 to high."""
+    """Evenly spaced values of a nearly logarithmic (symlog) scale from 0 to high, for its legend."""
     return [round((1 + high) ** (n / 3) - 1) for n in range(4)]
 
 
 def each(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """A row for every layer and head: [layers, heads] each."""
+    """A row for every layer and head. columns: [layers, heads] each."""
     layers, heads = next(iter(columns.values())).shape
     return [
         {"layer": layer, "head": head} | {name: number(column[layer, head]) for name, column in columns.items()}

@@ -1,10 +1,10 @@
 "use strict";
-// What the pages share: unpacking the numbers, drawing charts, the map with its keyboard, the choice kept in the address.
+// Shared by all pages: unpack the numbers, draw charts, keyboard control of the map, the choice in the address.
 
 const $ = id => document.getElementById(id);
 const TYPES = {f4: Float32Array, i4: Int32Array, u1: Uint8Array};
 
-// Text of a token or prompt only ever enters the page as text, never as markup.
+// Text of tokens and prompts is only inserted as text, never as markup.
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -12,7 +12,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// What views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
+// Unpack what views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
 async function unpack(id) {
   const response = await fetch("data:application/gzip;base64," + $(id).textContent);
   const buffer = await new Response(response.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
@@ -25,15 +25,15 @@ async function unpack(id) {
   return header;
 }
 
-const number = value => Number.isFinite(value) ? value : null; // charts leave null out, NaN they would draw
+const number = value => Number.isFinite(value) ? value : null; // charts leave out null but draw NaN
 
-const drawn = {}; // id of the element -> {name, view}, and the last drawing of it that was asked for
+const drawn = {}; // id of the element -> {name, view}; `queue` has its last requested drawing
 const queue = {};
 
-// Vega numbers the rows that it is given; a copy that keeps the number of a row that leaves would leave with it.
+// Vega numbers the rows that it is given and removes rows by number, so a row must not keep an old number.
 const unnumbered = rows => rows.map(row => Object.fromEntries(Object.entries(row)));
 
-// Draw the chart SPECS[name] in the element `id`; if it is there already, change its data and params only.
+// Draw the chart SPECS[name] in the element `id`; if it is already drawn there, only change its data and params.
 function draw(id, name, datasets = {}, params = {}, onClick = null) {
   datasets = Object.fromEntries(Object.entries(datasets).map(([key, rows]) => [key, unnumbered(rows)]));
   queue[id] = (queue[id] ?? Promise.resolve()).then(async () => {
@@ -46,7 +46,7 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
     const spec = structuredClone(SPECS[name]);
     spec.datasets = {...spec.datasets, ...datasets};
     for (const param of spec.params ?? []) if (param.name in params) param.value = params[param.name];
-    const place = element("div"); // what is shown stays until the new chart is whole
+    const place = element("div"); // the old chart stays until the new one is complete
     const {view} = await vegaEmbed(place, spec, {
       renderer: "svg",
       actions: {export: true, source: false, compiled: false, editor: false},
@@ -61,7 +61,7 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
   return queue[id];
 }
 
-// Charts that do not follow the menus are drawn one by one when the rest is there.
+// Draw the charts that do not follow the menus one by one, after the others.
 async function drawRest(names) {
   for (const name of names.filter(name => name in SPECS && $(name))) {
     await new Promise(resolve => setTimeout(resolve));
@@ -73,7 +73,7 @@ function options(select, entries) {
   select.replaceChildren(...entries.map(([value, text]) => element("option", {value}, text)));
 }
 
-// Arrow keys, Home and End on the map: move(layers, heads) by so many.
+// Arrow keys on the map call move(layers, heads).
 function arrows(target, move) {
   const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
   target.addEventListener("keydown", event => {
@@ -83,7 +83,7 @@ function arrows(target, move) {
   });
 }
 
-// The choice lives in the address after "#?", so that what is seen can be linked; "#name" alone stays a link to a section.
+// The choice is stored in the address after "#?", so that a view can be linked; "#name" is a link to a section.
 const fromAddress = () => location.hash.startsWith("#?") ? Object.fromEntries(new URLSearchParams(location.hash.slice(2))) : {};
 const toAddress = state => history.replaceState(null, "", "#?" + new URLSearchParams(state));
 

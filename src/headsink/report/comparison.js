@@ -1,5 +1,5 @@
 "use strict";
-// The page of a comparison. A group is what the menus choose: a run, a pair of lengths, a pair of kinds of text.
+// The page of a comparison. The menus choose a group: a run, a pair of lengths, a pair of kinds of text.
 
 let data, state, layers, heads, groups;
 
@@ -20,13 +20,13 @@ function rowsOf(view) {
   return found;
 }
 
-function table(id, columns, lines) { // a line: [cells, attributes]; the first cell heads its row
+function table(id, columns, lines) { // a line: [cells, attributes]; the first cell is the row header
   const header = element("thead", {}, element("tr", {}, ...columns.map(title => element("th", {scope: "col"}, title))));
   $(id).replaceChildren(header, element("tbody", {}, ...lines.map(([[first, ...cells], attributes = {}]) =>
     element("tr", attributes, element("th", {scope: "row"}, first), ...cells.map(cell => element("td", {class: "n"}, cell))))));
 }
 
-// Menus: each offers what there is for those before it.
+// Each menu offers what exists for the choices in the menus before it.
 function limitMenus() {
   const there = data.views.filter(view => view.run === state.run);
   const lengths = [...new Set(there.map(view => both(view.lengths)))];
@@ -41,7 +41,7 @@ function limitMenus() {
 function showMap() {
   const view = viewOf(state.score), {title, high} = data.scores.find(score => score.name === state.score);
   $("map-title").textContent = `Change of: ${title[0].toLowerCase()}${title.slice(1)}`;
-  $("paired").textContent = view.paired ? "Both runs read the same texts, so each text is its own control." : "The runs read different texts.";
+  $("paired").textContent = view.paired ? "Both runs use the same texts, so changes are paired by text." : "The runs use different texts.";
   return draw("map", "map", {heads: rowsOf(view), selected: [{layer: state.layer, head: state.head}]}, {high}, choose);
 }
 
@@ -123,7 +123,7 @@ async function start() {
   arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
   window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
   const shown = show(true);
-  $(location.hash.slice(1))?.scrollIntoView(); // the tables above it were empty when the browser went there
+  $(location.hash.slice(1))?.scrollIntoView(); // the tables above it were empty when the browser scrolled
   await shown;
   ready();
   document.documentElement.dataset.complete = "";

@@ -1,4 +1,4 @@
-"""Write the report of a comparison: which heads moved from the first run to another, one HTML file and pictures."""
+"""Write the report of a comparison as one HTML file and pictures: changes of heads from the first run to the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headsink.census.compare import Comparison, View
 
 
-SAID = 200  # letters of a setting that are shown
+SETTING_LENGTH = 200  # characters of a setting that are shown
 
 
 def write_comparison(comparison: Comparison, path: Path, *, force: bool = False) -> None:
@@ -46,7 +46,7 @@ def write_comparison(comparison: Comparison, path: Path, *, force: bool = False)
 
 
 def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
-    """Write the maps of what is compared on all texts (or the first kind) as `figure-change-<score>-<length>.png` and `.svg`."""
+    """Write the maps for all texts (or the first kind of text) as `figure-change-<score>-<length>.png` and `.svg`."""
     runs = list(comparison.names[1:])
     for view in comparison.views:
         if view.domains != comparison.views[0].domains:
@@ -78,44 +78,47 @@ def _data(comparison: Comparison) -> str:
 
 
 def _first(comparison: Comparison) -> View:
-    """What the page shows at first: the last length of the first run."""
+    """The view that the page shows first: the last length of the first run."""
     start = comparison.views[0]
-    there = [view for view in comparison.views if (view.run, view.score) == (start.run, start.score)]
-    last = list(dict.fromkeys(view.lengths for view in there))[-1]
-    return next(view for view in there if view.lengths == last)
+    views = [view for view in comparison.views if (view.run, view.score) == (start.run, start.score)]
+    last = list(dict.fromkeys(view.lengths for view in views))[-1]
+    return next(view for view in views if view.lengths == last)
 
 
 def _rows(view: View) -> list[dict[str, Any]]:
-    """One row for each head, as `maps.change_map` reads them."""
+    """A row for each head, for `maps.change_map`."""
     columns = {"before": view.before, "after": view.after, "value": view.change.mean, "half": view.change.half}
     rows = charts.each(columns)
     return [row | {"beyond": row["half"] is not None and abs(row["value"]) > row["half"]} for row in rows]
 
 
 def _high(comparison: Comparison, score: str) -> float:
-    """The end of a score's scale: the largest change anywhere, so that lengths and kinds of text can be compared."""
+    """Upper end of a score's scale: its largest change in all views, so that views can be compared."""
     return max(1e-6, *(float(view.change.mean.abs().max()) for view in comparison.views if view.score == score))
 
 
 def _differing(comparison: Comparison) -> dict[str, list[str]]:
-    """What differs between the settings of the runs, a line for each, cut to what can be read."""
-    found: dict[str, list[str]] = {}
+    """The settings that differ between the runs, as shortened text: setting -> value of each run."""
+    differing: dict[str, list[str]] = {}
     for key, values in comparison.settings.items():
         if key == "texts":
-            found[key] = [", ".join(f"{t['domain']} {t['number']} ({t['tokens']})" for t in texts) for texts in values]
+            differing[key] = [
+                ", ".join(f"{t['domain']} {t['number']} ({t['tokens']})" for t in texts) for texts in values
+            ]
         elif isinstance(values[0], dict):
             for part in dict.fromkeys(part for value in values for part in value):
                 parts = [value.get(part) for value in values]
                 if any(one != parts[0] for one in parts):
-                    found[f"{key}: {part}"] = [_said(one) for one in parts]
+                    differing[f"{key}: {part}"] = [_setting_text(one) for one in parts]
         else:
-            found[key] = [_said(value) for value in values]
+            differing[key] = [_setting_text(value) for value in values]
     return {
-        key: [value if len(value) <= SAID else value[:SAID] + " …" for value in values] for key, values in found.items()
+        key: [value if len(value) <= SETTING_LENGTH else value[:SETTING_LENGTH] + " …" for value in values]
+        for key, values in differing.items()
     }
 
 
-def _said(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,7 +1,7 @@
-"""The first view: what the page of a census shows before its script runs, for the longest length on all texts.
+"""The first view: the content of a census page before its script runs, for the longest length on all texts.
 
-It stands in the page as text and pictures, so that the page needs no script to be read, and nothing moves when the script comes.
-census.js writes the same words into the same places for every other view.
+The page contains it as text and pictures, so it is readable without scripts and its layout does not change when they run.
+census.js writes the same words into the same elements for every other view.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ if TYPE_CHECKING:
 
 
 MASSES = ("sink", "first", "local", "far", "far_peak", "learned")  # statistics that are shares of the attention
-ELSEWHERE = ("distance", "window", "window_first", "agreement")  # not in the table: said in the line above it
+ELSEWHERE = ("distance", "window", "window_first", "agreement")  # shown in the line above the table
 MOST_KEYS = 10
 AROUND = 5  # tokens of context on either side of a top key
 SHADES = 10  # steps of the token view: twice flat attention, four times, ... 1024 times
-PALE, DARK = (255, 255, 255), (8, 48, 107)  # one hue, lighter is less
-LEAST_ERROR = 1e-6  # of a logarithmic axis
+PALE, DARK = (255, 255, 255), (8, 48, 107)  # one hue, light for little attention
+LEAST_ERROR = 1e-6  # lower end of a logarithmic axis
 
 
 def flat_keys(length: int, sliding: int | None) -> Tensor:
-    """What flat attention gives each key, as a mean over the queries that count: float64 [length]."""
-    seen = _seen(length, sliding)
-    share = torch.where(torch.arange(length) < first_row(length), 0, 1 / seen)
+    """Flat attention to each key, mean over the included queries: float64 [length]."""
+    visible = _visible_keys(length, sliding)
+    share = torch.where(torch.arange(length) < first_row(length), 0, 1 / visible)
     sums = torch.nn.functional.pad(share.cumsum(0), (1, 0))
     last = (torch.arange(length) + (sliding or length)).clamp(max=length)
     return (sums[last] - sums[:-1]) / (length - first_row(length))
 
 
 def flat_profile(length: int, sliding: int | None) -> Tensor:
-    """What flat attention gives to the keys within each distance: float64 [distances]."""
-    seen = _seen(length, sliding)[first_row(length) :]
-    return (torch.tensor(distances(length)).double()[:, None].minimum(seen) / seen).mean(1)
+    """Flat attention within each distance: float64 [distances]."""
+    visible = _visible_keys(length, sliding)[first_row(length) :]
+    return (torch.tensor(distances(length)).double()[:, None].minimum(visible) / visible).mean(1)
 
 
-def _seen(length: int, sliding: int | None) -> Tensor:
-    """How many keys each query sees."""
+def _visible_keys(length: int, sliding: int | None) -> Tensor:
+    """Number of keys that each query sees: float64 [length]."""
     return torch.arange(1, length + 1).double().clamp(max=sliding or length)
 
 
 def first_view(census: Census, views: dict[int, View], statistics: list[str]) -> dict[str, Any]:
-    """The head with most attention to sinks that are not the first token, and all that is said of it.
+    """Everything that the page shows about the head with most attention to sinks other than the first token.
 
-    views: of all texts, for each length. statistics: those that the page shows.
+    views: of all texts, by length. statistics: names of those that the page shows.
     """
     length = census.lengths[-1]
     rows = views[length].rows()
@@ -89,10 +89,10 @@ def first_view(census: Census, views: dict[int, View], statistics: list[str]) ->
 
 
 def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the charts of one head, see `maps.profile` and `maps.window_errors`."""
+    """Data of the charts of one head, see `maps.profile` and `maps.window_errors`."""
     profile, errors, last = [], [], census.lengths[-1]
-    for length, found in views.items():
-        lines = {"this head": found.profile[layer, head]}
+    for length, view in views.items():
+        lines = {"this head": view.profile[layer, head]}
         if length == last:
             lines["flat attention"] = flat_profile(length, census.settings["model"]["sliding"][layer])
         for line, within in lines.items():
@@ -100,7 +100,9 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
                 {"distance": distance, "within": share, "line": line, "length": length, "chosen": length == last}
                 for distance, share in zip(distances(length), within.tolist(), strict=True)
             ]
-        for kept, error in zip(("first tokens", "floating sinks too"), found.errors[layer, head].tolist(), strict=True):
+        for kept, error in zip(
+            ("initial tokens", "with secondary sinks"), view.errors[layer, head].tolist(), strict=True
+        ):
             errors += [
                 {"window": window, "error": max(one, LEAST_ERROR), "kept": kept, "length": length}
                 | {"chosen": length == last}
@@ -110,7 +112,7 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
 
 
 def ramp() -> list[tuple[str, str]]:
-    """Background and text colour for each step of the token view."""
+    """Background and text colour of each step of the token view."""
     mixed = (
         [round(pale + (dark - pale) * n / SHADES) for pale, dark in zip(PALE, DARK, strict=True)]
         for n in range(SHADES + 1)
@@ -121,7 +123,7 @@ def ramp() -> list[tuple[str, str]]:
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """A number in three digits, as `figures` in common.js writes it."""
+    """A number with three significant digits, in the format of `figures` in common.js."""
     if value is None or not math.isfinite(value):
         return "–"
     if abs(value) >= 1000:
@@ -132,14 +134,14 @@ def short(value: float | None, digits: int = 3) -> str:
     return f"{rounded:f}"
 
 
-def _scores(found: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
-    """The lines of the table of scores."""
+def _scores(view: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
+    """Rows of the table of scores."""
     lines = []
     for name in statistics:
         if name in ELSEWHERE:
             continue
         n = list(STATISTICS).index(name)
-        numbers = (number(three_figures(of[n, layer, head])) for of in (found.value, found.half, found.uniform))
+        numbers = (number(three_figures(of[n, layer, head])) for of in (view.value, view.half, view.uniform))
         title = STATISTICS[name].title.replace("the near window", f"a window of {near}")
         title = title.removeprefix("attention to ").removeprefix("the ")
         lines.append({"name": name, "title": title, "share": name in MASSES, "numbers": list(numbers)})
@@ -147,14 +149,14 @@ def _scores(found: View, layer: int, head: int, statistics: list[str], near: int
 
 
 def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, Any]]:
-    """The lines of the table of top keys."""
+    """Rows of the table of top keys."""
     flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer]))
     first, lines = Thresholds(**census.settings["limits"]).at(length).first, []
     for text in census.texts(length):
         top = {name: array[layer, head] for name, array in top_keys(census, text, length).items()}
         words, name = _words(census, text, length), census.settings["texts"][text]
-        drawn = three_figures(top["drawn"]).tolist()
-        for position, attention, sink in zip(top["top"].tolist(), drawn, top["sink"].tolist(), strict=True):
+        received = three_figures(top["drawn"]).tolist()
+        for position, attention, sink in zip(top["top"].tolist(), received, top["sink"].tolist(), strict=True):
             if position >= 0:
                 lines.append(
                     {
@@ -165,23 +167,23 @@ def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, 
                         "position": position,
                         "attention": attention,
                         "times": attention / float(flat[position]),
-                        "mark": "floating-sink" if sink else "first-token" if position < first else "",
+                        "mark": "secondary-sink" if sink else "first-token" if position < first else "",
                     }
                 )
     return sorted(lines, key=lambda line: -line["attention"])[:MOST_KEYS]
 
 
 def _text(census: Census, layer: int, head: int) -> dict[str, Any]:
-    """The first text, and for each of its tokens: the word, its step on the ramp, and whether it is a sink."""
+    """The first text, with the word, the colour step and the kind of sink of each token."""
     text, (length, shown) = next(iter(token_views(census).items()))
     shade = one_byte(census.arrays[f"{text}.{length}.attention"][layer, head, :shown]).double()
     attention = torch.where(shade > 0, FAINTEST ** (1 - (shade - 1) / STEPS), 0)
     flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer])[:shown])
     times = torch.where(flat > 0, attention / flat, 0)
     steps = times.log2().round().clamp(0, SHADES).int().tolist()
-    floating = set(census.arrays[f"{text}.{length}.floating"][layer, head // census.group].tolist())
+    secondary = set(census.arrays[f"{text}.{length}.secondary"][layer, head // census.group].tolist())
     first = Thresholds(**census.settings["limits"]).at(length).first
-    marks = ["floating-sink" if n in floating else "first-token" if n < first else "" for n in range(shown)]
+    marks = ["secondary-sink" if n in secondary else "first-token" if n < first else "" for n in range(shown)]
     return {
         "number": text,
         "length": length,

@@ -1,6 +1,6 @@
-"""The map of the heads, and the charts of the one that is selected on it.
+"""The map of all heads, and the charts of the head that is selected on it.
 
-All read named data, which the page puts in: "heads" (one row for each), "selected" (layer, head), and what the docstrings name.
+All read named data from the page: "heads" (a row for each head), "selected" (layer, head), and what the docstrings name.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import altair as alt
 from headsink.census.roles import EPSILON
 from headsink.report.charts import ABOVE, BLUE, ERROR_AXIS, VERMILION, Drawn, role_colour
 
-MAP_WIDTH, MAP_HEIGHT = 330, 620  # pixels that a map may take, as long as its cells can be hit
-THIRDS = [
-    f"round(exp({n} / 3 * log(1 + high)) - 1)" for n in range(4)
-]  # of a scale from 0 to high that is nearly logarithmic
-WHOLE = "datum.value < 10 ? format(datum.value, '~g') : format(datum.value, 'd')"  # figures without needless decimals
+MAP_WIDTH, MAP_HEIGHT = 330, 620  # largest size of a map in pixels; cells that are smaller than LEAST_CELL enlarge it
+# Legend values of a nearly logarithmic (symlog) scale from 0 to high.
+THIRDS = [f"round(exp({n} / 3 * log(1 + high)) - 1)" for n in range(4)]
+WHOLE = "datum.value < 10 ? format(datum.value, '~g') : format(datum.value, 'd')"  # no needless decimals
 LEAST_CELL, MOST_CELL = 9, 30
-LETTERED = 14  # pixels of a cell from which the letter of its role can be read
+LETTERED = 14  # least size of a cell in pixels in which the letter of its role is readable
 
 
 def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1) -> Drawn:
@@ -27,7 +26,11 @@ def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1
         "shown": "format(datum.value, '.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
         "flat": "isValid(datum.uniform) ? format(datum.uniform, '.3~g') : '–'",
     }
-    tooltip = [*_who(), alt.Tooltip("shown:N", title="mean ± 95 %"), alt.Tooltip("flat:N", title="flat attention")]
+    tooltip = [
+        *_head_tooltip(),
+        alt.Tooltip("shown:N", title="mean ± 95 %"),
+        alt.Tooltip("flat:N", title="flat attention"),
+    ]
     limits: dict[str, Any] = {"domainMin": alt.expr("low"), "domainMax": alt.expr("high"), "clamp": True}
     values = {"log": alt.expr("[low, sqrt(low * high), high]"), "symlog": alt.expr(f"[{', '.join(THIRDS)}]")}
     legend: dict[str, Any] = {"values": values[scale], "labelExpr": WHOLE} if scale in values else {}
@@ -41,8 +44,8 @@ def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1
 
 
 def role_map(shape: tuple[int, int]) -> Drawn:
-    """Layer x head, coloured by role, with its letter where there is room. Named data as for `head_map`."""
-    cells = _cells(shape).encode(color=role_colour(), tooltip=_who())
+    """Layer x head, coloured by role, with its letter if cells are large enough. Named data as for `head_map`."""
+    cells = _cells(shape).encode(color=role_colour(), tooltip=_head_tooltip())
     letters = (
         alt.Chart(alt.NamedData("heads"))
         .transform_calculate(letter="upper(substring(datum.role, 0, 1))")
@@ -59,7 +62,7 @@ def role_map(shape: tuple[int, int]) -> Drawn:
 
 
 def change_map(shape: tuple[int, int], high: float = 1) -> Drawn:
-    """How far each head moved. Named data: heads (layer, head, value, half, beyond), selected."""
+    """Change of each head. Named data: heads (layer, head, value, half, beyond), selected."""
     calculate = {
         "shown": "format(datum.value, '+.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
         "sides": "format(datum.before, '.3~g') + ' → ' + format(datum.after, '.3~g')",
@@ -84,7 +87,7 @@ def change_map(shape: tuple[int, int], high: float = 1) -> Drawn:
 
 
 def cell(shape: tuple[int, int]) -> tuple[float, float]:
-    """Width and height of a head on the maps, in pixels."""
+    """Width and height of a cell of the maps, in pixels."""
     layers, heads = shape
     return tuple(min(MOST_CELL, max(LEAST_CELL, size)) for size in (MAP_WIDTH // heads, MAP_HEIGHT // layers))  # type: ignore[return-value]
 
@@ -94,7 +97,7 @@ def _cells(shape: tuple[int, int]) -> alt.Chart:
 
 
 def _selected(shape: tuple[int, int]) -> list[alt.Chart]:
-    """A frame that shows on any colour: black around white."""
+    """A frame that is visible on any colour: black around white."""
     frame = alt.Chart(alt.NamedData("selected")).encode(**_axes(shape))
     return [
         frame.mark_rect(fill=None, stroke=colour, strokeWidth=width, aria=False, tooltip=False)
@@ -117,18 +120,18 @@ def _map(shape: tuple[int, int], *marks: alt.Chart) -> Drawn:
     return alt.layer(*marks, *_selected(shape)).properties(width=width * heads, height=height * layers)
 
 
-def _who() -> list[Any]:
+def _head_tooltip() -> list[Any]:
     return [alt.Tooltip("layer:O"), alt.Tooltip("head:O"), alt.Tooltip("role:N")]
 
 
 def profile() -> alt.Chart:
-    """Attention within a distance. Named data: profile (distance, within, line, length, chosen)."""
+    """Attention within each distance. Named data: profile (distance, within, line, length, chosen)."""
     lines = {"this head": BLUE, "flat attention": "#777777"}
     return (
         alt.Chart(alt.NamedData("profile"))
         .mark_line(interpolate="monotone", point={"size": 18})
         .encode(
-            x=alt.X("distance:Q", title="keys back, the query's own included")
+            x=alt.X("distance:Q", title="distance in keys, including the query's own")
             .scale(type="log", base=2, nice=False)
             .axis(format="d", labelOverlap="greedy", labelSeparation=6),
             y=alt.Y("within:Q", title="attention within").scale(domain=[0, 1]).axis(format="%"),
@@ -145,8 +148,8 @@ def profile() -> alt.Chart:
 
 
 def window_errors() -> Drawn:
-    """What a window costs. Named data: errors (window, error, kept, length, chosen)."""
-    kept = {"first tokens": VERMILION, "floating sinks too": BLUE}
+    """Output error of each window. Named data: errors (window, error, kept, length, chosen)."""
+    kept = {"initial tokens": VERMILION, "with secondary sinks": BLUE}
     lines = (
         alt.Chart(alt.NamedData("errors"))
         .mark_line(point={"size": 18})

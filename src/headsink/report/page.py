@@ -16,7 +16,7 @@ from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import Thresholds, distances, windows
 from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
-from headsink.census.sink_tokens import drawing_tokens, floating_tokens, stability, tau_evidence
+from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, tau_evidence
 from headsink.report import charts, first_view, maps
 from headsink.report.assets import environment, to_svg, write_picture
 from headsink.report.views import (
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
 
 SHAPES = ("linear", "log", "symlog")  # scales of the maps
 OWN_DATA = {
-    "windows": "KV heads by the window they need",
+    "windows": "KV heads by the window that they need",
     "law": "How the window grows with the length",
     "norms": "Norms of sink tokens, {last} tokens",
-    "tau": "Which value norms make a sink, {last} tokens",
-    "lengths": "Heads called sinks, by fair and legacy scores",
+    "tau": "Attention per key by value norm, {last} tokens",
+    "lengths": "Heads that are sinks, by fair and legacy scores",
     "roles-by-text": "Roles by kind of text and length",
     "same-roles": "Heads with the same role on two kinds of text, {last} tokens",
 }
 
 
 def write_report(census: Census, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write a census's folder, atomically: the files of `Census.save`, report.html, which needs no network, and every chart as
-    PNG and SVG.
+    """Write a census folder, atomically: the files of `Census.save`, report.html (without network), and every chart as PNG and
+    SVG.
 
-    force: replace files, too, that headsink did not write but that have the names of its own.
+    force: also replace files with the same names that headsink did not write.
     """
     with new_folder(folder, CENSUS, force) as part:
         census.write(part)
@@ -96,12 +96,12 @@ def write_page(census: Census, path: Path) -> None:
             ramp=first_view.ramp(),
             statistics={name: STATISTICS[name].title for name in _shown(census)},
             drawing=drawing_tokens(census, last),
-            floating=floating_tokens(census, last),
+            secondary=secondary_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
             taus=tau_evidence(census, last),
             windows=_windows(census),
             law=_law(census),
-            learned=_learned(census),
+            sink_logits=_learned(census),
             answers={length: census.first_question(length) for length in census.lengths},
             answer=sentence(census.first_question(last)[0]),
         )
@@ -112,14 +112,14 @@ def write_page(census: Census, path: Path) -> None:
 def _boxes(
     census: Census, specs: dict[str, Any], pooled: dict[int, View], shown: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Every chart of the page as it is at first, by the place that it stands in: all maps stand in one."""
+    """The first picture of every chart of the page, by the name of its element. All maps share one element."""
     last = census.lengths[-1]
-    found, layer, head = pooled[last], shown["layer"], shown["head"]
-    rows = [row | {"value": row["sink"]} for row in found.rows()]
+    view_of_all, layer, head = pooled[last], shown["layer"], shown["head"]
+    rows = [row | {"value": row["sink"]} for row in view_of_all.rows()]
     data = {
         "heads": rows,
         "selected": [{"layer": layer, "head": head}],
-        "pairs": _pair_rows(found),
+        "pairs": _pair_rows(view_of_all),
         **first_view.head_charts(census, pooled, layer, head),
     }
     pictures = {name: drawing(name, charts.filled(spec, **data)) for name, spec in specs.items()}
@@ -128,17 +128,17 @@ def _boxes(
     return pictures | {"map": every[0] | size}
 
 
-def drawing(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A chart that has its data, as part of a page: its SVG, and the width and height that it takes."""
-    svg = to_svg(found)
+def drawing(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """A chart with its data as part of a page: SVG, width and height."""
+    svg = to_svg(spec)
     sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
     assert sides is not None
-    svg = re.sub(r'(\bid="|url\(#)(?=(?:clip|gradient_)\d)', rf"\1{name}-", svg)  # names of a page are its own
+    svg = re.sub(r'(\bid="|url\(#)(?=(?:clip|gradient_)\d)', rf"\1{name}-", svg)  # ids must be unique on the page
     return {"svg": Markup(svg), "width": float(sides[1]), "height": float(sides[2])}
 
 
 def write_pictures(census: Census, folder: Path) -> None:
-    """Write every chart, all texts together, as `figure-<name>.png` and `.svg`; those of single heads are on the page."""
+    """Write every chart of all texts together as `figure-<name>.png` and `.svg`. Charts of single heads are only on the page."""
     for name, spec in _pictures(census):
         write_picture(folder / f"figure-{name}", spec)
 
@@ -146,39 +146,39 @@ def write_pictures(census: Census, folder: Path) -> None:
 def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
     name, shape, last = census.settings["model"]["name"], _shape(census), census.lengths[-1]
     for length in census.lengths:
-        found, at = view(census, length, None), f"{name}, {length} tokens"
-        rows = found.rows()
+        pooled, at = view(census, length, None), f"{name}, {length} tokens"
+        rows = pooled.rows()
         shown = [n for n in _shown(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
-            high = _high(statistic, length, [found])
+            high = _high(statistic, length, [pooled])
             chart = maps.head_map(meaning.scale, shape, meaning.low, high)
             spec = charts.spec(
                 chart,
                 [capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
             )
             yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
-        drawn = {"roles": (maps.role_map(shape), "Roles of the heads")}
+        charts_of_length = {"roles": (maps.role_map(shape), "Roles of the heads")}
         if length == last:
             masses = charts.masses_by_layer(_learned(census) is not None)
-            drawn["layers"] = masses, "Where attention goes"
-            drawn["errors"] = (
+            charts_of_length["layers"] = masses, "Where attention goes"
+            charts_of_length["errors"] = (
                 charts.errors_by_layer(),
                 f"Output error of a window of {near_window(census, length)} keys",
             )
-            drawn["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
-        for key, (chart, title) in drawn.items():
+            charts_of_length["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
+        for key, (chart, title) in charts_of_length.items():
             spec = charts.spec(chart, [title, at])
-            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(found))
+            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(pooled))
     for key, chart in _own_data(census).items():
         yield key, charts.spec(chart, [OWN_DATA[key].format(last=last), name])
 
 
 def _own_data(census: Census) -> dict[str, Any]:
-    """The charts that do not follow the menus."""
+    """The charts that do not depend on the menus."""
     last = census.lengths[-1]
-    found = {
+    own = {
         "windows": charts.windows_needed(census),
         "law": charts.exponents(census),
         "norms": charts.norms_by_layer(census, last),
@@ -187,24 +187,24 @@ def _own_data(census: Census) -> dict[str, Any]:
         "roles-by-text": charts.roles_by_text(census),
         "same-roles": charts.same_roles(census, last) if len(census.domains) > 1 else None,
     }
-    return {name: chart for name, chart in found.items() if chart is not None}
+    return {name: chart for name, chart in own.items() if chart is not None}
 
 
-# What goes into the page
+# data in the page
 
 
 def _data(census: Census, pooled: dict[int, View]) -> str:
-    """The numbers of every head, and what the texts say."""
+    """The numbers of every head and the words of the texts, packed (`views.packed`)."""
     every = [None, *census.domains]
     has = {n: [d for d, domain in enumerate(every) if census.has(n, domain)] for n in census.lengths}
     views = {(n, d): view(census, n, every[d]) if d else pooled[n] for n, domains in has.items() for d in domains}
-    arrays = {f"{n}.{d}.{name}": array for (n, d), found in views.items() for name, array in vars(found).items()}
+    arrays = {f"{n}.{d}.{name}": array for (n, d), one in views.items() for name, array in vars(one).items()}
     sliding = census.settings["model"]["sliding"]
     for n in census.lengths:
         for window in set(sliding):
             arrays[f"flat.{n}.{window or 0}.keys"] = first_view.flat_keys(n, window)
             arrays[f"flat.{n}.{window or 0}.profile"] = first_view.flat_profile(n, window)
-    words = {token: place for place, token in enumerate(census.vocabulary)}
+    words = {token: index for index, token in enumerate(census.vocabulary)}
     texts = []
     for number, text in enumerate(census.settings["texts"]):
         ids = census.arrays[f"{number}.ids"]
@@ -237,31 +237,31 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
 
 
 def _shaded(census: Census, text: int, length: int, shown: int) -> str:
-    """What the token view of one text needs: the attention of every head to each of its tokens, and the floating sinks."""
+    """Data of the token view of one text: attention of every head to each token, and the secondary sinks, packed."""
     arrays = {
         "attention": one_byte(census.arrays[f"{text}.{length}.attention"][..., :shown]),
-        "floating": census.arrays[f"{text}.{length}.floating"],
+        "secondary": census.arrays[f"{text}.{length}.secondary"],
     }
     return packed(arrays, length=length, shown=shown)
 
 
 def _shown(census: Census) -> list[str]:
-    """The statistics that say something of this model: a learned sink only where there is one."""
+    """Names of the statistics that apply to this model: `learned` only with learned sink logits."""
     return [name for name in STATISTICS if name != "learned" or _learned(census) is not None]
 
 
 def _high(statistic: str, length: int, views: list[View]) -> float:
-    """The upper end of a statistic's scale at a length."""
-    if statistic in ("entropy", "output", "floating"):
+    """Upper end of a statistic's scale at a length."""
+    if statistic in ("entropy", "output", "secondary"):
         column = list(STATISTICS).index(statistic)
-        return max(float(found.value[column].nan_to_num().max()) for found in views)
+        return max(float(one.value[column].nan_to_num().max()) for one in views)
     high = STATISTICS[statistic].high
     return float(length) if high is None else high
 
 
-def _pair_rows(found: View) -> list[dict[str, Any]]:
-    layers = range(len(found.rate))
-    rates, pairs = found.rate.tolist(), found.pairs.tolist()
+def _pair_rows(pooled: View) -> list[dict[str, Any]]:
+    layers = range(len(pooled.rate))
+    rates, pairs = pooled.rate.tolist(), pooled.pairs.tolist()
     return [
         {"a": a, "b": b, "found": pairs[a][b], "base": rates[b], "lift": pairs[a][b] - rates[b]}
         for a in layers
@@ -271,11 +271,11 @@ def _pair_rows(found: View) -> list[dict[str, Any]]:
 
 
 def _windows(census: Census) -> list[dict[str, Any]]:
-    """How wide a window the KV heads need, at every length."""
+    """The windows that KV heads need at every length."""
     rows = []
     for length in census.lengths:
         row: dict[str, Any] = {"length": length, "near": near_window(census, length)}
-        for kept in ("floating", "first"):
+        for kept in ("secondary", "first"):
             needed = census.window_needed(length, heads="kv", kept=kept)
             row[kept] = roles.figures(needed, row["near"], length)
         rows.append(row)
@@ -283,11 +283,11 @@ def _windows(census: Census) -> list[dict[str, Any]]:
 
 
 def _law(census: Census) -> dict[str, Any] | None:
-    """How the windows grow with the length, in three classes of the exponent."""
-    fitted = census.window_law()
-    if fitted is None:
+    """Number of KV heads in three classes of the exponent by which windows grow with the length."""
+    law = census.window_law()
+    if law is None:
         return None
-    exponent = fitted[1].flatten()
+    exponent = law[1].flatten()
     return {
         "stays": int((exponent < 0.25).sum()),
         "between": int(((exponent >= 0.25) & (exponent <= 0.75)).sum()),
@@ -298,17 +298,14 @@ def _law(census: Census) -> dict[str, Any] | None:
 
 
 def _learned(census: Census) -> dict[str, Any] | None:
-    """Attention to learned sink logits, None in a model that has none."""
-    learned = census.score("learned", census.lengths[-1])
-    if not bool(learned.max() > 0):
+    """Attention to learned sink logits; None for a model without them."""
+    sink_logits = census.score("learned", census.lengths[-1])
+    if not bool(sink_logits.max() > 0):
         return None
-    layer, head = divmod(int(learned.argmax()), learned.shape[1])
-    return {"mean": float(learned.mean()), "most": float(learned.max()), "layer": layer, "head": head}
+    layer, head = divmod(int(sink_logits.argmax()), sink_logits.shape[1])
+    return {"mean": float(sink_logits.mean()), "most": float(sink_logits.max()), "layer": layer, "head": head}
 
 
 def _shape(census: Census) -> tuple[int, int]:
     model = census.settings["model"]
     return model["layers"], model["query_heads"]
-
-
-# The page around it

@@ -1,7 +1,7 @@
-"""The numbers that the report shows of every head, and how they travel inside the page.
+"""The numbers of every head that a report shows, and their format in the page.
 
-A view is one length on one kind of text. Arrays go into the page as one binary blob, compressed, in base64, which the browser
-unpacks by itself: a tenth of the size of the same numbers as JSON, and read without parsing.
+A view is one length on one kind of text. The page contains the arrays as one compressed binary block in base64, which the browser
+unpacks without a library. It has a tenth of the size of JSON.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 POOLED = "all texts"
-TOKEN_VIEW = 2048  # tokens of a text that are shaded at most,
-SHADES = 2**22  # and at most so many of all heads and texts together: each is a byte, and a page has to stay small
-FAINTEST = 2.0**-20  # attention below this is shown as none
-STEPS = 254  # of the logarithmic scale from FAINTEST to 1 that attention is rounded to: 5.6 % each
+TOKEN_VIEW = 2048  # shaded tokens of a text at most
+SHADES = 2**22  # shades of all heads and texts at most, one byte each, to keep the page small
+FAINTEST = 2.0**-20  # attention below this is shown as 0
+STEPS = 254  # steps of the logarithmic scale of attention from FAINTEST to 1: 5.6 % each
 TYPES = {torch.float32: "f4", torch.int32: "i4", torch.uint8: "u1"}
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One number for every head, and the scale that its map is coloured by.
+    """One number for every head, and the colour scale of its map.
 
-    low, high: ends of the scale; None for the text's length, or what belongs to that.
+    low, high: ends of the scale; None for an end that depends on the length.
     """
 
     title: str
@@ -57,11 +57,11 @@ STATISTICS = {
     "effective": Statistic("effective number of keys", "log", 1, None),
     "distance": Statistic("median distance of the attention, keys", "log", 1, None),
     "output": Statistic("output norm relative to the layer's"),
-    "window": Statistic("window needed, floating sinks kept", "symlog", 0, None),
-    "window_first": Statistic("window needed, first tokens kept", "symlog", 0, None),
-    "error_floating": Statistic("error of the near window, floating sinks kept", "log", 1e-4, 1),
-    "error_first": Statistic("error of the near window, first tokens kept", "log", 1e-4, 1),
-    "floating": Statistic("floating sinks of its KV head", "symlog", 0, None),
+    "window": Statistic("window needed with secondary sinks", "symlog", 0, None),
+    "window_first": Statistic("window needed with initial tokens only", "symlog", 0, None),
+    "error_secondary": Statistic("error of the near window with secondary sinks", "log", 1e-4, 1),
+    "error_first": Statistic("error of the near window with initial tokens only", "log", 1e-4, 1),
+    "secondary": Statistic("secondary sinks of its KV head", "symlog", 0, None),
     "agreement": Statistic("share of texts in which it has this role"),
     "legacy": Statistic("legacy score (row 0 counted)"),
 }
@@ -72,8 +72,9 @@ class View:
     """Every head at one length on one kind of text.
 
     value, half, uniform: float64 [STATISTICS, layers, heads]; half is the half width of the 95 % interval over texts, uniform
-    what flat attention would give, NaN where there is none. roles: int64 [layers, heads]. profile: [layers, heads, distances].
-    errors: [layers, heads, KEPT, windows]. pairs: [layers a, layers b], see `transfer.conditional`. rate: [layers], sinks.
+    the value under flat attention, NaN where there is none. roles: int64 [layers, heads]. profile: [layers, heads, distances].
+    errors: [layers, heads, KEPT, windows]. pairs: [layers a, layers b], see `first_layer.conditional`. rate: share of sinks
+    [layers].
     """
 
     value: Tensor
@@ -86,17 +87,17 @@ class View:
     rate: Tensor
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each head, as the charts read them."""
-        found = []
+        """A row for each head, for the charts."""
+        heads = []
         for layer, names in enumerate(self.roles.tolist()):
             for head, role in enumerate(names):
                 values = {name: number(self.value[n, layer, head]) for n, name in enumerate(STATISTICS)}
-                found.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
-        return found
+                heads.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
+        return heads
 
 
 def near_window(census: Census, length: int) -> int:
-    """The widest window whose error was measured and that counts as near at this length."""
+    """The largest measured window that is near at this length."""
     near = max(LEAST_WINDOW, Thresholds(**census.settings["limits"]).at(length).window)
     return max(window for window in windows(length) if window <= near)
 
@@ -106,19 +107,19 @@ def view(census: Census, length: int, domain: str | None) -> View:
     uniform = census.score("uniform", length, domain)
     errors = census.samples("errors", length, domain)
     near = interval(errors[..., windows(length).index(near_window(census, length))])
-    floating = interval(census.samples("tokens", length, domain)[..., list(TOKENS).index("floating_count")])
-    group = scores.mean.shape[1] // floating.mean.shape[1]
+    secondary = interval(census.samples("tokens", length, domain)[..., list(TOKENS).index("secondary_count")])
+    group = scores.mean.shape[1] // secondary.mean.shape[1]
     none = torch.full(scores.mean.shape[:2], torch.nan, dtype=torch.float64)
 
     values = {name: scores.mean[..., n] for n, name in enumerate(SCORES)}
     halves = {name: scores.half[..., n] for n, name in enumerate(SCORES)}
     values["distance"] = census.distance(0.5, length, domain)
     values["agreement"] = census.role_agreement(length, domain)
-    for name, kept in (("window", "floating"), ("window_first", "first")):
+    for name, kept in (("window", "secondary"), ("window_first", "first")):
         values[name] = census.window_needed(length, domain, kept=kept)
     for n, kept in enumerate(KEPT):
         values[f"error_{kept}"], halves[f"error_{kept}"] = near.mean[..., n], near.half[..., n]
-    values["floating"], halves["floating"] = (part.repeat_interleave(group, 1) for part in floating)
+    values["secondary"], halves["secondary"] = (part.repeat_interleave(group, 1) for part in secondary)
     score, least = RULES["sink tokens"]
     sinks = values[score] >= least
     flat = {name: uniform[..., n] for n, name in enumerate(SCORES)}
@@ -135,25 +136,25 @@ def view(census: Census, length: int, domain: str | None) -> View:
 
 
 def top_keys(census: Census, text: int, length: int) -> dict[str, Tensor]:
-    """The keys of every query head that get most attention on a text: positions, attention, and which are floating sinks."""
+    """The keys with most attention of every query head on a text: positions, attention, and whether they are secondary sinks."""
     top = census.arrays[f"{text}.{length}.top"]
     attention = census.arrays[f"{text}.{length}.attention"].float().gather(-1, top.clamp(min=0).long())
-    floating = census.arrays[f"{text}.{length}.floating"]
-    floating = floating.repeat_interleave(top.shape[1] // floating.shape[1], 1)
-    sink = (top[..., None] == floating[:, :, None]).any(-1) & (top >= 0)
+    secondary = census.arrays[f"{text}.{length}.secondary"]
+    secondary = secondary.repeat_interleave(top.shape[1] // secondary.shape[1], 1)
+    sink = (top[..., None] == secondary[:, :, None]).any(-1) & (top >= 0)
     return {"top": top, "drawn": attention, "sink": sink.to(torch.uint8)}
 
 
 def token_views(census: Census) -> dict[int, tuple[int, int]]:
-    """The texts that can be shaded, one of each kind: the length that each is read at, and how many of its tokens are shown."""
+    """The texts of the token view, one of each kind: text -> length of its statistics and number of shown tokens."""
     model = census.settings["model"]
     room = max(16, SHADES // (model["layers"] * model["query_heads"] * len(census.domains)))
-    found = {}
+    shown = {}
     for domain in census.domains:
         lengths = [n for n in census.lengths if census.has(n, domain)]
         length = max([n for n in lengths if n <= TOKEN_VIEW] or lengths[:1])
-        found[census.texts(length, domain)[0]] = length, min(length, TOKEN_VIEW, room)
-    return found
+        shown[census.texts(length, domain)[0]] = length, min(length, TOKEN_VIEW, room)
+    return shown
 
 
 def one_byte(attention: Tensor) -> Tensor:
@@ -163,17 +164,17 @@ def one_byte(attention: Tensor) -> Tensor:
 
 
 def number(value: Tensor) -> float | None:
-    """None for what is not a number: JSON has no NaN, and charts leave None out."""
+    """A number for JSON and charts: None in place of NaN and infinity."""
     return float(value) if torch.isfinite(value) else None
 
 
 def three_figures(array: Tensor) -> Tensor:
-    """float32 with 11 bits of precision: enough to look at, and compresses to half."""
+    """float32 with 11 bits of precision, enough for display, which compresses to half the size."""
     return ((array.float().contiguous().view(torch.int32) + 0x800) & -0x1000).view(torch.float32)
 
 
 def packed(arrays: Mapping[str, Tensor], **more: Any) -> str:
-    """Arrays (and anything that JSON can say) as text: length of the header, header, numbers; gzip; base64."""
+    """Pack arrays and JSON values (`more`) as text: length of the header, header, numbers; gzip; base64."""
     parts, offset, entries = [], 0, {}
     for name, array in arrays.items():
         if array.is_floating_point():
@@ -185,6 +186,6 @@ def packed(arrays: Mapping[str, Tensor], **more: Any) -> str:
         parts.append(raw + b"\0" * (-len(raw) % 4))
         offset += len(parts[-1])
     header = json.dumps({"arrays": entries} | more, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 4)  # typed arrays begin at multiples of 4
+    header += b" " * (-len(header) % 4)  # typed arrays must begin at multiples of 4
     whole = len(header).to_bytes(4, "little") + header + b"".join(parts)
     return base64.b64encode(gzip.compress(whole, 6, mtime=0)).decode()

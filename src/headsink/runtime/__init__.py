@@ -1,1 +1,1 @@
-"""A model under a plan: `apply`, `compress`, prefill, prefix files."""
+"""Run a model under a plan: `apply`, prefill compression, prefix files, scoring of continuations."""

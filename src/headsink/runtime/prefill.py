@@ -1,4 +1,4 @@
-"""Read a prompt into a cache under a plan."""
+"""Prefill: the one place where the KV cache of a prompt under a plan is made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import apply, full_cache, new_cache
+from headsink.runtime.apply import apply_here, full_cache, new_cache
 from headsink.runtime.compress import compress_into
 
-CHUNK = 8192  # tokens of a prompt that are read at once: a streaming head never holds more than its window and these
+CHUNK = (
+    8192  # tokens per forward pass under online eviction: a streaming head never holds more than its window and these
+)
 
 
 def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -> Cache:
@@ -23,33 +25,45 @@ def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -
     return new_cache(model, plan, exact)
 
 
-def read_long(model: PreTrainedModel, cache: Cache, text: Tensor) -> None:
-    """Read a long prompt in pieces, but for the last one. transformers' own `prefill_chunk_size` forgets what a cache holds."""
+def prefill(
+    model: PreTrainedModel, plan: Plan | None, ids: Tensor, *, exact: bool = True, cache: Cache | None = None
+) -> Cache:
+    """Read prompts into a KV cache and evict as the plan says.
+
+    With `plan.prefill_compression` the prompts are read with the full cache and compressed after that; otherwise keys are
+    evicted while they are read. Without a plan the cache is full.
+
+    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the
+    same plan to read into. Raises HeadsinkError for prompts that are longer than the model's maximum, if the plan does not count
+    positions in the cache.
+    """
+    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    if ids.shape[1] > longest and (plan is None or plan.positions == "absolute"):
+        raise HeadsinkError(f"prompt: {ids.shape[1]} tokens are over the model's maximum of {longest}")
+    cache = empty_cache(model, plan, exact) if cache is None else cache
+    if isinstance(cache, PlanCache) and plan is not None and plan.prefill_compression:
+        if ids.shape[1]:
+            full = empty_cache(model, None)
+            _read(model, None, full, ids, ids.shape[1])
+            compress_into(cache, model, full, input_ids=ids)
+        else:
+            cache.freeze()
+    elif ids.shape[1]:
+        _read(model, plan, cache, ids, ids.shape[1] if plan is None else CHUNK)
+    return cache
+
+
+def prefill_chunks(model: PreTrainedModel, cache: Cache, ids: Tensor) -> None:
+    """Read what a cache does not hold yet of a long prompt, in chunks, but for the last chunk, which `generate` reads.
+
+    transformers' own `prefill_chunk_size` forgets what a cache holds.
+    """
     with torch.no_grad():
-        for part in text[:, cache.get_seq_length() :].split(CHUNK, 1)[:-1]:
+        for part in ids[:, cache.get_seq_length() :].split(CHUNK, 1)[:-1]:
             model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
 
-def read_prompt(model: PreTrainedModel, cache: PlanCache, text: Tensor) -> None:
-    """Read in full, and compress once, what comes before the last token of the prompt, which `generate` begins with."""
-    if not text.shape[1]:
-        cache.hold()
-        return
-    full = empty_cache(model, None)
-    with torch.no_grad(), full_cache(model):
-        model(text, **cache_argument(full), use_cache=True, logits_to_keep=1)
-    compress_into(cache, model, full, input_ids=text)
-
-
-def read(model: PreTrainedModel, plan: Plan, ids: list[int]) -> PlanCache:
-    """What a plan keeps of a text, with all of its tokens read. Raises HeadsinkError if it does not fit the model."""
-    longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    if len(ids) > longest and plan.positions == "text":
-        raise HeadsinkError(f"prompt: {len(ids)} tokens are over the model's maximum of {longest}")
-    cache, text = new_cache(model, plan), torch.tensor([ids], device=model.device)
-    if plan.once:
-        read_prompt(model, cache, text)
-        return cache
-    with torch.no_grad(), apply(model, plan):
-        model(text, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-    return cache
+def _read(model: PreTrainedModel, plan: Plan | None, cache: Cache, ids: Tensor, chunk: int) -> None:
+    with torch.no_grad(), full_cache(model) if plan is None else apply_here(model, plan):
+        for part in ids.split(chunk, 1):
+            model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1)

@@ -1,9 +1,9 @@
-"""A cache in a file, with the tokens that filled it: a context is read once and used by any number of processes.
+"""Prefix files: save a cache with the tokens that filled it, so that a context is prefilled once and used by many processes.
 
-The file is one safetensors file. Its header holds the plan and a few numbers. From these follow the state of every head group
-and the dtype and shape of every tensor (`_expected`); a file with other tensors is refused before a kernel reads it. The tensors
-are the keys and values that are in use, in the order in which they lie in memory (slots.py), so that sums have the same
-bits after loading. A mask is stored only where no key is evicted; elsewhere it follows from the numbers.
+A prefix is one safetensors file. Its header holds the plan and a few numbers, which determine the state of every head group and
+the dtype and shape of every tensor (`_expected`). A file with other tensors is refused before a kernel reads it. The tensors are
+the keys and values in use, in their order in memory (cache/slots.py), so that sums are equal bit for bit after loading. A
+visibility mask is stored only for groups that evict nothing; for others it follows from the header.
 """
 
 from __future__ import annotations
@@ -34,44 +34,43 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import new_cache
 from headsink.utils.files import new_file
 
-OLD = "headsink prefix 1"  # it held buffers with their empty slots, and numbers that could disagree with them
+OLD = ("headsink prefix 1", "headsink prefix 2")
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Header(BaseModel):
-    """What the file says beside its tensors.
+    """Metadata of a prefix file.
 
-    dtype: of keys and values. seen: tokens of every row, padding included. frozen: how many of them had come when `hold` was
-    called, None if it was not. anchors: of every group of every layer, slots in front of its ring (before `hold`, if that was
-    called); None for layers with a sliding window of the model's own. text, exact: as for `save_prefix` and `new_cache`.
+    dtype: of keys and values. seen: tokens of every row, padding included. frozen: number of tokens seen when `freeze` was
+    called, None if it was not. prefix_slots: for every group of every layer, slots in front of its ring (before `freeze`, if
+    that was called); None for sliding-window layers of the model. text, exact: as for `save_prefix` and `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["headsink prefix 2"] = "headsink prefix 2"
+    format: Literal["headsink prefix 3"] = "headsink prefix 3"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     exact: Annotated[bool, Field(strict=True)]
     seen: Annotated[int, Field(gt=0, strict=True)]
     frozen: Count | None
-    anchors: tuple[tuple[Count, ...] | None, ...]
+    prefix_slots: tuple[tuple[Count, ...] | None, ...]
     text: str
 
 
 class _Group(NamedTuple):
-    """What follows from the header for a head group.
+    """State of a head group, derived from the header.
 
-    name: what the names of its tensors begin with. evicts: whether its slots are sink slots, top-k slots and a ring of the
-    pattern's window (before `hold`, if that was called); otherwise they are a ring that holds every token. slots: in use.
-    stored: its tensors.
+    name: prefix of its tensors' names. evicts: whether its slots are sink slots, top-k slots and a ring of the pattern's window
+    (before `freeze`, if that was called); otherwise they are a ring with every token. slots: number in use. stored: its tensors.
     """
 
     name: str
     heads: int
     pattern: Pattern
     evicts: bool
-    anchors: int
+    prefix_slots: int
     slots: int
     stored: tuple[str, ...]
 
@@ -79,27 +78,27 @@ class _Group(NamedTuple):
 def save_prefix(
     path: str | os.PathLike[str], cache: PlanCache, input_ids: Tensor, text: str = "", *, force: bool = False
 ) -> Path:
-    """Write a cache and the tokens in it to a file, atomically.
+    """Write a cache and its tokens to a file, atomically. Returns the path.
 
-    cache: filled under a plan, or compressed once (`headsink.compress`). input_ids: int [batch, tokens], all that it has seen,
-    left padding included. text: the same as a string, if that is wanted later. force: replace a file, too, that headsink did not
-    write. Raises HeadsinkError if the two differ in length, if the cache is empty, if it waits for tokens to be taken back, or if
-    it holds NaN.
+    cache: filled under a plan, or compressed by `headsink.compress`. input_ids: int [batch, tokens], all tokens that the cache
+    has seen, left padding included. text: the same as a string, for `prefix_text`. force: also replace a file that headsink did
+    not write. Raises HeadsinkError if cache and input_ids differ in length, and if the cache is empty, records tokens for `crop`,
+    hides tokens between others, or contains NaN.
     """
     rows, seen = _seen(cache)
     if not seen or tuple(input_ids.shape) != (rows, seen):
-        given, held = (" x ".join(map(str, shape)) for shape in (input_ids.shape, (rows, seen)))
-        raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {held}")
-    if any(group.recent is not None for group in _live(cache)):
-        raise HeadsinkError("this cache still waits for tokens to be taken back: set its record_past to False")
-    if any(group.padding is not None and group.padding.hidden is not None for group in _live(cache)):
+        given, cached = (" x ".join(map(str, shape)) for shape in (input_ids.shape, (rows, seen)))
+        raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {cached}")
+    if any(group.recent is not None for group in _cache_groups(cache)):
+        raise HeadsinkError("this cache records tokens so that they can be cropped: set its record_past to False")
+    if any(group.padding is not None and group.padding.hidden is not None for group in _cache_groups(cache)):
         raise HeadsinkError(
-            "this cache hides tokens between others: save it before the second turn of its conversations"
+            "this cache hides tokens between visible ones: save it before the second turn of its conversations"
         )
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise HeadsinkError(f"input_ids: {dtype_name(input_ids.dtype)} given, token ids are whole numbers")
     try:
-        header = _described(cache, seen, text)
+        header = _header(cache, seen, text)
         tensors = {"input_ids": input_ids.long()} | _tensors(header, cache)
         _check(header, tensors, cache)
     except ValueError as error:
@@ -110,10 +109,10 @@ def save_prefix(
 
 
 def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[PlanCache, Tensor]:
-    """A cache from a file, ready for what comes after, and the tokens that it has seen, int64 [batch, tokens].
+    """Load a cache and the tokens that it has seen, int64 [batch, tokens], from a file written by `save_prefix`.
 
-    Use it inside `apply(model, cache.plan)`: `model.generate(ids, cache=cache)`, where `ids` begins with those tokens.
-    Raises HeadsinkError if the file is not one of `save_prefix`, if its parts disagree, or if it was made for another model or
+    Use the cache inside `apply(model, cache.plan)`: `model.generate(ids, cache=cache)`, where `ids` begins with those tokens.
+    Raises HeadsinkError if the file is not a prefix, if its parts do not fit together, or if it was made for another model or
     dtype.
     """
     header, tensors = _read(path)
@@ -124,19 +123,19 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
         _check(header, tensors, cache, vocabulary(model) - 1)
     except ValueError as error:
         raise HeadsinkError(f"{path}: its parts do not fit together: {error}") from error
-    # Copied even on a CPU: in the file they are not aligned, which sums in another order.
+    # Copied even on a CPU: tensors in the file are not aligned, which changes the order of sums.
     _fill(cache, header, {name: t.to(model.device, copy=True) for name, t in tensors.items()})
     return cache, tensors["input_ids"].to(model.device)
 
 
 def prefix_text(path: str | os.PathLike[str]) -> str:
-    """The text that was given to `save_prefix`."""
+    """The `text` that was passed to `save_prefix`."""
     return _read(path, tensors=False)[0].text
 
 
 def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[_Header, dict[str, Tensor]]:
     try:
-        os.stat(path)  # says what is wrong in fewer words than safe_open
+        os.stat(path)  # gives a shorter error message than safe_open
         with safe_open(path, "pt") as file:
             header = _Header.model_validate_json((file.metadata() or {}).get("headsink", ""))
             return header, {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
@@ -145,28 +144,28 @@ def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[_Header, 
     except SafetensorError as error:
         raise HeadsinkError(f"{path}: not a prefix that headsink has saved") from error
     except ValidationError as error:
-        if any(e["loc"] == ("format",) and e["input"] == OLD for e in error.errors()):
-            again = f"headsink read MODEL --plan PLAN --file DOCUMENT --out {path}"
-            raise HeadsinkError(f"{path}: saved by an older headsink; read the document again: {again}") from error
+        if any(e["loc"] == ("format",) and e["input"] in OLD for e in error.errors()):
+            command = f"headsink read MODEL --plan PLAN --file DOCUMENT --out {path}"
+            raise HeadsinkError(f"{path}: saved by an older headsink; read the document again: {command}") from error
         first = error.errors()[0]
         field, reason = ".".join(map(str, first["loc"])) or "header", first["msg"].removeprefix("Value error, ")
         raise HeadsinkError(f"{path}: not a prefix that headsink has saved: {field!r}: {reason}") from error
 
 
-# what a file holds
+# saving
 
 
-def _described(cache: PlanCache, seen: int, text: str) -> _Header:
-    """The header for a cache. Raises ValueError if its layers are not in step."""
+def _header(cache: PlanCache, seen: int, text: str) -> _Header:
+    """The header for a cache. Raises ValueError if its layers differ in tokens or in when they were frozen."""
     frozen: set[int | None] = set()
     for index, layer in enumerate(cache.layers):
         if layer.get_seq_length() != seen:
             raise ValueError(f"layer {index} has seen {layer.get_seq_length()} tokens, layer 0 has seen {seen}")
         for group in layer.groups if isinstance(layer, PlanLayer) else ():
-            if any(not layer.patterns[head].full for head in group.heads):  # for the others `hold` changes nothing
-                frozen.add(None if group.lets_go else group.start)
+            if any(not layer.patterns[head].full for head in group.heads):  # for the others `freeze` changes nothing
+                frozen.add(None if group.evicts else group.start)
     if len(frozen) > 1:
-        raise ValueError("hold was called for some of its layers, or at different times")
+        raise ValueError("freeze was called for some of its layers, or at different times")
     first = cache.layers[0]
     keys = first.groups[0].keys if isinstance(first, PlanLayer) else first.keys
     return _Header.model_validate(
@@ -176,91 +175,94 @@ def _described(cache: PlanCache, seen: int, text: str) -> _Header:
             "exact": cache.exact,
             "seen": seen,
             "frozen": frozen.pop() if frozen else None,
-            "anchors": [
-                tuple(map(_anchors, layer.groups)) if isinstance(layer, PlanLayer) else None for layer in cache.layers
+            "prefix_slots": [
+                tuple(map(_prefix_slots, layer.groups)) if isinstance(layer, PlanLayer) else None
+                for layer in cache.layers
             ],
             "text": text,
         }
     )
 
 
-def _anchors(group: HeadGroup) -> int:
-    """Slots in front of the ring, before `hold` if that was called."""
-    if group.lets_go or group.pattern.window is None:
-        return group.anchors
-    below_capacity = group.anchors == group.start == group.pattern.size(group.start)
-    return 0 if below_capacity else group.anchors - min(group.start, group.pattern.window)
+def _prefix_slots(group: HeadGroup) -> int:
+    """Slots in front of the ring (before `freeze`, if that was called)."""
+    if group.evicts or group.pattern.window is None:
+        return group.prefix_slots
+    below_capacity = group.prefix_slots == group.start == group.pattern.size(group.start)
+    return 0 if below_capacity else group.prefix_slots - min(group.start, group.pattern.window)
 
 
 def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
-    """The head groups of all layers. Raises ValueError for numbers that cannot arise."""
-    seen, streaming = header.seen, header.plan.positions == "cache"
-    at = seen if header.frozen is None else header.frozen  # tokens by which the state of a group is what it is
+    """The head groups of all layers. Raises ValueError for a header that no cache can have."""
+    seen, streaming = header.seen, header.plan.positions == "cache-relative"
+    at = seen if header.frozen is None else header.frozen  # tokens seen when the state of a group was last updated
     if at > seen or (streaming and header.frozen is not None):
-        raise ValueError(f"frozen: {at}, of {seen} tokens with positions of the {header.plan.positions}")
-    if len(header.anchors) != len(cache.layers):
-        raise ValueError(f"anchors: of {len(header.anchors)} layers, the model has {len(cache.layers)}")
-    for index, (layer, every) in enumerate(zip(cache.layers, header.anchors, strict=True)):
+        raise ValueError(f"frozen: {at}, of {seen} tokens with {header.plan.positions} positions")
+    if len(header.prefix_slots) != len(cache.layers):
+        raise ValueError(f"prefix_slots: of {len(header.prefix_slots)} layers, the model has {len(cache.layers)}")
+    for index, (layer, numbers) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
         patterns: dict[Pattern, int] = {}
         for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
             pattern = FULL if header.frozen == 0 else pattern
             patterns[pattern] = patterns.get(pattern, 0) + 1
-        if (every is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(every or ()):
-            raise ValueError(f"anchors.{index}: {every}, of a layer with {len(patterns)} patterns")
-        for number, ((pattern, heads), anchors) in enumerate(zip(patterns.items(), every or (), strict=True)):
-            window, most = pattern.window or 0, pattern.floating
-            below_capacity = anchors == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
-            top_k = range(min(max(at - window, 0), most), most + 1)  # slots that there may be
-            if not below_capacity and (pattern.full or anchors - pattern.sink not in top_k):
-                raise ValueError(f"anchors.{index}.{number}: {anchors} slots after {at} tokens under {pattern}")
-            slots = anchors + (at if below_capacity else min(at, window)) + seen - at
+        if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
+            raise ValueError(f"prefix_slots.{index}: {numbers}, of a layer with {len(patterns)} patterns")
+        for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), numbers or (), strict=True)):
+            window, most = pattern.window or 0, pattern.top_k
+            below_capacity = prefix_slots == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
+            top_k = range(min(max(at - window, 0), most), most + 1)  # possible numbers of top-k slots
+            if not below_capacity and (pattern.full or prefix_slots - pattern.sink not in top_k):
+                raise ValueError(
+                    f"prefix_slots.{index}.{number}: {prefix_slots} slots after {at} tokens under {pattern}"
+                )
+            slots = prefix_slots + (at if below_capacity else min(at, window)) + seen - at
             stored = ["keys", "values"]
             if header.frozen is not None or pattern.full:
                 stored.append("visible")
             elif not below_capacity and most:
                 stored.append("scores")
             name = f"layers.{index}.{number}."
-            yield _Group(name, heads, pattern, not below_capacity, anchors, slots, tuple(stored))
+            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, tuple(stored))
 
 
 def _seen(cache: PlanCache) -> tuple[int, int]:
-    """Rows and tokens, 0 and 0 of an empty cache."""
+    """Rows and tokens of a cache; 0 and 0 if it is empty."""
     first, tokens = cache.layers[0], cache.get_seq_length()
     if not tokens:
         return 0, 0
     return first.batch_size if isinstance(first, PlanLayer) else first.keys.shape[0], tokens
 
 
-def _live(cache: PlanCache) -> list[HeadGroup]:
+def _cache_groups(cache: PlanCache) -> list[HeadGroup]:
     return [group for layer in cache.layers if isinstance(layer, PlanLayer) for group in layer.groups]
 
 
 def _tensors(header: _Header, cache: PlanCache) -> dict[str, Tensor]:
-    """What is in use of the buffers of a cache."""
-    found: dict[str, Tensor] = {}
+    """The parts in use of a cache's buffers."""
+    tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PlanLayer):
-            slots = _sliding_slots(header, layer)  # while it records there may be more
-            found |= {f"layers.{index}.{name}": getattr(layer, name)[:, :, -slots:] for name in ("keys", "values")}
-    for group, live in zip(_groups(header, cache), _live(cache), strict=True):
-        found |= {group.name + name: getattr(live, name)[:, :, : group.slots] for name in group.stored}
+            slots = _sliding_slots(header, layer)  # a recording layer may have more
+            tensors |= {f"layers.{index}.{name}": getattr(layer, name)[:, :, -slots:] for name in ("keys", "values")}
+    for group, live in zip(_groups(header, cache), _cache_groups(cache), strict=True):
+        tensors |= {group.name + name: getattr(live, name)[:, :, : group.slots] for name in group.stored}
         if live.padding is not None:
-            found["padding"] = live.padding.tokens.clamp(max=header.seen)  # of a row that has been padding only so far
-    return found
+            tensors["padding"] = live.padding.tokens.clamp(max=header.seen)  # a row may be padding only so far
+    return tensors
 
 
 def _sliding_slots(header: _Header, layer: CacheLayerMixin) -> int:
-    """Keys that transformers holds in a layer with a sliding window."""
+    """Keys that transformers caches in a sliding-window layer."""
     return min(header.seen, layer.sliding_window - 1)
 
 
-# what is checked
+# checks
 
 
 def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_id: int | None = None) -> None:
-    """Raise ValueError unless the tensors are those of a cache with this header.
+    """Raise ValueError unless the tensors fit a cache with this header.
 
-    cache: of the plan, empty or filled. last_id: the largest token id that the model knows.
+    cache: of the plan, empty or filled. last_id: the model's largest token id.
     """
     ids = tensors.get("input_ids", torch.empty(0))
     if ids.dim() != 2 or not len(ids) or ids.shape[1] != header.seen:
@@ -271,9 +273,9 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"tensor {name!r} {'is missing' if name in expected else 'does not belong there'}")
     for name, kind in expected.items():
-        found = tensors[name].dtype, tuple(tensors[name].shape)
-        if found != kind:
-            given, right = (f"{dtype_name(dtype)} {list(shape)}" for dtype, shape in (found, kind))
+        actual = tensors[name].dtype, tuple(tensors[name].shape)
+        if actual != kind:
+            given, right = (f"{dtype_name(dtype)} {list(shape)}" for dtype, shape in (actual, kind))
             raise ValueError(f"{name} is {given} and must be {right}")
     _check_range("input_ids", ids, last_id)
     if "padding" in tensors:
@@ -297,42 +299,45 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
 
 
 def _expected(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor but the padding. Raises ValueError for numbers that cannot arise."""
+    """Dtype and shape of every tensor but the padding. Raises ValueError for a header that no cache can have."""
     heads, dim, dtype = header.plan.model.kv_heads, header.plan.model.head_dim, getattr(torch, header.dtype)
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PlanLayer):
             shape = rows, heads, _sliding_slots(header, layer), dim
-            found |= {f"layers.{index}.{name}": (dtype, shape) for name in ("keys", "values")}
+            expected |= {f"layers.{index}.{name}": (dtype, shape) for name in ("keys", "values")}
     for group in _groups(header, cache):
-        lie = rows, group.heads, group.slots
+        layout = rows, group.heads, group.slots
         kinds = {
-            "keys": (dtype, (*lie, dim)),
-            "values": (dtype, (*lie, dim)),
-            "visible": (torch.bool, lie),
-            "scores": (torch.promote_types(dtype, torch.float32), (*lie[:2], group.anchors - group.pattern.sink)),
+            "keys": (dtype, (*layout, dim)),
+            "values": (dtype, (*layout, dim)),
+            "visible": (torch.bool, layout),
+            "scores": (
+                torch.promote_types(dtype, torch.float32),
+                (*layout[:2], group.prefix_slots - group.pattern.sink),
+            ),
         }
-        found |= {group.name + name: kinds[name] for name in group.stored}
-    return found
+        expected |= {group.name + name: kinds[name] for name in group.stored}
+    return expected
 
 
 def _check_range(name: str, numbers: Tensor, last: int | None) -> None:
-    """Raise ValueError for a number below 0 or above `last`."""
+    """Raise ValueError for numbers below 0 or above `last`."""
     if numbers.numel() and (int(numbers.min()) < 0 or (last is not None and int(numbers.max()) > last)):
-        found = int(numbers.min()), int(numbers.max())
+        limits = int(numbers.min()), int(numbers.max())
         raise ValueError(
-            f"{name}: numbers from {found[0]} to {found[1]}, outside 0{f' to {last}' if last is not None else ' and above'}"
+            f"{name}: numbers from {limits[0]} to {limits[1]}, outside 0{f' to {last}' if last is not None else ' and above'}"
         )
 
 
 def _padding(tensors: dict[str, Tensor]) -> Tensor:
-    """Tokens of padding in every row: int64 [rows]."""
+    """Padding of every row in tokens: int64 [rows]."""
     ids = tensors["input_ids"]
     return tensors.get("padding", ids.new_zeros(len(ids)))
 
 
 def _ring(header: _Header, tensors: dict[str, Tensor], group: _Group) -> tuple[Tensor, Tensor]:
-    """Which tokens in the ring of a group that evicts nothing are visible, and which are no padding.
+    """For a group that evicts nothing: which tokens in its ring are visible, and which are not padding.
 
     Both are bool [rows, heads, tokens].
     """
@@ -342,11 +347,11 @@ def _ring(header: _Header, tensors: dict[str, Tensor], group: _Group) -> tuple[T
     return visible[:, :, group.slots - len(columns) :], real.expand(-1, group.heads, -1)
 
 
-# what is loaded
+# loading
 
 
 def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None:
-    """Fill an empty cache with tensors that were checked."""
+    """Fill an empty cache with checked tensors."""
     rows, shape = len(tensors["input_ids"]), header.plan.model
     tokens = tensors.get("padding")
     padding = None if tokens is None or not tokens.any() else Padding(tokens, int(tokens.max()))
@@ -355,21 +360,21 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             none = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, dtype=getattr(torch, header.dtype))
             none = none.to(tensors["input_ids"].device)
             if header.frozen == 0:
-                layer.hold()
+                layer.freeze()
             layer.fill(none, none, padding)
             layer.held, layer.seen = header.frozen is not None, header.seen
         else:
             keys, values = (tensors[f"layers.{index}.{name}"] for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values, layer.cumulative_length = keys, values, header.seen
-    for group, live in zip(_groups(header, cache), _live(cache), strict=True):
+    for group, live in zip(_groups(header, cache), _cache_groups(cache), strict=True):
         for name in group.stored:
             setattr(live, name, tensors[group.name + name])
         if group.evicts:
-            live.young, live.window, live.anchors = False, group.pattern.window, group.anchors
+            live.below_capacity, live.window, live.prefix_slots = False, group.pattern.window, group.prefix_slots
         if header.frozen is not None:
             live.length = header.frozen
-            live.hold()
+            live.freeze()
         live.length = header.seen
         if "visible" in group.stored:
             ring, real = _ring(header, tensors, group)
@@ -379,11 +384,11 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
 
 
 def _visible(header: _Header, tensors: dict[str, Tensor], group: _Group, scores: Tensor) -> Tensor:
-    """Which slots of a group that may evict are visible: bool [rows, heads, slots]. scores: of its top-k keys."""
+    """Visible slots of a group that may evict: bool [rows, heads, slots]. scores: of its top-k keys."""
     seen, sinks = header.seen, group.pattern.sink if group.evicts else 0
-    held = min(seen, group.pattern.window or 0) if group.evicts else seen
+    recent = min(seen, group.pattern.window or 0) if group.evicts else seen
     padding = _padding(tensors)[:, None, None]
-    columns = torch.arange(seen - held, seen, device=scores.device).roll(seen % max(held, 1))  # as they lie in the ring
-    evicted = seen - held - padding
+    columns = torch.arange(seen - recent, seen, device=scores.device).roll(seen % max(recent, 1))  # in ring order
+    evicted = seen - recent - padding
     parts = torch.arange(sinks, device=scores.device) < evicted, scores > NONE, columns >= padding
     return torch.cat([part.expand(-1, group.heads, -1) for part in parts], 2)

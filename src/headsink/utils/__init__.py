@@ -1,1 +1,1 @@
-"""Files, progress bars, terminal output, statistics, devices: what every package may use."""
+"""Utilities for every package: files, progress bars, terminal output, statistics, devices."""

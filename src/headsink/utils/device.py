@@ -1,4 +1,7 @@
-"""Kernels for a GPU, in Triton. Without one Triton's interpreter runs them (TRITON_INTERPRET=1), which is how they are tested."""
+"""Whether the Triton kernels can run on a tensor, and copies to a device that do not block the host.
+
+Without a GPU, Triton's interpreter can run the kernels (TRITON_INTERPRET=1). The tests do so.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,25 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-DEVICES = {"cuda"}  # device types that the kernels run on; the tests add "cpu", for the interpreter
+DEVICES = {"cuda"}  # device types that the kernels run on; the tests add "cpu" for the interpreter
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
 def installed() -> bool:
-    """Whether there is what the kernels need. PyTorch for CUDA brings it."""
+    """Whether Triton is installed. PyTorch for CUDA includes it."""
     return find_spec("triton") is not None
 
 
 def on_card(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, on a device, without the host waiting for what the device is doing."""
+    """Copy a host tensor to a device without waiting for the device."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def index(heads: list[int], device: torch.device) -> list[int] | slice | Tensor:
-    """Heads as an index into tensors of a device. A list makes the host wait for a GPU each time."""
+    """Return head numbers as an index into tensors on a device. Indexing with a list would make the host wait for a GPU."""
     if device.type not in DEVICES:
         return heads
     if heads == list(range(heads[0], heads[-1] + 1)):
@@ -35,7 +38,7 @@ def index(heads: list[int], device: torch.device) -> list[int] | slice | Tensor:
 
 
 def can_run(tensor: Tensor) -> bool:
-    """Whether the kernels take tensors like this one."""
+    """Whether the kernels support the device and dtype of this tensor. Tensors that need gradients are not supported."""
     return (
         tensor.device.type in DEVICES
         and tensor.dtype in TYPES

@@ -1,8 +1,8 @@
-"""Files appear whole or not at all, and nothing is lost that headsink did not write.
+"""Atomic writes of files and folders, which never overwrite what headsink did not write.
 
-Everything is written beside its place and moved there when it is complete. A file that exists is replaced only if it is empty,
-if headsink wrote it (`is_own`), or with force; a device, a pipe, a socket or a link never is. In a folder that is written again,
-headsink removes the files that it has listed there, in the marker, and nothing else.
+Output goes to a temporary name in the same folder and is renamed when it is complete. An existing file is replaced only if it is
+empty, if headsink wrote it (`is_own`), or with `force`. Devices, pipes, sockets and links are never replaced. When headsink
+rewrites a folder, it removes only the files that the folder's marker lists.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 
 from headsink.errors import HeadsinkError
 
-HEAD = 4096  # bytes of a file that are read to see whether headsink wrote it
+HEAD = 4096  # bytes of a file that `is_own` reads
 OWN = re.compile(
     rb"""\A(?:
-        (?:\xef\xbb\xbf)?\s*\{.*?"headsink"\s*:           # JSON (lines): plans, checkpoints and results say the version
+        (?:\xef\xbb\xbf)?\s*\{.*?"headsink"\s*:           # JSON (lines): plans, checkpoints and results name the version
         | \s*\{.*?"command"\s*:\s*"headsink\ bench\       # rows of `headsink bench all`
         | .{8}\{"__metadata__":\{"headsink":              # safetensors: a prefix
         | <!DOCTYPE\ html>.*<meta\ name="generator"\ content="headsink">
@@ -61,7 +61,7 @@ REASONS = {
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file (UTF-8, with or without a byte order mark). Lines end in line feeds, also where the file has CR LF."""
+    """Read a text file (UTF-8, with or without a byte order mark). CR LF becomes LF."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +69,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_input() -> str:
-    """Read standard input to its end."""
+    """Read all of standard input."""
     try:
         return sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -77,7 +77,7 @@ def read_input() -> str:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Read JSON; `what` begins the line of the error."""
+    """Parse JSON. The error message begins with `what`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -85,13 +85,13 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise if no file and no tokenizer can hold the text: half of a surrogate pair is no character."""
+    """Raise if the text contains half of a surrogate pair, which neither files nor tokenizers accept."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise HeadsinkError(f"{what} is not text: it holds half of a surrogate pair, or bytes that are not UTF-8")
 
 
 def sha256(*paths: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, or of several one after the other, in hex."""
+    """Return the SHA-256 of the concatenated files, in hex."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def sha256(*paths: str | os.PathLike[str]) -> str:
 
 
 def is_own(path: str | os.PathLike[str]) -> bool:
-    """Whether headsink wrote this file: its first bytes say so, in the way of its kind (OWN)."""
+    """Whether headsink wrote this file, judged by its first bytes (OWN)."""
     try:
         with open(path, "rb") as file:
             return OWN.match(file.read(HEAD)) is not None
@@ -112,7 +112,7 @@ def is_own(path: str | os.PathLike[str]) -> bool:
 
 
 def reason(error: OSError | SafetensorError) -> str:
-    """Why something cannot be written. A SafetensorError has the number of the system's error in its text only."""
+    """Return why a write failed. A SafetensorError has the system's error number only in its text."""
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     code = int(number[1]) if number else getattr(error, "errno", None) or 0
     return REASONS.get(code) or getattr(error, "strerror", None) or str(error)
@@ -120,7 +120,7 @@ def reason(error: OSError | SafetensorError) -> str:
 
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """Turn what an operating system says about `path` into one line."""
+    """Turn errors of the operating system about `path` into a HeadsinkError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -128,13 +128,13 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 
 def check_file(path: str | os.PathLike[str], force: bool = False) -> None:
-    """Raise if no file can be written at `path`, or one is there that headsink did not write. Call it before long work."""
+    """Raise if no file can be written at `path`, or if headsink did not write the file there. Call it before long work."""
     path = Path(path)
-    if (there := _mode(path)) is not None:
-        if stat.S_ISDIR(there):
+    if (mode := _mode(path)) is not None:
+        if stat.S_ISDIR(mode):
             raise HeadsinkError(f"cannot write {path}: it is a folder, name a file")
-        if not stat.S_ISREG(there):
-            raise HeadsinkError(f"cannot write {path}: it is {_kind(there)}, name a file")
+        if not stat.S_ISREG(mode):
+            raise HeadsinkError(f"cannot write {path}: it is {_kind(mode)}, name a file")
         if not force and path.stat().st_size and not is_own(path):
             raise HeadsinkError(
                 f"cannot write {path}: headsink did not write the file that is there; name another one, or give --force "
@@ -144,7 +144,7 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str, force: bool = False) -> Path:
-    """Write a text file atomically (UTF-8), making its folder if need be."""
+    """Write a text file atomically (UTF-8). Creates its folder."""
     with new_file(path, force) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
@@ -152,14 +152,14 @@ def write_text(path: str | os.PathLike[str], text: str, force: bool = False) -> 
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
-    """Write a file that takes its place when the block ends; an error or ctrl-C in the block leaves nothing. Makes its folder."""
+    """Yield a temporary path that becomes `path` when the block ends. An error or ctrl-C leaves no file. Creates the folder."""
     path = Path(path)
     check_file(path, force)
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(path)
+        part = _temporary_name(path)
         handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        mode = stat.S_IMODE(os.fstat(handle).st_mode)  # what the umask leaves; some writers set another
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)  # as the umask allows; some writers set another mode
         os.close(handle)
         try:
             yield part
@@ -171,34 +171,34 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path
 
 
 def check_replaceable(path: str | os.PathLike[str], marker: str, force: bool = False) -> None:
-    """Raise if `path` is no folder, or one with something in it but without a `marker` that says what headsink has put there.
+    """Raise if `path` is not a folder, or if it has files but no `marker` that lists what headsink wrote there.
 
-    force: a marker of an earlier version, which lists nothing, will do too. Call it before long work.
+    force: also accept a marker of an earlier version, which lists no files. Call it before long work.
     """
     path = Path(path)
-    if (there := _mode(path)) is not None:
-        if not stat.S_ISDIR(there):
-            raise HeadsinkError(f"cannot write {path}: it is {_kind(there)}, name a folder")
+    if (mode := _mode(path)) is not None:
+        if not stat.S_ISDIR(mode):
+            raise HeadsinkError(f"cannot write {path}: it is {_kind(mode)}, name a folder")
         with clear_errors(path):
             filled = any(path.iterdir())
-        if filled and not _listed(path, marker) and not (force and is_own(path / marker)):
+        if filled and not _marker_files(path, marker) and not (force and is_own(path / marker)):
             raise HeadsinkError(f"cannot write {path}: the folder holds other files; name a new or an empty one")
     _check_writable(path)
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> Iterator[Path]:
-    """Fill a folder that is complete when the block ends; an error or ctrl-C in the block leaves nothing.
+    """Yield a temporary folder that is moved to `path` when the block ends. An error or ctrl-C leaves no folder.
 
-    marker: a JSON object that the block writes; the names of the files are added to it. A folder at `path` is filled anew if it
-    is empty or has a marker. Files that the marker lists are removed; others stay. force: replace others too where they are in
-    the way of new ones. The marker comes last: a folder without it is not complete.
+    marker: a JSON object that the block writes; the names of the files are added to it. An existing folder is rewritten if it is
+    empty or has a marker: files that the marker lists are removed, others stay. force: also replace other files with the name of
+    a new one. The marker is written last, so a folder without it is incomplete.
     """
     path = Path(path)
     check_replaceable(path, marker, force)
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(path / "new" if path.exists() else path.absolute())
+        part = _temporary_name(path / "new" if path.exists() else path.absolute())
         part.mkdir()
         mode = stat.S_IMODE(part.stat().st_mode) & 0o666
         try:
@@ -213,13 +213,13 @@ def new_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -
             else:
                 os.replace(part, path)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)  # made above under a new name
+            shutil.rmtree(part, ignore_errors=True)  # created above under a random name
             raise
 
 
 def _refill(path: Path, part: Path, names: list[str], marker: str, force: bool) -> None:
-    """Move the files of `part` into a folder in the place of those that are listed there."""
-    listed = _listed(path, marker)
+    """Replace the files that a folder's marker lists by those of `part`."""
+    listed = _marker_files(path, marker)
     for name in names:
         if name not in listed and _mode(path / name) is not None and not (force and (path / name).is_file()):
             raise HeadsinkError(f"cannot write {path}: headsink did not write {name} in it; move it elsewhere")
@@ -231,15 +231,15 @@ def _refill(path: Path, part: Path, names: list[str], marker: str, force: bool) 
 
 
 def remove(folder: Path, names: list[str]) -> None:
-    """Remove files of a folder by their names, and the folder if nothing else is in it."""
+    """Remove files of a folder by name, and the folder if it is empty then."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _listed(folder: Path, marker: str) -> set[str]:
-    """The files of a folder that its marker lists as headsink's, itself among them; none if there is no such marker."""
+def _marker_files(folder: Path, marker: str) -> set[str]:
+    """Return the files that a folder's marker lists, the marker included; an empty set without a marker."""
     if not is_own(folder / marker):
         return set()
     try:
@@ -250,13 +250,13 @@ def _listed(folder: Path, marker: str) -> set[str]:
     return {name for name in names if not (folder / name).is_dir()} if named else set()
 
 
-def _beside(path: Path) -> Path:
-    """A new hidden name in the folder of `path`."""
+def _temporary_name(path: Path) -> Path:
+    """Return a random hidden name in the folder of `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _mode(path: Path) -> int | None:
-    """What is at `path` itself, not where a link leads to; None if nothing is."""
+    """Return the file mode at `path`, without following links; None if nothing is there."""
     try:
         return path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -270,9 +270,9 @@ def _kind(mode: int) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise if nothing can be written in `path`, a folder, or where it will be."""
-    place = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
-    if not place.is_dir():
-        raise HeadsinkError(f"cannot write {path}: {place} is a file, not a folder")
-    with clear_errors(path), tempfile.TemporaryFile(dir=place):
+    """Raise if the folder `path`, or its nearest existing parent, is not writable."""
+    nearest = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+    if not nearest.is_dir():
+        raise HeadsinkError(f"cannot write {path}: {nearest} is a file, not a folder")
+    with clear_errors(path), tempfile.TemporaryFile(dir=nearest):
         pass

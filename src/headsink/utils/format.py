@@ -1,30 +1,21 @@
-"""Numbers and texts as people read them."""
+"""Format numbers and text for display."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def harmless(text: str, most: int = 80) -> str:
-    """The beginning of a text from a file as it may stand in a line: escaped, unless it is a plain word."""
+    """Return the start of a text from a file, escaped unless it is a plain word."""
     start = text[:most]
     return start if start.replace("_", "").isalnum() else repr(start)
 
 
 def share(value: float | None) -> str:
-    """A share in per cent; a dash where there is none."""
+    """Format a fraction as a percentage; a dash for None."""
     return "–" if value is None else f"{value:.0%}"
 
 
 def percent(value: float | None) -> str:
-    """A share as a length of CSS."""
+    """Format a fraction as a CSS length."""
     return f"{100 * min(1, max(0, value or 0))}%"
 
 
@@ -37,7 +28,7 @@ def figures(value: float | None, places: int = 2) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space shown."""
+    """Return a token with visible white space."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 

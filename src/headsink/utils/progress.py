@@ -1,4 +1,4 @@
-"""Progress bars, on standard error so that standard output stays clean."""
+"""Progress bars on standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def bar(title: str, total: int, shown: bool) -> Iterator[Progress]:
-    """A bar of `total` steps: call `.advance(0)` on what is given for each step done."""
+    """Show a bar of `total` steps. Call `.advance(0)` on the yielded object after each step."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

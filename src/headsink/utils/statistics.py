@@ -1,4 +1,4 @@
-"""Confidence intervals over texts: a few texts are a sample of all that could be read."""
+"""Confidence intervals of means over texts, and rank correlation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond the last one the normal's is near enough.
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom. After the last one the normal distribution is close enough.
 STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -17,14 +17,14 @@ NORMAL = 1.96
 
 
 class Interval(NamedTuple):
-    """A mean and the half width of its 95 % interval, NaN where one sample is all there is."""
+    """A mean and the half width of its 95 % interval; the half width is NaN for a single sample."""
 
     mean: Tensor
     half: Tensor
 
 
 def interval(samples: Tensor) -> Interval:
-    """Student's interval for the mean over the first dimension: [texts, ...] -> [...]."""
+    """Return Student's interval of the mean over the first dimension: [texts, ...] -> [...]."""
     count = samples.shape[0]
     if count < 2:
         return Interval(samples.mean(0), torch.full_like(samples[0], torch.nan))
@@ -33,9 +33,9 @@ def interval(samples: Tensor) -> Interval:
 
 
 def difference(before: Tensor, after: Tensor, paired: bool) -> Interval:
-    """The change of a mean over texts, [texts, ...] each.
+    """Return the change of a mean over texts, [texts, ...] each.
 
-    paired: the same texts in the same order, so that each is its own control.
+    paired: both have the same texts in the same order.
     """
     if paired:
         return interval(after - before)
@@ -44,7 +44,7 @@ def difference(before: Tensor, after: Tensor, paired: bool) -> Interval:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's rho, ties at their mean rank. None if one side is constant."""
+    """Return Spearman's rho, with ties at their mean rank; None if one side is constant."""
     ranks = torch.stack([_ranks(a), _ranks(b)])
     rho = torch.corrcoef(ranks)[0, 1]
     return float(rho) if torch.isfinite(rho) else None
@@ -56,5 +56,5 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, least and most of repeated measurements, and all of them."""
+    """Return median, minimum, maximum and the list of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}

@@ -1,4 +1,4 @@
-"""Standard output, standard error and exit statuses of the command line. Light: nothing here imports torch."""
+"""Standard output, standard error and exit statuses of the command line. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ PIPE_CLOSED, WRONG, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
 def write(text: str) -> None:
-    """Write a piece of a result to standard output at once."""
+    """Write to standard output and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def emit(result: dict[str, Any]) -> None:
-    """Write the one object of `--json`."""
+    """Write the JSON object of `--json`."""
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    write(text.encode("utf-8", "backslashreplace").decode())  # names of files need not be UTF-8
+    write(text.encode("utf-8", "backslashreplace").decode())  # file names need not be UTF-8
 
 
 def note(message: str) -> None:
-    """Write one line to standard error; what a terminal would obey is written as an escape."""
+    """Write one line to standard error, with control characters escaped."""
     err.print(printable(message), markup=False, highlight=False, emoji=False)
 
 
 class _Table(Table):
-    """A table whose cells stay on their line, whatever the names in them hold."""
+    """A table that escapes line breaks and control characters in its cells."""
 
     def add_row(self, *cells: str) -> None:  # type: ignore[override]
         super().add_row(*map(printable, cells))
@@ -63,7 +63,7 @@ def new_table(title: str | None, *columns: str) -> Table:
 
 @contextmanager
 def resumable(*checkpoints: Path) -> Iterator[None]:
-    """Say what is kept when the block is stopped, by ctrl-C or SIGTERM, and one of the checkpoints is there."""
+    """If ctrl-C or SIGTERM stops the block and a checkpoint exists, print that the command can be resumed."""
     try:
         yield
     except KeyboardInterrupt:
@@ -73,12 +73,12 @@ def resumable(*checkpoints: Path) -> Iterator[None]:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command line, and turn every error of the user's into one line and exit status 2."""
+    """Run a command line. Every user error becomes one line and exit status 2."""
     received: list[int] = []
 
     def terminate(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt  # SIGTERM ends a command as ctrl-C does, and what is done is kept
+        raise KeyboardInterrupt  # SIGTERM ends a command as ctrl-C does: checkpoints stay
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -118,7 +118,7 @@ def _fail(message: str) -> int:
 
 
 def _close_output(status: int) -> int:
-    """What is still buffered cannot be written, and Python would say so when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    """Redirect standard output to the null device, so that Python does not report the unwritable buffer at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
     return status

@@ -1,4 +1,4 @@
-"""Which versions of transformers headsink is tested with, the oldest and the newest, and which of vLLM."""
+"""The oldest and newest version of transformers that headsink is tested with, and the version of vLLM."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from headsink.errors import HeadsinkError
 
 OLDEST, NEWEST = "5.19", "5.24"
-VLLM = "0.32"  # the minor version of vLLM that the plugin is written for: their interface changes with every one
+VLLM = "0.32"  # the minor version that the plugin is written for: vLLM's interface changes with every minor version
 
 
 def check_vllm() -> str:
-    """vLLM's version, read without importing it. Raises HeadsinkError if it is not there or another than `VLLM`."""
+    """Return vLLM's version without importing vLLM. Raises HeadsinkError if it is not installed or not `VLLM`."""
     found = importlib.util.find_spec("vllm")
     folders = [] if found is None else list(found.submodule_search_locations or [])
     files = [file for folder in folders if (file := Path(folder) / "_version.py").is_file()]

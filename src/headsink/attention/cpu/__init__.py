@@ -1,1 +1,1 @@
-"""What is compiled for a CPU, by numba: one token through a model, attention of few tokens and of many."""
+"""CPU kernels, compiled by numba: a decode step through the whole model, decode attention, prefill attention."""

@@ -1,10 +1,10 @@
-"""One token of every text through a decoder on a CPU, compiled: weights times vectors, and attention over heads of any length.
+"""The compiled decode step on a CPU: one token of every sequence through all layers, and attention over heads of any length.
 
-A decode step reads every weight and every kept key once, so it is as fast as memory is if nothing else takes time. All layers
-are one call: torch and Python would add some 300 calls of ten microseconds. Weights, keys and values stay where torch has them
-and are reached by their addresses; they are float32, or bfloat16 (held as uint16, which is what numba knows), sums are float32.
+A decode step reads every weight and every cached key once, so memory bandwidth limits it if nothing else takes time. All layers
+are one call, because torch and Python would add about 300 calls of ten microseconds. Weights, keys and values stay in torch's
+memory and are accessed by address. They are float32, or bfloat16 (as uint16, since numba has no bfloat16); sums are float32.
 
-Heads have a row each in a table of addresses and numbers (layout.py).
+Each head is a row in a table of addresses and numbers (attention/kv_table.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from numba import carray, njit, prange
 
 from headsink.attention.cpu.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 
 
 class Weight(IntEnum):
-    """Matrices of a layer, [out, in], in the table of their addresses."""
+    """Index of each matrix of a layer, [out, in], in the table of addresses."""
 
     QUERY = 0
     KEY = 1
@@ -31,30 +31,33 @@ class Weight(IntEnum):
     DOWN = 6
 
 
-BLOCK = 128  # keys at once, which stay in the processor's first cache
+BLOCK = 128  # keys per block, which fit into the L1 cache
 
-# The numbers, for the compiler, which takes no enumerations inside arrays' indices.
+# As numbers, because numba does not support enumerations as array indices.
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = (int(w) for w in Weight)
-_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _FLOATING, *_, _END, _SLOT, _LEAVING = (int(f) for f in Field)
+_KEYS, _VALUES, _VISIBLE, _SCORES, _WEIGHTS, _SINK, _TOP_K, *_, _END, _SLOT, _LEAVING = (int(f) for f in KVField)
 
 
 @njit
 def _share(size: Any, part: Any, parts: Any) -> Any:
-    """Start and end of a part of `size` rows."""
+    """Return the start and end of part `part` of `size` rows."""
     return size * part // parts, size * (part + 1) // parts
 
 
 @njit(fastmath=FAST)
 def _times(address: Any, like: Any, x: Any, out: Any, part: Any, parts: Any) -> None:
-    """A part of the rows of W of out = x W^T. W: at `address`, [out, in]; x: float32 [texts, in], out: [texts, out]."""
-    texts, columns = x.shape
+    """Compute part of the columns of out = x W^T.
+
+    W: [out, in], at `address`; x: float32 [sequences, in]; out: [sequences, out].
+    """
+    sequences, columns = x.shape
     start, end = _share(out.shape[1], part, parts)
-    if texts > 1:
+    if sequences > 1:
         at, to = address + start * columns * like.itemsize, out[:, start:].ctypes.data
-        products_in_order(at, like, end - start, columns, x.ctypes.data, texts, to, out.shape[1])
+        products_in_order(at, like, end - start, columns, x.ctypes.data, sequences, to, out.shape[1])
         return
     weight, vector = carray(pointer(address, like), (out.shape[1], columns)), x[0]
-    for row in range(start, end):  # one after the other, as memory is read fastest
+    for row in range(start, end):  # in the order of memory, which is fastest
         total = np.float32(0)
         for column in range(columns):
             total += wide(weight[row, column]) * vector[column]
@@ -80,7 +83,7 @@ def _normalise(x: Any, weight: Any, eps: Any, out: Any) -> None:
 
 @njit(fastmath=FAST)
 def _rotate(x: Any, cos: Any, sin: Any) -> None:
-    """Rotary position, in place. x: float32 [dim or more]; cos, sin: [rotated]: the first coordinates are turned."""
+    """Rotary position, in place. x: float32 [dim or more]; cos, sin: [rotated]: only the first coordinates are rotated."""
     half = cos.shape[0] // 2
     for n in range(half):
         a, b = x[n], x[n + half]
@@ -90,7 +93,7 @@ def _rotate(x: Any, cos: Any, sin: Any) -> None:
 
 @njit(fastmath=FAST)
 def _score(key: Any, value: Any, weights: Any) -> Any:
-    """The score of a key (scores.py): float32. key, value: [dim] as they are held; weights: float32 [features]."""
+    """Return the importance score of a key (eviction/scoring.py): float32. key, value: [dim]; weights: float32 [features]."""
     dim = key.shape[0]
     half, total = dim // 2, np.float32(0)
     for n in range(dim):
@@ -102,33 +105,33 @@ def _score(key: Any, value: Any, weights: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _enter(head: Any, key: Any, value: Any, like: Any) -> None:
-    """Let a token into a head, and move the one that leaves the window for it. key, value: float32 [dim]."""
+def _append(head: Any, key: Any, value: Any, like: Any) -> None:
+    """Append a token to a head. Move or evict the key that leaves the window. key, value: float32 [dim]."""
     dim, sink, slot, leaving = key.shape[0], head[_SINK], head[_SLOT], head[_LEAVING]
-    floating = head[_FLOATING]
-    slots = max(head[_END], sink + floating, slot + 1)
+    top_k = head[_TOP_K]
+    slots = max(head[_END], sink + top_k, slot + 1)
     keys = carray(pointer(head[_KEYS], like), (slots, dim))
     values = carray(pointer(head[_VALUES], like), (slots, dim))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
     if leaving >= 0 and (slot < 0 or visible[slot]):
         if slot >= 0:
             old_key, old_value = keys[slot], values[slot]
-        else:  # there is no window: it leaves at once
+        else:  # no window: the new token leaves immediately
             old_key, old_value = np.empty_like(keys[0]), np.empty_like(keys[0])
             for n in range(dim):
                 old_key[n], old_value[n] = narrow(key[n], like), narrow(value[n], like)
         target = -1
         if leaving < sink:
             target = leaving
-        elif floating:
-            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), floating)
+        elif top_k:
+            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), top_k)
             weights = carray(pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
-            worth, least = _score(old_key, old_value, weights), 0
-            for n in range(floating):
+            score, least = _score(old_key, old_value, weights), 0
+            for n in range(top_k):
                 if scores[n] < scores[least]:
                     least = n
-            if worth > scores[least]:
-                scores[least] = worth
+            if score > scores[least]:
+                scores[least] = score
                 target = sink + least
         if target >= 0:
             keys[target], values[target] = old_key, old_value
@@ -144,7 +147,7 @@ def _attend(
     head: Any,
     like: Any,
     query: Any,
-    turned: Any,
+    rotated: Any,
     tokens: Any,
     logits: Any,
     top: Any,
@@ -153,12 +156,12 @@ def _attend(
     part: Any,
     parts: Any,
 ) -> None:
-    """A part of the keys of a KV head, for all of its queries, a block of keys after the other.
+    """Attend from all queries of a KV head over part of its keys, block by block.
 
-    query: float32 [group, dim], scaled. turned: the same as they look at the first tokens, or [0, dim]. tokens: that a head of
-    the group has queries of, side by side; the last slots are theirs, and hidden from those before. logits: scratch, float32
-    [group, BLOCK]. Written: top, the largest logit, total, the sum of e^(logit - top), float32 [group]; out, the sum of values
-    with these weights, float32 [group, dim].
+    query: float32 [group, dim], scaled. rotated: the queries for the sink tokens, or [0, dim]. tokens: adjacent queries per
+    head of the group; the last slots are their keys, which earlier queries do not see. logits: scratch, float32 [group, BLOCK].
+    Outputs: top, the largest logit, float32 [group]; total, the sum of e^(logit - top), float32 [group]; out, the values
+    weighted by e^(logit - top), float32 [group, dim].
     """
     group, dim = query.shape
     size, row_bytes = head[_END], dim * like.itemsize
@@ -173,10 +176,10 @@ def _attend(
         count = min(BLOCK, end - first)
         products(head[_KEYS] + first * row_bytes, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
         for slot in range(first, min(first + count, head[_SINK])):
-            for row in range(turned.shape[0]):
+            for row in range(rotated.shape[0]):
                 one = np.float32(0)
                 for n in range(dim):
-                    one += wide(keys[slot, n]) * turned[row, n]
+                    one += wide(keys[slot, n]) * rotated[row, n]
                 logits[row, slot - first] = one
         for slot in range(first, first + count):
             if not visible[slot]:
@@ -213,7 +216,7 @@ def _attend(
 
 @njit(fastmath=FAST)
 def _combine(top: Any, total: Any, out: Any, result: Any) -> None:
-    """Parts of the keys put together. top, total: float32 [parts]; out: [parts, dim]; result: [dim], 0 if no key was seen."""
+    """Combine the parts of the keys. top, total: float32 [parts]; out: [parts, dim]; result: [dim], 0 if no key is visible."""
     most, sum_ = np.max(top), np.float32(0)
     for n in range(result.shape[0]):
         result[n] = 0
@@ -231,22 +234,22 @@ def _combine(top: Any, total: Any, out: Any, result: Any) -> None:
 
 @njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
 def attend(head_table: Any, like: Any, key: Any, value: Any, query: Any, tokens: Any, out: Any, threads: Any) -> None:
-    """Attention of a few tokens over heads.
+    """Attend from a few tokens over heads.
 
-    head_table: int64 [heads, len(Field)]. key, value: float32 [heads, dim] of one token that comes in before, or [0, dim].
-    query: float32 [heads, group x tokens, dim], scaled. out: the same shape, written.
+    head_table: int64 [heads, len(KVField)]. key, value: float32 [heads, dim] of a token to append before, or [0, dim].
+    query: float32 [heads, group x tokens, dim], scaled. out: output of the same shape.
     """
     for head in range(key.shape[0]):
-        _enter(head_table[head], key[head], value[head], like)
+        _append(head_table[head], key[head], value[head], like)
     heads, group, dim = query.shape
     top, total = np.empty((heads, threads, group), np.float32), np.empty((heads, threads, group), np.float32)
     parts = np.empty((heads, threads, group, dim), np.float32)
-    turned = np.empty((0, dim), np.float32)
+    rotated = np.empty((0, dim), np.float32)
     for part in prange(threads):
         logits = np.empty((group, BLOCK), np.float32)
         for head in range(heads):
             sums = top[head, part], total[head, part], parts[head, part]
-            _attend(head_table[head], like, query[head], turned, tokens, logits, *sums, part, threads)
+            _attend(head_table[head], like, query[head], rotated, tokens, logits, *sums, part, threads)
     for head in range(heads):
         for row in range(group):
             _combine(top[head, :, row], total[head, :, row], parts[head, :, row], out[head, row])
@@ -273,87 +276,89 @@ def run(
     eps: Any,
     threads: Any,
 ) -> None:
-    """One token of every text through all layers.
+    """Run one token of every sequence through all layers.
 
-    weights: int64 [layers, len(Weight)] addresses; head_table: int64 [layers, texts, KV heads, len(Field)]. norms: float32
+    weights: addresses, int64 [layers, len(Weight)]; head_table: int64 [layers, sequences, KV heads, len(KVField)]. norms: float32
     [layers, 2, hidden], before attention and before the MLP. head_norms: float32 [layers, 2, dim] of queries and keys, or
     [layers, 0, dim]. biases: float32 [layers, (query heads + 2 KV heads) x dim], or [layers, 0]. last_norm: float32 [hidden];
-    unembedding: address of [vocabulary, hidden]. x: float32 [texts, hidden], the tokens' embeddings, overwritten. cos, sin:
-    float32 [texts, rotated]. turns: float32 [2, layers, texts, KV heads, rotated], cos and sin of the place from which a head
-    looks at the first tokens, or [2, layers, texts, 0, 0]. logits: float32 [texts, vocabulary], written. like: an empty array of
-    the weights' dtype. inner: the MLP's width. group: query heads of a KV head.
+    unembedding: address of [vocabulary, hidden]. x: float32 [sequences, hidden], the embeddings of the tokens, overwritten. cos,
+    sin: float32 [sequences, rotated]. turns: float32 [2, layers, sequences, KV heads, rotated], cos and sin of the position from
+    which a head attends to the sink tokens, or [2, layers, sequences, 0, 0]. logits: output, float32 [sequences, vocabulary].
+    like: an empty array of the weights' dtype. inner: the width of the MLP. group: query heads per KV head.
     """
-    layers, texts, kv_heads, _ = head_table.shape
+    layers, sequences, kv_heads, _ = head_table.shape
     hidden, dim = x.shape[1], head_norms.shape[2]
-    query_heads, heads = kv_heads * group, texts * kv_heads
-    normed, added = np.empty((texts, hidden), np.float32), np.empty((texts, hidden), np.float32)
-    query = np.empty((texts, query_heads * dim), np.float32)
-    key, value = np.empty((texts, kv_heads * dim), np.float32), np.empty((texts, kv_heads * dim), np.float32)
+    query_heads, heads = kv_heads * group, sequences * kv_heads
+    normed, added = np.empty((sequences, hidden), np.float32), np.empty((sequences, hidden), np.float32)
+    query = np.empty((sequences, query_heads * dim), np.float32)
+    key, value = np.empty((sequences, kv_heads * dim), np.float32), np.empty((sequences, kv_heads * dim), np.float32)
     top, total = np.empty((heads, threads, group), np.float32), np.empty((heads, threads, group), np.float32)
     parts = np.empty((heads, threads, group, dim), np.float32)
     attended = np.empty((heads, group, dim), np.float32)
-    by_head, flat = query.reshape((heads, group, dim)), attended.reshape((texts, query_heads * dim))
+    by_head, flat = query.reshape((heads, group, dim)), attended.reshape((sequences, query_heads * dim))
     keys, values = key.reshape((heads, dim)), value.reshape((heads, dim))
-    turned = np.empty((heads, group if turns.shape[3] else 0, dim), np.float32)
-    gate, up = np.empty((texts, inner), np.float32), np.empty((texts, inner), np.float32)
+    rotated = np.empty((heads, group if turns.shape[3] else 0, dim), np.float32)
+    gate, up = np.empty((sequences, inner), np.float32), np.empty((sequences, inner), np.float32)
     for layer in range(layers):
         own = weights[layer]
-        for text in range(texts):
-            _normalise(x[text], norms[layer, 0], eps, normed[text])
+        for sequence in range(sequences):
+            _normalise(x[sequence], norms[layer, 0], eps, normed[sequence])
         for part in prange(threads):
             _times(own[_QUERY], like, normed, query, part, threads)
             _times(own[_KEY], like, normed, key, part, threads)
             _times(own[_VALUE], like, normed, value, part, threads)
         if biases.shape[1]:
             first, second = query_heads * dim, (query_heads + kv_heads) * dim
-            for text in range(texts):
-                _add(query[text], biases[layer, :first])
-                _add(key[text], biases[layer, first:second])
-                _add(value[text], biases[layer, second:])
+            for sequence in range(sequences):
+                _add(query[sequence], biases[layer, :first])
+                _add(key[sequence], biases[layer, first:second])
+                _add(value[sequence], biases[layer, second:])
         for part in prange(threads):
             for head in range(part, heads, threads):
-                text, number = head // kv_heads, head % kv_heads
+                sequence, number = head // kv_heads, head % kv_heads
                 if head_norms.shape[1]:
                     _normalise(keys[head], head_norms[layer, 1], eps, keys[head])
-                _rotate(keys[head], cos[text], sin[text])
+                _rotate(keys[head], cos[sequence], sin[sequence])
                 for row in range(group):
                     vector = by_head[head, row]
                     if head_norms.shape[1]:
                         _normalise(vector, head_norms[layer, 0], eps, vector)
                     for n in range(dim):
                         vector[n] *= scaling
-                    if turned.shape[1]:
-                        turned[head, row] = vector
-                        _rotate(turned[head, row], turns[0, layer, text, number], turns[1, layer, text, number])
-                    _rotate(vector, cos[text], sin[text])
-                _enter(head_table[layer, text, number], keys[head], values[head], like)
+                    if rotated.shape[1]:
+                        rotated[head, row] = vector
+                        _rotate(
+                            rotated[head, row], turns[0, layer, sequence, number], turns[1, layer, sequence, number]
+                        )
+                    _rotate(vector, cos[sequence], sin[sequence])
+                _append(head_table[layer, sequence, number], keys[head], values[head], like)
         for part in prange(threads):
             scratch = np.empty((group, BLOCK), np.float32)
             for head in range(heads):
                 sums = top[head, part], total[head, part], parts[head, part]
                 table = head_table[layer, head // kv_heads, head % kv_heads]
-                _attend(table, like, by_head[head], turned[head], 1, scratch, *sums, part, threads)
+                _attend(table, like, by_head[head], rotated[head], 1, scratch, *sums, part, threads)
         for head in range(heads):
             for row in range(group):
                 _combine(top[head, :, row], total[head, :, row], parts[head, :, row], attended[head, row])
         for part in prange(threads):
             _times(own[_OUTPUT], like, flat, added, part, threads)
-        for text in range(texts):
-            _add(x[text], added[text])
-        for text in range(texts):
-            _normalise(x[text], norms[layer, 1], eps, normed[text])
+        for sequence in range(sequences):
+            _add(x[sequence], added[sequence])
+        for sequence in range(sequences):
+            _normalise(x[sequence], norms[layer, 1], eps, normed[sequence])
         for part in prange(threads):
             _times(own[_GATE], like, normed, gate, part, threads)
             _times(own[_UP], like, normed, up, part, threads)
             start, end = _share(inner, part, threads)
-            for text in range(texts):
+            for sequence in range(sequences):
                 for n in range(start, end):
-                    up[text, n] *= gate[text, n] / (np.float32(1) + exp(-gate[text, n]))
+                    up[sequence, n] *= gate[sequence, n] / (np.float32(1) + exp(-gate[sequence, n]))
         for part in prange(threads):
             _times(own[_DOWN], like, up, added, part, threads)
-        for text in range(texts):
-            _add(x[text], added[text])
-    for text in range(texts):
-        _normalise(x[text], last_norm, eps, normed[text])
+        for sequence in range(sequences):
+            _add(x[sequence], added[sequence])
+    for sequence in range(sequences):
+        _normalise(x[sequence], last_norm, eps, normed[sequence])
     for part in prange(threads):
         _times(unembedding, like, normed, logits, part, threads)

@@ -1,9 +1,9 @@
-"""Attention of many queries over the keys that they see, tile by tile, on a CPU.
+"""Prefill attention on a CPU: many queries, each over the keys that it sees, tile by tile.
 
-Queries come in blocks. For every block the keys that any of its queries sees are gathered, `KEYS` at a time, and laid out so
-that a vector of sixteen holds one coordinate of sixteen keys; `ROWS` queries at once then go over them, their logits and sums in
-registers (tiles.py). Softmax is taken as it goes (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). So
-a key costs what its queries cost, and one that none of them sees costs nothing.
+For every block of queries, the visible keys are gathered in tiles of `KEYS`, transposed so that a vector of sixteen lanes has one
+coordinate of sixteen keys. `ROWS` queries at a time are multiplied with a tile, with logits and sums in registers
+(attention/cpu/tiles.py). The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv
+2205.14135). Keys that no query of a block sees cost nothing.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from headsink.attention.cpu.tiles import (
 )
 from headsink.attention.cpu.vectors import FAST, LANES, narrow, wide
 
-QUERIES = 128  # of a head: tokens, at most, for which a tile is laid out once
+QUERIES = 128  # tokens of a head that share a tile
 CACHE_LINE = 64  # bytes
 
 
 @njit(fastmath=FAST)
 def _rescale(before: Any, now: Any) -> Any:
-    """2^(before - now), 0 if nothing was seen before."""
+    """Return 2^(before - now), 0 if no key was visible before."""
     return np.float32(0) if before == -np.inf else np.exp2(before - now)
 
 
 @njit(fastmath=FAST)
 def _pack(keys: Any, values: Any, taken: Any, work: Any, key_tile: Any, value_tile: Any) -> None:
-    """The first `KEYS` of the keys `taken` as columns of words, their values as rows: [words, KEYS] and [lines, columns]."""
+    """Write the first `KEYS` keys of `taken` as columns of words, [words, KEYS], and their values as rows, [lines, columns]."""
     dim, words = keys.shape[1], key_tile.shape[0]
     row_bytes = dim * keys.itemsize
     whole, word_bytes = words // LANES * LANES, row_bytes // words
     for first in range(0, KEYS, LANES):
-        for n in range(first + KEYS, first + KEYS + LANES):  # of the tile after this one
+        for n in range(first + KEYS, first + KEYS + LANES):  # prefetch the next tile
             for line in range(0, row_bytes, CACHE_LINE):
                 fetch(keys.ctypes.data + taken[n] * row_bytes + line)
                 fetch(values.ctypes.data + taken[n] * row_bytes + line)
@@ -71,7 +71,7 @@ def _pack(keys: Any, values: Any, taken: Any, work: Any, key_tile: Any, value_ti
 
 @njit(fastmath=FAST)
 def _pack_queries(query: Any, tokens: Any, begin: Any, work: Any, rows: Any) -> None:
-    """Queries [group, tokens, dim] from token `begin` on as rows of words, head after head; rows that are left over are zero."""
+    """Write queries [group, tokens, dim] from token `begin` on as rows of words, head by head. Unused rows are zero."""
     dim, row = query.shape[2], 0
     for head in range(query.shape[0]):
         for token in range(begin, begin + tokens):
@@ -103,7 +103,7 @@ def _attend_tile(
     total: Any,
     out: Any,
 ) -> None:
-    """One tile for all queries of a block. rows: words [queries, words]; row_columns: their columns; the rest as in `attend`."""
+    """Attend from a block of queries to one tile. rows: [queries, words]; row_columns: their columns; the rest as in `attend`."""
     words, width, lines = rows.shape[1], out.shape[1], value_tile.shape[0]
     begun, ended = columns.min(), until.max()
     for row in range(0, rows.shape[0], ROWS):
@@ -151,17 +151,17 @@ def attend(
     out: Any,
     threads: Any,
 ) -> None:
-    """Attention of queries over the keys that each of them sees.
+    """Attend from queries, each over the keys that it sees. A query without visible keys gets zero.
 
     keys, values: [heads, keys, dim]; query, out: [heads, group, tokens, dim]: float32, or uint16 for bfloat16. columns: int32
-    [keys]; until: int32 [heads, keys]: the query of column c, the first of which is `first`, sees keys with columns <= c <
-    until. work: an empty array of the dtype to multiply in: uint16 where processor and numbers can (`PAIRED`), or float32. Zero
-    where a query sees no key.
+    [keys]; until: int32 [heads, keys]: the query of column c sees keys with columns <= c < until. first: the column of the first
+    query. work: an empty array of the dtype of the products: uint16 where the processor and the dtype support it (`PAIRED`), else
+    float32.
     """
     heads, group, tokens, dim = query.shape
     words, width = dim * work.itemsize // 4, -(-dim // LANES) * LANES
     lines = KEYS * work.itemsize // 4
-    block = min(QUERIES, max(ROWS, -(-heads * tokens // (2 * threads))))  # smaller if threads would have nothing to do
+    block = min(QUERIES, max(ROWS, -(-heads * tokens // (2 * threads))))  # smaller if threads would be idle
     most_rows, blocks = -(-group * min(block, tokens) // ROWS) * ROWS, -(-tokens // block)
     factor = np.float32(scaling * 1.4426950408889634)
     for part in prange(threads):
@@ -192,16 +192,16 @@ def attend(
                 if until[head, key] > begin and columns[key] < end:
                     taken[found] = key
                     found += 1
-            while found % KEYS:  # the last tile is filled up with a key that is not seen again
+            while found % KEYS:  # the last tile is padded with a hidden copy of its last key
                 taken[found] = taken[found - 1]
                 hidden += 1
                 found += 1
-            for place in range(0, found, KEYS):
-                some = taken[place : place + 2 * KEYS]
+            for offset in range(0, found, KEYS):
+                some = taken[offset : offset + 2 * KEYS]
                 _pack(keys[head], values[head], some, work, key_tile, value_tile)
                 for n in range(KEYS):
                     own_columns[n] = columns[some[n]]
-                    own_until[n] = until[head, some[n]] if place + n < found - hidden else 0
+                    own_until[n] = until[head, some[n]] if offset + n < found - hidden else 0
                 _attend_tile(
                     rows,
                     row_columns,

@@ -1,4 +1,4 @@
-"""Threads of the compiled CPU kernels: one caller at a time, and a clear error in a forked process."""
+"""Threading of the compiled CPU kernels: one caller at a time, and a clear error in a forked process."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ import torch
 
 from headsink.errors import HeadsinkError
 
-_alone = threading.Lock()
+_lock = threading.Lock()
 
 
 _used = False  # whether compiled code has run in parallel in this process
 
 
-_orphaned = False  # whether it had in the process that this one was forked from, whose threads are not here
+_forked_after_use = False  # whether it had run in the parent before this process was forked
 
 
 @cache
 def compiled() -> bool:
-    """Whether there is what the kernels need."""
+    """Whether numba is installed."""
     return find_spec("numba") is not None
 
 
-def _after_fork() -> None:
-    """In a forked process: nobody else holds the lock, and the parent's OpenMP threads, which torch uses too, are gone. With
-    one thread torch needs none, which is what `DataLoader` sets in its workers."""
-    global _alone, _orphaned
-    _alone = threading.Lock()
+def after_fork() -> None:
+    """Reset the lock in a forked process. The parent's OpenMP threads do not exist here, so torch may use one thread only.
+
+    `DataLoader` sets one thread in its workers, too.
+    """
+    global _lock, _forked_after_use
+    _lock = threading.Lock()
     if _used:
-        _orphaned = True
+        _forked_after_use = True
         torch.set_num_threads(1)
 
 
 def claim() -> None:
-    """Say that compiled code will run in this process. Raises HeadsinkError in one that was forked after it had run: OpenMP would
-    end it, or wait for ever."""
+    """Record that compiled code will run in this process.
+
+    Raises HeadsinkError if the process was forked after compiled code had run, since OpenMP would abort or hang.
+    """
     global _used
-    if _orphaned:
+    if _forked_after_use:
         raise HeadsinkError(
             "compiled kernels cannot run in a forked process after the parent used them: start processes with the 'spawn' "
             "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(multiprocessing_context='spawn')"
@@ -51,16 +55,16 @@ def claim() -> None:
 
 @contextmanager
 def turn() -> Iterator[int]:
-    """Within, compiled code may run in parallel: with as many threads as torch, which it gives, and no other call of it beside.
+    """Yield the number of threads for compiled code, which is torch's. Only one caller at a time is inside the block.
 
-    Left to itself numba takes every processor, and torch after it as well, since OpenMP counts for both. numba's own pool, where
-    there is neither OpenMP nor TBB, must not be entered twice.
+    By default numba would use every processor, and so would torch afterwards, since both share OpenMP's setting. Without OpenMP
+    and TBB, numba's own thread pool does not support concurrent calls.
     """
     claim()
     import numba
 
     threads = torch.get_num_threads()
-    with _alone:
+    with _lock:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
             yield threads

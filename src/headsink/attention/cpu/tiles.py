@@ -1,8 +1,7 @@
-"""What attention in tiles is made of: sixty-four keys and four queries at once, in vectors of sixteen words.
+"""LLVM building blocks of the prefill kernel: products of four queries with 64 keys, and the online softmax of a tile.
 
-A word is what one lane of a vector multiplies at once: a float32 number, or, of bfloat16 numbers where the processor can, two of
-them, whose two products are added in float32 (AVX512-BF16). As in vectors.py, memory is given by its addresses, and said in
-LLVM's terms.
+A word is the operand of one of sixteen vector lanes: one float32, or two bfloat16 whose products are added in float32, if the
+processor supports it (AVX512-BF16). As in attention/cpu/vectors.py, memory is accessed by address.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from numba.extending import intrinsic
 
 from headsink.attention.cpu.vectors import LANES
 
-KEYS = 64  # of a tile: with their values they fill half of a processor's first cache
-ROWS = 4  # queries at once
+KEYS = 64  # keys per tile: with their values they fill half of the L1 cache
+ROWS = 4  # queries per product
 PAIRED = bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -39,7 +38,7 @@ class _BFloat(ir.Type):
 
 
 def _at(builder: Any, base: Any, number: Any, kind: Any) -> Any:
-    """A pointer to `number` words behind an address."""
+    """Return a pointer `number` words after an address."""
     return builder.inttoptr(builder.add(base, builder.mul(number, ir.Constant(_I64, 4))), kind.as_pointer())
 
 
@@ -47,8 +46,8 @@ def _load(builder: Any, base: Any, number: Any, kind: Any) -> Any:
     return builder.load(_at(builder, base, number, kind), align=4)
 
 
-def _same(builder: Any, value: Any) -> Any:
-    """A vector of one number."""
+def _broadcast(builder: Any, value: Any) -> Any:
+    """Return a vector with `value` in every lane."""
     kind = ir.VectorType(value.type, LANES)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_NUMBERS, [0] * LANES))
@@ -60,7 +59,7 @@ def _call(builder: Any, name: str, result: Any, *arguments: Any, flags: tuple[st
 
 
 def _add_products(builder: Any, total: Any, a: Any, b: Any, paired: bool) -> Any:
-    """total + a b, words of float32 or pairs of bfloat16; a, b: vectors of int32."""
+    """Return total + a b. a, b: vectors of words as int32, each one float32 or two bfloat16 (`paired`)."""
     if not paired:
         return _call(
             builder,
@@ -81,7 +80,7 @@ def _add_products(builder: Any, total: Any, a: Any, b: Any, paired: bool) -> Any
 
 
 def _multiply(vectors: int, adds: bool) -> Any:
-    """`ROWS` rows of words times a matrix of words, for `vectors` columns of sixteen."""
+    """Return a function that multiplies `ROWS` rows of words by a matrix of `vectors` x 16 columns. adds: add to the output."""
 
     @intrinsic
     def multiply(
@@ -90,32 +89,32 @@ def _multiply(vectors: int, adds: bool) -> Any:
         paired = like.dtype != types.float32
 
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            at, row_words, held, line, number, written, width, _ = arguments
+            at, row_words, matrix_at, line, number, written, width, _ = arguments
 
-            def place(row: int, vector: int) -> Any:
+            def offset(row: int, vector: int) -> Any:
                 return builder.add(builder.mul(width, ir.Constant(_I64, row)), ir.Constant(_I64, LANES * vector))
 
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
             for row in range(ROWS):
                 for vector in range(vectors):
-                    first = _load(builder, written, place(row, vector), _VECTOR) if adds else zero
+                    first = _load(builder, written, offset(row, vector), _VECTOR) if adds else zero
                     builder.store(first, sums[row][vector])
             with cgutils.for_range(builder, number) as loop:
                 begin = builder.mul(line, loop.index)
                 columns = [
-                    _load(builder, held, builder.add(begin, ir.Constant(_I64, LANES * n)), _NUMBERS)
+                    _load(builder, matrix_at, builder.add(begin, ir.Constant(_I64, LANES * n)), _NUMBERS)
                     for n in range(vectors)
                 ]
                 for row in range(ROWS):
                     where = builder.add(builder.mul(row_words, ir.Constant(_I64, row)), loop.index)
-                    word = _same(builder, _load(builder, at, where, _I32))
+                    word = _broadcast(builder, _load(builder, at, where, _I32))
                     for vector in range(vectors):
                         total = builder.load(sums[row][vector])
                         builder.store(_add_products(builder, total, word, columns[vector], paired), sums[row][vector])
             for row in range(ROWS):
                 for vector in range(vectors):
-                    to = _at(builder, written, place(row, vector), _VECTOR)
+                    to = _at(builder, written, offset(row, vector), _VECTOR)
                     builder.store(builder.load(sums[row][vector]), to, align=4)
             return target.get_dummy_value()
 
@@ -127,7 +126,7 @@ def _multiply(vectors: int, adds: bool) -> Any:
 products_of_tile = _multiply(_TILE_VECTORS, False)
 add_products4, add_products1 = _multiply(4, True), _multiply(1, True)
 
-# 2^x between -1/2 and 1/2, by a minimax polynomial: within 2e-7.
+# Minimax polynomial of 2^x on [-1/2, 1/2], error below 2e-7.
 _POWERS = (
     1.0,
     0.693147180559945,
@@ -140,9 +139,9 @@ _POWERS = (
 
 
 def _power(builder: Any, x: Any) -> Any:
-    """2^x of a vector, x taken as at least -126."""
+    """Return 2^x of a vector, with x clamped to at least -126."""
     least = ir.Constant(_VECTOR, [-126.0] * LANES)
-    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)  # what is no number stays none
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)  # NaN stays NaN
     whole = _call(builder, f"llvm.rint.v{LANES}f32", _VECTOR, x)
     rest = builder.fsub(x, whole)
     value = ir.Constant(_VECTOR, [_POWERS[-1]] * LANES)
@@ -156,23 +155,24 @@ def _power(builder: Any, x: Any) -> Any:
 def soften(
     context: Any, logits: Any, columns: Any, until: Any, column: Any, scaling: Any, top: Any, shares: Any, like: Any
 ) -> Any:
-    """Softmax of the logits of one query, float32 [KEYS], as far as is known.
+    """One step of the online softmax: the logits of one query and one tile, float32 [KEYS].
 
-    columns, until: int32 [KEYS], from where and to where keys are seen. top: the largest logit before, float32, in units
-    of log 2, scaled. Written: shares, 2^(logit - new top), as float32 or bfloat16. Returns the new top and the sum of shares.
+    columns, until: int32 [KEYS], the range of query columns that see each key. top: the largest previous logit, float32,
+    scaled, in base 2. Output: shares, 2^(logit - new top), as float32 or bfloat16. Returns the new top and the sum of the
+    shares.
     """
     narrows = like.dtype != types.float32
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at, first, last, now, factor, most, out, _ = arguments
         low = ir.Constant(_VECTOR, [float("-inf")] * LANES)
-        query, scale = _same(builder, builder.trunc(now, _I32)), _same(builder, factor)
+        query, scale = _broadcast(builder, builder.trunc(now, _I32)), _broadcast(builder, factor)
         seen, values = [], []
         for n in range(_TILE_VECTORS):
             number = ir.Constant(_I64, LANES * n)
-            begun = builder.icmp_signed("<=", _load(builder, first, number, _NUMBERS), query)
-            there = builder.icmp_signed(">", _load(builder, last, number, _NUMBERS), query)
-            seen.append(builder.and_(begun, there))
+            after_start = builder.icmp_signed("<=", _load(builder, first, number, _NUMBERS), query)
+            before_end = builder.icmp_signed(">", _load(builder, last, number, _NUMBERS), query)
+            seen.append(builder.and_(after_start, before_end))
             value = builder.fmul(_load(builder, at, number, _VECTOR), scale)
             values.append(builder.select(seen[-1], value, low))
         greatest = values[0]
@@ -180,7 +180,7 @@ def soften(
             greatest = builder.select(builder.fcmp_ordered(">", value, greatest), value, greatest)
         new = _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, greatest, flags=("nnan",))
         new = builder.select(builder.fcmp_ordered(">", new, most), new, most)
-        base = _same(builder, new)
+        base = _broadcast(builder, new)
         total = ir.Constant(_VECTOR, [0.0] * LANES)
         for n in range(_TILE_VECTORS):
             share = _power(builder, builder.fsub(values[n], base))
@@ -203,25 +203,25 @@ def soften(
 
 @intrinsic
 def fetch(context: Any, address: Any) -> Any:
-    """Have the processor fetch what lies at an address, which will soon be read."""
+    """Prefetch the cache line at an address."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [byte, *(ir.Constant(_I32, n) for n in (0, 3, 1))])  # to read, near, data
+        builder.call(function, [byte, *(ir.Constant(_I32, n) for n in (0, 3, 1))])  # read, high locality, data
         return target.get_dummy_value()
 
     return types.none(types.int64), generate
 
 
 @intrinsic
-def to_columns(context: Any, keys: Any, taken: Any, row: Any, out: Any, held: Any, work: Any) -> Any:
-    """Sixteen words each of sixteen keys, the int32 `taken`, as columns: [16, KEYS].
+def to_columns(context: Any, keys: Any, taken: Any, row: Any, out: Any, like: Any, work: Any) -> Any:
+    """Transpose sixteen words of each of the sixteen keys `taken` (int32) into columns: [16, KEYS].
 
-    keys: address of the first of these words of key 0, whose rows are `row` bytes long.
+    keys: address of the first of these words of key 0. row: bytes per key.
     """
-    widens = held.dtype != work.dtype
+    widens = like.dtype != work.dtype
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, numbers, apart, written, _, _ = arguments
@@ -235,7 +235,7 @@ def to_columns(context: Any, keys: Any, taken: Any, row: Any, out: Any, held: An
             else:
                 line = builder.load(builder.inttoptr(at, _NUMBERS.as_pointer()), align=2)
             lines.append(line)
-        for step in (1, 2, 4, 8):  # of blocks of 2 x step lines and lanes, the two off the diagonal change places
+        for step in (1, 2, 4, 8):  # swap the off-diagonal blocks of every block of 2 x step lines and lanes
             upper = [n if not n & step else LANES + n - step for n in range(LANES)]
             lower = [n + step if not n & step else LANES + n for n in range(LANES)]
             for n in range(LANES):
@@ -248,4 +248,4 @@ def to_columns(context: Any, keys: Any, taken: Any, row: Any, out: Any, held: An
             builder.store(line, _at(builder, written, ir.Constant(_I64, KEYS * n), _NUMBERS), align=4)
         return target.get_dummy_value()
 
-    return types.none(*[types.int64] * 4, held, work), generate
+    return types.none(*[types.int64] * 4, like, work), generate

@@ -1,8 +1,8 @@
-"""What the compiled kernels are made of: bfloat16 and addresses, and sums of products sixteen at a time.
+"""LLVM building blocks of the CPU kernels: bfloat16 conversion, pointers, and vectorised sums of products.
 
-numba knows no bfloat16, and how it turns loops into vector instructions is its own affair. Both are said here in LLVM's terms
-(which fit any processor): vectors of sixteen float32 numbers, several sums in registers at once. Matrices and vectors are given
-by their addresses; a matrix holds elements of the dtype of the array `like`, float32 or uint16 for bfloat16.
+numba has no bfloat16 and does not let the caller choose vector instructions. This module emits LLVM code for any processor,
+with vectors of sixteen float32 and several sums in registers. Matrices and vectors are passed by address. The elements of a
+matrix have the dtype of the array `like`: float32, or uint16 for bfloat16.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities are real here
+FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities must work
 _I32, _F32, _I16 = ir.IntType(32), ir.FloatType(), ir.IntType(16)
 
 
 @intrinsic
 def pointer(context: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to elements of the dtype of the array `like`."""
+    """Return an address as a pointer to elements of the dtype of the array `like`."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
@@ -33,7 +33,7 @@ def pointer(context: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def wide(context: Any, value: Any) -> Any:
-    """float32 of a float32, or of a bfloat16 that is held as uint16."""
+    """Convert a float32, or a bfloat16 stored as uint16, to float32."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value == types.float32:
@@ -45,7 +45,7 @@ def wide(context: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(context: Any, value: Any, like: Any) -> Any:
-    """A float32 as an element of the array `like`, rounded to the nearest even bfloat16 if that is what it holds."""
+    """Convert a float32 to the dtype of the array `like`: float32, or bfloat16 rounded to nearest even."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like.dtype == types.float32:
@@ -60,7 +60,7 @@ def narrow(context: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def _power_of_two(context: Any, exponent: Any) -> Any:
-    """2 to the power of an int32 between -126 and 127, as float32."""
+    """Return 2^exponent as float32, for an int32 between -126 and 127."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         biased = builder.add(arguments[0], ir.Constant(_I32, 127))
@@ -71,7 +71,7 @@ def _power_of_two(context: Any, exponent: Any) -> Any:
 
 @njit(fastmath=FAST)
 def exp(x: Any) -> Any:
-    """e^x within 3e-7 of its value, x taken between -87 and 88. Unlike a call of the mathematics library it is vectorised."""
+    """Return e^x with a relative error below 3e-7, x clamped to [-87, 88]. Unlike the mathematics library it is vectorised."""
     x = min(max(x, np.float32(-87)), np.float32(88))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -85,7 +85,7 @@ def exp(x: Any) -> Any:
     return p * _power_of_two(np.int32(n))
 
 
-LANES = 16  # numbers in a vector
+LANES = 16  # numbers per vector
 _I64, _VECTOR = ir.IntType(64), ir.VectorType(_F32, LANES)
 _VECTOR_SUM = f"llvm.vector.reduce.fadd.v{LANES}f32"
 
@@ -95,7 +95,7 @@ def _number(value: int) -> Any:
 
 
 def _lanes(builder: Any, address: Any, narrow: bool) -> Any:
-    """The vector of float32 at an address, widened if it is bfloat16 there."""
+    """Load a vector of float32 from an address, converted from bfloat16 if `narrow`."""
     if not narrow:
         return builder.load(builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
     short = builder.load(builder.inttoptr(address, ir.VectorType(_I16, LANES).as_pointer()), align=2)
@@ -104,13 +104,13 @@ def _lanes(builder: Any, address: Any, narrow: bool) -> Any:
 
 
 def _add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
-    """total += a b, where `total` is a place on the stack, which the compiler turns into a register."""
+    """Compute total += a b, where `total` is on the stack; the compiler turns it into a register."""
     product = builder.fmul(a, b, flags=("contract",))
     builder.store(builder.fadd(product, builder.load(total), flags=("contract", "reassoc")), total)
 
 
 def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
-    """Products of `lines` rows of a matrix with `rows` vectors, as far as whole vectors of sixteen go."""
+    """Return a function for the products of `lines` rows of a matrix with `rows` vectors, over whole vectors of sixteen."""
 
     @intrinsic
     def products(context: Any, matrix: Any, like: Any, columns: Any, vectors: Any, out: Any, stride: Any) -> Any:
@@ -121,20 +121,20 @@ def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
             at, _, length, given, written, apart = arguments
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(lines)] for _ in range(rows)]
-            for total in chain.from_iterable(sums):  # on the stack once, set to zero every time
+            for total in chain.from_iterable(sums):  # allocated once, zeroed at every call
                 builder.store(zero, total)
             with cgutils.for_range(builder, builder.udiv(length, _number(LANES))) as loop:
                 first = builder.mul(loop.index, _number(LANES))
 
-                def place(base: Any, row: int, width: int) -> Any:
+                def offset(base: Any, row: int, width: int) -> Any:
                     column = builder.add(builder.mul(length, _number(row)), first)
                     return builder.add(base, builder.mul(column, _number(width)))
 
-                held = [_lanes(builder, place(at, row, size), narrow) for row in range(lines)]
+                loaded = [_lanes(builder, offset(at, row, size), narrow) for row in range(lines)]
                 for row in range(rows):
-                    vector = _lanes(builder, place(given, row, 4), False)
+                    vector = _lanes(builder, offset(given, row, 4), False)
                     for n in range(lines):
-                        _add_product(builder, held[n], vector, sums[row][n])
+                        _add_product(builder, loaded[n], vector, sums[row][n])
             kind = ir.FunctionType(_F32, [_F32, _VECTOR])
             add_up = cgutils.get_or_insert_function(builder.module, kind, _VECTOR_SUM)
             for row in range(rows):
@@ -152,8 +152,8 @@ def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
     return products  # type: ignore[no-any-return]
 
 
-def _weigh(rows: int, chunks: int) -> Callable[..., None]:
-    """Rows of a matrix, in `chunks` vectors of sixteen, added to `rows` sums, each with a weight of its own."""
+def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
+    """Return a function that adds weighted rows of a matrix, in `chunks` vectors of sixteen, to `rows` sums."""
 
     @intrinsic
     def weighted(
@@ -165,17 +165,17 @@ def _weigh(rows: int, chunks: int) -> Callable[..., None]:
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at, _, length, given, apart, number, written = arguments
 
-            def place(row: int, chunk: int) -> Any:
+            def offset(row: int, chunk: int) -> Any:
                 column = builder.add(builder.mul(length, _number(row)), _number(LANES * chunk))
                 return builder.add(written, builder.mul(column, _number(4)))
 
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(chunks)] for _ in range(rows)]
             for row in range(rows):
                 for chunk in range(chunks):
-                    builder.store(_lanes(builder, place(row, chunk), False), sums[row][chunk])
+                    builder.store(_lanes(builder, offset(row, chunk), False), sums[row][chunk])
             with cgutils.for_range(builder, number) as loop:
                 begin = builder.add(at, builder.mul(loop.index, builder.mul(length, _number(size))))
-                held = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), narrow) for n in range(chunks)]
+                loaded = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), narrow) for n in range(chunks)]
                 for row in range(rows):
                     which = builder.add(builder.mul(apart, _number(row)), loop.index)
                     where = builder.add(given, builder.mul(which, _number(4)))
@@ -184,10 +184,10 @@ def _weigh(rows: int, chunks: int) -> Callable[..., None]:
                     one = builder.insert_element(empty, weight, ir.Constant(_I32, 0))
                     same = builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
                     for chunk in range(chunks):
-                        _add_product(builder, held[chunk], same, sums[row][chunk])
+                        _add_product(builder, loaded[chunk], same, sums[row][chunk])
             for row in range(rows):
                 for chunk in range(chunks):
-                    pointer = builder.inttoptr(place(row, chunk), _VECTOR.as_pointer())
+                    pointer = builder.inttoptr(offset(row, chunk), _VECTOR.as_pointer())
                     builder.store(builder.load(sums[row][chunk]), pointer, align=4)
             return target.get_dummy_value()
 
@@ -199,13 +199,13 @@ def _weigh(rows: int, chunks: int) -> Callable[..., None]:
 
 _dots1, _dots2, _dots3, _dots4 = (_dots(rows) for rows in (1, 2, 3, 4))
 _line1, _line2, _line3, _line4 = (_dots(rows, 1) for rows in (1, 2, 3, 4))
-_wide1, _wide2, _wide3, _wide4 = (_weigh(rows, 4) for rows in (1, 2, 3, 4))
-_thin1, _thin2, _thin3, _thin4 = (_weigh(rows, 1) for rows in (1, 2, 3, 4))
+_wide1, _wide2, _wide3, _wide4 = (_weighted_sums(rows, 4) for rows in (1, 2, 3, 4))
+_thin1, _thin2, _thin3, _thin4 = (_weighted_sums(rows, 1) for rows in (1, 2, 3, 4))
 
 
 @njit(fastmath=FAST)
 def _dot(matrix: Any, like: Any, columns: Any, vector: Any, begin: Any) -> Any:
-    """The product of a row of a matrix with a vector, from column `begin` on."""
+    """Return the product of a row of a matrix with a vector, from column `begin` on."""
     row, given = carray(pointer(matrix, like), columns), carray(pointer(vector, np.empty(0, np.float32)), columns)
     total = np.float32(0)
     for n in range(begin, columns):
@@ -215,14 +215,14 @@ def _dot(matrix: Any, like: Any, columns: Any, vector: Any, begin: Any) -> Any:
 
 @njit(fastmath=FAST)
 def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any) -> None:
-    """Products of `count` rows of a matrix, `columns` long, with `rows` vectors of float32, one after the other.
+    """Compute the products of `count` rows of a matrix, `columns` long, with `rows` contiguous vectors of float32.
 
-    Written: float32 out[r x stride + n], of vector r and row n of the matrix.
+    Output: float32 out[r x stride + n] for vector r and row n of the matrix.
     """
     width, whole = columns * like.itemsize, columns // LANES * LANES
     first = 0
     while first < count and count >= 4:
-        at = min(first, count - 4)  # the last four may be some of those before
+        at = min(first, count - 4)  # the last four rows may overlap the previous ones
         row = 0
         while row < rows:
             four, given, to = matrix + at * width, vectors + row * columns * 4, out + (row * stride + at) * 4
@@ -249,7 +249,7 @@ def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, row
 def products_in_order(
     matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any
 ) -> None:
-    """As `products`, a row of the matrix after the other, which is how memory is read fastest."""
+    """Compute `products` one row of the matrix at a time, in the order of memory."""
     width, whole = columns * like.itemsize, columns // LANES * LANES
     written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
     for n in range(count):
@@ -273,7 +273,7 @@ def products_in_order(
 def add_weighted(
     matrix: Any, like: Any, count: Any, columns: Any, weights: Any, rows: Any, stride: Any, out: Any
 ) -> None:
-    """out[r] += the sum of `count` rows of a matrix, `columns` long, row n times float32 weights[r x stride + n]."""
+    """Add to out[r] the sum of `count` rows of a matrix, `columns` long, row n times float32 weights[r x stride + n]."""
     size, row = like.itemsize, 0
     while row < rows:
         given, left, column = weights + row * stride * 4, rows - row, 0
@@ -302,10 +302,10 @@ def add_weighted(
         row += 4
     whole = columns // LANES * LANES
     if whole < columns:
-        held = carray(pointer(matrix, like), (count, columns))
+        matrix_rows = carray(pointer(matrix, like), (count, columns))
         shares = carray(pointer(weights, np.empty(0, np.float32)), (rows, stride))
         written = carray(pointer(out, np.empty(0, np.float32)), (rows, columns))
         for one in range(rows):
             for n in range(count):
                 for column in range(whole, columns):
-                    written[one, column] += shares[one, n] * wide(held[n, column])
+                    written[one, column] += shares[one, n] * wide(matrix_rows[n, column])

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs: decode, append, prefill, census statistics."""
+"""GPU kernels: decode, append, prefill and census statistics in Triton, and full attention by other libraries."""

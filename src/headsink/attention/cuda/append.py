@@ -1,8 +1,7 @@
-"""Letting a token of every text into the heads of a layer: one launch, without a word from the host. And hiding some again.
+"""Append tokens to all heads of a layer in one kernel launch that does not involve the host, and hide columns.
 
-What slots.py says of one head, for all of them: the token takes its slot in the ring; the key that leaves the window for it
-moves to the slots in front if it is one of the first tokens, or in place of the floating key with the lowest score if its
-own is higher.
+For every head it does what cache/slots.py does: the token goes into its slot in the ring. The key that leaves the window moves
+to a sink slot if it is a sink token, replaces the top-k key with the lowest score if its own is higher, or is evicted.
 """
 
 from __future__ import annotations
@@ -15,29 +14,29 @@ from torch import Tensor
 from headsink.attention.cuda.decode import (
     ANCHORS,
     FIELDS,
-    FLOATING,
     KEYS,
     PAD,
     SCORES,
     SINK,
     START,
+    TOP_K,
     VALUES,
     VISIBLE,
     WEIGHTS,
     WINDOW,
     check_table,
 )
-from headsink.attention.kv_table import Field
+from headsink.attention.kv_table import KVField
 from headsink.errors import must_be
 from headsink.eviction.pattern import FOREVER
 
-SCAN = 1024  # scores looked through at once
+SCAN = 1024  # scores per block of the search for the lowest
 _FOREVER = tl.constexpr(FOREVER)
 
 
 @triton.jit
-def _worth(key_first, key_second, value, weights, column, pair, dim: tl.constexpr):
-    """The score of a key (scores.py). key_first, key_second: its halves, rotary pairs side by side."""
+def _score(key_first, key_second, value, weights, column, pair, dim: tl.constexpr):
+    """Return the importance score of a key (eviction/scoring.py). key_first, key_second: its halves, which form rotary pairs."""
     half: tl.constexpr = dim // 2
     of_first = tl.load(weights + pair, pair < half, other=0.0)
     of_second = tl.load(weights + half + pair, pair < half, other=0.0)
@@ -59,19 +58,19 @@ def _enter(
     keys = tl.load(own + KEYS).to(tl.pointer_type(kind))
     values = tl.load(own + VALUES).to(tl.pointer_type(kind))
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
-    sink, floating, anchors = tl.load(own + SINK), tl.load(own + FLOATING), tl.load(own + ANCHORS)
+    sink, top_k, prefix_slots = tl.load(own + SINK), tl.load(own + TOP_K), tl.load(own + ANCHORS)
     start, window, pad = tl.load(own + START), tl.load(own + WINDOW), tl.load(own + PAD)
-    place = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
-    slot = anchors + place
+    offset = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
+    slot = prefix_slots + offset
     leaving = tl.where(length >= window, length - window - pad, -1)
 
     column, pair = tl.arange(0, DIM), tl.arange(0, DIM // 2)
     inside = column < dim
     key, value = key + (head * TOKENS + token) * dim, value + (head * TOKENS + token) * dim
     new_key, new_value = tl.load(key + column, inside, other=0.0), tl.load(value + column, inside, other=0.0)
-    there = tl.load(visible + slot, window > 0, other=1)  # 0: hidden in this row, so it is not moved
-    if (leaving >= 0) & (there != 0):
-        from_keys, from_values = key, value  # without a window it leaves at once
+    is_visible = tl.load(visible + slot, window > 0, other=1)  # hidden keys are not moved
+    if (leaving >= 0) & (is_visible != 0):
+        from_keys, from_values = key, value  # without a window the new token leaves immediately
         if window > 0:
             from_keys, from_values = keys + slot * dim, values + slot * dim
         old_key = tl.load(from_keys + column, inside, other=0.0)
@@ -79,26 +78,26 @@ def _enter(
         target = leaving * 0 - 1
         if leaving < sink:
             target = leaving
-        elif floating > 0:
+        elif top_k > 0:
             scores = tl.load(own + SCORES).to(tl.pointer_type(tl.float32))
             weights = tl.load(own + WEIGHTS).to(tl.pointer_type(tl.float32))
             first = tl.load(from_keys + pair, pair < half, other=0.0).to(tl.float32)
             second = tl.load(from_keys + half + pair, pair < half, other=0.0).to(tl.float32)
-            worth = _worth(first, second, old_value.to(tl.float32), weights, column, pair, dim)
+            score = _score(first, second, old_value.to(tl.float32), weights, column, pair, dim)
             some = tl.arange(0, SOME)
             least = tl.full([SOME], float("inf"), tl.float32)
             at = tl.zeros([SOME], tl.int32)
-            for begin in range(0, floating.to(tl.int32), SOME):
-                found = tl.load(scores + begin + some, begin + some < floating, other=float("inf"))
+            for begin in range(0, top_k.to(tl.int32), SOME):
+                found = tl.load(scores + begin + some, begin + some < top_k, other=float("inf"))
                 at = tl.where(found < least, begin + some, at)
                 least = tl.minimum(least, found)
             lowest = tl.min(least, 0)
-            if worth > lowest:
+            if score > lowest:
                 replaced = tl.min(tl.where(least == lowest, at, 2147483647), 0)
                 tl.debug_barrier()
-                tl.store(scores + replaced, worth)
+                tl.store(scores + replaced, score)
                 target = sink + replaced
-        tl.debug_barrier()  # what leaves has been read by all before anything is written
+        tl.debug_barrier()  # all threads have read the leaving key before it is overwritten
         if target >= 0:
             tl.store(keys + target * dim + column, old_key, inside)
             tl.store(values + target * dim + column, old_value, inside)
@@ -109,53 +108,55 @@ def _enter(
         tl.store(visible + slot, (length >= pad).to(tl.int8))
 
 
-def enter(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
-    """Let tokens of every text in: one, or several where nothing is let go.
+def append_keys(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
+    """Append tokens to every sequence: one, or several if no head evicts.
 
-    key, value: [texts, KV heads, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1], columns
-    before them.
+    key, value: [sequences, KV heads, tokens, dim], contiguous; table: int64 [sequences, KV heads, len(KVField)]; length: int64
+    [1], columns before them.
     """
-    texts, heads, tokens, dim = key.shape
-    check_table(table, length, texts, heads, key.device)
+    sequences, heads, tokens, dim = key.shape
+    check_table(table, length, sequences, heads, key.device)
     for given in (key, value):
         found = given.shape, given.dtype, given.device, given.is_contiguous()
         must_be("cache: new keys and values", found, (key.shape, key.dtype, key.device, True))
     wide = triton.next_power_of_2(dim)
     with torch.cuda.device_of(key):
-        _enter[(texts * heads, tokens)](
+        _enter[(sequences * heads, tokens)](
             key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4
         )
 
 
 @triton.jit
 def _hide(
-    hidden, table, length_at, COLUMNS: tl.constexpr, HEADS: tl.constexpr, TEXTS: tl.constexpr, SOME: tl.constexpr
+    hidden, table, length_at, COLUMNS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr, SOME: tl.constexpr
 ):
     head = tl.program_id(0)
     own = table + head.to(tl.int64) * FIELDS
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
     column = tl.arange(0, SOME)
     slot = tl.load(own + ANCHORS) + tl.load(length_at) - COLUMNS + column - tl.load(own + START)
-    text = head // HEADS % TEXTS
-    away = tl.load(hidden + text * COLUMNS + column, column < COLUMNS, other=0) != 0
-    tl.store(visible + slot, 0, away)
+    sequence = head // HEADS % SEQUENCES
+    hide_it = tl.load(hidden + sequence * COLUMNS + column, column < COLUMNS, other=0) != 0
+    tl.store(visible + slot, 0, hide_it)
 
 
 def hide(hidden: Tensor, tables: Tensor, length: Tensor) -> None:
-    """Of the last columns, those that a row is not to see: bool [texts, columns], in heads that let nothing go. tables: int64
-    [layers, texts, KV heads, len(Field)]; length: int64 [1], all columns so far."""
-    layers, texts, heads, _ = tables.shape
+    """Hide some of the last columns, bool [sequences, columns], in heads that do not evict.
+
+    tables: int64 [layers, sequences, KV heads, len(KVField)]; length: int64 [1], all columns so far.
+    """
+    layers, sequences, heads, _ = tables.shape
     columns = hidden.shape[1]
-    check_table(tables.view(layers * texts, heads, len(Field)), length, layers * texts, heads, hidden.device)
-    must_be("hide: rows", (len(hidden), hidden.dtype), (texts, torch.bool))
+    check_table(tables.view(layers * sequences, heads, len(KVField)), length, layers * sequences, heads, hidden.device)
+    must_be("hide: rows", (len(hidden), hidden.dtype), (sequences, torch.bool))
     with torch.cuda.device_of(tables):
-        _hide[(layers * texts * heads,)](
+        _hide[(layers * sequences * heads,)](
             hidden.to(torch.int8).contiguous(),
             tables,
             length,
             COLUMNS=columns,
             HEADS=heads,
-            TEXTS=texts,
+            SEQUENCES=sequences,
             SOME=triton.next_power_of_2(columns),
             num_warps=1,
         )

@@ -1,4 +1,4 @@
-"""What the kernels have in common."""
+"""Functions shared by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def product(a, b, sum_):
-    """sum_ + a b, summed in float32; float32 numbers are not rounded first."""
-    if INTERPRETED:  # it takes bfloat16 for whole numbers; as float32 their products are the same
+    """Return sum_ + a b in float32, without rounding float32 operands to TF32."""
+    if INTERPRETED:  # the interpreter treats bfloat16 as integers; products in float32 are equal
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_, input_precision="ieee")
     if a.dtype == tl.float32:
         return tl.dot(a, b, sum_, input_precision="ieee")
@@ -22,10 +22,10 @@ def product(a, b, sum_):
 
 @triton.jit
 def capped(logits, softcap):
-    """softcap x tanh(logits / softcap)."""
+    """Return softcap x tanh(logits / softcap)."""
     return softcap - 2 * softcap / (tl.exp2(logits * (2 * LOG2E / softcap)) + 1)
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a card; few, where the interpreter runs the kernels."""
+    """Return the number of multiprocessors of a GPU; 3 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

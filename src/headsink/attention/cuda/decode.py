@@ -1,13 +1,12 @@
-"""Attention of one token, or of the last few, over the keys that every head of a layer holds: a kernel for a GPU.
+"""Decode attention on a GPU: one token, or the last few, over the cached keys of every head of a layer.
 
-All texts and KV heads of a layer are one launch, however many keys each of them holds. The keys of all heads, in tiles, are
-one long row, of which every program takes an equal part, wherever heads begin and end in it (as in LeanAttention, arXiv
-2405.10480); so a full head of 131,072 keys and a window of 128 share the card without one waiting for the other. The queries of
-a group are the rows of a product, so each key and value is read once. What the programs found of a head is put together by
-a second, small launch (FlashDecoding).
+One launch serves all sequences and KV heads of a layer, whatever the number of keys of each. The tiles of keys of all heads
+form one list that is divided equally among the programs, across head boundaries (LeanAttention, arXiv 2405.10480). So heads
+with 131,072 and with 128 keys are balanced. The queries of a group are rows of one product, so each key and value is read once.
+A second, small launch combines the partial results of each head (FlashDecoding).
 
-Where heads lie is told by a table (layout.py) that stays on the card. What changes from token to token is only the number of
-columns so far, which is read from the card too: the same launch serves every token, and a CUDA graph can hold it.
+A table on the GPU (attention/kv_table.py) has the addresses of the heads. Only the number of columns changes from token to
+token, and the kernel reads it from GPU memory. So a CUDA graph can capture the launch and replay it for every token.
 """
 
 from __future__ import annotations
@@ -20,48 +19,49 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.attention.cuda.common import LOG2E, capped, processors, product
-from headsink.attention.kv_table import Field, check_buffers
+from headsink.attention.kv_table import KVField, check_buffers
 from headsink.errors import must_be
 
-TILE_BYTES = 2**14  # of the keys of a tile, and of their values
-FIELDS = tl.constexpr(len(Field))
-KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, FLOATING, ANCHORS, START, WINDOW, PAD = (
-    tl.constexpr(int(field)) for field in list(Field)[: Field.END]
+TILE_BYTES = 2**14  # of the keys in a tile; the same for the values
+FIELDS = tl.constexpr(len(KVField))
+KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, TOP_K, ANCHORS, START, WINDOW, PAD = (
+    tl.constexpr(int(field)) for field in list(KVField)[: KVField.END]
 )
 
 
 @triton.jit
 def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """The first slot of every head that is read once `length` columns have come in, the end of those in use, and how many
-    tiles that are: int32 [HEADS], nothing beyond the last head. Padding in front of a head that lets nothing go is not
-    read."""
+    """Return the first slot to read, the end of the used slots, and the number of tiles of every head after `length` columns.
+
+    int32 [HEADS], 0 after the last head. Left padding of a head that does not evict is skipped.
+    """
     head = tl.arange(0, HEADS)
     real = head < heads
     own = table + head * FIELDS
-    anchors, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
+    prefix_slots, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
     window, pad = tl.load(own + WINDOW, real, other=0), tl.load(own + PAD, real, other=0)
-    ends = tl.where(real, anchors + tl.minimum(length - start, window), 0).to(tl.int32)
-    unseen = tl.where((window >= length) & (anchors == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
+    ends = tl.where(real, prefix_slots + tl.minimum(length - start, window), 0).to(tl.int32)
+    unseen = tl.where((window >= length) & (prefix_slots == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)
     firsts = tl.minimum(unseen, ends) // TILE * TILE
     return firsts, ends, tl.cdiv(ends - firsts, TILE)
 
 
 @triton.jit
 def _part(total, program, programs):
-    """The first tile of a program's part."""
+    """Return the first tile of a program's part."""
     return (total.to(tl.int64) * program // programs).to(tl.int32)
 
 
 @triton.jit
 def _of(values, index, n):
-    """values[n]."""
+    """Return values[n]."""
     return tl.sum(tl.where(index == n, values, 0))
 
 
 @triton.jit
 def _attend_part(
     query,
-    turned,
+    rotated,
     table,
     length_at,
     found,
@@ -79,7 +79,7 @@ def _attend_part(
     TILE: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CAPPED: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     kind = query.dtype.element_ty
@@ -89,12 +89,12 @@ def _attend_part(
     firsts, ends, tiles = _spans(table, length, heads, HEADS, TILE)
     until = tl.cumsum(tiles)
     total = tl.sum(tiles)
-    programs = tl.minimum(total, PROGRAMS)  # every one of them has a tile, at least
+    programs = tl.minimum(total, PROGRAMS)  # every program has at least one tile
     tile, last = 0, 0
     if program < programs:
         tile, last = _part(total, program, programs), _part(total, program + 1, programs)
 
-    unit = scaling * LOG2E  # makes powers of two of logits, which are scaled there, unless they are capped
+    unit = scaling * LOG2E  # scales logits in the exponent of 2, unless they are capped
     if CAPPED:
         unit = tl.cast(LOG2E, tl.float32)
     row, column, slot = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
@@ -109,37 +109,39 @@ def _attend_part(
         values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
         visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
         theirs = (head * rows + row)[:, None] * dim + column[None, :]
-        asked = tl.load(query + theirs, inside, other=0.0)
-        if TURNED:
-            sink, asked_first = tl.load(own + SINK), tl.load(turned + theirs, inside, other=0.0)
+        queries = tl.load(query + theirs, inside, other=0.0)
+        if ROTATED:
+            sink, sink_queries = tl.load(own + SINK), tl.load(rotated + theirs, inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         sum_ = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, DIM], tl.float32)
         for first in tl.range((tile - begun) * TILE, (stop - begun) * TILE, TILE, num_stages=STAGES):
             slots = first + slot
-            held = slots < end
-            there = held[:, None] & (column < dim)[None, :]
-            place = slots[:, None] * dim + column[None, :]
-            key = tl.load(keys + place, there, other=0.0)
-            value = tl.load(values + place, there, other=0.0)
-            seen = (tl.load(visible + slots, held, other=0) != 0)[None, :]
-            if TOKENS > 1:  # the last tokens lie in the last slots
+            in_use = slots < end
+            valid = in_use[:, None] & (column < dim)[None, :]
+            offset = slots[:, None] * dim + column[None, :]
+            key = tl.load(keys + offset, valid, other=0.0)
+            value = tl.load(values + offset, valid, other=0.0)
+            seen = (tl.load(visible + slots, in_use, other=0) != 0)[None, :]
+            if TOKENS > 1:  # the last tokens are in the last slots
                 seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
-            logits = product(asked, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
-            if TURNED:
-                of_first = product(asked_first, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+            logits = product(queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+            if ROTATED:
+                of_first = product(sink_queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
                 logits = tl.where((slots < sink)[None, :], of_first, logits)
             if CAPPED:
                 logits = capped(logits * scaling, softcap)
             logits = tl.where(seen, logits, float("-inf"))
             most = tl.maximum(top, tl.max(logits, 1))
-            calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
-            shares = tl.exp2(logits * unit - (calm * unit)[:, None])
-            factor = tl.exp2((top - calm) * unit)
+            finite = tl.where(most == float("-inf"), 0.0, most)  # no key is visible yet: avoid inf - inf
+            shares = tl.exp2(logits * unit - (finite * unit)[:, None])
+            factor = tl.exp2((top - finite) * unit)
             sum_ = sum_ * factor + tl.sum(shares, 1)
             out = product(shares.to(kind), value, out * factor[:, None])
             top = most
-        part = (program + head) * rows + row  # no two programs have the same sum with a head that both have a part of
+        part = (
+            program + head
+        ) * rows + row  # program + head is unique for every pair of a program and a head in its part
         tl.store(tops + part, top * unit, row < rows)
         tl.store(totals + part, sum_, row < rows)
         tl.store(found + part[:, None] * dim + column[None, :], out, inside)
@@ -153,7 +155,7 @@ def _combine(
     totals,
     table,
     length_at,
-    learned,
+    sink_logits,
     output,
     lse,
     heads: tl.constexpr,
@@ -169,7 +171,7 @@ def _combine(
     COLUMNS: tl.constexpr,
     LEARNED: tl.constexpr,
 ):
-    """Put the parts of a head together: one program a row of it, and `COLUMNS` of the row."""
+    """Combine the parts of a head: each program handles one row and `COLUMNS` of its coordinates."""
     rows: tl.constexpr = GROUP * TOKENS
     head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -177,7 +179,7 @@ def _combine(
     _, _, tiles = _spans(table, tl.load(length_at) + TOKENS, heads, HEADS, TILE)
     until, total = tl.cumsum(tiles), tl.sum(tiles).to(tl.int64)
     own, ended = _of(tiles, head_index, head), _of(until, head_index, head).to(tl.int64)
-    # Program p's part begins at tile `total p // programs`: the last that begins at t or before is the one with this number.
+    # Program p begins at tile `total p // programs`. `first` is the last program that begins at or before this head's first tile.
     programs = tl.maximum(tl.minimum(total, PROGRAMS), 1)
     first = ((ended - own + 1) * programs - 1) // tl.maximum(total, 1)
     parts = tl.where(own > 0, (ended * programs - 1) // tl.maximum(total, 1) - first + 1, 0).to(tl.int32)
@@ -186,22 +188,22 @@ def _combine(
     every = tl.arange(0, PARTS)
     theirs = tl.load(tops + at + every * rows, every < parts, other=float("-inf"))
     most = tl.max(theirs, 0)
-    calm = tl.where(most == float("-inf"), 0.0, most)
-    sum_ = tl.sum(tl.load(totals + at + every * rows, every < parts, other=0.0) * tl.exp2(theirs - calm), 0)
+    finite = tl.where(most == float("-inf"), 0.0, most)
+    sum_ = tl.sum(tl.load(totals + at + every * rows, every < parts, other=0.0) * tl.exp2(theirs - finite), 0)
     out = tl.zeros([COLUMNS], tl.float32)
     some = tl.arange(0, SOME)
     for start in range(0, parts, SOME):
         part = start + some
-        there = part < parts
-        weight = tl.exp2(tl.load(tops + at + part * rows, there, other=float("-inf")) - calm)
-        place = (at + part * rows)[:, None] * dim + column[None, :]
-        vectors = tl.load(found + place, there[:, None] & (column < dim)[None, :], other=0.0)
+        valid = part < parts
+        weight = tl.exp2(tl.load(tops + at + part * rows, valid, other=float("-inf")) - finite)
+        offset = (at + part * rows)[:, None] * dim + column[None, :]
+        vectors = tl.load(found + offset, valid[:, None] & (column < dim)[None, :], other=0.0)
         out += tl.sum(vectors * weight[:, None], 0)
-    logarithm = calm + tl.log2(sum_)  # -inf where nothing was seen
+    logarithm = finite + tl.log2(sum_)  # -inf if no key is visible
     divisor = sum_
     if LEARNED:
-        extra = tl.load(learned + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
-        divisor += tl.exp2(extra - calm)
+        extra = tl.load(sink_logits + (head % kv_heads) * GROUP + row // TOKENS).to(tl.float32) * LOG2E
+        divisor += tl.exp2(extra - finite)
     divisor = tl.where(sum_ == 0.0, 1.0, divisor)
     row_at = head * rows + row
     tl.store(output + row_at * dim + column, (out / divisor).to(output.dtype.element_ty), column < dim)
@@ -209,11 +211,13 @@ def _combine(
         tl.store(lse + row_at, logarithm / LOG2E)
 
 
-def check_table(table: Tensor, length: Tensor, texts: int, heads: int, device: torch.device) -> None:
-    """Raise unless a table on the card is of so many texts and KV heads. The buffers that it speaks of are checked where it is
-    made (layout.py), and new keys where they are offered (cache.py)."""
+def check_table(table: Tensor, length: Tensor, sequences: int, heads: int, device: torch.device) -> None:
+    """Raise unless a table has the right shape, dtype and device.
+
+    cache/kv_table.py checks the buffers when it creates the table, and cache/layer.py checks new keys.
+    """
     found = tuple(table.shape), table.dtype, table.device, table.is_contiguous()
-    must_be("attention: the table of KV heads", found, ((texts, heads, len(Field)), torch.int64, device, True))
+    must_be("attention: the table of KV heads", found, ((sequences, heads, len(KVField)), torch.int64, device, True))
     must_be("attention: the length", (length.numel(), length.dtype, length.device), (1, torch.int64, device))
 
 
@@ -223,29 +227,29 @@ def attend(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
-    turned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    rotated: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last tokens of every text over what each head holds of it.
+    """Attend from the last tokens of every sequence over the cached keys of each head, their own included.
 
-    query: [texts, KV heads x group, tokens, dim], contiguous; table: int64 [texts, KV heads, len(Field)]; length: int64 [1],
-    columns before those of the queries, which are in too. With more than one token nothing may have wrapped. softcap: logits
-    become softcap x tanh(logits / softcap). learned: [KV heads x group], logits that take part in the softmax and have no value.
-    turned: the queries as they look at the first tokens, if not as at others (rotary.py). programs: of the launch, twice as many
-    as the card has multiprocessors if not given. Returns the output in the query's dtype, zero where no key is seen, and the
-    log-sum-exp of the logits of the keys, float32 [texts, KV heads x group, tokens], -inf where there is none.
+    query: [sequences, KV heads x group, tokens, dim], contiguous; table: int64 [sequences, KV heads, len(KVField)]; length:
+    int64 [1], columns before those of the queries. With more than one token, no ring may have wrapped. softcap: logits become
+    softcap x tanh(logits / softcap). sink_logits: [KV heads x group], logits in the softmax without a value. rotated: the
+    queries for the sink tokens, for cache-relative positions (models/rope.py). programs: number of programs, by default twice
+    the number of multiprocessors. Returns the output in the query's dtype, zero where no key is visible, and the log-sum-exp of
+    the keys' logits, float32 [sequences, KV heads x group, tokens], -inf where no key is visible.
     """
-    texts, query_heads, tokens, dim = query.shape
+    sequences, query_heads, tokens, dim = query.shape
     kv_heads = table.shape[1]
-    check_table(table, length, texts, kv_heads, query.device)
+    check_table(table, length, sequences, kv_heads, query.device)
     must_be("attention: query heads left over", query_heads % kv_heads, 0)
-    for given in (query, *(() if turned is None else (turned,))):
+    for given in (query, *(() if rotated is None else (rotated,))):
         kind = given.shape, given.dtype, given.device, given.is_contiguous()
         must_be("attention: queries", kind, (query.shape, query.dtype, query.device, True))
-    if learned is not None:
-        must_be("attention: learned logits", (learned.numel(), learned.is_contiguous()), (query_heads, True))
-    heads, group = texts * kv_heads, query_heads // kv_heads
+    if sink_logits is not None:
+        must_be("attention: learned logits", (sink_logits.numel(), sink_logits.is_contiguous()), (query_heads, True))
+    heads, group = sequences * kv_heads, query_heads // kv_heads
     rows = group * tokens
     programs = 2 * processors(query.device) if programs is None else programs
     found = query.new_empty(programs + heads, rows, dim, dtype=torch.float32)  # the parts of all programs
@@ -265,7 +269,7 @@ def attend(
     with torch.cuda.device_of(query):
         _attend_part[(programs,)](
             query,
-            query if turned is None else turned,
+            query if rotated is None else rotated,
             table,
             length,
             found,
@@ -276,7 +280,7 @@ def attend(
             ROWS=max(16, triton.next_power_of_2(rows)),
             DIM=wide,
             CAPPED=softcap is not None,
-            TURNED=turned is not None,
+            ROTATED=rotated is not None,
             STAGES=3,
             num_warps=4,
             **same,
@@ -287,14 +291,14 @@ def attend(
             totals,
             table,
             length,
-            tops if learned is None else learned,
+            tops if sink_logits is None else sink_logits,
             output,
             lse,
             kv_heads=kv_heads,
             PARTS=triton.next_power_of_2(programs),
             SOME=min(64, triton.next_power_of_2(programs)),
             COLUMNS=columns,
-            LEARNED=learned is not None,
+            LEARNED=sink_logits is not None,
             num_warps=4,
             **same,
         )
@@ -309,18 +313,20 @@ def attend_buffers(
     end: int,
     scaling: float,
     softcap: float | None = None,
-    learned: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `attend`, where all heads hold `end` keys in buffers of one shape: keys, values [texts, KV heads, slots, dim], visible
-    bool [texts, KV heads, slots]."""
-    texts, kv_heads, slots, dim = keys.shape
+    """Call `attend` for heads that all have `end` keys, in buffers of one shape.
+
+    keys, values: [sequences, KV heads, slots, dim]; visible: bool [sequences, KV heads, slots].
+    """
+    sequences, kv_heads, slots, dim = keys.shape
     check_buffers(query, keys, values, visible, end)
     keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
-    number = torch.arange(texts * kv_heads, device=query.device).view(texts, kv_heads) * slots
-    table = number.new_zeros(texts, kv_heads, len(Field))
+    number = torch.arange(sequences * kv_heads, device=query.device).view(sequences, kv_heads) * slots
+    table = number.new_zeros(sequences, kv_heads, len(KVField))
     for field, buffer, size in ((KEYS, keys, dim), (VALUES, values, dim), (VISIBLE, visible, 1)):
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
-    table[..., Field.WINDOW] = end
+    table[..., KVField.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(query, table, length, scaling, softcap, learned, programs=programs)
+    return attend(query, table, length, scaling, softcap, sink_logits, programs=programs)

@@ -1,7 +1,6 @@
-"""Causal attention over everything, by kernels of others: FlashAttention-3 or -2, flashinfer, or what PyTorch has.
+"""Full causal attention by other libraries: FlashAttention-3 or -2, flashinfer, or PyTorch.
 
-All of them are exact and align queries with the last keys. Which are installed is looked up once; the soonest on paper goes
-first.
+All are exact and align the queries with the last keys. The fastest installed one is used, in the order of `KERNELS`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-HOPPER = (9, 0)  # compute capability: what FlashAttention-3 is for
+HOPPER = (9, 0)  # compute capability that FlashAttention-3 needs
 
 
 def _flash(module: str) -> Kernel:
@@ -26,7 +25,7 @@ def _flash(module: str) -> Kernel:
         found = import_module(module).flash_attn_func(*by_token, softmax_scale=scaling, causal=True)
         output: Tensor = (
             found[0] if isinstance(found, tuple) else found
-        )  # early versions of 3 give the log-sum-exp, too
+        )  # early versions of 3 also return the log-sum-exp
         return output.transpose(1, 2)
 
     return attend
@@ -34,19 +33,19 @@ def _flash(module: str) -> Kernel:
 
 def _flashinfer(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     library, options = import_module("flashinfer"), {"kv_layout": "HND", "sm_scale": scaling}
-    texts = []
+    outputs = []
     for q, k, v in zip(query, keys.contiguous(), values.contiguous(), strict=True):
         if query.shape[2] == 1:
             found = library.single_decode_with_kv_cache(q[:, 0], k, v, use_tensor_cores=True, **options)[None]
         else:
             found = library.single_prefill_with_kv_cache(q.transpose(0, 1).contiguous(), k, v, causal=True, **options)
-        texts.append(found)
-    return torch.stack(texts).transpose(1, 2)
+        outputs.append(found)
+    return torch.stack(outputs).transpose(1, 2)
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     tokens, n_keys = query.shape[2], keys.shape[2]
-    # One query sees every key: nothing is masked.
+    # A single query sees every key, so no mask is needed.
     mask = None if tokens in (1, n_keys) else causal_lower_right(tokens, n_keys)
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=tokens == n_keys > 1, scale=scaling, enable_gqa=True
@@ -63,7 +62,7 @@ KERNELS: dict[str, Kernel] = {
 
 @cache
 def installed() -> tuple[str, ...]:
-    """Names of the kernels that are here, the soonest first."""
+    """Return the names of the available kernels, the fastest first."""
     found = [name for name in KERNELS if name == "sdpa" or find_spec(name) is not None]
     if "flash_attn_interface" in found and not (
         torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
@@ -73,7 +72,7 @@ def installed() -> tuple[str, ...]:
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of the last tokens, each over all keys up to its own.
+    """Attend from the last tokens, each over all keys up to its own.
 
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]. Returns [batch, heads x group,
     tokens, dim].

@@ -1,13 +1,12 @@
-"""What sampled queries attend to, for the census (census/statistics.py): kernels for a GPU.
+"""GPU kernels of the census (census/head_statistics.py): what sampled queries attend to.
 
-The keys that a query sees are cut into bands, by how far back they lie. A program takes some queries of one KV head, the
-heads of its group beside each other, and one band of their keys; it sums what they attend to there, relative to the largest
-logit it met (FlashAttention's running maximum). Bands are put together here, in PyTorch: there are about twenty of a query, so
-little is left by then. A window, a first token, a far key are then sums over bands. The attention to each key, summed over
-queries, comes from a second kernel, whose programs own some keys each. Nothing is summed in an order that could change.
+The visible keys of a query are divided into bands by distance. A program handles some queries of one KV head, with the heads of
+the group adjacent, and one band. It sums attention weights relative to the largest logit so far (FlashAttention's running
+maximum). PyTorch combines the bands, about twenty per query. The attention in a window, to the first token and to far keys are
+sums over bands. A second kernel computes the attention to each key, summed over queries; each of its programs handles some
+keys. The order of all sums is fixed, so results are deterministic.
 
-A layer's own sliding window only ends bands early, and a learned sink logit only takes its share of what was summed: neither
-is in the first kernel.
+A layer's own sliding window truncates bands, and a learned sink logit is applied after summation. The first kernel needs neither.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from headsink.attention.cuda.common import LOG2E, capped, product
 from headsink.attention.params import Inputs
 from headsink.errors import must_be
 
-TILE_BYTES = 2**13  # of the keys of a tile, and of their values: more would not fit into the registers
-WIDEST = 2**14  # keys of a band: where few programs have much more to do than others, they wait for these
+TILE_BYTES = 2**13  # of the keys in a tile, and of the values: more would not fit into registers
+WIDEST = 2**14  # largest number of keys in a band, which balances the work of the programs
 LN2 = math.log(2)
 TINY = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
 def _logits(a, b, scaling, softcap, M: tl.constexpr, N: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits of a b, for exp2: float32 [M, N]."""
+    """Return the logits of a b in base 2: float32 [M, N]."""
     logits = product(a, b, tl.zeros([M, N], tl.float32))
     return capped(logits * scaling, softcap) * LOG2E if CAPPED else logits * (scaling * LOG2E)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def _sum_bands(
-    asked,
+    query_rows,
     keys,
     values,
     flags,
@@ -68,13 +67,13 @@ def _sum_bands(
     VALUES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sums over one band of the keys of `ROWS` rows of a KV head; with VALUES those of values, else what the masses need."""
+    """Sum over one band of keys for `ROWS` rows of a KV head: weighted values with VALUES, else spreads and peaks."""
     kind = values.dtype.element_ty
     tile, head, count = tl.program_id(0), tl.program_id(2), tl.num_programs(1)
     band = count - 1 - tl.program_id(1)  # wide ones first
     row, column, slot = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     real, wide = row < rows, column < dim
-    position = tl.load(positions + row, real, other=-1)  # before every key: sees nothing
+    position = tl.load(positions + row, real, other=-1)  # before every key, so no key is visible
     earliest = tl.load(positions + tile * ROWS)
     latest = tl.load(positions + tl.minimum(tile * ROWS + ROWS, rows) - 1)
     low, high = tl.load(bands + band * 4), tl.load(bands + band * 4 + 1)
@@ -82,7 +81,7 @@ def _sum_bands(
     end = tl.minimum(tl.load(bands + band * 4 + 3), latest - low + 1)
 
     at = head.to(tl.int64) * rows + row
-    query = tl.load(asked + at[:, None] * dim + column[None, :], real[:, None] & wide[None, :], other=0.0)
+    query = tl.load(query_rows + at[:, None] * dim + column[None, :], real[:, None] & wide[None, :], other=0.0)
     keys += head.to(tl.int64) * key_head
     values += head.to(tl.int64) * value_head
     flags += head.to(tl.int64) * length
@@ -92,26 +91,26 @@ def _sum_bands(
     if VALUES:
         of_others, of_sinks = tl.zeros([ROWS, DIM], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     for first in tl.range(begin, end, TILE, num_stages=STAGES):
-        held = first + slot < end
-        there = held[:, None] & wide[None, :]
+        in_band = first + slot < end
+        inside = in_band[:, None] & wide[None, :]
         from_ = keys + tl.cast(first, tl.int64) * key_token
-        key = tl.load(from_ + slot[:, None] * key_token + column[None, :], there, other=0.0)
-        sink = (tl.load(flags + first + slot, held, other=0) != 0)[None, :]
+        key = tl.load(from_ + slot[:, None] * key_token + column[None, :], inside, other=0.0)
+        sink = (tl.load(flags + first + slot, in_band, other=0) != 0)[None, :]
         age = position[:, None] - first - slot[None, :]
-        seen = (age >= low) & (age < high) & held[None, :]
+        seen = (age >= low) & (age < high) & in_band[None, :]
         raw = _logits(query, tl.trans(key), scaling, softcap, ROWS, TILE, CAPPED)
         logits = tl.where(seen, raw, float("-inf"))
         most = tl.maximum(top, tl.max(logits, 1))
-        calm = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen so far: no difference of two infinities
-        factor = tl.exp2(top - calm)
-        shares = tl.exp2(logits - calm[:, None])
+        finite = tl.where(most == float("-inf"), 0.0, most)  # no key is visible yet: avoid inf - inf
+        factor = tl.exp2(top - finite)
+        shares = tl.exp2(logits - finite[:, None])
         at_sinks = tl.where(sink, shares, 0.0)
         elsewhere = tl.where(sink, 0.0, shares)
         others = others * factor + tl.sum(elsewhere, 1)
         sinks = sinks * factor + tl.sum(at_sinks, 1)
         if VALUES:
             from_ = values + tl.cast(first, tl.int64) * value_token
-            value = tl.load(from_ + slot[:, None] * value_token + column[None, :], there, other=0.0)
+            value = tl.load(from_ + slot[:, None] * value_token + column[None, :], inside, other=0.0)
             of_others = product(elsewhere.to(kind), value, of_others * factor[:, None])
             of_sinks = product(at_sinks.to(kind), value, of_sinks * factor[:, None])
         else:
@@ -124,9 +123,9 @@ def _sum_bands(
     tl.store(sums + 2 * at, others, real)
     tl.store(sums + 2 * at + 1, sinks, real)
     if VALUES:
-        place = 2 * at[:, None] * dim + column[None, :]
-        tl.store(vectors + place, of_others, real[:, None] & wide[None, :])
-        tl.store(vectors + place + dim, of_sinks, real[:, None] & wide[None, :])
+        at_row = 2 * at[:, None] * dim + column[None, :]
+        tl.store(vectors + at_row, of_others, real[:, None] & wide[None, :])
+        tl.store(vectors + at_row + dim, of_sinks, real[:, None] & wide[None, :])
     else:
         tl.store(spreads + at, spread, real)
         tl.store(peaks + at, peak, real)
@@ -134,7 +133,7 @@ def _sum_bands(
 
 @triton.jit(do_not_specialize=["rows", "length", "reach"])
 def _sum_rows(
-    asked,
+    query_rows,
     keys,
     positions,
     offsets,
@@ -155,31 +154,31 @@ def _sum_rows(
     CAPPED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attention to each of `TILE` keys, summed over the queries of one head."""
+    """Sum the attention to each of `TILE` keys over the queries of one head."""
     tile, head = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(bounds + 2 * tile), tl.load(bounds + 2 * tile + 1)  # queries that see one of the keys
     keys += (head // GROUP).to(tl.int64) * key_head + (tile * TILE).to(tl.int64) * key_token
     of_head = (head // GROUP).to(tl.int64) * rows + head % GROUP
     column, some, near = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, TILE)
     slot, wide = tile * TILE + near, column < dim
-    held = slot < length
-    key = tl.load(keys + near[:, None] * key_token + column[None, :], held[:, None] & wide[None, :], other=0.0)
+    valid = slot < length
+    key = tl.load(keys + near[:, None] * key_token + column[None, :], valid[:, None] & wide[None, :], other=0.0)
     sum_ = tl.zeros([TILE], tl.float32)
     for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         row = (first + some) * GROUP
         real = first + some < stop
-        place = (of_head + row)[:, None] * dim + column[None, :]
-        query = tl.load(asked + place, real[:, None] & wide[None, :], other=0.0)
-        position = tl.load(positions + row, real, other=-1)  # before every key: sees nothing
+        at_row = (of_head + row)[:, None] * dim + column[None, :]
+        query = tl.load(query_rows + at_row, real[:, None] & wide[None, :], other=0.0)
+        position = tl.load(positions + row, real, other=-1)  # before every key, so no key is visible
         offset = tl.load(offsets + of_head + row, real, other=0.0)
         age = position[None, :] - slot[:, None]
         logits = _logits(key, tl.trans(query), scaling, softcap, TILE, ROWS, CAPPED) + offset[None, :]
         sum_ += tl.sum(tl.where((age >= 0) & (age < reach), tl.exp2(logits), 0.0), 1)
-    tl.store(output + head.to(tl.int64) * length + slot, sum_, held)
+    tl.store(output + head.to(tl.int64) * length + slot, sum_, valid)
 
 
 class _Band(NamedTuple):
-    """Keys `begin` <= j < `end` that are `low` <= i - j < `high` back."""
+    """Keys j with `begin` <= j < `end` and distance `low` <= i - j < `high` from query i."""
 
     low: int
     high: int
@@ -188,27 +187,28 @@ class _Band(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What was found of every row and band. Rows are those of a KV head: of each query, the heads of its group.
+    """Sums per row and band. The rows of a KV head are all pairs of a query and a query head of its group.
 
-    logarithm: float32 [KV heads, rows], log2 of the sum of all exponentials. learned: float32 [KV heads, rows], attention to
-    the learned logit. weights: float32 [KV heads, rows, bands, 2], attention to keys that are no sinks, and to sinks. spread:
-    float32 [KV heads, rows], mean logit, times log2(e). peaks: float32 [KV heads, rows, bands], largest weight of a key that is
-    no sink. vectors: float32 [KV heads, rows, bands, 2, dim], values times weights. `spread` and `peaks`, or `vectors`, mean
-    nothing where they were not asked for.
+    logarithm: float32 [KV heads, rows], log2 of the sum of exponentials. sink_logits: float32 [KV heads, rows], attention to
+    the learned sink logit. weights: float32 [KV heads, rows, bands, 2], attention to ordinary keys and to sink keys. spread:
+    float32 [KV heads, rows], mean logit x log2(e). peaks: float32 [KV heads, rows, bands], largest weight of an ordinary key.
+    vectors: float32 [KV heads, rows, bands, 2, dim], weighted sums of values. Either `spread` and `peaks` or `vectors` are
+    computed; the others are undefined.
     """
 
     logarithm: Tensor
-    learned: Tensor
+    sink_logits: Tensor
     weights: Tensor
     spread: Tensor
     peaks: Tensor
     vectors: Tensor
 
 
-class _Asked:
-    """Sampled queries of a layer, as the kernels take them.
+class _SampledQueries:
+    """Sampled queries of a layer in the layout of the kernels.
 
-    query: [KV heads, rows, dim], contiguous. positions: int32 [rows], ascending. reach: keys that a query sees at most.
+    query: [KV heads, rows, dim], contiguous. positions: int32 [rows], ascending. reach: largest number of visible keys of a
+    query.
     """
 
     def __init__(self, inputs: Inputs, rows: Tensor):
@@ -226,7 +226,7 @@ class _Asked:
         self.positions = rows.to(torch.int32).repeat_interleave(self.group)
         wide, size = max(16, triton.next_power_of_2(self.dim)), self.key.element_size()
         self.tile = max(16, min(64, TILE_BYTES // (wide * size)))
-        # Rows of a product; exact ones of float32 numbers take many registers.
+        # Rows per product; exact float32 products need many registers.
         self.rows = 16 if size == 4 else min(64, TILE_BYTES // wide)
         self.same: dict[str, Any] = {
             "scaling": inputs.scaling,
@@ -239,26 +239,26 @@ class _Asked:
         }
 
     def by_head(self, found: Tensor) -> Tensor:
-        """[KV heads, rows, ...] -> [query heads, queries, ...]."""
+        """Reshape [KV heads, rows, ...] to [query heads, queries, ...]."""
         return found.unflatten(1, (-1, self.group)).transpose(1, 2).flatten(0, 1)
 
     def cuts(self, distances: Sequence[int]) -> list[int]:
-        """These distances and more, so that no band is wide, up to the last key."""
+        """Return the distances at which bands are divided: `distances`, multiples of WIDEST, and the length."""
         return sorted({*distances, *range(0, self.length, WIDEST), self.length})
 
     def bands(self, cuts: list[int], begin: int = 0) -> list[_Band]:
-        """The keys from `begin` on between two successive distances."""
+        """Return the bands between successive distances, of the keys from `begin` on."""
         return [
             _Band(low, min(high, self.reach), begin, self.length if low < self.reach else 0)
             for low, high in pairwise(cuts)
         ]
 
     def start(self, end: int) -> _Band:
-        """The first `end` keys."""
+        """Return the band of the first `end` keys."""
         return _Band(0, self.reach, 0, end)
 
     def sums(self, bands: list[_Band], parts: int, sinks: Tensor, values: bool = False) -> _Sums:
-        """Sums over bands, of which the first `parts` hold each key once. sinks: bool [KV heads, keys]."""
+        """Return sums over bands. The first `parts` bands contain each key once. sinks: bool [KV heads, keys]."""
         shape = (*self.query.shape[:2], len(bands))
         must_be("census: flags of sinks", (tuple(sinks.shape), sinks.is_contiguous()), (self.key.shape[:2], True))
         tops, spreads, peaks = (self.query.new_zeros(shape, dtype=torch.float32) for _ in range(3))
@@ -291,23 +291,23 @@ class _Asked:
         scale = torch.exp2(tops - most)
         total = (sums.sum(-1) * scale)[..., :parts].sum(-1)
         logarithm = most[..., 0] + total.log2()
-        learned = torch.zeros_like(total)
-        if self.inputs.learned is not None:
-            logits = self.inputs.learned.float().view(shape[0], self.group).repeat(1, len(self.at))
-            learned = torch.sigmoid(logits - logarithm * LN2)
-        factors = scale * ((1 - learned) / total)[..., None]
+        sink_logits = torch.zeros_like(total)
+        if self.inputs.sink_logits is not None:
+            logits = self.inputs.sink_logits.float().view(shape[0], self.group).repeat(1, len(self.at))
+            sink_logits = torch.sigmoid(logits - logarithm * LN2)
+        factors = scale * ((1 - sink_logits) / total)[..., None]
         return _Sums(
             logarithm,
-            learned,
+            sink_logits,
             sums * factors[..., None],
             (spreads * scale)[..., :parts].sum(-1) / total,
-            torch.exp2(peaks - logarithm[..., None]) * (1 - learned)[..., None],
+            torch.exp2(peaks - logarithm[..., None]) * (1 - sink_logits)[..., None],
             vectors * factors[..., None, None],
         )
 
     def columns(self, found: _Sums, share: Tensor) -> Tensor:
-        """Attention to each key, summed over queries with a `share` of each: float32 [query heads, keys]."""
-        offsets = (share.repeat_interleave(self.group) * (1 - found.learned)).log2() - found.logarithm
+        """Return the attention to each key, summed over queries with weights `share`: float32 [query heads, keys]."""
+        offsets = (share.repeat_interleave(self.group) * (1 - found.sink_logits)).log2() - found.logarithm
         output = found.logarithm.new_empty(self.inputs.query.shape[1], self.length)
         first = torch.arange(0, self.length, self.rows, device=self.key.device)
         bounds = torch.searchsorted(self.at, torch.stack([first, first + self.rows + self.reach - 1], -1))
@@ -334,15 +334,16 @@ class _Asked:
 def masses(
     inputs: Inputs, rows: Tensor, share: Tensor, sinks: Tensor, window: int, steps: Sequence[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What statistics.py calls masses, for each query: float32 [query heads, queries] by name; and the attention to each key.
+    """Return the masses of census/head_statistics.py, {name: float32 [query heads, queries]}, and the attention to each key.
 
-    rows: int [queries], ascending positions. share: [queries], of each query in the attention to a key, which is float32 [query
-    heads, keys]. sinks: bool [KV heads, keys]. window: keys that are local. steps: distances, the last beyond every key.
+    rows: int [queries], ascending positions. share: [queries], the weight of each query in the attention to each key, float32
+    [query heads, keys]. sinks: bool [KV heads, keys]. window: number of local keys. steps: distances, the last beyond every
+    key.
     """
-    asked = _Asked(inputs, rows)
-    cuts = asked.cuts([window, *steps])
-    bands = asked.bands(cuts)
-    found = asked.sums([*bands, asked.start(1)], len(bands), sinks)
+    sampled = _SampledQueries(inputs, rows)
+    cuts = sampled.cuts([window, *steps])
+    bands = sampled.bands(cuts)
+    found = sampled.sums([*bands, sampled.start(1)], len(bands), sinks)
     others, at_sinks = found.weights[..., :-1, 0], found.weights[..., :-1, 1]
     near = cuts.index(window)
     within = (others + at_sinks).cumsum(-1)
@@ -353,47 +354,50 @@ def masses(
         "local": others[..., :near].sum(-1),
         "far": others[..., near:].sum(-1),
         "far_peak": torch.nn.functional.pad(found.peaks[..., near:-1], (0, 1)).amax(-1),
-        "learned": found.learned,
+        "learned": found.sink_logits,
         "entropy": entropy,
         "effective": entropy.exp(),
     }
-    return {name: asked.by_head(mass) for name, mass in named.items()}, asked.columns(found, share.float())
+    return {name: sampled.by_head(mass) for name, mass in named.items()}, sampled.columns(found, share.float())
 
 
 def first_and_all(inputs: Inputs, rows: Tensor) -> Tensor:
-    """Attention to the first token and to all keys, for each query: float32 [2, query heads, queries]."""
-    asked = _Asked(inputs, rows)
-    none = torch.zeros(asked.key.shape[:2], dtype=torch.bool, device=asked.key.device)
-    bands = asked.bands(asked.cuts([]))
-    found = asked.sums([*bands, asked.start(1)], len(bands), none)
-    return torch.stack([asked.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.learned)])
+    """Return the attention to the first token and to all keys, per query: float32 [2, query heads, queries]."""
+    sampled = _SampledQueries(inputs, rows)
+    none = torch.zeros(sampled.key.shape[:2], dtype=torch.bool, device=sampled.key.device)
+    bands = sampled.bands(sampled.cuts([]))
+    found = sampled.sums([*bands, sampled.start(1)], len(bands), none)
+    return torch.stack([sampled.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.sink_logits)])
 
 
 def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Sequence[int]) -> dict[str, Tensor]:
-    """Output of every head where only some keys are kept: float32 [query heads, queries, dim] by name.
+    """Return the output of every head over some of the keys: {name: float32 [query heads, queries, dim]}.
 
-    "first_16" are the last 16 keys and the `opening` first tokens, "floating_16" those and all sinks. windows: 0, then ascending.
+    "first_16": the last 16 keys and the `opening` initial tokens. "secondary_16": these and all sink keys. windows: 0, then
+    ascending.
     """
-    asked = _Asked(inputs, rows)
-    cuts = asked.cuts(windows)
-    bands = asked.bands(cuts, opening)
-    found = asked.sums([*bands, asked.start(opening)], len(bands) + 1, sinks, values=True)
-    # With the sums of weights as one more coordinate, by which the others are divided in the end.
+    sampled = _SampledQueries(inputs, rows)
+    cuts = sampled.cuts(windows)
+    bands = sampled.bands(cuts, opening)
+    found = sampled.sums([*bands, sampled.start(opening)], len(bands) + 1, sinks, values=True)
+    # The sum of weights is appended as a coordinate, to normalise the others at the end.
     every = torch.cat([found.vectors, found.weights[..., None]], -1)  # [KV heads, rows, bands, 2, dim + 1]
     others, at_sinks, first = every[:, :, :-1, 0], every[:, :, :-1, 1], every[:, :, -1:].sum(-2)
 
     def before(bands: Tensor) -> Tensor:
-        """What lies before each band."""
+        """Return the sum over the bands before each band."""
         return torch.nn.functional.pad(bands.cumsum(2), (0, 0, 1, 0))[:, :, :-1]
 
     near = {
         "first": before(others + at_sinks) + first,
-        "floating": before(others) + at_sinks.sum(2, keepdim=True) + first,
+        "secondary": before(others) + at_sinks.sum(2, keepdim=True) + first,
     }
     outputs = {}
     for window in windows:
         for name, sums in near.items():
             sum_ = sums[:, :, cuts.index(window)]
-            mass = (sum_[..., -1:] + found.learned[..., None]).clamp(min=TINY)  # what a learned logit takes stays
-            outputs[f"{name}_{window}"] = asked.by_head(sum_[..., :-1] / mass)
+            mass = (sum_[..., -1:] + found.sink_logits[..., None]).clamp(
+                min=TINY
+            )  # including the weight of the sink logit
+            outputs[f"{name}_{window}"] = sampled.by_head(sum_[..., :-1] / mass)
     return outputs

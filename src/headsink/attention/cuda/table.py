@@ -1,4 +1,4 @@
-"""The table of a layer's keys and values on a GPU (kv_table.py), and one token's attention through it."""
+"""DeviceTable: the KV table of a layer (attention/kv_table.py) on a GPU, and a decode step through it."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headsink.attention.params import Softmax
-from headsink.models.rope import turned_back
+from headsink.attention.params import AttentionParams
+from headsink.models.rope import rotate_back
 
 
 @dataclass(frozen=True)
-class OnCard:
-    """Where the heads of a layer lie, for kernels of a GPU: the table of a `Layout`, int64 [texts, KV heads, fields], and how
-    many columns have come in, int64 [1]."""
+class DeviceTable:
+    """The table of a `KVTable` on a GPU, int64 [sequences, KV heads, fields], and the number of columns so far, int64 [1]."""
 
     table: Tensor
     length: Tensor
 
     @classmethod
-    def of(cls, table: Any, length: int, device: torch.device) -> OnCard:
+    def of(cls, table: Any, length: int, device: torch.device) -> DeviceTable:
         return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
 
-    def turned(self, query: Tensor, inverse: Tensor) -> Tensor:
-        """The queries of a token as they look at the first tokens where positions are counted in the cache (rotary.py)."""
-        from headsink.attention.kv_table import Field
+    def rotated(self, query: Tensor, inverse: Tensor) -> Tensor:
+        """Return the queries of a token rotated for the sink tokens, for cache-relative positions (models/rope.py)."""
+        from headsink.attention.kv_table import KVField
 
-        places = self.length - self.table[..., Field.PAD]  # [batch, heads]
-        last = self.table[..., Field.SINK] + self.table[..., Field.WINDOW] - 1
-        group = query.shape[1] // places.shape[1]
-        back = (places - last).clamp(min=0).repeat_interleave(group, 1)
-        return turned_back(query, back[..., None], inverse).to(query.dtype)
+        positions = self.length - self.table[..., KVField.PAD]  # [batch, heads]
+        last = self.table[..., KVField.SINK] + self.table[..., KVField.WINDOW] - 1
+        group = query.shape[1] // positions.shape[1]
+        distance = (positions - last).clamp(min=0).repeat_interleave(group, 1)
+        return rotate_back(query, distance[..., None], inverse).to(query.dtype)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, turned: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams, rotated: Tensor | None = None
     ) -> Tensor:
-        """Let a token of every text in, or several where nothing is let go, and attend from them.
+        """Append a token to every sequence, or several if no head evicts, and attend from them.
 
-        query, turned: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. The host waits for nothing.
-        `length` stays what it is.
+        query, rotated: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]. Does not block the host and
+        does not change `length`.
         """
-        from headsink.attention.cuda.append import enter
+        from headsink.attention.cuda.append import append_keys
         from headsink.attention.cuda.decode import attend
 
-        enter(key.contiguous(), value.contiguous(), self.table, self.length)
-        return attend(query.contiguous(), self.table, self.length, *softmax, turned)[0]
+        append_keys(key.contiguous(), value.contiguous(), self.table, self.length)
+        return attend(query.contiguous(), self.table, self.length, *softmax, rotated)[0]

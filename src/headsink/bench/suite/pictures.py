@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md, for each model: what plans cost on tasks, how far they are from the model, and time and memory
+"""The pictures of docs/results.md, for each model: score changes under plans, KL from the full cache, and time and memory
 against context."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ WAYS = alt.Legend(orient="bottom", columns=3, labelLimit=300)
 
 
 def drawn(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Charts as Vega-Lite by their names."""
+    """Return charts as Vega-Lite, by name."""
     found: dict[str, dict[str, Any]] = {}
     for model in dict.fromkeys(name.split("/")[1] for name in done):
         rows = {
@@ -21,16 +21,18 @@ def drawn(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             for kind in ("quality", "speed")
         }
         if rows["quality"]:
-            found[f"quality-{model}"] = spec(_quality(rows["quality"]), f"{model}: change of the score under a plan")
+            found[f"quality-{model}"] = spec(
+                _quality(rows["quality"]), f"{model}: score change under a plan, against the full cache"
+            )
         if points := _divergences(rows["quality"]):
-            found[f"agreement-{model}"] = spec(_agreement(points), f"{model}: how far plans are from the model")
+            found[f"agreement-{model}"] = spec(_agreement(points), f"{model}: KL from the full cache under a plan")
         if rows["speed"]:
-            found[f"speed-{model}"] = spec(_speed(rows["speed"]), f"{model}: one text at a time")
+            found[f"speed-{model}"] = spec(_speed(rows["speed"]), f"{model}: one sequence")
     return found
 
 
 def _quality(tasks: list[dict[str, Any]]) -> Drawn:
-    """Changes of scores with their intervals over the budget, a panel for each task."""
+    """Score changes with their intervals against the KV budget, a panel for each task."""
     points = [
         {"task": f"{task['task']}, {task['metric']}", "budget": way["way"], "change": way["change"]}
         | dict(zip(("low", "high"), way["change_interval"], strict=True))
@@ -39,16 +41,16 @@ def _quality(tasks: list[dict[str, Any]]) -> Drawn:
         if "change" in way
     ]
     budgets = sorted({point["budget"] for point in points}, key=float, reverse=True)
-    base = alt.Chart().encode(x=alt.X("budget:N", sort=budgets, title="budget").axis(labelAngle=0))
+    base = alt.Chart().encode(x=alt.X("budget:N", sort=budgets, title="KV budget").axis(labelAngle=0))
     zero = alt.Chart().mark_rule(strokeDash=[2, 3], color="#333").encode(y=alt.datum(0))
-    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(y=alt.Y("low:Q", title="change"), y2="high:Q")
+    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(y=alt.Y("low:Q", title="score change"), y2="high:Q")
     middle = base.mark_point(filled=True, color=BLUE, size=50, opacity=1).encode(y="change:Q")
     layered = alt.layer(zero, interval, middle, data=alt.Data(values=points)).properties(width=130, height=110)
     return layered.facet(facet=alt.Facet("task:N", title=None), columns=5).resolve_scale(y="independent")
 
 
 def _divergences(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """KL with its interval of every plan in every task, where there is one; none that is 0, which has no logarithm."""
+    """KL with its interval for every plan and task. Zeros are left out, as the axis is logarithmic."""
     return [
         {"task": task["task"], "plan": f"{float(way['way']):.1%}", "kl": way["kl"]}
         | dict(zip(("low", "high"), way["kl_interval"], strict=True))
@@ -59,7 +61,7 @@ def _divergences(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _agreement(points: list[dict[str, Any]]) -> Drawn:
-    """KL over the tasks, those with the least first, in a colour for each budget."""
+    """KL for every task, the lowest first, in a colour for each budget."""
     plans = list(dict.fromkeys(point["plan"] for point in points))
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("task:N", title=None, sort=alt.EncodingSortField("kl", op="mean")).axis(labelAngle=-30),
@@ -68,15 +70,14 @@ def _agreement(points: list[dict[str, Any]]) -> Drawn:
     )
     scale = alt.Scale(type="log")
     interval = base.mark_rule(strokeWidth=2).encode(
-        y=alt.Y("low:Q", scale=scale, title="KL, nats a token"), y2="high:Q"
+        y=alt.Y("low:Q", scale=scale, title="KL, nats per token"), y2="high:Q"
     )
     middle = base.mark_point(filled=True, size=50, opacity=1).encode(y=alt.Y("kl:Q", scale=scale))
     return alt.layer(interval, middle).properties(width=620, height=220)
 
 
 def _speed(cases: list[dict[str, Any]]) -> Drawn:
-    """Milliseconds a token, seconds to the first one, and the KV cache, against the context; by model.generate where nothing is
-    compiled."""
+    """TPOT, TTFT and the KV cache against the context; of `model.generate` where nothing is compiled."""
     every = {one["way"] for case in cases for one in case["results"]}
     points = [
         {"context": one["context"], "way": one["way"], "decode": 1e3 * one["decode_s"]["median"]}
@@ -88,8 +89,8 @@ def _speed(cases: list[dict[str, Any]]) -> Drawn:
     ways = list(dict.fromkeys(point["way"] for point in points))
     base = alt.Chart(alt.Data(values=points)).mark_line(point=True).properties(width=230, height=200)
     base = base.encode(
-        x=alt.X("context:Q", title="tokens of context"),
+        x=alt.X("context:Q", title="context, tokens"),
         color=alt.Color("way:N", sort=ways, title=None, legend=WAYS),
     )
-    panels = {"decode": "ms a token", "prefill": "seconds to the first token", "kv": "KV cache, MB"}
+    panels = {"decode": "TPOT, ms", "prefill": "TTFT, s", "kv": "KV cache, MB"}
     return alt.hconcat(*(base.encode(y=alt.Y(f"{key}:Q", title=title)) for key, title in panels.items()))

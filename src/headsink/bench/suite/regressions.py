@@ -1,71 +1,71 @@
-"""Where headsink is slower or worse, chosen from rows by rule, the worst first.
+"""Where headsink is slower or worse, selected from the rows by rule, the worst first.
 
-Every ratio of times or bytes, of another way to one of ours in the same case, that is below 1; every change of a score whose
-interval leaves out 0 on the bad side; every KL whose interval does.
+The rules: every ratio of times or bytes, of another engine to one of ours in the same case, that is below 1; every score change
+whose 95 % interval lies on the bad side of 0; the number of KL divergences whose interval lies above 0.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
-from headsink.bench.suite.tables import OURS, Link, Record, of_kind, sure, table, values
+from headsink.bench.suite.tables import OURS, Link, Record, of_kind, table, values
+
+NONE = "None in these rows."
 
 
 class Worse(NamedTuple):
-    """What is worse under a plan, and how much: the lower the worse."""
+    """A figure that is worse under a plan. ratio: the lower the worse; case: cells that figures of one case share."""
 
     ratio: float
-    cells: list[str]
+    case: tuple[str, ...]
+    figure: str
 
 
 def worse(found: dict[str, Record], link: Link, served: Record, served_link: str) -> list[str]:
-    """All that is worse, by the rules of the module. served: what benchmarks/serving.py found, empty if it did not run."""
-    beside = ["", "tokens x texts", "ours", "against", "ratio", "row"]
-    told = [
-        (
-            "Slower: times of others against ours, in one round",
-            beside,
-            [*slower(found, link), *serving(served, served_link)],
-        ),
-        ("More memory: bytes of others against ours", beside, more(found, link)),
-        ("Worse scores", ["task", "budget", "full", "under the plan", "change", "row"], scores(found, link)),
-        (
-            "Other distributions: KL(full || plan), nats a token",
-            ["task", "budget", "KL", "row"],
-            divergences(found, link),
-        ),
+    """Return all that is worse. served: the results of benchmarks/serving.py, empty if it did not run."""
+    compared = ["", "context x sequences", "compared with", "ratio"]
+    timed = [*slower(found, link), *serving(served, served_link)]
+    lists = [
+        ("Slower (time of the other engine / time of headsink, within a round)", compared, timed),
+        ("More memory (bytes of the other engine / bytes of headsink)", compared, more(found, link)),
+        ("Worse scores", ["model", "task", "full cache", "under the plan"], scores(found, link)),
     ]
     parts = []
-    for title, heads, cases in told:
-        lines = [one.cells for one in sorted(cases, key=lambda one: one.ratio)]
-        parts += [f"**{title}**", table(heads, lines) if lines else "Nowhere in these rows."]
-    return parts
+    for title, heads, cases in lists:
+        lines = _by_case(cases)
+        parts += [f"**{title}**", table(heads, lines) if lines else NONE]
+    return [*parts, *divergences(found)]
+
+
+def _by_case(cases: Iterable[Worse]) -> list[list[str]]:
+    """One line for each case, with its figures in one cell."""
+    figures: dict[tuple[str, ...], list[str]] = {}
+    for one in sorted(cases, key=lambda one: one.ratio):
+        figures.setdefault(one.case, []).append(one.figure)
+    return [[*case, "<br>".join(told)] for case, told in figures.items()]
 
 
 def slower(found: dict[str, Record], link: Link) -> Iterator[Worse]:
-    what = {"decode_s": "a token", "prefill_s": "first token"}
-    yield from _below(found, link, "speed", what)
+    yield from _below(found, link, "speed", {"decode_s": "TPOT", "prefill_s": "TTFT"})
 
 
 def serving(found: Record, link: str) -> Iterator[Worse]:
     """Ratios of serving under the plan to stock vLLM."""
     for name, value in found.items():
         if name.endswith("_ratio") and (ratio := statistics.median(values(value))) < 1:
-            said = f"{ratio:.3f} ({min(values(value)):.3f} to {max(values(value)):.3f})"
-            what = f"serving: {name.removesuffix('_ratio')}"
-            yield Worse(ratio, [what, str(found.get("model", "")), "headsink serve", "vLLM", said, link])
+            case = (f"serving: {name.removesuffix('_ratio')}", link, "vLLM")
+            yield Worse(ratio, case, _ratio("headsink serve", values(value)))
 
 
 def more(found: dict[str, Record], link: Link) -> Iterator[Worse]:
-    what = {"kv_bytes": "KV cache", "peak_bytes": "peak of the process"}
-    yield from _below(found, link, "memory", what)
+    yield from _below(found, link, "memory", {"kv_bytes": "KV cache", "peak_bytes": "peak memory"})
 
 
 def _below(found: dict[str, Record], link: Link, kind: str, what: dict[str, str]) -> Iterator[Worse]:
-    """Every way of ours beside every other one of the same case."""
+    """Every way of ours against every other one of the same case."""
     for model, cases in of_kind(found, kind).items():
         for row in cases.values():
             results = row["found"]["results"]
@@ -79,13 +79,17 @@ def _below(found: dict[str, Record], link: Link, kind: str, what: dict[str, str]
                     ratios = [b / a for a, b in zip(values(ours[key]), values(other[key]), strict=False)]
                     ratio = statistics.median(ratios)
                     if ratio < 1:
-                        case = f"{model}, {ours['context']:,} x {ours['batch']}"
-                        said = f"{ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-                        yield Worse(ratio, [name, case, ours["way"], other["way"], said, link(row["row"])])
+                        size = link(row["row"], f"{model}, {ours['context']:,} x {ours['batch']}")
+                        way = ours["way"].removeprefix(f"{OURS}, ")
+                        yield Worse(ratio, (name, size, other["way"]), _ratio(way, ratios))
+
+
+def _ratio(way: str, ratios: list[float]) -> str:
+    return f"{way}: {statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
 
 
 def scores(found: dict[str, Record], link: Link) -> Iterator[Worse]:
-    """Sorted by what is left of the score."""
+    """Sorted by the share of the full cache's score that is left."""
     for model, tasks in of_kind(found, "quality").items():
         for row in tasks.values():
             full = next(way["score"] for way in row["found"]["ways"] if way["way"] == "full")
@@ -93,20 +97,28 @@ def scores(found: dict[str, Record], link: Link) -> Iterator[Worse]:
             for way in row["found"]["ways"]:
                 if "change" in way and is_worse(row["found"], way):
                     left = way["score"] / full if higher else full / way["score"]
-                    case = [f"{model}, {row['found']['task']}", way["way"], f"{full:.3f}", f"{way['score']:.3f}"]
-                    yield Worse(left, [*case, sure(way, "change", "+.3f"), link(row["row"])])
+                    case = (model, link(row["row"], row["found"]["task"]), f"{full:.3f}")
+                    yield Worse(left, case, f"{float(way['way']):.1%}: {way['score']:.3f}")
 
 
 def is_worse(task: Record, way: Record) -> bool:
-    """Whether the interval of the change of a task's score leaves out 0 on the bad side."""
+    """Whether the interval of the change of a task's score lies on the bad side of 0."""
     low, high = way["change_interval"]
     return bool(high < 0 if task["higher_is_better"] else low > 0)
 
 
-def divergences(found: dict[str, Record], link: Link) -> Iterator[Worse]:
-    for model, tasks in of_kind(found, "quality").items():
-        for row in tasks.values():
-            for way in row["found"]["ways"]:
-                if way.get("kl_interval") and way["kl_interval"][0] > 0:
-                    case = [f"{model}, {row['found']['task']}", way["way"]]
-                    yield Worse(-way["kl"], [*case, sure(way, "kl", ".4f"), link(row["row"])])
+def divergences(found: dict[str, Record]) -> list[str]:
+    """How many KL divergences are above 0 with their whole interval; the agreement table has every one."""
+    intervals = [
+        way["kl_interval"]
+        for tasks in of_kind(found, "quality").values()
+        for row in tasks.values()
+        for way in row["found"]["ways"]
+        if way.get("kl_interval")
+    ]
+    above = sum(low > 0 for low, _ in intervals)
+    return [
+        "**Other distributions**",
+        f"KL(full || plan) is above 0 with its whole interval in {above} of {len(intervals)} pairs of task and budget "
+        "([agreement](#agreement-with-the-full-cache)).",
+    ]

@@ -3,7 +3,7 @@
 The plans of a model come first, whatever else is asked for; then what they cost on tasks (quality.py), what kinds of prompts
 differ in (families.py), and, once for every context and batch, speed and memory. Plans are made for one context. For speed and
 memory at another one they are stretched: every head keeps the same share of the context as it did of its own, by more or fewer
-floating keys, or a longer or shorter window where it has none. How long a plan runs depends on those shares, not on which keys
+top-k keys, or a longer or shorter window where it has none. How long a plan runs depends on those shares, not on which keys
 they are.
 """
 
@@ -118,8 +118,8 @@ def stretched(plan: Plan, context: int) -> Plan:
         keys = round(one.pattern.size(made) / made * context)
         if one.window is None or context == made:
             return one
-        if one.floating:
-            return one.model_copy(update={"floating": max(1, keys - one.sink - one.window)})
+        if one.top_k:
+            return one.model_copy(update={"top_k": max(1, keys - one.sink - one.window)})
         return one.model_copy(update={"window": max(1, keys - one.sink)})
 
     layers = tuple(None if layer is None else tuple(map(head, layer)) for layer in plan.layers)

@@ -1,15 +1,25 @@
-"""Rows of `headsink bench all` as the results page reads them, and how its tables and figures look."""
+"""Tables and figures of the results page, and the rows of `headsink bench all` sorted for it.
+
+Parentheses hold a range of rounds, minimum to maximum: `43.1 (43.0–43.7)`. Brackets hold a 95 % interval: `0.50 [0.40, 0.60]`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-OURS = "headsink"  # how our ways begin
+OURS = "headsink"  # the first word of the names of our ways
+UNKNOWN = "not reported"
+NOT_MEASURED = "Not measured."
 Record = dict[str, Any]
-Link = Callable[[str], str]  # the name of a row, as a link to its file
+
+
+class Link(Protocol):
+    def __call__(self, name: str, text: str = "") -> str:
+        """Return a link to the file of a row, with the row's name as its text if none is given."""
 
 
 def of_kind(found: dict[str, Record], kind: str) -> dict[str, dict[str, Record]]:
@@ -26,6 +36,11 @@ def named(way: str) -> str:
     return f"**{way}**" if way.startswith(OURS) else way
 
 
+def pattern(name: str) -> str:
+    """The name of a pattern today. Rows that were measured before the rename write `f` for top-k keys."""
+    return re.sub(r"(?<=\d)f\b", "k", name)
+
+
 def relative(path: Path, place: Path) -> str:
     return Path(os.path.relpath(path.absolute(), place.absolute())).as_posix()
 
@@ -37,13 +52,9 @@ def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def ranged(spread: Record, scale: float = 1, digits: int = 1) -> str:
-    """43.1 (43.0 to 43.7)"""
+    """43.1 (43.0–43.7)"""
     median, least, most = (f"{scale * spread[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} ({least} to {most})"
-
-
-def between(interval: list[float], form: str) -> str:
-    return " to ".join(format(end, form) for end in interval)
+    return f"{median} ({least}–{most})"
 
 
 def sure(found: Record, key: str, form: str) -> str:
@@ -51,7 +62,8 @@ def sure(found: Record, key: str, form: str) -> str:
     if found.get(key) is None:
         return ""
     interval = found.get(f"{key}_interval") or found.get("interval")
-    return format(found[key], form) + (f" ({between(interval, form)})" if interval else "")
+    low_high = ", ".join(format(end, form) for end in interval) if interval else ""
+    return format(found[key], form) + (f" [{low_high}]" if interval else "")
 
 
 def values(value: Any) -> list[float]:

@@ -1,12 +1,9 @@
 """Serving under a plan by vLLM as it is: per KV head the first tokens and a window, the memory of the rest really freed.
 
     from vllm import LLM
-    LLM(folder, **headsink.serving.vllm.engine_args(headsink.Plan.load("plan.json")))
+    from headsink.serving.vllm.settings import engine_args
+    LLM(folder, **engine_args(headsink.Plan.load("plan.json")))
 
 or `headsink serve` for the OpenAI server. `blocks` says exactly what a query sees; `groups` which heads share a block table;
-`cache`, `backend` and `models` are what vLLM runs, and import it; `fingerprint` checks the plan against the weights.
+`kv_cache`, `attention` and `models` are what vLLM runs, and import it; `fingerprint` checks the plan against the weights.
 """
-
-from headsink.serving.vllm.settings import engine_args
-
-__all__ = ["engine_args"]

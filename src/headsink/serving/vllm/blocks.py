@@ -43,9 +43,9 @@ ALL = Blocks()
 
 
 def widen(pattern: Pattern, block: int) -> Blocks:
-    """The fewest blocks that hold, at every query, all that a pattern without floating keys sees."""
-    if pattern.floating:
-        raise ValueError("which blocks hold floating keys is not known beforehand")
+    """The fewest blocks that hold, at every query, all that a pattern without top-k keys sees."""
+    if pattern.top_k:
+        raise ValueError("which blocks hold top-k keys is not known beforehand")
     if pattern.window is None:
         return ALL
     return Blocks(-(-pattern.sink // block), -(-(max(pattern.window, 1) - 1) // block))

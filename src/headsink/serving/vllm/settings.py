@@ -14,30 +14,31 @@ from typing import Any
 from pydantic import ValidationError
 
 from headsink.errors import HeadsinkError
+from headsink.models.families import VLLM_CLASSES
 from headsink.plan.plan import Plan
 from headsink.utils.versions import check_vllm
-from headsink_vllm import FAMILIES, PREFIX
+from headsink_vllm import PREFIX
 
 KEY = "headsink_plan"  # in additional_config
-ANOTHER_PLAN = "make one with `headsink plan --no-floating`"
+ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
 def check_servable(plan: Plan) -> None:
     """Raise if vLLM cannot run a plan, with what to do instead."""
     heads = [head for layer in plan.layers for head in layer or ()]
-    if plan.model.architecture not in FAMILIES:
-        names = ", ".join(family.removesuffix("ForCausalLM") for family in FAMILIES)
+    if plan.model.architecture not in VLLM_CLASSES:
+        names = ", ".join(family.removesuffix("ForCausalLM") for family in VLLM_CLASSES)
         raise HeadsinkError(f"{plan.model.architecture} is not a family that is served under a plan; {names} are")
-    if any(head.floating for head in heads):
+    if any(head.top_k for head in heads):
         raise HeadsinkError(
-            "the plan has floating keys, and vLLM's scheduler must know which blocks to keep before it has seen a key; "
+            "the plan has top-k keys, and vLLM's scheduler must know which blocks to keep before it has seen a key; "
             f"{ANOTHER_PLAN}"
         )
-    if plan.once:
+    if plan.prefill_compression:
         raise HeadsinkError(
             f"the plan is for contexts that are compressed once, and vLLM lets keys go all the time; {ANOTHER_PLAN}"
         )
-    if plan.positions == "cache":
+    if plan.positions == "cache-relative":
         raise HeadsinkError("the plan counts positions in the cache; vLLM has those of the text only: --positions text")
 
 
@@ -57,7 +58,7 @@ def given_plan(additional_config: Any) -> Plan:
     found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if found is None:
         raise HeadsinkError(
-            f"additional_config has no {KEY}; start with `headsink serve` or headsink.serving.vllm.engine_args"
+            f"additional_config has no {KEY}; start with `headsink serve` or headsink.serving.vllm.settings.engine_args"
         )
     try:
         plan = Plan.model_validate(found)

@@ -1,0 +1,124 @@
+"""The CPU backend: kernels compiled by numba, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headsink.attention.cpu.threads import claim, compiled, turn
+from headsink.attention.kv_table import KVField, check_buffers
+from headsink.attention.params import AttentionParams
+from headsink.attention.visibility import KeyVisibility, check_sight
+from headsink.errors import must_be
+
+FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
+
+
+class CPUBackend:
+    """See `backends.Backend`. Logits are neither capped nor shared with sink logits."""
+
+    reads_layers = False
+    decodes_padding = False
+    statistics: Any = None
+
+    def supports(self, query: Tensor, params: AttentionParams) -> bool:
+        return (
+            params.plain
+            and compiled()
+            and query.dtype in (torch.float32, torch.bfloat16)
+            and not (query.requires_grad and torch.is_grad_enabled())
+        )
+
+    def is_decode_shape(self, query: Tensor, kv_heads: int) -> bool:
+        return query.shape[2] <= FEW
+
+    def beats_sdpa(self, query: Tensor, kv_heads: int) -> bool:
+        return True
+
+    def attend_full(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
+        return None
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, params: AttentionParams
+    ) -> Tensor:
+
+        batch, heads, slots, dim = keys.shape
+        check_buffers(query, keys, values, visible, end)
+        keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
+
+        table = np.zeros((batch * heads, len(KVField)), np.int64)
+        number = np.arange(batch * heads) * slots
+        for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values)):
+            table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
+        table[:, KVField.VISIBLE] = visible.data_ptr() + number
+        table[:, KVField.END] = end
+        return attend_table(table, query, query.shape[2], params.scaling)
+
+    def prefill(
+        self, query: Tensor, keys: Tensor, values: Tensor, visibility: KeyVisibility, params: AttentionParams
+    ) -> Tensor:
+        check_sight(query, keys, values, visibility)
+        claim()
+        from headsink.attention.cpu import prefill, tiles
+
+        grouped = query.detach().contiguous().view(len(keys), -1, *query.shape[2:])
+        out = torch.empty_like(grouped)
+        pairs = tiles.PAIRED and query.dtype == torch.bfloat16 and query.shape[3] % 2 == 0
+        work: Any = np.empty(0, np.uint16 if pairs else np.float32)
+        columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (visibility.start - visibility.prefix_slots)
+        columns[: visibility.prefix_slots] = -1
+        with turn() as threads:
+            prefill.attend(
+                *(_numbers(t.detach().contiguous()) for t in (keys, values)),
+                columns.astype(np.int32),
+                visibility.until.int().contiguous().numpy(),
+                _numbers(grouped),
+                visibility.first,
+                params.scaling,
+                work,
+                _numbers(out),
+                threads,
+            )
+        return out.view_as(query)
+
+    def step(
+        self, table: Any, length: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        found = table.at(length)
+        return attend_table(found.reshape(-1, found.shape[-1]), query, 1, params.scaling, key, value)
+
+
+def attend_table(
+    table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
+) -> Tensor:
+    """Attend on a CPU over the heads of a table, int64 [batch x heads, len(KVField)].
+
+    query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to append before; the dtype is that of
+    the heads' buffers.
+    """
+    claim()  # before numba is imported: another thread may have been importing it when this process was forked
+    from headsink.attention.cpu import decode
+
+    batch, query_heads, _, dim = query.shape
+    heads = len(table) // max(batch, 1)
+    must_be("attention: rows of the table", len(table), batch * heads)
+    must_be("attention: tokens and query heads left over", (query.shape[2], query_heads % max(heads, 1)), (tokens, 0))
+    for token in (key, value):
+        if token is not None:
+            must_be("attention: a new token", (token.shape, token.dtype), ((batch, heads, 1, dim), query.dtype))
+    rows = (query.detach().float() * scaling).reshape(len(table), -1, dim).contiguous()
+    out = torch.empty_like(rows)
+    none = rows.new_empty(0, dim)
+    new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
+    like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
+    with turn() as threads:
+        decode.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
+    return out.view_as(query).to(query.dtype)
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """As numpy has it: bfloat16 as uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
