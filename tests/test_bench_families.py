@@ -8,7 +8,7 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
-from headsink.bench.domains import APART, DEFAULT, clear, run
+from headsink.bench.domains import DEFAULT, SEED_DISTANCE, clear, run
 from headsink.calibration.calibrate import _documents
 from headsink.cli.bench_domains import table
 from headsink.data.documents import document
@@ -59,7 +59,7 @@ def result(model, small, folder):
 
 def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(result, folder):
     assert [(p["calibrated_on"], p["seed"]) for p in result["plans"]] == [
-        (name, seed) for seed in (0, APART) for name in (DEFAULT, *KINDS)
+        (name, seed) for seed in (0, SEED_DISTANCE) for name in (DEFAULT, *KINDS)
     ]
     for made in result["plans"]:
         plan = Plan.load(folder / f"{made['name']}.json")
@@ -74,7 +74,7 @@ def test_one_kind_of_text_makes_as_many_documents_all_different(small):
         return [one.ids for one in _documents(small, CONTEXT, CONTEXT, domains, seed)]
 
     default = made(("prose", "code", "maths", "chat"))
-    own, other = made(("maths",)), made(("maths",), APART)
+    own, other = made(("maths",)), made(("maths",), SEED_DISTANCE)
     assert len(own) == len(default) == 4
     assert default[2] == own[0]
     assert len({tuple(ids) for ids in own + other}) == 8
@@ -90,7 +90,7 @@ def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
     record = kept[0]["maths-0"]
     assert record["kl"] == pytest.approx(scored[0].kl.tolist(), abs=1e-6)
     assert (record["asked"], record["right"]) == (len(scored) - 1, sum(one.right_plan for one in scored[1:]))
-    both = [[one[f"maths-{seed}"] for one in kept] for seed in (0, APART)]
+    both = [[one[f"maths-{seed}"] for one in kept] for seed in (0, SEED_DISTANCE)]
     kl = torch.tensor([row["kl"] for rows in both for row in rows], dtype=torch.float64)
     cell = cells["maths", "code"]
     assert cell["kl"] == pytest.approx(float(kl.mean()))
@@ -137,12 +137,12 @@ def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"families": ("code",)}, "families: code is one, give two or more of prose, code, maths, chat, qa"),
+        ({"families": ("code",)}, "families: code is only one; give two or more of prose, code, maths, chat, qa"),
         ({"families": ("code", "random")}, "domains: 'random' given; one or more of prose, code, maths, chat, qa"),
-        ({"texts": 5}, r"texts: 5 cannot be halved into two or more each; give 4, 6"),
-        ({"documents": 0}, "documents: 0 is none"),
-        ({"documents": 50}, "documents, texts: 50 asked for, at most 24 are there"),
-        ({"budget": 0.25}, "is of other settings; name another one, or remove it"),
+        ({"texts": 5}, r"texts: 5 must be even and 4 or more; give 4, 6"),
+        ({"documents": 0}, "documents: 0 is too few; give 1 or more"),
+        ({"documents": 50}, "documents, texts: 50 is too many; give at most 24"),
+        ({"budget": 0.25}, "was made with other settings; name another one, or remove it"),
     ],
 )
 def test_errors_name_the_option(options, message, result, model, small, folder, tmp_path):

@@ -67,22 +67,26 @@ def test_peers_that_are_not_here_are_told_with_how_to_install_them(tiny_folder):
             "llama.cpp": "the model is not one .gguf file",
             "vLLM": "not installed",
         }
-        assert missing[1].told()["install"] == peers.INSTALL["vLLM"]
+        assert missing[1].to_dict()["install"] == peers.INSTALL["vLLM"]
     missing = peers.find("smollm2", model, None, None)[1]
-    assert missing[0].told() == {"peer": "llama.cpp", "missing": "not installed", "install": peers.INSTALL["llama.cpp"]}
+    assert missing[0].to_dict() == {
+        "peer": "llama.cpp",
+        "missing": "not installed",
+        "install": peers.INSTALL["llama.cpp"],
+    }
 
 
 def test_a_place_without_a_peer_is_an_error(tmp_path):
     with pytest.raises(HeadsinkError, match=r"^llama-cpp: .* has no node_modules/node-llama-cpp"):
         peers.check(tmp_path, None)
     for python in (tmp_path / "python", Path(sys.executable)):
-        with pytest.raises(HeadsinkError, match=r"^vllm: .* is no Python that has vLLM"):
+        with pytest.raises(HeadsinkError, match=r"^vllm: .* is not a Python that has vLLM"):
             peers.check(None, python)
 
 
 def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
     class Fails(peers.Peer):
-        def start(self, longest, texts, token_bytes):
+        def start(self, longest, sequences, token_bytes):
             return Process(
                 self.name, [sys.executable, "-c", ECHO.replace('not asked["ids"]', 'asked["tokens"] > 3')], {}
             )
@@ -97,8 +101,8 @@ def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
 
 def test_a_peer_takes_its_turn(tiny_folder, monkeypatch):
     class Answers(peers.Peer):
-        def start(self, longest, texts, token_bytes):
-            assert (longest, texts) == (28, 2)
+        def start(self, longest, sequences, token_bytes):
+            assert (longest, sequences) == (28, 2)
             return echo()
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Answers("other", "1", (), {})], []))

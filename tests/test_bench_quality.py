@@ -163,12 +163,12 @@ def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
 def test_what_fills_is_never_asked(name, tokenizer):
     records = getattr(datasets, name)()
-    asked = {record.name: record.asked.split("\n")[0] for record in records}
+    prompts = {record.name: record.prompt.split("\n")[0] for record in records}
     made = task(name).items(tokenizer, len(records) // 8, 800, seed=0)
-    prompts = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
+    together = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
     for item in made:
-        if len(asked[item.name]) > 60:  # a text of its own
-            assert prompts.count(asked[item.name]) == 1
+        if len(prompts[item.name]) > 60:  # long enough to be unique
+            assert together.count(prompts[item.name]) == 1
 
 
 @PACKAGES
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_said(tokenizer):
 
 def test_parts_that_do_not_fit_are_left_out(tokenizer):
     room = Room(tokenizer, 0, 0, random.Random(0))
-    assert list(room.fitting(["a b c", "a " * 100, "d"], 12)) == ["a b c", "d"]
+    assert list(room.fill(["a b c", "a " * 100, "d"], 12)) == ["a b c", "d"]
 
 
 # runs
@@ -279,12 +279,12 @@ def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypat
 def test_arguments_that_cannot_be_are_said(tiny):
     model, tokenizer = tiny
     for wrong, said in (
-        ({"items": 0}, "items: 0 is none"),
+        ({"items": 0}, "items: 0 is too few; give 1 or more"),
         ({"context": 9000}, "context: 9000 is over the model's maximum of 2048"),
     ):
         with pytest.raises(HeadsinkError, match=said):
             run(model, tokenizer, "retrieval", {}, **({"items": 1, "context": 700} | wrong))
-    with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the model itself"):
+    with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the full cache"):
         run(model, tokenizer, "retrieval", {"full": Plan.full(model)}, items=1, context=700)
 
 

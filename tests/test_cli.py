@@ -420,7 +420,7 @@ def test_models_and_doctor(run):
         (["bench", "speed", "TINY", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
         (["bench", "speed", "TINY", "--contexts", "3000"], "over the model's maximum of 2048; give 16 to 2015"),
         (["bench", "quality", "TINY", "--tasks", "chess"], "tasks: 'chess' is unknown; one of humaneval"),
-        (["bench", "families", "TINY", "--families", "code"], "families: code is one, give two or more"),
+        (["bench", "families", "TINY", "--families", "code"], "families: code is only one; give two or more"),
         (["bench", "all", "--models", "smolm2", "--out", "new"], "did you mean smollm2?"),
         (["bench", "results", "nosuch"], "nosuch: no such folder"),
         (["bench", "sped"], "Did you mean 'speed'? See headsink --help"),

@@ -35,7 +35,6 @@ from headsink.plan.summary import as_html, as_text, summary
 from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
-
 SCHEMA: Literal[4] = 4
 
 
