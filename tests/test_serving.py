@@ -139,20 +139,23 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
     ("make", "message"),
     [
         (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "top-k keys.*--no-top-k"),
-        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True), "compressed once"),
+        (
+            lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True),
+            "prefill compression.*--no-top-k",
+        ),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
     ],
 )
 def test_plans_that_vllm_cannot_run_are_refused_with_what_to_do(vllm_of, make, message):
     vllm_of("0.32.1")
     with pytest.raises(HeadsinkError, match=message):
-        headsink.vllm.engine_args(make(tiny("llama")))
+        headsink.serving.vllm.settings.engine_args(make(tiny("llama")))
 
 
 def test_families_that_are_not_served_are_refused(vllm_of):
     vllm_of("0.32.1")
-    with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM is not a family.*Llama, Mistral"):
-        headsink.vllm.engine_args(Plan.uniform(tiny("phi3"), Pattern(4, 0, 64)))
+    with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM cannot be served.*Llama, Mistral"):
+        headsink.serving.vllm.settings.engine_args(Plan.uniform(tiny("phi3"), Pattern(4, 0, 64)))
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0"])
@@ -165,7 +168,7 @@ def test_another_version_of_vllm_is_refused(vllm_of, version):
 def test_the_plan_travels_in_vllms_configuration(vllm_of):
     vllm_of("0.32.0")
     plan = Plan.uniform(tiny("llama"), Pattern(4, 0, 64))
-    given = headsink.vllm.engine_args(plan)
+    given = headsink.serving.vllm.settings.engine_args(plan)
     assert given["hf_overrides"] == {"architectures": ["HeadsinkLlamaForCausalLM"]}
     assert vllm_settings.given_plan(given["additional_config"]).layers == plan.layers
     with pytest.raises(HeadsinkError, match="has no headsink_plan"):

@@ -35,7 +35,7 @@ def engine():
 
     def start(folder, plan=None, **options):
         close()
-        given = {} if plan is None else headsink.vllm.engine_args(plan)
+        given = {} if plan is None else headsink.serving.vllm.settings.engine_args(plan)
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

@@ -1,8 +1,8 @@
 """Do attention patterns and plans depend on the domain of the text: prose, code, maths, chat, questions?
 
-Census: compare texts of two domains with each other, and with the difference between texts of one domain. Plans: calibrate on every
-domain and on the default mix, with two document seeds each, all at one budget; test every plan on held-out documents of every
-domain. Domains matter if a domain's own plan beats another domain's there by more than its own two seeds differ.
+Census: compare texts of two domains with each other, and with the difference between texts of one domain. Plans: calibrate on
+every domain and on the default mix, with two document seeds each, all at one budget; test every plan on held-out documents of
+every domain. Domains matter if a domain's own plan beats another domain's there by more than its own two seeds differ.
 
 `run` returns a dictionary of JSON values; a "family" is a domain:
 
