@@ -1,12 +1,12 @@
-"""The first question on a model: does a head that is a sink in one layer tell of the head of the same number in a later one?
+"""The first question: if a head is a sink in one layer, is the head with the same index in a later layer more often a sink?
 
 headsink analyze smollm2 --lengths 2,3,4,8,16,24,32,64,128,256,512 --texts-per-domain 8 --out runs/short
 headsink analyze smollm2 --lengths 1024,2048,4096,8192 --texts-per-domain 1 --out runs/long
 python benchmarks/first_question.py runs/short runs/long --out benchmarks/results/first-question-smollm2.json
 
-For each length and for each rule of what a sink is: how many heads are sinks, how often a sink's number is one again in a later
-layer, what that would be by chance, and the permutation test's p. For the legacy score also what flat attention would score.
-Prints tables in Markdown, as in docs/first-question.md; the JSON has everything, each kind of text by itself too.
+For each length and each definition of a sink: the share of sink heads, the rate at which the head with a sink's index is a sink
+in a later layer, the chance level, and the p of a permutation test. For the legacy score also its value under uniform
+attention. Prints the Markdown tables of docs/first-question.md; the JSON has all results, also by domain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headsink.utils.format import p_value, share
 
 
 def answers(census: Census) -> list[dict[str, Any]]:
-    """One record per kind of text (all together first), length and rule."""
+    """Return one record per domain (all texts together first), length and definition of a sink."""
     return [
         {
             "domain": domain or "all texts",
@@ -39,7 +39,7 @@ def answers(census: Census) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], rule: str) -> str:
-    """Markdown, a line per length: share of sinks; rate, chance and p from any layer to a later one; the same from layer 0."""
+    """Format a Markdown table, a line per length: share of sinks; rate, chance and p for all layer pairs, and from layer 0."""
     titles = [
         "tokens",
         "flat legacy",
@@ -69,7 +69,7 @@ def table(rows: list[dict[str, Any]], rule: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="census folders, each of other lengths")
+    parser.add_argument("runs", type=Path, nargs="+", help="census folders of different lengths")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     runs = [Census.load(folder) for folder in arguments.runs]
