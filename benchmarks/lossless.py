@@ -61,9 +61,9 @@ def lossless(
     ids: Tensor,
     tokens: int,
     drafted: int | None,
-    told: Speculation,
+    counts: Speculation,
 ) -> Tensor:
-    """Decode greedily in lossless mode: int64 [batch, tokens]. Counts go into `told`."""
+    """Decode greedily in lossless mode: int64 [batch, tokens]. The run adds its counts to `counts`."""
     length = ids.shape[1] + tokens
     positions = torch.full((len(ids),), ids.shape[1] - 1)
 
@@ -71,7 +71,7 @@ def lossless(
         return torch.tensor([text.shape[1] >= length])
 
     state = SpeculativeDecoder(model, ids, positions, full, draft)
-    state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=told)
+    state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=counts)
     return torch.stack(state.texts)[:, ids.shape[1] :]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = 90  # compute capability, times ten
-LONG = 60  # instructions of a loop that is told
+LONG = 60  # minimum instructions of a loop that is reported
 
 
 def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
@@ -83,10 +83,10 @@ def _resources(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told, code = (
+        usage, code = (
             _tool(*command, file.name) for command in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loops, labels, count = [], dict[str, int](), 0
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):

@@ -42,7 +42,7 @@ def no_packages(monkeypatch):
     datasets.gsm8k.cache_clear()
 
 
-def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder, tmp_path):
+def test_rows_are_measured_stored_and_remeasured(run, no_packages, tiny_folder, tmp_path):
     folder = tmp_path / "all"
     words = ("--out", folder, *WORDS, "--only", "quality/*", "--only", "speed/*")
     status, out = run("all", *words, "--json")
@@ -94,7 +94,7 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
     assert "gsm8k.json): tasks: the data set is in a package that is not installed" in page
 
 
-def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):
+def test_an_interrupted_row_resumes_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):
     options = Options(
         models=(str(tiny_folder),), tasks=("retrieval",), items=2, context=420, budgets=(0.5,), device="cpu"
     )
@@ -120,7 +120,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder
     assert not kept[0].exists()
 
 
-def test_patterns_that_name_nothing_are_an_error(tiny_folder, tmp_path):
+def test_patterns_that_match_no_row_are_an_error(tiny_folder, tmp_path):
     options = Options(models=(str(tiny_folder),))
     with pytest.raises(HeadsinkError, match=r"^only: no row is called sped/\*"):
         everything.run(options, tmp_path, ["sped/*"])
@@ -140,7 +140,7 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("top_k", [300, 0])
-def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
+def test_a_scaled_plan_keeps_its_budget(tiny_folder, top_k):
     import headsink
     from headsink.eviction.scoring import n_features
 
@@ -154,5 +154,5 @@ def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
         assert stretched(plan, context).kept(context) == pytest.approx(plan.kept(1000), abs=0.01)
 
 
-def test_models_are_called_without_their_folders(tmp_path):
+def test_model_labels_have_no_folders(tmp_path):
     assert [label(name) for name in ("smollm2", str(tmp_path / "a.gguf"), "owner/name")] == ["smollm2", "a", "name"]

@@ -57,7 +57,7 @@ def result(model, small, folder):
     return run(model, small, checkpoint=folder, **OPTIONS)
 
 
-def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(result, folder):
+def test_every_plan_is_calibrated_on_its_domain_and_seed_and_saved(result, folder):
     assert [(p["calibrated_on"], p["seed"]) for p in result["plans"]] == [
         (name, seed) for seed in (0, SEED_DISTANCE) for name in (DEFAULT, *KINDS)
     ]
@@ -69,7 +69,7 @@ def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(r
     assert json.loads(json.dumps(result)) == result
 
 
-def test_one_kind_of_text_makes_as_many_documents_all_different(small):
+def test_one_domain_gives_as_many_different_documents(small):
     def made(domains, seed=0):
         return [one.ids for one in _documents(small, CONTEXT, CONTEXT, domains, seed)]
 
@@ -81,7 +81,7 @@ def test_one_kind_of_text_makes_as_many_documents_all_different(small):
     assert made(("code", "maths")) == [default[1], own[0], made(("code",))[1], own[1]]
 
 
-def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
+def test_a_cell_equals_running_the_plans(result, model, small, folder):
     cells = {(c["calibrated_on"], c["tested_on"]): c for c in result["cells"]}
     assert list(cells) == [(a, b) for a in (DEFAULT, *KINDS) for b in KINDS]
     first = document(small, CONTEXT - 256, split="heldout", seed=0, domains=("code",), continuation=256)
@@ -98,7 +98,7 @@ def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
     assert cell["asked"] == sum(row["asked"] for rows in both for row in rows)
 
 
-def test_the_advantage_is_paired_and_chance_is_measured(result):
+def test_the_advantage_is_paired_and_noise_is_measured(result):
     cells = {(c["calibrated_on"], c["tested_on"]): c["kl"] for c in result["cells"]}
     for one in result["advantage"]:
         own = cells[one["tested_on"], one["tested_on"]]
@@ -125,7 +125,7 @@ def test_the_census_compares_halves_of_one_family_and_of_two(result):
     assert set(result["overlap"]["code"]) == {"texts", "documents"}
 
 
-def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
+def test_it_resumes_from_its_checkpoint(result, model, small, folder, monkeypatch):
     lost = folder / "tested" / "maths-0.json"
     before, kept = lost.read_text(), (folder / "code-0.json").stat().st_mtime_ns
     lost.unlink()
@@ -154,14 +154,14 @@ def test_errors_name_the_option(options, message, result, model, small, folder, 
         run(model, small, checkpoint=tmp_path, **OPTIONS)
 
 
-def test_what_the_command_tells(result):
+def test_output_of_the_command(result):
     text = table(result)
     assert text.splitlines()[1].split()[:4] == ["calibrated", "on", "code", "maths"]
     assert "beyond a family's own" in text
     assert f"{result['cells'][0]['kl']:.4f}" in text
 
 
-def test_what_is_done_is_cleared_by_name(tmp_path):
+def test_only_files_of_the_run_are_cleared(tmp_path):
     folder = tmp_path / "kept"
     (folder / "tested").mkdir(parents=True)
     ours = ["default-0.json", "prose-0.json", "code-1000.json", "tested/prose-0.json", "tested/code-1.json"]

@@ -129,14 +129,14 @@ def verdicts(before, now):
     return {one.figure: one.verdict for one in records.compare(before, now)}
 
 
-def test_again_the_same_is_the_same(done):
+def test_an_equal_rerun_has_no_differences(done):
     for row in done.values():
         found = verdicts(row, copy.deepcopy(row))
         assert found
         assert set(found.values()) == {"the same"}
 
 
-def test_again_finds_figures_that_changed(done):
+def test_a_rerun_finds_changed_figures(done):
     before = done["quality/smollm2/gsm8k"]
     now = copy.deepcopy(before)
     plan = now["found"]["ways"][1]
@@ -193,7 +193,7 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
 
 
-def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
+def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
     squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}
     records.save(folder, squad | {"row": "quality/smollm2/squad"})
@@ -259,7 +259,7 @@ def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, 
     assert part.split("## What was not")[0].count("Nowhere in these rows.") == 2
 
 
-def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
+def test_domains_are_shown_with_the_chance_level(done, folder, tmp_path):
     sure = {"kl": 0.0123, "interval": [0.01, 0.015]}
     names = ("default", "prose", "code")
     cells = [
@@ -311,7 +311,7 @@ def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
 
 
 @pytest.mark.skipif(not (COMMITTED / "rows").is_dir(), reason="no rows are committed")
-def test_the_committed_page_is_what_the_committed_rows_make(monkeypatch):
+def test_the_committed_page_matches_the_committed_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
     done, page = records.read_rows(COMMITTED), Path("docs/results.md")
     drawn = list(pictures.drawn(done))

@@ -132,7 +132,7 @@ def close(actual, expected, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_observed_model_is_the_model(family):
+def test_observing_a_model_does_not_change_its_outputs(family):
     """Layers that are computed in blocks (sliding, capped, learned sinks) give the outputs of eager attention."""
     ids = torch.randint(3, 211, (1, 61))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_the_observed_model_is_the_model(family):
 
 
 @given(st.integers(0, 50), st.integers(1, 400), st.integers(1, 60))
-def test_sampled_queries_stand_for_all(first, count, most):
+def test_sampled_queries_represent_all(first, count, most):
     rows, weights = sampled(first, first + count, most)
     assert first <= rows[0]
     assert rows[-1] == first + count - 1
@@ -152,7 +152,7 @@ def test_sampled_queries_stand_for_all(first, count, most):
     assert torch.equal((weights.cumsum(0) * count).round().long(), rows - first + 1)
 
 
-def test_reading_some_queries_comes_near_reading_all(smollm2):
+def test_scores_of_some_queries_are_close_to_scores_of_all(smollm2):
     model, tokenizer = smollm2
     (seen, *_) = run(model, torch.tensor([corpus.tokens("prose", tokenizer, 1000, split="heldout")]))[8:9]
     some, all_of_them = (head_statistics(seen, 1000, Thresholds(), queries) for queries in (200, 1000))
@@ -162,7 +162,7 @@ def test_reading_some_queries_comes_near_reading_all(smollm2):
         assert float(off.max()) < 0.08
 
 
-def test_uniform_is_what_flat_attention_gives():
+def test_uniform_scores_are_those_of_flat_attention():
     """A model whose queries are zero attends flat: each score equals the uniform beside it."""
     model = tiny("mistral-sliding")
     for module in attention_modules(model):
@@ -192,7 +192,7 @@ def role(uniform=None, **mass):
     return ROLES[int(roles(masses(**mass), uniform or masses(sink=0.01, local=0.04, far=0.95, far_peak=0.001)))]
 
 
-def test_roles_say_what_they_mean():
+def test_roles_match_their_definitions():
     assert role(sink=0.9, local=0.1) == "sink"
     assert role(sink=0.1, local=0.9) == "local"
     assert role(sink=0.5, local=0.5) == "mixed"
@@ -224,7 +224,7 @@ def test_the_window_needed_is_the_smallest_from_which_on_the_error_is_small():
 
 
 @pytest.mark.parametrize(("scale", "exponent"), [(128, 0.0), (3, 0.5), (0.25, 1.0)])
-def test_the_law_is_found_again(scale, exponent):
+def test_the_power_law_is_recovered(scale, exponent):
     lengths = [64, 256, 1024, 8192]
     needed = torch.tensor([[scale * n**exponent] for n in lengths])
     found = law(needed, lengths)
@@ -235,14 +235,14 @@ def test_the_law_is_found_again(scale, exponent):
 # intervals
 
 
-def test_the_interval_holds_the_mean_as_often_as_it_says():
+def test_the_interval_has_its_nominal_coverage():
     generator = torch.Generator().manual_seed(0)
     found = interval(3 + torch.randn(4, 20_000, generator=generator))
     assert float(((found.mean - 3).abs() <= found.half).double().mean()) == pytest.approx(0.95, abs=0.01)
     assert interval(torch.ones(1, 5)).half.isnan().all()
 
 
-def test_pairing_takes_out_what_texts_have_in_common():
+def test_pairing_removes_the_variance_between_texts():
     generator = torch.Generator().manual_seed(0)
     texts = 10 * torch.randn(6, 1, generator=generator)
     before, after = texts, texts + 0.5 + 0.01 * torch.randn(6, 1, generator=generator)
@@ -254,7 +254,7 @@ def test_pairing_takes_out_what_texts_have_in_common():
 # the first question
 
 
-def test_numbers_that_carry_over_are_found():
+def test_head_indices_that_carry_over_are_found():
     sinks = torch.zeros(12, 9, dtype=torch.bool)
     sinks[:, :3] = True
     result = transfer(sinks, "made")
@@ -281,7 +281,7 @@ def test_chance_is_the_mean_of_the_shuffles(seed):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-def test_p_values_are_even_when_nothing_carries_over(group):
+def test_p_values_are_uniform_when_nothing_carries_over(group):
     """Also where the query heads of a KV head are alike: shuffling them one by one would find too much."""
     generator = torch.Generator().manual_seed(0)
 

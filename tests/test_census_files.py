@@ -45,7 +45,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize("settings_json", ["{}", '{"headsink": "0.1.0", "editor.fontSize": 12}'])
-def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_path, settings_json):
+def test_a_folder_with_settings_of_another_program_is_left_unchanged(model, tmp_path, settings_json):
     (tmp_path / "app" / "sub").mkdir(parents=True)
     (tmp_path / "app" / "settings.json").write_text(settings_json)
     (tmp_path / "app" / "sub" / "thesis.tex").write_text("years of work")
@@ -55,7 +55,7 @@ def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_pat
     assert tree(tmp_path) == before
 
 
-def test_a_checkpoint_of_another_census_gives_way_and_files_of_others_stay(model, census, tmp_path):
+def test_a_checkpoint_of_another_census_is_replaced_and_other_files_stay(model, census, tmp_path):
     kept = tmp_path / "kept"
     headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept)
     (kept / "notes.md").write_text("mine")
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_is_a_file_or_a_link_is_refused(model, tmp_path):
             headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / name)
 
 
-def test_a_result_in_a_checkpoint_that_does_not_fit_is_made_again(model, census, tmp_path):
+def test_an_invalid_result_in_a_checkpoint_is_recomputed(model, census, tmp_path):
     kept = tmp_path / "kept"
     headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept)
     arrays = load_file(kept / "0001.safetensors")
@@ -86,7 +86,7 @@ def test_a_result_in_a_checkpoint_that_does_not_fit_is_made_again(model, census,
     assert same(headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept), census)
 
 
-def test_saving_again_keeps_the_users_files(census, folder, tmp_path):
+def test_resaving_keeps_the_users_files(census, folder, tmp_path):
     folder = shutil.copytree(folder, tmp_path / "a")
     names = tree(folder).keys()
     (folder / "my-notes.md").write_text("mine")
@@ -97,7 +97,7 @@ def test_saving_again_keeps_the_users_files(census, folder, tmp_path):
     assert same(Census.load(folder), census)
 
 
-def test_a_plan_replaces_a_file_of_somebody_else_by_force_only(model, tmp_path):
+def test_a_plan_replaces_a_foreign_file_by_force_only(model, tmp_path):
     plan, path = Plan.full(model), tmp_path / "plan.json"
     path.write_text("years of work")
     with pytest.raises(HeadsinkError, match="headsink did not write the file that is there"):
@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
 @pytest.mark.parametrize(
     "name", ["", " ", "a\u2028b", "a\x00b", "a\nb", "a\u202eb", "a\u200bb", "a/b", "a\\b", "..", "a@b", "a:b", "\ud800"]
 )
-def test_a_kind_of_text_needs_a_name_that_can_be_drawn(name, model, monkeypatch):
+def test_a_domain_needs_a_printable_name(name, model, monkeypatch):
     monkeypatch.setattr(run, "_read", lambda *_: pytest.fail("a text was read"))
     with pytest.raises(
         HeadsinkError, match=r"texts: the kind .* is not a name of visible characters without \. @ : / "
@@ -130,7 +130,7 @@ def test_a_kind_of_text_needs_a_name_that_can_be_drawn(name, model, monkeypatch)
         headsink.analyze(model, Letters(), texts={name: ["some text " * 9]}, progress=False)
 
 
-def test_any_visible_name_will_do(model, tmp_path):
+def test_any_visible_name_is_accepted(model, tmp_path):
     names = ["Größe", "模型 文本", "<b>'\"&{{7*7}}`$x", "😀"]
     texts = {name: ["some text " * 9] for name in names}
     found = headsink.analyze(model, Letters(), texts=texts, lengths=(16,), progress=False)
@@ -145,7 +145,7 @@ def test_half_of_a_surrogate_pair_is_refused(model):
 # Made again
 
 
-def test_a_model_that_only_a_file_names_is_not_fetched(folder, tmp_path, monkeypatch, capsys):
+def test_a_model_named_only_in_a_file_is_not_downloaded(folder, tmp_path, monkeypatch, capsys):
     changed = shutil.copytree(folder, tmp_path / "a")
     found = json.loads((changed / "census.json").read_text())
     found["model"]["source"] = "attacker/model"
@@ -180,7 +180,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("place", "value", "reason"), CASES)
-def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_path):
+def test_invalid_settings_are_named(place, value, reason, folder, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "a")
     found = json.loads((changed / "census.json").read_text())
     found["model"][place[0]] = value
@@ -199,7 +199,7 @@ def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_pa
         ("0.ids", 999_999, "tokens.json: a token of text 0 is missing"),
     ],
 )
-def test_numbers_out_of_range_say_where(name, number, reason, folder, tmp_path):
+def test_numbers_out_of_range_are_located(name, number, reason, folder, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "a")
     arrays = load_file(changed / "arrays.safetensors")
     arrays[name].flatten()[0] = number

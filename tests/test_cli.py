@@ -73,7 +73,7 @@ def test_analyze_writes_the_folder(census):
     assert "http://" not in page.replace("http://www.w3.org", "").split("</head>\n<body>")[1]
 
 
-def test_analyze_again_replaces_the_census_and_nothing_else(census, run, tiny_folder, tmp_path):
+def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tmp_path):
     _, first = census("a")
     _, again = census("a")
     assert again == first
@@ -148,7 +148,7 @@ def test_own_prompts(census, run, tiny_folder, tmp_path):
     assert f"line 2 of {records} has no text" in err
 
 
-def test_a_census_is_made_again_from_its_folder(census):
+def test_a_census_is_rerun_from_its_folder(census):
     (a, first), (_, again) = census("a", "--seed", "3", "--domains", "maths,random", "--tau", "0.5"), ({}, {})
     _, again = census("b", "--again", a)
     assert {**again, "folder": ""} == {**first, "folder": ""}
@@ -174,7 +174,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     assert "http" not in (tmp_path / "f" / "frontier.svg").read_text().replace("http://www.w3.org", "")
 
 
-def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
+def test_a_plan_within_a_maximum_kl(run, tiny_folder, tmp_path):
     words = ("--context", "600", "--quality", "none", "--device", "cpu", "--out", tmp_path / "plan.json", "--json")
     status, out, err = run("plan", tiny_folder, *words, "--max-kl", "0.5")
     assert status == 0, err
@@ -183,14 +183,14 @@ def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
     assert calibration["verified"]["kl_text"] <= 0.5
 
 
-def test_a_plan_for_contexts_that_are_compressed_once(run, tiny_folder, tmp_path):
+def test_a_plan_for_prefill_compression(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--prefill-compression")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
     assert Plan.load(tmp_path / "plan.json").prefill_compression
 
 
-def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
+def test_a_plan_for_context_reconstruction(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--reconstruct")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
@@ -247,7 +247,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     "way", [{}, {"prefill_compression": True}, {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}]
 )
-def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
+def test_a_document_is_prefilled_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
     """The answers are those of the document and the question given together."""
     model, _ = headsink.load(tiny_folder, device="cpu", dtype="float32")
     random_plan(model, 2).model_copy(update=way).save(tmp_path / "plan.json")
@@ -277,7 +277,7 @@ def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, 
     assert "prefix: it has a plan, a document and a format of its own" in err
 
 
-def test_chat_goes_on_over_one_cache(run, tiny_folder):
+def test_chat_uses_one_cache(run, tiny_folder):
     words = ("chat", tiny_folder, "--max-new-tokens", "4", "--device", "cpu")
     status, out, _ = run(*words, "--json", stdin="hello there\nand then?\n\nnot read\n")
     turns = json.loads(out)["turns"]
@@ -536,7 +536,7 @@ def test_the_case_of_a_built_in_name_does_not_matter():
     assert check_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_folder_without_a_tokenizer_is_called_that(run, tiny_folder, tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(run, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*"))
     reason = "no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)"
     assert reason in run("generate", tmp_path / "model", "--prompt", "x")[2]
@@ -560,7 +560,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_hub_is_named_before_it_is_asked(there):
+def test_a_download_is_announced_before_the_hub_is_contacted(there):
     server = HTTPServer(("127.0.0.1", 0), _Hub)
     if there:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -581,7 +581,7 @@ def test_a_hub_is_named_before_it_is_asked(there):
         assert last.startswith("headsink: nobody/nothing: cannot be loaded: it is not on this machine, and the Hugging")
 
 
-def test_the_usual_contexts_of_bench_are_fitted_to_the_model(run, tiny_folder, tmp_path):
+def test_default_contexts_of_bench_fit_the_model(run, tiny_folder, tmp_path):
     assert contexts_for(8192, 33) == [512, 2000, 7500]
     assert contexts_for(2032, 33) == [512]
     shutil.copytree(tiny_folder, tmp_path / "model")
@@ -605,7 +605,7 @@ def test_doctor_says_which_transformers_are_tested(run, monkeypatch):
     assert json.loads(out)["transformers"]["warning"] == err.strip()
 
 
-def test_how_long_it_will_take_is_said_at_the_start(run, tiny_folder, tmp_path):
+def test_the_expected_time_is_printed_at_the_start(run, tiny_folder, tmp_path):
     words = (
         "analyze",
         tiny_folder,
@@ -630,7 +630,7 @@ def test_how_long_it_will_take_is_said_at_the_start(run, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["models", "--help", "plan --help"])
-def test_an_output_that_cannot_be_written_is_no_traceback(words):
+def test_an_unwritable_output_gives_no_traceback(words):
     command = [sys.executable, "-m", "headsink", *words.split()]
     read, write = os.pipe()
     os.close(read)
@@ -676,7 +676,7 @@ def fill_and_stop(folder):
         raise KeyboardInterrupt
 
 
-def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
+def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     with files.new_folder(tmp_path / "census", "m") as part:
         (part / "m").write_text('{"is": "old"}')
     with pytest.raises(KeyboardInterrupt):
@@ -686,7 +686,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
+def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
     words = [
         "analyze",
         tiny_folder,

@@ -430,7 +430,7 @@ def test_a_mutated_file_is_refused_or_runs(kind, outcomes):
 
 
 @torch.no_grad()
-def test_a_streaming_plan_takes_memory_for_the_positions_that_it_reaches_only():
+def test_a_streaming_plan_allocates_only_the_positions_it_reaches():
     loaded = model("llama", torch.float32)
     plan = Plan.uniform(loaded, Pattern(4, 0, loaded.config.max_position_embeddings - 4), positions="cache-relative")
     text, longer = tokens(1, 20), tokens(1, 100, seed=1)

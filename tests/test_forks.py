@@ -94,7 +94,7 @@ LINE += "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(mu
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_forked_processes_work_or_say_in_a_line_why_not(threads):
+def test_forked_processes_work_or_raise_one_line(threads):
     prepare(tiny("llama"))  # so that no child has to compile, which takes longer than any may wait
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])

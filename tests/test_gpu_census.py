@@ -58,7 +58,7 @@ def seen(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
+def test_kernels_equal_the_blockwise_statistics(name, device, monkeypatch):
     case = dict(CASES[name])
     length, queries = case["length"], case.pop("queries", 512)
     layer = seen(device, **case)
@@ -87,7 +87,7 @@ def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
             )
 
 
-def test_a_run_gives_what_the_run_before_gave(device):
+def test_runs_are_repeatable(device):
     layer = seen(device, 24)
     one, other = (head_statistics(layer, 24, LIMITS) for _ in range(2))
     assert torch.equal(one.attention, other.attention)
@@ -109,7 +109,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def test_they_fit_a_multiprocessor(tmp_path):
+def test_kernels_fit_a_multiprocessor(tmp_path):
     kernels = offline.compiled(SCRIPT, tmp_path)
     assert [kernel["name"] for kernel in kernels] == 2 * ["_sum_bands", "_sum_rows", "_sum_bands"]
     for kernel in kernels:

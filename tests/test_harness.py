@@ -91,7 +91,7 @@ def plans(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_without_a_plan_or_with_full_heads_it_is_the_harness_s_own_model(batch, tiny_folder, plans):
+def test_without_a_plan_or_with_full_heads_it_equals_hflm(batch, tiny_folder, plans):
     own = answers(HFLM(str(tiny_folder), device="cpu", batch_size=batch))
     for plan in (None, plans["full"]):
         assert answers(HeadsinkLM(str(tiny_folder), plan, device="cpu", batch_size=batch)) == own
@@ -133,7 +133,7 @@ def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
         lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)
 
 
-def test_what_the_model_itself_would_say_is_greedy(tiny_folder, plans):
+def test_the_full_caches_greedy_continuation_is_greedy(tiny_folder, plans):
     for which in ("drawn", "once"):
         lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu")
         context = lm.tok_encode(PROMPTS[0])
@@ -168,7 +168,7 @@ def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, pla
 
 
 @pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("once", 3)])
-def test_it_generates_by_the_definition_up_to_what_stops_it(which, batch, tiny_folder, plans):
+def test_it_generates_by_the_definition_up_to_a_stop(which, batch, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
     asked = [(prompt, {"until": [], "max_gen_toks": 4}) for prompt in PROMPTS]
     found = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
@@ -208,7 +208,7 @@ def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
 
 
 @pytest.mark.parametrize("which", ["drawn", "once"])
-def test_a_text_beyond_those_that_were_measured_is_said_once(which, tiny_folder, plans, tmp_path):
+def test_a_sequence_beyond_the_measured_lengths_warns_once(which, tiny_folder, plans, tmp_path):
     plan = Plan.load(plans[which]).model_dump() | {"quality": [QUALITY | {"context": 20}]}
     Plan.model_validate(plan).save(tmp_path / "measured.json")
     lm = HeadsinkLM(str(tiny_folder), str(tmp_path / "measured.json"), device="cpu")

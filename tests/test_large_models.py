@@ -45,7 +45,7 @@ def test_a_fingerprint_is_the_same_on_disk_and_in_another_type(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize(("share", "places"), [(0.997, {"cpu", "disk"}), (1e-6, {"disk"})])
-def test_auto_puts_on_disk_what_has_no_room(tmp_path, tokenizer, share, places):
+def test_auto_offloads_what_does_not_fit(tmp_path, tokenizer, share, places):
     saved(tmp_path, "llama", tokenizer)
     whole, _ = headsink.load(tmp_path, device="cpu")
     room = share * sum(p.numel() * p.element_size() for p in whole.parameters())
@@ -59,7 +59,7 @@ def test_auto_puts_on_disk_what_has_no_room(tmp_path, tokenizer, share, places):
         assert torch.equal(offloaded(ids.to(input_device(offloaded))).logits, whole(ids).logits)
 
 
-def test_weights_that_are_nowhere_are_one_clear_line():
+def test_missing_weights_give_one_line():
     with torch.device("meta"):
         model = tiny("llama")
     with pytest.raises(HeadsinkError, match="neither in memory nor offloaded"):
@@ -76,7 +76,7 @@ def test_weights_that_are_nowhere_are_one_clear_line():
         ({"tensor_parallel": True}, "torchrun"),
     ],
 )
-def test_options_that_cannot_be_met_are_one_line(tiny_folder, options, reason):
+def test_impossible_options_give_one_line(tiny_folder, options, reason):
     with pytest.raises(HeadsinkError, match=reason) as error:
         headsink.load(tiny_folder, **options)
     assert "\n" not in str(error.value)

@@ -119,7 +119,7 @@ def test_decode_and_lossless_raise_as_well(model, broken, monkeypatch):
         headsink.generate_lossless(model, plan, ids, max_new_tokens=3)
 
 
-def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
+def test_a_census_without_observed_attention_raises(model, monkeypatch):
     replace_the_attention_of_a_layer(model, monkeypatch)
     shape = headsink.architecture.describe(model)
     with pytest.raises(HeadsinkError, match="the attention of layer 1 was not seen"):
@@ -129,7 +129,7 @@ def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_parts_of_the_model_that_are_called_by_themselves_raise(model):
+def test_calling_submodules_alone_raises(model):
     plan, ids = random_plan(model, 1), prompt()
     hidden = model.get_input_embeddings()(ids)
     places = model.model.rotary_emb(hidden, torch.arange(40)[None])
@@ -197,7 +197,7 @@ def test_executors_and_event_loops_run_under_the_plan(model):
         assert torch.equal(found, expected(plan, ids))
 
 
-def test_a_thread_that_enters_a_block_of_its_own_has_its_plan(model):
+def test_a_thread_with_its_own_apply_block_has_its_plan(model):
     plans, ids = [random_plan(model, seed) for seed in (1, 2)], prompt()
 
     def own():
@@ -211,7 +211,7 @@ def test_a_thread_that_enters_a_block_of_its_own_has_its_plan(model):
         assert torch.equal(generated(model, ids), expected(plans[0], ids))
 
 
-def test_a_thread_between_two_plans_is_told_to_choose(model):
+def test_a_thread_between_two_plans_raises(model):
     inside, leave = threading.Event(), threading.Event()
 
     def other():
@@ -243,7 +243,7 @@ def stream(model, plan, ids):
 
 
 @pytest.mark.parametrize("where", ["threads", "contexts"])
-def test_generators_are_resumed_from_anywhere_and_interleaved(model, where):
+def test_generators_can_be_resumed_anywhere_and_interleaved(model, where):
     ids, plans = prompt(), [random_plan(model, seed) for seed in (1, 2)]
     both, found = [stream(model, plan, ids) for plan in plans], [[], []]
     for _ in range(2 * TOKENS):
@@ -263,7 +263,7 @@ def test_generators_are_resumed_from_anywhere_and_interleaved(model, where):
     assert not model.model._forward_pre_hooks
 
 
-def test_a_generator_that_is_dropped_leaves_nothing_behind(model):
+def test_a_dropped_generator_leaves_no_plan_applied(model):
     generator = stream(model, random_plan(model, 1), prompt())
     next(generator)
     del generator
@@ -309,7 +309,7 @@ class Paced:
         pass
 
 
-def test_an_interrupted_pass_is_forgotten(model, monkeypatch):
+def test_the_cache_of_an_interrupted_pass_is_refused(model, monkeypatch):
     """ctrl-C in a pass: torch runs no hooks then, and the cache is half filled."""
     plan, ids, cache = random_plan(model, 1), prompt(), headsink.new_cache(model, random_plan(model, 1))
 
@@ -331,7 +331,7 @@ def test_an_interrupted_pass_is_forgotten(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_empty_cache_that_is_given_is_filled(model):
+def test_an_empty_given_cache_is_filled(model):
     plan, ids, cache = random_plan(model, 1), prompt(), DynamicCache(config=model.config)
     new, found = ids, [ids]
     with headsink.apply(model, plan):
@@ -344,7 +344,7 @@ def test_an_empty_cache_that_is_given_is_filled(model):
 
 
 @pytest.mark.parametrize("how", ["argument", "generation_config", "model.config"])
-def test_without_a_cache_every_step_reads_the_text_anew(model, how):
+def test_without_a_cache_every_step_recomputes_the_sequence(model, how):
     plan, ids = random_plan(model, 1), prompt()
     if how == "generation_config":
         model.generation_config.use_cache = False
@@ -358,7 +358,7 @@ def test_without_a_cache_every_step_reads_the_text_anew(model, how):
 
 
 @torch.no_grad()
-def test_a_cache_of_one_text_is_repeated_for_a_batch(model):
+def test_a_cache_of_one_row_is_repeated_for_a_batch(model):
     plan, before, after = random_plan(model, 1), prompt(1), prompt(3, 5)
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan):
@@ -467,7 +467,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_calls_that_a_plan_cannot_hold_for_are_refused(model, what):
+def test_calls_incompatible_with_a_plan_are_refused(model, what):
     given, message = REFUSED[what]
     with headsink.apply(model, random_plan(model, 1)), pytest.raises(HeadsinkError, match=message):
         model(prompt(), **given)
@@ -504,7 +504,7 @@ def test_models_have_the_argument_that_is_filled():
     assert CACHE in inspect.signature(modeling_llama.LlamaModel.forward).parameters
 
 
-def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
+def test_a_frozen_cache_evicts_nothing_and_does_not_warn(model):
     plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     cache = headsink.new_cache(model, plan)
     cache.freeze()
@@ -512,7 +512,7 @@ def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
         model(prompt(), **cache_argument(cache))
 
 
-def test_rows_that_were_repeated_without_gradients_go_on_with_them(model):
+def test_rows_repeated_without_gradients_can_continue_with_them(model):
     plan, ids, cache = random_plan(model, 1), prompt(1), headsink.new_cache(model, random_plan(model, 1))
     with headsink.apply(model, plan):
         with torch.no_grad():

@@ -145,7 +145,7 @@ def slow_log_probs(model, document, patterns, weights, stored_as, freeze=False):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_every_head_full_a_replay_is_the_model(family, precise):
+def test_a_replay_with_full_heads_equals_the_model(family, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     replay = Replay(model, document)
     expected = plain_log_probs(model, document)
@@ -160,7 +160,7 @@ def test_with_every_head_full_a_replay_is_the_model(family, precise):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_in_16_bits_hardly_move_the_model(family):
+def test_16_bit_keys_and_values_are_close_to_the_model(family):
     """bfloat16 has 8 bits of mantissa: each key and value of the document is off by 1/512 at most, and as often up as down."""
     model, document = tiny(family), random_document()
     moved = (Replay(model, document).full - plain_log_probs(model, document)).abs()
@@ -176,7 +176,7 @@ every_hold = pytest.mark.parametrize("freeze", [False, True])
 
 @every_hold
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_patterns_a_replay_is_the_slow_way(family, freeze, precise):
+def test_a_replay_equals_masked_attention(family, freeze, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     replay, weights = replayed(model, freeze=freeze)
     for seed in range(4):
@@ -189,7 +189,7 @@ def test_under_patterns_a_replay_is_the_slow_way(family, freeze, precise):
 @pytest.mark.parametrize(
     "pattern", [Pattern(3, 4, 1), Pattern(0, 6, 0), Pattern(2, 140, 12), Pattern(0, 0, 0)], ids=str
 )
-def test_one_pattern_in_every_head_is_the_slow_way(pattern, freeze, precise):
+def test_one_pattern_in_every_head_equals_masked_attention(pattern, freeze, precise):
     model, document = tiny("llama", dtype=torch.float64), random_document()
     replay, weights = replayed(model, freeze=freeze)
     patterns = [[pattern] * 2] * 3
@@ -202,14 +202,14 @@ def test_one_pattern_in_every_head_is_the_slow_way(pattern, freeze, precise):
 
 @every_hold
 @pytest.mark.parametrize("window", [0, 9])
-def test_with_more_top_k_keys_than_tokens_nothing_is_let_go(window, freeze, precise):
+def test_with_more_top_k_keys_than_tokens_nothing_is_evicted(window, freeze, precise):
     replay, _ = replayed(tiny("llama", dtype=torch.float64), freeze=freeze)
     found = replay.log_probs([[Pattern(2, LENGTH + BRANCH, window)] * 2] * 3)
     torch.testing.assert_close(found, replay.full, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_with_hold_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
+def test_with_freeze_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
     replay, _ = replayed(tiny(family), freeze=True)
     layer = replay.shape.windows.index(None)
     heads = list(range(replay.shape.kv_heads))
@@ -231,7 +231,7 @@ def test_only_the_documents_keys_and_values_are_rounded(family, freeze):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_held_are_the_keys_and_values_of_the_document(family):
+def test_cached_keys_and_values_are_the_documents(family):
     model, document, seen = tiny(family), random_document(), []
     with observing(model, seen.append), torch.no_grad():
         model(torch.tensor([document.ids]), use_cache=False)
@@ -244,7 +244,7 @@ def test_held_are_the_keys_and_values_of_the_document(family):
 # the loss and its slopes
 
 
-def test_the_loss_is_the_formula():
+def test_the_loss_matches_its_formula():
     replay, _ = replayed(tiny("llama"))
     other = torch.randn_like(replay.full).log_softmax(-1)
     expected = torch.zeros(3)
@@ -337,7 +337,7 @@ def test_errors_are_those_of_the_outputs_after_the_projection(family, precise):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_what_a_head_has_already_moves_nothing(family):
+def test_a_heads_current_pattern_has_zero_cost(family):
     replay, _ = replayed(tiny(family))
     patterns = random_patterns(replay.shape, 0, lambda rng: rng.choice(OPTIONS))
     found = replay.marginals(patterns, OPTIONS, WEIGHT)
@@ -350,7 +350,7 @@ def test_what_a_head_has_already_moves_nothing(family):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_slopes_from_16_bits_are_near_the_exact_ones(family, monkeypatch):
+def test_gradients_from_16_bits_are_close(family, monkeypatch):
     """Differences of outputs are kept in bfloat16: off by 1/512 at most, which the sum over tokens cannot make more of."""
     replay, _ = replayed(tiny(family))
     patterns = random_patterns(replay.shape, 1)
@@ -362,7 +362,7 @@ def test_slopes_from_16_bits_are_near_the_exact_ones(family, monkeypatch):
     torch.testing.assert_close(found.error, exact.error, rtol=0.02, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = tiny("llama")
     replay, _ = replayed(model)
     replay.marginals([[Pattern(1, 2, 8)] * 2] * 3, OPTIONS, WEIGHT)

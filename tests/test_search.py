@@ -102,7 +102,7 @@ def total(cost, pick):
 
 @given(st.integers(0, 10_000), st.floats(0.2, 1))
 @settings(max_examples=60, deadline=None)
-def test_choice_fits_and_is_near_the_best(seed, budget):
+def test_the_choice_fits_and_is_close_to_the_best(seed, budget):
     cost, allowed = random_costs(seed), budget * 400
     pick = choose(cost, SIZES, allowed)
     assert float(SIZES[pick].sum()) <= allowed
@@ -113,19 +113,19 @@ def test_choice_fits_and_is_near_the_best(seed, budget):
     assert best - 1e-12 <= total(cost, pick) <= best + worst_head  # at most one head worse than the best of all
 
 
-def test_room_for_everything_takes_the_best_of_every_row():
+def test_with_enough_budget_every_row_takes_its_best():
     for seed in range(10):
         cost = random_costs(seed, rows=20)
         assert torch.equal(choose(cost, SIZES, 20 * 100), cost.argmin(1))
 
 
-def test_more_room_is_never_worse():
+def test_more_budget_is_never_worse():
     cost = random_costs(3, rows=18)
     costs = [total(cost, choose(cost, SIZES, share * 1800)) for share in (0.2, 0.25, 0.3, 0.5, 0.8, 1.0)]
     assert costs == sorted(costs, reverse=True)
 
 
-def test_options_of_endless_cost_are_not_taken():
+def test_options_of_infinite_cost_are_not_chosen():
     cost = random_costs(1, rows=6)
     cost[2, 0] = cost[4, :2] = float("inf")
     for allowed in (244, 300, 400, 600):
@@ -134,7 +134,7 @@ def test_options_of_endless_cost_are_not_taken():
         assert torch.isfinite(cost.gather(1, pick[:, None])).all()
 
 
-def test_no_room_is_refused():
+def test_an_impossible_budget_is_refused():
     with pytest.raises(HeadsinkError, match="budget: 79 keys are less than the smallest plan, 80"):
         choose(random_costs(1), SIZES, 79)
 
@@ -144,7 +144,7 @@ def test_no_room_is_refused():
 
 @every_family
 @every_method
-def test_every_step_is_within_the_budget_and_says_what_it_is(family, method):
+def test_every_step_is_within_the_budget_and_reports_its_cost(family, method):
     for budget in (0.3, 0.55, 0.9):
         steps, made = run(family, method, budget), searching(family, method)
         assert [step.phase for step in steps] == sorted(
@@ -162,7 +162,7 @@ def test_every_step_is_within_the_budget_and_says_what_it_is(family, method):
             assert {pattern for step in steps for pattern in heads(step)} <= set(method.options(CONTEXT))
 
 
-def test_the_shapes_of_other_methods():
+def test_patterns_of_baseline_policies():
     for budget in (0.3, 0.55, 0.9):
         for family in SOME:
             shared = run(family, Method(policy="streaming-llm"), budget)[-1]
@@ -184,7 +184,7 @@ def test_layers_become_full_one_by_one(family):
 
 
 @every_family
-def test_lots_are_repeatable_and_more_budget_keeps_what_was_drawn(family):
+def test_random_allocation_is_repeatable_and_grows_with_the_budget(family):
     method, before = Method(policy="random"), None
     for budget in (0.3, 0.5, 0.7, 0.9, 1.0):
         found = run(family, method, budget, seed=5)[-1]
@@ -212,7 +212,7 @@ def test_a_budget_below_the_smallest_plan_is_refused(method):
         run("llama", method, 0.02)
 
 
-def test_the_smallest_plan_itself_is_no_refusal():
+def test_the_smallest_plan_is_accepted():
     found = run("llama", Method(**SMALL), LEAST.size(CONTEXT) / CONTEXT)
     assert set(heads(found[-1])) == {LEAST}
 
@@ -231,7 +231,7 @@ def test_options_are_every_window_with_every_share_of_top_k_keys():
     )
 
 
-def test_patterns_that_are_not_smaller_than_the_text_are_no_options_nor_is_one_twice():
+def test_options_are_distinct_and_smaller_than_the_text():
     assert Method().options(40) == (Pattern(4, 0, 32), Pattern(4, 1, 32), Pattern(4, 2, 32), FULL)
     assert Method().options(36) == (FULL,)
 
@@ -241,7 +241,7 @@ def test_patterns_that_are_not_smaller_than_the_text_are_no_options_nor_is_one_t
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
-def test_a_search_starts_from_what_is_needed(family, budget):
+def test_a_search_starts_from_importance(family, budget):
     """Heads get the keys that are among the most needed of all, as far as a share of the budget goes; nearly at best."""
     made = searching(family, Method(**SMALL))
     start, need = made._start(budget), needs(family)[made.layers].flatten(0, 1)
@@ -258,7 +258,7 @@ def test_a_search_starts_from_what_is_needed(family, budget):
     assert all(option <= p.size(CONTEXT) for option, p in zip(made.sizes[start].tolist(), heads(first), strict=True))
 
 
-def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
+def test_a_share_of_the_budget_is_allocated_by_importance():
     made = searching("llama", Method(windows=(8,), top_k=(0, 0.5)))
     made.need = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
@@ -267,7 +267,7 @@ def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
 
 
 @every_family
-def test_without_need_a_search_starts_from_the_smallest_plan(family):
+def test_without_importance_a_search_starts_from_the_smallest_plan(family):
     smallest = [0] * len(searching(family, Method(**SMALL)).heads)
     assert searching(family, Method(need=False, **SMALL))._start(0.8).tolist() == smallest
     assert Search(replays(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
@@ -290,7 +290,7 @@ def test_the_first_layer_is_copied_to_all(family):
     assert [pattern.full for pattern in rows[0]] == [n == int(error[:, 0].argmax()) for n in range(len(rows[0]))]
 
 
-def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
+def test_a_plan_for_prefill_compression_is_scored_with_it():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
     held = [replayed(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
@@ -304,7 +304,7 @@ def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
 
 @every_family
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
-def test_going_forward_no_head_loses_keys(family, policy):
+def test_in_forward_steps_no_head_loses_keys(family, policy):
     """And each step says the loss of the plan before it."""
     method = Method(policy=policy, need=False, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
@@ -317,7 +317,7 @@ def test_going_forward_no_head_loses_keys(family, policy):
 
 
 @every_family
-def test_swaps_only_lower_the_loss(family):
+def test_swaps_never_raise_the_loss(family):
     swapped = False
     for budget in (0.25, 0.35, 0.45, 0.6, 0.75):
         without = run(family, Method(refine=False, **SMALL), budget)
@@ -333,7 +333,7 @@ def test_swaps_only_lower_the_loss(family):
 
 @every_family
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_search_goes_on_from_any_step(family, policy):
+def test_a_search_resumes_from_any_step(family, policy):
     method = Method(policy=policy, **SMALL)
     steps = run(family, method, 0.35)
     written = json.dumps([asdict(step) for step in steps])
@@ -359,7 +359,7 @@ def test_keys_go_to_the_head_that_matters():
         assert found.loss == pytest.approx(0, abs=1e-6)
 
 
-def test_what_is_expected_comes_to_the_loss_itself():
+def test_expected_gains_sum_to_the_loss():
     """Slopes that promise more than there is are charged with errors, so that with all heads full no loss is left."""
     corrected = 0
     for family, seed in itertools.product(SOME, range(3)):
@@ -383,7 +383,7 @@ def test_what_is_expected_comes_to_the_loss_itself():
     assert corrected
 
 
-def test_heads_in_the_same_place_of_different_ranks_go_the_same_way():
+def test_ranks_get_the_same_budgets():
     """Of each rank the head that needs most keeps as much as the other's, and so on: no rank is fuller."""
     differ = 0
     for policy, budget in itertools.product(("headsink", "on-off"), (0.35, 0.55, 0.8)):
@@ -400,7 +400,7 @@ def test_heads_in_the_same_place_of_different_ranks_go_the_same_way():
     assert differ
 
 
-def test_more_ranks_than_heads_keep_alike_in_a_layer():
+def test_with_more_ranks_than_heads_a_layer_has_one_size():
     for row in run("llama", Method(ranks=4, **SMALL), 0.55)[-1].plan():
         assert row[0] == row[1]
 

@@ -21,7 +21,7 @@ def half_plan(smollm2):
     return headsink.calibrate(model, tokenizer, budget=0.5, context=TOKENS, quality_contexts=(), progress=False)
 
 
-def test_what_the_model_finds_in_a_document_the_half_plan_finds(smollm2, half_plan):
+def test_the_half_plan_answers_what_the_full_cache_answers(smollm2, half_plan):
     """Text, and forms of questions, that calibration never saw; the document is read before it is known what is asked."""
     model, tokenizer = smollm2
     document = documents.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
@@ -35,7 +35,7 @@ def test_what_the_model_finds_in_a_document_the_half_plan_finds(smollm2, half_pl
     assert float(text.kl.mean()) < 0.1
 
 
-def test_the_plan_keeps_its_budget(half_plan):
+def test_the_plan_meets_its_budget(half_plan):
     assert 0.4 < half_plan.kept(TOKENS) <= 0.5
 
 
@@ -43,7 +43,7 @@ def test_the_plan_finds_secondary_sinks(half_plan):
     assert any(head.top_k for layer in half_plan.layers for head in layer)
 
 
-def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
+def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
     """Held-out text again. What is worth the second reading is seen beside the same plan without it."""
     model, tokenizer = smollm2
     method = Method(prefill_compression=True, reconstruct=True)
@@ -51,11 +51,13 @@ def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
         model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
     )
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
-    told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"reconstruction_prompt": ()})))
-    assert told[0].bytes_plan < 0.15 * told[0].bytes_full
-    assert any(branch.right_full for branch in told[1:])
-    assert all(branch.right_plan or not branch.right_full for branch in told[1:])
-    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (told, scored)]
+    reconstructed, scored = (
+        score(model, p, document) for p in (plan, plan.model_copy(update={"reconstruction_prompt": ()}))
+    )
+    assert reconstructed[0].bytes_plan < 0.15 * reconstructed[0].bytes_full
+    assert any(branch.right_full for branch in reconstructed[1:])
+    assert all(branch.right_plan or not branch.right_full for branch in reconstructed[1:])
+    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (reconstructed, scored)]
     assert kl[0][0] < min(0.05, 0.7 * kl[1][0])
     assert sum(kl[0][1:]) < 0.7 * sum(kl[1][1:])
 

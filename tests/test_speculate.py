@@ -39,29 +39,29 @@ def lossless(model, plan, ids, **options):
 
 @pytest.mark.parametrize("drafted", [0, 1, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_the_models_own(family, drafted):
+def test_greedy_text_equals_the_models(family, drafted):
     # In float64 transformers' eager attention of Gemma 2 makes NaN of padding.
     model = tiny(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
     for seed in range(2):
         plan, (ids, mask) = random_plan(model, seed), padded()
         expected = own(model, ids, attention_mask=mask)
-        told = Speculation()
-        found = lossless(model, plan, ids, attention_mask=mask, draft_tokens=drafted, speculation=told)
+        speculation = Speculation()
+        found = lossless(model, plan, ids, attention_mask=mask, draft_tokens=drafted, speculation=speculation)
         assert torch.equal(found, expected)
-        assert told.kv_bytes > 0
+        assert speculation.kv_bytes > 0
         assert torch.equal(lossless(model, plan, ids[:1], draft_tokens=drafted), own(model, ids[:1]))
         assert torch.equal(lossless(model, plan, ids[:1, :1], draft_tokens=drafted), own(model, ids[:1, :1]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_draft_of_an_all_full_plan_is_always_accepted(family):
-    model, told = tiny(family, dtype=torch.float64), Speculation()
+    model, speculation = tiny(family, dtype=torch.float64), Speculation()
     ids, _ = padded()
-    lossless(model, Plan.full(model), ids, draft_tokens=3, speculation=told)
-    assert told.acceptance == 1
-    assert told.passes == NEW // 4
-    lossless(model, Plan.uniform(model, Pattern(0, 0, 1)), ids, draft_tokens=3, speculation=told)
-    assert told.acceptance < 1
+    lossless(model, Plan.full(model), ids, draft_tokens=3, speculation=speculation)
+    assert speculation.acceptance == 1
+    assert speculation.passes == NEW // 4
+    lossless(model, Plan.uniform(model, Pattern(0, 0, 1)), ids, draft_tokens=3, speculation=speculation)
+    assert speculation.acceptance < 1
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_samples_have_the_models_distribution(drafted):
     for parameter in model.parameters():  # so that none is certain
         parameter.data *= 0.8
     plan, ids, rows = Plan.uniform(model, Pattern(2, 0, 14)), torch.randint(3, 211, (1, 20)), 3000
-    told, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
-    found = generate_lossless(model, plan, ids.repeat(rows, 1), draft_tokens=drafted, speculation=told, **options)[
-        :, 20:
-    ]
-    assert 0.1 < told.acceptance < 0.95
+    speculation, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
+    found = generate_lossless(
+        model, plan, ids.repeat(rows, 1), draft_tokens=drafted, speculation=speculation, **options
+    )[:, 20:]
+    assert 0.1 < speculation.acceptance < 0.95
     chances = {(): 1.0}
     for _ in range(3):
         longer = {}
@@ -109,7 +109,7 @@ def test_samples_have_the_models_distribution(drafted):
     assert float(squares.sum()) < 65  # of 26 degrees of freedom: one in 30,000 is over
 
 
-def test_with_a_cache_asked_for_and_several_texts_of_a_prompt():
+def test_with_a_returned_cache_and_several_sequences_per_prompt():
     model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
     plan = random_plan(model, 1)
     assert torch.equal(lossless(model, plan, ids[:1], use_cache=True), own(model, ids[:1]))
@@ -124,7 +124,7 @@ def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
     assert torch.equal(lossless(model, random_plan(model, 1), ids, **options), own(model, ids, **options))
 
 
-def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
+def test_under_autocast_in_inference_mode_and_in_a_thread_next_to_a_plan():
     model, (ids, mask) = tiny("llama"), padded()
     plan, options = random_plan(model, 1), {"attention_mask": mask}
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,7 +140,7 @@ def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
     assert not torch.equal(under, expected)
 
 
-def test_as_many_are_drafted_as_pay():
+def test_the_draft_length_is_adapted_to_measured_times():
     pace = DraftLength()
     assert pace.choose() == 0
     pace.saw(0, 0.0, 1.0, 0.0)
@@ -191,7 +191,7 @@ def test_text_streams_and_stops(smollm2):
         ({"stop_strings": ["x"]}, "stop_strings: they need tokenizer"),
     ],
 )
-def test_what_it_cannot_do_is_refused(options, said):
+def test_unsupported_options_of_lossless_are_refused(options, said):
     model = tiny("llama")
     with pytest.raises(HeadsinkError, match=said):
         lossless(model, Plan.full(model), torch.tensor([[5, 6, 7]]), **options)

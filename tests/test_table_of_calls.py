@@ -637,7 +637,7 @@ ALL = [(f"{group}: {call.name}", call) for group, calls in CALLS.items() for cal
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", [call for _, call in ALL], ids=[name for name, _ in ALL])
-def test_a_call_is_right_or_refused_in_one_line(call):
+def test_a_call_is_correct_or_refused_in_one_line(call):
     here = Setting(call.model and call.model())
     before = here.model.get_decoder().config._attn_implementation
     if isinstance(call.right, str):
@@ -660,7 +660,7 @@ def test_a_call_is_right_or_refused_in_one_line(call):
     assert here.model.get_decoder().config._attn_implementation == before  # nothing is left of the block
 
 
-def test_without_the_plan_texts_and_logits_are_others():
+def test_without_the_plan_texts_and_logits_differ():
     here = Setting()
     assert not torch.equal(here.own_text(), here.text())
     assert (here.forward() - here.logits()).norm() > 0.2 * here.logits().norm()
@@ -688,7 +688,7 @@ def page():
     return "\n".join(lines) + "\n"
 
 
-def test_the_page_is_this_table():
+def test_the_page_matches_this_table():
     assert PAGE.read_text(encoding="utf-8") == page()
 
 

@@ -67,7 +67,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("family", [*SPLIT, *SEEN_BY_ALL])
-def test_two_processes_find_what_one_finds(folder, family):
+def test_two_processes_equal_one(folder, family):
     expected, found = measure(folder / family, tensor_parallel=False), load_file(folder / f"{family}.safetensors")
     assert found.keys() == expected.keys()
     everyone = expected.pop("kv")

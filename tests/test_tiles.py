@@ -68,7 +68,7 @@ def test_tiles_are_attention(
 
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+def test_nan_stays_nan(dtype: torch.dtype) -> None:
     query, (keys, values) = torch.randn(1, 2, 70, 16).to(dtype), torch.randn(2, 1, 70, 16).to(dtype)
     query[0, 1, 30, 3] = float("nan")
     sight = KeyVisibility(torch.full((1, 70), 70), 0, 0, 0, None, False, 0, 0)

@@ -37,12 +37,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **option
     kept, block = _running[-1]
     if kept[module.layer_idx] is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    places, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
+    positions, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
     output = torch.empty_like(query)
     for head, blocks in enumerate(kept[module.layer_idx]):
         rows = slice(head * group, (head + 1) * group)
         scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        mask = visible(blocks, block, places, places)
+        mask = visible(blocks, block, positions, positions)
         output[:, rows] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, head : head + 1]
     return output.transpose(1, 2), None
 

@@ -38,7 +38,7 @@ def batch(requests, block):
 
 @pytest.mark.parametrize("split", [1, 2], ids=["blocks", "kernel blocks of half the size"])
 @pytest.mark.parametrize("seed", range(10))
-def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
+def test_pieces_contain_the_keys_that_their_queries_see(seed, split):
     rng = random.Random(seed)
     whole, block = 4 * split, 4
     kept = Blocks(rng.randrange(3), rng.randrange(4))
@@ -63,7 +63,7 @@ def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
     assert seen == expected
 
 
-def test_a_layer_that_is_given_another_cache_than_the_plans_raises():
+def test_a_layer_with_another_cache_spec_than_the_plans_raises():
     """As vLLM does where it makes the caches of all layers alike; nothing would be evicted then."""
     fields = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     planned = SinkWindowSpec.of(Blocks(1, 2), 16, **fields)

@@ -21,7 +21,7 @@ def metric(llm, name):
     return sum(found.value for found in llm.get_metrics() if found.name == name)
 
 
-def test_a_text_holds_the_bytes_that_the_grouping_says(engine, served):
+def test_a_sequence_uses_the_bytes_of_the_grouping(engine, served):
     """Read in chunks, then token by token up to the longest that it may be."""
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=False)
@@ -43,7 +43,7 @@ def test_a_text_holds_the_bytes_that_the_grouping_says(engine, served):
     assert blocks_in_use(llm) == 0
 
 
-def test_a_prefix_is_found_again_and_changes_nothing(engine, served):
+def test_prefix_cache_hits_do_not_change_outputs(engine, served):
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=True)
     start = tiny.prompts([601])[0]["prompt_token_ids"]
@@ -54,7 +54,7 @@ def test_a_prefix_is_found_again_and_changes_nothing(engine, served):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
 
 
-def test_a_prefix_whose_first_blocks_are_gone_is_read_again(engine, served):
+def test_a_prefix_without_its_sink_blocks_is_recomputed(engine, served):
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=True, num_gpu_blocks_override=200)
     prompt = tiny.prompts([601])[0]
@@ -65,7 +65,7 @@ def test_a_prefix_whose_first_blocks_are_gone_is_read_again(engine, served):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
 
 
-def test_preempted_requests_give_what_they_give_alone(engine, served):
+def test_preempted_requests_give_the_same_outputs(engine, served):
     model, plan, folder = served
     ask = SamplingParams(temperature=0, max_tokens=90, logprobs=5, ignore_eos=True, detokenize=False)
     prompts = tiny.prompts([40, 90, 150, 220, 33, 300])
@@ -81,7 +81,7 @@ def test_preempted_requests_give_what_they_give_alone(engine, served):
         assert max(expected.worst(model, output) for output in together[:3]) < BOUND
 
 
-def test_more_texts_fit_into_the_same_pool(engine, served):
+def test_more_sequences_fit_into_the_same_pool(engine, served):
     """vLLM itself says how many of the longest texts fit."""
     _, plan, folder = served
     capacity = []

@@ -59,7 +59,7 @@ def test_the_built_in_model_in_text_order(engine, smollm2):
     assert expected.grouping(model, plan, 32, 2048).used < 0.4 * expected.grouping(model, plan, 32, 2048).full
 
 
-def test_a_full_plan_is_vllm_itself(engine, model_folder):
+def test_a_full_plan_equals_stock_vllm(engine, model_folder):
     model = tiny.tiny("llama")
     folder, prompts = model_folder(model), tiny.prompts([37, 300])
     planned = engine(folder, Plan.full(model)).generate(prompts, ASK_ALL, use_tqdm=False)

@@ -23,7 +23,7 @@ def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )
-def test_what_does_not_go_together_is_refused_at_the_start(engine, served, options, message):
+def test_incompatible_settings_are_refused_at_startup(engine, served, options, message):
     _, plan, folder = served
     with pytest.raises(HeadsinkError, match=f"{message} cannot be used together with a plan"):
         engine(folder, plan, **options)

@@ -53,7 +53,7 @@ def server(smollm2, tmp_path_factory):
         process.wait(60)
 
 
-def test_streams_and_answers_at_once_what_the_masked_model_says(server, smollm2):
+def test_concurrent_streams_equal_the_masked_model(server, smollm2):
     client, plan = server
     model, folder = smollm2
     tokenizer = AutoTokenizer.from_pretrained(folder)
