@@ -1,4 +1,4 @@
-"""Compile Triton kernels for an H100 without having one: by the very calls that would launch them there.
+"""Compile Triton kernels for an H100 without a GPU, from the calls that would launch them.
 
     python tests/offline.py FILE      # runs FILE, in which launches compile and do not run; prints a JSON object for each kernel
 
@@ -44,7 +44,7 @@ def _run(path: str) -> None:
     from triton.backends.compiler import GPUTarget
 
     class Driver:
-        """A driver of a card that is not there."""
+        """A driver for a GPU that does not exist."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", TARGET, 32)
@@ -79,7 +79,7 @@ def _run(path: str) -> None:
 
 
 def _resources(cubin: bytes) -> dict[str, Any]:
-    """Registers of a thread, bytes of local memory (what is spilled), and instructions of its longer loops, in order."""
+    """Return registers per thread, bytes of local memory (spills), and the instructions of the longer loops, in order."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -100,7 +100,7 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 
 
 def _tool(name: str, *options: str) -> str:
-    """What one of the tools that come with Triton says."""
+    """Return the output of one of Triton's tools."""
     from triton import backends
 
     path = Path(backends.__path__[0]) / "nvidia/bin" / name

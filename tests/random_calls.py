@@ -1,4 +1,4 @@
-"""Random calls of models under plans, legal and not. `python random_calls.py SEED GAMES` plays games and says what came of them.
+"""Random calls of models under plans, valid and invalid. `python random_calls.py SEED GAMES` runs games and prints the results.
 
 A game is some calls, drawn from a seed, over a few caches that live on: of two tiny Llamas of other shapes, float32 or bfloat16,
 under plans of every kind. A call may give a result of the right shape, `HeadsinkError`, or one of `ALLOWED`. Half of the games
@@ -30,7 +30,7 @@ from headsink import HeadsinkError, Plan, apply, generate_lossless, new_cache
 from headsink.generation.decode import decoder
 from headsink.models.transformers_names import cache_argument
 
-CALLS = 12  # of a game
+CALLS = 12  # per game
 VOCABULARY = 61
 SHAPES = ({"num_key_value_heads": 2, "head_dim": 12}, {"num_key_value_heads": 4, "head_dim": 16})
 ALL_SHAPES = {
@@ -44,7 +44,7 @@ ALL_SHAPES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Errors of torch and transformers for input that never reaches headsink: (call, words of the message, why).
+# Errors of torch and transformers for input that does not reach headsink: (call, words of the message, reason).
 ALLOWED = (
     (
         "generate|lossless",
@@ -99,7 +99,7 @@ class Game:
         self.plans = [[random_plan(m, seed), Plan.full(m), window_plan(m, seed)] for m in self.models]
         torch.manual_seed(seed)
         self.held = [self._new() for _ in range(2)]
-        self.log: list[tuple[str, str, Any]] = []  # of every call: its name, what came of it, logits
+        self.log: list[tuple[str, str, Any]] = []  # of every call: name, outcome, logits
 
     def play(self) -> None:
         calls = [self.forward] * 10 + [
@@ -126,7 +126,7 @@ class Game:
                 outcome, found = "refused", torch.zeros(0)
                 if "\n" in str(error) or not str(error):
                     outcome = f"not one line: {error}"
-            except Exception as error:  # what may come is judged here
+            except Exception as error:  # allowed errors are checked here
                 outcome, found = self._judged(call.__name__, error), torch.zeros(0)
             self.log.append((call.__name__, outcome, found))
 
@@ -137,7 +137,7 @@ class Game:
         where = [f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)][-6:]
         return f"{type(error).__name__}: {error} {where}"
 
-    # what calls are given
+    # inputs of calls
 
     def _new(self) -> Held:
         model = self.rng.randrange(2)
@@ -145,7 +145,7 @@ class Game:
         return Held(new_cache(self.models[model], plan, exact=self.rng.random() < 0.5), model, plan)
 
     def _some(self) -> tuple[Held, int]:
-        """A cache and a model, mostly its own."""
+        """A cache and a model, mostly the matching one."""
         held = self.rng.choice(self.held)
         return held, held.model if self.rng.random() < 0.93 else 1 - held.model
 
@@ -160,7 +160,7 @@ class Game:
         kind, mask = self.rng.random(), torch.ones(rows, columns, dtype=torch.long)
         if kind < 0.6:
             return None
-        if kind < 0.85:  # left padding, now and then of a whole row
+        if kind < 0.85:  # left padding, sometimes of a whole row
             for row in range(rows):
                 mask[row, : self.rng.randint(0, min(columns, 12))] = 0
             return mask
@@ -249,7 +249,7 @@ class Game:
         assert tokens < found.shape[1] <= tokens + 3
 
     def step(self) -> Any:
-        """Some tokens by a step of our own, with a change now and then."""
+        """Decode some tokens with the compiled decode step, sometimes with a change between."""
         held, model = self._some()
         step, logits = decoder(self.models[model], held.cache), torch.zeros(0)
         try:
@@ -307,7 +307,7 @@ class Game:
         model.to(self.rng.choice([torch.float32, torch.bfloat16]))
 
     def threads(self) -> None:
-        """Both caches at once, if they are of rows that can go on."""
+        """Use both caches in two threads, if their rows can continue."""
         errors: list[Exception] = []
         given = [(held, self._ids(held.rows or 1, tokens)) for held, tokens in zip(self.held, (1, 9), strict=True)]
 
@@ -331,7 +331,7 @@ class Game:
 
 @contextlib.contextmanager
 def without_kernels() -> Any:
-    """Everything in torch."""
+    """Run everything in torch."""
     from headsink.attention import backends
     from headsink.cache import head_group, layer
 
@@ -346,7 +346,7 @@ def without_kernels() -> Any:
 
 
 def played(seed: int) -> tuple[Counter[str], list[str]]:
-    """What came of the calls of a game, counted, and what should not have."""
+    """Run a game; returns counts of its outcomes, and the outcomes that are wrong."""
     game, wrong = Game(seed), []
     game.play()
     counts = Counter(f"{name}: {outcome.split(':')[0]}" for name, outcome, _ in game.log)

@@ -1,4 +1,4 @@
-"""A model under a plan, computed the slow way: one pass over the whole text, every head masked by the definition."""
+"""Reference for a model under a plan: one pass over the whole text, with every head masked by the definition."""
 
 import sys
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ def held_attention(
 
 
 def own_attention(module, query, key, value, mask, **kwargs):
-    """A layer's own, by what transformers has for it. mask: float, as `eager_mask` makes it."""
+    """The layer's attention by transformers' implementation. mask: float, as `eager_mask` makes it."""
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     attend = sdpa_attention_forward if plain else sys.modules[type(module).__module__].eager_attention_forward
     return attend(

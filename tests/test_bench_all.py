@@ -1,4 +1,4 @@
-"""`headsink bench all` on a tiny model: rows are made, kept, measured again, and missing where a package is."""
+"""`headsink bench all` on a tiny model: rows are measured, stored, remeasured, and missing where a package is missing."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ WORDS = (
 
 @pytest.fixture
 def run(monkeypatch, capsys, tiny_folder, tmp_path):
-    """A command, as one types it: its exit status and what it prints."""
+    """Run a command line; returns its exit status and its output."""
 
     def run(command, *words):
         given = ("--models", tiny_folder) if command != "results" else ()
@@ -37,7 +37,7 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    """No package that brings data is installed."""
+    """No package with data sets is installed."""
     monkeypatch.setattr(datasets, "find_spec", lambda _: None)
     datasets.gsm8k.cache_clear()
 
@@ -74,7 +74,7 @@ def test_rows_are_measured_stored_and_remeasured(run, no_packages, tiny_folder, 
     assert kept["headsink, 0.25"] < kept["headsink, 0.5"] < 1
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "gsm8k" not in path.name}
-    assert run("all", *words)[0] == 0  # nothing but what is missing is tried again
+    assert run("all", *words)[0] == 0  # only missing rows are tried again
     assert {path: path.stat().st_mtime_ns for path in before} == before
     listed = run("all", *words, "--list", "--items", "3", "--json")[1]
     assert json.loads(listed)["quality/tiny/retrieval"] == "measured with other settings"
@@ -101,7 +101,7 @@ def test_an_interrupted_row_resumes_from_its_checkpoint(no_packages, tiny_folder
     measured = everything.quality.run
 
     def stopped(*given, **options):
-        measured(*given, **{**options, "items": 1})  # one item is done and kept
+        measured(*given, **{**options, "items": 1})  # one item is finished and stored
         raise KeyboardInterrupt
 
     monkeypatch.setattr(everything.quality, "run", stopped)
@@ -115,7 +115,7 @@ def test_an_interrupted_row_resumes_from_its_checkpoint(no_packages, tiny_folder
     generate = everything.quality.generate
     monkeypatch.setattr(everything.quality, "generate", lambda *a, **k: answered.append(1) or generate(*a, **k))
     assert everything.run(options, tmp_path, ["quality/*"])["quality/tiny/retrieval"] == "measured"
-    assert len(answered) <= 2  # of one item, by the model itself and by the plan
+    assert len(answered) <= 2  # one item, with the full cache and with the plan
     assert everything.rows.read_rows(tmp_path)["quality/tiny/retrieval"]["resumed"]
     assert not kept[0].exists()
 
@@ -132,7 +132,10 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     gemma = BUILT_IN["gemma3-270m"]
     absent = replace(gemma, files=(("no_such_module", "file"),))
     monkeypatch.setitem(BUILT_IN, "gemma3-270m", absent)
-    assert model_names(["Gemma3-270M", "smollm2"]) == ("gemma3-270m", "smollm2")  # one that is absent is not refused
+    assert model_names(["Gemma3-270M", "smollm2"]) == (
+        "gemma3-270m",
+        "smollm2",
+    )  # a model that is not installed is accepted
     options = Options(models=("gemma3-270m",), tasks=("retrieval",))
     states = everything.run(options, tmp_path, ["quality/*"])
     assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}

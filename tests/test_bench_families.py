@@ -1,4 +1,4 @@
-"""Whether kinds of text need plans of their own: the measurement, on a tiny model."""
+"""`headsink bench domains` on a tiny model."""
 
 import json
 
@@ -19,7 +19,7 @@ OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2,
 
 
 class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
 
     chat_template = None
 

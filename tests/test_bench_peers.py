@@ -1,4 +1,4 @@
-"""Speed and memory beside other programs: processes that answer, batches, several plans, and peers that are not here."""
+"""Speed and memory benchmarks: worker processes, batches, several plans, and missing peers."""
 
 import json
 import sys
@@ -56,7 +56,9 @@ def test_a_failed_worker_reports_its_last_line_without_folders():
 def test_decode_times_of_a_batch_start_when_every_sequence_has_a_token():
     found = peers.timed([[1.0, 1.5, 4.0, 4.25], [2.0, 2.5, 2.75]])
     assert found["prefill_s"] == 2.0
-    assert found["decode_s"] == pytest.approx(0.25)  # of 0.25, 0.5 and 0.25: the first text's before 2.0 do not count
+    assert found["decode_s"] == pytest.approx(
+        0.25
+    )  # of 0.25, 0.5 and 0.25: the first sequence's tokens before 2.0 do not count
 
 
 def test_missing_peers_are_reported_with_how_to_install_them(tiny_folder):

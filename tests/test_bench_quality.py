@@ -1,4 +1,4 @@
-"""Answers are judged as their data sets do, chance is told from change, and a plan that keeps everything changes nothing."""
+"""Quality benchmark: scoring as in the data sets, significance of changes, and no change under a plan that keeps everything."""
 
 import json
 import math
@@ -267,7 +267,7 @@ def test_a_stopped_run_resumes_also_with_more_items(once, tiny, tmp_path, monkey
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line.get("item") for line in lines[1:]] == [record["item"] for record in both["records"]]
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "_measure", None)  # nothing is measured again
+        patch.setattr(quality, "_measure", None)  # nothing is remeasured
         assert both == run(model, tokenizer, "retrieval", plans, items=2, **settings)
     with pytest.raises(HeadsinkError, match="a run with another seed; remove it, or write elsewhere"):
         run(model, tokenizer, "retrieval", plans, items=2, seed=1, **settings)

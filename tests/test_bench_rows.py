@@ -1,4 +1,4 @@
-"""Rows of `headsink bench all`, what measuring them again says, and the page that is made of them."""
+"""Rows of `headsink bench all`, their comparison with a rerun, and the page made from them."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def timed(way, decode, prefill, kv):
 
 @pytest.fixture
 def done():
-    """A row of each kind, and one that could not be measured. The plan is slower than transformers at reading."""
+    """A row of each kind, and one that could not be measured. The plan is slower than transformers at prefill."""
     quality = {"task": "gsm8k", "metric": "right", "higher_is_better": True, "context": 2000, "items": 50, "seed": 0}
     quality |= {"prompt_tokens": {"median": 1800, "min": 1500, "max": 1999}, "ways": [FULL, PLAN], "records": [[1, 0]]}
     ways = [
@@ -152,7 +152,7 @@ def test_a_rerun_finds_changed_figures(done):
     assert verdicts(before, now)["ways[0.25].kept"] == "changed"
     now["machine"] = MACHINE | {"cpu": "another"}
     found = verdicts(before, now)
-    assert found["ways[0.25].same_output"] == "not compared"  # rounded otherwise there
+    assert found["ways[0.25].same_output"] == "not compared"  # rounding differs there
     assert found["ways[0.25].kl"] == "outside"
 
 

@@ -1,4 +1,4 @@
-"""Plans, made from documents to the end: within the budget, as good as said, the same after an interruption."""
+"""Calibration end to end: within the budget, with the quality it reports, the same after an interruption."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ FAMILIES = ("llama", "llama-mha", "qwen3", "gemma2", "gemma3", "granite", "gpt-o
 
 
 class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
 
     chat_template = None
 
@@ -55,7 +55,7 @@ def small(tokenizer):
 
 @pytest.fixture(scope="module")
 def make(small):
-    """A plan of a tiny model, without quality unless asked for."""
+    """Calibrate a plan for a tiny model, by default without measuring quality."""
 
     def make(family="llama", *, model=None, **options):
         options = {"context": CONTEXT, "quality_contexts": (), "progress": False} | options
@@ -71,18 +71,18 @@ def patterns(plan):
 
 
 def replayed(calibration, rows):
-    """The loss of patterns on the replays of a calibration."""
+    """Return the loss of patterns on the replays of a calibration."""
     return sum(float(r.loss(r.log_probs(rows), 0.25)) for r in calibration.replays) / len(calibration.replays)
 
 
-# from end to end
+# end to end
 
 
 @pytest.mark.parametrize(
     ("family", "once"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
 )
 def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make, small):
-    model = tiny(family, dtype=torch.float64)  # else replays round keys and values to 16 bits
+    model = tiny(family, dtype=torch.float64)  # in other dtypes replays round keys and values to 16 bits
     shape = describe(model)
     plan = make(model=model, budget=0.4, seed=3, method=Method(prefill_compression=once))
     plan.check(model)
@@ -101,7 +101,7 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
     assert plan.quality == ()
     assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
 
-    # What is said to be verified is what running the plan on the same documents shows.
+    # The verified quality is that of running the plan on the same documents.
     calibration = Calibration(
         model, small, context=CONTEXT, seed=3, method=Method(prefill_compression=once), progress=False
     )
@@ -118,7 +118,7 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
     if once:
         assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
 
-    # Scores are those of the search, where there are top-k keys.
+    # Scorer weights are those of the search, for heads with top-k keys.
     top_k = [head.top_k > 0 for row in plan.layers for head in row or [FULL] * shape.kv_heads]
     top_k = torch.tensor(top_k).view(shape.layers, -1, 1)
     assert top_k.any()
@@ -139,7 +139,7 @@ def test_a_plan_for_context_reconstruction_allocates_by_importance(family, make,
         assert budget - 0.01 < plan.kept(CONTEXT) <= budget
         assert plan.calibration["replayed_loss"] is None
         assert plan.calibration["verified"]["kl_text"] > 0
-        # The least of what is kept by any head is needed more than the most of what another lets go.
+        # The least important kept key of any head is more important than the most important evicted key of another.
         rows = [head.pattern for layer in planned for head in plan.layers[layer]]
         assert all(pattern.full or (pattern.sink, pattern.window) == (SINK, WINDOWS[0]) for pattern in rows)
         edges = []
@@ -176,7 +176,7 @@ def test_windows_can_use_cache_relative_positions(budget, make):
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path, monkeypatch):
-    """Not worse on the replays than by need, where keys have the scores of the retelling; and resumed if stopped."""
+    """Not worse on the replays than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
     model, file = tiny(family), tmp_path / "steps.json"
 
     def made(method, checkpoint=None):
@@ -193,7 +193,7 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
     calibration.method, calibration.checkpoint = (
         Method(prefill_compression=True),
         None,
-    )  # a search after it is as one without it before
+    )  # a later search is not changed by it
     assert calibration.plan(0.3) == made(Method(prefill_compression=True)).plan(0.3)
     by_need = made(Method(prefill_compression=True, reconstruct=True, refine=False)).plan(0.3)
     losses = []
@@ -325,7 +325,7 @@ class Interrupted(Exception):
 
 
 def interrupt(monkeypatch, after, method):
-    """Let a method of the search fail after some calls. Returns the calls that were made."""
+    """Make a method of the search fail after some calls. Returns the list of calls."""
     calls, original = [], getattr(Search, method)
 
     def step(self, *arguments):
@@ -360,7 +360,7 @@ def test_an_interrupted_search_resumes(family, method, after, make, tmp_path, mo
         whole = interrupt(patched, 1000, "expected")
         make(model=model, budget=0.5)
     assert len(resumed) == len(whole) - sum(step["phase"] in ("forward", "refined") for step in steps)
-    with monkeypatch.context() as patched:  # all is done: nothing is searched again
+    with monkeypatch.context() as patched:  # all steps are in the checkpoint: nothing is searched again
         interrupt(patched, 0, "expected")
         assert make(model=model, budget=0.5, checkpoint=file) == expected
 
@@ -410,7 +410,7 @@ def test_max_kl_takes_the_smallest_budget_within_it(family, small, monkeypatch):
     monkeypatch.setattr(calibration, "plan", cache(calibration.plan))
     plans = {budget: calibration.plan(budget) for budget in BUDGETS if budget * CONTEXT >= SINK + WINDOWS[0]}
     kl = {budget: plan.calibration["verified"]["kl_text"] for budget, plan in plans.items()}
-    assert list(kl.values()) == sorted(kl.values(), reverse=True)  # else another budget may be found that holds
+    assert list(kl.values()) == sorted(kl.values(), reverse=True)  # else another budget within max_kl may be found
     limits = [(a + b) / 2 for a, b in itertools.pairwise(kl.values()) if a > b]
     for limit in [1e-9, *limits, 2 * max(kl.values())]:
         plan = calibration.plan_within(limit)
@@ -468,7 +468,7 @@ def test_models_that_cannot_be_planned_are_refused(make):
 
 
 def test_plans_are_scored_on_other_text_and_other_questions(tokenizer):
-    """No paragraph, no sentence of a fact and no form of a question is in documents of both halves."""
+    """No paragraph, no sentence of a needle and no question form is in documents of both halves."""
 
     def parts(documents):
         found, forms = set(), set()

@@ -1,4 +1,4 @@
-"""The census in blocks equals the same statistics read off the whole attention matrix, key by key."""
+"""The blockwise census equals the same statistics computed from the whole attention matrix, key by key."""
 
 import math
 
@@ -23,7 +23,7 @@ LENGTHS = (2, 3, 7, 30, 61)
 
 
 def run(model, ids):
-    """What every layer computed with."""
+    """Return the attention inputs of every layer."""
     found = []
     with torch.no_grad(), observing(model, found.append):
         decoder(model)(ids, use_cache=False)
@@ -31,7 +31,7 @@ def run(model, ids):
 
 
 def learned_share(seen):
-    """What a learned logit takes, [heads, N]: eager's matrix shows it only as what is missing to 1, so in double precision."""
+    """Return the mass of a learned logit, [heads, N], in double precision: eager's matrix has it only as the rest to 1."""
     query, key = (
         seen.query[0].double(),
         seen.key[0].double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 0),
@@ -54,7 +54,7 @@ def whole_matrix(weights, seen, n):
     norms, positions, d = value.norm(dim=-1), torch.arange(n), value.shape[2]
     short = norms.float() < limits.tau * norms.float().median(-1, keepdim=True).values
     short &= positions >= limits.first
-    secondary = short & (short.cumsum(-1) <= limits.secondary)  # the first of them
+    secondary = short & (short.cumsum(-1) <= limits.secondary)  # the first ones
     w_o = seen.module.o_proj.weight.double()
     rows = range(first_row(n), n)
     scores = {name: torch.zeros(n_heads).double() for name in statistics.SCORES}
@@ -163,7 +163,7 @@ def test_scores_of_some_queries_are_close_to_scores_of_all(smollm2):
 
 
 def test_uniform_scores_are_those_of_flat_attention():
-    """A model whose queries are zero attends flat: each score equals the uniform beside it."""
+    """A model whose queries are zero has uniform attention: each score equals its uniform value."""
     model = tiny("mistral-sliding")
     for module in attention_modules(model):
         torch.nn.init.zeros_(module.q_proj.weight)
@@ -175,7 +175,7 @@ def test_uniform_scores_are_those_of_flat_attention():
 
 
 def test_the_legacy_score_calls_flat_attention_a_sink_on_short_text():
-    """The design's own numbers: 0.75 at 2 tokens, 0.61 at 3."""
+    """The numbers of the design: 0.75 at 2 tokens, 0.61 at 3."""
     none = torch.zeros(1, 3, dtype=torch.bool)
     flat = [float(statistics._uniform(none, n, LIMITS, None)["legacy"]) for n in (2, 3)]
     assert flat == pytest.approx([0.75, 11 / 18])
@@ -282,7 +282,7 @@ def test_chance_is_the_mean_of_the_shuffles(seed):
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_p_values_are_uniform_when_nothing_carries_over(group):
-    """Also where the query heads of a KV head are alike: shuffling them one by one would find too much."""
+    """Also where the query heads of a KV head are alike: shuffling single heads would find too many."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn():
@@ -294,7 +294,7 @@ def test_p_values_are_uniform_when_nothing_carries_over(group):
 
 
 def test_renumbering_keeps_the_heads_of_a_kv_head_together():
-    sinks = torch.arange(12).repeat(4, 1)  # numbers in place of flags, so that the order shows
+    sinks = torch.arange(12).repeat(4, 1)  # numbers instead of flags, so that the order is visible
     order = _renumbered(sinks, 3, 50, torch.Generator().manual_seed(0))
     assert torch.equal(order.sort(-1).values, sinks.expand(50, -1, -1))
     together = order.view(50, 4, 4, 3) // 3
@@ -303,7 +303,7 @@ def test_renumbering_keeps_the_heads_of_a_kv_head_together():
 
 
 def test_the_test_of_one_pair_is_exact():
-    """Two of four heads in both layers, the same: by chance in one of six arrangements."""
+    """The same two of four heads are sinks in both layers: one of six arrangements."""
     sinks = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]).bool()
     assert transfer(sinks, "made").pair_p == pytest.approx(1 / 6, abs=0.02)
     assert transfer(torch.stack([sinks[0], ~sinks[0]]), "made").pair_p == 1

@@ -1,4 +1,4 @@
-"""Folders of a census and its checkpoint: nothing of the user's is lost, and a damaged one is refused in one line."""
+"""Folders of a census and its checkpoint: the user's files are kept, and a damaged folder is refused in one line."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from headsink.census.results import Census
 from headsink.cli import main, output
 from headsink.plan.plan import Plan
 
-# Files of the user's
+# Files of the user
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_another_census_is_replaced_and_other_files_stay(model, 
     assert tree(kept).keys() == {"0000.safetensors", "0001.safetensors", run.SETTINGS, *mine}
     run.remove_checkpoint(kept)
     assert tree(kept).keys() == mine
-    run.remove_checkpoint(kept)  # has no settings now, so it is nobody's
+    run.remove_checkpoint(kept)  # it has no settings now, so it is foreign
     assert tree(kept).keys() == mine
 
 
@@ -104,7 +104,7 @@ def test_a_plan_replaces_a_foreign_file_by_force_only(model, tmp_path):
         plan.save(path)
     assert path.read_text() == "years of work"
     assert Plan.load(plan.save(path, force=True)) == plan
-    assert Plan.load(plan.save(path)) == plan  # now it is ours
+    assert Plan.load(plan.save(path)) == plan  # now it is a plan of headsink
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
     assert [path.name for path in (tmp_path / "kept").glob("*.safetensors")] == []
 
 
-# Names of kinds of text
+# Names of domains
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_half_of_a_surrogate_pair_is_refused(model):
         headsink.analyze(model, Letters(), texts=["some text " * 9, "\ud800" * 99], progress=False)
 
 
-# Made again
+# Reruns
 
 
 def test_a_model_named_only_in_a_file_is_not_downloaded(folder, tmp_path, monkeypatch, capsys):
@@ -220,7 +220,7 @@ def test_files_of_something_else_are_one_line(name, content, folder, tmp_path):
 
 
 def places(value, path=()):
-    """Every place in what JSON can say."""
+    """Return the paths of all values in parsed JSON."""
     yield path
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -248,7 +248,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
 def use(folder):
-    """All that `show` and `compare` do with a run."""
+    """Do everything that `show` and `compare` do with a run."""
     found = Census.load(folder)
     output.census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
     json.dumps(output.census_json(found))
@@ -258,9 +258,7 @@ def use(folder):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(
-        "headsink.census.first_layer.PERMUTATIONS", 10
-    )  # of a test of chance, which is not what this is about
+    monkeypatch.setattr("headsink.census.first_layer.PERMUTATIONS", 10)  # fewer permutations, for speed
     monkeypatch.setattr("headsink.census.first_layer.AT_ONCE", 10)
     changed = tmp_path_factory.mktemp("mutated") / "a"
     changed.mkdir()

@@ -1,4 +1,4 @@
-"""A census as a run: texts of many lengths, stopping and going on, making it again, comparing, files."""
+"""Running a census: texts of many lengths, resuming, rerunning, comparing, files."""
 
 import json
 
@@ -48,7 +48,7 @@ def census(model):
 
 
 def same(a, b):
-    """Whether two censuses hold the same numbers."""
+    """Return whether two censuses have the same numbers."""
     assert a.arrays.keys() == b.arrays.keys()
     return all(torch.equal(a.arrays[name].nan_to_num(), b.arrays[name].nan_to_num()) for name in a.arrays)
 
@@ -63,7 +63,7 @@ def test_a_prefix_equals_the_short_text(family):
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_length_dependent_positions_need_a_pass_per_length(kind, monkeypatch):
-    """A text beyond the trained length turns the rotation of its first tokens: its prefix is not the short text."""
+    """A text beyond the trained length changes the rotation of its first tokens, so its prefix differs from the short text."""
     scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     if kind == "longrope":
         scaling |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
@@ -113,10 +113,10 @@ def test_a_stopped_census_resumes(model, census, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run, "_read", lambda *words, read=run._read: counted.append(words) or read(*words))
         again = headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "kept")
-    assert len(counted) == 3  # of four texts, one was done and whole
+    assert len(counted) == 3  # of four texts, one was finished
     assert same(again, census)
     other = headsink.analyze(model, Letters(), **{**OPTIONS, "seed": 1}, checkpoint=tmp_path / "kept")
-    assert not same(other, census)  # another census does not take over what is there
+    assert not same(other, census)  # a census with other settings does not reuse the checkpoint
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(HeadsinkError, match="not a folder that a census left"):
@@ -170,7 +170,7 @@ def test_secondary_sinks_match_their_definition(census):
     assert sum(row["share"] for row in drawn) <= 1 + 1e-3
     for row in secondary_tokens(census, 100):
         assert 0 < row["taken"] <= 1
-        assert row["value"] < 1  # they are short by definition
+        assert row["value"] < 1  # their value norm is small by definition
     found = stability(census, 100)
     assert found["texts"] == 4
     keys = [row["keys"] for row in tau_evidence(census, 100)]
@@ -199,7 +199,7 @@ def test_comparing_parts_of_one_run(census, tmp_path):
 
 
 def test_comparing_models_head_by_head(census):
-    """The same texts through other weights: paired, every head with its interval; a run against itself has moved nowhere."""
+    """The same texts with other weights: paired, every head with its interval; a run does not differ from itself."""
     other = headsink.analyze(tiny("llama", seed=1), Letters(), **OPTIONS)
     found = headsink.compare(census, other, census)
     assert set(found.settings) == {"model"}

@@ -1,4 +1,4 @@
-"""Kernels go by addresses: whatever they take for granted is checked before, and raises where it is not so."""
+"""Kernels use raw addresses, so all their assumptions are checked before a call, with an error if one fails."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ WRONG_TILES = {
 
 
 def put(given, wrong, device):
-    """Arguments with some of them wrong, on a device."""
+    """Return arguments on a device, some of them replaced by wrong ones."""
 
     def there(one):
         if isinstance(one, KeyVisibility):

@@ -63,7 +63,7 @@ def test_analyze_writes_the_folder(census):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"census.json", "heads.parquet", "arrays.safetensors", "tokens.json", "report.html"}
     assert {path.suffix for path in folder.glob("figure-*")} == {".png", ".svg"}
-    assert [path.name for path in folder.parent.iterdir()] == ["a"]  # no checkpoint is left
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]  # no checkpoint remains
     assert sum(found["roles"]["200"].values()) == 3 * 4
     assert len(found["first_question"]["200"]) == 4
     assert found["drawing_tokens"][0]["token"]
@@ -91,7 +91,7 @@ def test_compare_says_what_differs(census, run):
     found = json.loads(out)
     assert status == 0
     assert set(found["settings"]) == {"texts", "seed"}
-    assert len(found["scores"]) == 7 * 2 * (6 + 1)  # scores, lengths, kinds of text and all together
+    assert len(found["scores"]) == 7 * 2 * (6 + 1)  # scores, lengths, domains and all together
     assert all(abs(row["mean_difference"]) <= 1 for row in found["scores"] if row["score"] in ("sink", "local", "far"))
     same = json.loads(run("compare", a, a, "--json")[1])
     assert same["settings"] == {}
@@ -159,7 +159,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     status, out, err = run("plan", tiny_folder, *words, "--frontier", tmp_path / "f", "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert [point["budget"] for point in found["points"]] == [0.3, 0.6]  # below the smallest plan: left out
+    assert [point["budget"] for point in found["points"]] == [0.3, 0.6]  # a budget below the smallest plan is left out
     assert found["advice"] == json.loads((tmp_path / "f" / "frontier.json").read_text())["advice"]
     names = {path.name for path in (tmp_path / "f").iterdir()}
     assert names == {
@@ -220,7 +220,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
     assert run("plan", tiny_folder, *words, "--out", tmp_path / "b.json")[0] == 0
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "plan.json"]  # no checkpoint is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "plan.json"]  # no checkpoint remains
 
     prompt = (
         "generate",
@@ -248,7 +248,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     "way", [{}, {"prefill_compression": True}, {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}]
 )
 def test_a_document_is_prefilled_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
-    """The answers are those of the document and the question given together."""
+    """The answers equal those to document and question in one prompt."""
     model, _ = headsink.load(tiny_folder, device="cpu", dtype="float32")
     random_plan(model, 2).model_copy(update=way).save(tmp_path / "plan.json")
     (tmp_path / "box.txt").write_text("There is a box. " * 60 + "It is red.")
@@ -268,7 +268,7 @@ def test_a_document_is_prefilled_once_for_many_questions(way, raw, run, tiny_fol
         status, out, err = run(*ask, *whole)
         together = json.loads(out)
         assert kept["prompt_tokens"] == together["prompt_tokens"] > found["prompt_tokens"]
-        if not way:  # compressed once, the question is compressed with the document
+        if not way:  # with prefill compression, the question would be compressed with the document
             assert kept["text"] == together["text"]
     assert kept["prefix"] == str(tmp_path / "box.kv")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box.kv", "box.txt", "plan.json"]
@@ -545,7 +545,7 @@ def test_a_folder_without_a_tokenizer_is_refused(run, tiny_folder, tmp_path):
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Knows no model."""
+    """A hub without models."""
 
     def do_GET(self):
         self.send_response(404)
@@ -556,7 +556,7 @@ class _Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *_):
-        """Standard error is what is tested."""
+        """Do not log, because standard error is tested."""
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -650,11 +650,11 @@ def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path
     assert "the plan is for another model: layers is 3 here and 30 in the plan" in err
 
 
-# nothing half-written
+# no partial files
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """A limit on the size of files stands in for the end of the disk: the system call fails in the same way."""
+    """Simulate a full disk by a limit on the size of files: the system call fails in the same way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -699,12 +699,12 @@ def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
         "--device",
         "cpu",
     ]
-    # A shell that starts tests in the background has them ignore ctrl-C, and they hand that on.
+    # A shell that starts tests in the background makes them and their children ignore ctrl-C.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from headsink.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, words), "--out", str(tmp_path / "census"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = tmp_path / ".census.partial"
-    while len(list(kept.glob("*.safetensors"))) < 2:  # some texts are done; the run ends by itself if they never are
+    while len(list(kept.glob("*.safetensors"))) < 2:  # wait for some finished texts; the run ends if there are none
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(how)

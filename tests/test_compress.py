@@ -1,4 +1,4 @@
-"""A context that the model itself has read, compressed once, equals the reference; and what is held is what is claimed."""
+"""Prefill compression: continuations equal the reference, and the cache has the size it reports."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from headsink.models.transformers_names import cache_argument
 
 
 def compressed(model, plan, ids, mask=None):
-    """The cache of a context that was read in full, and what it held before."""
+    """Return the compressed cache of a context read in full attention, and the bytes before compression."""
     cache, options = DynamicCache(config=model.config), {}
     if mask is not None:
         options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -82,7 +82,7 @@ def test_incompressible_caches_are_refused():
     with pytest.raises(HeadsinkError, match="this cache is empty"):
         headsink.compress(model, Plan.full(model), DynamicCache(config=model.config))
     _, _, read = compressed(model, Plan.full(model), torch.randint(3, 211, (1, 9)))
-    with pytest.raises(HeadsinkError, match="this cache is empty"):  # it was emptied
+    with pytest.raises(HeadsinkError, match="this cache is empty"):  # compression empties it
         headsink.compress(model, Plan.full(model), read)
 
 
@@ -113,7 +113,7 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused():
             model(torch.randint(3, 211, (2, 9)), **cache_argument(cache))
         with pytest.raises(HeadsinkError, match=said):
             headsink.compress(model, Plan.full(model), cache, mask)
-        assert cache.get_seq_length() == 9  # nothing was taken from it
+        assert cache.get_seq_length() == 9  # it is unchanged
     once = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8)})
     with pytest.raises(
         HeadsinkError, match=r"input_ids: \[1, 9\]; this plan tells the context again, the \[2, 9\] tokens"

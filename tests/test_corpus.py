@@ -1,4 +1,4 @@
-"""Built-in text: repeatable, as long as asked, and never the same in both halves."""
+"""Built-in text: repeatable, of the given length, and different in the two halves."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_texts_are_repeatable_and_of_the_given_length(domain, tokenizer):
 
 
 def test_maths_is_correct(tokenizer):
-    """Every equation of plain numbers in the generated solutions holds."""
+    """Every equation of plain numbers in the generated solutions is true."""
     import re
 
     text = tokenizer.decode(corpus.tokens("maths", tokenizer, 12_000, seed=0, split="heldout"))
@@ -81,7 +81,7 @@ def test_documents_are_repeatable(tokenizer):
 
 def test_a_special_token_is_only_at_the_start(tokenizer):
     class WithStart:
-        """The tokenizer, with a token 0 before a text, as many models have it."""
+        """The tokenizer with a token 0 before every text, as in many models."""
 
         def __call__(self, text, add_special_tokens=True, **options):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -96,7 +96,7 @@ def test_a_special_token_is_only_at_the_start(tokenizer):
 def test_the_continuation_is_the_text_that_follows(domain, tokenizer):
     made = document(tokenizer, domain=domain, continuation=100)
     source, before, following = (
-        "".join(text.split())  # long paragraphs are parted at a line, so space differs
+        "".join(text.split())  # long paragraphs are split at line ends, so white space differs
         for text in (
             corpus.text(domain, tokenizer, 2 * LENGTH, split="heldout"),
             tokenizer.decode(made.ids),

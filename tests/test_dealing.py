@@ -1,4 +1,4 @@
-"""Numbers of keys for heads: by need, and moved while a loss falls."""
+"""Allocation of a KV budget to heads: by importance, and by local search on a loss."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: to
 def test_allocation_keeps_the_most_important_keys_of_all_heads(share):
     need = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
     found = allocate(need, share)
-    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most needed
+    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most important
     stay = ranks < need.numel() - 1 - int((1 - share) * (need.numel() - 1))
     assert torch.equal(found, stay.double().mean(-1))
     assert found.mean() == pytest.approx(share, abs=0.01)
 
 
-@example(torch.tensor([0.5, 2.2251e-309], dtype=torch.float64), 0, 0.0)  # what a division by it gives is not finite
+@example(torch.tensor([0.5, 2.2251e-309], dtype=torch.float64), 0, 0.0)  # division by it is not finite
 @given(some_shares, st.integers(0, 7), st.sampled_from(FACTORS))
 def test_a_move_changes_one_head_and_scales_the_others(shares, head, factor):
     head %= len(shares)
@@ -60,7 +60,7 @@ def make_allocation(*shares, recent=0.0):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_local_search_finds_the_minimum_of_the_loss(seed):
-    """The loss of each head falls with its keys, some far more than others: the best shares are known in closed form."""
+    """Each head's loss falls with its keys, at different rates: the best shares are known in closed form."""
     weights = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(1.5).exp()
     best = weights.sqrt() / weights.sqrt().sum() * 0.8
     start, calls, steps = make_allocation(0.2, 0.2, 0.2, 0.2), [], []
@@ -80,7 +80,7 @@ def test_local_search_finds_the_minimum_of_the_loss(seed):
 
 
 def test_heads_get_windows_where_recent_keys_matter():
-    """One head wants half of its keys to be its last, one all, one none; and the first more of them."""
+    """The best window shares of three heads are a half, all and none, and the first head needs more keys."""
     wanted = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64)
 
     def loss(allocation):

@@ -1,4 +1,4 @@
-"""Decoding by the compiled step: the same logits, cache and text as the model gives under the same plan."""
+"""The compiled decode step gives the logits, cache and text of the model under the same plan."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def prompt(tokens, seed=0):
 
 
 def cache_contents(group):
-    """Scores, and what is in the anchors and in the ring: one cache may have made more room ahead than another."""
+    """Return scores, prefix slots and ring contents without spare slots, whose number may differ between caches."""
     ring = slice(group.prefix_slots, group.prefix_slots + group._held())
     buffers = group.keys, group.values, group.visible
     top_k = int((group.scores[0, 0] > float("-inf")).sum())
@@ -52,7 +52,7 @@ def test_steps_equal_the_model(family, length):
     for seed in range(3):
         model = tiny(family, seed=seed)
         plan, ids = random_plan(model, seed), prompt(length + 2 * AHEAD + 5, seed)
-        if seed == 2:  # top-k keys whose slots grow with the text
+        if seed == 2:  # top-k slots grow with the sequence
             plan = random_plan(model, seed, lambda _: Pattern(2, 200, 9))
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
@@ -64,7 +64,7 @@ def test_steps_equal_the_model(family, length):
                     expected = model(torch.tensor([[token]]), **cache_argument(theirs)).logits[:, -1]
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
         same_state(ours, theirs)
-        with headsink.apply(model, plan), torch.no_grad():  # and the model goes on from it
+        with headsink.apply(model, plan), torch.no_grad():  # the model continues from it
             found, expected = (model(ids[:, :9], **cache_argument(one)).logits for one in (ours, theirs))
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
@@ -94,7 +94,7 @@ def test_batches_of_sequences(family, texts):
                 for column in range(length, ids.shape[1] - 5):
                     found, expected = step.run(ids[:, column]), read(theirs, column, column + 1)
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
-            found, expected = (read(one, ids.shape[1] - 5, ids.shape[1]) for one in (ours, theirs))  # goes on from it
+            found, expected = (read(one, ids.shape[1] - 5, ids.shape[1]) for one in (ours, theirs))  # continues from it
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
@@ -140,7 +140,7 @@ def test_a_compressed_cache_keeps_growing():
 
 
 def test_steps_and_forward_passes_alternate():
-    """Each makes room in buffers whose addresses the other has read."""
+    """Each grows buffers whose addresses the other has read."""
     model = tiny("llama")
     plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
@@ -290,7 +290,7 @@ def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
     with headsink.apply(model, plan):
         found = [model.generate(ids, **given, eos_token_id=list(range(3, 30)), **loop) for loop in ({}, DECODE)]
     assert torch.equal(*found)
-    assert (found[0][:, -9:] == 3).any()  # the first of the tokens that end a text fills it up
+    assert (found[0][:, -9:] == 3).any()  # ended sequences are padded with the first end token
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row for the batch", "as many rows"])
@@ -363,7 +363,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask, said):
     with pytest.raises(HeadsinkError, match=said):
         headsink.generate_lossless(model, plan, ids, attention_mask=mask, **options)
     with pytest.raises(HeadsinkError, match="pads on the right"), headsink.apply(model, plan):
-        model.generate(ids * RIGHT, **options, **DECODE)  # of which transformers makes the mask
+        model.generate(ids * RIGHT, **options, **DECODE)  # from which transformers makes the mask
 
 
 def test_a_prompt_that_is_already_cached_is_refused():

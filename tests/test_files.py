@@ -1,4 +1,4 @@
-"""Nothing is replaced or removed that headsink did not write, and what cannot be written is one line."""
+"""headsink replaces and removes only files that it wrote, and reports unwritable outputs in one line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ESCAPES = "a\x1b]0;title\x07b\nc\u202ed\u2028e"
 
 @contextmanager
 def full_disk(bytes_left=1000):
-    """A limit on the size of files stands in for the end of the disk: the system call fails in the same way."""
+    """Simulate a full disk by a limit on the size of files: the system call fails in the same way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
     try:
@@ -112,7 +112,7 @@ def test_unwritable_outputs_are_refused_before_the_work():
         files.check_file("/dev/null/plan.json")
 
 
-# files of others
+# foreign files
 
 
 OWN = {
@@ -178,7 +178,11 @@ def test_foreign_files_stay_in_a_rewritten_folder(tmp_path):
     assert (tmp_path / "f" / "sub" / "thesis").read_text() == "mine"
     (tmp_path / "f" / "sub" / "thesis").unlink()
     (tmp_path / "f" / "sub").rmdir()
-    assert contents(tmp_path / "f") == {"a": "2", "c": "2", "notes": "mine"}  # b was listed, and is not any more
+    assert contents(tmp_path / "f") == {
+        "a": "2",
+        "c": "2",
+        "notes": "mine",
+    }  # b was in the old list and is not in the new one
     assert json.loads((tmp_path / "f" / "m.json").read_text())["files"] == ["a", "c", "m.json"]
 
 
@@ -207,7 +211,7 @@ def test_a_folder_without_a_file_list_is_foreign(marker, tmp_path):
 
 
 def test_an_empty_folder_is_filled_in_place(tmp_path, monkeypatch):
-    """It may be a mounted one, or the one that the shell stands in: it cannot be moved."""
+    """It may be a mount point or the shell's working directory, which cannot be moved."""
     monkeypatch.chdir(tmp_path)
     before = Path().stat().st_ino
     fill(".", a="1")
@@ -229,7 +233,7 @@ def test_permissions_follow_the_umask(tmp_path):
 
 
 def test_the_umask_is_never_changed(tmp_path, monkeypatch):
-    """It belongs to the process: set to 0 for a moment, other threads make files that everybody may write to."""
+    """The umask belongs to the process: if it were 0 for a moment, other threads could create world-writable files."""
     monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
     files.write_text(tmp_path / "a", "x")
     fill(tmp_path / "f", a="1")

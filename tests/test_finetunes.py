@@ -34,7 +34,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj"]
 
 
 def lora(model, **options):
-    """The model with an adapter that does something."""
+    """The model with an adapter that changes its outputs."""
     options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
     wrapped = get_peft_model(model, LoraConfig(**options)).eval()
     for name, parameter in wrapped.named_parameters():
@@ -54,7 +54,7 @@ def process_group(tmp_path):
 
 
 def wrappers_of(model):
-    """Wrappers that change nothing of a model, one in the other too."""
+    """Wrappers that do not change a model's outputs, also nested."""
     frozen = get_peft_model(model, LoraConfig(target_modules=TARGETS))
     frozen.disable_adapter_layers()
     return {
@@ -99,7 +99,7 @@ def test_compiled_layers_are_found():
 
 def test_a_subclass_is_named_by_its_transformers_class():
     class Own(LlamaForCausalLM):
-        """What somebody adds to a model."""
+        """A user's subclass of a model."""
 
     model = tiny("llama")
     plan = random_plan(model, 1)
@@ -122,7 +122,7 @@ def test_an_active_adapter_changes_the_fingerprint():
     model = tiny("llama")
     plan = random_plan(model, 1)
     wrapped = lora(model)
-    for tuned in (wrapped, wrapped.base_model, model):  # PEFT changes the model that it is given
+    for tuned in (wrapped, wrapped.base_model, model):  # PEFT changes the model in place
         with pytest.raises(HeadsinkError, match="without its adapter, which makes it a fine-tune: use plan") as error:
             plan.check(tuned)
         assert "\n" not in str(error.value)
@@ -185,7 +185,7 @@ def test_prompt_tuning_is_an_adapter(config):
     wrapped = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(HeadsinkError, match="without its adapter"):
         plan.check(wrapped)
-    assert plan.check(wrapped.get_base_model())  # which knows nothing of the prompt
+    assert plan.check(wrapped.get_base_model())  # the base model is unaffected by the prompt
 
 
 def test_injected_and_mixed_adapters_are_detected():
@@ -211,7 +211,7 @@ def test_the_decode_step_refuses_an_adapter():
         assert "merge_and_unload" in refusal(lora(tiny("llama", dtype=dtype)))
 
 
-# other weights, when the user says so
+# other weights, on request
 
 
 def fine_tuned(model):
@@ -316,7 +316,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def base_plan(tiny_folder, tmp_path):
-    """The plan of a model that the one in the folder could be a fine-tune of."""
+    """The plan of a model of which the one in the folder could be a fine-tune."""
     plan = Plan.uniform(fine_tuned(headsink.load(tiny_folder, device="cpu")[0]), Pattern(4, 0, 64))
     return plan.save(tmp_path / "base.json")
 
@@ -359,7 +359,7 @@ def test_other_weights_needs_a_plan(run, tiny_folder, command):
 def test_float16_of_the_same_weights_is_the_same_model(family, kind):
     for seed in range(2):
         model = tiny(family, seed, dtype=kind)
-        with torch.no_grad():  # some that float16 has only as subnormal numbers, or as zero
+        with torch.no_grad():  # some are subnormal or zero in float16
             for parameter in model.parameters():
                 parameter.flatten()[::7] *= 10.0 ** -torch.randint(0, 12, parameter.flatten()[::7].shape)
         half = copy.deepcopy(model).half()
@@ -401,7 +401,7 @@ def test_a_plan_without_a_float16_hash_is_refused_for_float16():
 
 
 def test_linear_layers_of_codes_are_a_quantised_copy():
-    """As bitsandbytes and FP8 have them: a matrix of 8-bit codes, and what scales them."""
+    """As in bitsandbytes and FP8: a matrix of 8-bit codes, and scales."""
     model = tiny("llama")
     plan, other = random_plan(model, 1), tiny("llama", seed=1)
     for found in (model, other):

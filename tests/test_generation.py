@@ -1,4 +1,4 @@
-"""Generation under a plan that is made for prompts which are compressed once."""
+"""Generation under plans for prefill compression."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from headsink.models.transformers_names import cache_argument
 
 
 def is_greedy(model, plan, ids, answer, freeze):
-    """Whether an answer at the end of `ids` is the reference's greedy one, nothing being let go from column `freeze` on."""
+    """Return whether the answer at the end of `ids` is the reference's greedy one, without eviction from column `freeze` on."""
     logits = reference_logits(model, plan, torch.tensor([ids]), freeze=freeze, prefill_compression=freeze is not None)[
         0, -len(answer) - 1 : -1
     ]

@@ -1,4 +1,4 @@
-"""What a layer of the cache holds and attends to equals the reference in float64, with rings that wrap many times."""
+"""A cache layer's contents and attention equal the reference in float64, with rings that wrap many times."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ windowed = st.builds(
 
 
 def text(batch, kv_heads, group, length, seed, dtype=torch.float64):
-    """Queries, keys, values, and weights of the keys' scores."""
+    """Return queries, keys, values and scorer weights."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, kv_heads * group, length, DIM, generator=generator, dtype=dtype)
     key, value = (torch.randn(batch, kv_heads, length, DIM, generator=generator, dtype=dtype) for _ in "kv")
@@ -101,7 +101,7 @@ def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, s
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor that is created."""
 
     elements = 0
 
@@ -147,7 +147,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes
 )
 @settings(max_examples=200, deadline=None)
 def test_cropped_tokens_leave_no_trace(patterns, pads, steps, seed):
-    """While recording: after each forward some of its tokens are taken back, and others come in their place."""
+    """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
     length = 25 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
     layer, padding, start = PlanLayer(patterns, weights), padding_of(pads), 20
@@ -170,7 +170,7 @@ def test_cropped_tokens_leave_no_trace(patterns, pads, steps, seed):
 
 
 class Writes(TorchDispatchMode):
-    """Look at every indexed write: a place that is written twice in one is undefined on a GPU."""
+    """Check every indexed write: writing an index twice in one call is undefined on a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_):
@@ -201,7 +201,7 @@ def test_reordered_rows_keep_their_scores():
     close(torch.cat(output, 2), expected, pads, 100)
 
 
-# hold
+# freeze
 
 
 @given(
@@ -234,7 +234,7 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(patterns, pads, sizes, freeze
         outputs.append(attend(layer, *mixed, padding, 0, tokens)[:, :, :right])
         layer.crop(right - tokens)
         start += right
-        layer.freeze()  # again: nothing changes
+        layer.freeze()  # a second call changes nothing
     outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
     expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
@@ -281,9 +281,9 @@ def test_a_reset_layer_evicts_again():
 
 
 def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden):
-    """One head of a row, one key at a time: attention in which the columns `hidden` are not seen from column `start_hidden` on.
+    """Simulate one head of a row key by key: attention without the columns `hidden` from column `start_hidden` on.
 
-    They are tokens until then, and keep their places in the window after that.
+    Before that they are visible tokens; after that they still occupy slots of the window.
     """
     scores = key_scores(key[None, None], value[None, None], weights[None])[0, 0]
     window = len(key) if pattern.window is None else pattern.window
@@ -317,7 +317,7 @@ def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden
 )
 @settings(max_examples=150, deadline=None)
 def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, dtype, seed):
-    """A row of a batch whose turn ended early: what was appended to it is hidden when the next turn begins."""
+    """A row of a batch whose turn ended early: the tokens appended after its end are hidden when the next turn starts."""
     start_hidden = end + count + 2
     length, pad = start_hidden + 60, min(pad, end - 1)
     query, key, value, weights = text(2, len(patterns), 1, length, seed, dtype)

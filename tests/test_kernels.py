@@ -122,7 +122,7 @@ print(torch.get_num_threads(), numba.get_num_threads())
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_compiled_calls_do_not_change_torch_threads(threads):
-    """In a fresh process: it is the first call that starts numba's own."""
+    """In a fresh process, because the first call starts numba's threads."""
     command = [sys.executable, "-c", THREADS.format(threads=threads)]
     environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout

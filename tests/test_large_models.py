@@ -1,4 +1,4 @@
-"""Models larger than memory: what is measured does not depend on where the weights are."""
+"""Models larger than memory: measurements do not depend on where the weights are."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FAMILIES = ("llama", "qwen3", "gemma3")
 
 
 def saved(folder, family, tokenizer):
-    """A tiny model in a folder, and where its parts go if the first layer alone has room in memory."""
+    """A tiny model in a folder, and its device map if only the first layer fits in memory."""
     model = tiny(family)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
@@ -53,7 +53,7 @@ def test_auto_offloads_what_does_not_fit(tmp_path, tokenizer, share, places):
     assert set(offloaded.hf_device_map.values()) == places
     assert input_device(offloaded) == torch.device("cpu")
     assert weights_hash(offloaded) == weights_hash(whole)
-    assert list((tmp_path / "offload").iterdir()) == []  # safetensors are read where they are
+    assert list((tmp_path / "offload").iterdir()) == []  # safetensors files are read in place
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(offloaded(ids.to(input_device(offloaded))).logits, whole(ids).logits)

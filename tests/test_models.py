@@ -1,4 +1,4 @@
-"""Loading: what is there loads, what is not gets one clear line, and nothing goes to the network unasked."""
+"""Loading models: present files load, missing ones give one clear line, and nothing uses the network without a request."""
 
 import socket
 
@@ -34,7 +34,7 @@ def test_built_in_model_loads_without_a_network(smollm2, no_network):
 
 
 def test_converted_files_are_checked_and_repaired(tmp_path, monkeypatch):
-    """A damaged file in the cache folder is noticed by its hash and made again."""
+    """A damaged file in the cache folder is detected by its hash and converted again."""
     monkeypatch.setenv("HEADSINK_CACHE", str(tmp_path))
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
@@ -168,7 +168,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
 
 
 def test_split_files_are_joined_before_conversion(tmp_path, monkeypatch):
-    """As the packages of gemma3-270m have it; and a file that wants a first token gets it."""
+    """As in the packages of gemma3-270m; a file that needs a first token gets it."""
     write_gguf(tmp_path / "tiny.gguf")
     whole = (tmp_path / "tiny.gguf").read_bytes()
     folders = [tmp_path / "tiny_part0", tmp_path / "tiny_part1"]

@@ -1,4 +1,4 @@
-"""A plan holds for a model in every thread, and a pass that does not follow it raises."""
+"""A plan applies to a model in every thread, and a forward pass that does not follow it raises."""
 
 import asyncio
 import contextvars
@@ -42,7 +42,7 @@ def generated(model, ids, **options):
 
 
 def expected(plan, ids):
-    """Greedy tokens of the reference, which masks every head over the whole text and has no cache."""
+    """Return the greedy tokens of the reference, which masks every head over the whole text without a cache."""
     twin = tiny("llama")
     for _ in range(TOKENS):
         ids = torch.cat([ids, reference_logits(twin, plan, ids)[:, -1:].argmax(-1)], 1)
@@ -70,7 +70,7 @@ def replace_the_attention_of_a_layer(model, monkeypatch):
 
 
 def pass_the_cache_by(model, monkeypatch):
-    """A layer that keeps keys of its own."""
+    """Replace a layer by one with its own key storage."""
     own, whole = DynamicCache(), model.model.layers[2].self_attn.forward
     monkeypatch.setattr(
         model.model.layers[2].self_attn, "forward", lambda *a, **k: whole(*a, **(k | cache_argument(own)))
@@ -78,7 +78,7 @@ def pass_the_cache_by(model, monkeypatch):
 
 
 def hand_the_cache_on_in_another_way(model, monkeypatch):
-    """What a new transformers may do: the argument that headsink fills has another name."""
+    """A possible new transformers: the argument that headsink fills has another name."""
     monkeypatch.setattr("headsink.attention.passes.with_cache", lambda module, arguments, cache: arguments)
 
 
@@ -99,7 +99,7 @@ def test_a_pass_that_does_not_follow_the_plan_raises(model, broken, monkeypatch)
         broken(model, monkeypatch)
         with pytest.raises(HeadsinkError, match=BROKEN[broken]):
             model(ids)
-        if broken is hand_the_cache_on_in_another_way:  # `generate` brings a cache, and that becomes the plan's
+        if broken is hand_the_cache_on_in_another_way:  # `generate` creates a cache, which is converted to the plan's
             assert torch.equal(generated(model, ids), expected(plan, ids))
         else:
             with pytest.raises(HeadsinkError, match=BROKEN[broken]):
@@ -231,12 +231,12 @@ def test_a_thread_between_two_plans_raises(model):
 
 
 def stream(model, plan, ids):
-    """Texts and tokens as a web application gives them: a generator that enters the block."""
+    """Stream texts and tokens as a web application does: a generator that enters the block."""
     with headsink.apply(model, plan):
         for _ in range(2):
             cache, new = None, ids
             for _ in range(TOKENS):
-                with torch.no_grad():  # not around a yield: it belongs to a thread
+                with torch.no_grad():  # not around a yield, because it is a setting of the thread
                     read = model(new, **cache_argument(cache))
                 cache, new = returned_cache(read), read.logits[:, -1:].argmax(-1)
                 yield new
@@ -272,7 +272,7 @@ def test_a_dropped_generator_leaves_no_plan_applied(model):
 
 
 def test_a_thread_whose_block_is_left_raises(model):
-    """The pass that is under way is finished under the plan; the next one raises."""
+    """The current pass finishes under the plan; the next one raises."""
     plan, ids, streamer = random_plan(model, 1), prompt(1), Paced()
     errors = []
 
@@ -310,7 +310,7 @@ class Paced:
 
 
 def test_the_cache_of_an_interrupted_pass_is_refused(model, monkeypatch):
-    """ctrl-C in a pass: torch runs no hooks then, and the cache is half filled."""
+    """After ctrl-C in a pass, torch runs no hooks and the cache is partly filled."""
     plan, ids, cache = random_plan(model, 1), prompt(), headsink.new_cache(model, random_plan(model, 1))
 
     def interrupted(*_, **__):
@@ -437,7 +437,7 @@ def test_autocast_attends_in_its_dtype(model):
 
 
 def test_gradients_reach_every_weight_under_a_plan(model):
-    """The same as through the reference, for a prompt of several tokens and top-k keys."""
+    """Gradients equal those of the reference, for a prompt of several tokens and top-k keys."""
     plan = Plan.of(model, [[Pattern(1, 5, 8), Pattern()]] * 3, random_scores(model))
     ids, twin = prompt(), tiny("llama")
     with headsink.apply(model, plan):

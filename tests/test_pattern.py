@@ -1,4 +1,4 @@
-"""The definition, against its own sentence read key by key."""
+"""The mask equals the definition applied key by key."""
 
 import pytest
 import torch

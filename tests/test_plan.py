@@ -1,4 +1,4 @@
-"""Plan files: what is saved comes back; what is wrong is named."""
+"""Plan files: saved plans load equal; errors name the wrong field."""
 
 import json
 
@@ -168,7 +168,7 @@ def test_a_plan_for_a_sliding_layer_is_refused():
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
 
 
-# files of others
+# foreign files
 
 
 def refused(tmp_path, text):
@@ -265,7 +265,7 @@ def test_values_of_another_length_belong_to_other_weights(tmp_path):
             plan.check(tiny("llama").half())
 
 
-# what a person sees
+# printed form
 
 
 def test_a_plan_is_described_in_five_lines():

@@ -1,4 +1,4 @@
-"""Contexts that are kept in files: what comes after them is as if they had just been read."""
+"""Saved prefixes: continuations are the same as after reading the context."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ def text(seed=0, tokens=LENGTH, rows=1):
 
 @torch.no_grad()
 def read(model, plan, ids, mask=None):
-    """Under the plan, or in full and compressed once."""
+    """Prefill a text under the plan, or in full attention with prefill compression."""
     options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     if plan.prefill_compression:
         full = DynamicCache(config=model.config)
@@ -55,7 +55,7 @@ def test_the_exact_flag_is_saved(exact, tmp_path):
 
 @torch.no_grad()
 def continue_from(model, cache, tokens, mask=None):
-    """Logits of what comes after: some tokens at once, then one by one."""
+    """Return the logits of a continuation: some tokens in one pass, then one by one."""
     found = []
     with headsink.apply(model, cache.plan):
         for part in (tokens[:, :9], *tokens[:, 9:].split(1, 1)):
@@ -94,7 +94,9 @@ def test_a_saved_prefix_continues_like_the_original(family, way, tmp_path):
         assert prefix_text(file) == "once upon"
         assert loaded.get_seq_length() == LENGTH
         assert nbytes(loaded) <= nbytes(cache)  # empty slots are not stored
-        spare = any(head.pattern.full for layer in plan.layers for head in layer or ())  # slots that such heads grow by
+        spare = any(
+            head.pattern.full for layer in plan.layers for head in layer or ()
+        )  # slots by which such heads grow
         assert not spare or nbytes(loaded) < nbytes(cache)
         after = text(9, 30)
         assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
@@ -127,7 +129,7 @@ def test_generate_continues_from_a_file(tmp_path):
 
 
 def test_a_loaded_prefix_can_be_cropped_to(tmp_path):
-    """So that many questions can be asked of one that was loaded once."""
+    """So that many questions can be answered from one loaded prefix."""
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     headsink.save_prefix(file, read(model, random_plan(model, 4), ids), ids)
     cache, _ = headsink.load_prefix(file, model)
@@ -139,13 +141,13 @@ def test_a_loaded_prefix_can_be_cropped_to(tmp_path):
         assert torch.equal(model(question, past_key_values=cache).logits, first)
 
 
-# what is refused
+# refusals
 
 
 def test_a_cache_that_is_not_ready_is_refused(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 1)
-    for other in (model, tiny("gemma3")):  # whose first layer is transformers' own
+    for other in (model, tiny("gemma3")):  # whose first layer's cache is transformers'
         with pytest.raises(HeadsinkError, match="input_ids: 1 x 61 tokens given, the cache has seen 0 x 0"):
             headsink.save_prefix(file, headsink.new_cache(other, random_plan(other, 1)), ids)
     cache = read(model, plan, ids)
@@ -404,7 +406,7 @@ def test_a_sliding_layer_of_other_tokens_is_refused(tmp_path):
         headsink.load_prefix(file, model)
 
 
-# what is not written
+# unsaved states
 
 
 def test_a_cache_with_nan_is_not_saved(tmp_path):
@@ -445,7 +447,7 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-# states that are saved
+# saved states
 
 
 def test_tokens_that_are_hidden_stay_hidden(tmp_path):
@@ -475,7 +477,7 @@ def test_a_cache_frozen_while_empty(tmp_path):
 
 
 def test_a_row_of_padding_only(tmp_path):
-    """After tokens were taken back the padding may be longer than what is left."""
+    """After cropping, the padding may be longer than the remaining tokens."""
     model, ids, file, mask = tiny("llama"), text(rows=2), tmp_path / "prefix.safetensors", torch.ones(2, LENGTH)
     mask[1, :50] = 0
     cache = read(model, random_plan(model, 4, lambda rng: Pattern(2, 3, 200)), ids, mask.long())

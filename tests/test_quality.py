@@ -1,4 +1,4 @@
-"""What a plan is said to cost is what it costs: the same numbers, found the slow way."""
+"""The measured quality of a plan equals the same numbers from one masked pass."""
 
 import re
 
@@ -102,7 +102,9 @@ def test_intervals_contain_the_mean_and_narrow_with_more_text():
         assert found == intervals(documents)
         widths.append(found[0][1] - found[0][0])
     assert widths[1] < 0.4 * widths[0]
-    deviation = torch.cat([d[0] for d in many]).std() / (32 * 255) ** 0.5  # independent tokens: the textbook's interval
+    deviation = (
+        torch.cat([d[0] for d in many]).std() / (32 * 255) ** 0.5
+    )  # the standard interval for independent tokens
     assert widths[1] == pytest.approx(2 * 1.96 * float(deviation), rel=0.25)
     assert intervals([torch.full((1, 255), 0.1, dtype=torch.float64)])[0] == pytest.approx((0.1, 0.1))
 

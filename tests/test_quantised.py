@@ -1,4 +1,4 @@
-"""Models that torchao has quantised run under the plans of their originals, unchanged."""
+"""Models quantised by torchao run under the plans of the original models."""
 
 import sys
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_quantised_copy_runs_under_the_plan(kind):
     with pytest.raises(HeadsinkError, match="other weights: the hash of unquantised is"):
         own.check(other)
     with pytest.raises(HeadsinkError, match="other weights: the hash of weights is"):
-        own.check(tiny("llama"))  # which has other linear layers than the copy that this plan was made for
+        own.check(tiny("llama"))  # its linear layers differ from those of the plan's model
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What a text needs to be importance again, and the weights of keys' scores, against the same found the slow way."""
+"""Importance by context reconstruction and scorer weights equal reference computations."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def measure_importance(model, seed=0):
 
 @torch.no_grad()
 def reference_importance(family, ids):
-    """One pass of the model over document, prompt and span for each span: log of attention, [layers, KV heads, keys]."""
+    """Compute importance by one pass over document, prompt and span for each span: log attention, [layers, KV heads, keys]."""
     model, found = tiny(family, dtype=torch.float64, attention="eager"), []
     prompt, kv_heads = letters(PROMPT, add_special_tokens=False)["input_ids"], model.config.num_key_value_heads
     for span in spans(len(ids)):
@@ -93,7 +93,7 @@ def test_spans_of_a_long_document_are_evenly_spaced():
 
 
 def slow_ridge(features, targets):
-    """Least squares with a row for each key, as heavy as its attention ** WEIGHT, and one for the penalty of each feature."""
+    """Least squares with a row per key, weighted by attention ** WEIGHT, and a row per feature for its penalty."""
     weight = (WEIGHT * targets).exp()
     weight = weight / weight.sum()
     features, targets = features - weight @ features, targets - weight @ targets
@@ -128,12 +128,12 @@ def test_scorer_weights_are_rounded_and_scaled_to_1(family):
     for layer in fit([replay], [importance])[[window is None for window in replay.shape.windows]]:
         for head in layer.tolist():
             assert max(map(abs, head)) == 1
-            assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as a plan writes them
+            assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as written in a plan
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_a_linear_rule_is_recovered(family):
-    """And it orders the keys of another document."""
+    """The rule also orders the keys of another document."""
     model = tiny(family)
     *replays, other = (Replay(model, random_document(seed)) for seed in range(3))
     planned = [layer for layer, window in enumerate(other.shape.windows) if window is None]

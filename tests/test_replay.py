@@ -1,4 +1,4 @@
-"""Branches run over a document that was read once: the same numbers, found the slow way in one pass over both."""
+"""Replays of branches over a cached document equal one masked pass over both."""
 
 import random
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def everything(shape):
 
 
 def any_pattern(rng):
-    """More kinds than a plan has: windows that end in a branch, in the document, before it; more top-k keys than tokens."""
+    """More patterns than plans have: windows that end in a branch, in the document or before it; more top-k keys than tokens."""
     if rng.random() < 0.1:
         return FULL
     top_k, window = rng.choice([0, 1, 3, 30, 300]), rng.choice([0, 1, 2, 7, 20, 100, LENGTH, LENGTH + 5, 300])
@@ -60,19 +60,19 @@ def random_weights(shape, seed=0):
 
 
 def replayed(model, seed=0, freeze=False):
-    """A replay, with weights of keys' scores by lot."""
+    """Return a replay with random scorer weights."""
     replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
     replay.set_scores(weights)
     return replay, weights
 
 
-# the slow way: one pass over document and branch, in which only the branch's queries are under patterns
+# reference: one pass over document and branch, in which only the branch's queries are masked by patterns
 
 _running = []
 
 
 def _masked(query, key, value, masks, scaling, softcap, sink_logits):
-    """The last queries over all keys. masks: bool [queries, keys] of each KV head."""
+    """Attention of the last queries over all keys. masks: bool [queries, keys] of each KV head."""
     group = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for head, mask in enumerate(masks):
@@ -83,7 +83,7 @@ def _masked(query, key, value, masks, scaling, softcap, sink_logits):
 
 
 def branch_mask(pattern, scores, slides, freeze):
-    """What the queries after the document see, by the definition: bool [queries, keys]. scores: float [keys]."""
+    """Return the definition's mask of the queries after the document, bool [queries, keys]. scores: float [keys]."""
     tokens = torch.arange(len(scores))
     if slides or not freeze:
         return visible(pattern, tokens[LENGTH:], tokens, scores)
@@ -128,7 +128,7 @@ def reference(model, *how):
 
 @torch.no_grad()
 def plain_log_probs(model, document):
-    """Of the scored tokens of all branches, by a pass of the model over document and branch for each."""
+    """Return log-probabilities of the scored tokens of all branches, by one pass over document and branch for each."""
     found = []
     for ids, scored in branches(document):
         logits = model(torch.tensor([document.ids + ids]), use_cache=False).logits[0, -scored - 1 : -1]
@@ -161,12 +161,12 @@ def test_a_replay_with_full_heads_equals_the_model(family, precise):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_16_bit_keys_and_values_are_close_to_the_model(family):
-    """bfloat16 has 8 bits of mantissa: each key and value of the document is off by 1/512 at most, and as often up as down."""
+    """bfloat16 has 8 bits of mantissa: each key and value of the document has a relative error of at most 1/512, up or down."""
     model, document = tiny(family), random_document()
     moved = (Replay(model, document).full - plain_log_probs(model, document)).abs()
     assert 0 < float(moved.mean()) < 0.02
     windows = [[Pattern(2, 0, 17)] * describe(model).kv_heads if w is None else None for w in describe(model).windows]
-    if any(windows):  # a pattern moves it by far more
+    if any(windows):  # a pattern changes it by far more
         by_pattern = Replay(model, document).log_probs(windows) - plain_log_probs(model, document)
         assert float(by_pattern.abs().mean()) > 4 * float(moved.mean())
 
@@ -268,7 +268,7 @@ def test_a_document_without_questions_has_the_loss_of_its_text():
 
 
 def loss_along(replay, patterns, layer, head, option, share):
-    """The loss with the output of one head moved a share of the way to that of another pattern."""
+    """Return the loss with one head's output interpolated towards that of another pattern."""
     group = replay.shape.group
     rows = slice(head * group, (head + 1) * group)
 
@@ -291,7 +291,7 @@ def test_gradients_are_finite_differences(family, precise):
         found = replay.marginals(patterns, OPTIONS, WEIGHT)
         assert found.loss == pytest.approx(float(replay.loss(replay.log_probs(patterns), WEIGHT)), rel=1e-9)
         assert float(found.gradient.abs().max()) > 1e-3
-        # A smaller share drowns in the rounding of norms, which are in float32; by a larger one other keys may float.
+        # With a smaller step, rounding of the float32 norms dominates; with a larger one, other top-k keys may be chosen.
         rng, share = random.Random(seed), 0.001
         for _ in range(6):
             layer, head, n = rng.choice(planned), rng.randrange(replay.shape.kv_heads), rng.randrange(len(OPTIONS))
@@ -351,7 +351,7 @@ def test_a_heads_current_pattern_has_zero_cost(family):
 
 @pytest.mark.parametrize("family", SOME)
 def test_gradients_from_16_bits_are_close(family, monkeypatch):
-    """Differences of outputs are kept in bfloat16: off by 1/512 at most, which the sum over tokens cannot make more of."""
+    """Output differences are stored in bfloat16: relative error at most 1/512, which the sum over tokens cannot increase."""
     replay, _ = replayed(tiny(family))
     patterns = random_patterns(replay.shape, 1)
     found = replay.marginals(patterns, OPTIONS, WEIGHT)

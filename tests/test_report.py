@@ -1,4 +1,4 @@
-"""The report: self-contained, escaped, small, and an instrument that works by mouse and by keyboard."""
+"""The report page: self-contained, escaped, small, and usable by mouse and by keyboard."""
 
 import base64
 import gzip
@@ -22,14 +22,14 @@ from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_v
 from headsink.utils.format import share
 
 MARKUP = "<img src=x onerror=alert(1)></script>"
-KIND = "<img src=x onerror=alert(1)>"  # a kind of text may not hold a slash
+KIND = "<img src=x onerror=alert(1)>"  # the name of a domain must not contain a slash
 LAYERS, HEADS = 3, 4
 SHAPES = {"svg", "g", "path", "rect", "text", "line", "defs", "linearGradient", "stop", "clipPath"}
 needs_browser = pytest.mark.skipif(not INSTALLED, reason="no chromium and chromedriver here: the page is not opened")
 
 
 class Markup:
-    """A tokenizer whose every token is markup, as a prompt may hold."""
+    """A tokenizer whose tokens are all markup, as a prompt may contain."""
 
     chat_template = None
 
@@ -46,12 +46,12 @@ def census():
     letters = [chr(40 + 7 * n % 61) for n in range(400)]
     texts = {
         "prose": ["".join(letters[:220]), "".join(letters[100:320])],
-        "markup": ["".join(letters[50:280]), "".join(letters[9:90])],  # the second does not reach every length
+        "markup": ["".join(letters[50:280]), "".join(letters[9:90])],  # the second is shorter than some lengths
         "short": ["".join(letters[7:80])],
     }
     found = headsink.analyze(tiny("llama"), Markup(), texts=texts, lengths=(16, 64, 200), progress=False)
     found.settings["model"]["name"] = f"tiny {MARKUP}"
-    for text in found.settings["texts"]:  # `analyze` need not take what a file may hold
+    for text in found.settings["texts"]:  # a file may contain names that `analyze` refuses
         text["domain"] = text["domain"].replace("markup", KIND)
     return found
 
@@ -71,12 +71,12 @@ def comparison(folder, tmp_path_factory):
 
 
 def markup_free(page):
-    """The page without what its own scripts and style sheet say."""
+    """Return the page without its scripts and style sheet."""
     return re.sub(r"<(script|style)\b[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
 
 
 def unpack(page, name):
-    """What views.packed wrote into a script element."""
+    """Decode what views.packed wrote into a script element."""
     raw = gzip.decompress(base64.b64decode(re.search(f'id="{name}">([^<]*)<', page)[1]))
     size = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + size])
@@ -265,7 +265,7 @@ def choose(page, menu, value):
 
 
 def middle(page, layer, head):
-    """Where a head lies on the map, in the viewport."""
+    """Return the viewport coordinates of a head on the map."""
     return page.run(
         "const cell = document.querySelectorAll('#map .layer_0_marks path')[arguments[0]];"
         "cell.scrollIntoView({block: 'center'});"

@@ -1,4 +1,4 @@
-"""Contexts that are told again before they are compressed: scores and fitted values, against the same found the slow way."""
+"""Context reconstruction at prefill: scores and refitted values equal reference computations."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def plan_for(model, seed=1, **fields):
 
 @torch.no_grad()
 def passes(model, ids):
-    """One pass over everything for each span: where it lies, and what each layer computed with."""
+    """Yield each span with the attention inputs of every layer, from one pass over everything."""
     for start in range(0, len(ids), reconstruction.SPAN):
         span = range(start, min(start + reconstruction.SPAN, len(ids)))
         seen = []
@@ -57,7 +57,7 @@ def passes(model, ids):
 
 
 def attention(inputs, head, group, hidden):
-    """Of the query heads of a KV head: [group, tokens, tokens], nothing on columns that are `hidden`."""
+    """Return the attention of a KV head's query heads, [group, tokens, tokens], zero on columns that are `hidden`."""
     rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
     seen = ~(hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1))
     sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[rows]
@@ -226,7 +226,7 @@ def test_the_context_must_be_given_and_match():
         headsink.compress(model, plan, cache)
     with pytest.raises(HeadsinkError, match=r"input_ids: \[1, 60\]"):
         headsink.compress(model, plan, cache, input_ids=ids[:, 1:])
-    assert cache.get_seq_length() == LENGTH  # nothing was taken
+    assert cache.get_seq_length() == LENGTH  # it is unchanged
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -236,6 +236,6 @@ def test_value_refitting_is_optional(family):
     before = [layer.values.clone() for layer in cache.layers]
     scores = reconstruction.reconstruct(model, plan.model_copy(update={"refit_values": False}), cache, ids)
     assert all(torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))
-    refitted = reconstruction.reconstruct(model, plan, cache, ids)  # which they are not otherwise; scores are the same
+    refitted = reconstruction.reconstruct(model, plan, cache, ids)  # refits the values; scores are the same
     assert all(torch.equal(scores[layer], refitted[layer]) for layer in scores)
     assert any(not torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))

@@ -1,4 +1,4 @@
-"""Positions counted in the cache: the same as StreamingLLM written out, far past the model's maximum."""
+"""Cache-relative positions equal a reference of StreamingLLM, far past the model's maximum."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
 
 
 def rotate(model, vectors, positions, sign=1):
-    """By transformers' own cos and sin. vectors: [..., tokens, dim]; positions: [tokens]."""
+    """Rotate vectors by transformers' cos and sin. vectors: [..., tokens, dim]; positions: [tokens]."""
     rotary = decoder(model).rotary_emb
     kind = ("full_attention",) if hasattr(rotary, "layer_types") else ()
     cos, sin = rotary(torch.empty(0, dtype=torch.float64), positions[None], *kind)
-    if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one of each pair
+    if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one value per pair
         cos, sin = (torch.cat([t, t], -1) for t in (cos, sin))
-    size = getattr(rotary, "attention_scaling", 1.0)  # of yarn, which keys and queries have on top
+    size = getattr(rotary, "attention_scaling", 1.0)  # yarn's extra scaling of keys and queries
     cos, sin = cos[0] / size, sin[0] / size * sign
     rotated, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, -1)
@@ -37,7 +37,7 @@ def rotate(model, vectors, positions, sign=1):
 
 
 def streaming(model, plan, ids, mask):
-    """Logits as the definition says: every query, and every key that it sees, rotated by its place among those keys."""
+    """Return logits by the definition: every query and its visible keys are rotated by their index among those keys."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         heads = plan.layers[module.layer_idx]
@@ -48,7 +48,7 @@ def streaming(model, plan, ids, mask):
         for row in range(len(query)):
             first = 0 if mask is None else int(mask[row].int().argmax())
             positions = torch.arange(query.shape[2] - first)
-            q, k = (rotate(model, t[row, :, first:], positions, -1) for t in (query, key))  # as before rotation
+            q, k = (rotate(model, t[row, :, first:], positions, -1) for t in (query, key))  # undo the rotation
             for i in range(len(positions)):
                 for n, pattern in enumerate(head.pattern for head in heads):
                     seen = torch.tensor(
@@ -56,7 +56,7 @@ def streaming(model, plan, ids, mask):
                     )
                     if len(seen):
                         rows = slice(n * group, (n + 1) * group)
-                        # A head without a window is one past the first tokens, if it can see itself no more.
+                        # A head without a window has its query one past the sink tokens, if it does not attend to itself.
                         at = torch.tensor([len(seen) - 1])
                         own, keys = (
                             rotate(model, q[rows, i : i + 1], at),
@@ -150,7 +150,7 @@ def test_a_sequence_within_its_window_equals_the_model():
 
 
 def test_no_distance_exceeds_the_cache():
-    """A text that goes on with the same token has the same logits again and again, however far it goes."""
+    """A text that repeats one token has the same logits at any length."""
     model = tiny("llama", dtype=torch.float64)
     plan, ids = Plan.uniform(model, Pattern(4, 0, 12), positions="cache-relative"), torch.full((1, 3000), 7)
     found, cache = feed(model, plan, ids, [500])

@@ -1,4 +1,4 @@
-"""A model under a plan equals the reference, however the text is fed; an all-full plan is the model."""
+"""A model under a plan equals the reference for any division into chunks; an all-full plan equals the model."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 def feed(model, plan, ids, sizes, mask=None, freeze=None, exact=True):
-    """Logits of `ids` given to the model in pieces of `sizes` (the last size repeats), held from a column on."""
+    """Return the logits of `ids` fed in chunks of `sizes` (the last size repeats), frozen from a column on."""
     cache, parts, start = headsink.new_cache(model, plan, exact), [], 0
     sizes = list(sizes)
     with headsink.apply(model, plan), torch.no_grad():
@@ -70,7 +70,7 @@ def test_any_plan_equals_the_reference(family, way, padding):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_any_plan_equals_the_reference_with_kernels(family, way, padding):
-    """float64 goes through torch; float32 through what is compiled."""
+    """float64 runs in torch, float32 in compiled kernels."""
     model, exact = tiny(family), tiny(family, dtype=torch.float64)
     for seed, freeze in enumerate((None, 45)):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
@@ -243,7 +243,7 @@ def test_a_short_sequence_allocates_few_top_k_slots():
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_a_copy_of_a_cache_is_independent(tokens):
-    """As transformers' own examples do with a prompt that many texts begin with."""
+    """As in transformers' examples of a shared prompt prefix."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 7)
     ids, other = torch.randint(3, 211, (1, 60)), torch.randint(3, 211, (1, 30))
     rests = other, ids[:, 30:]
@@ -345,7 +345,7 @@ def test_generate_with_an_all_full_plan_gives_the_models_tokens(family, how):
 
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate_with_a_plan_equals_the_reference(how):
-    """The logits that `generate` reports for its own output are those of the reference on that output."""
+    """The logits that `generate` returns equal those of the reference on its output."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 4)
     ids, mask = padded()
     options = {"attention_mask": mask, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
@@ -353,7 +353,7 @@ def test_generate_with_a_plan_equals_the_reference(how):
         result = model.generate(ids, **options, **GENERATE[how])
     assert isinstance(returned_cache(result), headsink.cache.PlanCache)
     if how == "beams":
-        return  # its logits are per beam and step; that the beams carry their caches is tested with the full plan
+        return  # its logits are per beam and step; beams with their caches are tested with the full plan
     new = len(result.logits)
     full_mask = torch.cat([mask, torch.ones(3, new, dtype=mask.dtype)], 1)
     expected = reference_logits(model, plan, result.sequences, full_mask)[:, 60:-1]
@@ -375,7 +375,7 @@ def test_beams_keep_their_own_caches():
 
 def test_assisted_decoding_equals_greedy_under_the_plan():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 6)
-    ids = torch.randint(3, 40, (1, 50)).repeat(1, 2)  # repetitive, so that look-up finds candidates
+    ids = torch.randint(3, 40, (1, 50)).repeat(1, 2)  # repetitive, so that prompt lookup finds candidates
     with headsink.apply(model, plan):
         expected = model.generate(ids, max_new_tokens=20, do_sample=False)
         cache = headsink.new_cache(model, plan)
@@ -516,7 +516,7 @@ def test_a_text_beyond_the_verified_length_warns_once(recwarn):
 
 @pytest.mark.parametrize("kind", ["plan", "full", "endless"])
 def test_200_calls_leak_nothing(kind):
-    """Of any tensor, and of what Python holds, from the twentieth call on."""
+    """No tensor and no other Python object is leaked, from the twentieth call on."""
     model = tiny("llama")
     plan = {
         "plan": random_plan(model, 3),
@@ -529,7 +529,9 @@ def test_200_calls_leak_nothing(kind):
             model.generate(ids, max_new_tokens=4, do_sample=False)
         if number in (19, 199):
             gc.collect()
-            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # not proxies of what is gone
+            tensors = [
+                x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)
+            ]  # without proxies of deleted objects
             sizes.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors), len(gc.get_objects())))
     assert sizes[1][0] <= sizes[0][0]
     assert sizes[1][1] <= sizes[0][1]

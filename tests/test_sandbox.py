@@ -1,4 +1,4 @@
-"""What a model's code can do, and that it passes only if its tests ran and held."""
+"""The sandbox: limits of generated code, and a verdict of passed only if all tests ran without an error."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Scores of keys, and which keys they keep."""
+"""Importance scores of keys, and the top-k keys they select."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_feature_pairs_are_those_of_rotary_embedding():
 
 
 def slow_best(held, leaving, gone, top_k):
-    """One query after the other."""
+    """Find the top-k keys query by query."""
     rows = []
     for left in gone.tolist():
         scores = torch.cat([held, leaving], -1)
@@ -69,7 +69,7 @@ def test_equal_scores_do_not_exceed_the_capacity():
     [(0, 1, 1), (3, 40, 2), (5, 0, 3), (7, 20, 0), (2, 300, 5), (0, 500, 130), (140, 260, 140), (4, 30, 90)],
 )
 def test_vectorised_lifetimes_equal_those_of_a_heap(device, before, later, top_k):
-    """Equal scores too: which of them stay must not depend on the machine."""
+    """Also for equal scores: the choice must not depend on the machine."""
     held, leaving = (torch.randint(-9, 10, (2, 2, keys)).float() for keys in (before, later))
     for scores in (held, leaving):
         scores[scores == -9] = float("-inf")

@@ -1,4 +1,4 @@
-"""The choice under a budget against all choices; the search that makes it, step by step."""
+"""The choice of patterns under a budget against all choices, and the steps of the search."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from headsink.eviction.pattern import FULL
 from headsink.models.spec import attention_modules
 
 CONTEXT = 190  # a document of the replays and the longest branch
-SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns are of one size
+SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns have the same size
 LEAST = Pattern(SINK, 0, 8)
 ON_OFF = Pattern(4, 0, 24)
 METHODS = (
@@ -41,7 +41,7 @@ every_family = pytest.mark.parametrize("family", SOME)
 
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch):
-    monkeypatch.setattr(method_module, "ON_OFF", (4, 0, 24))  # 320 tokens are more than these texts
+    monkeypatch.setattr(method_module, "ON_OFF", (4, 0, 24))  # the default of 320 tokens exceeds these texts
 
 
 @cache
@@ -51,7 +51,7 @@ def replays(family):
 
 
 def needs(family, seed=0):
-    """How much 100 keys are needed: by lot, in each head more than in the one before it."""
+    """Return random importance of 100 keys, in each head higher than in the previous one."""
     shape = replays(family)[0].shape
     heads = shape.layers * shape.kv_heads
     need = torch.randn(heads, 100, generator=torch.Generator().manual_seed(seed)) + torch.arange(heads)[:, None] / 2
@@ -65,7 +65,7 @@ def searching(family, method, seed=0):
 
 
 def run(family, method, budget, seed=0):
-    """All steps; a search that never ends fails."""
+    """Return all steps of a search; fails if it does not end."""
     steps = []
 
     def report(step):
@@ -91,7 +91,7 @@ SIZES = torch.tensor([20, 44, 100], dtype=torch.float64)
 
 
 def random_costs(seed, rows=4):
-    """Larger patterns cost less, as a rule; slopes know exceptions."""
+    """Return random costs: larger patterns mostly cost less."""
     cost = torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return cost.sort(-1, descending=True).values if seed % 2 else cost - 0.3
 
@@ -176,7 +176,7 @@ def test_patterns_of_baseline_policies():
 
 @every_family
 def test_layers_become_full_one_by_one(family):
-    """A layer takes more keys than a step spends: the search must still go on, and end."""
+    """A layer needs more keys than a step adds: the search must still continue, and end."""
     layers = sum(window is None for window in replays(family)[0].shape.windows)
     one = (1 + (layers - 1) * ON_OFF.size(CONTEXT) / CONTEXT) / layers
     found = run(family, Method(policy="layer-wise"), one + 0.01)[-1]
@@ -242,7 +242,7 @@ def test_options_are_distinct_and_smaller_than_the_text():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
 def test_a_search_starts_from_importance(family, budget):
-    """Heads get the keys that are among the most needed of all, as far as a share of the budget goes; nearly at best."""
+    """Heads get the most important keys of all within a share of the budget, close to the optimum."""
     made = searching(family, Method(**SMALL))
     start, need = made._start(budget), needs(family)[made.layers].flatten(0, 1)
     least = LEAST.size(CONTEXT) / CONTEXT
@@ -280,7 +280,7 @@ def test_without_importance_a_search_starts_from_the_smallest_plan(family):
 
 @every_family
 def test_the_first_layer_is_copied_to_all(family):
-    """With one full head in each layer it is the one that the first layer would miss most."""
+    """With one full head per layer, it is the most important head of the first layer."""
     most = (FULL.size(CONTEXT) + (replays(family)[0].shape.kv_heads - 1) * ON_OFF.size(CONTEXT)) / CONTEXT
     budget = most / replays(family)[0].shape.kv_heads + 0.01
     rows = [row for row in run(family, Method(policy="copy-first-layer"), budget)[-1].plan() if row is not None]
@@ -305,7 +305,7 @@ def test_a_plan_for_prefill_compression_is_scored_with_it():
 @every_family
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
 def test_in_forward_steps_no_head_loses_keys(family, policy):
-    """And each step says the loss of the plan before it."""
+    """Each step reports the loss of the plan before it."""
     method = Method(policy=policy, need=False, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
     assert len(steps) >= (1 if policy == "layer-wise" else 2)
@@ -347,7 +347,7 @@ def test_a_search_resumes_from_any_step(family, policy):
 
 
 def test_keys_go_to_the_head_that_matters():
-    """Only one head of this model writes anything: it gets all, and nobody else gets more than the least."""
+    """Only one head of this model has output: it gets all keys, and the others get the minimum."""
     for layer, head in [(0, 1), (1, 0), (2, 1)]:
         model = tiny("llama")
         with torch.no_grad():
@@ -360,7 +360,7 @@ def test_keys_go_to_the_head_that_matters():
 
 
 def test_expected_gains_sum_to_the_loss():
-    """Slopes that promise more than there is are charged with errors, so that with all heads full no loss is left."""
+    """Slopes that overestimate the gain are corrected by errors, so that the expected loss with full heads is 0."""
     corrected = 0
     for family, seed in itertools.product(SOME, range(3)):
         made, plain, outputs = (
@@ -384,7 +384,7 @@ def test_expected_gains_sum_to_the_loss():
 
 
 def test_ranks_get_the_same_budgets():
-    """Of each rank the head that needs most keeps as much as the other's, and so on: no rank is fuller."""
+    """The n-th most important heads of all ranks keep the same number of keys, so no rank has a larger cache."""
     differ = 0
     for policy, budget in itertools.product(("headsink", "on-off"), (0.35, 0.55, 0.8)):
         made = searching("llama-mha", Method(policy=policy, ranks=2, **SMALL))

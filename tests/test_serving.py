@@ -1,4 +1,4 @@
-"""What serving by vLLM says and decides without vLLM; that it computes the right thing is tested in tests_vllm."""
+"""Serving with vLLM: everything that does not need vLLM. tests_vllm tests the engine's outputs."""
 
 import random
 import sys
@@ -32,7 +32,7 @@ def windowed(rng: random.Random) -> Pattern:
 
 @pytest.fixture
 def vllm_of(tmp_path, monkeypatch):
-    """Makes a package called vllm of some version appear in the path."""
+    """Return a function that puts a fake vllm package of a given version on the path."""
 
     def install(version):
         (tmp_path / "vllm").mkdir()
@@ -98,7 +98,7 @@ def test_merging_is_never_worse_than_groups_of_equal_patterns():
 
 
 def test_a_plan_balanced_for_ranks_has_no_overhead():
-    """What vLLM reserves on each of two ranks is half of what one would, for any plan whose ranks keep alike; else more."""
+    """For a plan with equal budgets on two ranks, each rank takes half of the bytes of one; for others more."""
     model = tiny("llama-mha")
     for seed in range(20):
         plan = random_plan(model, seed, windowed)

@@ -1,4 +1,4 @@
-"""The whole way on the built-in model."""
+"""Calibration, quality and census of the built-in model."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def half_plan(smollm2):
 
 
 def test_the_half_plan_answers_what_the_full_cache_answers(smollm2, half_plan):
-    """Text, and forms of questions, that calibration never saw; the document is read before it is known what is asked."""
+    """On text and question forms that calibration did not use; the document is read before the question is known."""
     model, tokenizer = smollm2
     document = documents.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
     questions = [q for q in document.questions if q.form in ("locker", "flower")]
@@ -44,7 +44,7 @@ def test_the_plan_finds_secondary_sinks(half_plan):
 
 
 def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
-    """Held-out text again. What is worth the second reading is seen beside the same plan without it."""
+    """On held-out text, compared with the same plan without context reconstruction."""
     model, tokenizer = smollm2
     method = Method(prefill_compression=True, reconstruct=True)
     plan = headsink.calibrate(
@@ -63,7 +63,7 @@ def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
 
 
 def test_census_sees_the_first_token_and_the_secondary_sinks(smollm2):
-    """Facts measured before on this model: no sinks in layers 0 and 1, sinks from layer 12, top_k ones in layers 3 to 10."""
+    """Known results of this model: no sinks in layers 0 and 1, sinks from layer 12, secondary sinks in layers 3 to 10."""
     model, tokenizer = smollm2
     census = headsink.analyze(model, tokenizer, lengths=(1024,), domains=("prose",), progress=False)
     first, sink = census.score("first", 1024), census.score("sink", 1024)

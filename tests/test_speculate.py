@@ -1,4 +1,4 @@
-"""SpeculativeDecoder mode: greedy text is the model's own, sampled text has its distribution."""
+"""Lossless mode: greedy text equals the full cache's, sampled text has its distribution."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -82,9 +82,9 @@ def test_options_of_generate_are_kept(options):
 
 @pytest.mark.parametrize("drafted", [1, 2])
 def test_samples_have_the_models_distribution(drafted):
-    """Of three tokens after a prompt, each of three: all 27 texts, against the probabilities that the model gives them."""
+    """All 27 continuations of three tokens, each with three choices, against the model's probabilities."""
     model, kept = tiny("llama", dtype=torch.float64), 3
-    for parameter in model.parameters():  # so that none is certain
+    for parameter in model.parameters():  # so that no token has probability near 1
         parameter.data *= 0.8
     plan, ids, rows = Plan.uniform(model, Pattern(2, 0, 14)), torch.randint(3, 211, (1, 20)), 3000
     speculation, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
@@ -106,7 +106,7 @@ def test_samples_have_the_models_distribution(drafted):
     assert set(counts) <= set(chances)
     expected = torch.tensor(list(chances.values()), dtype=torch.float64) * rows
     squares = (torch.tensor([counts[text] for text in chances]) - expected) ** 2 / expected.clamp(min=1)
-    assert float(squares.sum()) < 65  # of 26 degrees of freedom: one in 30,000 is over
+    assert float(squares.sum()) < 65  # chi-squared with 26 degrees of freedom: exceeded once in 30,000
 
 
 def test_with_a_returned_cache_and_several_sequences_per_prompt():
@@ -145,16 +145,16 @@ def test_the_draft_length_is_adapted_to_measured_times():
     assert pace.choose() == 0
     pace.saw(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 3
-    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all are accepted, and verifying more costs nothing
+    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all tokens are accepted, and verifying more is free
     for _ in range(50):
         pace.saw(8, 0.8, 1.0, 8.0)
     assert pace.choose() == MOST
     for _ in range(50):
-        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted any more
+        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted
     assert pace.choose() == 0
     for _ in range(AGAIN):
         pace.saw(0, 0.0, 1.0, 0.0)
-    assert pace.choose() == 1  # to see whether it pays by now
+    assert pace.choose() == 1  # to measure the acceptance again
     slow = DraftLength()
     slow.saw(0, 0.0, 1.0, 0.0)
     slow.saw(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass

@@ -1,4 +1,4 @@
-"""What vLLM's cache holds under a plan, and what becomes of it: found again, taken away, given back."""
+"""vLLM's cache under a plan: its size, prefix caching, preemption and capacity."""
 
 import expected
 import tiny
@@ -22,7 +22,7 @@ def metric(llm, name):
 
 
 def test_a_sequence_uses_the_bytes_of_the_grouping(engine, served):
-    """Read in chunks, then token by token up to the longest that it may be."""
+    """Chunked prefill, then decoding up to the maximum length."""
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=False)
     found = expected.grouping(model, plan, 32)
@@ -38,7 +38,7 @@ def test_a_sequence_uses_the_bytes_of_the_grouping(engine, served):
     while engine_.has_unfinished_requests():
         engine_.step()
         held.append(blocks_in_use(llm) * page * slots)
-    assert max(held[6:]) == found.used  # before that, a chunk's blocks are held whole
+    assert max(held[6:]) == found.used  # during prefill, all blocks of a chunk are allocated
     assert found.used < 0.8 * found.full
     assert blocks_in_use(llm) == 0
 
@@ -59,7 +59,7 @@ def test_a_prefix_without_its_sink_blocks_is_recomputed(engine, served):
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=True, num_gpu_blocks_override=200)
     prompt = tiny.prompts([601])[0]
     outputs = [llm.generate(prompt, ASK, use_tqdm=False)[0]]
-    llm.generate(tiny.prompts([700] * 6, seed=9), ASK, use_tqdm=False)  # push it out
+    llm.generate(tiny.prompts([700] * 6, seed=9), ASK, use_tqdm=False)  # evict the prefix from the prefix cache
     outputs.append(llm.generate(prompt, ASK, use_tqdm=False)[0])
     with expected.masked(model, plan, 32):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
@@ -82,7 +82,7 @@ def test_preempted_requests_give_the_same_outputs(engine, served):
 
 
 def test_more_sequences_fit_into_the_same_pool(engine, served):
-    """vLLM itself says how many of the longest texts fit."""
+    """vLLM reports how many sequences of maximum length fit."""
     _, plan, folder = served
     capacity = []
     for given in (plan, None):

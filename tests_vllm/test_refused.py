@@ -1,4 +1,4 @@
-"""What vLLM cannot do under a plan is refused when it starts."""
+"""Unsupported settings of vLLM are refused at startup."""
 
 import pytest
 import tiny
@@ -19,7 +19,7 @@ def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
-        # Last: once its modules are imported no engine starts in this process (a fault in vLLM's triton_utils/dispatcher.py).
+        # Last: after its modules are imported, no engine starts in this process (a bug in vLLM's triton_utils/dispatcher.py).
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`headsink serve`, as a user starts it, asked by OpenAI's own client."""
+"""`headsink serve`, started as a user does, with OpenAI's client."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from headsink import Pattern, Plan
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
-    """The built-in model in float32 under first 4 + last 64: its OpenAI client, and the plan."""
+    """Serve the built-in model in float32 with 4 sink tokens and a window of 64: returns an OpenAI client and the plan."""
     plan = Plan.uniform(smollm2[0], Pattern(4, 0, 64))
     folder = tmp_path_factory.mktemp("serve")
     with socket.socket() as free:
