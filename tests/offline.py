@@ -2,7 +2,7 @@
 
     python tests/offline.py FILE      # runs FILE, in which launches compile and do not run; prints a JSON object for each kernel
 
-Run in a process of its own, where Triton is not its interpreter. What is written by a kernel stays what it was.
+Run it in a separate process, without Triton's interpreter. Outputs of kernels are not written.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LONG = 60  # minimum instructions of a loop that is reported
 
 
 def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
-    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, instructions of its
-    loops, and its code (`ptx`)."""
+    """Compile the launches of a script. Returns for each kernel: name, bytes of shared memory, registers, bytes spilled,
+    instructions of its loops, and its code (`ptx`)."""
     path = folder / "launches.py"
     path.write_text(script)
     here = Path(__file__)

@@ -18,10 +18,10 @@ ECHO = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
-    asked = json.loads(line)
-    if not asked["ids"]:
+    request = json.loads(line)
+    if not request["ids"]:
         sys.exit("/some/where/file.py: no text was given")
-    print(json.dumps({"times": [[1.0, 1.5]] * len(asked["ids"]), "kv_bytes": 7}), flush=True)
+    print(json.dumps({"times": [[1.0, 1.5]] * len(request["ids"]), "kv_bytes": 7}), flush=True)
 """
 
 
@@ -90,7 +90,7 @@ def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
     class Fails(peers.Peer):
         def start(self, longest, sequences, token_bytes):
             return Process(
-                self.name, [sys.executable, "-c", ECHO.replace('not asked["ids"]', 'asked["tokens"] > 3')], {}
+                self.name, [sys.executable, "-c", ECHO.replace('not request["ids"]', 'request["tokens"] > 3')], {}
             )
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Fails("other", "1", (), {})], []))

@@ -161,7 +161,7 @@ def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
 
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
-def test_filler_is_never_asked(name, tokenizer):
+def test_filler_is_never_part_of_a_question(name, tokenizer):
     records = getattr(datasets, name)()
     prompts = {record.name: record.prompt.split("\n")[0] for record in records}
     made = task(name).items(tokenizer, len(records) // 8, 800, seed=0)

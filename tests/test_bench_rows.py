@@ -115,7 +115,7 @@ def test_a_row_is_measured_once_for_its_settings(tmp_path):
     assert records.state(other, records.read_rows(tmp_path)) == "measured with other settings"
 
 
-def test_what_cannot_be_measured_is_recorded_with_the_reason(tmp_path):
+def test_failed_measurements_are_recorded_with_the_reason(tmp_path):
     def measure(checkpoint):
         raise HeadsinkError("tasks: /a/b/data.json is not here: pip install it and/or look at owner/name")
 
@@ -225,7 +225,7 @@ def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     assert "| smollm2 | 50.0% | 0 of 1 | 0.500 (0.500 to 0.500) | 25% (25% to 25%) | not measured |" in text
 
 
-def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):
+def test_slower_and_worse_results_are_listed_by_rule(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Where it is slower or worse") : text.index("## What was not measured")]
     slow, more, scores, divergences = (

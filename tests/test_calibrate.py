@@ -70,7 +70,7 @@ def patterns(plan):
     return [layer and [head.pattern for head in layer] for layer in plan.layers]
 
 
-def replayed(calibration, rows):
+def replayed_loss(calibration, rows):
     """Return the loss of patterns on the replays of a calibration."""
     return sum(float(r.loss(r.log_probs(rows), 0.25)) for r in calibration.replays) / len(calibration.replays)
 
@@ -114,7 +114,7 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
     assert verified["kl_text"] == pytest.approx(text, abs=2e-5)
     assert verified["kl_answers"] == pytest.approx(answers, abs=2e-5)
     assert verified["loss"] == pytest.approx(verified["kl_text"] + 0.25 * verified["kl_answers"], abs=2e-5)
-    assert made["replayed_loss"] == pytest.approx(replayed(calibration, patterns(plan)), abs=1e-5)
+    assert made["replayed_loss"] == pytest.approx(replayed_loss(calibration, patterns(plan)), abs=1e-5)
     if once:
         assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
 
@@ -218,8 +218,8 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_a_replay_equals_the_cache(family, once, small):
-    """A replay leaves nothing out if the document is read in full, or by the same keys and values: with patterns in the last
-    layer alone."""
+    """A replay is exact if the document is read in full attention, or with the same keys and values, that is with patterns in
+    the last layer only."""
     model = tiny(family, dtype=torch.float64)
     calibration = Calibration(model, small, context=CONTEXT, method=Method(prefill_compression=once), progress=False)
     shape = describe(model)
@@ -229,7 +229,7 @@ def test_a_replay_equals_the_cache(family, once, small):
             rows[layer] = [Pattern(4, 4, 16), pattern]
         plan = Plan.of(model, rows, calibration.weights, prefill_compression=once)
         kl = calibration._verify(plan)
-        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed(calibration, rows), rel=1e-3)
+        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed_loss(calibration, rows), rel=1e-3)
         other = calibration._verify(plan.model_copy(update={"prefill_compression": not once}))
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 

@@ -85,7 +85,7 @@ def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tm
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_compare_says_what_differs(census, run):
+def test_compare_prints_the_differences(census, run):
     (a, _), (b, _), (c, _) = census("a"), census("b", "--seed", "1"), census("c", "--domains", "maths")
     status, out, _ = run("compare", a, b, "--json")
     found = json.loads(out)
@@ -108,7 +108,7 @@ def test_compare_says_what_differs(census, run):
     assert {path.suffix for path in (a.parent / "figures").iterdir()} == {".png", ".svg", ".json"}
 
 
-def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
+def test_incomparable_runs_are_refused(census, run, tmp_path):
     (a, _), (b, _) = census("a", "--domains", "prose"), census("b", "--domains", "maths")
     status, _, err = run("compare", a, b)
     assert status == 2
@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
     assert "nothing: no such folder" in err
 
 
-def test_own_texts(census, run, tiny_folder, tmp_path):
+def test_analyze_on_texts_of_the_user(census, run, tiny_folder, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("<script>alert('x')</script> & so on " * 60)
     folder, found = census("a", "--text", own)
@@ -131,7 +131,7 @@ def test_own_texts(census, run, tiny_folder, tmp_path):
     assert "fewer than the shortest length" in err
 
 
-def test_own_prompts(census, run, tiny_folder, tmp_path):
+def test_analyze_on_prompts_of_the_user(census, run, tiny_folder, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text(
         "once upon a time there was a fox\n\n<script>alert('x')</script> and what is after it, and so on\n"
@@ -593,7 +593,7 @@ def test_default_contexts_of_bench_fit_the_model(run, tiny_folder, tmp_path):
     assert {row["context"] for row in json.loads(out)["results"]} == {56}
 
 
-def test_doctor_says_which_transformers_are_tested(run, monkeypatch):
+def test_doctor_reports_the_tested_transformers(run, monkeypatch):
     assert f"(tested: {versions.OLDEST} to {versions.NEWEST})" in run("doctor", "--device", "cpu")[1]
     assert doctor.transformers_warning() is None
     monkeypatch.setattr(doctor, "NEWEST", "5.9")

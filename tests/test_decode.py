@@ -281,7 +281,7 @@ def test_without_a_cache_it_uses_the_applied_plan():
         model.generate(prompt(5), max_new_tokens=3, custom_generate=decode)
 
 
-def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+def test_a_batch_without_a_padding_token_ends_like_the_models():
     model = tiny("llama", seed=3)
     model.generation_config.pad_token_id = None
     plan = random_plan(model, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import held_attention
+from reference import frozen_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
@@ -237,7 +237,7 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(patterns, pads, sizes, freeze
         layer.freeze()  # a second call changes nothing
     outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
-    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
+    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
     close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
 
 
@@ -265,7 +265,7 @@ def test_rows_reordered_after_freeze_keep_everything():
     query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
     output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
     output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
-    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
+    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
     close(torch.cat(output, 2), expected, pads, 100)
 
 

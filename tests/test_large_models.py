@@ -45,7 +45,7 @@ def test_a_fingerprint_is_the_same_on_disk_and_in_another_type(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize(("share", "places"), [(0.997, {"cpu", "disk"}), (1e-6, {"disk"})])
-def test_auto_offloads_what_does_not_fit(tmp_path, tokenizer, share, places):
+def test_auto_offloads_layers_that_do_not_fit(tmp_path, tokenizer, share, places):
     saved(tmp_path, "llama", tokenizer)
     whole, _ = headsink.load(tmp_path, device="cpu")
     room = share * sum(p.numel() * p.element_size() for p in whole.parameters())

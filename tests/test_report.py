@@ -321,7 +321,7 @@ def test_tab_reaches_every_control(report):
 
 
 @needs_browser
-def test_menus_change_what_is_shown(report, census):
+def test_menus_change_the_view(report, census):
     report.click(*middle(report, 1, 3))
     for length in census.lengths:
         choose(report, "length", length)

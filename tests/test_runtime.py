@@ -123,8 +123,8 @@ def test_long_prefill_is_computed_in_blocks():
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 @torch.no_grad()
 def test_all_full_plan_equals_the_model(family, padding):
-    """Bit for bit, prefill and decode: the same kernel is called with the same numbers. So is any plan held from the start. Where
-    `sdpa` cannot express the model's attention, up to rounding."""
+    """Bit for bit in prefill and decode, because the same kernel gets the same numbers; also for any plan frozen from the start.
+    Up to rounding where `sdpa` cannot express the model's attention."""
     model = tiny(family)
     ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
     plain, parts = DynamicCache(config=model.config), []
@@ -181,7 +181,7 @@ def test_bfloat16_error_is_that_of_the_model(freeze):
 
 
 @pytest.mark.parametrize("freeze", [None, 250])
-def test_the_cache_holds_exactly_what_the_plan_keeps(freeze):
+def test_the_cache_has_exactly_the_plans_keys(freeze):
     model = tiny("llama")
     patterns = [[Pattern(4, 0, 16), Pattern(0, 30, 8)], [Pattern(4, 0, 16)] * 2, [Pattern(), Pattern(1, 0, 0)]]
     plan = Plan.of(model, patterns, torch.randn(3, 2, n_features(12)))
@@ -360,7 +360,7 @@ def test_generate_with_a_plan_equals_the_reference(how):
     torch.testing.assert_close(torch.stack(result.logits, 1), expected, **TOLERANCE)
 
 
-def test_beams_keep_their_own_caches():
+def test_each_beam_keeps_its_cache():
     """Beam search under a plan equals beam search over the reference without any cache."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 9)
     ids = torch.randint(3, 211, (2, 30))

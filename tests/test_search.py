@@ -10,7 +10,7 @@ import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_replay import SOME, everything, replayed
+from test_replay import SOME, everything, make_replay
 
 from headsink import HeadsinkError, Pattern
 from headsink.calibration import method as method_module
@@ -47,7 +47,7 @@ def _short_windows(monkeypatch):
 @cache
 def replays(family):
     model = tiny(family)
-    return [replayed(model, seed)[0] for seed in range(2)]
+    return [make_replay(model, seed)[0] for seed in range(2)]
 
 
 def needs(family, seed=0):
@@ -262,8 +262,8 @@ def test_a_share_of_the_budget_is_allocated_by_importance():
     made = searching("llama", Method(windows=(8,), top_k=(0, 0.5)))
     made.need = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
-    for dealt, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
-        assert made._start(dealt / START).tolist() == expected
+    for share, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
+        assert made._start(share / START).tolist() == expected
 
 
 @every_family
@@ -273,8 +273,8 @@ def test_without_importance_a_search_starts_from_the_smallest_plan(family):
     assert Search(replays(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
     for policy in ("on-off", "layer-wise"):
         assert searching(family, Method(policy=policy))._start(0.8).tolist() == smallest
-    for dealt in (START, 0.99):
-        budget = dealt / START * LEAST.size(CONTEXT) / CONTEXT
+    for share in (START, 0.99):
+        budget = share / START * LEAST.size(CONTEXT) / CONTEXT
         assert searching(family, Method(**SMALL))._start(budget).tolist() == smallest
 
 
@@ -293,7 +293,7 @@ def test_the_first_layer_is_copied_to_all(family):
 def test_a_plan_for_prefill_compression_is_scored_with_it():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
-    held = [replayed(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
+    held = [make_replay(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
     expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
     assert searching("llama", Method(prefill_compression=True, **SMALL)).loss(pick) == pytest.approx(expected)
     assert abs(expected - let_go) > 0.01 * let_go
@@ -354,7 +354,7 @@ def test_keys_go_to_the_head_that_matters():
             for n, module in enumerate(attention_modules(model)):
                 columns = module.o_proj.weight.unflatten(1, (2, -1))
                 columns[:, [h for h in range(2) if (n, h) != (layer, head)]] = 0
-        found = Search([replayed(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
+        found = Search([make_replay(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
         assert found.plan() == [[FULL if (n, h) == (layer, head) else LEAST for h in range(2)] for n in range(3)]
         assert found.loss == pytest.approx(0, abs=1e-6)
 

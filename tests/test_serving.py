@@ -56,7 +56,7 @@ def test_blocks_are_the_fewest_that_contain_the_pattern(pattern, block, start, l
         assert (visible(pattern, far, far, torch.zeros(len(far))) & ~less).any()
 
 
-def test_held_is_the_peak_number_of_visible_blocks():
+def test_peak_blocks_equal_the_visible_blocks():
     for kept in (blocks.Blocks(0, 0), blocks.Blocks(2, 1), blocks.Blocks(1, 3), blocks.ALL):
         for tokens in (1, 15, 16, 17, 100):
             positions = torch.arange(tokens)
@@ -177,7 +177,7 @@ def test_the_plan_is_passed_in_vllms_configuration(vllm_of):
         vllm_settings.given_plan({"headsink_plan": {}})
 
 
-def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_path):
+def test_the_server_is_started_with_the_plan_and_vllm_options(vllm_of, tmp_path):
     vllm_of("0.32.0")
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")

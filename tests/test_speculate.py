@@ -117,7 +117,7 @@ def test_with_a_returned_cache_and_several_sequences_per_prompt():
     assert torch.equal(lossless(model, plan, ids, **options), own(model, ids, **options))
 
 
-def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+def test_a_batch_without_a_padding_token_ends_like_the_models():
     model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
     options = {"attention_mask": mask, "eos_token_id": list(range(3, 60)), "pad_token_id": None}
     model.generation_config.pad_token_id = None

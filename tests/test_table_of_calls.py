@@ -371,8 +371,8 @@ DECODE = {"custom_generate": headsink.decode}
 
 @dataclass(frozen=True)
 class Call:
-    """name: as one would write it. run: the call, inside `with headsink.apply(model, plan)`. right: what the reference gives, or
-    the words with which the call is refused. model: another than a tiny Llama. close: relative tolerance."""
+    """name: the call as code. run: the call, inside `with headsink.apply(model, plan)`. right: the reference's result, or words
+    of the error that refuses it. model: a model other than a tiny Llama. close: relative tolerance."""
 
     name: str
     run: Callable[[Setting], torch.Tensor]
