@@ -132,7 +132,7 @@ def test_speed_of_batches_under_several_plans(tiny_folder, plans):
     assert full[90, 3] == 3 * full[90, 1]
     assert all(("kept" in row) == row["way"].startswith("headsink") for row in cases[90, 3])
     assert all((row["kept"] < 1) != ("full" in row["way"]) for row in cases[90, 3] if "kept" in row)
-    assert "90 tokens x 3 texts" in speed.table(found, 90, 3)
+    assert "90 tokens x 3 sequences" in speed.table(found, 90, 3)
 
 
 def test_memory_of_a_process_for_each_configuration(tiny_folder, plans):

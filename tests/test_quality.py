@@ -153,7 +153,7 @@ def test_a_measured_plan_is_printed(loaded, capsys):
     share = found.kv_bytes / found.kv_bytes_full
     assert f"KV cache at 512: {share:.1%} of the bytes and {plan.kept(256):.1%} of the entries after 256 tokens" in out
     assert plan.kept(256) == pytest.approx(share, abs=0.02)
-    assert plan.kept(512) < 0.6 * plan.kept(256)  # so its bytes would surprise beside what it keeps at 512
+    assert plan.kept(512) < 0.6 * plan.kept(256)  # so the two lines differ clearly
 
 
 def test_a_plan_of_many_patterns_is_printed_by_shares(capsys):

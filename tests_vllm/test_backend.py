@@ -71,5 +71,5 @@ def test_a_layer_with_another_cache_spec_than_the_plans_raises():
     check_planned(planned, ["a"], layers)
     check_planned(FullAttentionSpec(block_size=16, **fields), ["full"], layers)
     for other in (FullAttentionSpec(block_size=16, **fields), SinkWindowSpec.of(Blocks(0, 2), 16, **fields)):
-        with pytest.raises(HeadsinkError, match=r"a: vLLM gave it .* so the plan does not hold"):
+        with pytest.raises(HeadsinkError, match=r"a: vLLM uses .* so the plan would not be applied"):
             check_planned(other, ["a"], layers)

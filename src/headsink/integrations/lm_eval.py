@@ -79,7 +79,7 @@ class HeadsinkLM(HFLM):
         if self.plan is not None and self.plan.prefill_compression:
             raise HeadsinkError(
                 "plan: it is for prefill compression, but loglikelihood_rolling scores texts without a prompt; use a plan "
-                "made without --prefill-compression"
+                "without --prefill-compression"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 
