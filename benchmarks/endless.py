@@ -1,12 +1,12 @@
-"""Texts without end: 50,000 tokens scored, and 50,000 generated, under windows whose positions are counted in the cache.
+"""Streaming generation with cache-relative positions (StreamingLLM, arXiv 2309.17453): score and generate 50,000 tokens.
 
 python benchmarks/endless.py --out benchmarks/results/endless-smollm2.json
 
-Texts of several kinds are scored in chunks through one cache; half of each is of the held-out half of the built-in text, half of
-the other (one alone is too short, and nothing is calibrated here). The loss of the last 10,000 tokens stands beside that of
-tokens 4,000 to 8,000, which are within the model's own maximum, and beside the loss of the very same last tokens in a text that
-begins 4,000 tokens before them: that tells what length does from what the text does. Then tokens are sampled, one after
-the other. Memory is that of the cache and that of the process, at every thousand tokens.
+Texts of several domains are scored in chunks through one cache. Each joins the held-out and the calibration half of a domain,
+since one half is too short and nothing is calibrated here. The loss of the last 10,000 tokens is compared with that of tokens
+4,000 to 8,000, which are within the model's maximum length, and with the loss of the same last tokens in a text that begins
+4,000 tokens before them, which separates the effect of length from that of the text. Then 50,000 tokens are sampled. Memory of
+the cache and of the process is recorded every thousand tokens.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from headsink.errors import HeadsinkError
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 
-SETTLED = 4_000, 8_000  # tokens within the model's maximum, past the beginning
+REFERENCE = 4_000, 8_000  # range of tokens within the model's maximum, past the beginning
 LAST = 10_000
-LEAD = 4_000  # tokens before the last ones in the text that is short
+LEAD = 4_000  # tokens before the last ones in the short text
 CHUNK = 512
-EVERY = 1_000  # tokens between two looks at memory
+EVERY = 1_000  # tokens between two measurements of memory
 TEXTS = (("prose", 0), ("prose", 1), ("code", 0), ("maths", 0))
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now (Linux)."""
+    """Return the resident memory of this process in bytes (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def score(model: PreTrainedModel, plan: Plan, ids: list[int], memory: list[dict[str, int]] | None = None) -> Tensor:
-    """The nll of every token but the first, nats, float32 [tokens - 1]."""
+    """Return the NLL of every token but the first in nats, float32 [tokens - 1]."""
     cache, text, found = headsink.new_cache(model, plan), torch.tensor([ids]), []
     for start in range(0, len(ids), CHUNK):
         chunk = text[:, start : start + CHUNK]
@@ -60,45 +60,45 @@ def score(model: PreTrainedModel, plan: Plan, ids: list[int], memory: list[dict[
     return torch.cat(found)
 
 
-class Watch(BaseStreamer):
-    """Looks at memory while tokens come."""
+class MemoryRecorder(BaseStreamer):
+    """Record memory every `EVERY` generated tokens."""
 
     def __init__(self, cache: PlanCache):
-        self.cache, self.tokens, self.prompt, self.seen = cache, 0, True, []  # type: ignore[var-annotated]
+        self.cache, self.tokens, self.prompt, self.records = cache, 0, True, []  # type: ignore[var-annotated]
 
     def put(self, value: Tensor) -> None:
         self.tokens += int(value.numel())
         if self.tokens % EVERY == 0:
-            self.seen.append({"tokens": self.tokens, "kv_bytes": self.cache.nbytes(), "resident": resident()})
+            self.records.append({"tokens": self.tokens, "kv_bytes": self.cache.nbytes(), "resident": resident()})
 
     def end(self) -> None:
         pass
 
 
 def generate(model: PreTrainedModel, plan: Plan, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Sample tokens after a prompt, by the compiled step."""
+    """Sample tokens after a prompt with the compiled decode step."""
     from functools import partial
 
     cache = headsink.new_cache(model, plan)
-    watch, text, start = Watch(cache), torch.tensor([ids]), time.perf_counter()
+    recorder, prompt, start = MemoryRecorder(cache), torch.tensor([ids]), time.perf_counter()
     with headsink.apply(model, plan):
         out = model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             **cache_argument(cache),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,
-            streamer=watch,
-            custom_generate=partial(headsink.decode, streamer=watch),
+            streamer=recorder,
+            custom_generate=partial(headsink.decode, streamer=recorder),
         )
     seconds = time.perf_counter() - start
-    return {"tokens": out.shape[1] - len(ids), "seconds": seconds, "memory": watch.seen}
+    return {"tokens": out.shape[1] - len(ids), "seconds": seconds, "memory": recorder.records}
 
 
 def flat(memory: list[dict[str, int]], name: str) -> float:
-    """The most over the least, minus 1, of what comes after the model's own maximum."""
-    values = [row[name] for row in memory if row["tokens"] > SETTLED[1]]
+    """Return max / min - 1 over the records past the model's maximum length."""
+    values = [row[name] for row in memory if row["tokens"] > REFERENCE[1]]
     return max(values) / min(values) - 1
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     plan = Plan.uniform(model, pattern, positions="cache-relative")
     torch.manual_seed(0)
     found: dict[str, Any] = heading(
-        "nll and memory of texts far past the model's maximum, positions counted in the cache"
+        "NLL and memory of streaming generation far past the model's maximum, with cache-relative positions"
     ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
@@ -138,7 +138,7 @@ def main() -> None:
             "domain": domain,
             "seed": seed,
             "seconds": time.perf_counter() - start,
-            "settled": float(nll[SETTLED[0] - 1 : SETTLED[1] - 1].mean()),
+            "settled": float(nll[REFERENCE[0] - 1 : REFERENCE[1] - 1].mean()),
             "last": float(nll[-LAST:].mean()),
             "last_fresh": float(score(model, plan, ids[-LAST - LEAD :])[-LAST:].mean()),
             "by_thousand": [round(float(part.mean()), 4) for part in nll.split(EVERY)],
@@ -153,14 +153,15 @@ def main() -> None:
     means = {name: sum(row[name] for row in scored) / len(scored) for name in ("settled", "last", "last_fresh")}
     found["mean"] = means | {"last_to_settled": means["last"] / means["settled"] - 1}
     found["mean"]["last_to_fresh"] = means["last"] / means["last_fresh"] - 1
-    with_text = Plan.uniform(model, pattern)
     try:
-        score(model, with_text, ids)
+        score(model, Plan.uniform(model, pattern), ids)
     except HeadsinkError as error:
         found["positions_text"] = str(error)
-    made = generate(model, plan, corpus.tokens("prose", tokenizer, 1000, seed=3, split="heldout"), arguments.tokens)
-    found["generated"] = made | {
-        name: flat(made["memory"], of) for name, of in (("kv_flat", "kv_bytes"), ("resident_flat", "resident"))
+    generated = generate(
+        model, plan, corpus.tokens("prose", tokenizer, 1000, seed=3, split="heldout"), arguments.tokens
+    )
+    found["generated"] = generated | {
+        name: flat(generated["memory"], of) for name, of in (("kv_flat", "kv_bytes"), ("resident_flat", "resident"))
     }
     write_text(arguments.out, json.dumps(found, indent=1))
     print(found["mean"], {name: found["generated"][name] for name in ("seconds", "kv_flat", "resident_flat")})

@@ -24,7 +24,7 @@ from headsink.utils.format import p_value, share
 
 
 def answers(census: Census) -> list[dict[str, Any]]:
-    """One record per kind of text (all together first), length and rule."""
+    """Return one record per domain (all texts together first), length and definition of a sink."""
     return [
         {
             "domain": domain or "all texts",
@@ -39,7 +39,7 @@ def answers(census: Census) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], rule: str) -> str:
-    """Markdown, a line per length: share of sinks; rate, chance and p from any layer to a later one; the same from layer 0."""
+    """Format a Markdown table, a line per length: share of sinks; rate, chance and p for all layer pairs, and from layer 0."""
     titles = [
         "tokens",
         "flat legacy",
@@ -69,7 +69,7 @@ def table(rows: list[dict[str, Any]], rule: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="census folders, each of other lengths")
+    parser.add_argument("runs", type=Path, nargs="+", help="census folders of different lengths")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     runs = [Census.load(folder) for folder in arguments.runs]

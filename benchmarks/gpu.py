@@ -1,12 +1,12 @@
-"""What headsink does on a GPU: checked against float64 first, then timed, beside what one would use otherwise.
+"""GPU benchmark: check headsink's kernels against float64, then time them against FlashAttention, SDPA and transformers.
 
 python benchmarks/gpu.py --out benchmarks/results/gpu-h100.json        # under 8 minutes on an H100
 python benchmarks/gpu.py --rehearse --out rehearsal.json                 # without a GPU: small shapes, by Triton's interpreter
 
-Weights, keys and queries are random, shapes are those of Llama-3.1-8B and Llama-3.2-1B, in bfloat16. A check that fails ends
-the run with status 1. Kernels are timed as CUDA graphs, with the L2 cache flushed in between; a token of a model as a caller
-sees it. Medians with the least and the most. Beside them stand what this machine copies and multiplies in a second. The most
-important comes first; what there is no time for any more is a row that says "not measured".
+Weights, keys and queries are random, with the shapes of Llama-3.1-8B and Llama-3.2-1B, in bfloat16. A failed check ends the run
+with status 1. Kernels are timed as CUDA graphs with the L2 cache flushed in between; tokens of a model in wall time, with all
+overhead. Results are medians with minimum and maximum, next to the bandwidth and the matrix throughput of the machine. The most
+important parts run first; a part for which no time is left becomes a row "not measured".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpu_cases import (
     Heads,
     census_of_a_layer,
     decode_kernel,
-    flex_beside,
+    flex_attention_prefill,
     full_kernels,
     largest_errors,
     prefill_kernel,
@@ -48,7 +48,7 @@ BUDGETS = (1.0, 0.5, 0.25, 0.125)
 
 
 class Clock:
-    """Times what runs on a device. `left()`: seconds until the run is to be over."""
+    """Time work on a device. `left()`: seconds until the end of the time limit."""
 
     def __init__(self, device: torch.device, seconds: float):
         self.device, self.end = device, time.monotonic() + seconds
@@ -58,10 +58,10 @@ class Clock:
         return self.end - time.monotonic()
 
     def kernel(self, run: Callable[[], Any], repeats: int = 20) -> dict[str, Any]:
-        """Seconds of something short that is launched the same way every time."""
+        """Time a short, repeatable launch in seconds, as a CUDA graph."""
         if self.device.type != "cuda":
             return self.host(run, 1)
-        for _ in range(2):  # compiled, by then
+        for _ in range(2):  # warm-up: kernels are compiled here
             run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -77,7 +77,7 @@ class Clock:
         return _without_all([start.elapsed_time(end) / 1e3 for start, end in events[2:]])
 
     def host(self, run: Callable[[], Any], repeats: int = 3) -> dict[str, Any]:
-        """Seconds as a caller sees them, everything included."""
+        """Measure wall time in seconds, with all overhead."""
         times = []
         for _ in range(repeats):
             self.wait()
@@ -97,19 +97,19 @@ def _without_all(times: list[float]) -> dict[str, Any]:
 
 
 def machine(clock: Clock, small: bool) -> dict[str, Any]:
-    """What the card is, copies, reads and multiplies: bytes a second, and bfloat16 operations a second."""
+    """Return the card's name, and its copy and read bandwidth (bytes per second) and bfloat16 throughput (FLOP per second)."""
     device = clock.device
     size, width = (2**20, 256) if small else (2**31, 8192)
     whole = torch.randint(256, (2, size), dtype=torch.uint8, device=device)
-    copied = clock.kernel(lambda: whole[1].copy_(whole[0]))
+    copy = clock.kernel(lambda: whole[1].copy_(whole[0]))
     read = clock.kernel(lambda: whole.view(torch.float32).amax())
     pair = torch.randn(2, width, width, device=device, dtype=torch.bfloat16)
-    multiplied = clock.kernel(lambda: pair[0] @ pair[1])
+    matmul = clock.kernel(lambda: pair[0] @ pair[1])
     found = {
-        "copy_bytes_per_s": 2 * size / copied["median"],
+        "copy_bytes_per_s": 2 * size / copy["median"],
         "read_bytes_per_s": 2 * size / read["median"],
-        "matmul_flop_per_s": 2 * width**3 / multiplied["median"],
-        "name": "the processor, by the interpreter",
+        "matmul_flop_per_s": 2 * width**3 / matmul["median"],
+        "name": "CPU, Triton's interpreter",
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -117,15 +117,15 @@ def machine(clock: Clock, small: bool) -> dict[str, Any]:
     return found
 
 
-def kernels(clock: Clock, copied: float, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-    """Attention of a layer: of one token, and of many."""
+def kernels(clock: Clock, copy_rate: float, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """Yield the parts about single layers: decode and prefill attention, and the census. copy_rate: bytes per second."""
     contexts = (256, 512) if small else (131_072, 32_768, 8192)
     for name, shape in {"rehearsed": REHEARSED}.items() if small else MODELS.items():
         for context in contexts:
             for batch in (1,) if small else (1, 4, 16):
 
                 def decode(shape: Heads = shape, context: int = context, batch: int = batch) -> list[dict[str, Any]]:
-                    return decode_kernel(clock, shape, context, batch, BUDGETS, copied)
+                    return decode_kernel(clock, shape, context, batch, BUDGETS, copy_rate)
 
                 yield f"decode attention, {name}, {context} tokens, batch {batch}", decode
 
@@ -136,28 +136,28 @@ def kernels(clock: Clock, copied: float, small: bool) -> Iterator[tuple[str, Cal
     if not small:
         yield (
             "decode attention, Llama-3.1-8B, 1048576 tokens, batch 1",
-            lambda: decode_kernel(clock, MODELS["Llama-3.1-8B"], 2**20, 1, BUDGETS, copied),
+            lambda: decode_kernel(clock, MODELS["Llama-3.1-8B"], 2**20, 1, BUDGETS, copy_rate),
         )
     shape, tokens = (REHEARSED, 256) if small else (MODELS["Llama-3.1-8B"], 131_072)
     yield "census of a layer", lambda: census_of_a_layer(clock, shape, tokens)
 
 
 def others(clock: Clock, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-    """What says where to go on."""
+    """Yield the parts for development: FlexAttention, and other launch shapes of the kernels."""
     shape, tokens = (REHEARSED, 256) if small else (MODELS["Llama-3.1-8B"], 131_072)
-    yield f"FlexAttention, {tokens} tokens", lambda: flex_beside(clock, shape, tokens, 0.25)
+    yield f"FlexAttention, {tokens} tokens", lambda: flex_attention_prefill(clock, shape, tokens, 0.25)
     yield f"tuning, {tokens} tokens", lambda: tuning(clock, shape, tokens)
 
 
 def models(clock: Clock, small: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-    """Whole models: first token, decoding, lossless mode, memory."""
+    """Yield the parts about whole models: first token, decoding, lossless mode, memory."""
     contexts = (128,) if small else (131_072, 8192, 32_768)
     for name in ("Llama-3.1-8B", "Llama-3.2-1B")[: 1 if small else 2]:
         rig = Rig(clock, name, small)
         for context in contexts:
             for batch in (1,) if small else (1, 2, 4, 16):
                 if batch == 2 and rig.fits(context, 4):
-                    continue  # where four texts do not fit
+                    continue  # batch 2 is only for contexts at which batch 4 does not fit
                 if rig.fits(context, batch):
                     yield (
                         f"{name}, {context} tokens, batch {batch}: decode",
@@ -179,15 +179,15 @@ def models(clock: Clock, small: bool) -> Iterator[tuple[str, Callable[[], list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every part")
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which no part begins")
-    parser.add_argument("--rehearse", action="store_true", help="small shapes on the processor: nothing is measured")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no part starts after this time")
+    parser.add_argument("--rehearse", action="store_true", help="small shapes on the CPU; the times mean nothing")
     parser.add_argument("--only", default="", help="parts whose names contain this")
     arguments = parser.parse_args()
     small = arguments.rehearse
     if small:
         gpu.DEVICES = {"cpu"}
     elif not torch.cuda.is_available():
-        print("gpu: there is none here; --rehearse runs small shapes without one", file=sys.stderr)
+        print("gpu: no CUDA GPU found; --rehearse runs small shapes without one", file=sys.stderr)
         raise SystemExit(2)
     clock = Clock(torch.device("cpu" if small else "cuda"), 60 * arguments.minutes)
     torch.manual_seed(0)
@@ -196,19 +196,19 @@ def main() -> None:
     found["full_kernels"] = full_kernels(clock.device)
     found["errors"] = largest_errors(clock.device, small)
     found["results"] = []
-    wrong = [row for row in found["errors"] if not row["right"]]
+    failed = [row for row in found["errors"] if not row["right"]]
     write_text(arguments.out, json.dumps(found, indent=1))
     for row in found["errors"]:
         print(f"{'right' if row['right'] else 'WRONG'}  {row['what']}: {row['error']:.1e}", flush=True)
-    if wrong:
+    if failed:
         raise SystemExit(1)
-    copied = found["machine"]["copy_bytes_per_s"]
-    for source in (kernels(clock, copied, small), models(clock, small), others(clock, small)):
+    copy_rate = found["machine"]["copy_bytes_per_s"]
+    for source in (kernels(clock, copy_rate, small), models(clock, small), others(clock, small)):
         for name, run in source:
             if arguments.only not in name:
                 continue
             if clock.left() < 0:
-                rows: list[dict[str, Any]] = [{"not measured": "no time was left"}]
+                rows: list[dict[str, Any]] = [{"not measured": "no time left"}]
             else:
                 try:
                     rows = run()
@@ -223,15 +223,15 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in a line."""
-    told = []
+    """Format a row as a line."""
+    parts = []
     for name, value in row.items():
         if name == "part":
             continue
         if isinstance(value, dict):
             value = f"{1e3 * value['median']:.3f} ms"
-        told.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
-    return f"{row['part']}: {', '.join(told)}"
+        parts.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
+    return f"{row['part']}: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

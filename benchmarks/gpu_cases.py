@@ -1,4 +1,4 @@
-"""Single layers for gpu.py: keys that heads of different patterns hold, kernels over them, and what is right."""
+"""Single layers for gpu.py: patterns of different sizes, timed kernels, and their errors against float64."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from headsink.runtime.apply import apply, new_cache
 from headsink.utils import device as gpu
 
 SINK = 4
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the whole output, relative
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative error of the whole output
 
 
 class Heads(NamedTuple):
-    """The heads of a layer."""
+    """Numbers of query heads and KV heads of a layer, and the head dimension."""
 
     query: int
     kv: int
@@ -46,10 +46,10 @@ REHEARSED = Heads(4, 2, 64)
 
 
 def sizes(budget: float, context: int, heads: int) -> list[int]:
-    """Keys of each KV head, each half as many as the one before it, all together a share of what full heads have."""
+    """Return the number of keys of each KV head: each half of the previous one, in sum `budget` of the full cache."""
     kept, left = [context] * heads, round(budget * context * heads)
     low, high = 0.0, 2.0**heads
-    for _ in range(60):  # by what factor the halving begins above the context
+    for _ in range(60):  # bisect the first head's size, as a multiple of the context
         middle = (low + high) / 2
         kept = [min(context, max(64, int(context * middle / 2**n))) for n in range(heads)]
         low, high = (middle, high) if sum(kept) < left else (low, middle)
@@ -57,7 +57,7 @@ def sizes(budget: float, context: int, heads: int) -> list[int]:
 
 
 def patterns(budget: float, context: int, heads: int) -> list[Pattern]:
-    """The same as patterns: first tokens, then as many top-k keys as last ones."""
+    """Return patterns of `sizes`: sink tokens, and half of the rest each as top-k keys and window."""
     found = []
     for size in sizes(budget, context, heads):
         rest = max(0, min(size, context) - SINK)
@@ -67,25 +67,28 @@ def patterns(budget: float, context: int, heads: int) -> list[Pattern]:
 
 @cache
 def full_kernels(device: torch.device) -> dict[str, str | None]:
-    """Kernels of others for attention over everything: what is wrong with each that is installed, None if it can be used."""
+    """Check the installed kernels of other libraries for full attention: the error of each, None if it is usable."""
     found: dict[str, str | None] = {}
     for name in full.installed():
         try:
             errors = [_full_error(device, torch.bfloat16, dim, name) for dim in (64, 128)]
             found[name] = None if max(errors) <= TOLERANCE[torch.bfloat16] else f"it is wrong by {max(errors):.1e}"
-        except Exception as error:  # theirs: whatever it is, they cannot be measured here
+        except Exception as error:  # any error of another library: its kernel cannot be measured here
             found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found
 
 
 def usable(device: torch.device) -> list[str]:
-    return [name for name, wrong in full_kernels(device).items() if wrong is None]
+    return [name for name, error in full_kernels(device).items() if error is None]
 
 
 def decode_kernel(
-    clock: Any, shape: Heads, context: int, batch: int, budgets: Sequence[float], copied: float
+    clock: Any, shape: Heads, context: int, batch: int, budgets: Sequence[float], copy_rate: float
 ) -> list[dict[str, Any]]:
-    """One token of every text over what plans of several budgets keep, beside full attention by others."""
+    """Time decode attention of one layer at several budgets, and full attention by other libraries.
+
+    copy_rate: the card's copy bandwidth, bytes per second.
+    """
     device, scaling = clock.device, shape.dim**-0.5
     room = 2 * 2 * batch * shape.kv * context * shape.dim
     if device.type == "cuda" and room > 0.8 * torch.cuda.mem_get_info()[0]:
@@ -97,7 +100,7 @@ def decode_kernel(
     for name in usable(device):
         seconds = clock.kernel(lambda name=name: full.KERNELS[name](query, keys, values, scaling))  # type: ignore[misc]
         bytes_ = keys.numel() * 2 * keys.element_size()
-        rows.append({"way": f"full by {name}", "seconds": seconds, "of_copy": bytes_ / seconds["median"] / copied})
+        rows.append({"way": f"full by {name}", "seconds": seconds, "of_copy": bytes_ / seconds["median"] / copy_rate})
     if device.type == "cuda":
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             seconds = clock.kernel(
@@ -107,28 +110,28 @@ def decode_kernel(
     for budget in budgets:
         table = torch.zeros(batch, shape.kv, len(KVField), dtype=torch.int64, device=device)
         for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
-            apart = buffer.stride(1) * buffer.element_size()
+            stride = buffer.stride(1) * buffer.element_size()
             number = torch.arange(batch * shape.kv, device=device).view(batch, -1)
-            table[..., field] = buffer.data_ptr() + apart * number
-        held = torch.tensor(sizes(budget, context, shape.kv), device=device)
-        table[..., KVField.WINDOW] = held
+            table[..., field] = buffer.data_ptr() + stride * number
+        kept = torch.tensor(sizes(budget, context, shape.kv), device=device)
+        table[..., KVField.WINDOW] = kept
         length = torch.tensor([context - 1], device=device)
-        bytes_ = batch * int(held.sum()) * (2 * shape.dim * keys.element_size() + 1)
+        bytes_ = batch * int(kept.sum()) * (2 * shape.dim * keys.element_size() + 1)
         seconds = clock.kernel(lambda table=table, length=length: attend(query, table, length, scaling))  # type: ignore[misc]
         rows.append(
             {
                 "way": "headsink",
                 "budget": budget,
-                "kept": int(held.sum()) / shape.kv / context,
+                "kept": int(kept.sum()) / shape.kv / context,
                 "seconds": seconds,
-                "of_copy": bytes_ / seconds["median"] / copied,
+                "of_copy": bytes_ / seconds["median"] / copy_rate,
             }
         )
     return rows
 
 
 def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
-    """A whole text by one layer: all heads in full by others, and by us with one window, first tokens, and top-k keys."""
+    """Time prefill attention of one layer: full attention by other libraries, and headsink with sinks, window and top-k keys."""
     device, scaling = clock.device, shape.dim**-0.5
     query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
     keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
@@ -160,7 +163,7 @@ def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[flo
             near = window - SINK - top_k
             until = (columns + near).int().expand(shape.kv, -1).clone()
             until[:, :SINK] = context
-            if top_k:  # each of those that leave stays for `top_k` tokens: as many as there may be at once
+            if top_k:  # a key stays `top_k` tokens after it leaves the window, so that `top_k` are visible at once
                 until[:, SINK:] += top_k
             sight = KeyVisibility(until, 0, 0, 0, near, False, SINK + top_k, context if top_k else SINK)
             seconds = clock.kernel(
@@ -181,8 +184,8 @@ def prefill_kernel(clock: Any, shape: Heads, context: int, budgets: Sequence[flo
     return rows
 
 
-def flex_beside(clock: Any, shape: Heads, context: int, budget: float) -> list[dict[str, Any]]:
-    """First tokens and a window, in turn by PyTorch's FlexAttention with a block mask and by our kernel: why there is one."""
+def flex_attention_prefill(clock: Any, shape: Heads, context: int, budget: float) -> list[dict[str, Any]]:
+    """Time sink tokens and a window by PyTorch's FlexAttention with a block mask, and by headsink's kernel."""
     device, scaling, window = clock.device, shape.dim**-0.5, round(budget * context) - SINK
     query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
     keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
@@ -192,23 +195,23 @@ def flex_beside(clock: Any, shape: Heads, context: int, budget: float) -> list[d
 
     cuda = device.type == "cuda"
     blocks = create_block_mask(mask, None, None, context, context, device=device, _compile=cuda)
-    by_flex = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
+    flex = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
     until = (torch.arange(context, device=device) + window).int().expand(shape.kv, -1).clone()
     until[:, :SINK] = context
     sight = KeyVisibility(until, 0, 0, 0, window, False, SINK, SINK)
-    ways: dict[str, Callable[[], Any]] = {
-        "flex_attention": lambda: by_flex(query, keys, values, block_mask=blocks, scale=scaling, enable_gqa=True),
+    kernels: dict[str, Callable[[], Any]] = {
+        "flex_attention": lambda: flex(query, keys, values, block_mask=blocks, scale=scaling, enable_gqa=True),
         "headsink": lambda: attend_many(query, keys[0], values[0], sight, scaling)[0],
     }
-    difference = _relative(ways["headsink"](), ways["flex_attention"]().double())
+    difference = _relative(kernels["headsink"](), kernels["flex_attention"]().double())
     return [
-        {"way": way, "window": window, "seconds": clock.kernel(run, 5), "difference": difference}
-        for way, run in ways.items()
+        {"way": name, "window": window, "seconds": clock.kernel(run, 5), "difference": difference}
+        for name, run in kernels.items()
     ]
 
 
 def tuning(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
-    """The kernels laid out otherwise: programs of decode attention for each multiprocessor, tiles of prefill."""
+    """Time other launch shapes: programs per multiprocessor of decode attention, tiles of prefill attention."""
     device, scaling, rows = clock.device, shape.dim**-0.5, list[dict[str, Any]]()
     query = torch.randn(1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
     keys, values = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
@@ -232,7 +235,7 @@ def tuning(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
 
 
 def census_of_a_layer(clock: Any, shape: Heads, context: int) -> list[dict[str, Any]]:
-    """The statistics of a layer beside its attention."""
+    """Time the census statistics of a layer, and its attention."""
     device = clock.device
     query, output = torch.randn(2, 1, shape.query, context, shape.dim, device=device, dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
@@ -246,7 +249,7 @@ def census_of_a_layer(clock: Any, shape: Heads, context: int) -> list[dict[str, 
 
 
 def largest_errors(device: torch.device, small: bool) -> list[dict[str, Any]]:
-    """Every kernel against float64, on random input: norm of the difference relative to what is right."""
+    """Compare every kernel with float64 on random input: norm of the difference relative to the norm of the reference."""
     found = []
     for dtype in TOLERANCE:
         for dim in (64, 128):
@@ -268,16 +271,16 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
-    held, group, texts = [7, 130, 1000], 4, 2
-    keys, values = torch.randn(2, texts, 3, 1000, dim, device=device).to(dtype)
-    query = torch.randn(texts, 3 * group, tokens, dim, device=device).to(dtype)
-    visible = torch.rand(texts, 3, 1000, device=device) < 0.9
-    table = torch.zeros(texts, 3, len(KVField), dtype=torch.int64, device=device)
+    kept, group, batch = [7, 130, 1000], 4, 2
+    keys, values = torch.randn(2, batch, 3, 1000, dim, device=device).to(dtype)
+    query = torch.randn(batch, 3 * group, tokens, dim, device=device).to(dtype)
+    visible = torch.rand(batch, 3, 1000, device=device) < 0.9
+    table = torch.zeros(batch, 3, len(KVField), dtype=torch.int64, device=device)
     expected = torch.empty_like(query, dtype=torch.float64)
-    for head, size in enumerate(held):
-        for text in range(texts):
+    for head, size in enumerate(kept):
+        for row in range(batch):
             for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
-                table[text, head, field] = buffer[text, head].data_ptr()
+                table[row, head, field] = buffer[row, head].data_ptr()
         table[:, head, KVField.WINDOW] = size
         slots = torch.arange(size, device=device)
         mask = visible[:, head, None, :size] & (slots <= slots[size - tokens :, None])
@@ -305,7 +308,7 @@ def _prefill_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: i
 
 
 def _full_error(device: torch.device, dtype: torch.dtype, dim: int, name: str) -> float:
-    """Queries that are the last of the keys."""
+    """Return the error of full attention whose queries are the last of the keys."""
     keys, values = torch.randn(2, 2, 2, 500, dim, device=device).to(dtype)
     query = torch.randn(2, 8, 77, dim, device=device).to(dtype)
     weights = torch.zeros(2, n_features(dim), device=device)
@@ -315,7 +318,7 @@ def _full_error(device: torch.device, dtype: torch.dtype, dim: int, name: str) -
 
 
 def _model_error(device: torch.device, tokens: int) -> float:
-    """A plan by the kernels, its tokens by the step that a graph holds, against the same in plain PyTorch."""
+    """Return the error of a model under a plan, with kernels and the CUDA-graph decode step, against plain PyTorch."""
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=256,

@@ -1,9 +1,9 @@
-"""What the GPU kernels compile to for an H100, without one: registers, shared memory, and instructions of their loops.
+"""Compile the GPU kernels for an H100 without a GPU: registers, shared memory and instructions of their loops.
 
 python benchmarks/gpu_code.py --out benchmarks/results/gpu-code.json
 
-Launches are those of Llama-3.1-8B's and 3.2-1B's shapes in bfloat16. Nothing is run, so nothing is timed: it says what a
-multiprocessor has room for, and how many instructions stand beside the products and the bytes.
+Launches have the shapes of Llama-3.1-8B and 3.2-1B in bfloat16. Nothing is run or timed. The results show the occupancy of a
+multiprocessor and the number of instructions besides matrix products and memory accesses.
 """
 
 from __future__ import annotations

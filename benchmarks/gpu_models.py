@@ -1,4 +1,4 @@
-"""Whole models of random weights for gpu.py: time to the first token, for a token, in lossless mode; bytes of memory."""
+"""Whole models with random weights for gpu.py: TTFT, TPOT, lossless mode, and memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from headsink.generation.step_cuda import Decoder, Pass
 from headsink.models.transformers_names import cache_argument
 
 WIDTHS = {"Llama-3.1-8B": (4096, 14_336, 32, 128_256, False), "Llama-3.2-1B": (2048, 8192, 16, 128_256, True)}
-TOKENS = 24  # that are decoded, and timed
-FIXED = "fixed_length"  # sdpa's flash over a cache that stays as long as it is
+TOKENS = 24  # number of decoded, timed tokens
+FIXED = "fixed_length"  # attention by SDPA's flash kernel over a cache of fixed length
 
 
-class Fixed:
-    """Keys and values of a text, and room for the token that comes: what a graph can hold of full attention by others."""
+class FixedCache:
+    """Keys and values of fixed length whose last position is the new token's, so that a CUDA graph can hold full attention."""
 
     def __init__(self, layers: int, batch: int, heads: int, context: int, dim: int, device: torch.device):
         self.keys, self.values = (
@@ -36,11 +36,11 @@ class Fixed:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, -1:], values[:, :, -1:] = key, value
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # the second is for a rehearsal
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # MATH is for rehearsals without a GPU
             return F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
 
 
-_fixed: list[Fixed] = []
+_fixed: list[FixedCache] = []
 
 
 def _flash(
@@ -58,7 +58,7 @@ def _random(batch: int, heads: int, context: int, dim: int, device: torch.device
 
 
 class Rig:
-    """A model, made when it is first asked for."""
+    """A model that is made on first access, and the measurements of it."""
 
     def __init__(self, clock: Any, name: str, small: bool):
         self.clock, self.name, self.small, self.heads = clock, name, small, REHEARSED if small else MODELS[name]
@@ -90,7 +90,7 @@ class Rig:
             torch.cuda.empty_cache()
 
     def fits(self, context: int, batch: int, lossless: bool = False) -> bool:
-        """Whether weights and a full cache, with what the plan keeps of it beside, have room."""
+        """Return whether the card has room for the weights, a full cache, and the plan's cache."""
         if self.small:
             return True
         hidden, inner, layers, vocabulary, tied = WIDTHS[self.name]
@@ -100,16 +100,16 @@ class Rig:
         return weights + cache * (1.3 if lossless else 1.05) < 0.92 * card
 
     def plan(self, budget: float, context: int) -> Plan:
-        """All layers keep a share; which heads keep how much goes round from layer to layer."""
+        """Return a plan of this budget in every layer; the heads' sizes rotate from layer to layer."""
         if budget == 1:
             return Plan.full(self.model)
         layers, heads = self.model.config.num_hidden_layers, self.heads.kv
-        own = patterns(budget, context, heads)
+        row = patterns(budget, context, heads)
         weights = torch.randn(layers, heads, n_features(self.heads.dim))
-        return Plan.of(self.model, [own[n % heads :] + own[: n % heads] for n in range(layers)], weights)
+        return Plan.of(self.model, [row[n % heads :] + row[: n % heads] for n in range(layers)], weights)
 
-    def filled(self, plan: Plan, context: int, batch: int) -> PlanCache:
-        """What a plan keeps of random keys."""
+    def random_cache(self, plan: Plan, context: int, batch: int) -> PlanCache:
+        """Return a plan's cache of random keys and values."""
         cache = new_cache(self.model, plan, exact=False)
         shape = batch, self.heads.kv, context, self.heads.dim
         for layer in cache.layers:
@@ -117,19 +117,19 @@ class Rig:
         return cache
 
     def decode(self, context: int, batch: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
-        """A token of every text, as a graph, under plans and by flash attention over everything."""
+        """Time decoding of a token of every sequence, as a CUDA graph: under plans, and with full attention by SDPA."""
         tokens = torch.randint(3, 400, (batch,), device=self.clock.device)
         rows = [{"way": "full by sdpa's flash", "seconds": self._flash_decode(context, batch)}]
         for budget in budgets:
             plan = self.plan(budget, context)
             with torch.no_grad(), apply(self.model, plan):
-                cache = self.filled(plan, context, batch)
+                cache = self.random_cache(plan, context, batch)
                 step = Decoder(self.model, cache)
                 for _ in range(3):
                     step.run(tokens)
                 seconds = self.clock.host(lambda step=step: step.run(tokens), 2 if self.small else TOKENS)  # type: ignore[misc]
                 step.start_evicting()
-            held = nbytes(cache)
+            kv_bytes = nbytes(cache)
             whole = 2 * 2 * batch * len(cache.layers) * self.heads.kv * context * self.heads.dim
             rows.append(
                 {
@@ -137,8 +137,8 @@ class Rig:
                     "budget": budget,
                     "seconds": seconds,
                     "times_flash": rows[0]["seconds"]["median"] / seconds["median"],  # type: ignore[index]
-                    "kv_bytes": held,
-                    "kv_ratio": held / whole,
+                    "kv_bytes": kv_bytes,
+                    "kv_ratio": kv_bytes / whole,
                 }
             )
             del cache, step
@@ -146,7 +146,7 @@ class Rig:
 
     def _flash_decode(self, context: int, batch: int) -> dict[str, Any]:
         config, device = self.model.config, self.clock.device
-        _fixed.append(Fixed(config.num_hidden_layers, batch, self.heads.kv, context, self.heads.dim, device))
+        _fixed.append(FixedCache(config.num_hidden_layers, batch, self.heads.kv, context, self.heads.dim, device))
         before = config._attn_implementation
         self.model.set_attn_implementation(FIXED)
         one = Pass(batch, 1, device)
@@ -165,20 +165,20 @@ class Rig:
             _fixed.clear()
 
     def first_token(self, context: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
-        """Reading a text, and the most memory that this takes."""
+        """Time prefill and measure its peak memory: transformers, and headsink at several budgets."""
         ids = torch.randint(3, 400, (1, context), device=self.clock.device)
         rows: list[dict[str, Any]] = []
 
         def read(cache: Any) -> None:
             self.model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
-        def measured(way: str, backends: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+        def measure(name: str, backends: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
             cuda = self.clock.device.type == "cuda"
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             plan = more.pop("plan", None)
             with torch.no_grad():
-                for _ in range(2):  # the first time kernels are compiled
+                for _ in range(2):  # the first run compiles the kernels
                     if plan is None:
                         with sdpa_kernel([*backends]) if backends else nullcontext():
                             seconds = self.clock.host(lambda: read(DynamicCache(config=self.model.config)), 1)
@@ -186,41 +186,42 @@ class Rig:
                         with apply(self.model, plan):
                             seconds = self.clock.host(lambda: read(new_cache(self.model, plan, exact=False)), 1)
             peak = torch.cuda.max_memory_allocated() if cuda else 0
-            return {"way": way, "seconds": seconds, "peak_bytes": peak} | more
+            return {"way": name, "seconds": seconds, "peak_bytes": peak} | more
 
-        rows.append(measured("transformers, sdpa"))  # by the kernel that PyTorch takes: on an H100 cuDNN's
-        rows.append(measured("transformers, sdpa's flash", (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)))
+        rows.append(measure("transformers, sdpa"))  # with the kernel that PyTorch chooses: cuDNN's on an H100
+        rows.append(measure("transformers, sdpa's flash", (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)))
         for budget in budgets:
-            rows.append(measured("headsink", budget=budget, plan=self.plan(budget, context)))
+            rows.append(measure("headsink", budget=budget, plan=self.plan(budget, context)))
             for name, other in zip(("times_sdpa", "times_flash"), rows, strict=False):
                 rows[-1][name] = other["seconds"]["median"] / rows[-1]["seconds"]["median"]
         return rows
 
     def lossless(self, context: int, batch: int, budget: float) -> list[dict[str, Any]]:
-        """SpeculativeDecoder mode beside decoding in full, where every draft is right: heads that let keys go write nothing.
+        """Time lossless mode against decoding with the full cache, with every draft accepted.
 
-        So this is what the machinery allows; how many drafts are right is a matter of the model and the plan.
+        Heads that evict keys get zero output weights, so drafts equal the full cache's tokens. The result is the upper bound; the
+        acceptance rate depends on the model and the plan.
         """
         plan, model, device = self.plan(budget, context), self.model, self.clock.device
-        everything, dim, group = Plan.full(model), self.heads.dim, self.heads.query // self.heads.kv
+        dim, group = self.heads.dim, self.heads.query // self.heads.kv
         for layer, heads in zip(model.model.layers, plan.layers, strict=True):
             for number, head in enumerate(heads or ()):
                 if not head.pattern.full:
                     layer.self_attn.o_proj.weight.data[:, number * group * dim : (number + 1) * group * dim] = 0
-        plan, everything = self.plan(budget, context), Plan.full(model)  # of the model as it is now
+        plan, full_plan = self.plan(budget, context), Plan.full(model)  # again, because the weights have changed
         ids = torch.randint(3, 400, (batch, 2), device=device)
-        with torch.no_grad(), apply(model, everything):
-            full = self.filled(everything, context, batch)
+        with torch.no_grad(), apply(model, full_plan):
+            full = self.random_cache(full_plan, context, batch)
             step = Decoder(model, full)
             for _ in range(3):
                 step.run(ids[:, 0])
             count = 2 if self.small else TOKENS
-            own = self.clock.host(lambda: step.run(ids[:, 0]), count)
+            full_seconds = self.clock.host(lambda: step.run(ids[:, 0]), count)
             step.start_evicting()
-            draft, told = kept(model, plan, full), Speculation()
+            draft, counts = kept(model, plan, full), Speculation()
             rounds = 2 if self.small else 8
-            place = torch.full((batch,), full.get_seq_length(), device=device)
-            state = SpeculativeDecoder(model, ids[:, -1:], place, full, draft)
+            positions = torch.full((batch,), full.get_seq_length(), device=device)
+            state = SpeculativeDecoder(model, ids[:, -1:], positions, full, draft)
 
             def run(new: int) -> None:
                 ends = state.texts[0].shape[0] + new
@@ -230,21 +231,21 @@ class Rig:
                     lambda text, _: torch.tensor([text.shape[1] >= ends]),
                     sample=False,
                     drafted=4,
-                    told=told,
+                    told=counts,
                 )
 
             run(5 * (1 if self.small else 2))
-            before = told.passes
+            before = counts.passes
             seconds = self.clock.host(lambda: run(5 * rounds), 1)
-        each = seconds["median"] / (5 * rounds)
+        token_seconds = seconds["median"] / (5 * rounds)
         return [
-            {"way": "headsink, full", "seconds": own},
+            {"way": "headsink, full", "seconds": full_seconds},
             {
                 "way": "headsink, lossless, drafts of 4",
                 "budget": budget,
-                "token_s": each,
-                "times_full": own["median"] / each,
-                "acceptance": told.acceptance,
-                "passes": told.passes - before,
+                "token_s": token_seconds,
+                "times_full": full_seconds["median"] / token_seconds,
+                "acceptance": counts.acceptance,
+                "passes": counts.passes - before,
             },
         ]

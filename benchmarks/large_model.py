@@ -1,17 +1,16 @@
-"""A model of 3 GB analysed in a process that may hold 2 GB, beside the same model in a process without a limit.
+"""Analyse a 3 GB model in a process limited to 2 GB of memory, and in one without a limit.
 
 python benchmarks/large_model.py --folder runs/large-model --out benchmarks/results/large_model.json
 
-The model has Llama's shape, random weights in bfloat16 and the built-in model's tokenizer; it is written once, into the folder.
-Each run is a process of its own:
+The model has Llama's architecture, random weights in bfloat16 and the built-in model's tokenizer. It is written into the folder
+once. Each run is a separate process:
 
-- limited: RLIMIT_DATA, so the kernel refuses it more private memory than --limit; `device_map="auto"` with --room for weights.
-- limited, whole: the same limit, without offload, to show that the limit bites.
-- unlimited: no limit, the model in memory.
+- limited: RLIMIT_DATA limits private memory to --limit; `device_map="auto"` keeps --room bytes of weights in memory.
+- limited, whole: the same limit without offloading, which must fail.
+- unlimited: no limit, all weights in memory.
 
-RLIMIT_DATA counts a file that is mapped for reading weights as if all of it were in memory, though the kernel may drop such
-pages at any time. So that the limit is about memory, the limited processes have safetensors read with pread: every byte of a
-weight that they use is then their own, private memory. The page cache belongs to no process and is not counted.
+RLIMIT_DATA counts a mapped weight file in full, although the kernel can drop its pages at any time. The limited processes
+therefore read safetensors with pread, so that every byte of a weight in use is private memory. The page cache is not counted.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ SCORES = ("first", "sink", "local", "far", "entropy", "output")
 
 
 def make(folder: Path) -> int:
-    """Write the model, a layer at a time, so that making it stays small as well. Returns the bytes of its weights."""
+    """Write the model layer by layer, with little memory. Returns the bytes of its weights."""
     if not (folder / "config.json").is_file():
         with torch.device("meta"):
             shapes = {
@@ -89,7 +88,7 @@ def make(folder: Path) -> int:
 
 
 class Peaks(threading.Thread):
-    """The most memory that this process held, looked up 100 times a second: all resident, and private."""
+    """Sample this process's memory 100 times a second and keep the peaks: resident, private, and counted by RLIMIT_DATA."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -105,7 +104,7 @@ class Peaks(threading.Thread):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """One run, in this process: analyse, save the scores, print the figures as JSON."""
+    """Analyse the model in this process, save the scores, and print the measurements as JSON."""
     peaks = Peaks()
     peaks.start()
     torch.set_num_threads(arguments.threads)
@@ -147,7 +146,7 @@ def _pread(file: str | os.PathLike[str], **options: Any) -> Any:
 
 
 def start(arguments: argparse.Namespace, scores: Path, *, limit: int = 0, room: int = 0) -> dict[str, Any]:
-    """One run in a process of its own. MALLOC_ARENA_MAX keeps freed memory from staying with each thread."""
+    """Start one run in a separate process. MALLOC_ARENA_MAX limits the freed memory that glibc keeps per thread."""
     options = {"folder": arguments.folder, "tokens": arguments.tokens, "threads": arguments.threads, "out": scores}
     command = [sys.executable, __file__, "--run", *(f"--{name}={value}" for name, value in options.items())]
     command += [f"--limit={limit}", f"--room={room}"]
@@ -174,8 +173,8 @@ def main() -> None:
 
     weights = make(arguments.folder)
     print(f"weights: {weights / 1e9:.2f} GB", flush=True)
-    with TemporaryDirectory() as place:
-        limited, unlimited = Path(place) / "limited", Path(place) / "unlimited"
+    with TemporaryDirectory() as folder:
+        limited, unlimited = Path(folder) / "limited", Path(folder) / "unlimited"
         runs = {
             "limited": start(arguments, limited, limit=arguments.limit, room=arguments.room),
             "limited, whole": start(arguments, limited.with_name("none"), limit=arguments.limit),
@@ -191,7 +190,7 @@ def main() -> None:
         "tokens": arguments.tokens,
         "threads": arguments.threads,
         "processor": platform.machine(),
-        "load_average": [round(n, 1) for n in os.getloadavg()],  # above `threads`: others were at work as well
+        "load_average": [round(n, 1) for n in os.getloadavg()],  # above `threads`: other processes were running too
         "versions": {
             name: version(name) for name in ("headsink", "torch", "transformers", "accelerate", "safetensors")
         },

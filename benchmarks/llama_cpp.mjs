@@ -1,4 +1,4 @@
-// llama.cpp on one text: time to the first token and of each one after it, a JSON line for each context. See llama_cpp.py.
+// llama.cpp on one text: TTFT and the time of each later token, a JSON line for each context. See llama_cpp.py.
 import fs from "fs";
 import { createRequire } from "module";
 import { pathToFileURL } from "url";

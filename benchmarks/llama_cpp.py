@@ -1,10 +1,10 @@
-"""headsink beside llama.cpp on the same text, in turn: time to the first token and per token.
+"""TTFT and TPOT of headsink and llama.cpp on the same text, measured alternately.
 
 npm install --prefix runs/llama node-llama-cpp --ignore-scripts
 python benchmarks/llama_cpp.py --plan plan.json --node runs/llama --out benchmarks/results/llama-cpp-smollm2.json
 
-llama.cpp runs the built-in model's own 4-bit weights with a float16 KV cache and flash attention; headsink the same weights in
-bfloat16, under a plan and all-full. Do nothing else on the machine.
+llama.cpp runs the built-in model's 4-bit weights with a float16 KV cache and flash attention. headsink runs the same weights in
+bfloat16, under a plan and with the full cache. Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def main() -> None:
     contexts = [int(part) for part in arguments.contexts.split(",")]
     model, tokenizer = headsink.load("smollm2", dtype="bfloat16")
     ids = corpus.tokens("prose", tokenizer, max(contexts), seed=0, split="heldout")
-    ways = {"headsink, plan": Plan.load(arguments.plan), "headsink, full": Plan.full(model)}
+    plans = {"headsink, plan": Plan.load(arguments.plan), "headsink, full": Plan.full(model)}
     package = arguments.node / "node_modules" / "node-llama-cpp" / "package.json"
     found: dict[str, Any] = {
-        "what": "llama.cpp (Q4_1 weights, float16 KV) and headsink (bfloat16) in turn: time to the first token, and per token",
+        "what": "TTFT and TPOT of llama.cpp (Q4_1 weights, float16 KV) and headsink (bfloat16), measured alternately",
         "command": "python " + " ".join(sys.argv),
         "versions": {name: version(name) for name in ("headsink", "torch", "transformers")}
         | {"node-llama-cpp": json.loads(package.read_text(encoding="utf-8"))["version"]},
@@ -67,14 +67,14 @@ def main() -> None:
             str(text),
         ]
         command += [arguments.contexts, str(arguments.tokens), str(torch.get_num_threads())]
-        generate(model, tokenizer, ids[:64], ways["headsink, plan"], max_new_tokens=3)
+        generate(model, tokenizer, ids[:64], plans["headsink, plan"], max_new_tokens=3)
         for _ in range(arguments.rounds):
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             for line in done.stdout.splitlines():
                 row = json.loads(line)
                 runs.setdefault((row.pop("context"), "llama.cpp"), []).append(row)
             for context in contexts:
-                for way, plan in ways.items():
+                for name, plan in plans.items():
                     one = generate(
                         model,
                         tokenizer,
@@ -84,15 +84,15 @@ def main() -> None:
                         min_new_tokens=arguments.tokens,
                     )
                     row = {"prefill_s": one.first_token_s, "decode_s": statistics.median(one.steps_s)}
-                    runs.setdefault((context, way), []).append(row)
-    for (context, way), rows in sorted(runs.items()):
+                    runs.setdefault((context, name), []).append(row)
+    for (context, name), rows in sorted(runs.items()):
         figures = {}
-        for name in ("prefill_s", "decode_s"):
-            values = [row[name] for row in rows]
-            figures[name] = {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
-        found["results"].append({"context": context, "way": way} | figures)
-        prefill, decode = (figures[name]["median"] for name in ("prefill_s", "decode_s"))
-        print(f"{context:>6} {way:<16} prefill {prefill:6.2f} s, decode {1e3 * decode:5.1f} ms")
+        for key in ("prefill_s", "decode_s"):
+            values = [row[key] for row in rows]
+            figures[key] = {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+        found["results"].append({"context": context, "way": name} | figures)
+        prefill, decode = (figures[key]["median"] for key in ("prefill_s", "decode_s"))
+        print(f"{context:>6} {name:<16} prefill {prefill:6.2f} s, decode {1e3 * decode:5.1f} ms")
     write_text(arguments.out, json.dumps(found, indent=1))
 
 

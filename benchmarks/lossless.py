@@ -1,10 +1,10 @@
-"""SpeculativeDecoder mode against decoding in full, several texts at once: milliseconds for a token of every text.
+"""TPOT of lossless mode (self-speculative decoding) against decoding with the full cache, for several sequences at once.
 
 python benchmarks/lossless.py --plan runs/plan-7500.json --out benchmarks/results/lossless-smollm2.json
 
-Different held-out texts are read once. Then, in turn, from copies of the cache: the model itself by transformers, the model under
-the all-full plan (all texts in one pass), the compiled step, and lossless mode with drafts of 2, 4 and 8 tokens, and of as many
-as pay. Greedy, the same tokens; where lossless text parts from the model's own it is counted.
+Different held-out texts are read once. Then these decode greedily, alternately, from copies of the cache: transformers with the
+full cache; the model under the all-full plan; the compiled decode step under that plan; lossless mode with drafts of 2, 4 and 8
+tokens, and of an adaptive length. Sequences whose tokens differ from those of the full cache are counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DRAFTS: tuple[int | None, ...] = (2, 4, 8, None)
 
 
 def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Tensor:
-    """Greedy tokens by passes of the model: int64 [texts, tokens]."""
+    """Decode greedily by forward passes of the model: int64 [batch, tokens]."""
     found = [last]
     for _ in range(tokens):
         logits = model(found[-1], **cache_argument(cache), use_cache=True).logits
@@ -46,7 +46,7 @@ def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Ten
 
 
 def compiled(model: PreTrainedModel, cache: PlanCache, last: Tensor, tokens: int) -> Tensor:
-    """The same by the compiled step."""
+    """Decode greedily by the compiled decode step: int64 [batch, tokens]."""
     found = [last[:, 0]]
     with decoding(model, cache) as step:
         for _ in range(tokens):
@@ -61,35 +61,35 @@ def lossless(
     ids: Tensor,
     tokens: int,
     drafted: int | None,
-    told: Speculation,
+    counts: Speculation,
 ) -> Tensor:
-    """The same by lossless mode."""
+    """Decode greedily in lossless mode: int64 [batch, tokens]. The run adds its counts to `counts`."""
     length = ids.shape[1] + tokens
-    place = torch.full((len(ids),), ids.shape[1] - 1)
+    positions = torch.full((len(ids),), ids.shape[1] - 1)
 
     def stop(text: Tensor, _: Any) -> Tensor:
         return torch.tensor([text.shape[1] >= length])
 
-    state = SpeculativeDecoder(model, ids, place, full, draft)
-    state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=told)
+    state = SpeculativeDecoder(model, ids, positions, full, draft)
+    state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=counts)
     return torch.stack(state.texts)[:, ids.shape[1] :]
 
 
-def unrecorded(cache: PlanCache) -> PlanCache:
-    """A copy that the compiled step takes."""
-    one = copy.deepcopy(cache)
-    for layer in one.layers:
+def copy_without_past(cache: PlanCache) -> PlanCache:
+    """Return a copy that does not record its past, as the compiled decode step needs."""
+    copied = copy.deepcopy(cache)
+    for layer in copied.layers:
         layer.record_past = False  # type: ignore[attr-defined]
-    return one
+    return copied
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--plan", type=Path, required=True, help="what drafts")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan of the draft")
     parser.add_argument("--context", type=int, default=7500)
-    parser.add_argument("--batches", default="1,8", help="how many texts at once")
+    parser.add_argument("--batches", default="1,8", help="batch sizes")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -97,7 +97,9 @@ def main() -> None:
     model, tokenizer = headsink.load(arguments.model, dtype=arguments.dtype)
     plan, everything = Plan.load(arguments.plan).model_copy(update={"quality": ()}), Plan.full(model)
     prepare(model)
-    found: dict[str, Any] = heading("seconds for a token of every text, greedy, in full and in lossless mode") | {
+    found: dict[str, Any] = heading(
+        "seconds for a token of every sequence, greedy, with the full cache and in lossless mode"
+    ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,
@@ -106,20 +108,20 @@ def main() -> None:
         "results": [],
     }
     for batch in map(int, arguments.batches.split(",")):
-        texts = [
+        prompts = [
             corpus.tokens(("prose", "code")[n % 2], tokenizer, arguments.context, seed=n, split="heldout")
             for n in range(batch)
         ]
-        ids = torch.tensor(texts)
+        ids = torch.tensor(prompts)
         full = headsink.new_cache(model, everything, exact=False)
         with torch.no_grad(), headsink.apply(model, everything):
             for start in range(0, arguments.context - 1, 1024):
                 chunk = ids[:, start : min(start + 1024, arguments.context - 1)]
                 model(chunk, **cache_argument(full), use_cache=True, logits_to_keep=1)
         draft, last = kept(model, plan, full), ids[:, -1:]
-        told: dict[str, Speculation] = {}
+        counts: dict[str, Speculation] = {}
 
-        def own_cache(full: PlanCache = full) -> DynamicCache:
+        def transformers_cache(full: PlanCache = full) -> DynamicCache:
             cache = DynamicCache(config=model.config)
             for index, layer in enumerate(full.layers):
                 cache.update(*(t.clone() for t in layer.groups[0].last(layer.seen)), index)  # type: ignore[attr-defined]
@@ -129,48 +131,51 @@ def main() -> None:
             count: int | None,
             full: PlanCache = full,
             draft: PlanCache = draft,
-            told: dict[str, Speculation] = told,
+            counts: dict[str, Speculation] = counts,
             ids: Tensor = ids,
         ) -> tuple[Callable[[], tuple[Any, ...]], Callable[..., Tensor]]:
-            told[str(count)] = Speculation()
+            counts[str(count)] = Speculation()
             return (
                 lambda: (copy.deepcopy(full), copy.deepcopy(draft)),
-                lambda *pair: lossless(model, *pair, ids, arguments.tokens, count, told[str(count)]),
+                lambda *pair: lossless(model, *pair, ids, arguments.tokens, count, counts[str(count)]),
             )
 
-        ways: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[..., Tensor]]] = {
-            "transformers": (lambda: (own_cache(),), lambda c, last=last: passes(model, c, last, arguments.tokens)),
+        methods: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[..., Tensor]]] = {
+            "transformers": (
+                lambda: (transformers_cache(),),
+                lambda c, last=last: passes(model, c, last, arguments.tokens),
+            ),
             "headsink, full": (
                 lambda full=full: (copy.deepcopy(full),),
                 lambda c, last=last: passes(model, c, last, arguments.tokens),
             ),
             "headsink, full, compiled": (
-                lambda full=full: (unrecorded(full),),
+                lambda full=full: (copy_without_past(full),),
                 lambda c, last=last: compiled(model, c, last, arguments.tokens),
             ),
         } | {f"lossless, drafts of {count or 'as many as pay'}": with_draft(count) for count in DRAFTS}
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        said: dict[str, Tensor] = {}
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        outputs: dict[str, Tensor] = {}
         for number in range(arguments.rounds):
-            for way in ways if number % 2 == 0 else reversed(ways):
-                prepared, run = ways[way]
-                caches = prepared()
+            for method in methods if number % 2 == 0 else reversed(methods):
+                make_caches, run = methods[method]
+                caches = make_caches()
                 start = time.perf_counter()
                 with torch.no_grad():
-                    if way == "transformers":
-                        said[way] = run(*caches)
+                    if method == "transformers":
+                        outputs[method] = run(*caches)
                     else:
                         with headsink.apply(model, everything):
-                            said[way] = run(*caches)
-                times[way].append((time.perf_counter() - start) / arguments.tokens)
-                print(f"{batch} texts, {way}: {1e3 * times[way][-1]:.1f} ms", file=sys.stderr)
-        best = min(sorted(times[way])[arguments.rounds // 2] for way in list(ways)[1:3])
-        for way in ways:
-            row: dict[str, Any] = {"texts": batch, "way": way, "token_s": spread(times[way])}
+                            outputs[method] = run(*caches)
+                times[method].append((time.perf_counter() - start) / arguments.tokens)
+                print(f"{batch} sequences, {method}: {1e3 * times[method][-1]:.1f} ms", file=sys.stderr)
+        best = min(sorted(times[method])[arguments.rounds // 2] for method in list(methods)[1:3])
+        for method in methods:
+            row: dict[str, Any] = {"texts": batch, "way": method, "token_s": spread(times[method])}
             row["ratio_to_own_full"] = best / row["token_s"]["median"]
-            row["texts_that_part"] = int((said[way] != said["headsink, full"]).any(1).sum())
-            if way.startswith("lossless"):
-                one = told[way.removeprefix("lossless, drafts of ").replace("as many as pay", "None")]
+            row["texts_that_part"] = int((outputs[method] != outputs["headsink, full"]).any(1).sum())
+            if method.startswith("lossless"):
+                one = counts[method.removeprefix("lossless, drafts of ").replace("as many as pay", "None")]
                 row |= {"acceptance": one.acceptance, "passes": one.passes / arguments.rounds, "lengths": one.lengths}
             found["results"].append(row)
         write_text(arguments.out, json.dumps(found, indent=1))

@@ -1,20 +1,18 @@
-"""The presses of NVIDIA's kvpress on the cases that plans are judged on, at the same KV bytes.
+"""Quality of the presses of NVIDIA's kvpress on the cases of plans.py, at the same KV bytes.
 
-make peers   (a virtual environment of its own, since kvpress needs an older transformers; then this, on all cases)
+make peers   (installs kvpress into a separate environment, because it needs an older transformers, and runs all cases)
 
-A press sees the context only. It compresses the cache before any continuation is known; every continuation is then scored by
-itself over what the press held. The result has one record per case, press, budget and continuation, and the bytes held.
+A press compresses the cache of a context before any continuation is known; then every continuation is scored on its own over the
+compressed cache. The result has one record per case, press, budget and continuation, with the bytes of the cache.
 
-What makes it fast and what makes it fair:
-
-- Presses compress a layer after its attention has run, so what they see does not depend on them. The context is read once,
-  and every press is replayed on what was seen. A self-check at the start compares this with the ordinary use of each press.
-- A compressed cache is shorter than the text. Every layer gets a mask of its own (all that is kept, causal among the
-  continuation), and tokens get their true positions.
-- Some presses do not remove keys but mark them per head, to be replaced in later attention by fake keys, searched for so that
-  no query gives them weight. Here marked keys are masked, per head, which gives the same figures without a search that can
-  fail; and their bytes count as freed, although the library goes on holding them.
-- Layers with a sliding window of their own are left alone and not counted.
+- Presses compress a layer after its attention has run, so their inputs do not depend on them. The context is read once, and every
+  press is replayed on the recorded inputs. A self-check at the start compares this with the ordinary use of each press.
+- A compressed cache is shorter than the context. Every layer gets its own mask (all kept keys, causal among the continuation),
+  and tokens keep their positions.
+- Some presses do not remove keys but mark them per head; the library then replaces them in later attention by fake keys, searched
+  so that no query attends to them. Here marked keys are masked per head, which gives the same results without a search that can
+  fail. Their bytes count as freed, although the library keeps them.
+- Layers with a sliding window are left unchanged and not counted.
 """
 
 from __future__ import annotations
@@ -51,33 +49,35 @@ from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
 logging.getLogger("kvpress").setLevel(logging.ERROR)  # presses warn at every start
 
-CHECK_TOKENS, CHECK_BUDGET = 500, 0.8  # of the self-check: DuoAttention holds 384 tokens at least, LagKV needs 260
-PIECE = 2000  # characters of a text that DuoAttention's heads are scored on
-PLACEHOLDER = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D, so that the model makes no mask of its own
+CHECK_TOKENS, CHECK_BUDGET = 500, 0.8  # of the self-check: DuoAttention keeps at least 384 tokens, LagKV needs 260
+PIECE = 2000  # characters of each text on which DuoAttention scores heads
+PLACEHOLDER = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D, so that the model does not create a mask
 
 
 class KVzip(kvpress.KVzipPress):
-    """KVzip that reads the context again once, and chooses for each of `budgets` from the same scores."""
+    """KVzip with one reconstruction pass for all of `budgets`."""
 
-    def choose(self, model: PreTrainedModel, ids: Tensor, budgets: list[float]) -> dict[float, Held]:
-        """Read a context, ids [1, tokens], in KVzip's ordinary way; what it holds at each budget."""
+    def choose(self, model: PreTrainedModel, ids: Tensor, budgets: list[float]) -> dict[float, Compressed]:
+        """Compress a context, ids [1, tokens], as KVzip does; returns the compressed cache at each budget."""
         self.budgets, self.found = budgets, {}
-        self.compression_ratio = 1 - min(budgets)  # at 0 it does nothing
+        self.compression_ratio = 1 - min(budgets)  # any ratio above 0: at 0 the press does nothing
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        tokenizer.chat_template = None  # with one, the press takes the first tokens of a context for the template's
+        tokenizer.chat_template = (
+            None  # with a template, the press takes the first tokens of the context for its prefix
+        )
         with mock.patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer), self(model):
             model.model(input_ids=ids, past_key_values=DynamicCache(config=model.config))
         return self.found
 
     def compress_post(self, model: PreTrainedModel) -> None:
-        """What KVzip does at its end, once for each budget."""
+        """Run KVzip's last step once for each budget."""
         for budget in self.budgets:
             self.compression_ratio = 1 - budget
             super().compress_post(model)
             self.found[budget] = take(model, self._cache)
 
 
-# Settings are those of kvpress's own evaluation registry, or the defaults, which its documentation recommends.
+# Settings of kvpress's evaluation registry, or the defaults, which its documentation recommends.
 PRESSES: dict[str, Callable[[], kvpress.BasePress]] = {
     "StreamingLLM": kvpress.StreamingLLMPress,
     "SnapKV": kvpress.SnapKVPress,
@@ -109,22 +109,22 @@ NOTES = {
 
 @dataclass
 class Reading:
-    """A context as the model read it: ids [1, tokens], the whole cache, and what each layer to compress was called with."""
+    """A prefilled context: ids [1, tokens], the full cache, and the arguments of each compressible layer's attention."""
 
     ids: Tensor
     cache: DynamicCache
-    calls: dict[int, dict[str, Any]]  # layer to keyword arguments of its attention
+    calls: dict[int, dict[str, Any]]  # layer -> keyword arguments of its attention
 
 
 @dataclass
-class Held:
-    """What is held of a context; `marked` keys only count as removed: layer to [KV heads, keys], True where removed."""
+class Compressed:
+    """A compressed cache. marked: layer -> bool [KV heads, keys], True for keys in it that count as removed."""
 
     cache: DynamicCache
     marked: dict[int, Tensor]
 
     def nbytes(self, model: PreTrainedModel) -> int:
-        """Bytes of the keys and values that are not marked, in the layers without a sliding window."""
+        """Return the bytes of unmarked keys and values, in the layers without a sliding window."""
         total = 0
         for index in (module.layer_idx for module in compressible(model)):
             layer, marked = self.cache.layers[index], self.marked[index]
@@ -133,26 +133,26 @@ class Held:
 
 
 def attention(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of every layer."""
+    """Return the attention module of every layer."""
     return [layer.self_attn for layer in model.model.layers]
 
 
 def slides(module: nn.Module) -> bool:
-    """Whether an attention module has a sliding window of its own."""
+    """Return whether an attention module has a sliding window."""
     return getattr(module, "is_sliding", False)
 
 
 def compressible(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules without a sliding window."""
+    """Return the attention modules without a sliding window."""
     return [module for module in attention(model) if not slides(module)]
 
 
 def load(folder: str, dtype: str) -> PreTrainedModel:
-    """The model, with rotary embeddings where presses look for them."""
+    """Load the model and put its rotary embedding where presses expect it."""
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     rotary = model.model.rotary_emb
-    if any(map(slides, attention(model))):  # Gemma 3 has embeddings of two kinds, and presses do not say which
+    if any(map(slides, attention(model))):  # Gemma 3 has two rotary embeddings, and presses do not pass the layer type
         forward = rotary.forward
         rotary.forward = lambda x, position_ids, layer_type="full_attention": forward(x, position_ids, layer_type)
     for module in attention(model):
@@ -161,29 +161,29 @@ def load(folder: str, dtype: str) -> PreTrainedModel:
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that starts as `cache` is and leaves it alone: layers put new tensors in place of old ones."""
+    """Return a copy of a cache that shares its tensors. Updates replace tensors, so they do not change the original."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
 
 
 def read(model: PreTrainedModel, ids: Tensor) -> Reading:
-    """Run the model over a context, ids [1, tokens], with nothing compressed."""
+    """Prefill a context, ids [1, tokens], without compression."""
     calls: dict[int, dict[str, Any]] = {}
 
-    def note(module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any) -> None:
+    def record_call(module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any) -> None:
         calls[module.layer_idx] = kwargs
 
     cache = DynamicCache(config=model.config)
     with ExitStack() as hooks:
         for module in compressible(model):
-            hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(record_call, with_kwargs=True))
         model.model(input_ids=ids, past_key_values=cache)
     return Reading(ids, cache, calls)
 
 
-def take(model: PreTrainedModel, cache: DynamicCache) -> Held:
-    """What is in `cache` now, less the keys that a press has marked on the attention modules; takes the marks off."""
+def take(model: PreTrainedModel, cache: DynamicCache) -> Compressed:
+    """Return the contents of a cache and the keys that a press has marked on the attention modules, and clear the marks."""
     marked = {}
     for module in attention(model):
         marked[module.layer_idx] = torch.zeros(cache.layers[module.layer_idx].keys.shape[1:3], dtype=torch.bool)
@@ -191,11 +191,11 @@ def take(model: PreTrainedModel, cache: DynamicCache) -> Held:
         if indices is not None:
             marked[module.layer_idx][indices[1:]] = True
         module.masked_key_indices = None
-    return Held(fork(cache), marked)
+    return Compressed(fork(cache), marked)
 
 
 def seed(module: nn.Module, _: Any = None) -> None:
-    """Compactor draws a random sketch for every layer: always the same for a layer."""
+    """Seed Compactor's random sketch by layer, so that it is the same in every run."""
     torch.manual_seed(module.layer_idx)
 
 
@@ -205,23 +205,28 @@ def set_budget(model: PreTrainedModel, press: kvpress.BasePress, budget: float, 
     if not isinstance(press, kvpress.DuoAttentionPress):
         press.compression_ratio = 1 - budget
         return
-    held = press.sink_size + press.recent_size
-    if held > budget * tokens:
-        raise ValueError(f"a streaming head holds {held} tokens, which is over the budget by itself")
+    kept = press.sink_size + press.recent_size
+    if kept > budget * tokens:
+        raise ValueError(f"a streaming head keeps {kept} tokens, which alone exceeds the budget")
     heads = press.streaming_mask.numel()
-    press.head_compression_ratio = math.ceil(heads * (1 - budget) / (1 - held / tokens)) / heads
+    press.head_compression_ratio = math.ceil(heads * (1 - budget) / (1 - kept / tokens)) / heads
     press.post_init_from_model(model)
 
 
-def compressor(model: PreTrainedModel, name: str, reading: Reading, budgets: list[float]) -> Callable[[float], Held]:
-    """What gives, for a budget, what the press would hold of the context. Both raise ValueError where the press refuses."""
+def compressor(
+    model: PreTrainedModel, name: str, reading: Reading, budgets: list[float]
+) -> Callable[[float], Compressed]:
+    """Return a function from a budget to the cache that the press compresses the context to.
+
+    Both raise ValueError where the press does not support the model or the budget.
+    """
     press = PRESSES[name]()
     if isinstance(press, KVzip):
         return press.choose(model, reading.ids, budgets).__getitem__
     if isinstance(press, kvpress.DuoAttentionPress) and any(map(slides, attention(model))):
-        raise ValueError("it ranks the heads of all layers together, those with a sliding window too")
+        raise ValueError("it ranks the heads of all layers together, also of those with a sliding window")
 
-    def compress(budget: float) -> Held:
+    def compress(budget: float) -> Compressed:
         set_budget(model, press, budget, reading.ids.shape[1])
         cache = fork(reading.cache)
         for module in compressible(model):
@@ -232,12 +237,17 @@ def compressor(model: PreTrainedModel, name: str, reading: Reading, budgets: lis
     return compress
 
 
-def score(model: PreTrainedModel, held: Held, start: int, continuation: dict[str, Any]) -> tuple[float, bool]:
-    """Mean nll of the scored tokens of a continuation that starts at position `start`; whether each is the likeliest."""
+def score(
+    model: PreTrainedModel, compressed: Compressed, start: int, continuation: dict[str, Any]
+) -> tuple[float, bool]:
+    """Return the mean NLL of a continuation's scored tokens, and whether each is the most likely token.
 
-    def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Let new tokens see what is held less what is marked, and each other causally, within the layer's window."""
-        marked, new = held.marked[module.layer_idx], kwargs["hidden_states"].shape[1]
+    start: position of the continuation's first token.
+    """
+
+    def set_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Let new tokens attend to unmarked cached keys, and causally to each other, within the layer's window."""
+        marked, new = compressed.marked[module.layer_idx], kwargs["hidden_states"].shape[1]
         keys = marked.shape[1]
         mask = torch.ones(1, new, keys + new, dtype=torch.bool).tril(keys)  # [1 or heads, new, keys + new]
         if slides(module):
@@ -250,10 +260,10 @@ def score(model: PreTrainedModel, held: Held, start: int, continuation: dict[str
     ids, scored = torch.tensor([continuation["ids"]]), continuation["scored"]
     with ExitStack() as hooks:
         for module in attention(model):
-            hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(set_mask, with_kwargs=True))
         output = model(
             ids,
-            past_key_values=fork(held.cache),
+            past_key_values=fork(compressed.cache),
             position_ids=torch.arange(start, start + ids.shape[1])[None],
             attention_mask=PLACEHOLDER,
             logits_to_keep=scored + 1,
@@ -263,7 +273,7 @@ def score(model: PreTrainedModel, held: Held, start: int, continuation: dict[str
 
 
 def duo_texts(*_: Any, **__: Any) -> SimpleNamespace:
-    """Stands in for the data set BookSum, which would be a download."""
+    """Replace the data set BookSum, which would have to be downloaded."""
     names = [
         name for name in sorted(topics) if hashlib.sha256(name.encode()).digest()[0] < 128
     ]  # as headsink.data.corpus
@@ -272,20 +282,20 @@ def duo_texts(*_: Any, **__: Any) -> SimpleNamespace:
 
 
 def check(model: PreTrainedModel, names: list[str]) -> None:
-    """Exit if a replayed press holds other things than the press in ordinary use, or if masks and positions are wrong."""
+    """Exit if a replayed press keeps other keys than the press in ordinary use, or if masks or positions are wrong."""
     ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS + 50), generator=torch.Generator().manual_seed(0))
     reading = read(model, ids[:, :CHECK_TOKENS])
     found, _ = score(model, take(model, reading.cache), CHECK_TOKENS, {"ids": ids[0, -50:].tolist(), "scored": 49})
     logits = model(ids, logits_to_keep=50).logits[0, :-1].float()
     expected = nn.functional.cross_entropy(logits, ids[0, -49:]).item()
     if abs(found - expected) > (1e-4 if model.dtype == torch.float32 else 0.05):
-        sys.exit(f"self-check: nll {found} in two passes, {expected} in one")
+        sys.exit(f"self-check: NLL {found} in two passes, {expected} in one")
     for name in names:
-        if PRESSES[name] is KVzip:  # is not replayed
+        if PRESSES[name] is KVzip:  # not replayed
             continue
         try:
             replayed = compressor(model, name, reading, [])(CHECK_BUDGET)
-        except ValueError:  # refused, as run_case will record
+        except ValueError:  # refused; run_case records it
             continue
         press, cache = PRESSES[name](), DynamicCache(config=model.config)
         set_budget(model, press, CHECK_BUDGET, CHECK_TOKENS)
@@ -299,30 +309,30 @@ def check(model: PreTrainedModel, names: list[str]) -> None:
             ours, theirs = replayed.cache.layers[index], ordinary.cache.layers[index]
             same = torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
             if not same or not torch.equal(replayed.marked[index], ordinary.marked[index]):
-                sys.exit(f"self-check: replayed, {name} holds other keys in layer {index}")
+                sys.exit(f"self-check: replayed, {name} keeps other keys in layer {index}")
 
 
 def run_case(model: PreTrainedModel, case: dict[str, Any], names: list[str], budgets: list[float]) -> dict[str, Any]:
-    """The records of one case, what was refused, and the seconds of each part."""
+    """Return the records of one case, the refused presses and budgets, and the seconds of each part."""
     done: dict[str, Any] = {"records": [], "refused": {}, "seconds": {}}
-    context, tokens, begun = case["context"], len(case["ids"]), time.perf_counter()
+    context, tokens, start = case["context"], len(case["ids"]), time.perf_counter()
 
     def lap(part: str) -> None:
-        nonlocal begun
-        done["seconds"][part] = round(time.perf_counter() - begun, 2)
-        begun = time.perf_counter()
+        nonlocal start
+        done["seconds"][part] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
         print(f"{context} {case['name']} {part}: {done['seconds'][part]} s", file=sys.stderr, flush=True)
 
-    def record(method: str, budget: float, held: Held) -> None:
-        kv_bytes = held.nbytes(model)
-        if kv_bytes > budget * full + full // tokens:  # a token in every head, for rounding
-            print(f"over budget: {method} holds {kv_bytes} of {full} bytes at {budget}", file=sys.stderr)
-        of = {"method": method, "budget": budget, "context": context, "case": case["name"]}
+    def record(method: str, budget: float, compressed: Compressed) -> None:
+        kv_bytes = compressed.nbytes(model)
+        if kv_bytes > budget * full + full // tokens:  # one token per head more, for rounding
+            print(f"over budget: {method} keeps {kv_bytes} of {full} bytes at {budget}", file=sys.stderr)
+        identity = {"method": method, "budget": budget, "context": context, "case": case["name"]}
         for continuation in case["continuations"]:
-            nll, right = score(model, held, tokens, continuation)
+            nll, right = score(model, compressed, tokens, continuation)
             found = {"nll": nll, "right": right, "scored": continuation["scored"]}
             size = {"kv_bytes": kv_bytes, "kv_bytes_full": full}
-            done["records"].append(of | {"form": continuation["form"]} | found | size)
+            done["records"].append(identity | {"form": continuation["form"]} | found | size)
 
     reading = read(model, torch.tensor([case["ids"]]))
     whole = take(model, reading.cache)
@@ -338,17 +348,17 @@ def run_case(model: PreTrainedModel, case: dict[str, Any], names: list[str], bud
             continue
         for budget in budgets:
             try:
-                held = compress(budget)
+                compressed = compress(budget)
             except ValueError as error:
                 done["refused"][f"{name}, budget {budget}, context {context}"] = str(error)
                 continue
-            record(name, budget, held)
+            record(name, budget, compressed)
         lap(name)
     return done
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -356,7 +366,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def processor() -> str:
-    """The processor's name, or its kind where the system does not tell."""
+    """Return the name of the processor, or its architecture where the name is unknown."""
     listing = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.+)", listing.read_text()) if listing.exists() else None
     return named[1] if named else platform.machine()
@@ -376,36 +386,36 @@ def main() -> None:
     names, budgets = arguments.presses.split(","), [float(budget) for budget in arguments.budgets.split(",")]
     if unknown := set(names) - set(PRESSES):
         parser.error(f"--presses: {', '.join(sorted(unknown))} unknown; there are {', '.join(PRESSES)}")
-    given = arguments.cases.read_text(encoding="utf-8")
-    listed = json.loads(given)
-    contexts = sorted({case["context"] for case in listed["cases"]})
+    case_text = arguments.cases.read_text(encoding="utf-8")
+    case_file = json.loads(case_text)
+    contexts = sorted({case["context"] for case in case_file["cases"]})
     if arguments.contexts:
         contexts = [int(context) for context in arguments.contexts.split(",")]
     cases = [
-        c for context in contexts for c in [c for c in listed["cases"] if c["context"] == context][: arguments.limit]
+        c for context in contexts for c in [c for c in case_file["cases"] if c["context"] == context][: arguments.limit]
     ]
     about = {
-        "what": "kvpress presses on held-out cases: nll and answers once the context is compressed to a share (budget) of its "
-        "KV entries; compression_ratio in a press's settings is then 1 - budget",
+        "what": "kvpress presses on held-out cases: NLL, and correct answers after the context was compressed to a "
+        "share (budget) of its KV entries; compression_ratio in a press's settings is 1 - budget",
         "command": "python " + " ".join(sys.argv),
         "versions": {name: version(name) for name in ("kvpress", "torch", "transformers")},
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": processor()},
-        "model": listed["model"],
+        "model": case_file["model"],
         "dtype": arguments.dtype,
         "presses": {name: repr(PRESSES[name]()) + NOTES.get(name, "") for name in names},
     }
 
-    # Finished cases are taken up again if they come from the same cases, presses, budgets and versions.
+    # Finished cases are reused if the cases, presses, budgets and versions are the same.
     partial = arguments.out.with_name(arguments.out.name + ".partial")
-    key = [hashlib.sha256(given.encode()).hexdigest(), budgets, about["versions"], about["dtype"], about["presses"]]
+    key = [hashlib.sha256(case_text.encode()).hexdigest(), budgets, about["versions"], about["dtype"], about["presses"]]
     done: dict[str, Any] = {"key": key, "cases": {}}
     if partial.exists():
         done = json.loads(partial.read_text(encoding="utf-8"))
         if done["key"] != key:
-            sys.exit(f"{partial} is of a run with other cases or options: finish that one or remove the file")
+            sys.exit(f"{partial} belongs to a run with other cases or options: finish that run or remove the file")
 
     found: dict[str, Any] = {}
-    model = load(listed["folder"], arguments.dtype)
+    model = load(case_file["folder"], arguments.dtype)
     with mock.patch.object(duo_attention_press, "load_dataset", duo_texts):
         check(model, names)
         print("self-check passed", file=sys.stderr, flush=True)

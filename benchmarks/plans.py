@@ -1,13 +1,18 @@
-"""Plans on the held-out cases that peers are judged on: ours, the policies of other methods, ours with parts turned off.
+"""Quality of plans on held-out cases: headsink's methods, baseline policies, and ablations.
 
 python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2.json
 python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all --out benchmarks/results/ablation-smollm2.json
 
-A plan is calibrated at the context of the cases. Their continuations are not known while a case is read; each is scored by itself
-after that. "headsink" reads under the plan and goes on letting keys go while continuations run. "headsink, once" does as the
-presses of peers.py do: the case is read in full, compressed once, and all that follows stays; "headsink, retold" tells it again
-in between (where heads are many, its numbers of keys are by need only anyway). Records have the form of peers.py; bytes are
-those of layers that do not slide by themselves.
+A plan is calibrated at the context of the cases. A case is read before any continuation is known; then every continuation is
+scored on its own.
+
+- "headsink": online eviction. The case is read under the plan, and keys are evicted while continuations run.
+- "headsink, once": prefill compression, like the presses of peers.py. The case is read in full attention and compressed; all
+  later keys stay.
+- "headsink, retold": prefill compression with context reconstruction. In models with many heads its budgets are allocated by
+  importance only, without local search.
+
+Records have the form of peers.py. Bytes are those of the layers without a sliding window.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ PARTS = {
     "without swaps": Method(refine=False),
     "without questions": Method(retrieval_weight=0.0),
 }
-RETOLD_PARTS = {
+RECONSTRUCTION_PARTS = {
     "retold, values as they are": Method(prefill_compression=True, reconstruct=True, refit_values=False),
     "retold, equal numbers": Method(prefill_compression=True, reconstruct=True, need=False, refine=False),
     "retold, numbers by need only": Method(prefill_compression=True, reconstruct=True, refine=False),
@@ -60,22 +65,22 @@ METHODS = {
     "headsink, retold": Method(prefill_compression=True, reconstruct=True),
     **POLICIES,
     **PARTS,
-    **RETOLD_PARTS,
+    **RECONSTRUCTION_PARTS,
 }
 
 
 def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record of every continuation of a case."""
+    """Return a record for every continuation of a case."""
     cache = read(model, plan, case["ids"])
-    governed = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
-    held, records = nbytes(governed), []  # type: ignore[arg-type]
+    compressible = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
+    kv_bytes, records = nbytes(compressible), []  # type: ignore[arg-type]
     for part in case["continuations"]:
         log_probs = branch_log_probs(model, cache, part["ids"], part["scored"])
         targets = torch.tensor(part["ids"][-part["scored"] :], device=log_probs.device)
         nll = -log_probs.gather(1, targets[:, None]).double().mean()
         right = bool((log_probs.argmax(-1) == targets).all())
         records.append(
-            {"form": part["form"], "nll": float(nll), "right": right, "scored": part["scored"], "kv_bytes": held}
+            {"form": part["form"], "nll": float(nll), "right": right, "scored": part["scored"], "kv_bytes": kv_bytes}
         )
     return records
 
@@ -93,32 +98,32 @@ def main() -> None:
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(";")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} unknown")
-    listed = json.loads(arguments.cases.read_text(encoding="utf-8"))
-    model, tokenizer = headsink.load(listed["model"], dtype=arguments.dtype)
-    contexts = sorted({case["context"] for case in listed["cases"]})
+    case_file = json.loads(arguments.cases.read_text(encoding="utf-8"))
+    model, tokenizer = headsink.load(case_file["model"], dtype=arguments.dtype)
+    contexts = sorted({case["context"] for case in case_file["cases"]})
     if arguments.contexts:
         contexts = [int(context) for context in arguments.contexts.split(",")]
     found: dict[str, Any] = {
-        "what": "plans on held-out cases: nll and answers once the context is read under the plan",
+        "what": "plans on held-out cases: NLL, and correct answers after the context was read under the plan",
         "command": "python " + " ".join(sys.argv),
         "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
-        "model": listed["model"],
+        "model": case_file["model"],
         "dtype": str(model.dtype).removeprefix("torch."),
         "plans": [],
         "records": [],
     }
     for context in contexts:
-        cases = [case for case in listed["cases"] if case["context"] == context][: arguments.limit]
+        cases = [case for case in case_file["cases"] if case["context"] == context][: arguments.limit]
         full_bytes = {}
         for case in cases:
             records = score(model, None, case)
             full_bytes[case["name"]] = records[0]["kv_bytes"]
             _add(found, "full", 1.0, case, records, full_bytes)
         start = time.perf_counter()
-        shortest = min(len(case["ids"]) for case in cases)  # so that the budget holds for every case
+        shortest = min(len(case["ids"]) for case in cases)  # so that every case meets the budget
         calibration = Calibration(model, tokenizer, context=shortest)
-        reading = time.perf_counter() - start
+        reading_seconds = time.perf_counter() - start
         for name in methods:
             calibration.method = METHODS[name]
             for budget in (float(budget) for budget in arguments.budgets.split(",")):
@@ -129,8 +134,8 @@ def main() -> None:
                     found["plans"].append({"method": name, "budget": budget, "context": context, "refused": str(error)})
                     continue
                 seconds = time.perf_counter() - start
-                described = {"method": name, "budget": budget, "context": context, "seconds": seconds + reading}
-                found["plans"].append(described | {"patterns": plan.counts(), "calibration": plan.calibration})
+                settings = {"method": name, "budget": budget, "context": context, "seconds": seconds + reading_seconds}
+                found["plans"].append(settings | {"patterns": plan.counts(), "calibration": plan.calibration})
                 for case in cases:
                     _add(found, name, budget, case, score(model, plan, case), full_bytes)
                 write_text(arguments.out, json.dumps(found, indent=1))
@@ -150,24 +155,24 @@ def _add(
     full: dict[str, int],
 ) -> None:
     for record in records:
-        place = {"method": method, "budget": budget, "context": case["context"], "case": case["name"]}
-        found["records"].append(place | record | {"kv_bytes_full": full[case["name"]]})
+        identity = {"method": method, "budget": budget, "context": case["context"], "case": case["name"]}
+        found["records"].append(identity | record | {"kv_bytes_full": full[case["name"]]})
 
 
 def _summary(found: dict[str, Any], method: str, budget: float, context: int) -> str:
-    """nll of text and answers and answers right, beside the model itself."""
+    """Summarise the NLL of text and answers, the correct answers and the KV bytes, with those of the full cache."""
 
-    def of(name: str, share: float) -> tuple[float, float, int, float]:
+    def totals(name: str, share: float) -> tuple[float, float, int, float]:
         records = [r for r in found["records"] if (r["method"], r["budget"], r["context"]) == (name, share, context)]
-        text, asked = ([r for r in records if (r["form"] == "text") is is_text] for is_text in (True, False))
-        mean = [sum(r["nll"] for r in part) / len(part) for part in (text, asked)]
+        text, answers = ([r for r in records if (r["form"] == "text") is is_text] for is_text in (True, False))
+        mean = [sum(r["nll"] for r in part) / len(part) for part in (text, answers)]
         kept = sum(r["kv_bytes"] for r in records) / sum(r["kv_bytes_full"] for r in records)
-        return mean[0], mean[1], sum(r["right"] for r in asked), kept
+        return mean[0], mean[1], sum(r["right"] for r in answers), kept
 
-    full, plan = of("full", 1.0), of(method, budget)
+    full, plan = totals("full", 1.0), totals(method, budget)
     return (
-        f"nll of text {plan[0]:.4f} ({plan[0] - full[0]:+.4f}), of answers {plan[1]:.3f} (full {full[1]:.3f}), right {plan[2]} "
-        f"(full {full[2]}), bytes {plan[3]:.3f}"
+        f"NLL of text {plan[0]:.4f} ({plan[0] - full[0]:+.4f}), of answers {plan[1]:.3f} (full {full[1]:.3f}), correct {plan[2]} "
+        f"(full {full[2]}), KV bytes {plan[3]:.3f} of the full cache"
     )
 
 

@@ -1,9 +1,9 @@
-"""What reading only some queries costs: a census that reads them evenly spaced against one that reads all.
+"""Error of a census over evenly spaced queries, against one over all queries.
 
 python benchmarks/queries.py --tokens 4096 --out benchmarks/results/queries.json
 
-For each score: the spread over texts (standard deviation, mean over heads), and how far the sampled one is from the one over all
-queries, text by text and head by head (mean, 95th percentile, largest).
+For each score: its standard deviation over texts (mean over heads), and the absolute error of the sampled score per text and head
+(mean, 95th percentile, maximum).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--texts", type=int, default=1, help="texts of each kind")
+    parser.add_argument("--texts", type=int, default=1, help="number for each domain")
     parser.add_argument("--domains", default="prose,code,maths,chat")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The main job on the built-in model, from the Python interface: analyse, plan, answer, compare.
+"""Demo of the Python interface on the built-in model: analyse, calibrate a plan, answer a question, compare two runs.
 
 python examples/demo.py [--out runs/demo] [--model smollm2]
 
-At most 10 minutes on 2 cores. Everything it prints is measured while it runs; everything it makes is under --out.
+Takes at most 10 minutes on 2 cores. All printed numbers are measured during the run; all files are written under --out.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ from headsink.utils.files import write_text
 LENGTHS = (256, 1024, 4096)
 BUDGET = 0.25
 DOCUMENT_TOKENS = 3000
-FACT = "Note: the locker in the hall opens with 48213."
+NEEDLE = "Note: the locker in the hall opens with 48213."
 QUESTION = "Question: Which number opens the locker?\nAnswer: The locker in the hall opens with"
 
 console = Console(soft_wrap=True)
 
 
 def document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text of `DOCUMENT_TOKENS` tokens with the question at its end: held-out prose, the fact a third of the way in."""
+    """Make a prompt of about `DOCUMENT_TOKENS` tokens: held-out prose with the needle after a third, then the question."""
     prose = tokenizer.decode(corpus.tokens("prose", tokenizer, DOCUMENT_TOKENS - 40, seed=7, split="heldout"))
     paragraphs = prose.split("\n\n")
-    paragraphs.insert(len(paragraphs) // 3, FACT)
+    paragraphs.insert(len(paragraphs) // 3, NEEDLE)
     return list(tokenizer("\n\n".join([*paragraphs, QUESTION]))["input_ids"])
 
 
 def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[tuple[str, Generated]]:
-    """The same question to the model itself and under the plan."""
+    """Answer the same question with the full cache and under the plan."""
     ids = document(tokenizer)
-    generate(model, tokenizer, ids[:200], max_new_tokens=4)  # warm up, so that neither pays for the first call
+    generate(
+        model, tokenizer, ids[:200], max_new_tokens=4
+    )  # warm-up, so that the first call's overhead is not measured
     results = []
-    for name, used in (("full", None), (f"plan, {BUDGET:.0%}", plan)):
+    for name, applied in (("full", None), (f"plan, {BUDGET:.0%}", plan)):
         console.print(f"\n[bold]{name}[/bold]")
-        done = generate(model, tokenizer, ids, used, max_new_tokens=32, show=lambda text: console.out(text, end=""))
+        done = generate(model, tokenizer, ids, applied, max_new_tokens=32, show=lambda text: console.out(text, end=""))
         console.print()
         results.append((name, done))
     return results
@@ -70,7 +72,7 @@ def main() -> None:
         f"{arguments.model}: {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}", highlight=False
     )
 
-    console.rule("2. What the heads look at")
+    console.rule("2. Attention statistics of every head")
     census = headsink.analyze(model, tokenizer, lengths=LENGTHS, texts_per_domain=1)
     headsink.write_report(census, out / "census")
     print_census(console, census)
@@ -83,10 +85,10 @@ def main() -> None:
     print_plan(console, plan)
 
     console.rule(f"4. A question about a document of {DOCUMENT_TOKENS} tokens")
-    console.print(f"The document says, a third of the way in: {FACT}\nThe question: {QUESTION}", highlight=False)
+    console.print(f"The document says, a third of the way in: {NEEDLE}\nThe question: {QUESTION}", highlight=False)
     results = answer_both(model, tokenizer, plan)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "prompt tokens", "time to first token", "ms per token", "KV cache held"):
+    for column in ("", "prompt tokens", "time to first token", "ms per token", "KV cache"):
         table.add_column(column)
     for name, done in results:
         per_token = f"{1000 * done.token_s:.1f}" if done.token_s else "-"
@@ -97,12 +99,12 @@ def main() -> None:
         out / "answers.json", json.dumps({name: generated_json(done) for name, done in results}, indent=1) + "\n"
     )
 
-    console.rule("5. Two runs compared: other texts of the same kinds")
+    console.rule("5. Compare two runs: other texts of the same domains")
     other = headsink.analyze(model, tokenizer, lengths=LENGTHS[:2], texts_per_domain=1, seed=1)
     headsink.write_report(other, out / "census-seed1")
-    compared = headsink.compare(out / "census", out / "census-seed1")
-    write_comparison(compared, out / "comparison.html")
-    print_comparison(console, compared)
+    comparison = headsink.compare(out / "census", out / "census-seed1")
+    write_comparison(comparison, out / "comparison.html")
+    print_comparison(console, comparison)
 
     console.rule()
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)

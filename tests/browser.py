@@ -30,17 +30,17 @@ class Browser:
         self.session = session
 
     def run(self, script: str, *arguments):
-        """What a JavaScript function body returns; a promise is waited for."""
+        """Run the body of a JavaScript function and return its result; waits for a promise."""
         return _call("POST", f"{self.session}/execute/sync", script=script, args=list(arguments))
 
     def open(self, url: str) -> float:
-        """Open a page and wait until it says that it is ready: milliseconds from the start of the navigation to there."""
+        """Open a page, wait until it is ready, and return the milliseconds since the start of the navigation."""
         self.load(url)
         self.wait("return document.documentElement.dataset.complete !== undefined")
         return float(self.run("return document.documentElement.dataset.ready"))
 
     def load(self, url: str) -> None:
-        """Open a page, and do not wait for its scripts."""
+        """Open a page without waiting for its scripts."""
         _call("POST", f"{self.session}/url", url="about:blank")
         _call("POST", f"{self.session}/url", url=url)
 
@@ -60,12 +60,12 @@ class Browser:
         _call("POST", f"{self.session}/actions", actions=[{"type": "pointer", "id": "mouse", "actions": moves}])
 
     def press(self, *keys: str) -> None:
-        """Press keys, as named in KEYS, on whatever has the focus."""
+        """Press keys, named as in KEYS, on the focused element."""
         actions = [{"type": kind, "value": KEYS[key]} for key in keys for kind in ("keyDown", "keyUp")]
         _call("POST", f"{self.session}/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
     def console(self) -> list[str]:
-        """Errors and warnings of the page since the last call."""
+        """Return errors and warnings of the page since the last call."""
         return [
             f"{entry['level']}: {entry['message']}" for entry in _call("POST", f"{self.session}/se/log", type="browser")
         ]
@@ -84,7 +84,7 @@ class Browser:
 
 @contextmanager
 def browser(profile, width: int = 1400, height: int = 1100):
-    """A browser with a profile folder of its own."""
+    """Start a browser with a temporary profile folder."""
     command = [shutil.which("chromedriver"), "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
         try:
@@ -109,6 +109,6 @@ def browser(profile, width: int = 1400, height: int = 1100):
 def _call(method: str, address: str, **body):
     data = json.dumps(body).encode() if method == "POST" else None
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the machine is not for this
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignore the machine's proxy
     with direct.open(request, timeout=PATIENCE) as answer:
         return json.load(answer)["value"]

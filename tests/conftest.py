@@ -15,7 +15,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def device(monkeypatch) -> torch.device:
-    """Where the Triton kernels run: a GPU, or a CPU by the interpreter."""
+    """The device of the Triton kernels: a GPU, or the CPU with Triton's interpreter."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     from headsink.utils import device
@@ -26,7 +26,7 @@ def device(monkeypatch) -> torch.device:
 
 @pytest.fixture
 def precise(monkeypatch):
-    """What is rounded on the way to save memory stays float64, so that numbers of a float64 model can be compared closely."""
+    """Keep float64 where numbers are rounded to save memory, so that those of a float64 model can be compared closely."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
 
@@ -46,7 +46,7 @@ def tokenizer(smollm2):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tokenizer):
-    """A tiny random Llama saved as transformers saves it, with the built-in model's tokenizer."""
+    """A tiny random Llama saved by transformers, with the built-in model's tokenizer."""
     from families import CONFIGS
     from transformers import AutoModelForCausalLM
 

@@ -69,7 +69,7 @@ CONFIGS = {
             "truncate": False,
             "original_max_position_embeddings": 16,
         },
-        experts_implementation="eager",  # the others know no float64
+        experts_implementation="eager",  # other implementations do not support float64
     ),
 }
 FAMILIES = tuple(CONFIGS)
@@ -80,7 +80,7 @@ EAGER = (
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
-    """A random model whose attention is far from flat, so that a wrong mask shows."""
+    """A random model whose attention is far from uniform, so that a wrong mask changes its outputs."""
     torch.manual_seed(seed)
     attention = "eager" if family in EAGER else attention
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).eval()

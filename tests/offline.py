@@ -1,8 +1,8 @@
-"""Compile Triton kernels for an H100 without having one: by the very calls that would launch them there.
+"""Compile Triton kernels for an H100 without a GPU, from the calls that would launch them.
 
     python tests/offline.py FILE      # runs FILE, in which launches compile and do not run; prints a JSON object for each kernel
 
-Run in a process of its own, where Triton is not its interpreter. What is written by a kernel stays what it was.
+Run it in a separate process, without Triton's interpreter. Outputs of kernels are not written.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 TARGET = 90  # compute capability, times ten
-LONG = 60  # instructions of a loop that is told
+LONG = 60  # minimum instructions of a loop that is reported
 
 
 def compiled(script: str, folder: Path) -> list[dict[str, Any]]:
-    """What a script launches, kernel by kernel: name, bytes of shared memory, registers, bytes spilled, instructions of its
-    loops, and its code (`ptx`)."""
+    """Compile the launches of a script. Returns for each kernel: name, bytes of shared memory, registers, bytes spilled,
+    instructions of its loops, and its code (`ptx`)."""
     path = folder / "launches.py"
     path.write_text(script)
     here = Path(__file__)
@@ -44,7 +44,7 @@ def _run(path: str) -> None:
     from triton.backends.compiler import GPUTarget
 
     class Driver:
-        """A driver of a card that is not there."""
+        """A driver for a GPU that does not exist."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", TARGET, 32)
@@ -79,14 +79,14 @@ def _run(path: str) -> None:
 
 
 def _resources(cubin: bytes) -> dict[str, Any]:
-    """Registers of a thread, bytes of local memory (what is spilled), and instructions of its longer loops, in order."""
+    """Return registers per thread, bytes of local memory (spills), and the instructions of the longer loops, in order."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told, code = (
+        usage, code = (
             _tool(*command, file.name) for command in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loops, labels, count = [], dict[str, int](), 0
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
@@ -100,7 +100,7 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 
 
 def _tool(name: str, *options: str) -> str:
-    """What one of the tools that come with Triton says."""
+    """Return the output of one of Triton's tools."""
     from triton import backends
 
     path = Path(backends.__path__[0]) / "nvidia/bin" / name

@@ -1,4 +1,4 @@
-"""Random plans, and the quality of one."""
+"""Random plans, and a plan's quality."""
 
 import random
 
@@ -33,7 +33,7 @@ def random_pattern(rng: random.Random) -> Pattern:
 
 
 def random_plan(model, seed: int, draw=random_pattern) -> Plan:
-    """A plan with every kind of pattern, or those that `draw` gives, and weights of keys' scores by lot."""
+    """A plan with all kinds of patterns, or with those of `draw`, and random scorer weights."""
     rng, shape = random.Random(seed), describe(model)
     patterns = [None if window else [draw(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Random calls of models under plans, legal and not. `python random_calls.py SEED GAMES` plays games and says what came of them.
+"""Random calls of models under plans, valid and invalid. `python random_calls.py SEED GAMES` runs games and prints the results.
 
-A game is some calls, drawn from a seed, over a few caches that live on: of two tiny Llamas of other shapes, float32 or bfloat16,
-under plans of every kind. A call may give a result of the right shape, `HeadsinkError`, or one of `ALLOWED`. Half of the games
-are of plain forward passes in float32: they are played again with kernels switched off, and must give the same logits.
+A game is a sequence of random calls over a few caches, of two tiny Llamas of different shapes in float32 or bfloat16, under plans
+of all kinds. A call must give a result of the right shape, `HeadsinkError`, or one of `ALLOWED`. Half of the games are plain
+forward passes in float32: they are repeated without kernels and must give the same logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from headsink import HeadsinkError, Plan, apply, generate_lossless, new_cache
 from headsink.generation.decode import decoder
 from headsink.models.transformers_names import cache_argument
 
-CALLS = 12  # of a game
+CALLS = 12  # per game
 VOCABULARY = 61
 SHAPES = ({"num_key_value_heads": 2, "head_dim": 12}, {"num_key_value_heads": 4, "head_dim": 16})
 ALL_SHAPES = {
@@ -44,7 +44,7 @@ ALL_SHAPES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Errors of torch and transformers for input that never reaches headsink: (call, words of the message, why).
+# Errors of torch and transformers for input that does not reach headsink: (call, words of the message, reason).
 ALLOWED = (
     (
         "generate|lossless",
@@ -67,7 +67,7 @@ ALLOWED = (
 
 
 @dataclass
-class Held:
+class GameCache:
     """A cache of the game. rows: 0 while it is empty."""
 
     cache: Any
@@ -89,8 +89,8 @@ def make_model(shape: int, kind: torch.dtype, seed: int) -> LlamaForCausalLM:
 
 
 class Game:
-    """Calls drawn from a seed. plain: forward passes and what changes caches, in float32, nothing that depends on a choice
-    between near-equal logits."""
+    """Random calls from a seed. plain: only forward passes and changes of caches, in float32, so that no result depends on a
+    choice between nearly equal logits."""
 
     def __init__(self, seed: int):
         self.rng, self.plain = random.Random(seed), seed % 2 == 0
@@ -98,8 +98,8 @@ class Game:
         self.models = [make_model(shape, self.rng.choice(kinds), seed) for shape in range(2)]
         self.plans = [[random_plan(m, seed), Plan.full(m), window_plan(m, seed)] for m in self.models]
         torch.manual_seed(seed)
-        self.held = [self._new() for _ in range(2)]
-        self.log: list[tuple[str, str, Any]] = []  # of every call: its name, what came of it, logits
+        self.caches = [self._new() for _ in range(2)]
+        self.log: list[tuple[str, str, Any]] = []  # of every call: name, outcome, logits
 
     def play(self) -> None:
         calls = [self.forward] * 10 + [
@@ -126,41 +126,41 @@ class Game:
                 outcome, found = "refused", torch.zeros(0)
                 if "\n" in str(error) or not str(error):
                     outcome = f"not one line: {error}"
-            except Exception as error:  # what may come is judged here
-                outcome, found = self._judged(call.__name__, error), torch.zeros(0)
+            except Exception as error:  # allowed errors are checked here
+                outcome, found = self._check_error(call.__name__, error), torch.zeros(0)
             self.log.append((call.__name__, outcome, found))
 
-    def _judged(self, name: str, error: Exception) -> str:
+    def _check_error(self, name: str, error: Exception) -> str:
         for call, words, _ in ALLOWED:
             if re.fullmatch(call, name) and re.search(words, str(error)):
                 return f"allowed: {words}"
         where = [f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)][-6:]
         return f"{type(error).__name__}: {error} {where}"
 
-    # what calls are given
+    # inputs of calls
 
-    def _new(self) -> Held:
+    def _new(self) -> GameCache:
         model = self.rng.randrange(2)
         plan = self.rng.choice(self.plans[model])
-        return Held(new_cache(self.models[model], plan, exact=self.rng.random() < 0.5), model, plan)
+        return GameCache(new_cache(self.models[model], plan, exact=self.rng.random() < 0.5), model, plan)
 
-    def _some(self) -> tuple[Held, int]:
-        """A cache and a model, mostly its own."""
-        held = self.rng.choice(self.held)
-        return held, held.model if self.rng.random() < 0.93 else 1 - held.model
+    def _some(self) -> tuple[GameCache, int]:
+        """A cache and a model, mostly the matching one."""
+        entry = self.rng.choice(self.caches)
+        return entry, entry.model if self.rng.random() < 0.93 else 1 - entry.model
 
     def _ids(self, rows: int, tokens: int) -> torch.Tensor:
         ids = [self.rng.randrange(3, VOCABULARY) for _ in range(rows * tokens)]
         return torch.tensor(ids, dtype=torch.long).view(rows, tokens)
 
-    def _rows_for(self, held: Held) -> int:
-        return held.rows if held.rows and self.rng.random() < 0.85 else self.rng.randint(1, 3)
+    def _rows_for(self, entry: GameCache) -> int:
+        return entry.rows if entry.rows and self.rng.random() < 0.85 else self.rng.randint(1, 3)
 
     def _mask(self, rows: int, columns: int) -> torch.Tensor | None:
         kind, mask = self.rng.random(), torch.ones(rows, columns, dtype=torch.long)
         if kind < 0.6:
             return None
-        if kind < 0.85:  # left padding, now and then of a whole row
+        if kind < 0.85:  # left padding, sometimes of a whole row
             for row in range(rows):
                 mask[row, : self.rng.randint(0, min(columns, 12))] = 0
             return mask
@@ -186,10 +186,10 @@ class Game:
     # calls
 
     def forward(self) -> Any:
-        held, model = self._some()
-        cache = cache_argument(held.cache) if self.rng.random() < 0.9 else {}
-        rows, tokens = self._rows_for(held), self.rng.choice([0, 1, 1, 1, 1, 1, 2, 3, 4, 9, 17, 40])
-        ids, before = self._ids(rows, tokens), held.length if cache else 0
+        entry, model = self._some()
+        cache = cache_argument(entry.cache) if self.rng.random() < 0.9 else {}
+        rows, tokens = self._rows_for(entry), self.rng.choice([0, 1, 1, 1, 1, 1, 2, 3, 4, 9, 17, 40])
+        ids, before = self._ids(rows, tokens), entry.length if cache else 0
         given: dict[str, Any] = dict(cache)
         mask = self._mask(rows, before + tokens)
         if mask is not None:
@@ -205,7 +205,7 @@ class Game:
         return logits.detach().float()
 
     def generate(self) -> None:
-        held, model = self._some()
+        entry, model = self._some()
         options: dict[str, Any] = self.rng.choice(
             [
                 {},
@@ -219,8 +219,8 @@ class Game:
                 {"prefill_chunk_size": 3},
             ]
         )
-        cache = cache_argument(held.cache) if self.rng.random() < 0.5 else {}
-        rows, before = self._rows_for(held), held.length if cache else 0
+        cache = cache_argument(entry.cache) if self.rng.random() < 0.5 else {}
+        rows, before = self._rows_for(entry), entry.length if cache else 0
         tokens = max(0, before + self.rng.choice([0, 1, 1, 1, 5, 20, -2]))
         mask = self._mask(rows, tokens)
         given = {} if mask is None else {"attention_mask": mask}
@@ -249,12 +249,12 @@ class Game:
         assert tokens < found.shape[1] <= tokens + 3
 
     def step(self) -> Any:
-        """Some tokens by a step of our own, with a change now and then."""
-        held, model = self._some()
-        step, logits = decoder(self.models[model], held.cache), torch.zeros(0)
+        """Decode some tokens with the compiled decode step, sometimes with a change between."""
+        entry, model = self._some()
+        step, logits = decoder(self.models[model], entry.cache), torch.zeros(0)
         try:
             for _ in range(self.rng.randint(1, 5)):
-                rows = self._rows_for(held)
+                rows = self._rows_for(entry)
                 logits = step.run(self._ids(rows, 1)[:, 0])
                 assert logits.shape == (rows, VOCABULARY)
                 if self.rng.random() < 0.15:
@@ -268,54 +268,54 @@ class Game:
         return logits
 
     def crop(self) -> None:
-        held = self.rng.choice(self.held)
-        held.cache.crop(-self.rng.choice([0, 1, 1, 2, 5, 1000]) if self.rng.random() < 0.95 else 2)
+        entry = self.rng.choice(self.caches)
+        entry.cache.crop(-self.rng.choice([0, 1, 1, 2, 5, 1000]) if self.rng.random() < 0.95 else 2)
 
     def rows(self) -> None:
-        held = self.rng.choice(self.held)
+        entry = self.rng.choice(self.caches)
         if self.rng.random() < 0.5:
-            held.cache.batch_repeat_interleave(self.rng.choice([1, 2]))
-        elif held.rows:
-            keep = sorted(self.rng.sample(range(held.rows), self.rng.randint(1, held.rows)))
-            held.cache.batch_select_indices(torch.tensor(keep))
-        if held.rows > 6:
-            held.cache.batch_select_indices(torch.tensor([0]))
+            entry.cache.batch_repeat_interleave(self.rng.choice([1, 2]))
+        elif entry.rows:
+            keep = sorted(self.rng.sample(range(entry.rows), self.rng.randint(1, entry.rows)))
+            entry.cache.batch_select_indices(torch.tensor(keep))
+        if entry.rows > 6:
+            entry.cache.batch_select_indices(torch.tensor([0]))
 
     def order(self) -> None:
-        held = self.rng.choice(self.held)
-        if held.rows:
-            held.cache.reorder_cache(torch.tensor([self.rng.randrange(held.rows) for _ in range(held.rows)]))
+        entry = self.rng.choice(self.caches)
+        if entry.rows:
+            entry.cache.reorder_cache(torch.tensor([self.rng.randrange(entry.rows) for _ in range(entry.rows)]))
 
     def reset(self) -> None:
-        self.rng.choice(self.held).cache.reset()
+        self.rng.choice(self.caches).cache.reset()
 
     def copy(self) -> None:
-        held = self.rng.choice(self.held)
-        self.held[self.rng.randrange(2)] = Held(copy.deepcopy(held.cache), held.model, held.plan)
+        entry = self.rng.choice(self.caches)
+        self.caches[self.rng.randrange(2)] = GameCache(copy.deepcopy(entry.cache), entry.model, entry.plan)
 
     def record(self) -> None:
-        self.rng.choice(self.held).cache.activate_past_recording()
+        self.rng.choice(self.caches).cache.activate_past_recording()
 
     def freeze(self) -> None:
-        self.rng.choice(self.held).cache.freeze()
+        self.rng.choice(self.caches).cache.freeze()
 
     def renew(self) -> None:
-        self.held[self.rng.randrange(2)] = self._new()
+        self.caches[self.rng.randrange(2)] = self._new()
 
     def change(self) -> None:
         model = self.rng.choice(self.models)
         model.to(self.rng.choice([torch.float32, torch.bfloat16]))
 
     def threads(self) -> None:
-        """Both caches at once, if they are of rows that can go on."""
+        """Use both caches in two threads, if their rows can continue."""
         errors: list[Exception] = []
-        given = [(held, self._ids(held.rows or 1, tokens)) for held, tokens in zip(self.held, (1, 9), strict=True)]
+        given = [(entry, self._ids(entry.rows or 1, tokens)) for entry, tokens in zip(self.caches, (1, 9), strict=True)]
 
-        def work(held: Held, ids: torch.Tensor) -> None:
+        def work(entry: GameCache, ids: torch.Tensor) -> None:
             try:
-                with torch.no_grad(), apply(self.models[held.model], held.plan):
+                with torch.no_grad(), apply(self.models[entry.model], entry.plan):
                     for _ in range(2):
-                        self.models[held.model](ids, **cache_argument(held.cache))
+                        self.models[entry.model](ids, **cache_argument(entry.cache))
             except Exception as error:  # raised below, in the game's thread
                 errors.append(error)
 
@@ -331,7 +331,7 @@ class Game:
 
 @contextlib.contextmanager
 def without_kernels() -> Any:
-    """Everything in torch."""
+    """Run everything in torch."""
     from headsink.attention import backends
 
     before = backends.backend_for
@@ -342,8 +342,8 @@ def without_kernels() -> Any:
         backends.backend_for = before
 
 
-def played(seed: int) -> tuple[Counter[str], list[str]]:
-    """What came of the calls of a game, counted, and what should not have."""
+def run_game(seed: int) -> tuple[Counter[str], list[str]]:
+    """Run a game; returns counts of its outcomes, and the outcomes that are wrong."""
     game, wrong = Game(seed), []
     game.play()
     counts = Counter(f"{name}: {outcome.split(':')[0]}" for name, outcome, _ in game.log)
@@ -366,7 +366,7 @@ def played(seed: int) -> tuple[Counter[str], list[str]]:
     return counts, wrong
 
 
-def _say(what: dict[str, Any]) -> None:
+def _report(what: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 
@@ -375,9 +375,9 @@ def main(first: int, games: int) -> None:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     for seed in range(first, first + games):
-        _say({"seed": seed})
-        counts, wrong = played(seed)
-        _say({"seed": seed, "counts": counts, "wrong": wrong})
+        _report({"seed": seed})
+        counts, wrong = run_game(seed)
+        _report({"seed": seed, "counts": counts, "wrong": wrong})
 
 
 if __name__ == "__main__":

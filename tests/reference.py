@@ -1,4 +1,4 @@
-"""A model under a plan, computed the slow way: one pass over the whole text, every head masked by the definition."""
+"""Reference for a model under a plan: one pass over the whole text, with every head masked by the definition."""
 
 import sys
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from headsink.eviction.scoring import key_scores
 _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 
 
-def held_attention(
+def frozen_attention(
     query,
     key,
     value,
@@ -29,9 +29,9 @@ def held_attention(
     softcap=None,
     sink_logits=None,
 ):
-    """The reference if nothing is let go from column `freeze` on: later queries see what the one before it saw, and all since.
+    """Reference attention without eviction from column `freeze` on: later queries see the keys kept at it and all since.
 
-    prefill_compression: those before it saw everything, as if the context was read by the model itself and then compressed.
+    prefill_compression: queries before `freeze` have full attention, as in a context that is compressed after prefill.
     """
     head = [t[:, :, :freeze] for t in (query, key, value)]
     reading = [FULL] * len(patterns) if prefill_compression else patterns
@@ -52,7 +52,7 @@ def held_attention(
 
 
 def own_attention(module, query, key, value, mask, **kwargs):
-    """A layer's own, by what transformers has for it. mask: float, as `eager_mask` makes it."""
+    """The layer's attention by transformers' implementation. mask: float, as `eager_mask` makes it."""
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     attend = sdpa_attention_forward if plain else sys.modules[type(module).__module__].eager_attention_forward
     return attend(
@@ -71,7 +71,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     output = (
         reference_attention(*given, **more)
         if freeze is None
-        else held_attention(*given, freeze, prefill_compression, **more)
+        else frozen_attention(*given, freeze, prefill_compression, **more)
     )
     return output.transpose(1, 2), None
 
@@ -100,9 +100,9 @@ def masked(
 
 @torch.no_grad()
 def reference_logits(model, plan, ids, attention_mask=None, freeze=None, prefill_compression=False):
-    """Logits [batch, tokens, vocabulary] of `model` under `plan`.
+    """Return the logits [batch, tokens, vocabulary] of `model` under `plan`.
 
-    freeze: the column from which on nothing is let go; prefill_compression: what is before it is read in full
+    freeze: the column from which on nothing is evicted. prefill_compression: the columns before it are read in full attention
     (headsink.compress).
     """
     padding = None if attention_mask is None else attention_mask.int().argmax(1)

@@ -1,4 +1,4 @@
-"""`headsink bench all` on a tiny model: rows are made, kept, measured again, and missing where a package is."""
+"""`headsink bench all` on a tiny model: rows are measured, stored, remeasured, and missing where a package is missing."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ WORDS = (
 
 @pytest.fixture
 def run(monkeypatch, capsys, tiny_folder, tmp_path):
-    """A command, as one types it: its exit status and what it prints."""
+    """Run a command line; returns its exit status and its output."""
 
     def run(command, *words):
         given = ("--models", tiny_folder) if command != "results" else ()
@@ -39,12 +39,12 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    """No package that brings data is installed."""
+    """No package with data sets is installed."""
     monkeypatch.setattr(datasets, "find_spec", lambda _: None)
     datasets.gsm8k.cache_clear()
 
 
-def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder, tmp_path):
+def test_rows_are_measured_stored_and_remeasured(run, no_packages, tiny_folder, tmp_path):
     folder = tmp_path / "all"
     words = ("--out", folder, *WORDS, "--only", "quality/*", "--only", "speed/*")
     status, out = run("all", *words, "--json")
@@ -76,7 +76,7 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
     assert kept["headsink, 0.25"] < kept["headsink, 0.5"] < 1
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "gsm8k" not in path.name}
-    assert run("all", *words)[0] == 0  # nothing but what is missing is tried again
+    assert run("all", *words)[0] == 0  # only missing rows are tried again
     assert {path: path.stat().st_mtime_ns for path in before} == before
     listed = run("all", *words, "--list", "--items", "3", "--json")[1]
     assert json.loads(listed)["quality/tiny/retrieval"] == "measured with other settings"
@@ -93,17 +93,17 @@ def test_rows_are_measured_kept_and_measured_again(run, no_packages, tiny_folder
     assert run("results", folder, "--out", tmp_path / "results.md")[0] == 0
     page = (tmp_path / "results.md").read_text()
     assert "[quality/tiny/retrieval](all/rows/quality/tiny/retrieval.json)" in page
-    assert "gsm8k.json): tasks: their data comes with a package that is not here" in page
+    assert "gsm8k.json): tasks: the data set is in a package that is not installed" in page
 
 
-def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):
+def test_an_interrupted_row_resumes_from_its_checkpoint(no_packages, tiny_folder, tmp_path, monkeypatch):
     options = Options(
         models=(str(tiny_folder),), tasks=("retrieval",), items=2, context=420, budgets=(0.5,), device="cpu"
     )
     measured = everything.quality.run
 
     def stopped(*given, **options):
-        measured(*given, **{**options, "items": 1})  # one item is done and kept
+        measured(*given, **{**options, "items": 1})  # one item is finished and stored
         raise KeyboardInterrupt
 
     monkeypatch.setattr(everything.quality, "run", stopped)
@@ -117,12 +117,12 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(no_packages, tiny_folder
     generate = everything.quality.generate
     monkeypatch.setattr(everything.quality, "generate", lambda *a, **k: answered.append(1) or generate(*a, **k))
     assert everything.run(options, tmp_path, ["quality/*"])["quality/tiny/retrieval"] == "measured"
-    assert len(answered) <= 2  # of one item, by the model itself and by the plan
+    assert len(answered) <= 2  # one item, with the full cache and with the plan
     assert records.read_rows(tmp_path)["quality/tiny/retrieval"]["resumed"]
     assert not kept[0].exists()
 
 
-def test_patterns_that_name_nothing_are_an_error(tiny_folder, tmp_path):
+def test_patterns_that_match_no_row_are_an_error(tiny_folder, tmp_path):
     options = Options(models=(str(tiny_folder),))
     with pytest.raises(HeadsinkError, match=r"^only: no row is called sped/\*"):
         everything.run(options, tmp_path, ["sped/*"])
@@ -134,7 +134,10 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     gemma = BUILT_IN["gemma3-270m"]
     absent = replace(gemma, files=(("no_such_module", "file"),))
     monkeypatch.setitem(BUILT_IN, "gemma3-270m", absent)
-    assert model_names(["Gemma3-270M", "smollm2"]) == ("gemma3-270m", "smollm2")  # one that is absent is not refused
+    assert model_names(["Gemma3-270M", "smollm2"]) == (
+        "gemma3-270m",
+        "smollm2",
+    )  # a model that is not installed is accepted
     options = Options(models=("gemma3-270m",), tasks=("retrieval",))
     states = everything.run(options, tmp_path, ["quality/*"])
     assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}
@@ -142,7 +145,7 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("top_k", [300, 0])
-def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
+def test_a_scaled_plan_keeps_its_budget(tiny_folder, top_k):
     import headsink
     from headsink.eviction.scoring import n_features
 
@@ -156,5 +159,5 @@ def test_a_stretched_plan_keeps_its_share(tiny_folder, top_k):
         assert stretched(plan, context).kept(context) == pytest.approx(plan.kept(1000), abs=0.01)
 
 
-def test_models_are_called_without_their_folders(tmp_path):
+def test_model_labels_have_no_folders(tmp_path):
     assert [label(name) for name in ("smollm2", str(tmp_path / "a.gguf"), "owner/name")] == ["smollm2", "a", "name"]

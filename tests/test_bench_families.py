@@ -1,4 +1,4 @@
-"""Whether kinds of text need plans of their own: the measurement, on a tiny model."""
+"""`headsink bench domains` on a tiny model."""
 
 import json
 
@@ -8,7 +8,7 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
-from headsink.bench.domains import APART, DEFAULT, clear, run
+from headsink.bench.domains import DEFAULT, SEED_DISTANCE, clear, run
 from headsink.calibration.calibrate import _documents
 from headsink.cli.bench.domains import table
 from headsink.data.documents import document
@@ -19,7 +19,7 @@ OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2,
 
 
 class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
 
     chat_template = None
 
@@ -57,9 +57,9 @@ def result(model, small, folder):
     return run(model, small, checkpoint=folder, **OPTIONS)
 
 
-def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(result, folder):
+def test_every_plan_is_calibrated_on_its_domain_and_seed_and_saved(result, folder):
     assert [(p["calibrated_on"], p["seed"]) for p in result["plans"]] == [
-        (name, seed) for seed in (0, APART) for name in (DEFAULT, *KINDS)
+        (name, seed) for seed in (0, SEED_DISTANCE) for name in (DEFAULT, *KINDS)
     ]
     for made in result["plans"]:
         plan = Plan.load(folder / f"{made['name']}.json")
@@ -69,19 +69,19 @@ def test_every_plan_is_made_on_its_own_kind_with_documents_of_its_own_and_kept(r
     assert json.loads(json.dumps(result)) == result
 
 
-def test_one_kind_of_text_makes_as_many_documents_all_different(small):
+def test_one_domain_gives_as_many_different_documents(small):
     def made(domains, seed=0):
         return [one.ids for one in _documents(small, CONTEXT, CONTEXT, domains, seed)]
 
     default = made(("prose", "code", "maths", "chat"))
-    own, other = made(("maths",)), made(("maths",), APART)
+    own, other = made(("maths",)), made(("maths",), SEED_DISTANCE)
     assert len(own) == len(default) == 4
     assert default[2] == own[0]
     assert len({tuple(ids) for ids in own + other}) == 8
     assert made(("code", "maths")) == [default[1], own[0], made(("code",))[1], own[1]]
 
 
-def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
+def test_a_cell_equals_running_the_plans(result, model, small, folder):
     cells = {(c["calibrated_on"], c["tested_on"]): c for c in result["cells"]}
     assert list(cells) == [(a, b) for a in (DEFAULT, *KINDS) for b in KINDS]
     first = document(small, CONTEXT - 256, split="heldout", seed=0, domains=("code",), continuation=256)
@@ -90,7 +90,7 @@ def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
     record = kept[0]["maths-0"]
     assert record["kl"] == pytest.approx(scored[0].kl.tolist(), abs=1e-6)
     assert (record["asked"], record["right"]) == (len(scored) - 1, sum(one.right_plan for one in scored[1:]))
-    both = [[one[f"maths-{seed}"] for one in kept] for seed in (0, APART)]
+    both = [[one[f"maths-{seed}"] for one in kept] for seed in (0, SEED_DISTANCE)]
     kl = torch.tensor([row["kl"] for rows in both for row in rows], dtype=torch.float64)
     cell = cells["maths", "code"]
     assert cell["kl"] == pytest.approx(float(kl.mean()))
@@ -98,7 +98,7 @@ def test_a_cell_is_what_running_the_plans_shows(result, model, small, folder):
     assert cell["asked"] == sum(row["asked"] for rows in both for row in rows)
 
 
-def test_the_advantage_is_paired_and_chance_is_measured(result):
+def test_the_advantage_is_paired_and_noise_is_measured(result):
     cells = {(c["calibrated_on"], c["tested_on"]): c["kl"] for c in result["cells"]}
     for one in result["advantage"]:
         own = cells[one["tested_on"], one["tested_on"]]
@@ -125,7 +125,7 @@ def test_the_census_compares_halves_of_one_family_and_of_two(result):
     assert set(result["overlap"]["code"]) == {"texts", "documents"}
 
 
-def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
+def test_it_resumes_from_its_checkpoint(result, model, small, folder, monkeypatch):
     lost = folder / "tested" / "maths-0.json"
     before, kept = lost.read_text(), (folder / "code-0.json").stat().st_mtime_ns
     lost.unlink()
@@ -137,12 +137,12 @@ def test_it_goes_on_where_it_was(result, model, small, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"families": ("code",)}, "families: code is one, give two or more of prose, code, maths, chat, qa"),
+        ({"families": ("code",)}, "families: code is only one; give two or more of prose, code, maths, chat, qa"),
         ({"families": ("code", "random")}, "domains: 'random' given; one or more of prose, code, maths, chat, qa"),
-        ({"texts": 5}, r"texts: 5 cannot be halved into two or more each; give 4, 6"),
-        ({"documents": 0}, "documents: 0 is none"),
-        ({"documents": 50}, "documents, texts: 50 asked for, at most 24 are there"),
-        ({"budget": 0.25}, "is of other settings; name another one, or remove it"),
+        ({"texts": 5}, r"texts: 5 must be even and 4 or more; give 4, 6"),
+        ({"documents": 0}, "documents: 0 is too few; give 1 or more"),
+        ({"documents": 50}, "documents, texts: 50 is too many; give at most 24"),
+        ({"budget": 0.25}, "was made with other settings; name another one, or remove it"),
     ],
 )
 def test_errors_name_the_option(options, message, result, model, small, folder, tmp_path):
@@ -154,14 +154,14 @@ def test_errors_name_the_option(options, message, result, model, small, folder, 
         run(model, small, checkpoint=tmp_path, **OPTIONS)
 
 
-def test_what_the_command_tells(result):
+def test_output_of_the_command(result):
     text = table(result)
     assert text.splitlines()[1].split()[:4] == ["calibrated", "on", "code", "maths"]
     assert "beyond a family's own" in text
     assert f"{result['cells'][0]['kl']:.4f}" in text
 
 
-def test_what_is_done_is_cleared_by_name(tmp_path):
+def test_only_files_of_the_run_are_cleared(tmp_path):
     folder = tmp_path / "kept"
     (folder / "tested").mkdir(parents=True)
     ours = ["default-0.json", "prose-0.json", "code-1000.json", "tested/prose-0.json", "tested/code-1.json"]

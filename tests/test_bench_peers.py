@@ -1,4 +1,4 @@
-"""Speed and memory beside other programs: processes that answer, batches, several plans, and peers that are not here."""
+"""Speed and memory benchmarks: worker processes, batches, several plans, and missing peers."""
 
 import json
 import sys
@@ -18,10 +18,10 @@ ECHO = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
-    asked = json.loads(line)
-    if not asked["ids"]:
+    request = json.loads(line)
+    if not request["ids"]:
         sys.exit("/some/where/file.py: no text was given")
-    print(json.dumps({"times": [[1.0, 1.5]] * len(asked["ids"]), "kv_bytes": 7}), flush=True)
+    print(json.dumps({"times": [[1.0, 1.5]] * len(request["ids"]), "kv_bytes": 7}), flush=True)
 """
 
 
@@ -36,7 +36,7 @@ def echo(*, fails=False):
     return Process("echo", [sys.executable, "-c", "import nothing_like_it" if fails else ECHO], {})
 
 
-def test_a_process_answers_until_it_is_closed():
+def test_a_worker_answers_until_it_is_closed():
     with echo() as process:
         assert process.ready == {"ready": True}
         for texts in ([[1, 2]], [[1], [2]]):
@@ -46,20 +46,22 @@ def test_a_process_answers_until_it_is_closed():
     assert process.process.returncode == 0
 
 
-def test_what_a_process_said_last_is_told_without_folders():
+def test_a_failed_worker_reports_its_last_line_without_folders():
     with pytest.raises(Failed, match="No module named 'nothing_like_it'"):
         echo(fails=True)
     with echo() as process, pytest.raises(Failed, match=r"status 1: file.py: no text was given"):
         process.ask(ids=[], tokens=2)
 
 
-def test_times_of_several_texts_count_from_when_all_have_begun():
+def test_decode_times_of_a_batch_start_when_every_sequence_has_a_token():
     found = peers.timed([[1.0, 1.5, 4.0, 4.25], [2.0, 2.5, 2.75]])
     assert found["prefill_s"] == 2.0
-    assert found["decode_s"] == pytest.approx(0.25)  # of 0.25, 0.5 and 0.25: the first text's before 2.0 do not count
+    assert found["decode_s"] == pytest.approx(
+        0.25
+    )  # of 0.25, 0.5 and 0.25: the first sequence's tokens before 2.0 do not count
 
 
-def test_peers_that_are_not_here_are_told_with_how_to_install_them(tiny_folder):
+def test_missing_peers_are_reported_with_how_to_install_them(tiny_folder):
     model = headsink.load(tiny_folder, device="cpu")[0]
     found, missing = peers.find(str(tiny_folder), model, None, None)
     if "vllm" not in sys.modules and not found:
@@ -67,24 +69,28 @@ def test_peers_that_are_not_here_are_told_with_how_to_install_them(tiny_folder):
             "llama.cpp": "the model is not one .gguf file",
             "vLLM": "not installed",
         }
-        assert missing[1].told()["install"] == peers.INSTALL["vLLM"]
+        assert missing[1].to_dict()["install"] == peers.INSTALL["vLLM"]
     missing = peers.find("smollm2", model, None, None)[1]
-    assert missing[0].told() == {"peer": "llama.cpp", "missing": "not installed", "install": peers.INSTALL["llama.cpp"]}
+    assert missing[0].to_dict() == {
+        "peer": "llama.cpp",
+        "missing": "not installed",
+        "install": peers.INSTALL["llama.cpp"],
+    }
 
 
-def test_a_place_without_a_peer_is_an_error(tmp_path):
+def test_a_path_without_a_peer_is_an_error(tmp_path):
     with pytest.raises(HeadsinkError, match=r"^llama-cpp: .* has no node_modules/node-llama-cpp"):
         peers.check(tmp_path, None)
     for python in (tmp_path / "python", Path(sys.executable)):
-        with pytest.raises(HeadsinkError, match=r"^vllm: .* is no Python that has vLLM"):
+        with pytest.raises(HeadsinkError, match=r"^vllm: .* is not a Python that has vLLM"):
             peers.check(None, python)
 
 
 def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
     class Fails(peers.Peer):
-        def start(self, longest, texts, token_bytes):
+        def start(self, longest, sequences, token_bytes):
             return Process(
-                self.name, [sys.executable, "-c", ECHO.replace('not asked["ids"]', 'asked["tokens"] > 3')], {}
+                self.name, [sys.executable, "-c", ECHO.replace('not request["ids"]', 'request["tokens"] > 3')], {}
             )
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Fails("other", "1", (), {})], []))
@@ -95,10 +101,10 @@ def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
     assert "other" not in {row["way"] for row in found["results"]}
 
 
-def test_a_peer_takes_its_turn(tiny_folder, monkeypatch):
+def test_a_peer_is_measured_in_every_round(tiny_folder, monkeypatch):
     class Answers(peers.Peer):
-        def start(self, longest, texts, token_bytes):
-            assert (longest, texts) == (28, 2)
+        def start(self, longest, sequences, token_bytes):
+            assert (longest, sequences) == (28, 2)
             return echo()
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Answers("other", "1", (), {})], []))
@@ -111,7 +117,7 @@ def test_a_peer_takes_its_turn(tiny_folder, monkeypatch):
     assert mine[0]["kv_bytes"] == 7
 
 
-def test_speed_of_several_texts_under_several_plans(tiny_folder, plans):
+def test_speed_of_batches_under_several_plans(tiny_folder, plans):
     named = named_plans(list(plans.values()))
     found = speed.run(
         str(tiny_folder), contexts=[24, 90], batches=[1, 3], tokens=4, rounds=1, plans=named, device="cpu"
@@ -126,10 +132,10 @@ def test_speed_of_several_texts_under_several_plans(tiny_folder, plans):
     assert full[90, 3] == 3 * full[90, 1]
     assert all(("kept" in row) == row["way"].startswith("headsink") for row in cases[90, 3])
     assert all((row["kept"] < 1) != ("full" in row["way"]) for row in cases[90, 3] if "kept" in row)
-    assert "90 tokens x 3 texts" in speed.table(found, 90, 3)
+    assert "90 tokens x 3 sequences" in speed.table(found, 90, 3)
 
 
-def test_memory_of_a_process_for_each_way(tiny_folder, plans):
+def test_memory_of_a_process_for_each_configuration(tiny_folder, plans):
     named = named_plans([plans["a"]])
     found = memory.run(str(tiny_folder), contexts=[300], batches=[2], rounds=1, plans=named, device="cpu")
     json.dumps(found)
@@ -148,7 +154,7 @@ def test_memory_of_a_process_for_each_way(tiny_folder, plans):
     assert "KV" in memory.table(found, 300, 2)
 
 
-def test_plans_are_called_by_their_budgets_or_their_files(plans, tmp_path):
+def test_plans_are_named_by_their_budgets_or_their_files(plans, tmp_path):
     assert list(named_plans(list(plans.values()))) == ["a", "b"]
     made = headsink.Plan.load(plans["a"])
     files = [made.model_copy(update={"calibration": {"budget": b}}).save(tmp_path / f"{b}.json") for b in (0.5, 0.25)]

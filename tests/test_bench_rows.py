@@ -1,4 +1,4 @@
-"""Rows of `headsink bench all`, what measuring them again says, and the page that is made of them."""
+"""Rows of `headsink bench all`, their comparison with a rerun, and the page made from them."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def timed(way, decode, prefill, kv):
 
 @pytest.fixture
 def done():
-    """A row of each kind, and one that could not be measured. The plan is slower than transformers at reading."""
+    """A row of each kind, and one that could not be measured. The plan is slower than transformers at prefill."""
     quality = {"task": "gsm8k", "metric": "right", "higher_is_better": True, "context": 2000, "items": 50, "seed": 0}
     quality |= {"prompt_tokens": {"median": 1800, "min": 1500, "max": 1999}, "ways": [FULL, PLAN], "records": [[1, 0]]}
     ways = [
@@ -116,7 +116,7 @@ def test_a_row_is_measured_once_for_its_settings(tmp_path):
     assert records.state(other, records.read_rows(tmp_path)) == "measured with other settings"
 
 
-def test_what_cannot_be_measured_is_recorded_with_the_reason(tmp_path):
+def test_failed_measurements_are_recorded_with_the_reason(tmp_path):
     def measure(checkpoint):
         raise HeadsinkError("tasks: /a/b/data.json is not here: pip install it and/or look at owner/name")
 
@@ -130,14 +130,14 @@ def verdicts(before, now):
     return {one.figure: one.verdict for one in records.compare(before, now)}
 
 
-def test_again_the_same_is_the_same(done):
+def test_an_equal_rerun_has_no_differences(done):
     for row in done.values():
         found = verdicts(row, copy.deepcopy(row))
         assert found
         assert set(found.values()) == {"the same"}
 
 
-def test_again_finds_figures_that_changed(done):
+def test_a_rerun_finds_changed_figures(done):
     before = done["quality/smollm2/gsm8k"]
     now = copy.deepcopy(before)
     plan = now["found"]["ways"][1]
@@ -153,7 +153,7 @@ def test_again_finds_figures_that_changed(done):
     assert verdicts(before, now)["ways[0.25].kept"] == "changed"
     now["machine"] = MACHINE | {"cpu": "another"}
     found = verdicts(before, now)
-    assert found["ways[0.25].same_output"] == "not compared"  # rounded otherwise there
+    assert found["ways[0.25].same_output"] == "not compared"  # rounding differs there
     assert found["ways[0.25].kl"] == "outside"
 
 
@@ -195,7 +195,7 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
 
 
-def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
+def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
     squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}
     records.save(folder, squad | {"row": "quality/smollm2/squad"})
@@ -231,7 +231,7 @@ def test_the_page_begins_with_each_plan_in_a_line(done, folder, tmp_path):
     assert f"| {plan_row} | **50.0%** | 0 of 1 | 0.500 (0.500–0.500) | 25% (25%–25%) | not measured |" in text
 
 
-def test_what_is_slower_or_worse_is_listed_by_rule(done, folder, tmp_path):
+def test_slower_and_worse_results_are_listed_by_rule(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Where it is slower or worse") : text.index("## What was not measured")]
     slow, more, scores = (re.findall(r"^\| (?!-)(.*) \|$", one, re.MULTILINE)[1:] for one in part.split("**")[2:8:2])
@@ -263,7 +263,7 @@ def test_a_planted_slow_row_comes_first_and_a_good_one_not_at_all(done, folder, 
     assert "in 0 of 0 pairs" in part
 
 
-def test_families_are_shown_with_what_chance_does(done, folder, tmp_path):
+def test_domains_are_shown_with_the_chance_level(done, folder, tmp_path):
     sure = {"kl": 0.0123, "interval": [0.01, 0.015]}
     names = ("default", "prose", "code")
     cells = [
@@ -317,7 +317,7 @@ def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
 
 
 @pytest.mark.skipif(not (COMMITTED / "rows").is_dir(), reason="no rows are committed")
-def test_the_committed_page_is_what_the_committed_rows_make(monkeypatch):
+def test_the_committed_page_matches_the_committed_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
     done, page = records.read_rows(COMMITTED), Path("docs/results.md")
     drawn = list(pictures.drawn(done))

@@ -1,4 +1,4 @@
-"""Plans, made from documents to the end: within the budget, as good as said, the same after an interruption."""
+"""Calibration end to end: within the budget, with the quality it reports, the same after an interruption."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ FAMILIES = ("llama", "llama-mha", "qwen3", "gemma2", "gemma3", "granite", "gpt-o
 
 
 class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, folded."""
+    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
 
     chat_template = None
 
@@ -55,7 +55,7 @@ def small(tokenizer):
 
 @pytest.fixture(scope="module")
 def make(small):
-    """A plan of a tiny model, without quality unless asked for."""
+    """Calibrate a plan for a tiny model, by default without measuring quality."""
 
     def make(family="llama", *, model=None, **options):
         options = {"context": CONTEXT, "quality_contexts": (), "progress": False} | options
@@ -70,19 +70,19 @@ def patterns(plan):
     return [layer and [head.pattern for head in layer] for layer in plan.layers]
 
 
-def replayed(calibration, rows):
-    """The loss of patterns on the replays of a calibration."""
+def replayed_loss(calibration, rows):
+    """Return the loss of patterns on the replays of a calibration."""
     return sum(float(r.loss(r.log_probs(rows), 0.25)) for r in calibration.replays) / len(calibration.replays)
 
 
-# from end to end
+# end to end
 
 
 @pytest.mark.parametrize(
     ("family", "once"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
 )
-def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, small):
-    model = tiny(family, dtype=torch.float64)  # else replays round keys and values to 16 bits
+def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make, small):
+    model = tiny(family, dtype=torch.float64)  # in other dtypes replays round keys and values to 16 bits
     shape = describe(model)
     plan = make(model=model, budget=0.4, seed=3, method=Method(prefill_compression=once))
     plan.check(model)
@@ -101,7 +101,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     assert plan.quality == ()
     assert Plan.model_validate_json(plan.to_json()) == Plan.model_validate(json.loads(plan.to_json()))
 
-    # What is said to be verified is what running the plan on the same documents shows.
+    # The verified quality is that of running the plan on the same documents.
     calibration = Calibration(
         model, small, context=CONTEXT, seed=3, method=Method(prefill_compression=once), progress=False
     )
@@ -114,11 +114,11 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
     assert verified["kl_text"] == pytest.approx(text, abs=2e-5)
     assert verified["kl_answers"] == pytest.approx(answers, abs=2e-5)
     assert verified["loss"] == pytest.approx(verified["kl_text"] + 0.25 * verified["kl_answers"], abs=2e-5)
-    assert made["replayed_loss"] == pytest.approx(replayed(calibration, patterns(plan)), abs=1e-5)
+    assert made["replayed_loss"] == pytest.approx(replayed_loss(calibration, patterns(plan)), abs=1e-5)
     if once:
         assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
 
-    # Scores are those of the search, where there are top-k keys.
+    # Scorer weights are those of the search, for heads with top-k keys.
     top_k = [head.top_k > 0 for row in plan.layers for head in row or [FULL] * shape.kv_heads]
     top_k = torch.tensor(top_k).view(shape.layers, -1, 1)
     assert top_k.any()
@@ -127,7 +127,7 @@ def test_a_plan_keeps_its_budget_and_says_how_it_was_made(family, once, make, sm
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, small):
+def test_a_plan_for_context_reconstruction_allocates_by_importance(family, make, small):
     model, method = tiny(family), Method(prefill_compression=True, reconstruct=True, refine=False)
     calibration = Calibration(model, small, context=CONTEXT, method=method, progress=False)
     planned = [layer for layer, window in enumerate(calibration.replays[0].shape.windows) if window is None]
@@ -139,7 +139,7 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
         assert budget - 0.01 < plan.kept(CONTEXT) <= budget
         assert plan.calibration["replayed_loss"] is None
         assert plan.calibration["verified"]["kl_text"] > 0
-        # The least of what is kept by any head is needed more than the most of what another lets go.
+        # The least important kept key of any head is more important than the most important evicted key of another.
         rows = [head.pattern for layer in planned for head in plan.layers[layer]]
         assert all(pattern.full or (pattern.sink, pattern.window) == (SINK, WINDOWS[0]) for pattern in rows)
         edges = []
@@ -165,7 +165,7 @@ def test_a_plan_for_contexts_that_are_told_again_shares_by_need(family, make, sm
 
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])
-def test_windows_can_count_positions_in_the_cache(budget, make):
+def test_windows_can_use_cache_relative_positions(budget, make):
     method = Method(policy="streaming-llm", positions="cache-relative")
     plan = make(model=tiny("llama"), budget=budget, method=method)
     assert plan.positions == "cache-relative"
@@ -175,8 +175,8 @@ def test_windows_can_count_positions_in_the_cache(budget, make):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
-def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, monkeypatch):
-    """Not worse on the replays than by need, where keys have the scores of the retelling; and resumed if stopped."""
+def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path, monkeypatch):
+    """Not worse on the replays than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
     model, file = tiny(family), tmp_path / "steps.json"
 
     def made(method, checkpoint=None):
@@ -193,7 +193,7 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
     calibration.method, calibration.checkpoint = (
         Method(prefill_compression=True),
         None,
-    )  # a search after it is as one without it before
+    )  # a later search is not changed by it
     assert calibration.plan(0.3) == made(Method(prefill_compression=True)).plan(0.3)
     by_need = made(Method(prefill_compression=True, reconstruct=True, refine=False)).plan(0.3)
     losses = []
@@ -217,9 +217,9 @@ def test_numbers_of_few_heads_are_tuned_by_the_loss(family, small, tmp_path, mon
 
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-def test_a_replay_is_what_the_cache_does(family, once, small):
-    """A replay leaves nothing out if the document is read in full, or by the same keys and values: with patterns in the last
-    layer alone."""
+def test_a_replay_equals_the_cache(family, once, small):
+    """A replay is exact if the document is read in full attention, or with the same keys and values, that is with patterns in
+    the last layer only."""
     model = tiny(family, dtype=torch.float64)
     calibration = Calibration(model, small, context=CONTEXT, method=Method(prefill_compression=once), progress=False)
     shape = describe(model)
@@ -229,12 +229,12 @@ def test_a_replay_is_what_the_cache_does(family, once, small):
             rows[layer] = [Pattern(4, 4, 16), pattern]
         plan = Plan.of(model, rows, calibration.weights, prefill_compression=once)
         kl = calibration._verify(plan)
-        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed(calibration, rows), rel=1e-3)
+        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed_loss(calibration, rows), rel=1e-3)
         other = calibration._verify(plan.model_copy(update={"prefill_compression": not once}))
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 
 
-def test_scores_and_start_are_those_of_the_documents_told_again(small, tmp_path):
+def test_scores_and_start_come_from_context_reconstruction(small, tmp_path):
     calibration = Calibration(
         tiny("llama"),
         small,
@@ -243,15 +243,15 @@ def test_scores_and_start_are_those_of_the_documents_told_again(small, tmp_path)
         checkpoint=tmp_path / "steps",
         progress=False,
     )
-    told = [demand(replay, prompt_tokens(small)) for replay in calibration.replays]
-    assert torch.equal(calibration.weights, fit(calibration.replays, told))
-    need = torch.cat([one.attention for one in told], -1)
-    search, steps = Search(calibration.replays, CONTEXT, calibration.method, 0, need), []
+    importance = [demand(replay, prompt_tokens(small)) for replay in calibration.replays]
+    assert torch.equal(calibration.weights, fit(calibration.replays, importance))
+    pooled = torch.cat([one.attention for one in importance], -1)
+    search, steps = Search(calibration.replays, CONTEXT, calibration.method, 0, pooled), []
     search.run(0.4, report=steps.append)
     calibration.plan(0.4)
     found = json.loads((tmp_path / "steps").read_text())["steps"]
     assert [Step(**step).plan() for step in found] == [step.plan() for step in steps]
-    assert found[0]["kept"] > 0.15  # without need it would be little more than the least
+    assert found[0]["kept"] > 0.15  # starting from the smallest plan it would be only little above it
 
 
 def test_plans_are_repeatable(make):
@@ -272,7 +272,7 @@ def test_every_policy_makes_plans_that_run(family, policy, make):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_whole_budget_is_the_model(family, make):
+def test_budget_1_gives_the_models_outputs(family, make):
     plan = make(model=tiny(family, dtype=torch.float64), budget=1.0)
     assert all(pattern == FULL for row in patterns(plan) if row for pattern in row)
     verified = plan.calibration["verified"]
@@ -287,7 +287,7 @@ def test_plans_of_long_contexts_run_over_fewer_documents(make, monkeypatch):
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, False, False, False]
 
 
-def test_quality_is_measured_at_the_contexts_asked_for(make):
+def test_quality_is_measured_at_the_given_contexts(make):
     for contexts in [(600, 512), ()]:
         assert [quality.context for quality in make("gemma3", quality_contexts=contexts).quality] == list(contexts)
     quality = make("gemma3", quality_contexts=None, context=1024).quality
@@ -305,7 +305,7 @@ def test_quality_is_measured_at_the_context_and_a_shorter_one():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_in_a_range_of_contexts_the_budget_holds_at_both_ends(family, make):
+def test_the_budget_is_met_at_both_ends_of_a_range_of_contexts(family, make):
     model, ends = tiny(family), (LEAST_CONTEXT, 1000)
     plan = make(model=model, context=ends, budget=0.5)
     assert 0.3 < plan.kept(ends[0]) <= 0.5
@@ -325,7 +325,7 @@ class Interrupted(Exception):
 
 
 def interrupt(monkeypatch, after, method):
-    """Let a method of the search fail after some calls. Returns the calls that were made."""
+    """Make a method of the search fail after some calls. Returns the list of calls."""
     calls, original = [], getattr(Search, method)
 
     def step(self, *arguments):
@@ -342,7 +342,7 @@ def interrupt(monkeypatch, after, method):
     ("family", "method", "after"),
     [("llama", "expected", 1), ("llama", "loss", 0), ("llama", "loss", 1), ("gemma3", "expected", 2)],
 )
-def test_an_interrupted_search_goes_on(family, method, after, make, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes(family, method, after, make, tmp_path, monkeypatch):
     model, file = tiny(family), tmp_path / "steps" / "search.json"
     expected = make(model=model, budget=0.5)
     with monkeypatch.context() as patched:
@@ -360,7 +360,7 @@ def test_an_interrupted_search_goes_on(family, method, after, make, tmp_path, mo
         whole = interrupt(patched, 1000, "expected")
         make(model=model, budget=0.5)
     assert len(resumed) == len(whole) - sum(step["phase"] in ("forward", "refined") for step in steps)
-    with monkeypatch.context() as patched:  # all is done: nothing is searched again
+    with monkeypatch.context() as patched:  # all steps are in the checkpoint: nothing is searched again
         interrupt(patched, 0, "expected")
         assert make(model=model, budget=0.5, checkpoint=file) == expected
 
@@ -405,12 +405,12 @@ def test_broken_steps_of_the_same_arguments_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_max_kl_takes_the_smallest_budget_that_holds(family, small, monkeypatch):
+def test_max_kl_takes_the_smallest_budget_within_it(family, small, monkeypatch):
     calibration = Calibration(tiny(family), small, context=CONTEXT, method=Method(refine=False), progress=False)
     monkeypatch.setattr(calibration, "plan", cache(calibration.plan))
     plans = {budget: calibration.plan(budget) for budget in BUDGETS if budget * CONTEXT >= SINK + WINDOWS[0]}
     kl = {budget: plan.calibration["verified"]["kl_text"] for budget, plan in plans.items()}
-    assert list(kl.values()) == sorted(kl.values(), reverse=True)  # else another budget may be found that holds
+    assert list(kl.values()) == sorted(kl.values(), reverse=True)  # else another budget within max_kl may be found
     limits = [(a + b) / 2 for a, b in itertools.pairwise(kl.values()) if a > b]
     for limit in [1e-9, *limits, 2 * max(kl.values())]:
         plan = calibration.plan_within(limit)
@@ -420,7 +420,7 @@ def test_max_kl_takes_the_smallest_budget_that_holds(family, small, monkeypatch)
         )
 
 
-def test_max_kl_from_the_outside(make):
+def test_max_kl_of_calibrate(make):
     plan = make(max_kl=100.0)
     assert plan.calibration["max_kl"] == 100
     assert plan.calibration["budget"] == 0.075  # the smallest plan is 36 of 600 tokens
@@ -467,8 +467,8 @@ def test_models_that_cannot_be_planned_are_refused(make):
 # documents
 
 
-def test_plans_are_judged_on_other_text_and_other_questions(tokenizer):
-    """No paragraph, no sentence of a fact and no form of a question is in documents of both halves."""
+def test_plans_are_scored_on_other_text_and_other_questions(tokenizer):
+    """No paragraph, no sentence of a needle and no question form is in documents of both halves."""
 
     def parts(documents):
         found, forms = set(), set()

@@ -1,4 +1,4 @@
-"""The census in blocks equals the same statistics read off the whole attention matrix, key by key."""
+"""The blockwise census equals the same statistics computed from the whole attention matrix, key by key."""
 
 import math
 
@@ -23,7 +23,7 @@ LENGTHS = (2, 3, 7, 30, 61)
 
 
 def run(model, ids):
-    """What every layer computed with."""
+    """Return the attention inputs of every layer."""
     found = []
     with torch.no_grad(), observing(model, found.append):
         decoder(model)(ids, use_cache=False)
@@ -31,7 +31,7 @@ def run(model, ids):
 
 
 def learned_share(seen):
-    """What a learned logit takes, [heads, N]: eager's matrix shows it only as what is missing to 1, so in double precision."""
+    """Return the mass of a learned logit, [heads, N], in double precision: eager's matrix has it only as the rest to 1."""
     query, key = (
         seen.query[0].double(),
         seen.key[0].double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 0),
@@ -54,7 +54,7 @@ def whole_matrix(weights, seen, n):
     norms, positions, d = value.norm(dim=-1), torch.arange(n), value.shape[2]
     short = norms.float() < limits.tau * norms.float().median(-1, keepdim=True).values
     short &= positions >= limits.first
-    secondary = short & (short.cumsum(-1) <= limits.secondary)  # the first of them
+    secondary = short & (short.cumsum(-1) <= limits.secondary)  # the first ones
     w_o = seen.module.o_proj.weight.double()
     rows = range(first_row(n), n)
     scores = {name: torch.zeros(n_heads).double() for name in statistics.SCORES}
@@ -132,7 +132,7 @@ def close(actual, expected, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_observed_model_is_the_model(family):
+def test_observing_a_model_does_not_change_its_outputs(family):
     """Layers that are computed in blocks (sliding, capped, learned sinks) give the outputs of eager attention."""
     ids = torch.randint(3, 211, (1, 61))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_the_observed_model_is_the_model(family):
 
 
 @given(st.integers(0, 50), st.integers(1, 400), st.integers(1, 60))
-def test_sampled_queries_stand_for_all(first, count, most):
+def test_sampled_queries_represent_all(first, count, most):
     rows, weights = sampled(first, first + count, most)
     assert first <= rows[0]
     assert rows[-1] == first + count - 1
@@ -152,7 +152,7 @@ def test_sampled_queries_stand_for_all(first, count, most):
     assert torch.equal((weights.cumsum(0) * count).round().long(), rows - first + 1)
 
 
-def test_reading_some_queries_comes_near_reading_all(smollm2):
+def test_scores_of_some_queries_are_close_to_scores_of_all(smollm2):
     model, tokenizer = smollm2
     (seen, *_) = run(model, torch.tensor([corpus.tokens("prose", tokenizer, 1000, split="heldout")]))[8:9]
     some, all_of_them = (head_statistics(seen, 1000, Thresholds(), queries) for queries in (200, 1000))
@@ -162,8 +162,8 @@ def test_reading_some_queries_comes_near_reading_all(smollm2):
         assert float(off.max()) < 0.08
 
 
-def test_uniform_is_what_flat_attention_gives():
-    """A model whose queries are zero attends flat: each score equals the uniform beside it."""
+def test_uniform_scores_are_those_of_flat_attention():
+    """A model whose queries are zero has uniform attention: each score equals its uniform value."""
     model = tiny("mistral-sliding")
     for module in attention_modules(model):
         torch.nn.init.zeros_(module.q_proj.weight)
@@ -175,7 +175,7 @@ def test_uniform_is_what_flat_attention_gives():
 
 
 def test_the_legacy_score_calls_flat_attention_a_sink_on_short_text():
-    """The design's own numbers: 0.75 at 2 tokens, 0.61 at 3."""
+    """The numbers of the design: 0.75 at 2 tokens, 0.61 at 3."""
     none = torch.zeros(1, 3, dtype=torch.bool)
     flat = [float(statistics._uniform(none, n, LIMITS, None)["legacy"]) for n in (2, 3)]
     assert flat == pytest.approx([0.75, 11 / 18])
@@ -192,7 +192,7 @@ def role(uniform=None, **mass):
     return ROLES[int(roles(masses(**mass), uniform or masses(sink=0.01, local=0.04, far=0.95, far_peak=0.001)))]
 
 
-def test_roles_say_what_they_mean():
+def test_roles_match_their_definitions():
     assert role(sink=0.9, local=0.1) == "sink"
     assert role(sink=0.1, local=0.9) == "local"
     assert role(sink=0.5, local=0.5) == "mixed"
@@ -224,7 +224,7 @@ def test_the_window_needed_is_the_smallest_from_which_on_the_error_is_small():
 
 
 @pytest.mark.parametrize(("scale", "exponent"), [(128, 0.0), (3, 0.5), (0.25, 1.0)])
-def test_the_law_is_found_again(scale, exponent):
+def test_the_power_law_is_recovered(scale, exponent):
     lengths = [64, 256, 1024, 8192]
     needed = torch.tensor([[scale * n**exponent] for n in lengths])
     found = law(needed, lengths)
@@ -235,14 +235,14 @@ def test_the_law_is_found_again(scale, exponent):
 # intervals
 
 
-def test_the_interval_holds_the_mean_as_often_as_it_says():
+def test_the_interval_has_its_nominal_coverage():
     generator = torch.Generator().manual_seed(0)
     found = interval(3 + torch.randn(4, 20_000, generator=generator))
     assert float(((found.mean - 3).abs() <= found.half).double().mean()) == pytest.approx(0.95, abs=0.01)
     assert interval(torch.ones(1, 5)).half.isnan().all()
 
 
-def test_pairing_takes_out_what_texts_have_in_common():
+def test_pairing_removes_the_variance_between_texts():
     generator = torch.Generator().manual_seed(0)
     texts = 10 * torch.randn(6, 1, generator=generator)
     before, after = texts, texts + 0.5 + 0.01 * torch.randn(6, 1, generator=generator)
@@ -254,7 +254,7 @@ def test_pairing_takes_out_what_texts_have_in_common():
 # the first question
 
 
-def test_numbers_that_carry_over_are_found():
+def test_head_indices_that_carry_over_are_found():
     sinks = torch.zeros(12, 9, dtype=torch.bool)
     sinks[:, :3] = True
     result = transfer(sinks, "made")
@@ -281,8 +281,8 @@ def test_chance_is_the_mean_of_the_shuffles(seed):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-def test_p_values_are_even_when_nothing_carries_over(group):
-    """Also where the query heads of a KV head are alike: shuffling them one by one would find too much."""
+def test_p_values_are_uniform_when_nothing_carries_over(group):
+    """Also where the query heads of a KV head are alike: shuffling single heads would find too many."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn():
@@ -294,7 +294,7 @@ def test_p_values_are_even_when_nothing_carries_over(group):
 
 
 def test_renumbering_keeps_the_heads_of_a_kv_head_together():
-    sinks = torch.arange(12).repeat(4, 1)  # numbers in place of flags, so that the order shows
+    sinks = torch.arange(12).repeat(4, 1)  # numbers instead of flags, so that the order is visible
     order = _renumbered(sinks, 3, 50, torch.Generator().manual_seed(0))
     assert torch.equal(order.sort(-1).values, sinks.expand(50, -1, -1))
     together = order.view(50, 4, 4, 3) // 3
@@ -303,7 +303,7 @@ def test_renumbering_keeps_the_heads_of_a_kv_head_together():
 
 
 def test_the_test_of_one_pair_is_exact():
-    """Two of four heads in both layers, the same: by chance in one of six arrangements."""
+    """The same two of four heads are sinks in both layers: one of six arrangements."""
     sinks = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]).bool()
     assert transfer(sinks, "made").pair_p == pytest.approx(1 / 6, abs=0.02)
     assert transfer(torch.stack([sinks[0], ~sinks[0]]), "made").pair_p == 1

@@ -1,4 +1,4 @@
-"""Folders of a census and its checkpoint: nothing of the user's is lost, and a damaged one is refused in one line."""
+"""Folders of a census and its checkpoint: the user's files are kept, and a damaged folder is refused in one line."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from headsink.cli import main
 from headsink.cli.analyze_output import census_json, print_census
 from headsink.plan.plan import Plan
 
-# Files of the user's
+# Files of the user
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize("settings_json", ["{}", '{"headsink": "0.1.0", "editor.fontSize": 12}'])
-def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_path, settings_json):
+def test_a_folder_with_settings_of_another_program_is_left_unchanged(model, tmp_path, settings_json):
     (tmp_path / "app" / "sub").mkdir(parents=True)
     (tmp_path / "app" / "settings.json").write_text(settings_json)
     (tmp_path / "app" / "sub" / "thesis.tex").write_text("years of work")
@@ -56,7 +56,7 @@ def test_a_folder_with_settings_of_another_program_stays_as_it_is(model, tmp_pat
     assert tree(tmp_path) == before
 
 
-def test_a_checkpoint_of_another_census_gives_way_and_files_of_others_stay(model, census, tmp_path):
+def test_a_checkpoint_of_another_census_is_replaced_and_other_files_stay(model, census, tmp_path):
     kept = tmp_path / "kept"
     headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept)
     (kept / "notes.md").write_text("mine")
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_census_gives_way_and_files_of_others_stay(model
     assert tree(kept).keys() == {"0000.safetensors", "0001.safetensors", run.SETTINGS, *mine}
     run.remove_checkpoint(kept)
     assert tree(kept).keys() == mine
-    run.remove_checkpoint(kept)  # has no settings now, so it is nobody's
+    run.remove_checkpoint(kept)  # it has no settings now, so it is foreign
     assert tree(kept).keys() == mine
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_is_a_file_or_a_link_is_refused(model, tmp_path):
             headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / name)
 
 
-def test_a_result_in_a_checkpoint_that_does_not_fit_is_made_again(model, census, tmp_path):
+def test_an_invalid_result_in_a_checkpoint_is_recomputed(model, census, tmp_path):
     kept = tmp_path / "kept"
     headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept)
     arrays = load_file(kept / "0001.safetensors")
@@ -87,7 +87,7 @@ def test_a_result_in_a_checkpoint_that_does_not_fit_is_made_again(model, census,
     assert same(headsink.analyze(model, Letters(), **OPTIONS, checkpoint=kept), census)
 
 
-def test_saving_again_keeps_the_users_files(census, folder, tmp_path):
+def test_resaving_keeps_the_users_files(census, folder, tmp_path):
     folder = shutil.copytree(folder, tmp_path / "a")
     names = tree(folder).keys()
     (folder / "my-notes.md").write_text("mine")
@@ -98,14 +98,14 @@ def test_saving_again_keeps_the_users_files(census, folder, tmp_path):
     assert same(Census.load(folder), census)
 
 
-def test_a_plan_replaces_a_file_of_somebody_else_by_force_only(model, tmp_path):
+def test_a_plan_replaces_a_foreign_file_by_force_only(model, tmp_path):
     plan, path = Plan.full(model), tmp_path / "plan.json"
     path.write_text("years of work")
     with pytest.raises(HeadsinkError, match="headsink did not write the file that is there"):
         plan.save(path)
     assert path.read_text() == "years of work"
     assert Plan.load(plan.save(path, force=True)) == plan
-    assert Plan.load(plan.save(path)) == plan  # now it is ours
+    assert Plan.load(plan.save(path)) == plan  # now it is a plan of headsink
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
@@ -117,13 +117,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, census, tmp_path):
     assert [path.name for path in (tmp_path / "kept").glob("*.safetensors")] == []
 
 
-# Names of kinds of text
+# Names of domains
 
 
 @pytest.mark.parametrize(
     "name", ["", " ", "a\u2028b", "a\x00b", "a\nb", "a\u202eb", "a\u200bb", "a/b", "a\\b", "..", "a@b", "a:b", "\ud800"]
 )
-def test_a_kind_of_text_needs_a_name_that_can_be_drawn(name, model, monkeypatch):
+def test_a_domain_needs_a_printable_name(name, model, monkeypatch):
     monkeypatch.setattr(run, "_read", lambda *_: pytest.fail("a text was read"))
     with pytest.raises(
         HeadsinkError, match=r"texts: the kind .* is not a name of visible characters without \. @ : / "
@@ -131,7 +131,7 @@ def test_a_kind_of_text_needs_a_name_that_can_be_drawn(name, model, monkeypatch)
         headsink.analyze(model, Letters(), texts={name: ["some text " * 9]}, progress=False)
 
 
-def test_any_visible_name_will_do(model, tmp_path):
+def test_any_visible_name_is_accepted(model, tmp_path):
     names = ["Größe", "模型 文本", "<b>'\"&{{7*7}}`$x", "😀"]
     texts = {name: ["some text " * 9] for name in names}
     found = headsink.analyze(model, Letters(), texts=texts, lengths=(16,), progress=False)
@@ -143,10 +143,10 @@ def test_half_of_a_surrogate_pair_is_refused(model):
         headsink.analyze(model, Letters(), texts=["some text " * 9, "\ud800" * 99], progress=False)
 
 
-# Made again
+# Reruns
 
 
-def test_a_model_that_only_a_file_names_is_not_fetched(folder, tmp_path, monkeypatch, capsys):
+def test_a_model_named_only_in_a_file_is_not_downloaded(folder, tmp_path, monkeypatch, capsys):
     changed = shutil.copytree(folder, tmp_path / "a")
     found = json.loads((changed / "census.json").read_text())
     found["model"]["source"] = "attacker/model"
@@ -181,7 +181,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("place", "value", "reason"), CASES)
-def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_path):
+def test_invalid_settings_are_named(place, value, reason, folder, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "a")
     found = json.loads((changed / "census.json").read_text())
     found["model"][place[0]] = value
@@ -200,7 +200,7 @@ def test_settings_that_do_not_fit_say_which(place, value, reason, folder, tmp_pa
         ("0.ids", 999_999, "tokens.json: a token of text 0 is missing"),
     ],
 )
-def test_numbers_out_of_range_say_where(name, number, reason, folder, tmp_path):
+def test_numbers_out_of_range_are_located(name, number, reason, folder, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "a")
     arrays = load_file(changed / "arrays.safetensors")
     arrays[name].flatten()[0] = number
@@ -221,7 +221,7 @@ def test_files_of_something_else_are_one_line(name, content, folder, tmp_path):
 
 
 def places(value, path=()):
-    """Every place in what JSON can say."""
+    """Return the paths of all values in parsed JSON."""
     yield path
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -249,7 +249,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
 def use(folder):
-    """All that `show` and `compare` do with a run."""
+    """Do everything that `show` and `compare` do with a run."""
     found = Census.load(folder)
     print_census(Console(file=open("/dev/null", "w")), found)  # noqa: SIM115
     json.dumps(census_json(found))
@@ -259,9 +259,7 @@ def use(folder):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(
-        "headsink.census.first_layer.PERMUTATIONS", 10
-    )  # of a test of chance, which is not what this is about
+    monkeypatch.setattr("headsink.census.first_layer.PERMUTATIONS", 10)  # fewer permutations, for speed
     monkeypatch.setattr("headsink.census.first_layer.AT_ONCE", 10)
     changed = tmp_path_factory.mktemp("mutated") / "a"
     changed.mkdir()

@@ -1,4 +1,4 @@
-"""A census as a run: texts of many lengths, stopping and going on, making it again, comparing, files."""
+"""Running a census: texts of many lengths, resuming, rerunning, comparing, files."""
 
 import json
 
@@ -48,13 +48,13 @@ def census(model):
 
 
 def same(a, b):
-    """Whether two censuses hold the same numbers."""
+    """Return whether two censuses have the same numbers."""
     assert a.arrays.keys() == b.arrays.keys()
     return all(torch.equal(a.arrays[name].nan_to_num(), b.arrays[name].nan_to_num()) for name in a.arrays)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gpt-oss"])
-def test_a_prefix_is_the_short_text(family):
+def test_a_prefix_equals_the_short_text(family):
     both = headsink.analyze(tiny(family), Letters(), **OPTIONS)
     short = headsink.analyze(tiny(family), Letters(), **{**OPTIONS, "lengths": (16,)})
     for name in ("0.16.scores", "0.16.errors", "3.16.profile", "3.16.tokens"):
@@ -62,8 +62,8 @@ def test_a_prefix_is_the_short_text(family):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_length_make_each_length_a_pass(kind, monkeypatch):
-    """A text beyond the trained length turns the rotation of its first tokens: its prefix is not the short text."""
+def test_length_dependent_positions_need_a_pass_per_length(kind, monkeypatch):
+    """A text beyond the trained length changes the rotation of its first tokens, so its prefix differs from the short text."""
     scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     if kind == "longrope":
         scaling |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
@@ -79,7 +79,7 @@ def test_positions_that_depend_on_the_length_make_each_length_a_pass(kind, monke
     torch.testing.assert_close(both.arrays["0.16.scores"], short.arrays["0.16.scores"])
 
 
-def test_texts_count_at_the_lengths_that_they_reach(model):
+def test_texts_count_only_at_lengths_they_reach(model):
     texts = {"short": ["a" * 20, "bc" * 10], "long": ["some longer text " * 10]}
     census = headsink.analyze(model, Letters(), texts=texts, progress=False)
     assert census.lengths == [20, 32, 64, 128]
@@ -94,7 +94,7 @@ def test_texts_count_at_the_lengths_that_they_reach(model):
         headsink.analyze(model, Letters(), texts=texts, lengths=(32, 64), progress=False)
 
 
-def test_it_goes_on_where_it_was_stopped(model, census, tmp_path, monkeypatch):
+def test_a_stopped_census_resumes(model, census, tmp_path, monkeypatch):
     done = []
 
     def stop_after_two(*words, read=run._read):
@@ -113,17 +113,17 @@ def test_it_goes_on_where_it_was_stopped(model, census, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run, "_read", lambda *words, read=run._read: counted.append(words) or read(*words))
         again = headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "kept")
-    assert len(counted) == 3  # of four texts, one was done and whole
+    assert len(counted) == 3  # of four texts, one was finished
     assert same(again, census)
     other = headsink.analyze(model, Letters(), **{**OPTIONS, "seed": 1}, checkpoint=tmp_path / "kept")
-    assert not same(other, census)  # another census does not take over what is there
+    assert not same(other, census)  # a census with other settings does not reuse the checkpoint
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(HeadsinkError, match="not a checkpoint of a census"):
         headsink.analyze(model, Letters(), **OPTIONS, checkpoint=tmp_path / "mine")
 
 
-def test_it_can_be_made_again_from_its_settings(model, census):
+def test_a_census_can_be_repeated_from_its_settings(model, census):
     settings = json.loads(json.dumps(census.settings))
     assert same(analyze_again(model, Letters(), settings, progress=False), census)
     with pytest.raises(HeadsinkError, match="the weights are not those"):
@@ -133,7 +133,7 @@ def test_it_can_be_made_again_from_its_settings(model, census):
         analyze_again(model, Letters(), settings, progress=False)
 
 
-def test_what_is_loaded_is_what_was_saved(census, tmp_path):
+def test_loading_returns_what_was_saved(census, tmp_path):
     loaded = Census.load(census.save(tmp_path / "a"))
     assert same(loaded, census)
     assert (loaded.settings, loaded.vocabulary) == (json.loads(json.dumps(census.settings)), census.vocabulary)
@@ -164,20 +164,20 @@ def test_distances_are_quantiles_of_the_attention(census):
     assert (far <= 100).all()
 
 
-def test_secondary_sinks_by_what_they_say(census):
+def test_secondary_sinks_match_their_definition(census):
     drawn = drawing_tokens(census, 100)
     assert all(0 < row["share"] <= 1 for row in drawn)
     assert sum(row["share"] for row in drawn) <= 1 + 1e-3
     for row in secondary_tokens(census, 100):
         assert 0 < row["taken"] <= 1
-        assert row["value"] < 1  # they are short by definition
+        assert row["value"] < 1  # their value norm is small by definition
     found = stability(census, 100)
     assert found["texts"] == 4
     keys = [row["keys"] for row in tau_evidence(census, 100)]
     assert keys == sorted(keys)
 
 
-def test_the_rule_for_tau_stops_where_keys_draw_no_more_than_by_chance(census, monkeypatch):
+def test_tau_is_where_keys_attract_no_more_than_chance(census, monkeypatch):
     steps = [(0.1, None), (0.2, 60.0), (0.3, 9.0), (0.4, 2.5), (0.5, 1.1), (0.6, 5.0)]
     evidence = [{"tau": tau, "keys": 1.0, "attention": 0.1, "density": density} for tau, density in steps]
     monkeypatch.setattr("headsink.census.sink_tokens.tau_evidence", lambda *_: evidence)
@@ -199,7 +199,7 @@ def test_comparing_parts_of_one_run(census, tmp_path):
 
 
 def test_comparing_models_head_by_head(census):
-    """The same texts through other weights: paired, every head with its interval; a run against itself has moved nowhere."""
+    """The same texts with other weights: paired, every head with its interval; a run does not differ from itself."""
     other = headsink.analyze(tiny("llama", seed=1), Letters(), **OPTIONS)
     found = headsink.compare(census, other, census)
     assert set(found.settings) == {"model"}
@@ -219,7 +219,7 @@ def three_heads():
     return headsink.analyze(AutoModelForCausalLM.from_config(config), Letters(), **OPTIONS)
 
 
-def test_attention_to_learned_sinks_is_where_there_are_some():
+def test_attention_to_learned_sinks_is_recorded_where_they_exist():
     for family in ("gemma2", "gpt-oss"):
         model = tiny(family)
         census = headsink.analyze(model, Letters(), **{**OPTIONS, "domains": ("random",)})

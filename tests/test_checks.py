@@ -1,4 +1,4 @@
-"""Kernels go by addresses: whatever they take for granted is checked before, and raises where it is not so."""
+"""Kernels use raw addresses, so all their assumptions are checked before a call, with an error if one fails."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def prefill(**given):
 
 
 def put(given, wrong, device):
-    """Arguments with some of them wrong, on a device."""
+    """Return arguments on a device, some of them replaced by wrong ones."""
 
     def there(one):
         if isinstance(one, KeyVisibility):
@@ -109,12 +109,12 @@ def test_tiles_of_another_shape_are_refused_on_a_gpu(device, wrong):
         prefill(**put(TILES, WRONG_TILES[wrong], device))
 
 
-def test_what_fits_is_attended_to(device):
+def test_valid_arguments_are_accepted(device):
     assert decode(**put(FEW, {}, device)).shape == (2, 6, 1, 8)
     assert prefill(**put(TILES, {}, device)).shape == (2, 6, 4, 8)
 
 
-def test_what_is_not_contiguous_is_made_so():
+def test_non_contiguous_tensors_are_copied():
     odd = {
         name: FEW[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "keys", "values", "visible")
     }
@@ -179,7 +179,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_table_is_made_of_sound_buffers_only(damage):
+def test_a_table_is_made_of_valid_buffers_only(damage):
     groups = model_and_cache(rows=2)[2].layers[0].groups
     KVTable(groups, 1)
     for name, value in DAMAGE[damage](groups[0]).items():
@@ -188,7 +188,7 @@ def test_a_table_is_made_of_sound_buffers_only(damage):
         KVTable(groups, 1)
 
 
-def test_a_step_takes_a_token_of_every_row():
+def test_a_step_needs_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
     with decoding(model, cache) as step:
         for rows in (1, 3):
@@ -199,7 +199,7 @@ def test_a_step_takes_a_token_of_every_row():
         assert step.run(torch.tensor([5, 6])).shape == (2, 211)
 
 
-def test_a_step_takes_the_cache_of_its_own_model():
+def test_a_step_needs_a_cache_of_its_model():
     model, _, cache = model_and_cache()
     assert decoder(model, cache).run(torch.tensor([5])).shape == (1, 211)
     for other in (tiny("qwen3"), tiny("llama-mha"), copy.deepcopy(model).bfloat16()):
@@ -221,7 +221,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_step_sees_that_its_cache_was_changed(change):
+def test_a_step_detects_a_changed_cache(change):
     model, plan, cache = model_and_cache(tokens=4 if change == "crop" else 30)
     step, rows = decoder(model, cache), 2 if change == "rows" else 1
     step.run(torch.tensor([5]))
@@ -243,7 +243,7 @@ def test_a_step_sees_that_its_cache_was_changed(change):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_step_sees_that_its_model_was_changed(kind):
+def test_a_step_detects_a_changed_model(kind):
     model, _, cache = model_and_cache(kind=kind)
     step = decoder(model, cache)
     step.run(torch.tensor([5]))
@@ -254,7 +254,7 @@ def test_a_step_sees_that_its_model_was_changed(kind):
         decoder(model, cache)
 
 
-def test_a_step_on_a_gpu_sees_the_same(device):
+def test_a_gpu_step_detects_the_same_changes(device):
     from headsink.generation.step_cuda import Decoder
 
     model, plan, cache = model_and_cache(rows=2)
@@ -280,7 +280,7 @@ def test_a_step_on_a_gpu_sees_the_same(device):
                 Decoder(other, cache)
 
 
-def test_kernels_of_a_gpu_take_tables_of_their_own_rows(device):
+def test_gpu_kernels_need_tables_of_the_same_rows(device):
     from headsink.attention.cuda.append import append_keys, hide
     from headsink.attention.cuda.decode import attend
 
@@ -309,14 +309,14 @@ def test_kernels_of_a_gpu_take_tables_of_their_own_rows(device):
         hide(torch.zeros(3, 4, dtype=torch.bool, device=device), table[None], length)
 
 
-def test_lifetimes_on_a_gpu_take_a_number_for_every_row(device):
+def test_gpu_lifetimes_need_a_size_for_every_row(device):
     from headsink.eviction.lifetimes_cuda import better_ones
 
     with pytest.raises(HeadsinkError, match=r"^lifetimes: "):
         better_ones(torch.randn(3, 9, device=device), torch.ones(2, dtype=torch.int64, device=device))
 
 
-def test_the_census_on_a_gpu_takes_values_like_keys(device):
+def test_the_gpu_census_needs_values_shaped_like_keys(device):
     from headsink.attention.cuda import statistics
     from headsink.attention.params import Inputs
 

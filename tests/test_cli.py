@@ -63,7 +63,7 @@ def test_analyze_writes_the_folder(census):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"census.json", "heads.parquet", "arrays.safetensors", "tokens.json", "report.html"}
     assert {path.suffix for path in folder.glob("figure-*")} == {".png", ".svg"}
-    assert [path.name for path in folder.parent.iterdir()] == ["a"]  # no checkpoint is left
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]  # no checkpoint remains
     assert sum(found["roles"]["200"].values()) == 3 * 4
     assert len(found["first_question"]["200"]) == 4
     assert found["drawing_tokens"][0]["token"]
@@ -73,7 +73,7 @@ def test_analyze_writes_the_folder(census):
     assert "http://" not in page.replace("http://www.w3.org", "").split("</head>\n<body>")[1]
 
 
-def test_analyze_again_replaces_the_census_and_nothing_else(census, run, tiny_folder, tmp_path):
+def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tmp_path):
     _, first = census("a")
     _, again = census("a")
     assert again == first
@@ -85,13 +85,13 @@ def test_analyze_again_replaces_the_census_and_nothing_else(census, run, tiny_fo
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_compare_says_what_differs(census, run):
+def test_compare_prints_the_differences(census, run):
     (a, _), (b, _), (c, _) = census("a"), census("b", "--seed", "1"), census("c", "--domains", "maths")
     status, out, _ = run("compare", a, b, "--json")
     found = json.loads(out)
     assert status == 0
     assert set(found["settings"]) == {"texts", "seed"}
-    assert len(found["scores"]) == 7 * 2 * (6 + 1)  # scores, lengths, kinds of text and all together
+    assert len(found["scores"]) == 7 * 2 * (6 + 1)  # scores, lengths, domains and all together
     assert all(abs(row["mean_difference"]) <= 1 for row in found["scores"] if row["score"] in ("sink", "local", "far"))
     same = json.loads(run("compare", a, a, "--json")[1])
     assert same["settings"] == {}
@@ -108,7 +108,7 @@ def test_compare_says_what_differs(census, run):
     assert {path.suffix for path in (a.parent / "figures").iterdir()} == {".png", ".svg", ".json"}
 
 
-def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
+def test_incomparable_runs_are_refused(census, run, tmp_path):
     (a, _), (b, _) = census("a", "--domains", "prose"), census("b", "--domains", "maths")
     status, _, err = run("compare", a, b)
     assert status == 2
@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_refused(census, run, tmp_path):
     assert "nothing: no such folder" in err
 
 
-def test_own_texts(census, run, tiny_folder, tmp_path):
+def test_analyze_on_texts_of_the_user(census, run, tiny_folder, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("<script>alert('x')</script> & so on " * 60)
     folder, found = census("a", "--text", own)
@@ -131,7 +131,7 @@ def test_own_texts(census, run, tiny_folder, tmp_path):
     assert "fewer than the shortest length" in err
 
 
-def test_own_prompts(census, run, tiny_folder, tmp_path):
+def test_analyze_on_prompts_of_the_user(census, run, tiny_folder, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text(
         "once upon a time there was a fox\n\n<script>alert('x')</script> and what is after it, and so on\n"
@@ -148,7 +148,7 @@ def test_own_prompts(census, run, tiny_folder, tmp_path):
     assert f"line 2 of {records} has no text" in err
 
 
-def test_a_census_is_made_again_from_its_folder(census):
+def test_a_census_is_rerun_from_its_folder(census):
     (a, first), (_, again) = census("a", "--seed", "3", "--domains", "maths,random", "--tau", "0.5"), ({}, {})
     _, again = census("b", "--again", a)
     assert {**again, "folder": ""} == {**first, "folder": ""}
@@ -159,7 +159,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     status, out, err = run("plan", tiny_folder, *words, "--frontier", tmp_path / "f", "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert [point["budget"] for point in found["points"]] == [0.3, 0.6]  # below the smallest plan: left out
+    assert [point["budget"] for point in found["points"]] == [0.3, 0.6]  # a budget below the smallest plan is left out
     assert found["advice"] == json.loads((tmp_path / "f" / "frontier.json").read_text())["advice"]
     names = {path.name for path in (tmp_path / "f").iterdir()}
     assert names == {
@@ -174,7 +174,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     assert "http" not in (tmp_path / "f" / "frontier.svg").read_text().replace("http://www.w3.org", "")
 
 
-def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
+def test_a_plan_within_a_maximum_kl(run, tiny_folder, tmp_path):
     words = ("--context", "600", "--quality", "none", "--device", "cpu", "--out", tmp_path / "plan.json", "--json")
     status, out, err = run("plan", tiny_folder, *words, "--max-kl", "0.5")
     assert status == 0, err
@@ -183,14 +183,14 @@ def test_a_plan_within_a_divergence(run, tiny_folder, tmp_path):
     assert calibration["verified"]["kl_text"] <= 0.5
 
 
-def test_a_plan_for_contexts_that_are_compressed_once(run, tiny_folder, tmp_path):
+def test_a_plan_for_prefill_compression(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--prefill-compression")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
     assert Plan.load(tmp_path / "plan.json").prefill_compression
 
 
-def test_a_plan_for_contexts_that_are_told_again(run, tiny_folder, tmp_path):
+def test_a_plan_for_context_reconstruction(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--reconstruct")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
     assert status == 0, err
@@ -220,7 +220,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
     assert run("plan", tiny_folder, *words, "--out", tmp_path / "b.json")[0] == 0
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "plan.json"]  # no checkpoint is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "plan.json"]  # no checkpoint remains
 
     prompt = (
         "generate",
@@ -247,8 +247,8 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     "way", [{}, {"prefill_compression": True}, {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}]
 )
-def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
-    """The answers are those of the document and the question given together."""
+def test_a_document_is_prefilled_once_for_many_questions(way, raw, run, tiny_folder, tmp_path):
+    """The answers equal those to document and question in one prompt."""
     model, _ = headsink.load(tiny_folder, device="cpu", dtype="float32")
     random_plan(model, 2).model_copy(update=way).save(tmp_path / "plan.json")
     (tmp_path / "box.txt").write_text("There is a box. " * 60 + "It is red.")
@@ -268,7 +268,7 @@ def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, 
         status, out, err = run(*ask, *whole)
         together = json.loads(out)
         assert kept["prompt_tokens"] == together["prompt_tokens"] > found["prompt_tokens"]
-        if not way:  # compressed once, the question is compressed with the document
+        if not way:  # with prefill compression, the question would be compressed with the document
             assert kept["text"] == together["text"]
     assert kept["prefix"] == str(tmp_path / "box.kv")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box.kv", "box.txt", "plan.json"]
@@ -277,7 +277,7 @@ def test_a_document_is_read_once_for_many_questions(way, raw, run, tiny_folder, 
     assert "prefix: it has a plan, a document and a format of its own" in err
 
 
-def test_chat_goes_on_over_one_cache(run, tiny_folder):
+def test_chat_uses_one_cache(run, tiny_folder):
     words = ("chat", tiny_folder, "--max-new-tokens", "4", "--device", "cpu")
     status, out, _ = run(*words, "--json", stdin="hello there\nand then?\n\nnot read\n")
     turns = json.loads(out)["turns"]
@@ -420,7 +420,7 @@ def test_models_and_doctor(run):
         (["bench", "speed", "TINY", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
         (["bench", "speed", "TINY", "--contexts", "3000"], "over the model's maximum of 2048; give 16 to 2015"),
         (["bench", "quality", "TINY", "--tasks", "chess"], "tasks: 'chess' is unknown; one of humaneval"),
-        (["bench", "families", "TINY", "--families", "code"], "families: code is one, give two or more"),
+        (["bench", "families", "TINY", "--families", "code"], "families: code is only one; give two or more"),
         (["bench", "all", "--models", "smolm2", "--out", "new"], "did you mean smollm2?"),
         (["bench", "results", "nosuch"], "nosuch: no such folder"),
         (["bench", "sped"], "Did you mean 'speed'? See headsink --help"),
@@ -536,7 +536,7 @@ def test_the_case_of_a_built_in_name_does_not_matter():
     assert check_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_folder_without_a_tokenizer_is_called_that(run, tiny_folder, tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(run, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*"))
     reason = "no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)"
     assert reason in run("generate", tmp_path / "model", "--prompt", "x")[2]
@@ -545,7 +545,7 @@ def test_a_folder_without_a_tokenizer_is_called_that(run, tiny_folder, tmp_path)
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Knows no model."""
+    """A hub without models."""
 
     def do_GET(self):
         self.send_response(404)
@@ -556,11 +556,11 @@ class _Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *_):
-        """Standard error is what is tested."""
+        """Do not log, because standard error is tested."""
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_hub_is_named_before_it_is_asked(there):
+def test_a_download_is_announced_before_the_hub_is_contacted(there):
     server = HTTPServer(("127.0.0.1", 0), _Hub)
     if there:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -581,7 +581,7 @@ def test_a_hub_is_named_before_it_is_asked(there):
         assert last.startswith("headsink: nobody/nothing: cannot be loaded: it is not on this machine, and the Hugging")
 
 
-def test_the_usual_contexts_of_bench_are_fitted_to_the_model(run, tiny_folder, tmp_path):
+def test_default_contexts_of_bench_fit_the_model(run, tiny_folder, tmp_path):
     assert contexts_for(8192, 33) == [512, 2000, 7500]
     assert contexts_for(2032, 33) == [512]
     shutil.copytree(tiny_folder, tmp_path / "model")
@@ -593,7 +593,7 @@ def test_the_usual_contexts_of_bench_are_fitted_to_the_model(run, tiny_folder, t
     assert {row["context"] for row in json.loads(out)["results"]} == {56}
 
 
-def test_doctor_says_which_transformers_are_tested(run, monkeypatch):
+def test_doctor_reports_the_tested_transformers(run, monkeypatch):
     assert f"(tested: {versions.OLDEST} to {versions.NEWEST})" in run("doctor", "--device", "cpu")[1]
     assert doctor.transformers_warning() is None
     monkeypatch.setattr(doctor, "NEWEST", "5.9")
@@ -605,7 +605,7 @@ def test_doctor_says_which_transformers_are_tested(run, monkeypatch):
     assert json.loads(out)["transformers"]["warning"] == err.strip()
 
 
-def test_how_long_it_will_take_is_said_at_the_start(run, tiny_folder, tmp_path):
+def test_the_expected_time_is_printed_at_the_start(run, tiny_folder, tmp_path):
     words = (
         "analyze",
         tiny_folder,
@@ -630,7 +630,7 @@ def test_how_long_it_will_take_is_said_at_the_start(run, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["models", "--help", "plan --help"])
-def test_an_output_that_cannot_be_written_is_no_traceback(words):
+def test_an_unwritable_output_gives_no_traceback(words):
     command = [sys.executable, "-m", "headsink", *words.split()]
     read, write = os.pipe()
     os.close(read)
@@ -650,11 +650,11 @@ def test_a_plan_for_another_model_is_refused(run, tiny_folder, smollm2, tmp_path
     assert "the plan is for another model: layers is 3 here and 30 in the plan" in err
 
 
-# nothing half-written
+# no partial files
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """A limit on the size of files stands in for the end of the disk: the system call fails in the same way."""
+    """Simulate a full disk by a limit on the size of files: the system call fails in the same way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -676,7 +676,7 @@ def fill_and_stop(folder):
         raise KeyboardInterrupt
 
 
-def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
+def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     with files.new_folder(tmp_path / "census", "m") as part:
         (part / "m").write_text('{"is": "old"}')
     with pytest.raises(KeyboardInterrupt):
@@ -686,7 +686,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
+def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
     words = [
         "analyze",
         tiny_folder,
@@ -699,12 +699,12 @@ def test_a_stopped_census_goes_on_where_it_was(tiny_folder, tmp_path, how):
         "--device",
         "cpu",
     ]
-    # A shell that starts tests in the background has them ignore ctrl-C, and they hand that on.
+    # A shell that starts tests in the background makes them and their children ignore ctrl-C.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from headsink.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, words), "--out", str(tmp_path / "census"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = tmp_path / ".census.partial"
-    while len(list(kept.glob("*.safetensors"))) < 2:  # some texts are done; the run ends by itself if they never are
+    while len(list(kept.glob("*.safetensors"))) < 2:  # wait for some finished texts; the run ends if there are none
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(how)

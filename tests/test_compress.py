@@ -1,4 +1,4 @@
-"""A context that the model itself has read, compressed once, equals the reference; and what is held is what is claimed."""
+"""Prefill compression: continuations equal the reference, and the cache has the size it reports."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from headsink.models.transformers_names import cache_argument
 
 
 def compressed(model, plan, ids, mask=None):
-    """The cache of a context that was read in full, and what it held before."""
+    """Return the compressed cache of a context read in full attention, and the bytes before compression."""
     cache, options = DynamicCache(config=model.config), {}
     if mask is not None:
         options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -28,7 +28,7 @@ def compressed(model, plan, ids, mask=None):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [[20], [1], [7, 1, 5]], ids=str)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-def test_what_follows_equals_the_reference(family, sizes, padding):
+def test_continuations_equal_the_reference(family, sizes, padding):
     # In float64 transformers' eager attention of Gemma 2 makes NaN of padding.
     model = tiny(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
     for seed, context in enumerate((1, 30, 45)):
@@ -52,7 +52,7 @@ def test_what_follows_equals_the_reference(family, sizes, padding):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_all_full_plan_is_the_model(family):
+def test_an_all_full_plan_equals_the_model(family):
     """Bit for bit, where `sdpa` can express its attention."""
     model, ids = tiny(family), torch.randint(3, 211, (1, 60))
     plain = DynamicCache(config=model.config)
@@ -66,7 +66,7 @@ def test_an_all_full_plan_is_the_model(family):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if family in EAGER else 0)
 
 
-def test_memory_is_given_back():
+def test_memory_is_freed():
     model = tiny("llama")
     plan = Plan.uniform(model, headsink.Pattern(4, 0, 16))
     cache, before, full = compressed(model, plan, torch.randint(3, 211, (1, 400)))
@@ -75,14 +75,14 @@ def test_memory_is_given_back():
     assert cache.get_seq_length() == 400
 
 
-def test_what_cannot_be_compressed_is_refused():
+def test_incompressible_caches_are_refused():
     model = tiny("llama")
     with pytest.raises(HeadsinkError, match="StaticCache cannot be compressed"):
         headsink.compress(model, Plan.full(model), StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(HeadsinkError, match="this cache is empty"):
         headsink.compress(model, Plan.full(model), DynamicCache(config=model.config))
     _, _, read = compressed(model, Plan.full(model), torch.randint(3, 211, (1, 9)))
-    with pytest.raises(HeadsinkError, match="this cache is empty"):  # it was emptied
+    with pytest.raises(HeadsinkError, match="this cache is empty"):  # compression empties it
         headsink.compress(model, Plan.full(model), read)
 
 
@@ -113,7 +113,7 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused():
             model(torch.randint(3, 211, (2, 9)), **cache_argument(cache))
         with pytest.raises(HeadsinkError, match=said):
             headsink.compress(model, Plan.full(model), cache, mask)
-        assert cache.get_seq_length() == 9  # nothing was taken from it
+        assert cache.get_seq_length() == 9  # it is unchanged
     once = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8)})
     with pytest.raises(
         HeadsinkError, match=r"input_ids: \[1, 9\]; this plan reconstructs the context, the \[2, 9\] tokens"

@@ -1,4 +1,4 @@
-"""Built-in text: repeatable, as long as asked, and never the same in both halves."""
+"""Built-in text: repeatable, of the given length, and different in the two halves."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_no_paragraph_is_in_both_halves(domain):
 
 
 @pytest.mark.parametrize("domain", corpus.DOMAINS)
-def test_texts_are_repeatable_and_as_long_as_asked(domain, tokenizer):
+def test_texts_are_repeatable_and_of_the_given_length(domain, tokenizer):
     for split in ("calibration", "heldout"):
         ids = corpus.tokens(domain, tokenizer, 700, seed=3, split=split)
         assert len(ids) == 700
@@ -26,8 +26,8 @@ def test_texts_are_repeatable_and_as_long_as_asked(domain, tokenizer):
         assert ids[:300] == corpus.tokens(domain, tokenizer, 300, seed=3, split=split)
 
 
-def test_maths_is_right(tokenizer):
-    """Every equation of plain numbers in the generated solutions holds."""
+def test_maths_is_correct(tokenizer):
+    """Every equation of plain numbers in the generated solutions is true."""
     import re
 
     text = tokenizer.decode(corpus.tokens("maths", tokenizer, 12_000, seed=0, split="heldout"))
@@ -46,7 +46,7 @@ def document(tokenizer, split="heldout", domain="prose", **options):
 
 @pytest.mark.parametrize("split", ["calibration", "heldout"])
 @pytest.mark.parametrize("domain", corpus.DOMAINS)
-def test_documents_hold_the_answers_and_are_as_long_as_asked(split, domain, tokenizer):
+def test_documents_contain_the_answers_and_have_the_given_length(split, domain, tokenizer):
     made = document(tokenizer, split, domain)
     assert 0.85 * LENGTH <= len(made.ids) <= LENGTH
     assert [question.form for question in made.questions] == list(documents.FORMS[split])
@@ -58,7 +58,7 @@ def test_documents_hold_the_answers_and_are_as_long_as_asked(split, domain, toke
         assert answer not in tokenizer.decode(question.ids[: -question.answer_tokens])
 
 
-def test_facts_are_spread_over_the_document(tokenizer):
+def test_needles_are_spread_over_the_document(tokenizer):
     thirds = [0, 0, 0]
     for seed in range(10):
         made = document(tokenizer, seed=seed)
@@ -70,7 +70,7 @@ def test_facts_are_spread_over_the_document(tokenizer):
     assert min(thirds) > 0.2 * sum(thirds)
 
 
-def test_both_halves_ask_in_forms_of_their_own():
+def test_the_two_halves_use_different_question_forms():
     assert not set(documents.FORMS["calibration"]) & set(documents.FORMS["heldout"])
 
 
@@ -79,9 +79,9 @@ def test_documents_are_repeatable(tokenizer):
     assert document(tokenizer, seed=3).ids != document(tokenizer, seed=4).ids
 
 
-def test_a_special_token_stands_only_at_the_start(tokenizer):
+def test_a_special_token_is_only_at_the_start(tokenizer):
     class WithStart:
-        """The tokenizer, with a token 0 before a text, as many models have it."""
+        """The tokenizer with a token 0 before every text, as in many models."""
 
         def __call__(self, text, add_special_tokens=True, **options):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -96,7 +96,7 @@ def test_a_special_token_stands_only_at_the_start(tokenizer):
 def test_the_continuation_is_the_text_that_follows(domain, tokenizer):
     made = document(tokenizer, domain=domain, continuation=100)
     source, before, following = (
-        "".join(text.split())  # long paragraphs are parted at a line, so space differs
+        "".join(text.split())  # long paragraphs are split at line ends, so white space differs
         for text in (
             corpus.text(domain, tokenizer, 2 * LENGTH, split="heldout"),
             tokenizer.decode(made.ids),
@@ -109,7 +109,7 @@ def test_the_continuation_is_the_text_that_follows(domain, tokenizer):
     assert source[place - 15 : place] in before
 
 
-def test_what_is_not_there_is_refused(tokenizer):
+def test_unavailable_text_is_refused(tokenizer):
     with pytest.raises(HeadsinkError, match="domain"):
         corpus.tokens("poems", tokenizer, 10, split="heldout")
     with pytest.raises(HeadsinkError, match="prose has"):

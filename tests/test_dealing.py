@@ -1,4 +1,4 @@
-"""Numbers of keys for heads: by need, and moved while a loss falls."""
+"""Allocation of a KV budget to heads: by importance, and by local search on a loss."""
 
 import pytest
 import torch
@@ -22,18 +22,18 @@ some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: to
 
 
 @pytest.mark.parametrize("share", [0.03, 0.25, 0.7, 1.0])
-def test_need_lets_the_most_needed_keys_of_all_heads_stay(share):
+def test_allocation_keeps_the_most_important_keys_of_all_heads(share):
     need = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
     found = allocate(need, share)
-    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most needed
+    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most important
     stay = ranks < need.numel() - 1 - int((1 - share) * (need.numel() - 1))
     assert torch.equal(found, stay.double().mean(-1))
     assert found.mean() == pytest.approx(share, abs=0.01)
 
 
-@example(torch.tensor([0.5, 2.2251e-309], dtype=torch.float64), 0, 0.0)  # what a division by it gives is not finite
+@example(torch.tensor([0.5, 2.2251e-309], dtype=torch.float64), 0, 0.0)  # division by it is not finite
 @given(some_shares, st.integers(0, 7), st.sampled_from(FACTORS))
-def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, factor):
+def test_a_move_changes_one_head_and_scales_the_others(shares, head, factor):
     head %= len(shares)
     assume(shares.mean() > 0.01)
     found = transfer(shares, head, factor)
@@ -53,21 +53,21 @@ def test_a_move_changes_one_head_and_the_others_pay_in_proportion(shares, head, 
     assert all(shares[n] * ratios[0] >= 1 - 1e-6 for n in rest if found[n] >= 1 - 1e-9 and partly)
 
 
-def deal(*shares, recent=0.0):
+def make_allocation(*shares, recent=0.0):
     shares = torch.tensor(shares, dtype=torch.float64)
     return Allocation(shares, torch.full_like(shares, recent))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_numbers_find_a_loss_that_depends_on_them(seed):
-    """The loss of each head falls with its keys, some far more than others: the best shares are known in closed form."""
+def test_local_search_finds_the_minimum_of_the_loss(seed):
+    """Each head's loss falls with its keys, at different rates: the best shares are known in closed form."""
     weights = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(1.5).exp()
     best = weights.sqrt() / weights.sqrt().sum() * 0.8
-    start, calls, steps = deal(0.2, 0.2, 0.2, 0.2), [], []
+    start, calls, steps = make_allocation(0.2, 0.2, 0.2, 0.2), [], []
 
-    def loss(deal):
-        assert float(deal.shares.sum()) == pytest.approx(0.8)
-        calls.append(float((weights / (deal.shares + 1e-3)).sum()))
+    def loss(allocation):
+        assert float(allocation.shares.sum()) == pytest.approx(0.8)
+        calls.append(float((weights / (allocation.shares + 1e-3)).sum()))
         return calls[-1]
 
     found = coordinate_descent(start, loss, lambda reached, low: steps.append((reached, low)))
@@ -79,24 +79,24 @@ def test_numbers_find_a_loss_that_depends_on_them(seed):
     assert [low for _, low in steps] == sorted((low for _, low in steps), reverse=True)
 
 
-def test_heads_get_last_keys_where_those_are_what_they_need():
-    """One head wants half of its keys to be its last, one all, one none; and the first more of them."""
+def test_heads_get_windows_where_recent_keys_matter():
+    """The best window shares of three heads are a half, all and none, and the first head needs more keys."""
     wanted = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64)
 
-    def loss(deal):
-        return float(((deal.recent - wanted) ** 2).sum() + (deal.shares[0] - 0.4).abs())
+    def loss(allocation):
+        return float(((allocation.recent - wanted) ** 2).sum() + (allocation.shares[0] - 0.4).abs())
 
-    found = coordinate_descent(deal(0.2, 0.2, 0.2), loss, lambda reached, low: None)
+    found = coordinate_descent(make_allocation(0.2, 0.2, 0.2), loss, lambda reached, low: None)
     assert torch.equal(found.recent, wanted)
     assert float(found.shares[0]) == pytest.approx(0.4)
     assert float(found.shares.sum()) == pytest.approx(0.6)
 
 
-def test_numbers_that_are_best_already_stay():
-    start = deal(0.3, 0.1, 0.2, recent=0.5)
+def test_optimal_budgets_are_unchanged():
+    start = make_allocation(0.3, 0.1, 0.2, recent=0.5)
 
-    def loss(deal):
-        return float((deal.shares - start.shares).abs().sum() + (deal.recent - start.recent).abs().sum())
+    def loss(allocation):
+        return float((allocation.shares - start.shares).abs().sum() + (allocation.recent - start.recent).abs().sum())
 
     found = coordinate_descent(start, loss, lambda reached, low: None)
     assert torch.equal(found.shares, start.shares)

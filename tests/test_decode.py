@@ -1,4 +1,4 @@
-"""Decoding by the compiled step: the same logits, cache and text as the model gives under the same plan."""
+"""The compiled decode step gives the logits, cache and text of the model under the same plan."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +26,8 @@ def prompt(tokens, seed=0):
     return torch.randint(3, 211, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def held(group):
-    """Scores, and what is in the anchors and in the ring: one cache may have made more room ahead than another."""
+def cache_contents(group):
+    """Return scores, prefix slots and ring contents without spare slots, whose number may differ between caches."""
     ring = slice(group.prefix_slots, group.prefix_slots + group._held())
     buffers = group.keys, group.values, group.visible
     top_k = int((group.scores[0, 0] > float("-inf")).sum())
@@ -42,17 +42,17 @@ def same_state(found, expected):
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert one.get_seq_length() == other.get_seq_length()
         for a, b in zip(one.groups, other.groups, strict=True):
-            for x, y in zip(held(a), held(b), strict=True):
+            for x, y in zip(cache_contents(a), cache_contents(b), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 7, 70])
 @pytest.mark.parametrize("family", DECODED)
-def test_tokens_give_what_the_model_gives(family, length):
+def test_steps_equal_the_model(family, length):
     for seed in range(3):
         model = tiny(family, seed=seed)
         plan, ids = random_plan(model, seed), prompt(length + 2 * AHEAD + 5, seed)
-        if seed == 2:  # top-k keys whose slots grow with the text
+        if seed == 2:  # top-k slots grow with the sequence
             plan = random_plan(model, seed, lambda _: Pattern(2, 200, 9))
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
@@ -64,14 +64,14 @@ def test_tokens_give_what_the_model_gives(family, length):
                     expected = model(torch.tensor([[token]]), **cache_argument(theirs)).logits[:, -1]
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
         same_state(ours, theirs)
-        with headsink.apply(model, plan), torch.no_grad():  # and the model goes on from it
+        with headsink.apply(model, plan), torch.no_grad():  # the model continues from it
             found, expected = (model(ids[:, :9], **cache_argument(one)).logits for one in (ours, theirs))
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("texts", [2, 3, 6])
 @pytest.mark.parametrize("family", DECODED)
-def test_several_texts_at_once(family, texts):
+def test_batches_of_sequences(family, texts):
     for seed in range(3):
         model, length = tiny(family, seed=seed), 40
         plan = random_plan(model, seed) if seed < 2 else random_plan(model, seed, lambda _: Pattern(2, 200, 9))
@@ -79,13 +79,13 @@ def test_several_texts_at_once(family, texts):
         mask = torch.ones_like(ids)
         if seed:
             mask[0, : 3 + 30 * (seed - 1)], mask[1, : length - 1] = 0, 0
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
         with headsink.apply(model, plan), torch.no_grad():
 
-            def read(cache, start, end, model=model, ids=ids, mask=mask, places=places):
+            def read(cache, start, end, model=model, ids=ids, mask=mask, positions=positions):
                 new = slice(start, end)
-                given = {"attention_mask": mask[:, :end], "position_ids": places[:, new]}
+                given = {"attention_mask": mask[:, :end], "position_ids": positions[:, new]}
                 return model(ids[:, new], **cache_argument(cache), **given).logits[:, -1]
 
             read(ours, 0, length)
@@ -94,12 +94,12 @@ def test_several_texts_at_once(family, texts):
                 for column in range(length, ids.shape[1] - 5):
                     found, expected = step.run(ids[:, column]), read(theirs, column, column + 1)
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
-            found, expected = (read(one, ids.shape[1] - 5, ids.shape[1]) for one in (ours, theirs))  # goes on from it
+            found, expected = (read(one, ids.shape[1] - 5, ids.shape[1]) for one in (ours, theirs))  # continues from it
         torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_model_is(family):
+def test_bfloat16_step_is_closer_to_the_exact_model_than_the_model(family):
     exact = tiny(family).bfloat16()
     model, exact = copy.deepcopy(exact), exact.double()
     plan, ids = Plan.full(model), prompt(60)
@@ -123,7 +123,7 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_model_is(family):
     assert errors[0] < errors[1] < 0.1 * 20 * true.norm()
 
 
-def test_a_compressed_cache_goes_on_growing():
+def test_a_compressed_cache_keeps_growing():
     model = tiny("llama")
     plan, ids = random_plan(model, 5), prompt(200)
     with torch.no_grad():
@@ -139,8 +139,8 @@ def test_a_compressed_cache_goes_on_growing():
     same_state(*caches)
 
 
-def test_steps_and_passes_of_single_tokens_take_turns():
-    """Each makes room in buffers whose addresses the other has read."""
+def test_steps_and_forward_passes_alternate():
+    """Each grows buffers whose addresses the other has read."""
     model = tiny("llama")
     plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
@@ -192,7 +192,7 @@ def test_generate_gives_the_same_text(options):
 
 @pytest.mark.parametrize("eos", [None, list(range(3, 30))])
 @pytest.mark.parametrize("ways", [{"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}])
-def test_generate_gives_the_same_texts(ways, eos):
+def test_generate_gives_the_same_text_for_batches(ways, eos):
     model, plan = generating()
     ids, mask = torch.cat([prompt(30), prompt(30, 1), prompt(30, 2)]), torch.ones(3, 30, dtype=torch.int64)
     mask[0, :20], mask[2, :1] = 0, 0
@@ -206,7 +206,7 @@ def test_generate_gives_the_same_texts(ways, eos):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_prepared_is_what_is_called(dtype):
+def test_prepared_kernels_are_the_ones_called(dtype):
     model, plan = tiny("llama", dtype=dtype), Plan.full(tiny("llama"))
     prepare(model)
     compiled = list(kernels.run.signatures)
@@ -225,7 +225,7 @@ def test_threads_do_not_disturb_each_other():
     assert all(torch.equal(one.result(), expected) for one in found)
 
 
-def test_a_text_that_grows_beyond_the_verified_length_is_warned_of_once():
+def test_a_sequence_beyond_the_verified_length_warns_once():
     model, plan = generating()
     plan = plan.model_copy(update={"quality": (Quality(**{**QUALITY, "context": 40}),)})
     with headsink.apply(model, plan), pytest.warns(UserWarning, match="has 41 tokens") as caught:
@@ -233,7 +233,7 @@ def test_a_text_that_grows_beyond_the_verified_length_is_warned_of_once():
     assert len([one for one in caught if "tokens, the plan's" in str(one.message)]) == 1
 
 
-def test_an_error_in_between_leaves_the_cache_in_order():
+def test_an_error_between_steps_leaves_the_cache_intact():
     model, plan = generating()
     ids, cache = prompt(30), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
@@ -247,14 +247,14 @@ def test_an_error_in_between_leaves_the_cache_in_order():
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in DECODED])
-def test_models_of_another_build_are_refused(family):
+def test_unsupported_families_are_refused(family):
     assert refusal(tiny(family)) is not None
     model = tiny(family)
     with pytest.raises(HeadsinkError, match="decode:"), headsink.apply(model, Plan.full(model)):
         model.generate(prompt(5), **cache_argument(headsink.new_cache(model, Plan.full(model))), custom_generate=decode)
 
 
-def test_what_a_model_must_be():
+def test_requirements_on_a_model():
     assert refusal(tiny("llama")) is None
     assert "float16" in refusal(tiny("llama").half())
     mixed = tiny("llama")
@@ -272,7 +272,7 @@ def test_what_a_model_must_be():
     assert "training" in refusal(tiny("llama").train())
 
 
-def test_without_a_cache_it_takes_that_of_the_plan_applied():
+def test_without_a_cache_it_uses_the_applied_plan():
     model, plan = generating()
     with headsink.apply(model, plan):
         found = model.generate(prompt(30), max_new_tokens=50, do_sample=False, custom_generate=decode)
@@ -281,7 +281,7 @@ def test_without_a_cache_it_takes_that_of_the_plan_applied():
         model.generate(prompt(5), max_new_tokens=3, custom_generate=decode)
 
 
-def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+def test_a_batch_without_a_padding_token_ends_like_the_models():
     model = tiny("llama", seed=3)
     model.generation_config.pad_token_id = None
     plan = random_plan(model, 1)
@@ -290,12 +290,12 @@ def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
     with headsink.apply(model, plan):
         found = [model.generate(ids, **given, eos_token_id=list(range(3, 30)), **loop) for loop in ({}, DECODE)]
     assert torch.equal(*found)
-    assert (found[0][:, -9:] == 3).any()  # the first of the tokens that end a text fills it up
+    assert (found[0][:, -9:] == 3).any()  # ended sequences are padded with the first end token
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row for the batch", "as many rows"])
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_a_text_goes_on_from_its_cache(rows, chunk):
+def test_a_sequence_continues_from_its_cache(rows, chunk):
     model, plan = generating()
     ids = prompt(40).repeat(2, 1)
     ids[1, 30:] = prompt(10, 1)
@@ -311,7 +311,7 @@ def test_a_text_goes_on_from_its_cache(rows, chunk):
     assert torch.equal(rest, expected[:, 30:])
 
 
-def test_positions_of_ones_own_go_on():
+def test_given_positions_continue():
     model, plan = generating()
     given = {"position_ids": torch.arange(0, 60, 2)[None], "max_new_tokens": 20, "do_sample": False}
     with headsink.apply(model, plan):
@@ -363,10 +363,10 @@ def test_a_mask_that_does_not_fit_is_refused(mask, said):
     with pytest.raises(HeadsinkError, match=said):
         headsink.generate_lossless(model, plan, ids, attention_mask=mask, **options)
     with pytest.raises(HeadsinkError, match="pads on the right"), headsink.apply(model, plan):
-        model.generate(ids * RIGHT, **options, **DECODE)  # of which transformers makes the mask
+        model.generate(ids * RIGHT, **options, **DECODE)  # from which transformers makes the mask
 
 
-def test_a_prompt_that_the_cache_holds_already_is_refused():
+def test_a_prompt_that_is_already_cached_is_refused():
     model, plan = generating()
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
@@ -396,7 +396,7 @@ def test_a_padded_cache_needs_its_mask():
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 48)}, "inputs_embeds"),
     ],
 )
-def test_what_it_cannot_run_is_refused(options, said):
+def test_unsupported_options_are_refused(options, said):
     model, plan = generating()
     given = {"input_ids": prompt(5), **cache_argument(headsink.new_cache(model, plan)), "max_new_tokens": 3} | options
     with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):

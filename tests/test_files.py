@@ -1,4 +1,4 @@
-"""Nothing is replaced or removed that headsink did not write, and what cannot be written is one line."""
+"""headsink replaces and removes only files that it wrote, and reports unwritable outputs in one line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ESCAPES = "a\x1b]0;title\x07b\nc\u202ed\u2028e"
 
 @contextmanager
 def full_disk(bytes_left=1000):
-    """A limit on the size of files stands in for the end of the disk: the system call fails in the same way."""
+    """Simulate a full disk by a limit on the size of files: the system call fails in the same way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
     try:
@@ -86,7 +86,7 @@ THINGS = {
 
 
 @pytest.mark.parametrize("make", THINGS)
-def test_what_is_no_regular_file_is_never_replaced(make, tmp_path, monkeypatch):
+def test_only_regular_files_are_replaced(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
     path = Path("thing")
     try:
@@ -105,14 +105,14 @@ def test_what_is_no_regular_file_is_never_replaced(make, tmp_path, monkeypatch):
     assert {p.name for p in Path().iterdir()} <= {"thing", "target", "folder"}
 
 
-def test_it_is_said_before_the_work_that_nothing_can_be_written_there():
+def test_unwritable_outputs_are_refused_before_the_work():
     with pytest.raises(HeadsinkError, match=r"cannot write /proc/plan\.json"):
         files.check_file("/proc/plan.json")
     with pytest.raises(HeadsinkError, match="/dev/null is a file, not a folder"):
         files.check_file("/dev/null/plan.json")
 
 
-# files of others
+# foreign files
 
 
 OWN = {
@@ -143,7 +143,7 @@ def test_a_file_that_headsink_wrote_is_replaced(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_file_of_somebody_else_is_replaced_by_force_only(kind, tmp_path):
+def test_a_foreign_file_is_replaced_by_force_only(kind, tmp_path):
     path = tmp_path / "file"
     path.write_text(OTHERS[kind])
     with pytest.raises(HeadsinkError, match=r"headsink did not write the file that is there; .* --force"):
@@ -160,7 +160,7 @@ def test_an_empty_file_can_be_written(tmp_path):
     assert files.write_text(path, "new").read_text() == "new"
 
 
-def test_a_prefix_is_known_by_its_header(tmp_path):
+def test_a_prefix_is_recognised_by_its_header(tmp_path):
     for name, metadata in (("ours", {"headsink": "{}"}), ("theirs", {"format": "pt"}), ("bare", None)):
         save_file({"headsink": torch.zeros(3)}, tmp_path / name, metadata)
     assert [files.is_own(tmp_path / name) for name in ("ours", "theirs", "bare")] == [True, False, False]
@@ -169,7 +169,7 @@ def test_a_prefix_is_known_by_its_header(tmp_path):
 # folders
 
 
-def test_files_of_others_stay_in_a_folder_that_is_written_again(tmp_path):
+def test_foreign_files_stay_in_a_rewritten_folder(tmp_path):
     fill(tmp_path / "f", a="1", b="1")
     (tmp_path / "f" / "notes").write_text("mine")
     (tmp_path / "f" / "sub").mkdir()
@@ -178,11 +178,15 @@ def test_files_of_others_stay_in_a_folder_that_is_written_again(tmp_path):
     assert (tmp_path / "f" / "sub" / "thesis").read_text() == "mine"
     (tmp_path / "f" / "sub" / "thesis").unlink()
     (tmp_path / "f" / "sub").rmdir()
-    assert contents(tmp_path / "f") == {"a": "2", "c": "2", "notes": "mine"}  # b was listed, and is not any more
+    assert contents(tmp_path / "f") == {
+        "a": "2",
+        "c": "2",
+        "notes": "mine",
+    }  # b was in the old list and is not in the new one
     assert json.loads((tmp_path / "f" / "m.json").read_text())["files"] == ["a", "c", "m.json"]
 
 
-def test_a_file_of_somebody_else_is_not_replaced_in_a_folder(tmp_path):
+def test_a_foreign_file_is_not_replaced_in_a_folder(tmp_path):
     fill(tmp_path / "f", a="1")
     (tmp_path / "f" / "b").write_text("mine")
     with pytest.raises(HeadsinkError, match="headsink did not write b in it; move it elsewhere"):
@@ -195,7 +199,7 @@ def test_a_file_of_somebody_else_is_not_replaced_in_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "marker", ["{}", '{"headsink": "0.1.0"}', '{"headsink": "0.1.0", "files": ["../thesis"]}', "["]
 )
-def test_a_folder_without_a_list_is_of_somebody_else(marker, tmp_path):
+def test_a_folder_without_a_file_list_is_foreign(marker, tmp_path):
     (tmp_path / "thesis").write_text("mine")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "m.json").write_text(marker)
@@ -207,7 +211,7 @@ def test_a_folder_without_a_list_is_of_somebody_else(marker, tmp_path):
 
 
 def test_an_empty_folder_is_filled_in_place(tmp_path, monkeypatch):
-    """It may be a mounted one, or the one that the shell stands in: it cannot be moved."""
+    """It may be a mount point or the shell's working directory, which cannot be moved."""
     monkeypatch.chdir(tmp_path)
     before = Path().stat().st_ino
     fill(".", a="1")
@@ -215,7 +219,7 @@ def test_an_empty_folder_is_filled_in_place(tmp_path, monkeypatch):
     assert Path().stat().st_ino == before
 
 
-def test_permissions_are_those_that_the_user_gives_new_files(tmp_path):
+def test_permissions_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         files.write_text(tmp_path / "a", "x")
@@ -229,7 +233,7 @@ def test_permissions_are_those_that_the_user_gives_new_files(tmp_path):
 
 
 def test_the_umask_is_never_changed(tmp_path, monkeypatch):
-    """It belongs to the process: set to 0 for a moment, other threads make files that everybody may write to."""
+    """The umask belongs to the process: if it were 0 for a moment, other threads could create world-writable files."""
     monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
     files.write_text(tmp_path / "a", "x")
     fill(tmp_path / "f", a="1")
@@ -294,7 +298,7 @@ def test_a_prompt_that_cannot_be_used_is_one_line(line, reason, tmp_path):
         prompts.read([], [tmp_path / "p.jsonl"], [])
 
 
-def test_names_from_files_do_not_reach_the_terminal_as_they_are(monkeypatch, capsys):
+def test_names_from_files_are_escaped_in_the_terminal(monkeypatch, capsys):
     escaped = r"a\x1b]0;title\x07b\nc\u202ed\u2028e"
     assert printable(ESCAPES) == escaped == printable(escaped)
     assert printable("Größe 模型 😀") == "Größe 模型 😀"
@@ -318,7 +322,7 @@ def write_hostile_frontier(folder):
     frontier_report.write_chart({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
 
 
-def test_the_chart_of_a_frontier_runs_no_scripts_of_others(tmp_path):
+def test_the_chart_of_a_frontier_runs_no_foreign_scripts(tmp_path):
     write_hostile_frontier(tmp_path)
     page = (tmp_path / "frontier.html").read_text()
     assert "Content-Security-Policy\" content=\"default-src 'none';" in page

@@ -1,8 +1,8 @@
 """Mutated prefix and plan files: each is refused in one line, or it loads and the model runs with it.
 
 The files are valid safetensors and JSON; their fields and tensors are changed at random. Cases run in a child process, because a
-kernel that reads out of bounds ends the process. To run 10,000 files of each kind, not the few of every day, and to print how
-many were refused: `HEADSINK_FUZZ=10000 pytest -rP tests/test_files_from_others.py`. `HEADSINK_FUZZ_SEED=1` takes other files.
+kernel that reads out of bounds ends the process. To run 10,000 files of each kind, instead of a few, and to print how many
+were refused: `HEADSINK_FUZZ=10000 pytest -rP tests/test_files_from_others.py`. `HEADSINK_FUZZ_SEED=1` gives other files.
 """
 
 import json
@@ -39,8 +39,8 @@ from headsink.runtime.prefix import _expected, _Header
 
 CASES = int(os.environ.get("HEADSINK_FUZZ", "150"))
 SEED = int(os.environ.get("HEADSINK_FUZZ_SEED", "0"))
-MEMORY = 16 * 2**30  # bytes that a file may take the process to
-PATIENCE = 400  # seconds that one file may take, the first of which compiles the kernels
+MEMORY = 16 * 2**30  # maximum memory of the process, bytes
+PATIENCE = 400  # maximum seconds per file, kernel compilation for the first one included
 
 NUMBERS = (
     0,
@@ -94,7 +94,7 @@ DTYPES = (
 )
 
 
-# what files are made from
+# valid files
 
 
 @once
@@ -108,7 +108,7 @@ def tokens(rows, count, seed=0):
 
 @torch.no_grad()
 def read(family, dtype, plan, ids, mask=None, exact=True, held=False):
-    """A model, a cache that holds the text, and the text."""
+    """Return a model, the cache of a text, and the text."""
     loaded = model(family, dtype)
     if plan.prefill_compression:
         full = DynamicCache(config=loaded.config)
@@ -125,7 +125,7 @@ def read(family, dtype, plan, ids, mask=None, exact=True, held=False):
 
 @once
 def prefixes():
-    """Model, header and tensors of prefixes in all states that a cache can have."""
+    """Model, header and tensors of prefixes in all states of a cache."""
     wide, half = torch.float32, torch.bfloat16
     llama, mask = model("llama", wide), torch.ones(3, 61, dtype=torch.long)
     mask[1, :7] = mask[2, :40] = 0
@@ -168,7 +168,7 @@ def plans():
 
 
 def paths(value, start=()):
-    """Where the values of some JSON are; of a list of many numbers the first alone."""
+    """Return the paths of the values of parsed JSON; of a long list of numbers only the first."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in list(children)[: 20 if isinstance(value, dict) else 3]:
         yield (*start, key)
@@ -182,9 +182,9 @@ def at(value, path):
 
 
 def change_json(value, rng, where=lambda path: True):
-    """Change one value in place. A string that starts with @ is to be replaced by what follows it, without quotes."""
+    """Change one value in place. A string that starts with @ is later replaced by the rest of it, without quotes."""
     every = [path for path in paths(value) if where(path)]
-    if not every:  # an earlier change has taken it away
+    if not every:  # an earlier change removed it
         return
     numbers = [path for path in every if type(at(value, path)) is int]
     *parents, last = rng.choice(numbers if numbers and rng.random() < 0.6 else every)
@@ -211,7 +211,7 @@ def change_json(value, rng, where=lambda path: True):
 
 
 def as_text(value, rng):
-    """JSON as text, now and then with a key twice."""
+    """Return JSON as text, sometimes with a duplicate key."""
     text = re.sub(r'"@((?:[^"\\]|\\.)*)"', lambda raw: json.loads(f'"{raw[1]}"'), json.dumps(value))
     if rng.random() < 0.05:
         text = text.replace('"window": 8', f'"window": 8, "window": {rng.choice(NUMBERS)}')
@@ -262,7 +262,7 @@ def change_tensor(tensors, rng):
 
 
 def fit(loaded, header, tensors, rng):
-    """Random tensors of just the shapes that a changed header asks for; the same ones if it asks for none."""
+    """Return random tensors of the shapes in a changed header; the same tensors if it has none."""
     try:
         read = _Header.model_validate_json(header)
         kinds = _expected(read, headsink.new_cache(loaded, read.plan), rows := rng.choice([1, 2, 3]))
@@ -315,11 +315,11 @@ def plan_case(rng, file):
     return loaded
 
 
-# what must be so
+# checks
 
 
 def check_bounds(cache):
-    """Raise if a kernel would leave a buffer with the next token."""
+    """Raise if a kernel would write outside a buffer with the next token."""
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):
             assert {group.length for group in layer.groups} == {layer.seen} == {cache.get_seq_length()}
@@ -337,7 +337,7 @@ def check_bounds(cache):
 
 @torch.no_grad()
 def run(loaded, cache, rows):
-    """Several tokens at once, single tokens by the layers' kernels and by the compiled step, and several again."""
+    """Run several tokens in one pass, single tokens with the layers' kernels and the compiled step, and several again."""
     with headsink.apply(loaded, cache.plan):
         for count in (5, 1, 1, 1, "step", 4):
             check_bounds(cache)
@@ -373,9 +373,9 @@ TRY = {"prefix": try_prefix, "plan": try_plan}
 
 
 def work(pipe, cases):
-    """In the child: run cases, and say of each what came of it."""
+    """Run cases in the child process and report the outcome of each."""
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():  # whose libraries take far more addresses
+    if not torch.cuda.is_available():  # CUDA libraries reserve far more address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -394,8 +394,8 @@ def work(pipe, cases):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Of every kind: how many files were refused and ran, and what went wrong with which seed."""
-    spawn = multiprocessing.get_context("spawn")  # a child that is forked after a kernel has run would wait for ever
+    """Return, by kind, the numbers of refused and accepted files, and the failures with their seeds."""
+    spawn = multiprocessing.get_context("spawn")  # a child forked after a kernel has run would deadlock
     cases = [(kind, seed) for kind in TRY for seed in range(SEED * CASES, (SEED + 1) * CASES)]
     counts, wrong = {kind: Counter() for kind in TRY}, {kind: [] for kind in TRY}
     while cases:
@@ -426,11 +426,11 @@ def test_a_mutated_file_is_refused_or_runs(kind, outcomes):
     counts, wrong = outcomes
     print(f"{kind} files from seed {SEED * CASES}: {dict(counts[kind])}")  # noqa: T201
     assert not wrong[kind], "\n".join([f"{len(wrong[kind])} files", *wrong[kind][:5]])
-    assert min(counts[kind]["refused"], counts[kind]["ran"]) > CASES / 20  # neither everything nor nothing is refused
+    assert min(counts[kind]["refused"], counts[kind]["ran"]) > CASES / 20  # some files are refused and some run
 
 
 @torch.no_grad()
-def test_a_streaming_plan_takes_memory_for_the_positions_that_it_reaches_only():
+def test_a_streaming_plan_allocates_only_the_positions_it_reaches():
     loaded = model("llama", torch.float32)
     plan = Plan.uniform(loaded, Pattern(4, 0, loaded.config.max_position_embeddings - 4), positions="cache-relative")
     text, longer = tokens(1, 20), tokens(1, 100, seed=1)

@@ -34,7 +34,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj"]
 
 
 def lora(model, **options):
-    """The model with an adapter that does something."""
+    """The model with an adapter that changes its outputs."""
     options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
     wrapped = get_peft_model(model, LoraConfig(**options)).eval()
     for name, parameter in wrapped.named_parameters():
@@ -54,7 +54,7 @@ def process_group(tmp_path):
 
 
 def wrappers_of(model):
-    """Wrappers that change nothing of a model, one in the other too."""
+    """Wrappers that do not change a model's outputs, also nested."""
     frozen = get_peft_model(model, LoraConfig(target_modules=TARGETS))
     frozen.disable_adapter_layers()
     return {
@@ -67,7 +67,7 @@ def wrappers_of(model):
 
 
 @pytest.mark.parametrize("kind", ["compiled", "parallel", "peft", "peft's base", "compiled peft"])
-def test_a_wrapper_is_the_model_inside(kind):
+def test_a_wrapper_counts_as_the_wrapped_model(kind):
     model = tiny("llama")
     plan, shape = random_plan(model, 1), describe(model)
     wrapper = wrappers_of(model)[kind]
@@ -82,13 +82,13 @@ def test_a_wrapper_is_the_model_inside(kind):
         random_plan(tiny("llama", seed=1), 1).check(wrapper)
 
 
-def test_a_model_in_distributed_data_parallel_is_the_model(process_group):
+def test_distributed_data_parallel_counts_as_the_model(process_group):
     model = tiny("llama")
     wrapper = nn.parallel.DistributedDataParallel(model)
     assert random_plan(model, 1).check(wrapper) == describe(model)
 
 
-def test_compiled_parts_of_a_model_are_its_layers():
+def test_compiled_layers_are_found():
     model = tiny("llama")
     plan = random_plan(model, 1)
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
@@ -97,9 +97,9 @@ def test_compiled_parts_of_a_model_are_its_layers():
     assert plan.check(model).layers == 3
 
 
-def test_a_subclass_goes_by_the_name_of_the_class_in_transformers():
+def test_a_subclass_is_named_by_its_transformers_class():
     class Own(LlamaForCausalLM):
-        """What somebody adds to a model."""
+        """A user's subclass of a model."""
 
     model = tiny("llama")
     plan = random_plan(model, 1)
@@ -108,7 +108,7 @@ def test_a_subclass_goes_by_the_name_of_the_class_in_transformers():
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2))])
-def test_what_is_no_model_is_called_that(model):
+def test_other_objects_are_refused_as_models(model):
     with pytest.raises(HeadsinkError, match=rf"^{type(model).__name__} is not a transformers model$"):
         describe(model)
     with pytest.raises(HeadsinkError, match="is not a transformers model"):
@@ -118,15 +118,15 @@ def test_what_is_no_model_is_called_that(model):
 # adapters
 
 
-def test_an_adapter_that_is_active_makes_another_model():
+def test_an_active_adapter_changes_the_fingerprint():
     model = tiny("llama")
     plan = random_plan(model, 1)
     wrapped = lora(model)
-    for tuned in (wrapped, wrapped.base_model, model):  # PEFT changes the model that it is given
-        with pytest.raises(HeadsinkError, match="without its adapter, which makes it a fine-tune: use plan") as told:
+    for tuned in (wrapped, wrapped.base_model, model):  # PEFT changes the model in place
+        with pytest.raises(HeadsinkError, match="without its adapter, which makes it a fine-tune: use plan") as error:
             plan.check(tuned)
-        assert "\n" not in str(told.value)
-        assert "--other-weights" in str(told.value)
+        assert "\n" not in str(error.value)
+        assert "--other-weights" in str(error.value)
     assert len({weights_hash(wrapped), weights_hash(wrapped.base_model), weights_hash(model)}) == 1
     assert weights_hash(wrapped) != weights_hash(tiny("llama"))
     assert weights_hash(lora(tiny("llama"), r=2)) != weights_hash(wrapped)
@@ -134,7 +134,7 @@ def test_an_adapter_that_is_active_makes_another_model():
         random_plan(tiny("llama", seed=1), 1).check(wrapped)
 
 
-def test_an_adapter_that_is_switched_off_leaves_the_model_as_it_was():
+def test_a_disabled_adapter_does_not_change_the_fingerprint():
     model = tiny("llama")
     plan, wrapped = random_plan(model, 1), lora(tiny("llama"))
     with wrapped.disable_adapter():
@@ -143,7 +143,7 @@ def test_an_adapter_that_is_switched_off_leaves_the_model_as_it_was():
         plan.check(wrapped)
 
 
-def test_of_two_adapters_the_active_one_counts():
+def test_only_the_active_adapter_counts():
     wrapped = lora(tiny("llama"))
     wrapped.add_adapter("second", LoraConfig(r=2, target_modules=["k_proj"]))
     first = weights_hash(wrapped)
@@ -168,7 +168,7 @@ def test_a_merged_adapter_is_part_of_the_weights():
         plan.check(plain)
 
 
-def test_trained_copies_of_modules_and_tokens_count():
+def test_trained_modules_and_tokens_count():
     plan = random_plan(tiny("llama"), 1)
     for options in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}):
         wrapped = lora(tiny("llama"), target_modules=["q_proj"], **options)
@@ -179,16 +179,16 @@ def test_trained_copies_of_modules_and_tokens_count():
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_a_trained_prompt_is_an_adapter(config):
+def test_prompt_tuning_is_an_adapter(config):
     model = tiny("llama")
     plan = random_plan(model, 1)
     wrapped = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(HeadsinkError, match="without its adapter"):
         plan.check(wrapped)
-    assert plan.check(wrapped.get_base_model())  # which knows nothing of the prompt
+    assert plan.check(wrapped.get_base_model())  # the base model is unaffected by the prompt
 
 
-def test_adapters_without_a_wrapper_and_mixed_ones_are_seen():
+def test_injected_and_mixed_adapters_are_detected():
     plan = random_plan(tiny("llama"), 1)
     model = inject_adapter_in_model(LoraConfig(target_modules=TARGETS), tiny("llama"))  # as model.add_adapter does
     mixed = PeftMixedModel(tiny("llama"), LoraConfig(target_modules=TARGETS))
@@ -197,7 +197,7 @@ def test_adapters_without_a_wrapper_and_mixed_ones_are_seen():
             plan.check(tuned)
 
 
-def test_the_output_projection_has_its_adapter():
+def test_the_output_projection_includes_its_adapter():
     tuned = lora(tiny("llama"), lora_alpha=16, use_dora=True)
     found = [output_weight(module, 2)[0] for module in attention_modules(tuned)]
     plain = attention_modules(tuned.merge_and_unload())
@@ -205,13 +205,13 @@ def test_the_output_projection_has_its_adapter():
         torch.testing.assert_close(weight, module.o_proj.weight, rtol=1e-5, atol=1e-5)
 
 
-def test_the_decode_step_says_that_an_adapter_is_in_the_way():
+def test_the_decode_step_refuses_an_adapter():
     assert refusal(tiny("llama")) is None
     for dtype in (torch.float32, torch.bfloat16):  # PEFT's own weights stay in float32
         assert "merge_and_unload" in refusal(lora(tiny("llama", dtype=dtype)))
 
 
-# other weights, when the user says so
+# other weights, on request
 
 
 def fine_tuned(model):
@@ -222,7 +222,7 @@ def fine_tuned(model):
     return tuned
 
 
-def test_a_plan_is_used_for_a_fine_tune_when_the_user_says_so(tmp_path):
+def test_a_plan_is_used_for_a_fine_tune_on_request(tmp_path):
     model = tiny("llama")
     plan = Plan.model_validate({**random_plan(model, 1).model_dump(), "quality": [QUALITY], "calibration": {"seed": 3}})
     tuned = fine_tuned(model)
@@ -279,14 +279,14 @@ def test_another_class_of_the_same_shape_is_named_and_allowed():
         ("gemma3", "head_dim is 16"),
     ],
 )
-def test_a_model_of_another_shape_is_refused_all_the_same(family, reason):
+def test_a_model_of_another_shape_is_still_refused(family, reason):
     plan = random_plan(tiny("llama"), 1)
-    with pytest.raises(HeadsinkError, match=reason) as told:
+    with pytest.raises(HeadsinkError, match=reason) as error:
         plan.for_model(tiny(family))
-    assert "fine-tune" not in str(told.value)
+    assert "fine-tune" not in str(error.value)
 
 
-def test_what_a_plan_asks_for_must_be_there_too():
+def test_a_plans_requirements_are_checked():
     plan = Plan.uniform(tiny("llama"), Pattern(), prefill_compression=True, reconstruction_prompt=(5, 211))
     for use in (plan.check, plan.for_model):
         with pytest.raises(
@@ -316,7 +316,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def base_plan(tiny_folder, tmp_path):
-    """The plan of a model that the one in the folder could be a fine-tune of."""
+    """The plan of a model of which the one in the folder could be a fine-tune."""
     plan = Plan.uniform(fine_tuned(headsink.load(tiny_folder, device="cpu")[0]), Pattern(4, 0, 64))
     return plan.save(tmp_path / "base.json")
 
@@ -331,7 +331,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_take_the_plan_of_other_weights_when_told(run, tiny_folder, base_plan, tmp_path, command):
+def test_commands_accept_the_plan_of_other_weights_on_request(run, tiny_folder, base_plan, tmp_path, command):
     (tmp_path / "text").write_text("A text that is read.")
     name, options = COMMANDS[command]
     words = (*name.split(), tiny_folder, "--plan", base_plan, *options, "--json")
@@ -344,7 +344,7 @@ def test_commands_take_the_plan_of_other_weights_when_told(run, tiny_folder, bas
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "bench quality"])
-def test_other_weights_go_with_a_plan(run, tiny_folder, command):
+def test_other_weights_needs_a_plan(run, tiny_folder, command):
     words = COMMANDS.get(command, ("chat", ()))
     status, out, err = run(*words[0].split(), tiny_folder, *words[1], "--other-weights")
     assert (status, out) == (2, "")
@@ -359,7 +359,7 @@ def test_other_weights_go_with_a_plan(run, tiny_folder, command):
 def test_float16_of_the_same_weights_is_the_same_model(family, kind):
     for seed in range(2):
         model = tiny(family, seed, dtype=kind)
-        with torch.no_grad():  # some that float16 has only as subnormal numbers, or as zero
+        with torch.no_grad():  # some are subnormal or zero in float16
             for parameter in model.parameters():
                 parameter.flatten()[::7] *= 10.0 ** -torch.randint(0, 12, parameter.flatten()[::7].shape)
         half = copy.deepcopy(model).half()
@@ -381,7 +381,7 @@ def test_other_weights_in_float16_are_refused():
                 planned.check(found)
 
 
-def test_a_plan_from_before_says_that_it_cannot_tell():
+def test_a_plan_without_a_float16_hash_is_refused_for_float16():
     model = tiny("llama")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -400,8 +400,8 @@ def test_a_plan_from_before_says_that_it_cannot_tell():
 # other quantisations
 
 
-def test_codes_in_linear_layers_are_a_quantised_copy():
-    """As bitsandbytes and FP8 have them: a matrix of 8-bit codes, and what scales them."""
+def test_linear_layers_of_codes_are_a_quantised_copy():
+    """As in bitsandbytes and FP8: a matrix of 8-bit codes, and scales."""
     model = tiny("llama")
     plan, other = random_plan(model, 1), tiny("llama", seed=1)
     for found in (model, other):

@@ -1,4 +1,4 @@
-"""Processes that are forked while compiled kernels run, or after: they work, or raise one line, and never wait or die."""
+"""Processes forked during or after compiled kernels: they work or raise one line, and never hang or crash."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from plans import random_plan
 context = multiprocessing.get_context("fork")
 model, ids = tiny("llama"), torch.arange(3, 33)[None]
 plan = Plan.of(model, [[Pattern(1, 0, 4)] * 2] * 3)
-counted_in_cache = plan.model_copy(update={"positions": "cache-relative"})  # which no kernel does
+counted_in_cache = plan.model_copy(update={"positions": "cache-relative"})  # which kernels do not support
 key = torch.randn(1, 2, 5, 8)
 
 def kernel():
@@ -95,8 +95,8 @@ LINE += "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(mu
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_forked_processes_work_or_say_in_a_line_why_not(threads):
-    prepare(tiny("llama"))  # so that no child has to compile, which takes longer than any may wait
+def test_forked_processes_work_or_raise_one_line(threads):
+    prepare(tiny("llama"))  # so that no child has to compile, which takes longer than the timeout
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     command, environment = [sys.executable, "-c", SCRIPT], environment | {"PYTHONPATH": path}

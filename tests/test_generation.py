@@ -1,4 +1,4 @@
-"""Generation under a plan that is made for prompts which are compressed once."""
+"""Generation under plans for prefill compression."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from headsink.generation.templates import MARK, document_prompt, encode
 from headsink.models.transformers_names import cache_argument
 
 
-def follows(model, plan, ids, answer, freeze):
-    """Whether an answer at the end of `ids` is the reference's greedy one, nothing being let go from column `freeze` on."""
+def is_greedy(model, plan, ids, answer, freeze):
+    """Return whether the answer at the end of `ids` is the reference's greedy one, without eviction from column `freeze` on."""
     logits = reference_logits(model, plan, torch.tensor([ids]), freeze=freeze, prefill_compression=freeze is not None)[
         0, -len(answer) - 1 : -1
     ]
@@ -25,17 +25,17 @@ def follows(model, plan, ids, answer, freeze):
 
 @pytest.mark.parametrize("tokens", [1, 2, 50])
 @pytest.mark.parametrize("freeze", [False, True])
-def test_all_before_the_last_token_of_the_prompt_is_compressed_once(tokenizer, tokens, freeze):
+def test_prefill_compression_covers_all_but_the_last_prompt_token(tokenizer, tokens, freeze):
     model = tiny("llama", dtype=torch.float64)
     plan = random_plan(model, 4).model_copy(update={"prefill_compression": freeze})
     ids = torch.randint(3, 211, (tokens,)).tolist()
     done = generate(model, tokenizer, ids, plan, max_new_tokens=30)
     assert done.prompt_tokens == tokens
     assert len(done.ids) == 30
-    assert follows(model, plan, ids + done.ids, done.ids, tokens - 1 if freeze else None)
+    assert is_greedy(model, plan, ids + done.ids, done.ids, tokens - 1 if freeze else None)
 
 
-def test_a_prompt_is_told_again(tokenizer):
+def test_a_prompt_is_reconstructed(tokenizer):
     model = tiny("llama", dtype=torch.float64)
     plan = random_plan(model, 4).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)})
     ids = torch.randint(3, 211, (50,)).tolist()
@@ -51,7 +51,7 @@ def test_a_prompt_is_told_again(tokenizer):
     assert other.ids != done.ids
 
 
-def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
+def test_the_first_prompt_of_a_conversation_is_compressed(tiny_folder):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
     talk = Conversation(model, tokenizer, plan, max_new_tokens=8)
@@ -59,10 +59,10 @@ def test_of_a_conversation_the_first_prompt_is_compressed(tiny_folder):
     cache = talk.cache
     second = talk.ask("And what else?")
     assert talk.cache is cache
-    assert follows(model, plan, talk.ids, second.ids, first.prompt_tokens - 1)
+    assert is_greedy(model, plan, talk.ids, second.ids, first.prompt_tokens - 1)
 
 
-def test_lossless_generation_is_the_models_own(tiny_folder):
+def test_lossless_generation_equals_the_model(tiny_folder):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan, ids = random_plan(model, 4), tokenizer("What is in the box? " * 20)["input_ids"]
     own = generate(model, tokenizer, ids, max_new_tokens=12)
@@ -76,7 +76,7 @@ def test_lossless_generation_is_the_models_own(tiny_folder):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_long_conversation_is_read_in_pieces_and_only_once(tiny_folder, compiled, monkeypatch):
+def test_a_long_conversation_is_read_in_chunks_and_only_once(tiny_folder, compiled, monkeypatch):
     monkeypatch.setattr("headsink.runtime.prefill.CHUNK", 16)
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan = random_plan(model, 4)
@@ -84,10 +84,10 @@ def test_a_long_conversation_is_read_in_pieces_and_only_once(tiny_folder, compil
     for question in ("What is in the box? " * 9, "And what else is there? " * 9):
         answer = talk.ask(question)
         assert talk.cache.get_seq_length() == len(talk.ids) - 1
-        assert follows(model, plan, talk.ids, answer.ids, None)
+        assert is_greedy(model, plan, talk.ids, answer.ids, None)
 
 
-def test_after_ctrl_c_a_conversation_is_as_it_was(tiny_folder):
+def test_ctrl_c_restores_a_conversation(tiny_folder):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan = random_plan(model, 4)
     talk, calls = Conversation(model, tokenizer, plan, max_new_tokens=8), []
@@ -104,11 +104,11 @@ def test_after_ctrl_c_a_conversation_is_as_it_was(tiny_folder):
     assert talk.messages == said
     assert model.config._attn_implementation == "sdpa"
     answer = talk.ask("And what else?")
-    assert follows(model, plan, talk.ids, answer.ids, None)
+    assert is_greedy(model, plan, talk.ids, answer.ids, None)
     assert len(talk.messages) == 4
 
 
-def test_a_cache_that_one_text_cannot_follow_is_refused(tokenizer):
+def test_a_cache_that_a_prompt_cannot_continue_is_refused(tokenizer):
     model = tiny("llama")
     plan, ids = random_plan(model, 4), torch.randint(3, 211, (2, 20))
     mask = torch.ones_like(ids)
@@ -128,13 +128,13 @@ def test_a_cache_that_one_text_cannot_follow_is_refused(tokenizer):
             generate(model, tokenizer, [*ids[0].tolist(), 7], plan, cache=cache, max_new_tokens=2)
 
 
-def test_half_a_character_is_no_text(tokenizer):
+def test_lone_surrogates_are_refused(tokenizer):
     with pytest.raises(HeadsinkError, match=r"prompt: character 4 is U\+D83D, half of a character"):
         encode(tokenizer, "hi \ud83d!")
     assert encode(tokenizer, "hi \N{GRINNING FACE}!") == tokenizer("hi \N{GRINNING FACE}!")["input_ids"]
 
 
-def test_a_document_may_hold_the_character_that_marks_its_end(tiny_folder):
+def test_a_document_may_contain_the_end_marker(tiny_folder):
     _, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     text, _ = document_prompt(tokenizer, f"before {MARK} after")
     assert text.endswith(f"before {MARK} after")

@@ -1,4 +1,4 @@
-"""The census by the GPU kernels: the same statistics as in blocks (test_census.py compares those with whole matrices)."""
+"""GPU kernels of the census: equal to the blockwise statistics (test_census.py compares those with whole matrices)."""
 
 from dataclasses import fields
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from headsink.attention.params import Inputs
 from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.utils import device as gpu
 
-census = pytest.importorskip("headsink.attention.cuda.statistics")  # triton may not be there
+census = pytest.importorskip("headsink.attention.cuda.statistics")  # triton may not be installed
 LIMITS = Thresholds(first=2, secondary=9, tau=0.8, window=9)
 CASES = {
     "group-of-two": {"length": 77},
@@ -40,11 +40,11 @@ def seen(
     softcap=None,
     sink_logits=False,
 ):
-    """What a layer of random weights computed with: more tokens than will be read, some of them with a short value."""
+    """Return random attention inputs of a layer: more tokens than are read, some with a small value norm."""
     heads, more = kv_heads * group, length + 3
 
     def tokens(count):
-        return torch.randn(1, more, count, dim).transpose(1, 2)  # laid out as a projection leaves it
+        return torch.randn(1, more, count, dim).transpose(1, 2)  # the memory layout of a projection's output
 
     query, key, value = 2 * tokens(heads), tokens(kv_heads), tokens(kv_heads)
     value *= torch.where(torch.rand(1, kv_heads, more, 1) < 0.1, 0.1, 1.0)
@@ -58,7 +58,7 @@ def seen(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
+def test_kernels_equal_the_blockwise_statistics(name, device, monkeypatch):
     case = dict(CASES[name])
     length, queries = case["length"], case.pop("queries", 512)
     layer = seen(device, **case)
@@ -73,9 +73,7 @@ def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
     rounded = case.get("dtype", torch.float32) != torch.float32
     for field in fields(expected):
         one, other = getattr(found, field.name), getattr(expected, field.name)
-        of_values = (
-            rounded and "errors" in field.name
-        )  # weights are rounded as the values are before they are multiplied
+        of_values = rounded and "errors" in field.name  # weights are rounded like the values before the product
         near = {"rtol": 2e-2, "atol": 1e-4} if of_values else {"rtol": 1e-5, "atol": 1e-5}
         for key, numbers in other.items() if isinstance(other, dict) else [(None, other)]:
             torch.testing.assert_close(
@@ -87,7 +85,7 @@ def test_the_kernels_find_what_blocks_find(name, device, monkeypatch):
             )
 
 
-def test_a_run_gives_what_the_run_before_gave(device):
+def test_runs_are_repeatable(device):
     layer = seen(device, 24)
     one, other = (head_statistics(layer, 24, LIMITS) for _ in range(2))
     assert torch.equal(one.attention, other.attention)
@@ -109,9 +107,9 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def test_they_fit_a_multiprocessor(tmp_path):
+def test_kernels_fit_a_multiprocessor(tmp_path):
     kernels = offline.compiled(SCRIPT, tmp_path)
     assert [kernel["name"] for kernel in kernels] == 2 * ["_sum_bands", "_sum_rows", "_sum_bands"]
     for kernel in kernels:
         assert kernel["spilled"] == 0
-        assert kernel["shared"] <= 100 * 1024  # two programs on each
+        assert kernel["shared"] <= 100 * 1024  # two programs per multiprocessor

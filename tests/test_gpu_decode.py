@@ -1,4 +1,4 @@
-"""Single tokens on a GPU: the kernels against float64, and whole models by the step that a CUDA graph holds."""
+"""Decoding on a GPU: kernels against float64, and whole models with the CUDA-graph decode step."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
         for head in range(heads):
             size, spare = sizes[text][head], 7
             keys, values = torch.randn(2, size + spare, dim).to(device, dtype)
-            keys[size:] = values[size:] = float("nan")  # of which nothing may be read
+            keys[size:] = values[size:] = float("nan")  # none of these may be read
             visible = torch.rand(size + spare).to(device) < 0.8
             buffers.append((keys, values, visible))
             for field, buffer in zip((KVField.KEYS, KVField.VALUES, KVField.VISIBLE), buffers[-1], strict=True):
@@ -78,7 +78,7 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
             visible[:pad] = False
             keys[: pad // 128 * 128] = float("nan")  # whole tiles of padding are not read
             table[text, head, KVField.WINDOW], table[text, head, KVField.PAD] = (1000 if pad else size), pad
-            if pad:  # a head that has let nothing go
+            if pad:  # a head that has evicted nothing
                 table[text, head, KVField.START] = 1000 - size
                 table[text, head, KVField.PAD] += 1000 - size
             own = slice(head * group, (head + 1) * group)
@@ -98,7 +98,7 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
     torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
 
 
-def test_waiting_would_be_seen():
+def test_host_synchronisation_is_detected():
     with pytest.raises(AssertionError, match="_local_scalar"), Waiting():
         torch.ones(1).item()
 
@@ -114,7 +114,7 @@ def not_waiting(monkeypatch):
 
 
 def small(rng: random.Random) -> Pattern:
-    """Patterns that let go soon."""
+    """Small patterns, which evict early."""
     if rng.random() < 0.2:
         return Pattern()
     return Pattern(rng.choice([0, 1, 3]), rng.choice([0, 2, 4]), rng.choice([0, 1, 5, 9]))
@@ -129,13 +129,13 @@ def on(device: torch.device, family: str, seed: int, draw=small, dtype=torch.flo
 
 @pytest.mark.usefixtures("not_waiting")
 @pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("llama-mha", 1), ("qwen3", 2), ("phi3", 3), ("olmo2", 4)])
-def test_a_model_by_the_step(device, family, seed):
-    """Prefill in two chunks, then tokens by the step, padding and all, against the reference."""
+def test_decode_step_equals_the_reference(device, family, seed):
+    """Prefill in two chunks, then tokens by the decode step, with padding, against the reference."""
     with on(device, family, seed) as (model, plan):
         ids = torch.randint(3, 200, (2, 34), device=device)
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu())
         model.to(device)
         with torch.no_grad(), apply(model, plan):
@@ -145,7 +145,7 @@ def test_a_model_by_the_step(device, family, seed):
                     ids[:, part],
                     **cache_argument(cache),
                     attention_mask=mask[:, : part.stop],
-                    position_ids=places[:, part],
+                    position_ids=positions[:, part],
                 )
             torch.testing.assert_close(read.logits.cpu(), expected[:, 17:26], atol=2e-4, rtol=2e-4)
             assert refusal(model) is None
@@ -153,20 +153,22 @@ def test_a_model_by_the_step(device, family, seed):
                 for token in range(26, 33):
                     found = step.run(ids[:, token])
                     torch.testing.assert_close(found.cpu(), expected[:, token], atol=2e-4, rtol=2e-4)
-            again = model(ids[:, 33:], **cache_argument(cache), attention_mask=mask, position_ids=places[:, 33:]).logits
+            again = model(
+                ids[:, 33:], **cache_argument(cache), attention_mask=mask, position_ids=positions[:, 33:]
+            ).logits
     torch.testing.assert_close(again.cpu(), expected[:, 33:], atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize(("family", "seed"), [("gemma2", 0), ("gpt-oss", 1)])
 def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, everything):
-    """Layers of these models slide by themselves, so there is no step. Two chunks, single tokens, and some that are held."""
+    """These models have sliding-window layers, so no decode step. Two chunks, single tokens, and some after freeze."""
     with on(device, family, seed) as (model, plan):
         plan = Plan.full(model) if everything else plan
         ids = torch.randint(3, 200, (2, 33), device=device)
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), freeze=30)
         model.to(device)
         with torch.no_grad(), apply(model, plan):
@@ -174,23 +176,23 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
             for start, end in ((0, 17), (17, 26), *((n, n + 1) for n in range(26, 30)), (30, 33)):
                 if start == 30:
                     cache.freeze()
-                given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+                given = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
                 found = model(ids[:, start:end], **cache_argument(cache), **given).logits.cpu()
                 real = mask[:, start:end].bool().cpu()
                 torch.testing.assert_close(found[real], expected[:, start:end][real], atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.usefixtures("not_waiting")
-def test_places_are_counted_in_the_cache_by_the_step(device):
+def test_the_step_uses_cache_relative_positions(device):
     model = tiny("llama", seed=1).to(device)
     plan, ids = window_plan(model, 1), torch.randint(3, 200, (2, 40), device=device)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), apply(model, plan):
         one, other = new_cache(model, plan), new_cache(model, plan)
         for cache in (one, other):
-            model(ids[:, :33], **cache_argument(cache), attention_mask=mask[:, :33], position_ids=places[:, :33])
+            model(ids[:, :33], **cache_argument(cache), attention_mask=mask[:, :33], position_ids=positions[:, :33])
         with decoding(model, one) as step:
             for token in range(33, 40):
                 now = slice(token, token + 1)
@@ -198,7 +200,7 @@ def test_places_are_counted_in_the_cache_by_the_step(device):
                     ids[:, now],
                     **cache_argument(other),
                     attention_mask=mask[:, : token + 1],
-                    position_ids=places[:, now],
+                    position_ids=positions[:, now],
                 ).logits[:, 0]
                 torch.testing.assert_close(step.run(ids[:, token]), expected, atol=2e-4, rtol=2e-4)
 
@@ -211,8 +213,8 @@ def test_generate_is_the_same_with_the_step_and_without(device):
         assert torch.equal(plain, model.generate(ids, custom_generate=decode, **options))
 
 
-def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
-    """Buffers, scores and places after single tokens, against those of the layers' own way."""
+def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device):
+    """Buffers, scores and positions after single tokens equal those of the layers' eager code."""
     with on(device, "llama", 6) as (model, plan):
         ids = torch.randint(3, 200, (1, 40), device=device)
         with torch.no_grad(), apply(model, plan):
@@ -227,7 +229,7 @@ def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
         generator = torch.Generator().manual_seed(0)
         for mine, theirs in zip(before.groups, after.groups, strict=True):
             assert mine.length == 40
-            # The first layer's keys depend on the token alone, so plain code can let the same ones in.
+            # The first layer's keys depend on the token only, so plain code can compute the same ones.
             key, value = first_layer(model, ids[:, 20:])
             for token in range(20):
                 theirs.append_keys(key[:, theirs.heads, token : token + 1], value[:, theirs.heads, token : token + 1])
@@ -239,7 +241,7 @@ def test_what_the_step_lets_in_is_what_the_cache_would_hold(device):
 
 
 def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values that the first layer of a Llama makes of the tokens from column 20 on."""
+    """Return the first layer's keys and values of the tokens from column 20 on, for a Llama."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     layer = model.model.layers[0]
@@ -253,7 +255,7 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
     return apply_rotary_pos_emb(key, key, cos, sin)[0], value
 
 
-def test_refusals_say_why(device, monkeypatch):
+def test_refusals_give_the_reason(device, monkeypatch):
     model = tiny("gemma3").to(device)
     assert refusal(model) == "this model has layers with a sliding window"
     model = tiny("llama").to(device).train()
@@ -276,21 +278,23 @@ def test_an_all_full_plan_runs_by_the_step(device):
 
 
 @pytest.mark.parametrize(("family", "seed"), [("llama", 7), ("gemma3", 8)])
-def test_lossless_text_is_the_models_own(device, family, seed):
-    """Drafts by the step where it can run the model, verified by passes over several tokens."""
+def test_lossless_text_equals_the_models(device, family, seed):
+    """Drafts by the decode step where it supports the model, verified by passes over several tokens."""
     with on(device, family, seed) as (model, plan):
         ids, mask = torch.randint(3, 200, (2, 21), device=device), torch.ones(2, 21, dtype=torch.int64, device=device)
         mask[0, :4] = 0
         options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
         expected = model.generate(ids, **options)
-        told = Speculation()
-        found = generate_lossless(model, plan, ids, draft_tokens=2, speculation=told, **options)
+        speculation = Speculation()
+        found = generate_lossless(model, plan, ids, draft_tokens=2, speculation=speculation, **options)
     assert torch.equal(found, expected)
-    assert 0 < told.accepted < told.drafted  # rows part ways: some columns are hidden from one of them
+    assert (
+        0 < speculation.accepted < speculation.drafted
+    )  # rows accept different numbers of tokens, so some columns are hidden in one of them
 
 
-def test_taking_and_hiding_columns_is_what_the_cache_does(device):
-    """What lossless mode does with accepted tokens, in launches of its own and by the cache's own code."""
+def test_appending_and_hiding_columns_equals_the_cache(device):
+    """Accepted tokens of lossless mode: its kernels against the cache's code."""
     with on(device, "llama", 9) as (model, plan):
         ids = torch.randint(3, 200, (2, 30), device=device)
         everything = Plan.full(model)
@@ -342,7 +346,7 @@ for dim in (64, 128, 256):
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
-    """As launched for models of 1 to 8 billion parameters: within the card's memory, and next to nothing spilled."""
+    """As launched for models of 1 to 8 billion parameters: within shared memory, and with few register spills."""
     kernels = offline.compiled(LAUNCHES, tmp_path)
     assert {kernel["name"] for kernel in kernels} == {
         "_attend_part",
@@ -355,9 +359,9 @@ def test_kernels_compile_for_an_h100(tmp_path):
     }
     for kernel in kernels:
         assert kernel["shared"] <= 227 * 1024, kernel["name"]
-        assert kernel["spilled"] <= 128, kernel["name"]  # bytes of a thread
+        assert kernel["spilled"] <= 128, kernel["name"]  # bytes per thread
     few, many = (
         [kernel["ptx"] for kernel in kernels if kernel["name"] == name] for name in ("_attend_part", "_attend_block")
     )
-    assert all("cp.async.cg.shared.global" in ptx for ptx in few)  # 16 bytes at once, past the registers
-    assert all("wgmma" in ptx for ptx in many)  # on Hopper's matrix units
+    assert all("cp.async.cg.shared.global" in ptx for ptx in few)  # 16-byte copies that bypass registers
+    assert all("wgmma" in ptx for ptx in many)  # Hopper's tensor cores

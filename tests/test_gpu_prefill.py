@@ -35,7 +35,7 @@ def slow(query, keys, values, columns, until, first, scaling, softcap=None, sink
 
 
 def case(heads, tokens, dim, sink, top_k, window, context, gaps, seed):
-    """What heads with one pattern see of a text whose first `context` columns are held: columns, until, KeyVisibility."""
+    """Return columns, until and KeyVisibility of heads with one pattern, for a text whose first `context` columns are cached."""
     torch.manual_seed(seed)
     held, end = min(context, window), context + tokens
     start, prefix_slots = context - held, sink + top_k if context > window else 0
@@ -43,7 +43,7 @@ def case(heads, tokens, dim, sink, top_k, window, context, gaps, seed):
     until = columns + window
     until = until.expand(heads, -1).clone()
     until[:, :prefix_slots] = end
-    if top_k:  # some of those that leave stay for a while, as many as there may be at once: each in place of another
+    if top_k:  # some keys stay for a while after the window, at most `top_k` at once, each replacing another
         taken = torch.full((heads, top_k), -1)
         taken[:] = torch.arange(sink, sink + top_k) if prefix_slots else -1
         for head in range(heads):
@@ -118,12 +118,14 @@ def check(device, dtype, heads, group, tokens, dim, columns, until, sight, softc
 
 
 SOME = [Pattern(4, 9, 20), Pattern(0, 5, 0), Pattern(2, 0, 31), Pattern(4, 9, 20), Pattern(3, 0, 0), Pattern(1, 30, 7)]
-YOUNG = Pattern(10, 100, 20)  # it keeps all of the text
+BELOW_CAPACITY = Pattern(10, 100, 20)  # it keeps the whole text
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("patterns", [SOME, [FULL, *SOME, YOUNG], [SOME[2]] * 2, [SOME[0]], [YOUNG, FULL]], ids=len)
-def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(device, dtype, patterns, monkeypatch):
+@pytest.mark.parametrize(
+    "patterns", [SOME, [FULL, *SOME, BELOW_CAPACITY], [SOME[2]] * 2, [SOME[0]], [BELOW_CAPACITY, FULL]], ids=len
+)
+def test_one_launch_for_all_heads_equals_one_per_group(device, dtype, patterns, monkeypatch):
     batch, tokens, dim, more, scaling = 2, 93, 32, 41, 0.2
     query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
@@ -143,7 +145,7 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
     one, other = (PlanLayer(patterns, weights, exact=False) for _ in range(2))
     monkeypatch.setattr(other, "_at_once", lambda query: [])
     error = TYPES[dtype]
-    for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and on from there
+    for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and further chunks
         found, expected = (
             layer.attend(
                 torch.nn.Module(), query[:, :, part], Update(layer, keys[:, :, part], values[:, :, part]), None, softmax
@@ -159,6 +161,6 @@ def test_a_text_is_read_by_all_heads_at_once_as_by_one_group_after_the_other(dev
             for ours, own in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 assert torch.equal(ours[:, :, ring], own[:, :, ring])
                 assert torch.equal(ours[:, :, sink], own[:, :, sink])
-                assert torch.equal(ours.sort(2).values, own.sort(2).values)  # top-k keys are in no order
+                assert torch.equal(ours.sort(2).values, own.sort(2).values)  # top-k keys are unordered
             torch.testing.assert_close(mine.scores.sort(-1).values, theirs.scores.sort(-1).values)
     assert len(ran) == any(p in SOME for p in patterns)

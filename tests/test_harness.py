@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness under a plan: its own model where everything is kept, the definition of patterns elsewhere."""
+"""The lm-evaluation-harness under a plan: equal to HFLM where everything is kept, and to the definition of patterns elsewhere."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def requests(kind, arguments):
 
 
 def answers(lm, pairs=PAIRS, texts=TEXTS, prompts=PROMPTS):
-    """What a model says to requests of all three types."""
+    """Return a model's results for requests of all three types."""
     likelihoods = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     rolling = lm.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
     asked = [(prompt, {"until": [], "max_gen_toks": 3}) for prompt in prompts]
@@ -57,7 +57,7 @@ def encoded(lm, context, continuation):
 
 
 def by_definition(lm, context, continuation):
-    """Log-likelihood of a continuation, and whether it is the likeliest, with every head masked by its pattern."""
+    """Return a continuation's log-likelihood and whether it is greedy, with every head masked by its pattern."""
     once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
     logits = reference_logits(lm.model, lm.plan, torch.tensor([context + continuation]), **once)
     log_probs = logits[0, len(context) - 1 : -1].float().log_softmax(-1)
@@ -79,7 +79,7 @@ def greedy_by_definition(lm, prompt, tokens):
 
 @pytest.fixture(scope="module")
 def plans(tiny_folder, tmp_path_factory):
-    """Files of plans of the tiny model: of full heads, by lot, the same for contexts that are compressed once."""
+    """Plan files for the tiny model: full heads, random patterns, and the same for prefill compression."""
     model, folder = HFLM(str(tiny_folder), device="cpu").model, tmp_path_factory.mktemp("plans")
     drawn = random_plan(model, 3)
     made = {
@@ -91,7 +91,7 @@ def plans(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_without_a_plan_or_with_full_heads_it_is_the_harness_s_own_model(batch, tiny_folder, plans):
+def test_without_a_plan_or_with_full_heads_it_equals_hflm(batch, tiny_folder, plans):
     own = answers(HFLM(str(tiny_folder), device="cpu", batch_size=batch))
     for plan in (None, plans["full"]):
         assert answers(HeadsinkLM(str(tiny_folder), plan, device="cpu", batch_size=batch)) == own
@@ -111,7 +111,7 @@ def test_continuations_are_scored_by_the_definition(which, batch, tiny_folder, p
 
 
 def test_logits_of_a_batch_padded_on_the_right_are_those_of_each_text(tiny_folder, plans):
-    """As lm-eval pads it: without a mask."""
+    """Padded as in lm-eval, without a mask."""
     lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu")
     ids = torch.randint(3, 200, (3, 50))
     for row, length in enumerate((50, 31, 8)):
@@ -123,7 +123,7 @@ def test_logits_of_a_batch_padded_on_the_right_are_those_of_each_text(tiny_folde
 
 
 def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
-    """Here another program has wrapped the decoder, and drops the cache."""
+    """Another program has wrapped the decoder and drops the cache."""
     lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu")
     inner = lm.model.model.forward
     lm.model.model.forward = lambda *args, **given: inner(
@@ -133,7 +133,7 @@ def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
         lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)
 
 
-def test_what_the_model_itself_would_say_is_greedy(tiny_folder, plans):
+def test_the_full_caches_greedy_continuation_is_greedy(tiny_folder, plans):
     for which in ("drawn", "once"):
         lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu")
         context = lm.tok_encode(PROMPTS[0])
@@ -149,7 +149,7 @@ def test_whole_texts_are_scored_by_the_definition_in_windows(tiny_folder, plans)
         ids, start, expected = [lm.prefix_token_id, *lm.tok_encode(text)], 0, 0.0
         while (
             start < len(ids) - 1
-        ):  # disjoint: each window goes on where the last one ended, the last is filled up before
+        ):  # disjoint: each window starts where the previous one ended; the last is filled with earlier tokens
             end = min(start + 40, len(ids) - 1)
             begin = max(0, end - 40) if start else 0
             expected += by_definition(lm, ids[begin : start + 1], ids[start + 1 : end + 1])[0]
@@ -160,7 +160,7 @@ def test_whole_texts_are_scored_by_the_definition_in_windows(tiny_folder, plans)
 @pytest.mark.parametrize("which", ["drawn", "once"])
 def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", max_length=32)
-    lm.model.config.max_position_embeddings = 32  # so that one token more would be an error
+    lm.model.config.max_position_embeddings = 32  # so that one more token is an error
     context, continuation = encoded(lm, *PAIRS[0])
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)[0][0]
     rest = (context + continuation)[-33 : -len(continuation)]
@@ -168,7 +168,7 @@ def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, pla
 
 
 @pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("once", 3)])
-def test_it_generates_by_the_definition_up_to_what_stops_it(which, batch, tiny_folder, plans):
+def test_it_generates_by_the_definition_up_to_a_stop(which, batch, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
     asked = [(prompt, {"until": [], "max_gen_toks": 4}) for prompt in PROMPTS]
     found = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
@@ -208,7 +208,7 @@ def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
 
 
 @pytest.mark.parametrize("which", ["drawn", "once"])
-def test_a_text_beyond_those_that_were_measured_is_said_once(which, tiny_folder, plans, tmp_path):
+def test_a_sequence_beyond_the_measured_lengths_warns_once(which, tiny_folder, plans, tmp_path):
     plan = Plan.load(plans[which]).model_dump() | {"quality": [QUALITY | {"context": 20}]}
     Plan.model_validate(plan).save(tmp_path / "measured.json")
     lm = HeadsinkLM(str(tiny_folder), str(tmp_path / "measured.json"), device="cpu")

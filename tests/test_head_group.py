@@ -1,10 +1,10 @@
-"""What a layer of the cache holds and attends to equals the reference in float64, with rings that wrap many times."""
+"""A cache layer's contents and attention equal the reference in float64, with rings that wrap many times."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import held_attention
+from reference import frozen_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
@@ -23,7 +23,7 @@ windowed = st.builds(
 
 
 def text(batch, kv_heads, group, length, seed, dtype=torch.float64):
-    """Queries, keys, values, and weights of the keys' scores."""
+    """Return queries, keys, values and scorer weights."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, kv_heads * group, length, DIM, generator=generator, dtype=dtype)
     key, value = (torch.randn(batch, kv_heads, length, DIM, generator=generator, dtype=dtype) for _ in "kv")
@@ -69,7 +69,7 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
     st.integers(0, 10_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_way_of_feeding_gives_the_reference(patterns, group, pads, sizes, length, seed):
+def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
     layer = PlanLayer(patterns, weights)
@@ -101,7 +101,7 @@ def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, s
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor that is created."""
 
     elements = 0
 
@@ -122,7 +122,7 @@ def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
 @pytest.mark.parametrize("sizes", WAYS)
 @pytest.mark.parametrize("pads", [[0], [0, 40]], ids=["whole", "padded"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_the_top_k_slots_hold_the_best_that_have_left(pattern, pads, sizes):
+def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes):
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
     layer = PlanLayer([pattern] * 2, weights)
     feed(layer, query, key, value, padding_of(pads), sizes)
@@ -146,8 +146,8 @@ def test_the_top_k_slots_hold_the_best_that_have_left(pattern, pads, sizes):
     st.integers(0, 10_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_what_is_taken_back_leaves_no_trace(patterns, pads, steps, seed):
-    """While recording: after each forward some of its tokens are taken back, and others come in their place."""
+def test_cropped_tokens_leave_no_trace(patterns, pads, steps, seed):
+    """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
     length = 25 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
     layer, padding, start = PlanLayer(patterns, weights), padding_of(pads), 20
@@ -170,7 +170,7 @@ def test_what_is_taken_back_leaves_no_trace(patterns, pads, steps, seed):
 
 
 class Writes(TorchDispatchMode):
-    """Look at every indexed write: a place that is written twice in one is undefined on a GPU."""
+    """Check every indexed write: writing an index twice in one call is undefined on a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_):
@@ -181,13 +181,13 @@ class Writes(TorchDispatchMode):
 
 @pytest.mark.parametrize("sizes", [[400], [1], [3, 129, 1, 150]])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_no_slot_is_written_twice_at_once(pattern, sizes):
+def test_no_slot_is_written_twice_in_one_write(pattern, sizes):
     query, key, value, weights = text(2, 2, 1, 400, 1)
     with Writes():
         feed(PlanLayer([pattern] * 2, weights), query, key, value, padding_of([0, 40]), sizes)
 
 
-def test_rows_that_move_take_their_scores_along():
+def test_reordered_rows_keep_their_scores():
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0)], [0, 13, 30]
     query, key, value, weights = text(3, 2, 2, 130, 5)
     layer = PlanLayer(patterns, weights)
@@ -201,7 +201,7 @@ def test_rows_that_move_take_their_scores_along():
     close(torch.cat(output, 2), expected, pads, 100)
 
 
-# hold
+# freeze
 
 
 @given(
@@ -215,9 +215,7 @@ def test_rows_that_move_take_their_scores_along():
     st.integers(0, 10_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
-    patterns, pads, sizes, freeze, recording, steps, dtype, seed
-):
+def test_a_frozen_layer_evicts_only_cropped_tokens(patterns, pads, sizes, freeze, recording, steps, dtype, seed):
     length = freeze + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
@@ -236,15 +234,15 @@ def test_after_hold_nothing_is_let_go_but_what_is_taken_back(
         outputs.append(attend(layer, *mixed, padding, 0, tokens)[:, :, :right])
         layer.crop(right - tokens)
         start += right
-        layer.freeze()  # again: nothing changes
+        layer.freeze()  # a second call changes nothing
     outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
-    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
+    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
     close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
 
 
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 0, 0), Pattern(0, 3, 90)], ids=str)
-def test_what_was_held_cannot_be_taken_back(pattern):
+def test_tokens_cached_before_freeze_cannot_be_cropped(pattern):
     query, key, value, weights = text(1, 2, 1, 60, 1)
     layer = PlanLayer([pattern] * 2, weights)
     attend(layer, query, key, value, None, 0, 50)
@@ -255,7 +253,7 @@ def test_what_was_held_cannot_be_taken_back(pattern):
         layer.crop(-8)
 
 
-def test_rows_that_move_after_hold_take_all_along():
+def test_rows_reordered_after_freeze_keep_everything():
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0), Pattern()], [0, 13, 30]
     query, key, value, weights = text(3, 3, 2, 130, 5)
     layer = PlanLayer(patterns, weights)
@@ -267,11 +265,11 @@ def test_rows_that_move_after_hold_take_all_along():
     query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
     output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
     output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
-    expected = held_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
+    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
     close(torch.cat(output, 2), expected, pads, 100)
 
 
-def test_a_layer_that_is_reset_lets_go_again():
+def test_a_reset_layer_evicts_again():
     query, key, value, weights = text(1, 1, 1, 60, 1)
     layer = PlanLayer([Pattern(1, 2, 5)], weights)
     layer.freeze()
@@ -282,25 +280,27 @@ def test_a_layer_that_is_reset_lets_go_again():
     assert layer.groups[0].keys.shape[2] == 8
 
 
-def simulated(query, key, value, pattern, weights, pad, hidden, told):
-    """One head of a row, one key at a time: attention in which the columns `hidden` are not seen from column `told` on.
+def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden):
+    """Simulate one head of a row key by key: attention without the columns `hidden` from column `start_hidden` on.
 
-    They are tokens until then, and keep their places in the window after that.
+    Before that they are visible tokens; after that they still occupy slots of the window.
     """
     scores = key_scores(key[None, None], value[None, None], weights[None])[0, 0]
     window = len(key) if pattern.window is None else pattern.window
     sinks, top, ring, out = [], [], [], []
     for column in range(len(key)):
-        gone = set(hidden) if column >= told else set()
+        hidden_now = set(hidden) if column >= start_hidden else set()
         if column >= pad:
             ring.append(column)
         while ring and ring[0] <= column - window:
             left = ring.pop(0)
             if left - pad < pattern.sink:
                 sinks.append(left)
-            elif pattern.top_k and left not in gone:
-                top = sorted([*(t for t in top if t not in gone), left], key=lambda t: -scores[t])[: pattern.top_k]
-        seen = [t for t in sinks + top + ring if t not in gone]
+            elif pattern.top_k and left not in hidden_now:
+                top = sorted([*(t for t in top if t not in hidden_now), left], key=lambda t: -scores[t])[
+                    : pattern.top_k
+                ]
+        seen = [t for t in sinks + top + ring if t not in hidden_now]
         logits = key[seen] @ query[column] * SCALE
         out.append(logits.softmax(0) @ value[seen] if seen else torch.zeros_like(query[column]))
     return torch.stack(out)
@@ -316,27 +316,35 @@ def simulated(query, key, value, pattern, weights, pad, hidden, told):
     st.integers(0, 10_000),
 )
 @settings(max_examples=150, deadline=None)
-def test_columns_between_tokens_are_hidden(patterns, pad, end, count, sizes, dtype, seed):
-    """A row of a batch whose turn ended early: what was appended to it is hidden when the next turn begins."""
-    told = end + count + 2
-    length, pad = told + 60, min(pad, end - 1)
+def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, dtype, seed):
+    """A row of a batch whose turn ended early: the tokens appended after its end are hidden when the next turn starts."""
+    start_hidden = end + count + 2
+    length, pad = start_hidden + 60, min(pad, end - 1)
     query, key, value, weights = text(2, len(patterns), 1, length, seed, dtype)
     layer, pads = PlanLayer(patterns, weights), torch.tensor([0, pad])
     before = Padding(pads, pad) if pad else None
-    outputs = [attend(layer, query, key, value, before, 0, told)]
+    outputs = [attend(layer, query, key, value, before, 0, start_hidden)]
     hidden = torch.zeros(2, length, dtype=torch.bool)
     hidden[1, end : end + count] = True
-    start, sizes = told, list(sizes)
+    start, sizes = start_hidden, list(sizes)
     late = [
         p
         for p in patterns
-        if p.top_k and p.size(told) < told
+        if p.top_k and p.size(start_hidden) < start_hidden
         for column in range(end, end + count)
-        if column < told - (p.window or 0) and column - pad >= p.sink
+        if column < start_hidden - (p.window or 0) and column - pad >= p.sink
     ]
     if late:
         with pytest.raises(HeadsinkError, match="may be among the top-k keys"):
-            attend(layer, query, key, value, Padding(pads, pad, hidden[:, : told + 1]), told, told + 1)
+            attend(
+                layer,
+                query,
+                key,
+                value,
+                Padding(pads, pad, hidden[:, : start_hidden + 1]),
+                start_hidden,
+                start_hidden + 1,
+            )
         return
     while start < length:
         size = min(sizes.pop(0) if len(sizes) > 1 else sizes[0], length - start)
@@ -348,7 +356,7 @@ def test_columns_between_tokens_are_hidden(patterns, pad, end, count, sizes, dty
         columns = range(end, end + count) if row else []
         for head, pattern in enumerate(patterns):
             exact = (t[row, head].double() for t in (query, key, value))
-            expected = simulated(*exact, pattern, weights[head].double(), int(pads[row]), columns, told)
+            expected = simulate_head(*exact, pattern, weights[head].double(), int(pads[row]), columns, start_hidden)
             found = output[row, head, int(pads[row]) :]
             atol = 1e-12 if dtype == torch.float64 else 1e-4
             torch.testing.assert_close(found, expected[int(pads[row]) :], rtol=0, atol=atol)

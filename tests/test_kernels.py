@@ -32,7 +32,7 @@ def test_powers_of_e():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
+def test_conversions_round_as_torch_does(dtype):
     values = torch.tensor(RANDOM.standard_normal(5000).astype(np.float32)) * 10.0 ** torch.randint(-30, 30, (5000,))
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
 
@@ -54,7 +54,7 @@ def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (7, 33), (64, 576)])
 @pytest.mark.parametrize("texts", [1, 2, 4, 7])
-def test_rows_times_vectors(shape, dtype, parts, texts):
+def test_matrix_vector_products(shape, dtype, parts, texts):
     weight = torch.randn(shape).to(dtype)
     x, out = torch.randn(texts, shape[1]), np.full((texts, shape[0]), np.nan, np.float32)
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
@@ -121,8 +121,8 @@ print(torch.get_num_threads(), numba.get_num_threads())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_compiled_calls_leave_torch_its_threads(threads):
-    """In a fresh process: it is the first call that starts numba's own."""
+def test_compiled_calls_do_not_change_torch_threads(threads):
+    """In a fresh process, because the first call starts numba's threads."""
     command = [sys.executable, "-c", THREADS.format(threads=threads)]
     environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout

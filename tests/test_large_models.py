@@ -1,4 +1,4 @@
-"""Models larger than memory: what is measured does not depend on where the weights are."""
+"""Models larger than memory: measurements do not depend on where the weights are."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FAMILIES = ("llama", "qwen3", "gemma3")
 
 
 def saved(folder, family, tokenizer):
-    """A tiny model in a folder, and where its parts go if the first layer alone has room in memory."""
+    """A tiny model in a folder, and its device map if only the first layer fits in memory."""
     model = tiny(family)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
@@ -45,7 +45,7 @@ def test_a_fingerprint_is_the_same_on_disk_and_in_another_type(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize(("share", "places"), [(0.997, {"cpu", "disk"}), (1e-6, {"disk"})])
-def test_auto_puts_on_disk_what_has_no_room(tmp_path, tokenizer, share, places):
+def test_auto_offloads_layers_that_do_not_fit(tmp_path, tokenizer, share, places):
     saved(tmp_path, "llama", tokenizer)
     whole, _ = headsink.load(tmp_path, device="cpu")
     room = share * sum(p.numel() * p.element_size() for p in whole.parameters())
@@ -53,13 +53,13 @@ def test_auto_puts_on_disk_what_has_no_room(tmp_path, tokenizer, share, places):
     assert set(offloaded.hf_device_map.values()) == places
     assert input_device(offloaded) == torch.device("cpu")
     assert weights_hash(offloaded) == weights_hash(whole)
-    assert list((tmp_path / "offload").iterdir()) == []  # safetensors are read where they are
+    assert list((tmp_path / "offload").iterdir()) == []  # safetensors files are read in place
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(offloaded(ids.to(input_device(offloaded))).logits, whole(ids).logits)
 
 
-def test_weights_that_are_nowhere_are_one_clear_line():
+def test_missing_weights_give_one_line():
     with torch.device("meta"):
         model = tiny("llama")
     with pytest.raises(HeadsinkError, match="neither in memory nor offloaded"):
@@ -76,7 +76,7 @@ def test_weights_that_are_nowhere_are_one_clear_line():
         ({"tensor_parallel": True}, "torchrun"),
     ],
 )
-def test_options_that_cannot_be_met_are_one_line(tiny_folder, options, reason):
+def test_impossible_options_give_one_line(tiny_folder, options, reason):
     with pytest.raises(HeadsinkError, match=reason) as error:
         headsink.load(tiny_folder, **options)
     assert "\n" not in str(error.value)

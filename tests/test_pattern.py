@@ -1,4 +1,4 @@
-"""The definition, against its own sentence read key by key."""
+"""The mask equals the definition applied key by key."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_mask_is_the_definition(pattern, scores):
 
 @given(patterns, texts, st.integers(1, 10))
 @settings(max_examples=100, deadline=None)
-def test_padding_moves_the_text_and_hides_nothing_else(pattern, scores, pad):
+def test_padding_shifts_positions_and_hides_only_itself(pattern, scores, pad):
     n = torch.arange(len(scores))
     alone = visible(pattern, n, n, torch.tensor(scores))
     moved = torch.arange(-pad, len(scores))
@@ -45,7 +45,7 @@ def test_padding_moves_the_text_and_hides_nothing_else(pattern, scores, pad):
 
 @given(patterns, texts)
 @settings(max_examples=100, deadline=None)
-def test_a_prefix_sees_what_the_whole_text_sees(pattern, scores):
+def test_a_prefix_has_the_same_mask_as_the_whole_text(pattern, scores):
     n, half = torch.arange(len(scores)), len(scores) // 2
     whole = visible(pattern, n, n, torch.tensor(scores))
     prefix = visible(pattern, n[:half], n[:half], torch.tensor(scores[:half]))
@@ -70,14 +70,14 @@ def test_mask_of_some_queries_of_a_padded_batch(pattern, scores, pads, data):
 
 @given(patterns, texts)
 @settings(max_examples=100, deadline=None)
-def test_no_query_sees_more_than_is_held(pattern, scores):
+def test_no_query_sees_more_keys_than_are_cached(pattern, scores):
     n = torch.arange(len(scores))
     seen = visible(pattern, n, n, torch.tensor(scores)).sum(-1)
     assert (seen <= torch.tensor([pattern.size(i + 1) for i in n.tolist()])).all()
 
 
 @given(patterns, st.integers(1, 500))
-def test_size_is_never_more_than_the_text(pattern, context):
+def test_size_never_exceeds_the_sequence(pattern, context):
     assert 0 <= pattern.size(context) <= context
 
 
@@ -95,7 +95,7 @@ def test_size_is_never_more_than_the_text(pattern, context):
         (2**70, 0, 0),
     ],
 )
-def test_nonsense_is_refused(values):
+def test_invalid_patterns_are_refused(values):
     with pytest.raises(HeadsinkError):
         Pattern(*values)
 

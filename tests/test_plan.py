@@ -1,4 +1,4 @@
-"""Plan files: what is saved comes back; what is wrong is named."""
+"""Plan files: saved plans load equal; errors name the wrong field."""
 
 import json
 
@@ -18,7 +18,7 @@ FEATURES = n_features(12)
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_what_is_saved_comes_back(tmp_path_factory, seed):
+def test_saved_plans_load_equal(tmp_path_factory, seed):
     plan = random_plan(MODEL, seed)
     path = plan.save(tmp_path_factory.mktemp("plan") / "plan.json")
     assert Plan.load(path) == plan
@@ -105,7 +105,7 @@ def with_retrieval(fields, **changes):
         (lambda f: with_retrieval(f, asked=0), "quality.0.retrieval.0.asked"),
     ],
 )
-def test_nonsense_is_refused_by_name(tmp_path, change, field):
+def test_invalid_fields_are_refused_by_name(tmp_path, change, field):
     path = edit(tmp_path, change)
     with pytest.raises(HeadsinkError, match=field) as error:
         Plan.load(path)
@@ -113,7 +113,7 @@ def test_nonsense_is_refused_by_name(tmp_path, change, field):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"layers": NaN}'])
-def test_what_is_no_plan_is_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(HeadsinkError, match="plan"):
@@ -125,7 +125,7 @@ def test_a_missing_file_is_refused(tmp_path):
         Plan.load(tmp_path / "none.json")
 
 
-def test_a_folder_in_the_way_is_refused(tmp_path):
+def test_a_folder_at_the_path_is_refused(tmp_path):
     with pytest.raises(HeadsinkError, match="it is a folder"):
         Plan.full(MODEL).save(tmp_path)
     (tmp_path / "file").touch()
@@ -133,7 +133,7 @@ def test_a_folder_in_the_way_is_refused(tmp_path):
         Plan.full(MODEL).save(tmp_path / "file" / "plan.json")
 
 
-def test_kept_counts_what_the_cache_holds():
+def test_kept_equals_the_caches_share():
     plan = Plan.of(MODEL, [[Pattern(), Pattern(4, 0, 60)]] * 3)
     assert plan.kept(640) == pytest.approx((640 + 64) / 1280)
     assert plan.kept(30) == 1
@@ -141,7 +141,7 @@ def test_kept_counts_what_the_cache_holds():
     assert plan.counts() == {"full": 3, "4+0k+60": 3}
 
 
-def test_quality_comes_back_and_says_how_far_it_goes(tmp_path):
+def test_quality_is_loaded_and_states_its_longest_context(tmp_path):
     assert Plan.full(MODEL).verified is None
     path = edit(tmp_path, lambda f: f.update(quality=[QUALITY, {**QUALITY, "context": 1024}, QUALITY]))
     plan = Plan.load(path)
@@ -174,7 +174,7 @@ def test_a_plan_for_a_sliding_layer_is_refused():
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
 
 
-# files of others
+# foreign files
 
 
 def refused(tmp_path, text):
@@ -198,7 +198,7 @@ def refused(tmp_path, text):
         ('"calibration": {', '"calibration": {"a\\u001b": 1, "a\\u001b": 1', r"'a\\x1b' is there twice"),
     ],
 )
-def test_a_name_that_stands_twice_is_refused(tmp_path, once, twice, field):
+def test_duplicate_names_are_refused(tmp_path, once, twice, field):
     text = random_plan(MODEL, 1).to_json()
     assert once in text
     assert field.replace("\\\\", "\\") in refused(tmp_path, text.replace(once, twice, 1))
@@ -242,7 +242,7 @@ def test_deep_nesting_is_one_line(tmp_path, deep):
     refused(tmp_path, deep)
 
 
-def test_names_from_a_file_are_harmless_in_a_line(tmp_path):
+def test_names_from_a_file_are_escaped(tmp_path):
     fields = json.loads(random_plan(MODEL, 1).to_json())
     evil = "\x1b]0;pwn\x07Llama\nsecond line"
     assert r"'\x1b]0;pwn\x07Llama\nsecond line': Extra" in refused(tmp_path, json.dumps({**fields, evil: 1}))
@@ -271,7 +271,7 @@ def test_values_of_another_length_belong_to_other_weights(tmp_path):
             plan.check(tiny("llama").half())
 
 
-# what a person sees
+# printed form
 
 
 def test_a_plan_is_described_in_five_lines():
@@ -308,7 +308,7 @@ def test_html_of_a_plan_is_escaped():
     assert "<script>" not in evil._repr_html_()
 
 
-def test_plans_are_compared_and_copied_as_before():
+def test_plans_can_be_compared_and_copied():
     plan = random_plan(MODEL, 1)
     assert plan.model_copy() == plan
     assert plan.model_copy(update={"prefill_compression": True}) != plan

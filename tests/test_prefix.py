@@ -1,4 +1,4 @@
-"""Contexts that are kept in files: what comes after them is as if they had just been read."""
+"""Saved prefixes: continuations are the same as after reading the context."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ def text(seed=0, tokens=LENGTH, rows=1):
 
 @torch.no_grad()
 def read(model, plan, ids, mask=None):
-    """Under the plan, or in full and compressed once."""
+    """Prefill a text under the plan, or in full attention with prefill compression."""
     options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     if plan.prefill_compression:
         full = DynamicCache(config=model.config)
@@ -42,7 +42,7 @@ def read(model, plan, ids, mask=None):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_whether_bits_are_the_models_own_is_kept(exact, tmp_path):
+def test_the_exact_flag_is_saved(exact, tmp_path):
     model, ids = tiny("llama"), torch.randint(3, 211, (1, 40))
     plan = Plan.full(model)
     cache = headsink.new_cache(model, plan, exact)
@@ -54,8 +54,8 @@ def test_whether_bits_are_the_models_own_is_kept(exact, tmp_path):
 
 
 @torch.no_grad()
-def goes_on(model, cache, tokens, mask=None):
-    """Logits of what comes after: some tokens at once, then one by one."""
+def continue_from(model, cache, tokens, mask=None):
+    """Return the logits of a continuation: some tokens in one pass, then one by one."""
     found = []
     with headsink.apply(model, cache.plan):
         for part in (tokens[:, :9], *tokens[:, 9:].split(1, 1)):
@@ -77,7 +77,7 @@ def edit(file, change):
 
 @pytest.mark.parametrize("way", ["online", "prefill compression", "reconstruction"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_path):
+def test_a_saved_prefix_continues_like_the_original(family, way, tmp_path):
     model, ids, file = tiny(family), text(), tmp_path / "prefix.safetensors"
     ways = {
         "online": {},
@@ -94,10 +94,12 @@ def test_a_saved_context_goes_on_as_if_it_had_just_been_read(family, way, tmp_pa
         assert prefix_text(file) == "once upon"
         assert loaded.get_seq_length() == LENGTH
         assert nbytes(loaded) <= nbytes(cache)  # empty slots are not stored
-        spare = any(head.pattern.full for layer in plan.layers for head in layer or ())  # slots that such heads grow by
+        spare = any(
+            head.pattern.full for layer in plan.layers for head in layer or ()
+        )  # slots by which such heads grow
         assert not spare or nbytes(loaded) < nbytes(cache)
         after = text(9, 30)
-        assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
+        assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -112,10 +114,10 @@ def test_a_padded_batch_in_bfloat16(family, once, tmp_path):
     loaded, tokens = headsink.load_prefix(file, model)
     assert torch.equal(tokens, ids)
     after = text(9, 30, rows=3)
-    assert torch.equal(goes_on(model, loaded, after, mask), goes_on(model, cache, after, mask))
+    assert torch.equal(continue_from(model, loaded, after, mask), continue_from(model, cache, after, mask))
 
 
-def test_generate_goes_on_from_a_file(tmp_path):
+def test_generate_continues_from_a_file(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
     headsink.save_prefix(file, read(model, plan, ids), ids)
@@ -126,8 +128,8 @@ def test_generate_goes_on_from_a_file(tmp_path):
     assert torch.equal(*answers)
 
 
-def test_a_loaded_context_may_be_taken_back_to(tmp_path):
-    """So that many questions can be asked of one that was loaded once."""
+def test_a_loaded_prefix_can_be_cropped_to(tmp_path):
+    """So that many questions can be answered from one loaded prefix."""
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     headsink.save_prefix(file, read(model, random_plan(model, 4), ids), ids)
     cache, _ = headsink.load_prefix(file, model)
@@ -139,13 +141,13 @@ def test_a_loaded_context_may_be_taken_back_to(tmp_path):
         assert torch.equal(model(question, past_key_values=cache).logits, first)
 
 
-# what is refused
+# refusals
 
 
 def test_a_cache_that_is_not_ready_is_refused(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 1)
-    for other in (model, tiny("gemma3")):  # whose first layer is transformers' own
+    for other in (model, tiny("gemma3")):  # whose first layer's cache is transformers'
         with pytest.raises(HeadsinkError, match="input_ids: 1 x 61 tokens given, the cache has seen 0 x 0"):
             headsink.save_prefix(file, headsink.new_cache(other, random_plan(other, 1)), ids)
     cache = read(model, plan, ids)
@@ -404,7 +406,7 @@ def test_a_sliding_layer_of_other_tokens_is_refused(tmp_path):
         headsink.load_prefix(file, model)
 
 
-# what is not written
+# unsaved states
 
 
 def test_a_cache_with_nan_is_not_saved(tmp_path):
@@ -423,7 +425,7 @@ def test_a_cache_with_nan_is_not_saved(tmp_path):
         (lambda ids: ids - 211, "this cache cannot be saved: input_ids: numbers from .*, outside 0"),
     ],
 )
-def test_tokens_that_are_none_are_not_saved(change, reason, tmp_path):
+def test_invalid_token_ids_are_not_saved(change, reason, tmp_path):
     model, ids = tiny("llama"), text()
     with pytest.raises(HeadsinkError, match=reason):
         headsink.save_prefix(tmp_path / "prefix.safetensors", read(model, Plan.full(model), ids), change(ids))
@@ -445,7 +447,7 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-# states that are saved
+# saved states
 
 
 def test_tokens_that_are_hidden_stay_hidden(tmp_path):
@@ -458,10 +460,10 @@ def test_tokens_that_are_hidden_stay_hidden(tmp_path):
     headsink.save_prefix(file, cache, torch.cat([ids, text(2, 6)], 1))
     loaded, _ = headsink.load_prefix(file, model)
     after = text(9, 20)
-    assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
+    assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
 
 
-def test_a_cache_that_was_held_while_empty(tmp_path):
+def test_a_cache_frozen_while_empty(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 4)
     cache = headsink.new_cache(model, plan)
@@ -471,11 +473,11 @@ def test_a_cache_that_was_held_while_empty(tmp_path):
     headsink.save_prefix(file, cache, ids)
     loaded, _ = headsink.load_prefix(file, model)
     after = text(9, 20)
-    assert torch.equal(goes_on(model, loaded, after), goes_on(model, cache, after))
+    assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
 
 
 def test_a_row_of_padding_only(tmp_path):
-    """After tokens were taken back the padding may be longer than what is left."""
+    """After cropping, the padding may be longer than the remaining tokens."""
     model, ids, file, mask = tiny("llama"), text(rows=2), tmp_path / "prefix.safetensors", torch.ones(2, LENGTH)
     mask[1, :50] = 0
     cache = read(model, random_plan(model, 4, lambda rng: Pattern(2, 3, 200)), ids, mask.long())
@@ -483,4 +485,4 @@ def test_a_row_of_padding_only(tmp_path):
     headsink.save_prefix(file, cache, ids[:, :-20])
     loaded, _ = headsink.load_prefix(file, model)
     after, mask = text(9, 20, rows=2), mask[:, :-20].long()
-    assert torch.equal(goes_on(model, loaded, after, mask), goes_on(model, cache, after, mask))
+    assert torch.equal(continue_from(model, loaded, after, mask), continue_from(model, cache, after, mask))

@@ -1,4 +1,4 @@
-"""What a plan is said to cost is what it costs: the same numbers, found the slow way."""
+"""The measured quality of a plan equals the same numbers from one masked pass."""
 
 import re
 
@@ -33,7 +33,7 @@ def branches(document):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "held"])
-def test_the_numbers_are_those_of_one_pass_over_everything(family, freeze):
+def test_quality_equals_one_pass_over_everything(family, freeze):
     model, document = tiny(family, dtype=torch.float64), random_document()
     for seed in range(3):
         plan = random_plan(model, seed).model_copy(update={"prefill_compression": freeze})
@@ -70,7 +70,7 @@ def test_a_plan_that_keeps_everything_costs_nothing(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [6, 150])
-def test_taking_a_branch_back_leaves_the_cache_as_it_was(family, length):
+def test_cropping_a_branch_restores_the_cache(family, length):
     model, document = tiny(family), random_document(length=length)
     lossy = random_plan(model, 1)
     for plan in (None, lossy, lossy.model_copy(update={"prefill_compression": True})):
@@ -81,14 +81,14 @@ def test_taking_a_branch_back_leaves_the_cache_as_it_was(family, length):
         assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_invalid_numbers_of_scored_tokens_are_refused():
     model = tiny("llama")
     cache = read(model, None, [5, 6, 7])
     with pytest.raises(HeadsinkError, match="scored"):
         branch_log_probs(model, cache, [3, 4], 2)
 
 
-def test_intervals_hold_the_mean_and_grow_narrow_with_more_text():
+def test_intervals_contain_the_mean_and_narrow_with_more_text():
     generator = torch.Generator().manual_seed(0)
     few, many = (
         [torch.randn(2, 255, generator=generator, dtype=torch.float64).exp() for _ in range(documents)]
@@ -102,7 +102,9 @@ def test_intervals_hold_the_mean_and_grow_narrow_with_more_text():
         assert found == intervals(documents)
         widths.append(found[0][1] - found[0][0])
     assert widths[1] < 0.4 * widths[0]
-    deviation = torch.cat([d[0] for d in many]).std() / (32 * 255) ** 0.5  # independent tokens: the textbook's interval
+    deviation = (
+        torch.cat([d[0] for d in many]).std() / (32 * 255) ** 0.5
+    )  # the standard interval for independent tokens
     assert widths[1] == pytest.approx(2 * 1.96 * float(deviation), rel=0.25)
     assert intervals([torch.full((1, 255), 0.1, dtype=torch.float64)])[0] == pytest.approx((0.1, 0.1))
 
@@ -135,7 +137,7 @@ def test_a_plan_is_measured_on_every_kind_of_text(loaded):
         measure(model, tokenizer, plan, 300, progress=False)
 
 
-def test_a_measured_plan_is_shown(loaded, capsys):
+def test_a_measured_plan_is_printed(loaded, capsys):
     from rich.console import Console
 
     model, tokenizer = loaded
@@ -151,10 +153,10 @@ def test_a_measured_plan_is_shown(loaded, capsys):
     share = found.kv_bytes / found.kv_bytes_full
     assert f"KV cache at 512: {share:.1%} of the bytes and {plan.kept(256):.1%} of the entries after 256 tokens" in out
     assert plan.kept(256) == pytest.approx(share, abs=0.02)
-    assert plan.kept(512) < 0.6 * plan.kept(256)  # so its bytes would surprise beside what it keeps at 512
+    assert plan.kept(512) < 0.6 * plan.kept(256)  # so the two lines differ clearly
 
 
-def test_a_plan_of_many_patterns_is_shown_by_shares(capsys):
+def test_a_plan_of_many_patterns_is_printed_by_shares(capsys):
     from rich.console import Console
 
     model = tiny("llama-mha")

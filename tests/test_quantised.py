@@ -1,4 +1,4 @@
-"""Models that torchao has quantised run under the plans of their originals, unchanged."""
+"""Models quantised by torchao run under the plans of the original models."""
 
 import sys
 from pathlib import Path
@@ -49,11 +49,11 @@ def test_a_quantised_copy_runs_under_the_plan(kind):
     with pytest.raises(HeadsinkError, match="other weights: the hash of unquantised is"):
         own.check(other)
     with pytest.raises(HeadsinkError, match="other weights: the hash of weights is"):
-        own.check(tiny("llama"))  # which has other linear layers than the copy that this plan was made for
+        own.check(tiny("llama"))  # its linear layers differ from those of the plan's model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_copy_in_float16_is_known_too(kind):
+def test_a_quantised_float16_copy_is_recognised(kind):
     model = tiny("llama")
     plan, other = random_plan(model, 1), tiny("llama", seed=1)
     for found in (model, other):
@@ -65,7 +65,7 @@ def test_a_quantised_copy_in_float16_is_known_too(kind):
         plan.check(other)
 
 
-def test_smollm2_quantised_goes_on_as_it_did():
+def test_quantised_smollm2_runs_under_a_plan():
     model, tokenizer = headsink.load("smollm2", device="cpu", dtype="bfloat16")
     plan = Plan.uniform(model, Pattern(4, 0, 256))
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]

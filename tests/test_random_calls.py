@@ -1,4 +1,4 @@
-"""Random calls never kill the process, nor raise what is not said in one line (random_calls.py).
+"""Random calls never crash the process, and all errors are one line (random_calls.py).
 
 HEADSINK_RANDOM_CALLS: how many calls, 240 if it is not set; 10000 takes a quarter of an hour of two idle cores.
 HEADSINK_RANDOM_SEED: the seed of the first game, 0 if it is not set. Run a game alone: python tests/random_calls.py SEED 1.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from random_calls import CALLS
 
-GAMES = 200  # of a process
+GAMES = 200  # per process
 SCRIPT = Path(__file__).with_name("random_calls.py")
 
 

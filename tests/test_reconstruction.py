@@ -1,4 +1,4 @@
-"""What a text needs to be told again, and the weights of keys' scores, against the same found the slow way."""
+"""Importance by context reconstruction and scorer weights equal reference computations."""
 
 import itertools
 
@@ -26,60 +26,60 @@ def spans(length):
     return [range(start, min(start + SPAN, length)) for start in _starts(length)]
 
 
-def telling(model, seed=0):
+def measure_importance(model, seed=0):
     replay = Replay(model, random_document(seed))
     return replay, demand(replay, prompt_tokens(letters))
 
 
-# what is told again
+# importance by context reconstruction
 
 
 @torch.no_grad()
-def slow_demand(family, ids):
-    """One pass of the model over document, prompt and span for each span: log of attention, [layers, KV heads, keys]."""
+def reference_importance(family, ids):
+    """Compute importance by one pass over document, prompt and span for each span: log attention, [layers, KV heads, keys]."""
     model, found = tiny(family, dtype=torch.float64, attention="eager"), []
     prompt, kv_heads = letters(PROMPT, add_special_tokens=False)["input_ids"], model.config.num_key_value_heads
     for span in spans(len(ids)):
-        told = ids + prompt + ids[span.start - LEAD : span.stop]
-        layers = model(torch.tensor([told]), use_cache=False, output_attentions=True).attentions
+        sequence = ids + prompt + ids[span.start - LEAD : span.stop]
+        layers = model(torch.tensor([sequence]), use_cache=False, output_attentions=True).attentions
         seen = torch.stack(layers)[:, 0, :, len(ids) :, span.start : span.stop]  # [layers, query heads, queries, keys]
         found.append(seen.unflatten(1, (kv_heads, -1)).amax((2, 3)).log())
     return torch.cat(found, -1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_demand_is_the_largest_attention_of_a_pass_over_everything(family, precise):
-    replay, told = telling(tiny(family, dtype=torch.float64))
-    expected = slow_demand(family, replay.document.ids).clamp(min=LEAST).float()
+def test_importance_is_the_maximum_attention_of_a_full_pass(family, precise):
+    replay, importance = measure_importance(tiny(family, dtype=torch.float64))
+    expected = reference_importance(family, replay.document.ids).clamp(min=LEAST).float()
     expected[[window is not None for window in replay.shape.windows]] = 0
-    torch.testing.assert_close(told.attention.double(), expected, rtol=0, atol=2e-5)
-    assert told.positions.tolist() == list(range(LEAD, LENGTH))
+    torch.testing.assert_close(importance.attention.double(), expected, rtol=0, atol=2e-5)
+    assert importance.positions.tolist() == list(range(LEAD, LENGTH))
 
 
-def test_what_no_attention_falls_on_is_bounded(monkeypatch):
+def test_importance_without_attention_is_bounded(monkeypatch):
     model = tiny("llama")
-    _, told = telling(model)
+    _, importance = measure_importance(model)
     monkeypatch.setattr(score_fit, "LEAST", -3.0)
-    _, bounded = telling(model)
-    assert float(told.attention.min()) < -3 < float(told.attention.max())
-    assert torch.equal(bounded.attention, told.attention.clamp(min=-3))
+    _, bounded = measure_importance(model)
+    assert float(importance.attention.min()) < -3 < float(importance.attention.max())
+    assert torch.equal(bounded.attention, importance.attention.clamp(min=-3))
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_keys_and_values_in_16_bits_hardly_move_demand(family):
-    _, told = telling(tiny(family))
-    _, exact = telling(tiny(family, dtype=torch.float64))
-    moved, spread = (told.attention - exact.attention).abs().mean(), exact.attention.std(-1).mean()
-    assert 0 < float(moved) < 0.05 * float(spread)
+def test_importance_from_16_bit_keys_is_close(family):
+    _, importance = measure_importance(tiny(family))
+    _, exact = measure_importance(tiny(family, dtype=torch.float64))
+    difference, spread = (importance.attention - exact.attention).abs().mean(), exact.attention.std(-1).mean()
+    assert 0 < float(difference) < 0.05 * float(spread)
 
 
-def test_a_short_document_is_told_again_whole():
+def test_a_short_document_is_reconstructed_completely():
     for length in (256, LEAD + SPAN, LEAD + SPAN + 1, 600, LEAD + TOKENS - 1, LEAD + TOKENS):
-        told = [position for span in spans(length) for position in span]
-        assert told == list(range(LEAD, length))
+        covered = [position for span in spans(length) for position in span]
+        assert covered == list(range(LEAD, length))
 
 
-def test_of_a_long_document_spans_lie_at_even_distances():
+def test_spans_of_a_long_document_are_evenly_spaced():
     for length in (LEAD + TOKENS + 1, 2048, 5000, 131_072):
         found = spans(length)
         assert sum(map(len, found)) == TOKENS
@@ -93,7 +93,7 @@ def test_of_a_long_document_spans_lie_at_even_distances():
 
 
 def slow_ridge(features, targets):
-    """Least squares with a row for each key, as heavy as its attention ** WEIGHT, and one for the penalty of each feature."""
+    """Least squares with a row per key, weighted by attention ** WEIGHT, and a row per feature for its penalty."""
     weight = (WEIGHT * targets).exp()
     weight = weight / weight.sum()
     features, targets = features - weight @ features, targets - weight @ targets
@@ -105,17 +105,17 @@ def slow_ridge(features, targets):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_weights_are_least_squares_over_the_keys_of_all_documents(family):
+def test_scorer_weights_are_least_squares_over_all_documents(family):
     model = tiny(family)
-    replays, told = zip(*(telling(model, seed) for seed in range(2)), strict=True)
-    weights = fit(replays, told)
+    replays, importance = zip(*(measure_importance(model, seed) for seed in range(2)), strict=True)
+    weights = fit(replays, importance)
     for layer, window in enumerate(replays[0].shape.windows):
         if window is not None:
             assert not weights[layer].any()
             continue
-        held = [[t[:, one.positions] for t in r.held(layer)] for r, one in zip(replays, told, strict=True)]
-        features = torch.cat([key_features(*kept).double() for kept in held], 1)
-        targets = torch.cat([one.attention[layer].double() for one in told], 1)
+        cached = [[t[:, one.positions] for t in r.held(layer)] for r, one in zip(replays, importance, strict=True)]
+        features = torch.cat([key_features(*kept).double() for kept in cached], 1)
+        targets = torch.cat([one.attention[layer].double() for one in importance], 1)
         for head in range(replays[0].shape.kv_heads):
             expected = slow_ridge(features[head], targets[head])
             expected = (expected / expected.abs().max()).float()
@@ -123,38 +123,38 @@ def test_weights_are_least_squares_over_the_keys_of_all_documents(family):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_weights_are_short_and_their_largest_is_1(family):
-    replay, told = telling(tiny(family))
-    for layer in fit([replay], [told])[[window is None for window in replay.shape.windows]]:
+def test_scorer_weights_are_rounded_and_scaled_to_1(family):
+    replay, importance = measure_importance(tiny(family))
+    for layer in fit([replay], [importance])[[window is None for window in replay.shape.windows]]:
         for head in layer.tolist():
             assert max(map(abs, head)) == 1
-            assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as a plan writes them
+            assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as written in a plan
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_a_rule_that_targets_follow_is_found(family):
-    """And it orders the keys of another document."""
+def test_a_linear_rule_is_recovered(family):
+    """The rule also orders the keys of another document."""
     model = tiny(family)
     *replays, other = (Replay(model, random_document(seed)) for seed in range(3))
     planned = [layer for layer, window in enumerate(other.shape.windows) if window is None]
-    positions, planted, told = torch.arange(LEAD, LENGTH), random_weights(other.shape), []
+    positions, planted, importance = torch.arange(LEAD, LENGTH), random_weights(other.shape), []
     for replay in replays:
         attention = torch.zeros(replay.shape.layers, replay.shape.kv_heads, len(positions))
         for layer in planned:
             keys, values = replay.held(layer)
             attention[layer] = 0.3 * key_scores(keys, values, planted[layer])[:, positions] - 7
-        told.append(Demand(positions, attention))
-    weights = fit(replays, told)
+        importance.append(Demand(positions, attention))
+    weights = fit(replays, importance)
     for layer in planned:
         found, right = (key_scores(*other.held(layer), w[layer]) for w in (weights, planted))
         for a, b in zip(found, right, strict=True):
             assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.999
 
 
-def test_a_head_that_needs_no_key_gets_a_rule_that_a_plan_takes():
-    replay, told = telling(tiny("llama"))
-    told.attention[1, 0] = LEAST
-    weights = fit([replay], [told])
+def test_a_head_without_important_keys_gets_valid_scorer_weights():
+    replay, importance = measure_importance(tiny("llama"))
+    importance.attention[1, 0] = LEAST
+    weights = fit([replay], [importance])
     assert weights[1, 0].any()
     Plan.of(replay.model, [[Pattern(4, 2, 8)] * 2] * 3, weights)
 
@@ -163,6 +163,6 @@ def test_a_model_that_overflows_is_refused():
     model = tiny("llama")
     with torch.no_grad():
         attention_modules(model)[2].v_proj.weight[5] = float("inf")
-    replay, told = telling(model)
+    replay, importance = measure_importance(model)
     with pytest.raises(HeadsinkError, match="the model's attention is not finite here; try --dtype"):
-        fit([replay], [told])
+        fit([replay], [importance])

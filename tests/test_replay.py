@@ -1,4 +1,4 @@
-"""Branches run over a document that was read once: the same numbers, found the slow way in one pass over both."""
+"""Replays of branches over a cached document equal one masked pass over both."""
 
 import random
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def everything(shape):
 
 
 def any_pattern(rng):
-    """More kinds than a plan has: windows that end in a branch, in the document, before it; more top-k keys than tokens."""
+    """More patterns than plans have: windows that end in a branch, in the document or before it; more top-k keys than tokens."""
     if rng.random() < 0.1:
         return FULL
     top_k, window = rng.choice([0, 1, 3, 30, 300]), rng.choice([0, 1, 2, 7, 20, 100, LENGTH, LENGTH + 5, 300])
@@ -59,20 +59,20 @@ def random_weights(shape, seed=0):
     return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
 
 
-def replayed(model, seed=0, freeze=False):
-    """A replay, with weights of keys' scores by lot."""
+def make_replay(model, seed=0, freeze=False):
+    """Return a replay with random scorer weights."""
     replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
     replay.set_scores(weights)
     return replay, weights
 
 
-# the slow way: one pass over document and branch, in which only the branch's queries are under patterns
+# reference: one pass over document and branch, in which only the branch's queries are masked by patterns
 
 _running = []
 
 
 def _masked(query, key, value, masks, scaling, softcap, sink_logits):
-    """The last queries over all keys. masks: bool [queries, keys] of each KV head."""
+    """Attention of the last queries over all keys. masks: bool [queries, keys] of each KV head."""
     group = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for head, mask in enumerate(masks):
@@ -83,7 +83,7 @@ def _masked(query, key, value, masks, scaling, softcap, sink_logits):
 
 
 def branch_mask(pattern, scores, slides, freeze):
-    """What the queries after the document see, by the definition: bool [queries, keys]. scores: float [keys]."""
+    """Return the definition's mask of the queries after the document, bool [queries, keys]. scores: float [keys]."""
     tokens = torch.arange(len(scores))
     if slides or not freeze:
         return visible(pattern, tokens[LENGTH:], tokens, scores)
@@ -128,7 +128,7 @@ def reference(model, *how):
 
 @torch.no_grad()
 def plain_log_probs(model, document):
-    """Of the scored tokens of all branches, by a pass of the model over document and branch for each."""
+    """Return log-probabilities of the scored tokens of all branches, by one pass over document and branch for each."""
     found = []
     for ids, scored in branches(document):
         logits = model(torch.tensor([document.ids + ids]), use_cache=False).logits[0, -scored - 1 : -1]
@@ -145,7 +145,7 @@ def slow_log_probs(model, document, patterns, weights, stored_as, freeze=False):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_every_head_full_a_replay_is_the_model(family, precise):
+def test_a_replay_with_full_heads_equals_the_model(family, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     replay = Replay(model, document)
     expected = plain_log_probs(model, document)
@@ -160,13 +160,13 @@ def test_with_every_head_full_a_replay_is_the_model(family, precise):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_in_16_bits_hardly_move_the_model(family):
-    """bfloat16 has 8 bits of mantissa: each key and value of the document is off by 1/512 at most, and as often up as down."""
+def test_16_bit_keys_and_values_are_close_to_the_model(family):
+    """bfloat16 has 8 bits of mantissa: each key and value of the document has a relative error of at most 1/512, up or down."""
     model, document = tiny(family), random_document()
     moved = (Replay(model, document).full - plain_log_probs(model, document)).abs()
     assert 0 < float(moved.mean()) < 0.02
     windows = [[Pattern(2, 0, 17)] * describe(model).kv_heads if w is None else None for w in describe(model).windows]
-    if any(windows):  # a pattern moves it by far more
+    if any(windows):  # a pattern changes it by far more
         by_pattern = Replay(model, document).log_probs(windows) - plain_log_probs(model, document)
         assert float(by_pattern.abs().mean()) > 4 * float(moved.mean())
 
@@ -176,9 +176,9 @@ every_hold = pytest.mark.parametrize("freeze", [False, True])
 
 @every_hold
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_patterns_a_replay_is_the_slow_way(family, freeze, precise):
+def test_a_replay_equals_masked_attention(family, freeze, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     for seed in range(4):
         patterns = random_patterns(replay.shape, seed)
         expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
@@ -189,9 +189,9 @@ def test_under_patterns_a_replay_is_the_slow_way(family, freeze, precise):
 @pytest.mark.parametrize(
     "pattern", [Pattern(3, 4, 1), Pattern(0, 6, 0), Pattern(2, 140, 12), Pattern(0, 0, 0)], ids=str
 )
-def test_one_pattern_in_every_head_is_the_slow_way(pattern, freeze, precise):
+def test_one_pattern_in_every_head_equals_masked_attention(pattern, freeze, precise):
     model, document = tiny("llama", dtype=torch.float64), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     patterns = [[pattern] * 2] * 3
     found = replay.log_probs(patterns)
     expected = slow_log_probs(model, document, patterns, weights, torch.float64, freeze)
@@ -202,15 +202,15 @@ def test_one_pattern_in_every_head_is_the_slow_way(pattern, freeze, precise):
 
 @every_hold
 @pytest.mark.parametrize("window", [0, 9])
-def test_with_more_top_k_keys_than_tokens_nothing_is_let_go(window, freeze, precise):
-    replay, _ = replayed(tiny("llama", dtype=torch.float64), freeze=freeze)
+def test_with_more_top_k_keys_than_tokens_nothing_is_evicted(window, freeze, precise):
+    replay, _ = make_replay(tiny("llama", dtype=torch.float64), freeze=freeze)
     found = replay.log_probs([[Pattern(2, LENGTH + BRANCH, window)] * 2] * 3)
     torch.testing.assert_close(found, replay.full, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_with_hold_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
-    replay, _ = replayed(tiny(family), freeze=True)
+def test_with_freeze_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
+    replay, _ = make_replay(tiny(family), freeze=True)
     layer = replay.shape.windows.index(None)
     heads = list(range(replay.shape.kv_heads))
     for seed in range(6):
@@ -223,7 +223,7 @@ def test_with_hold_a_branch_sees_as_many_keys_as_a_pattern_keeps(family):
 @pytest.mark.parametrize("family", SOME)
 def test_only_the_documents_keys_and_values_are_rounded(family, freeze):
     model, document = tiny(family), random_document()
-    replay, weights = replayed(model, freeze=freeze)
+    replay, weights = make_replay(model, freeze=freeze)
     for seed in range(2):
         patterns = random_patterns(replay.shape, seed)
         expected = slow_log_probs(model, document, patterns, weights, torch.bfloat16, freeze)
@@ -231,7 +231,7 @@ def test_only_the_documents_keys_and_values_are_rounded(family, freeze):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_held_are_the_keys_and_values_of_the_document(family):
+def test_cached_keys_and_values_are_the_documents(family):
     model, document, seen = tiny(family), random_document(), []
     with observing(model, seen.append), torch.no_grad():
         model(torch.tensor([document.ids]), use_cache=False)
@@ -244,8 +244,8 @@ def test_held_are_the_keys_and_values_of_the_document(family):
 # the loss and its slopes
 
 
-def test_the_loss_is_the_formula():
-    replay, _ = replayed(tiny("llama"))
+def test_the_loss_matches_its_formula():
+    replay, _ = make_replay(tiny("llama"))
     other = torch.randn_like(replay.full).log_softmax(-1)
     expected = torch.zeros(3)
     for number, (_, scored) in enumerate(branches(random_document())):
@@ -268,7 +268,7 @@ def test_a_document_without_questions_has_the_loss_of_its_text():
 
 
 def loss_along(replay, patterns, layer, head, option, share):
-    """The loss with the output of one head moved a share of the way to that of another pattern."""
+    """Return the loss with one head's output interpolated towards that of another pattern."""
     group = replay.shape.group
     rows = slice(head * group, (head + 1) * group)
 
@@ -284,14 +284,14 @@ def loss_along(replay, patterns, layer, head, option, share):
 
 @pytest.mark.parametrize("family", SOME)
 def test_gradients_are_finite_differences(family, precise):
-    replay, _ = replayed(tiny(family, dtype=torch.float64))
+    replay, _ = make_replay(tiny(family, dtype=torch.float64))
     planned = [layer for layer, window in enumerate(replay.shape.windows) if window is None]
     for seed in range(2):
         patterns = random_patterns(replay.shape, seed)
         found = replay.marginals(patterns, OPTIONS, WEIGHT)
         assert found.loss == pytest.approx(float(replay.loss(replay.log_probs(patterns), WEIGHT)), rel=1e-9)
         assert float(found.gradient.abs().max()) > 1e-3
-        # A smaller share drowns in the rounding of norms, which are in float32; by a larger one other keys may float.
+        # With a smaller step, rounding of the float32 norms dominates; with a larger one, other top-k keys may be chosen.
         rng, share = random.Random(seed), 0.001
         for _ in range(6):
             layer, head, n = rng.choice(planned), rng.randrange(replay.shape.kv_heads), rng.randrange(len(OPTIONS))
@@ -304,7 +304,7 @@ def test_gradients_are_finite_differences(family, precise):
 def test_errors_are_those_of_the_outputs_after_the_projection(family, precise):
     """|W_O (o_plan - o_option)|^2 / |W_O o_plan|^2 of the layer, mean over the scored tokens."""
     model = tiny(family, dtype=torch.float64)
-    replay, _ = replayed(model)
+    replay, _ = make_replay(model)
     patterns = random_patterns(replay.shape, 3, lambda rng: any_pattern(rng) if rng.random() < 0.5 else OPTIONS[0])
     width = replay.shape.group * replay.shape.head_dim
 
@@ -337,8 +337,8 @@ def test_errors_are_those_of_the_outputs_after_the_projection(family, precise):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_what_a_head_has_already_moves_nothing(family):
-    replay, _ = replayed(tiny(family))
+def test_a_heads_current_pattern_has_zero_cost(family):
+    replay, _ = make_replay(tiny(family))
     patterns = random_patterns(replay.shape, 0, lambda rng: rng.choice(OPTIONS))
     found = replay.marginals(patterns, OPTIONS, WEIGHT)
     for layer, row in enumerate(patterns):
@@ -350,9 +350,9 @@ def test_what_a_head_has_already_moves_nothing(family):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_slopes_from_16_bits_are_near_the_exact_ones(family, monkeypatch):
-    """Differences of outputs are kept in bfloat16: off by 1/512 at most, which the sum over tokens cannot make more of."""
-    replay, _ = replayed(tiny(family))
+def test_gradients_from_16_bits_are_close(family, monkeypatch):
+    """Output differences are stored in bfloat16: relative error at most 1/512, which the sum over tokens cannot increase."""
+    replay, _ = make_replay(tiny(family))
     patterns = random_patterns(replay.shape, 1)
     found = replay.marginals(patterns, OPTIONS, WEIGHT)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
@@ -362,9 +362,9 @@ def test_slopes_from_16_bits_are_near_the_exact_ones(family, monkeypatch):
     torch.testing.assert_close(found.error, exact.error, rtol=0.02, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = tiny("llama")
-    replay, _ = replayed(model)
+    replay, _ = make_replay(model)
     replay.marginals([[Pattern(1, 2, 8)] * 2] * 3, OPTIONS, WEIGHT)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert model.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""The report: self-contained, escaped, small, and an instrument that works by mouse and by keyboard."""
+"""The report page: self-contained, escaped, small, and usable by mouse and by keyboard."""
 
 import base64
 import gzip
@@ -23,13 +23,13 @@ from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_v
 from headsink.utils.format import share
 
 MARKUP = "<img src=x onerror=alert(1)></script>"
-KIND = "<img src=x onerror=alert(1)>"  # a kind of text may not hold a slash
+KIND = "<img src=x onerror=alert(1)>"  # the name of a domain must not contain a slash
 LAYERS, HEADS = 3, 4
 SHAPES = {"svg", "g", "path", "rect", "text", "line", "defs", "linearGradient", "stop", "clipPath"}
 
 
 class Markup:
-    """A tokenizer whose every token is markup, as a prompt may hold."""
+    """A tokenizer whose tokens are all markup, as a prompt may contain."""
 
     chat_template = None
 
@@ -46,12 +46,12 @@ def census():
     letters = [chr(40 + 7 * n % 61) for n in range(400)]
     texts = {
         "prose": ["".join(letters[:220]), "".join(letters[100:320])],
-        "markup": ["".join(letters[50:280]), "".join(letters[9:90])],  # the second does not reach every length
+        "markup": ["".join(letters[50:280]), "".join(letters[9:90])],  # the second is shorter than some lengths
         "short": ["".join(letters[7:80])],
     }
     found = headsink.analyze(tiny("llama"), Markup(), texts=texts, lengths=(16, 64, 200), progress=False)
     found.settings["model"]["name"] = f"tiny {MARKUP}"
-    for text in found.settings["texts"]:  # `analyze` need not take what a file may hold
+    for text in found.settings["texts"]:  # a file may contain names that `analyze` refuses
         text["domain"] = text["domain"].replace("markup", KIND)
     return found
 
@@ -71,12 +71,12 @@ def comparison(folder, tmp_path_factory):
 
 
 def markup_free(page):
-    """The page without what its own scripts and style sheet say."""
+    """Return the page without its scripts and style sheet."""
     return re.sub(r"<(script|style)\b[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
 
 
 def unpack(page, name):
-    """What views.packed wrote into a script element."""
+    """Decode what views.packed wrote into a script element."""
     raw = gzip.decompress(base64.b64decode(re.search(f'id="{name}">([^<]*)<', page)[1]))
     size = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + size])
@@ -99,17 +99,17 @@ def test_markup_in_a_text_is_escaped(page):
     assert "</script" not in body
 
 
-def test_a_token_with_markup_is_there_as_text(folder):
+def test_a_token_with_markup_is_shown_as_text(folder):
     assert "&lt;img␣src=x␣onerror=alert(1)&gt;&lt;/script&gt;" in markup_free((folder / "report.html").read_text())
 
 
-def test_nothing_is_fetched(page):
+def test_the_page_loads_nothing_from_the_network(page):
     assert "default-src 'none'" in page
     assert not re.search(r'<link|<iframe|(src|href)="(?!#)', markup_free(page))
     assert len(page) < 5_000_000
 
 
-def test_the_page_holds_the_numbers_of_the_census(census, folder):
+def test_the_page_contains_the_numbers_of_the_census(census, folder):
     header, arrays = unpack((folder / "report.html").read_text(), "data")
     assert header["domains"] == ["all texts", "prose", KIND, "short"]
     assert header["has"] == {"16": [0, 1, 2, 3], "64": [0, 1, 2, 3], "200": [0, 1, 2]}
@@ -133,16 +133,16 @@ def test_every_kind_of_text_can_be_shaded(census, folder):
         np.testing.assert_allclose(attention, census.arrays[f"{text}.{length}.attention"], rtol=0.04, atol=2e-6)
 
 
-def test_a_text_is_cut_where_the_page_would_grow_heavy(census, monkeypatch):
+def test_a_long_text_is_cut(census, monkeypatch):
     monkeypatch.setattr("headsink.report.views.SHADES", 40 * LAYERS * HEADS * 3)
     assert token_views(census) == {0: (200, 40), 2: (200, 40), 4: (64, 40)}
 
 
-def test_one_byte_keeps_none_and_all():
+def test_one_byte_represents_0_and_1():
     assert one_byte(torch.tensor([0.0, FAINTEST, 1.0])).tolist() == [0, 1, 1 + STEPS]
 
 
-def test_every_chart_is_a_picture(folder):
+def test_every_chart_is_saved_as_a_picture(folder):
     names = {path.stem.removeprefix("figure-") for path in folder.glob("figure-*.png")}
     assert names == {path.stem.removeprefix("figure-") for path in folder.glob("figure-*.svg")}
     assert {"sink-16", "sink-200", "entropy-200", "window-first-200", "roles-64", "layers-200", "errors-200"} < names
@@ -155,13 +155,13 @@ def test_every_chart_is_a_picture(folder):
     assert int.from_bytes(png[16:20], "big") > 3 * int(re.search(r'width="(\d+)', svg)[1]) - 3
 
 
-def test_a_comparison_is_pictures_too(folder, tmp_path):
+def test_the_charts_of_a_comparison_are_pictures(folder, tmp_path):
     write_comparison_pictures(headsink.compare(folder, f"{folder}@64"), tmp_path)
     assert (tmp_path / "figure-change-sink-64.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "figure-change-output-64.svg").read_text()
 
 
-def test_every_chart_stands_in_the_page_as_a_picture_in_a_box_of_its_size(page):
+def test_every_chart_is_embedded_at_its_size(page):
     specs = json.loads(re.search(r"const SPECS = (.*);</script>", page)[1])
     boxes = re.findall(
         r'<figure class="chart" id="([^"]*)".*?style="--w: (.*?)px; --h: (.*?)px">(<svg.*?</svg>)</figure>', page
@@ -218,7 +218,7 @@ def test_every_character_of_a_name_is_drawn_or_escaped(tmp_path):
     assert "null\\x00" in (tmp_path / "bare.svg").read_text()
 
 
-def test_names_of_a_picture_are_its_own():
+def test_names_in_a_picture_are_unique():
     gradient = charts.alt.Chart(charts.alt.Data(values=[{"v": 1, "t": 'url(#clip) id="x"'}])).mark_point()
     spec = charts.spec(gradient.encode(color="v:Q", x="t:N"))
     one, other = (
@@ -229,7 +229,7 @@ def test_names_of_a_picture_are_its_own():
     assert 'url(#clip) id="x"' in drawing("one", spec)["svg"]
 
 
-def test_a_share_that_is_not_there_is_a_dash():
+def test_a_missing_share_is_a_dash():
     assert [share(0.5), share(None)] == ["50%", "–"]
 
 
@@ -265,7 +265,7 @@ def choose(page, menu, value):
 
 
 def middle(page, layer, head):
-    """Where a head lies on the map, in the viewport."""
+    """Return the viewport coordinates of a head on the map."""
     return page.run(
         "const cell = document.querySelectorAll('#map .layer_0_marks path')[arguments[0]];"
         "cell.scrollIntoView({block: 'center'});"
@@ -275,7 +275,7 @@ def middle(page, layer, head):
 
 
 @needs_browser
-def test_it_opens_without_an_error_and_soon(chromium, folder, capsys):
+def test_it_opens_quickly_without_an_error(chromium, folder, capsys):
     path = folder / "report.html"
     took = chromium.open(f"file://{path}")
     assert chromium.console() == []
@@ -321,7 +321,7 @@ def test_tab_reaches_every_control(report):
 
 
 @needs_browser
-def test_menus_change_what_is_shown(report, census):
+def test_menus_change_the_view(report, census):
     report.click(*middle(report, 1, 3))
     for length in census.lengths:
         choose(report, "length", length)
@@ -455,7 +455,7 @@ def still(folder):
 
 @needs_browser
 @pytest.mark.parametrize("width", [1400, 900, 500])
-def test_nothing_moves_when_the_scripts_draw(chromium, folder, still, width):
+def test_the_layout_is_stable_when_scripts_draw(chromium, folder, still, width):
     chromium.resize(width, 1100)
     try:
         chromium.load(still)
@@ -471,7 +471,7 @@ def test_nothing_moves_when_the_scripts_draw(chromium, folder, still, width):
 
 
 @needs_browser
-def test_without_scripts_the_page_says_and_draws_the_same(chromium, folder, still):
+def test_without_scripts_the_page_shows_the_same(chromium, folder, still):
     chromium.load(still)
     before = chromium.run(SAID)
     drawn = "return [...document.querySelectorAll('.chart svg')].map(one => one.getBoundingClientRect().height)"
@@ -507,7 +507,7 @@ def test_the_map_of_a_comparison_stays_where_it_is(chromium, comparison):
 
 
 @needs_browser
-def test_numbers_are_written_alike_by_python_and_by_the_page(chromium, folder):
+def test_python_and_the_page_format_numbers_alike(chromium, folder):
     chromium.open(f"file://{folder}/report.html")
     random = torch.Generator().manual_seed(0)
     numbers = (10 ** (14 * torch.rand(500, generator=random, dtype=torch.float64) - 8)).tolist()

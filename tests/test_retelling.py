@@ -1,4 +1,4 @@
-"""Contexts that are told again before they are compressed: scores and fitted values, against the same found the slow way."""
+"""Context reconstruction at prefill: scores and refitted values equal reference computations."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def plan_for(model, seed=1, **fields):
 
 @torch.no_grad()
 def passes(model, ids):
-    """One pass over everything for each span: where it lies, and what each layer computed with."""
+    """Yield each span with the attention inputs of every layer, from one pass over everything."""
     for start in range(0, len(ids), reconstruction.SPAN):
         span = range(start, min(start + reconstruction.SPAN, len(ids)))
         seen = []
@@ -57,7 +57,7 @@ def passes(model, ids):
 
 
 def attention(inputs, head, group, hidden):
-    """Of the query heads of a KV head: [group, tokens, tokens], nothing on columns that are `hidden`."""
+    """Return the attention of a KV head's query heads, [group, tokens, tokens], zero on columns that are `hidden`."""
     rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
     seen = ~(hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1))
     sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[rows]
@@ -69,7 +69,7 @@ def attention(inputs, head, group, hidden):
     ("family", "most", "rows"),
     [*((family, 1024, 8192) for family in FAMILIES), ("llama", 7, 8192), ("gemma3", 1, 50), ("llama-mha", 9, 30)],
 )
-def test_scores_and_values_equal_the_slow_way(family, most, rows, precise, monkeypatch):
+def test_scores_and_values_equal_masked_attention(family, most, rows, precise, monkeypatch):
     monkeypatch.setattr(reconstruction, "FITTED", most)
     monkeypatch.setattr(reconstruction, "ROWS", rows)
     model, ids = tiny(family, dtype=torch.float64), text()
@@ -77,14 +77,16 @@ def test_scores_and_values_equal_the_slow_way(family, most, rows, precise, monke
     cache = read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
     scores = reconstruction.reconstruct(model, plan, cache, ids)
-    told = list(passes(model, ids[0].tolist()))
+    reconstructions = list(passes(model, ids[0].tolist()))
     assert scores.keys() == {layer for layer, row in enumerate(plan.layers) if row}
     for layer, row in enumerate(plan.layers):
         if row is None:
             assert torch.equal(cache.layers[layer].values, before[layer])
             continue
         for head, pattern in enumerate(h.pattern for h in row):
-            everything = [(span, seen[layer], attention(seen[layer], head, shape.group, False)) for span, seen in told]
+            everything = [
+                (span, seen[layer], attention(seen[layer], head, shape.group, False)) for span, seen in reconstructions
+            ]
             largest = torch.cat([a[:, LENGTH:, span.start : span.stop].amax((0, 1)) for span, _, a in everything])
             found = scores[layer][0, head]
             torch.testing.assert_close(found.exp().double(), largest, rtol=1e-5, atol=1e-7)
@@ -92,29 +94,29 @@ def test_scores_and_values_equal_the_slow_way(family, most, rows, precise, monke
             if pattern.size(LENGTH) >= LENGTH:
                 assert torch.equal(values, old)
                 continue
-            places = kept(pattern, found)
-            gone = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, places, False)
-            places = places[found[places].argsort(descending=True)][:most]
-            others = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, places, False)
+            kept_indices = kept(pattern, found)
+            evicted = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, kept_indices, False)
+            kept_indices = kept_indices[found[kept_indices].argsort(descending=True)][:most]
+            others = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, kept_indices, False)
             assert torch.equal(values[others], old[others])
             queries = shape.group * sum(a.shape[1] - LENGTH for _, _, a in everything)
             stride = max(1, queries // rows)
             known, missed = [], []
             for _, seen, a in everything:
-                left = attention(seen, head, shape.group, torch.nn.functional.pad(gone, (0, a.shape[1] - LENGTH)))
+                left = attention(seen, head, shape.group, torch.nn.functional.pad(evicted, (0, a.shape[1] - LENGTH)))
                 full, own = (t[:, LENGTH:].flatten(0, 1) @ seen.value[0, head] for t in (a, left))
-                known.append(left[:, LENGTH:, places].flatten(0, 1)[::stride])
+                known.append(left[:, LENGTH:, kept_indices].flatten(0, 1)[::stride])
                 missed.append((full - own)[::stride])
             known, missed = torch.cat(known), torch.cat(missed)
             ridge = (RIDGE * known.square().sum(0).mean()).sqrt()
-            known = torch.cat([known, ridge * torch.eye(len(places))])
-            missed = torch.cat([missed, missed.new_zeros(len(places), missed.shape[1])])
+            known = torch.cat([known, ridge * torch.eye(len(kept_indices))])
+            missed = torch.cat([missed, missed.new_zeros(len(kept_indices), missed.shape[1])])
             change = torch.linalg.lstsq(known, missed).solution
-            torch.testing.assert_close(values[places] - old[places], change, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(values[kept_indices] - old[kept_indices], change, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_is_kept_is_what_the_definition_says(seed):
+def test_kept_keys_match_the_definition(seed):
     generator = torch.Generator().manual_seed(seed)
     for length in (1, 3, 20, 57):
         scores = torch.randn(length, generator=generator)
@@ -132,35 +134,35 @@ def test_what_is_kept_is_what_the_definition_says(seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
-def test_the_cache_holds_the_fitted_values(family):
+def test_the_cache_contains_the_refitted_values(family):
     model, ids = tiny(family), text(2)
     plan = plan_for(model, 3)
-    told = read(model, ids)
-    scores = reconstruction.reconstruct(model, plan, told, ids)
+    full_cache = read(model, ids)
+    scores = reconstruction.reconstruct(model, plan, full_cache, ids)
     cache = headsink.compress(model, plan, read(model, ids), input_ids=ids)
     for index, row in enumerate(plan.layers):
         for group in cache.layers[index].groups if row else ():
             for n, head in enumerate(group.heads):
-                places = kept(group.pattern, scores[index][0, head]).sort().values
+                kept_indices = kept(group.pattern, scores[index][0, head]).sort().values
                 held = group.visible[0, n]
-                layer = told.layers[index]
+                layer = full_cache.layers[index]
                 for kind, whole in ((group.keys, layer.keys), (group.values, layer.values)):
-                    mine, expected = kind[0, n][held], whole[0, head, places]
+                    mine, expected = kind[0, n][held], whole[0, head, kept_indices]
                     assert torch.equal(mine[mine[:, 0].argsort()], expected[expected[:, 0].argsort()])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
-def test_rows_of_a_padded_batch_are_told_by_themselves(family, precise):
+def test_rows_of_a_padded_batch_are_reconstructed_separately(family, precise):
     model = tiny(family, dtype=torch.float64)
     ids, mask = padded()
     plan = plan_for(model, 5)
-    context, follows = slice(0, 50), slice(50, 61)
+    context, continuation = slice(0, 50), slice(50, 61)
     cache = headsink.compress(
         model, plan, read(model, ids[:, context], mask[:, context]), mask[:, context], ids[:, context]
     )
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, follows]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, continuation]
     with headsink.apply(model, plan), torch.no_grad():
-        both = model(ids[:, follows], **cache_argument(cache), attention_mask=mask, position_ids=positions).logits
+        both = model(ids[:, continuation], **cache_argument(cache), attention_mask=mask, position_ids=positions).logits
     for row in range(len(ids)):
         alone = ids[row : row + 1, mask[row].bool()]
         before = alone[:, : -both.shape[1]]
@@ -170,7 +172,7 @@ def test_rows_of_a_padded_batch_are_told_by_themselves(family, precise):
         torch.testing.assert_close(both[row : row + 1], logits, rtol=1e-6, atol=1e-8)
 
 
-def test_fitted_values_bring_what_follows_nearer_to_the_model():
+def test_refitted_values_reduce_the_error_of_continuations():
     model = tiny("llama")
     patterns = [[Pattern(4, 8, 8)] * 2] * 3
     weights = torch.ones(3, 2, 30)
@@ -194,7 +196,7 @@ def test_fitted_values_bring_what_follows_nearer_to_the_model():
     assert nearer >= 5
 
 
-def test_an_all_full_plan_stays_the_model_bit_for_bit():
+def test_an_all_full_plan_equals_the_model_bit_for_bit():
     model, ids = tiny("llama"), text(4)
     plan = Plan.full(model).model_copy(update={"prefill_compression": True, "reconstruction_prompt": PROMPT})
     cache, plain = headsink.compress(model, plan, read(model, ids), input_ids=ids), read(model, ids)
@@ -204,7 +206,7 @@ def test_an_all_full_plan_stays_the_model_bit_for_bit():
             assert torch.equal(model(ids[:, :9], **cache_argument(cache)).logits, expected)
 
 
-def test_in_16_bits_scores_hardly_move():
+def test_scores_in_16_bits_are_close():
     ids = text(6, 120)
     exact, rounded = (
         reconstruction.reconstruct(model, plan_for(model), read(model, ids), ids)
@@ -215,7 +217,7 @@ def test_in_16_bits_scores_hardly_move():
         assert float((rounded[layer] - scores).abs().mean()) < 0.1 * float(scores.std())
 
 
-def test_the_text_must_be_given_and_fit():
+def test_the_context_must_be_given_and_match():
     model, ids = tiny("llama"), text()
     plan, cache = plan_for(model), read(model, ids)
     with pytest.raises(
@@ -224,16 +226,16 @@ def test_the_text_must_be_given_and_fit():
         headsink.compress(model, plan, cache)
     with pytest.raises(HeadsinkError, match=r"input_ids: \[1, 60\]"):
         headsink.compress(model, plan, cache, input_ids=ids[:, 1:])
-    assert cache.get_seq_length() == LENGTH  # nothing was taken
+    assert cache.get_seq_length() == LENGTH  # it is unchanged
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_values_may_stay_as_they_are(family):
+def test_value_refitting_is_optional(family):
     model, ids = tiny(family), text()
     plan, cache = plan_for(model), read(model, ids)
     before = [layer.values.clone() for layer in cache.layers]
     scores = reconstruction.reconstruct(model, plan.model_copy(update={"refit_values": False}), cache, ids)
     assert all(torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))
-    fitted = reconstruction.reconstruct(model, plan, cache, ids)  # which they are not otherwise; scores are the same
-    assert all(torch.equal(scores[layer], fitted[layer]) for layer in scores)
+    refitted = reconstruction.reconstruct(model, plan, cache, ids)  # refits the values; scores are the same
+    assert all(torch.equal(scores[layer], refitted[layer]) for layer in scores)
     assert any(not torch.equal(layer.values, old) for layer, old in zip(cache.layers, before, strict=True))

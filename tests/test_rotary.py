@@ -1,4 +1,4 @@
-"""Positions counted in the cache: the same as StreamingLLM written out, far past the model's maximum."""
+"""Cache-relative positions equal a reference of StreamingLLM, far past the model's maximum."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ from headsink.models.transformers_names import cache_argument
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
 
 
-def rotate(model, vectors, places, sign=1):
-    """By transformers' own cos and sin. vectors: [..., tokens, dim]; places: [tokens]."""
+def rotate(model, vectors, positions, sign=1):
+    """Rotate vectors by transformers' cos and sin. vectors: [..., tokens, dim]; positions: [tokens]."""
     rotary = decoder(model).rotary_emb
     kind = ("full_attention",) if hasattr(rotary, "layer_types") else ()
-    cos, sin = rotary(torch.empty(0, dtype=torch.float64), places[None], *kind)
-    if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one of each pair
+    cos, sin = rotary(torch.empty(0, dtype=torch.float64), positions[None], *kind)
+    if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one value per pair
         cos, sin = (torch.cat([t, t], -1) for t in (cos, sin))
-    size = getattr(rotary, "attention_scaling", 1.0)  # of yarn, which keys and queries have on top
+    size = getattr(rotary, "attention_scaling", 1.0)  # yarn's extra scaling of keys and queries
     cos, sin = cos[0] / size, sin[0] / size * sign
     rotated, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, -1)
@@ -37,7 +37,7 @@ def rotate(model, vectors, places, sign=1):
 
 
 def streaming(model, plan, ids, mask):
-    """Logits as the definition says: every query, and every key that it sees, rotated by its place among those keys."""
+    """Return logits by the definition: every query and its visible keys are rotated by their index among those keys."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         heads = plan.layers[module.layer_idx]
@@ -47,16 +47,16 @@ def streaming(model, plan, ids, mask):
         output, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
         for row in range(len(query)):
             first = 0 if mask is None else int(mask[row].int().argmax())
-            places = torch.arange(query.shape[2] - first)
-            q, k = (rotate(model, t[row, :, first:], places, -1) for t in (query, key))  # as before rotation
-            for i in range(len(places)):
+            positions = torch.arange(query.shape[2] - first)
+            q, k = (rotate(model, t[row, :, first:], positions, -1) for t in (query, key))  # undo the rotation
+            for i in range(len(positions)):
                 for n, pattern in enumerate(head.pattern for head in heads):
                     seen = torch.tensor(
                         [j for j in range(i + 1) if j < pattern.sink or i - j < pattern.window], dtype=torch.long
                     )
                     if len(seen):
                         rows = slice(n * group, (n + 1) * group)
-                        # A head without a window is one past the first tokens, if it can see itself no more.
+                        # A head without a window has its query one past the sink tokens, if it does not attend to itself.
                         at = torch.tensor([len(seen) - 1])
                         own, keys = (
                             rotate(model, q[rows, i : i + 1], at),
@@ -82,7 +82,7 @@ def streaming(model, plan, ids, mask):
 
 @pytest.mark.parametrize("family", ROTARY)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-def test_places_are_those_of_the_cache(family, padding):
+def test_positions_are_cache_relative(family, padding):
     model = tiny(family, dtype=torch.float64)
     for seed in range(2):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
@@ -98,7 +98,7 @@ def test_places_are_those_of_the_cache(family, padding):
 
 
 @pytest.mark.parametrize("family", DECODED)
-def test_compiled_steps_count_the_same(family):
+def test_compiled_steps_use_the_same_positions(family):
     for seed in range(3):
         model = tiny(family, seed=seed)
         plan, ids = window_plan(model, seed), torch.randint(3, 211, (1, 640))  # over the model's 512
@@ -112,7 +112,7 @@ def test_compiled_steps_count_the_same(family):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_compiled_steps_of_several_texts_count_the_same():
+def test_compiled_steps_of_a_batch_use_the_same_positions():
     model = tiny("llama", seed=1)
     plan, ids = window_plan(model, 1), torch.randint(3, 211, (3, 140))
     mask = torch.ones_like(ids)
@@ -120,14 +120,14 @@ def test_compiled_steps_of_several_texts_count_the_same():
     expected, _ = feed(model, plan, ids, [10, 1], mask)
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        places = (mask[:, :10].cumsum(1) - 1).clamp(min=0)
-        model(ids[:, :10], **cache_argument(cache), attention_mask=mask[:, :10], position_ids=places)
+        positions = (mask[:, :10].cumsum(1) - 1).clamp(min=0)
+        model(ids[:, :10], **cache_argument(cache), attention_mask=mask[:, :10], position_ids=positions)
         with decoding(model, cache) as step:
             found = torch.stack([step.run(ids[:, column]) for column in range(10, 140)], 1)
     torch.testing.assert_close(found, expected[:, 10:], rtol=1e-3, atol=1e-3)
 
 
-def test_tokens_can_be_taken_back():
+def test_tokens_can_be_cropped():
     model = tiny("llama", dtype=torch.float64)
     plan, ids = window_plan(model, 1), torch.randint(3, 211, (1, 60))
     expected, _ = feed(model, plan, ids, [1000])
@@ -141,7 +141,7 @@ def test_tokens_can_be_taken_back():
     torch.testing.assert_close(found, expected[:, 30:], rtol=0, atol=1e-5)
 
 
-def test_a_text_in_its_window_is_the_model_itself():
+def test_a_sequence_within_its_window_equals_the_model():
     model = tiny("qwen3")
     plan, ids = Plan.uniform(model, Pattern(4, 0, 60), positions="cache-relative"), torch.randint(3, 211, (2, 64))
     found, _ = feed(model, plan, ids, [1000])
@@ -149,8 +149,8 @@ def test_a_text_in_its_window_is_the_model_itself():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_no_distance_is_over_the_cache():
-    """A text that goes on with the same token has the same logits again and again, however far it goes."""
+def test_no_distance_exceeds_the_cache():
+    """A text that repeats one token has the same logits at any length."""
     model = tiny("llama", dtype=torch.float64)
     plan, ids = Plan.uniform(model, Pattern(4, 0, 12), positions="cache-relative"), torch.full((1, 3000), 7)
     found, cache = feed(model, plan, ids, [500])
@@ -163,15 +163,15 @@ def test_no_distance_is_over_the_cache():
         feed(model, text, ids, [500])
 
 
-def test_turning_back_undoes_a_rotation():
-    model, places = tiny("phi3"), torch.tensor([3, 700, 12345])
+def test_inverse_rotation_undoes_a_rotation():
+    model, positions = tiny("phi3"), torch.tensor([3, 700, 12345])
     vectors = torch.randn(2, 4, 3, 12, dtype=torch.float64)
-    there = rotate(model, vectors, places)
-    torch.testing.assert_close(rotate_back(there, places, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
-    torch.testing.assert_close(rotate_back(there, places - places, inverse_frequencies(model)), there)
+    there = rotate(model, vectors, positions)
+    torch.testing.assert_close(rotate_back(there, positions, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
+    torch.testing.assert_close(rotate_back(there, positions - positions, inverse_frequencies(model)), there)
 
 
-def test_only_windows_can_count_in_the_cache(tmp_path):
+def test_cache_relative_positions_need_windows_only(tmp_path):
     model = tiny("llama")
     for pattern, field in (
         (Pattern(), "layers.0.0 has full attention"),
@@ -201,7 +201,7 @@ def test_more_positions_than_the_model_has_are_refused():
             plan.check(model)
 
 
-def test_generate_goes_past_the_maximum(tokenizer):
+def test_generate_exceeds_the_models_maximum(tokenizer):
     model = tiny("llama")
     plan, ids = Plan.uniform(model, Pattern(4, 0, 30), positions="cache-relative"), list(range(3, 200)) * 2
     found = generate(model, tokenizer, ids, plan, max_new_tokens=300)

@@ -1,4 +1,4 @@
-"""A model under a plan equals the reference, however the text is fed; an all-full plan is the model."""
+"""A model under a plan equals the reference for any division into chunks; an all-full plan equals the model."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 def feed(model, plan, ids, sizes, mask=None, freeze=None, exact=True):
-    """Logits of `ids` given to the model in pieces of `sizes` (the last size repeats), held from a column on."""
+    """Return the logits of `ids` fed in chunks of `sizes` (the last size repeats), frozen from a column on."""
     cache, parts, start = headsink.new_cache(model, plan, exact), [], 0
     sizes = list(sizes)
     with headsink.apply(model, plan), torch.no_grad():
@@ -69,8 +69,8 @@ def test_any_plan_equals_the_reference(family, way, padding):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-def test_any_plan_equals_the_reference_by_the_kernels(family, way, padding):
-    """float64 goes through torch; float32 through what is compiled."""
+def test_any_plan_equals_the_reference_with_kernels(family, way, padding):
+    """float64 runs in torch, float32 in compiled kernels."""
     model, exact = tiny(family), tiny(family, dtype=torch.float64)
     for seed, freeze in enumerate((None, 45)):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
@@ -84,7 +84,7 @@ def test_any_plan_equals_the_reference_by_the_kernels(family, way, padding):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-def test_any_held_plan_equals_the_reference(family, way, padding):
+def test_any_frozen_plan_equals_the_reference(family, way, padding):
     model = tiny(family, dtype=torch.float64)
     for seed, freeze in enumerate((1, 30, 45)):
         ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
@@ -98,7 +98,7 @@ def test_any_held_plan_equals_the_reference(family, way, padding):
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
 @pytest.mark.parametrize("sizes", [[1000], [200, 131, 1, 1, 9], [1]], ids=["one pass", "chunks", "token by token"])
 @pytest.mark.parametrize("freeze", [None, 150])
-def test_top_k_keys_that_come_and_go(family, sizes, freeze):
+def test_top_k_keys_that_are_replaced(family, sizes, freeze):
     model, (ids, mask) = tiny(family, dtype=torch.float64), padded(length=250)
     patterns = [Pattern(2, 5, 16), Pattern(0, 1, 0), Pattern(4, 2, 40), Pattern(1, 16, 1)]
     heads = model.config.num_key_value_heads
@@ -111,7 +111,7 @@ def test_top_k_keys_that_come_and_go(family, sizes, freeze):
         assert (group.scores > float("-inf")).all()
 
 
-def test_long_prefill_goes_through_in_blocks():
+def test_long_prefill_is_computed_in_blocks():
     model = tiny("llama")
     ids = torch.randint(3, 211, (1, 411))
     plan = random_plan(model, 7)
@@ -122,9 +122,9 @@ def test_long_prefill_goes_through_in_blocks():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 @torch.no_grad()
-def test_all_full_plan_is_the_model(family, padding):
-    """Bit for bit, prefill and decode: the same kernel is called with the same numbers. So is any plan held from the start. Where
-    `sdpa` cannot express the model's attention, up to rounding."""
+def test_all_full_plan_equals_the_model(family, padding):
+    """Bit for bit in prefill and decode, because the same kernel gets the same numbers; also for any plan frozen from the start.
+    Up to rounding where `sdpa` cannot express the model's attention."""
     model = tiny(family)
     ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
     plain, parts = DynamicCache(config=model.config), []
@@ -142,15 +142,15 @@ def test_all_full_plan_is_the_model(family, padding):
 
 @pytest.mark.parametrize("family", EAGER)
 @torch.no_grad()
-def test_ordinary_caches_get_the_models_own_attention_meanwhile(family):
+def test_other_caches_use_the_models_attention(family):
     model, (ids, mask) = tiny(family), padded(length=300)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    for given in ({}, {"attention_mask": mask, "position_ids": places}):
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for given in ({}, {"attention_mask": mask, "position_ids": positions}):
         expected, cache = model(ids, **given).logits, DynamicCache(config=model.config)
         with engaged(model):
             found = [model(ids, **given).logits]
             for start, end in ((0, 20), (20, 299), (299, 300)):
-                part = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]} if given else {}
+                part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]} if given else {}
                 found.append(model(ids[:, start:end], **cache_argument(cache), **part).logits)
         real = mask.bool() if given else slice(None)
         for logits in (found[0], torch.cat(found[1:], 1)):
@@ -158,7 +158,7 @@ def test_ordinary_caches_get_the_models_own_attention_meanwhile(family):
 
 
 @torch.no_grad()
-def test_all_full_plan_is_the_model_in_bfloat16():
+def test_all_full_plan_equals_the_model_in_bfloat16():
     model = tiny("llama", dtype=torch.bfloat16)
     ids = torch.randint(3, 211, (2, 61))
     plain = DynamicCache(config=model.config)
@@ -169,7 +169,7 @@ def test_all_full_plan_is_the_model_in_bfloat16():
 
 @torch.no_grad()
 @pytest.mark.parametrize("freeze", [None, 60])
-def test_bfloat16_is_as_near_the_reference_as_the_model_is_to_itself(freeze):
+def test_bfloat16_error_is_that_of_the_model(freeze):
     half, whole, ids = tiny("llama", dtype=torch.bfloat16), tiny("llama"), torch.randint(3, 211, (1, 90))
     plan = Plan.uniform(whole, Pattern(2, 0, 9))
     logits, _ = feed(half, plan, ids, [60, 1], freeze=freeze)
@@ -181,7 +181,7 @@ def test_bfloat16_is_as_near_the_reference_as_the_model_is_to_itself(freeze):
 
 
 @pytest.mark.parametrize("freeze", [None, 250])
-def test_cache_holds_what_the_plan_keeps_and_nothing_more(freeze):
+def test_the_cache_has_exactly_the_plans_keys(freeze):
     model = tiny("llama")
     patterns = [[Pattern(4, 0, 16), Pattern(0, 30, 8)], [Pattern(4, 0, 16)] * 2, [Pattern(), Pattern(1, 0, 0)]]
     plan = Plan.of(model, patterns, torch.randn(3, 2, n_features(12)))
@@ -233,7 +233,7 @@ def test_crop_while_recording_leaves_no_trace(padding):
     torch.testing.assert_close(logits, expected[:, 40:], **TOLERANCE)
 
 
-def test_a_short_text_holds_no_slots_for_top_k_keys_of_a_long_one():
+def test_a_short_sequence_allocates_few_top_k_slots():
     model = tiny("llama")
     plan = Plan.of(model, [[Pattern(2, 400, 16)] * 2] * 3, torch.randn(3, 2, n_features(12)))
     for tokens, slots in ((10, 128), (128, 128), (140, 256), (410, 418), (500, 418)):
@@ -242,8 +242,8 @@ def test_a_short_text_holds_no_slots_for_top_k_keys_of_a_long_one():
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_a_copy_of_a_cache_goes_its_own_way(tokens):
-    """As transformers' own examples do with a prompt that many texts begin with."""
+def test_a_copy_of_a_cache_is_independent(tokens):
+    """As in transformers' examples of a shared prompt prefix."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 7)
     ids, other = torch.randint(3, 211, (1, 60)), torch.randint(3, 211, (1, 30))
     rests = other, ids[:, 30:]
@@ -272,14 +272,14 @@ def test_crop_inside_the_window_needs_no_recording(freeze):
     torch.testing.assert_close(logits, reference_logits(model, plan, ids, freeze=freeze)[:, 30:], **TOLERANCE)
 
 
-def test_crop_of_what_is_gone_is_refused():
+def test_crop_to_evicted_tokens_is_refused():
     model = tiny("llama")
     _, cache = feed(model, Plan.uniform(model, Pattern(2, 0, 8)), torch.randint(3, 211, (1, 50)), [50])
     with pytest.raises(HeadsinkError, match="cannot take back 3 tokens"):
         cache.crop(-3)
 
 
-def test_hold_takes_in_what_was_recorded_and_lets_later_tokens_be_taken_back():
+def test_freeze_includes_recorded_tokens_and_later_ones_can_be_cropped():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 3)
     ids, cache = torch.randint(3, 211, (1, 80)), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
@@ -344,8 +344,8 @@ def test_generate_with_an_all_full_plan_gives_the_models_tokens(family, how):
 
 
 @pytest.mark.parametrize("how", GENERATE)
-def test_generate_with_a_plan_follows_the_reference(how):
-    """The logits that `generate` reports for its own output are those of the reference on that output."""
+def test_generate_with_a_plan_equals_the_reference(how):
+    """The logits that `generate` returns equal those of the reference on its output."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 4)
     ids, mask = padded()
     options = {"attention_mask": mask, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
@@ -353,14 +353,14 @@ def test_generate_with_a_plan_follows_the_reference(how):
         result = model.generate(ids, **options, **GENERATE[how])
     assert isinstance(returned_cache(result), headsink.cache.PlanCache)
     if how == "beams":
-        return  # its logits are per beam and step; that the beams carry their caches is tested with the full plan
+        return  # its logits are per beam and step; beams with their caches are tested with the full plan
     new = len(result.logits)
     full_mask = torch.cat([mask, torch.ones(3, new, dtype=mask.dtype)], 1)
     expected = reference_logits(model, plan, result.sequences, full_mask)[:, 60:-1]
     torch.testing.assert_close(torch.stack(result.logits, 1), expected, **TOLERANCE)
 
 
-def test_beams_keep_their_own_caches():
+def test_each_beam_keeps_its_cache():
     """Beam search under a plan equals beam search over the reference without any cache."""
     model, plan = tiny("llama"), random_plan(tiny("llama"), 9)
     ids = torch.randint(3, 211, (2, 30))
@@ -375,7 +375,7 @@ def test_beams_keep_their_own_caches():
 
 def test_assisted_decoding_equals_greedy_under_the_plan():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 6)
-    ids = torch.randint(3, 40, (1, 50)).repeat(1, 2)  # repetitive, so that look-up finds candidates
+    ids = torch.randint(3, 40, (1, 50)).repeat(1, 2)  # repetitive, so that prompt lookup finds candidates
     with headsink.apply(model, plan):
         expected = model.generate(ids, max_new_tokens=20, do_sample=False)
         cache = headsink.new_cache(model, plan)
@@ -422,7 +422,7 @@ def reference_logits_inside(model, plan, ids):
     return reference_logits(twin, plan, ids)
 
 
-def test_two_threads_with_two_plans_do_not_meet():
+def test_two_threads_with_two_plans_are_independent():
     model = tiny("llama")
     plans = [Plan.full(model), random_plan(model, 1), random_plan(model, 2)]
     prompts = [torch.randint(3, 211, (1, 40 + 3 * n)) for n in range(len(plans))]
@@ -464,7 +464,7 @@ def test_the_fingerprint_is_the_same_in_bfloat16():
     assert headsink.new_cache(tiny("llama", dtype=torch.bfloat16), plan) is not None
 
 
-def test_caches_that_cannot_hold_the_plan_are_refused():
+def test_caches_incompatible_with_the_plan_are_refused():
     model, ids = tiny("llama"), torch.randint(3, 211, (1, 20))
     plan, used = Plan.full(model), DynamicCache(config=model.config)
     model(ids, **cache_argument(used))
@@ -489,14 +489,14 @@ def test_padding_that_changes_midway_is_refused():
     ("mask", "message"),
     [([[1, 0, 1, 1]], "gaps"), ([[[[1, 1, 1, 1]] * 4]], "2-D attention mask")],
 )
-def test_masks_that_mean_nothing_here_are_refused(mask, message):
+def test_unsupported_masks_are_refused(mask, message):
     model = tiny("llama")
     with headsink.apply(model, Plan.full(model)), pytest.raises(HeadsinkError, match=message):
         model(torch.randint(3, 211, (1, 4)), attention_mask=torch.tensor(mask).bool())
 
 
 @torch.no_grad()
-def test_a_text_beyond_the_verified_length_is_warned_of_once(recwarn):
+def test_a_text_beyond_the_verified_length_warns_once(recwarn):
     model, ids = tiny("llama"), torch.randint(3, 211, (2, 40))
     plan = random_plan(model, 0)
     verified = plan.model_copy(update={"quality": (Quality(**{**QUALITY, "context": 40}),)})
@@ -515,8 +515,8 @@ def test_a_text_beyond_the_verified_length_is_warned_of_once(recwarn):
 
 
 @pytest.mark.parametrize("kind", ["plan", "full", "endless"])
-def test_nothing_is_left_behind_by_200_calls(kind):
-    """Of any tensor, and of what Python holds, from the twentieth call on."""
+def test_200_calls_leak_nothing(kind):
+    """No tensor and no other Python object is leaked, from the twentieth call on."""
     model = tiny("llama")
     plan = {
         "plan": random_plan(model, 3),
@@ -529,7 +529,9 @@ def test_nothing_is_left_behind_by_200_calls(kind):
             model.generate(ids, max_new_tokens=4, do_sample=False)
         if number in (19, 199):
             gc.collect()
-            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # not proxies of what is gone
+            tensors = [
+                x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)
+            ]  # without proxies of deleted objects
             sizes.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors), len(gc.get_objects())))
     assert sizes[1][0] <= sizes[0][0]
     assert sizes[1][1] <= sizes[0][1]

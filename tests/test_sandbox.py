@@ -1,4 +1,4 @@
-"""What a model's code can do, and that it passes only if its tests ran and held."""
+"""The sandbox: limits of generated code, and a verdict of passed only if all tests ran without an error."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ def quickly(solution, tests="", **limits):
     return judge(solution, tests, **({"cpu_seconds": 1, "seconds": 3} | limits))
 
 
-def test_right_code_passes_and_wrong_code_says_why():
+def test_correct_code_passes_and_wrong_code_gives_the_reason():
     assert judge(RIGHT, TESTS).passed
     wrong = judge(RIGHT, "assert double(2) == 5, 'not five'\n")
     assert (wrong.passed, wrong.reason) == (False, "failed: AssertionError: not five")
@@ -31,7 +31,7 @@ def test_code_that_ends_before_its_tests_does_not_pass(ending):
     assert not quickly(f"{RIGHT}{ending}\n", TESTS).passed
 
 
-def test_what_code_prints_is_no_verdict():
+def test_printed_output_is_not_a_verdict():
     assert quickly("print('passed')\n", "assert False\n").reason == "failed: AssertionError"
 
 
@@ -42,12 +42,12 @@ def test_loops_and_sleep_end():
     assert time.monotonic() - start < 10
 
 
-def test_memory_and_files_are_bounded():
+def test_memory_and_files_are_limited():
     assert quickly("x = 'a' * (1 << 31)\n").reason.startswith("failed: MemoryError")
     assert quickly("open('x', 'wb').write(bytes(1 << 26))\n").reason.startswith("failed: OSError")
 
 
-def test_processes_are_bounded():
+def test_processes_are_limited():
     bomb = "import os\nn = 1\ntry:\n  while os.fork(): n += 1\n  os._exit(0) if n else 0\nexcept OSError: pass\n"
     slow = bomb.replace("os._exit(0) if n else 0", "import time; time.sleep(100)")
     start = time.monotonic()
@@ -56,14 +56,14 @@ def test_processes_are_bounded():
     assert time.monotonic() - start < 30
 
 
-def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch):
+def test_the_environment_is_empty_and_the_folder_temporary(monkeypatch):
     monkeypatch.setenv("HEADSINK_SECRET", "x")
     assert quickly("import os\n", "assert 'HEADSINK_SECRET' not in os.environ and not os.listdir('.')\n").passed
     assert quickly("open('a', 'w').write('b')\n", "assert open('a').read() == 'b'\n").passed
     assert quickly("input()\n").reason.startswith("failed: EOFError")
 
 
-def test_two_runs_see_sets_in_the_same_order():
+def test_sets_have_the_same_order_in_every_run():
     code = "order = list({'one', 'two', 'three', 'four', 'five'})\n"
     assert len({quickly(code, "assert 0, order\n").reason for _ in range(4)}) == 1
 

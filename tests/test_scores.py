@@ -1,4 +1,4 @@
-"""Scores of keys, and which keys they keep."""
+"""Importance scores of keys, and the top-k keys they select."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from headsink.eviction.scoring import key_features, key_scores, n_features
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [6, 64])
-def test_a_score_is_the_same_whatever_it_is_computed_with(dim, dtype):
+def test_a_score_does_not_depend_on_its_batch(dim, dtype):
     key, value = torch.randn(2, 2, 3, 70, dim).to(dtype)
     weights = torch.randn(3, n_features(dim))
     scores = key_scores(key, value, weights)
@@ -23,17 +23,17 @@ def test_a_score_is_the_same_whatever_it_is_computed_with(dim, dtype):
         assert torch.equal(alone, scores[:, :, n : n + 1])
 
 
-def test_pairs_are_those_that_rotary_embedding_turns():
+def test_feature_pairs_are_those_of_rotary_embedding():
     key, value = torch.tensor([3.0, 0.0, 4.0, 2.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
     assert key_features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
 
 
-def slow_best(held, leaving, gone, top_k):
-    """One query after the other."""
+def slow_best(earlier, leaving, counts, top_k):
+    """Find the top-k keys query by query."""
     rows = []
-    for left in gone.tolist():
-        scores = torch.cat([held, leaving], -1)
-        scores[..., held.shape[-1] + left :] = float("-inf")
+    for left in counts.tolist():
+        scores = torch.cat([earlier, leaving], -1)
+        scores[..., earlier.shape[-1] + left :] = float("-inf")
         top = scores.topk(min(top_k, scores.shape[-1]), -1)
         rows.append(torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, top.values > float("-inf")))
     return torch.stack(rows, -2)
@@ -48,34 +48,34 @@ def slow_best(held, leaving, gone, top_k):
     st.integers(0, 10_000),
 )
 @settings(max_examples=400, deadline=None)
-def test_the_best_are_those_found_one_query_after_the_other(shape, before, later, top_k, gone, seed):
+def test_top_k_keys_equal_a_query_by_query_search(shape, before, later, top_k, counts, seed):
     generator = torch.Generator().manual_seed(seed)
-    held, leaving = (torch.randn(*shape, keys, generator=generator) for keys in (before, later))
-    for scores, empty in ((held, 0.3), (leaving, 0.2)):
+    earlier, leaving = (torch.randn(*shape, keys, generator=generator) for keys in (before, later))
+    for scores, empty in ((earlier, 0.3), (leaving, 0.2)):
         scores[torch.rand(scores.shape, generator=generator) < empty] = float("-inf")
-    gone = torch.tensor(sorted(min(n, later) for n in gone))
-    assert torch.equal(best(held, leaving, gone, top_k), slow_best(held, leaving, gone, top_k))
+    counts = torch.tensor(sorted(min(n, later) for n in counts))
+    assert torch.equal(best(earlier, leaving, counts, top_k), slow_best(earlier, leaving, counts, top_k))
 
 
-def test_of_equal_scores_no_more_are_kept_than_there_is_room_for():
-    gone = torch.arange(6)
-    found = best(torch.zeros(3), torch.zeros(5), gone, 3)
+def test_equal_scores_do_not_exceed_the_capacity():
+    counts = torch.arange(6)
+    found = best(torch.zeros(3), torch.zeros(5), counts, 3)
     assert found.sum(-1).tolist() == [3] * 6
-    assert not (found[:, 3:] & (torch.arange(5) >= gone[:, None])).any()
+    assert not (found[:, 3:] & (torch.arange(5) >= counts[:, None])).any()
 
 
 @pytest.mark.parametrize(
     ("before", "later", "top_k"),
     [(0, 1, 1), (3, 40, 2), (5, 0, 3), (7, 20, 0), (2, 300, 5), (0, 500, 130), (140, 260, 140), (4, 30, 90)],
 )
-def test_lifetimes_at_once_are_those_of_a_heap(device, before, later, top_k):
-    """Equal scores too: which of them stay must not depend on the machine."""
-    held, leaving = (torch.randint(-9, 10, (2, 2, keys)).float() for keys in (before, later))
-    for scores in (held, leaving):
+def test_vectorised_lifetimes_equal_those_of_a_heap(device, before, later, top_k):
+    """Also for equal scores: the choice must not depend on the machine."""
+    earlier, leaving = (torch.randint(-9, 10, (2, 2, keys)).float() for keys in (before, later))
+    for scores in (earlier, leaving):
         scores[scores == -9] = float("-inf")
     leaving[1] = torch.randn(2, later)
-    found = lifetimes(held.to(device), leaving.to(device), top_k).cpu()
+    found = lifetimes(earlier.to(device), leaving.to(device), top_k).cpu()
     expected = np.empty((4, before + later), np.int64)
-    for row, (own, new) in enumerate(zip(held.flatten(0, 1), leaving.flatten(0, 1), strict=True)):
+    for row, (own, new) in enumerate(zip(earlier.flatten(0, 1), leaving.flatten(0, 1), strict=True)):
         lifetimes_module._lifetimes(own.double().numpy(), new.double().numpy(), top_k, expected[row])
     assert found.flatten(0, 1).tolist() == expected.tolist()

@@ -1,4 +1,4 @@
-"""The choice under a budget against all choices; the search that makes it, step by step."""
+"""The choice of patterns under a budget against all choices, and the steps of the search."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_replay import SOME, everything, replayed
+from test_replay import SOME, everything, make_replay
 
 from headsink import HeadsinkError, Pattern
 from headsink.calibration import method as method_module
@@ -20,7 +20,7 @@ from headsink.eviction.pattern import FULL
 from headsink.models.spec import attention_modules
 
 CONTEXT = 190  # a document of the replays and the longest branch
-SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns are of one size
+SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns have the same size
 LEAST = Pattern(SINK, 0, 8)
 ON_OFF = Pattern(4, 0, 24)
 METHODS = (
@@ -41,17 +41,17 @@ every_family = pytest.mark.parametrize("family", SOME)
 
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch):
-    monkeypatch.setattr(method_module, "ON_OFF", (4, 0, 24))  # 320 tokens are more than these texts
+    monkeypatch.setattr(method_module, "ON_OFF", (4, 0, 24))  # the default of 320 tokens exceeds these texts
 
 
 @cache
 def replays(family):
     model = tiny(family)
-    return [replayed(model, seed)[0] for seed in range(2)]
+    return [make_replay(model, seed)[0] for seed in range(2)]
 
 
 def needs(family, seed=0):
-    """How much 100 keys are needed: by lot, in each head more than in the one before it."""
+    """Return random importance of 100 keys, in each head higher than in the previous one."""
     shape = replays(family)[0].shape
     heads = shape.layers * shape.kv_heads
     need = torch.randn(heads, 100, generator=torch.Generator().manual_seed(seed)) + torch.arange(heads)[:, None] / 2
@@ -65,7 +65,7 @@ def searching(family, method, seed=0):
 
 
 def run(family, method, budget, seed=0):
-    """All steps; a search that never ends fails."""
+    """Return all steps of a search; fails if it does not end."""
     steps = []
 
     def report(step):
@@ -91,7 +91,7 @@ SIZES = torch.tensor([20, 44, 100], dtype=torch.float64)
 
 
 def random_costs(seed, rows=4):
-    """Larger patterns cost less, as a rule; slopes know exceptions."""
+    """Return random costs: larger patterns mostly cost less."""
     cost = torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return cost.sort(-1, descending=True).values if seed % 2 else cost - 0.3
 
@@ -102,7 +102,7 @@ def total(cost, pick):
 
 @given(st.integers(0, 10_000), st.floats(0.2, 1))
 @settings(max_examples=60, deadline=None)
-def test_choice_fits_and_is_near_the_best(seed, budget):
+def test_the_choice_fits_and_is_close_to_the_best(seed, budget):
     cost, allowed = random_costs(seed), budget * 400
     pick = choose(cost, SIZES, allowed)
     assert float(SIZES[pick].sum()) <= allowed
@@ -113,19 +113,19 @@ def test_choice_fits_and_is_near_the_best(seed, budget):
     assert best - 1e-12 <= total(cost, pick) <= best + worst_head  # at most one head worse than the best of all
 
 
-def test_room_for_everything_takes_the_best_of_every_row():
+def test_with_enough_budget_every_row_takes_its_best():
     for seed in range(10):
         cost = random_costs(seed, rows=20)
         assert torch.equal(choose(cost, SIZES, 20 * 100), cost.argmin(1))
 
 
-def test_more_room_is_never_worse():
+def test_more_budget_is_never_worse():
     cost = random_costs(3, rows=18)
     costs = [total(cost, choose(cost, SIZES, share * 1800)) for share in (0.2, 0.25, 0.3, 0.5, 0.8, 1.0)]
     assert costs == sorted(costs, reverse=True)
 
 
-def test_options_of_endless_cost_are_not_taken():
+def test_options_of_infinite_cost_are_not_chosen():
     cost = random_costs(1, rows=6)
     cost[2, 0] = cost[4, :2] = float("inf")
     for allowed in (244, 300, 400, 600):
@@ -134,7 +134,7 @@ def test_options_of_endless_cost_are_not_taken():
         assert torch.isfinite(cost.gather(1, pick[:, None])).all()
 
 
-def test_no_room_is_refused():
+def test_an_impossible_budget_is_refused():
     with pytest.raises(HeadsinkError, match="budget: 79 keys are less than the smallest plan, 80"):
         choose(random_costs(1), SIZES, 79)
 
@@ -144,7 +144,7 @@ def test_no_room_is_refused():
 
 @every_family
 @every_method
-def test_every_step_is_within_the_budget_and_says_what_it_is(family, method):
+def test_every_step_is_within_the_budget_and_reports_its_cost(family, method):
     for budget in (0.3, 0.55, 0.9):
         steps, made = run(family, method, budget), searching(family, method)
         assert [step.phase for step in steps] == sorted(
@@ -162,7 +162,7 @@ def test_every_step_is_within_the_budget_and_says_what_it_is(family, method):
             assert {pattern for step in steps for pattern in heads(step)} <= set(method.options(CONTEXT))
 
 
-def test_the_shapes_of_other_methods():
+def test_patterns_of_baseline_policies():
     for budget in (0.3, 0.55, 0.9):
         for family in SOME:
             shared = run(family, Method(policy="streaming-llm"), budget)[-1]
@@ -176,7 +176,7 @@ def test_the_shapes_of_other_methods():
 
 @every_family
 def test_layers_become_full_one_by_one(family):
-    """A layer takes more keys than a step spends: the search must still go on, and end."""
+    """A layer needs more keys than a step adds: the search must still continue, and end."""
     layers = sum(window is None for window in replays(family)[0].shape.windows)
     one = (1 + (layers - 1) * ON_OFF.size(CONTEXT) / CONTEXT) / layers
     found = run(family, Method(policy="layer-wise"), one + 0.01)[-1]
@@ -184,7 +184,7 @@ def test_layers_become_full_one_by_one(family):
 
 
 @every_family
-def test_lots_are_repeatable_and_more_budget_keeps_what_was_drawn(family):
+def test_random_allocation_is_repeatable_and_grows_with_the_budget(family):
     method, before = Method(policy="random"), None
     for budget in (0.3, 0.5, 0.7, 0.9, 1.0):
         found = run(family, method, budget, seed=5)[-1]
@@ -212,7 +212,7 @@ def test_a_budget_below_the_smallest_plan_is_refused(method):
         run("llama", method, 0.02)
 
 
-def test_the_smallest_plan_itself_is_no_refusal():
+def test_the_smallest_plan_is_accepted():
     found = run("llama", Method(**SMALL), LEAST.size(CONTEXT) / CONTEXT)
     assert set(heads(found[-1])) == {LEAST}
 
@@ -231,7 +231,7 @@ def test_options_are_every_window_with_every_share_of_top_k_keys():
     )
 
 
-def test_patterns_that_are_not_smaller_than_the_text_are_no_options_nor_is_one_twice():
+def test_options_are_distinct_and_smaller_than_the_text():
     assert Method().options(40) == (Pattern(4, 0, 32), Pattern(4, 1, 32), Pattern(4, 2, 32), FULL)
     assert Method().options(36) == (FULL,)
 
@@ -241,8 +241,8 @@ def test_patterns_that_are_not_smaller_than_the_text_are_no_options_nor_is_one_t
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
-def test_a_search_starts_from_what_is_needed(family, budget):
-    """Heads get the keys that are among the most needed of all, as far as a share of the budget goes; nearly at best."""
+def test_a_search_starts_from_importance(family, budget):
+    """Heads get the most important keys of all within a share of the budget, close to the optimum."""
     made = searching(family, Method(**SMALL))
     start, need = made._start(budget), needs(family)[made.layers].flatten(0, 1)
     least = LEAST.size(CONTEXT) / CONTEXT
@@ -258,29 +258,29 @@ def test_a_search_starts_from_what_is_needed(family, budget):
     assert all(option <= p.size(CONTEXT) for option, p in zip(made.sizes[start].tolist(), heads(first), strict=True))
 
 
-def test_a_share_of_the_budget_goes_to_the_heads_with_the_most_needed_keys():
+def test_a_share_of_the_budget_is_allocated_by_importance():
     made = searching("llama", Method(windows=(8,), top_k=(0, 0.5)))
     made.need = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
-    for dealt, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
-        assert made._start(dealt / START).tolist() == expected
+    for share, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
+        assert made._start(share / START).tolist() == expected
 
 
 @every_family
-def test_without_need_a_search_starts_from_the_smallest_plan(family):
+def test_without_importance_a_search_starts_from_the_smallest_plan(family):
     smallest = [0] * len(searching(family, Method(**SMALL)).heads)
     assert searching(family, Method(need=False, **SMALL))._start(0.8).tolist() == smallest
     assert Search(replays(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
     for policy in ("on-off", "layer-wise"):
         assert searching(family, Method(policy=policy))._start(0.8).tolist() == smallest
-    for dealt in (START, 0.99):
-        budget = dealt / START * LEAST.size(CONTEXT) / CONTEXT
+    for share in (START, 0.99):
+        budget = share / START * LEAST.size(CONTEXT) / CONTEXT
         assert searching(family, Method(**SMALL))._start(budget).tolist() == smallest
 
 
 @every_family
 def test_the_first_layer_is_copied_to_all(family):
-    """With one full head in each layer it is the one that the first layer would miss most."""
+    """With one full head per layer, it is the most important head of the first layer."""
     most = (FULL.size(CONTEXT) + (replays(family)[0].shape.kv_heads - 1) * ON_OFF.size(CONTEXT)) / CONTEXT
     budget = most / replays(family)[0].shape.kv_heads + 0.01
     rows = [row for row in run(family, Method(policy="copy-first-layer"), budget)[-1].plan() if row is not None]
@@ -290,10 +290,10 @@ def test_the_first_layer_is_copied_to_all(family):
     assert [pattern.full for pattern in rows[0]] == [n == int(error[:, 0].argmax()) for n in range(len(rows[0]))]
 
 
-def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
+def test_a_plan_for_prefill_compression_is_scored_with_it():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
-    held = [replayed(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
+    held = [make_replay(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
     expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
     assert searching("llama", Method(prefill_compression=True, **SMALL)).loss(pick) == pytest.approx(expected)
     assert abs(expected - let_go) > 0.01 * let_go
@@ -304,8 +304,8 @@ def test_a_plan_for_contexts_that_are_compressed_once_is_judged_so():
 
 @every_family
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
-def test_going_forward_no_head_loses_keys(family, policy):
-    """And each step says the loss of the plan before it."""
+def test_in_forward_steps_no_head_loses_keys(family, policy):
+    """Each step reports the loss of the plan before it."""
     method = Method(policy=policy, need=False, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
     assert len(steps) >= (1 if policy == "layer-wise" else 2)
@@ -317,7 +317,7 @@ def test_going_forward_no_head_loses_keys(family, policy):
 
 
 @every_family
-def test_swaps_only_lower_the_loss(family):
+def test_swaps_never_raise_the_loss(family):
     swapped = False
     for budget in (0.25, 0.35, 0.45, 0.6, 0.75):
         without = run(family, Method(refine=False, **SMALL), budget)
@@ -333,7 +333,7 @@ def test_swaps_only_lower_the_loss(family):
 
 @every_family
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_search_goes_on_from_any_step(family, policy):
+def test_a_search_resumes_from_any_step(family, policy):
     method = Method(policy=policy, **SMALL)
     steps = run(family, method, 0.35)
     written = json.dumps([asdict(step) for step in steps])
@@ -347,20 +347,20 @@ def test_a_search_goes_on_from_any_step(family, policy):
 
 
 def test_keys_go_to_the_head_that_matters():
-    """Only one head of this model writes anything: it gets all, and nobody else gets more than the least."""
+    """Only one head of this model has output: it gets all keys, and the others get the minimum."""
     for layer, head in [(0, 1), (1, 0), (2, 1)]:
         model = tiny("llama")
         with torch.no_grad():
             for n, module in enumerate(attention_modules(model)):
                 columns = module.o_proj.weight.unflatten(1, (2, -1))
                 columns[:, [h for h in range(2) if (n, h) != (layer, head)]] = 0
-        found = Search([replayed(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
+        found = Search([make_replay(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
         assert found.plan() == [[FULL if (n, h) == (layer, head) else LEAST for h in range(2)] for n in range(3)]
         assert found.loss == pytest.approx(0, abs=1e-6)
 
 
-def test_what_is_expected_comes_to_the_loss_itself():
-    """Slopes that promise more than there is are charged with errors, so that with all heads full no loss is left."""
+def test_expected_gains_sum_to_the_loss():
+    """Slopes that overestimate the gain are corrected by errors, so that the expected loss with full heads is 0."""
     corrected = 0
     for family, seed in itertools.product(SOME, range(3)):
         made, plain, outputs = (
@@ -383,8 +383,8 @@ def test_what_is_expected_comes_to_the_loss_itself():
     assert corrected
 
 
-def test_heads_in_the_same_place_of_different_ranks_go_the_same_way():
-    """Of each rank the head that needs most keeps as much as the other's, and so on: no rank is fuller."""
+def test_ranks_get_the_same_budgets():
+    """The n-th most important heads of all ranks keep the same number of keys, so no rank has a larger cache."""
     differ = 0
     for policy, budget in itertools.product(("headsink", "on-off"), (0.35, 0.55, 0.8)):
         made = searching("llama-mha", Method(policy=policy, ranks=2, **SMALL))
@@ -400,7 +400,7 @@ def test_heads_in_the_same_place_of_different_ranks_go_the_same_way():
     assert differ
 
 
-def test_more_ranks_than_heads_keep_alike_in_a_layer():
+def test_with_more_ranks_than_heads_a_layer_has_one_size():
     for row in run("llama", Method(ranks=4, **SMALL), 0.55)[-1].plan():
         assert row[0] == row[1]
 

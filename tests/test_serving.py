@@ -1,4 +1,4 @@
-"""What serving by vLLM says and decides without vLLM; that it computes the right thing is tested in tests_vllm."""
+"""Serving with vLLM: everything that does not need vLLM. tests_vllm tests the engine's outputs."""
 
 import random
 import sys
@@ -32,7 +32,7 @@ def windowed(rng: random.Random) -> Pattern:
 
 @pytest.fixture
 def vllm_of(tmp_path, monkeypatch):
-    """Makes a package called vllm of some version appear in the path."""
+    """Return a function that puts a fake vllm package of a given version on the path."""
 
     def install(version):
         (tmp_path / "vllm").mkdir()
@@ -45,7 +45,7 @@ def vllm_of(tmp_path, monkeypatch):
 
 @given(patterns, st.sampled_from([1, 16, 32, 128]), st.integers(0, 300), st.integers(1, 200))
 @settings(max_examples=200, deadline=None)
-def test_whole_blocks_hold_what_the_pattern_sees_and_no_block_less_would(pattern, block, start, length):
+def test_blocks_are_the_fewest_that_contain_the_pattern(pattern, block, start, length):
     queries, keys = torch.arange(start, start + length), torch.arange(start + length)
     exact = visible(pattern, queries, keys, torch.zeros(len(keys)))
     kept = blocks.widen(pattern, block)
@@ -56,17 +56,17 @@ def test_whole_blocks_hold_what_the_pattern_sees_and_no_block_less_would(pattern
         assert (visible(pattern, far, far, torch.zeros(len(far))) & ~less).any()
 
 
-def test_held_is_the_most_blocks_with_a_key_that_a_later_query_sees():
+def test_peak_blocks_equal_the_visible_blocks():
     for kept in (blocks.Blocks(0, 0), blocks.Blocks(2, 1), blocks.Blocks(1, 3), blocks.ALL):
         for tokens in (1, 15, 16, 17, 100):
-            places = torch.arange(tokens)
-            seen = blocks.visible(kept, 16, places, places)
+            positions = torch.arange(tokens)
+            seen = blocks.visible(kept, 16, positions, positions)
             most = max(len({int(key) // 16 for key in row.nonzero()}) for row in seen)
             assert kept.held(tokens, 16) == most
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_groups_keep_what_every_head_needs_and_cost_what_they_say(ranks):
+def test_groups_cover_every_head_and_their_bytes_are_correct(ranks):
     model = tiny("llama-mha")
     for seed in range(20):
         plan = random_plan(model, seed, windowed)
@@ -97,8 +97,8 @@ def test_merging_is_never_worse_than_groups_of_equal_patterns():
             assert groups.choose(plan, [None] * 3, 16, 4096, 256, 1).used <= alone
 
 
-def test_a_plan_made_for_the_ranks_wastes_nothing_on_them():
-    """What vLLM reserves on each of two ranks is half of what one would, for any plan whose ranks keep alike; else more."""
+def test_a_plan_balanced_for_ranks_has_no_overhead():
+    """For a plan with equal budgets on two ranks, each rank takes half of the bytes of one; for others more."""
     model = tiny("llama-mha")
     for seed in range(20):
         plan = random_plan(model, seed, windowed)
@@ -139,11 +139,14 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
     ("make", "message"),
     [
         (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "top-k keys.*--no-top-k"),
-        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True), "compressed once"),
+        (
+            lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True),
+            "prefill compression.*--no-top-k",
+        ),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
     ],
 )
-def test_plans_that_vllm_cannot_run_are_refused_with_what_to_do(vllm_of, make, message):
+def test_unservable_plans_are_refused_with_a_remedy(vllm_of, make, message):
     vllm_of("0.32.1")
     with pytest.raises(HeadsinkError, match=message):
         headsink.serving.vllm.settings.engine_args(make(tiny("llama")))
@@ -151,7 +154,7 @@ def test_plans_that_vllm_cannot_run_are_refused_with_what_to_do(vllm_of, make, m
 
 def test_families_that_are_not_served_are_refused(vllm_of):
     vllm_of("0.32.1")
-    with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM is not a family.*Llama, Mistral"):
+    with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM cannot be served.*Llama, Mistral"):
         headsink.serving.vllm.settings.engine_args(Plan.uniform(tiny("phi3"), Pattern(4, 0, 64)))
 
 
@@ -162,7 +165,7 @@ def test_another_version_of_vllm_is_refused(vllm_of, version):
         versions.check_vllm()
 
 
-def test_the_plan_travels_in_vllms_configuration(vllm_of):
+def test_the_plan_is_passed_in_vllms_configuration(vllm_of):
     vllm_of("0.32.0")
     plan = Plan.uniform(tiny("llama"), Pattern(4, 0, 64))
     given = headsink.serving.vllm.settings.engine_args(plan)
@@ -174,7 +177,7 @@ def test_the_plan_travels_in_vllms_configuration(vllm_of):
         vllm_settings.given_plan({"headsink_plan": {}})
 
 
-def test_the_server_is_started_with_the_plan_and_vllms_own_options(vllm_of, tmp_path):
+def test_the_server_is_started_with_the_plan_and_vllm_options(vllm_of, tmp_path):
     vllm_of("0.32.0")
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The whole way on the built-in model."""
+"""Calibration, quality and census of the built-in model."""
 
 from dataclasses import replace
 
@@ -21,8 +21,8 @@ def half_plan(smollm2):
     return headsink.calibrate(model, tokenizer, budget=0.5, context=TOKENS, quality_contexts=(), progress=False)
 
 
-def test_what_the_model_finds_in_a_document_the_half_plan_finds(smollm2, half_plan):
-    """Text, and forms of questions, that calibration never saw; the document is read before it is known what is asked."""
+def test_the_half_plan_answers_what_the_full_cache_answers(smollm2, half_plan):
+    """On text and question forms that calibration did not use; the document is read before the question is known."""
     model, tokenizer = smollm2
     document = documents.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
     questions = [q for q in document.questions if q.form in ("locker", "flower")]
@@ -35,7 +35,7 @@ def test_what_the_model_finds_in_a_document_the_half_plan_finds(smollm2, half_pl
     assert float(text.kl.mean()) < 0.1
 
 
-def test_the_plan_keeps_its_budget(half_plan):
+def test_the_plan_meets_its_budget(half_plan):
     assert 0.4 < half_plan.kept(TOKENS) <= 0.5
 
 
@@ -43,25 +43,27 @@ def test_the_plan_finds_secondary_sinks(half_plan):
     assert any(head.top_k for layer in half_plan.layers for head in layer)
 
 
-def test_told_again_an_eighth_of_the_cache_is_enough(smollm2):
-    """Held-out text again. What is worth the second reading is seen beside the same plan without it."""
+def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
+    """On held-out text, compared with the same plan without context reconstruction."""
     model, tokenizer = smollm2
     method = Method(prefill_compression=True, reconstruct=True)
     plan = headsink.calibrate(
         model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
     )
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
-    told, scored = (score(model, p, document) for p in (plan, plan.model_copy(update={"reconstruction_prompt": ()})))
-    assert told[0].bytes_plan < 0.15 * told[0].bytes_full
-    assert any(branch.right_full for branch in told[1:])
-    assert all(branch.right_plan or not branch.right_full for branch in told[1:])
-    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (told, scored)]
+    reconstructed, scored = (
+        score(model, p, document) for p in (plan, plan.model_copy(update={"reconstruction_prompt": ()}))
+    )
+    assert reconstructed[0].bytes_plan < 0.15 * reconstructed[0].bytes_full
+    assert any(branch.right_full for branch in reconstructed[1:])
+    assert all(branch.right_plan or not branch.right_full for branch in reconstructed[1:])
+    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (reconstructed, scored)]
     assert kl[0][0] < min(0.05, 0.7 * kl[1][0])
     assert sum(kl[0][1:]) < 0.7 * sum(kl[1][1:])
 
 
 def test_census_sees_the_first_token_and_the_secondary_sinks(smollm2):
-    """Facts measured before on this model: no sinks in layers 0 and 1, sinks from layer 12, top_k ones in layers 3 to 10."""
+    """Known results of this model: no sinks in layers 0 and 1, sinks from layer 12, secondary sinks in layers 3 to 10."""
     model, tokenizer = smollm2
     census = headsink.analyze(model, tokenizer, lengths=(1024,), domains=("prose",), progress=False)
     first, sink = census.score("first", 1024), census.score("sink", 1024)

@@ -1,4 +1,4 @@
-"""SpeculativeDecoder mode: greedy text is the model's own, sampled text has its distribution."""
+"""Lossless mode: greedy text equals the full cache's, sampled text has its distribution."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,29 +39,29 @@ def lossless(model, plan, ids, **options):
 
 @pytest.mark.parametrize("drafted", [0, 1, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_the_models_own(family, drafted):
+def test_greedy_text_equals_the_models(family, drafted):
     # In float64 transformers' eager attention of Gemma 2 makes NaN of padding.
     model = tiny(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
     for seed in range(2):
         plan, (ids, mask) = random_plan(model, seed), padded()
         expected = own(model, ids, attention_mask=mask)
-        told = Speculation()
-        found = lossless(model, plan, ids, attention_mask=mask, draft_tokens=drafted, speculation=told)
+        speculation = Speculation()
+        found = lossless(model, plan, ids, attention_mask=mask, draft_tokens=drafted, speculation=speculation)
         assert torch.equal(found, expected)
-        assert told.kv_bytes > 0
+        assert speculation.kv_bytes > 0
         assert torch.equal(lossless(model, plan, ids[:1], draft_tokens=drafted), own(model, ids[:1]))
         assert torch.equal(lossless(model, plan, ids[:1, :1], draft_tokens=drafted), own(model, ids[:1, :1]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_draft_of_an_all_full_plan_is_always_accepted(family):
-    model, told = tiny(family, dtype=torch.float64), Speculation()
+    model, speculation = tiny(family, dtype=torch.float64), Speculation()
     ids, _ = padded()
-    lossless(model, Plan.full(model), ids, draft_tokens=3, speculation=told)
-    assert told.acceptance == 1
-    assert told.passes == NEW // 4
-    lossless(model, Plan.uniform(model, Pattern(0, 0, 1)), ids, draft_tokens=3, speculation=told)
-    assert told.acceptance < 1
+    lossless(model, Plan.full(model), ids, draft_tokens=3, speculation=speculation)
+    assert speculation.acceptance == 1
+    assert speculation.passes == NEW // 4
+    lossless(model, Plan.uniform(model, Pattern(0, 0, 1)), ids, draft_tokens=3, speculation=speculation)
+    assert speculation.acceptance < 1
 
 
 @pytest.mark.parametrize(
@@ -82,16 +82,16 @@ def test_options_of_generate_are_kept(options):
 
 @pytest.mark.parametrize("drafted", [1, 2])
 def test_samples_have_the_models_distribution(drafted):
-    """Of three tokens after a prompt, each of three: all 27 texts, against the probabilities that the model gives them."""
+    """All 27 continuations of three tokens, each with three choices, against the model's probabilities."""
     model, kept = tiny("llama", dtype=torch.float64), 3
-    for parameter in model.parameters():  # so that none is certain
+    for parameter in model.parameters():  # so that no token has probability near 1
         parameter.data *= 0.8
     plan, ids, rows = Plan.uniform(model, Pattern(2, 0, 14)), torch.randint(3, 211, (1, 20)), 3000
-    told, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
-    found = generate_lossless(model, plan, ids.repeat(rows, 1), draft_tokens=drafted, speculation=told, **options)[
-        :, 20:
-    ]
-    assert 0.1 < told.acceptance < 0.95
+    speculation, options = Speculation(), {"top_k": kept, "temperature": 2.0, "do_sample": True, "max_new_tokens": 3}
+    found = generate_lossless(
+        model, plan, ids.repeat(rows, 1), draft_tokens=drafted, speculation=speculation, **options
+    )[:, 20:]
+    assert 0.1 < speculation.acceptance < 0.95
     chances = {(): 1.0}
     for _ in range(3):
         longer = {}
@@ -106,10 +106,10 @@ def test_samples_have_the_models_distribution(drafted):
     assert set(counts) <= set(chances)
     expected = torch.tensor(list(chances.values()), dtype=torch.float64) * rows
     squares = (torch.tensor([counts[text] for text in chances]) - expected) ** 2 / expected.clamp(min=1)
-    assert float(squares.sum()) < 65  # of 26 degrees of freedom: one in 30,000 is over
+    assert float(squares.sum()) < 65  # chi-squared with 26 degrees of freedom: exceeded once in 30,000
 
 
-def test_with_a_cache_asked_for_and_several_texts_of_a_prompt():
+def test_with_a_returned_cache_and_several_sequences_per_prompt():
     model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
     plan = random_plan(model, 1)
     assert torch.equal(lossless(model, plan, ids[:1], use_cache=True), own(model, ids[:1]))
@@ -117,14 +117,14 @@ def test_with_a_cache_asked_for_and_several_texts_of_a_prompt():
     assert torch.equal(lossless(model, plan, ids, **options), own(model, ids, **options))
 
 
-def test_a_batch_without_a_token_for_padding_ends_as_the_models_own():
+def test_a_batch_without_a_padding_token_ends_like_the_models():
     model, (ids, mask) = tiny("llama", dtype=torch.float64), padded()
     options = {"attention_mask": mask, "eos_token_id": list(range(3, 60)), "pad_token_id": None}
     model.generation_config.pad_token_id = None
     assert torch.equal(lossless(model, random_plan(model, 1), ids, **options), own(model, ids, **options))
 
 
-def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
+def test_under_autocast_in_inference_mode_and_in_a_thread_next_to_a_plan():
     model, (ids, mask) = tiny("llama"), padded()
     plan, options = random_plan(model, 1), {"attention_mask": mask}
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,21 +140,21 @@ def test_under_autocast_in_inference_mode_and_in_a_thread_beside_a_plan():
     assert not torch.equal(under, expected)
 
 
-def test_as_many_are_drafted_as_pay():
+def test_the_draft_length_is_adapted_to_measured_times():
     pace = DraftLength()
     assert pace.choose() == 0
     pace.saw(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 3
-    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all are accepted, and verifying more costs nothing
+    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all tokens are accepted, and verifying more is free
     for _ in range(50):
         pace.saw(8, 0.8, 1.0, 8.0)
     assert pace.choose() == MOST
     for _ in range(50):
-        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted any more
+        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted
     assert pace.choose() == 0
     for _ in range(AGAIN):
         pace.saw(0, 0.0, 1.0, 0.0)
-    assert pace.choose() == 1  # to see whether it pays by now
+    assert pace.choose() == 1  # to measure the acceptance again
     slow = DraftLength()
     slow.saw(0, 0.0, 1.0, 0.0)
     slow.saw(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
@@ -191,7 +191,7 @@ def test_text_streams_and_stops(smollm2):
         ({"stop_strings": ["x"]}, "stop_strings: they need tokenizer"),
     ],
 )
-def test_what_it_cannot_do_is_refused(options, said):
+def test_unsupported_options_of_lossless_are_refused(options, said):
     model = tiny("llama")
     with pytest.raises(HeadsinkError, match=said):
         lossless(model, Plan.full(model), torch.tensor([[5, 6, 7]]), **options)

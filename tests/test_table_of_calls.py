@@ -1,4 +1,4 @@
-"""Ways to call a model under a plan: each gives what the reference mask gives, or is refused in one line.
+"""Table of calls of a model under a plan: each equals the reference mask or is refused in one line.
 
 `python tests/test_table_of_calls.py` prints the list as the page docs/calls.md.
 """
@@ -47,7 +47,7 @@ VISION = {
 
 
 class Setting:
-    """A tiny model under a plan, and what it is given: two texts of 40 tokens."""
+    """A tiny model under a plan, and its input: two sequences of 40 tokens."""
 
     def __init__(self, model=None):
         self.model = tiny("llama") if model is None else model
@@ -73,7 +73,7 @@ class Setting:
         return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | options)
 
     def text(self, ids=None, padding=None, **options):
-        """What `generate` gives by the reference mask, every token by a pass over the whole text."""
+        """Return the output of `generate` under the reference mask, with a pass over the whole text for every token."""
         decoder = self.model.get_decoder()
         with masked(decoder, self.plan, padding):
             return self.generate(ids, use_cache=False, **options)
@@ -82,11 +82,11 @@ class Setting:
         return reference_logits(self.model, self.plan, self.ids if ids is None else ids, mask)
 
     def own_text(self, ids=None, **options):
-        """What the model itself gives, with the full cache."""
+        """Return the model's output with the full cache."""
         return self.generate(ids, **options)
 
     def loop(self, cache, ids=None):
-        """A decoding loop as one writes it by hand."""
+        """A hand-written decoding loop."""
         ids = text = self.ids if ids is None else ids
         with torch.no_grad():
             for _ in range(NEW):
@@ -102,7 +102,7 @@ class Setting:
         return text
 
     def read(self, ids=None, mask=None):
-        """A cache that holds a text."""
+        """Return the cache of a text."""
         cache, options = headsink.new_cache(self.model, self.plan), {}
         if mask is not None:
             options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -115,7 +115,7 @@ class Setting:
         return self.model(self.ids if ids is None else ids, **options).logits
 
 
-# ways to call it
+# calls
 
 
 class Streamed(BaseStreamer):
@@ -130,7 +130,7 @@ class Streamed(BaseStreamer):
 
 
 def streamed(here, **options):
-    """A web server's way: the model writes in a thread, and the tokens are read here."""
+    """As in a web server: the model generates in a thread, and the tokens are read here."""
     stream, found = Streamed(), []
     arguments = {"max_new_tokens": NEW, "do_sample": False, "streamer": stream, **options}
     thread = threading.Thread(target=here.model.generate, args=(here.ids[:1],), kwargs=arguments)
@@ -155,7 +155,7 @@ def in_executor(here):
 
 
 def steps(here, plan):
-    """A generator that enters a block of its own and gives a token at a time."""
+    """A generator that enters its own block and yields one token at a time."""
     with headsink.apply(here.model, plan):
         new, cache = here.ids, headsink.new_cache(here.model, plan)
         for _ in range(NEW):
@@ -240,7 +240,7 @@ def longer_text(here):
 
 
 def filled_outside(here):
-    """As prefix tuning does it."""
+    """As in prefix tuning."""
     cache = DynamicCache(config=here.model.config)
     layers, rows, tokens = here.model.config.num_hidden_layers, len(here.ids), 5
     for layer in range(layers):
@@ -337,7 +337,7 @@ def qwen_vl():
 
 
 def grid(here):
-    """A text with an image of 4 x 4 patches, whose positions have several axes."""
+    """A prompt with an image of 4 x 4 patches, whose positions have several axes."""
     ids = pictured(here, 4)
     ids[:, 9] = IMAGE + 2
     patches = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
@@ -346,7 +346,7 @@ def grid(here):
 
 
 def seeing(kind, config):
-    """A tiny random model of texts with images."""
+    """A tiny random vision-language model."""
     torch.manual_seed(0)
     model = kind._from_config(config).eval()
     for name, parameter in model.named_parameters():
@@ -357,7 +357,7 @@ def seeing(kind, config):
 
 
 def pictured(here, tokens=16):
-    """A text with an image in it."""
+    """A prompt with an image."""
     return torch.cat([here.ids[:1, :10], torch.full((1, tokens), IMAGE), here.ids[:1, 10:]], 1)
 
 
@@ -371,8 +371,8 @@ DECODE = {"custom_generate": headsink.decode}
 
 @dataclass(frozen=True)
 class Call:
-    """name: as one would write it. run: the call, inside `with headsink.apply(model, plan)`. right: what the reference gives, or
-    the words with which the call is refused. model: another than a tiny Llama. close: relative tolerance."""
+    """name: the call as code. run: the call, inside `with headsink.apply(model, plan)`. right: the reference's result, or words
+    of the error that refuses it. model: a model other than a tiny Llama. close: relative tolerance."""
 
     name: str
     run: Callable[[Setting], torch.Tensor]
@@ -637,7 +637,7 @@ ALL = [(f"{group}: {call.name}", call) for group, calls in CALLS.items() for cal
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", [call for _, call in ALL], ids=[name for name, _ in ALL])
-def test_a_call_is_right_or_refused_in_one_line(call):
+def test_a_call_is_correct_or_refused_in_one_line(call):
     here = Setting(call.model and call.model())
     before = here.model.get_decoder().config._attn_implementation
     if isinstance(call.right, str):
@@ -657,10 +657,10 @@ def test_a_call_is_right_or_refused_in_one_line(call):
             assert (found - expected).norm() < call.close * expected.norm()
         else:
             assert torch.equal(found, expected)
-    assert here.model.get_decoder().config._attn_implementation == before  # nothing is left of the block
+    assert here.model.get_decoder().config._attn_implementation == before  # the block is undone
 
 
-def test_without_the_plan_texts_and_logits_are_others():
+def test_without_the_plan_texts_and_logits_differ():
     here = Setting()
     assert not torch.equal(here.own_text(), here.text())
     assert (here.forward() - here.logits()).norm() > 0.2 * here.logits().norm()
@@ -688,7 +688,7 @@ def page():
     return "\n".join(lines) + "\n"
 
 
-def test_the_page_is_this_table():
+def test_the_page_matches_this_table():
     assert PAGE.read_text(encoding="utf-8") == page()
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes, each with its share of the heads, find what one process finds.
+"""Tensor parallelism: two processes, each with its share of the heads, give the results of one process.
 
 This file is also the program that torchrun starts: `test_tensor_parallel.py FOLDER` measures every model in a folder.
 """
@@ -31,7 +31,7 @@ def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
     census = headsink.analyze(model, tokenizer, lengths=(16, 60), domains=("prose",), checkpoint=None, progress=False)
     found = {
         name: array for name, array in census.arrays.items() if not name.endswith(".top")
-    }  # of equals any may be first
+    }  # equal values may be in any order
     found["fingerprint"] = torch.tensor(list(bytes.fromhex(census.settings["model"]["weights"])))
     with torch.no_grad(), observing(model, lambda seen: found.update(kv=torch.tensor(seen.key.shape[1]))):
         decoder(model)(torch.arange(3, 60, device=input_device(model))[None], use_cache=False)
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """A folder of models and what two processes found."""
+    """A folder of models, and the results of two processes."""
     folder = tmp_path_factory.mktemp("split")
     for family in (*SPLIT, *SEEN_BY_ALL, ALONE):
         model = tiny("gemma3" if family == ALONE else family)
@@ -67,13 +67,13 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("family", [*SPLIT, *SEEN_BY_ALL])
-def test_two_processes_find_what_one_finds(folder, family):
+def test_two_processes_equal_one(folder, family):
     expected, found = measure(folder / family, tensor_parallel=False), load_file(folder / f"{family}.safetensors")
     assert found.keys() == expected.keys()
     everyone = expected.pop("kv")
     assert found["kv"] == (everyone if family in SEEN_BY_ALL else everyone / 2)
     for name, value in expected.items():
-        half = value.dtype == torch.float16  # its last digit may round the other way
+        half = value.dtype == torch.float16  # its last bit may be rounded differently
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-3 if half else 2e-5, equal_nan=True, msg=name)
 
 

@@ -29,7 +29,7 @@ def slow(
 
 @pytest.fixture(params=[True, False], ids=["paired", "single"])
 def paired(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With products of two bfloat16 numbers at once, and as on processors without."""
+    """With instructions for products of bfloat16 pairs, and without them."""
     if request.param and not tiles.PAIRED:
         pytest.skip("this processor has no AVX512-BF16")
     monkeypatch.setattr(tiles, "PAIRED", request.param)
@@ -63,13 +63,13 @@ def test_tiles_are_attention(
     expected = slow(query.view(batch * heads, group, tokens, dim), keys, values, columns, until, first, dim**-0.5)
     error = TYPES[dtype] * max(
         1.0, size if dtype == torch.float32 else 1.0
-    )  # float32 logits are as exact as they are large
+    )  # the error of float32 logits grows with their size
     torch.testing.assert_close(found.double(), expected.view_as(query), atol=error, rtol=error)
 
 
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+def test_nan_stays_nan(dtype: torch.dtype) -> None:
     query, (keys, values) = torch.randn(1, 2, 70, 16).to(dtype), torch.randn(2, 1, 70, 16).to(dtype)
     query[0, 1, 30, 3] = float("nan")
     sight = KeyVisibility(torch.full((1, 70), 70), 0, 0, 0, None, False, 0, 0)

@@ -1,4 +1,4 @@
-"""A mode in which everything that makes the host wait for a card is an error; it works without a card."""
+"""A mode in which every synchronisation of the host with a GPU is an error; it works without a GPU."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -6,7 +6,7 @@ WAITS = ("_local_scalar", "nonzero", "masked_select", "unique")
 
 
 class Waiting(TorchDispatchMode):
-    """Fails where the host would have to wait, which a CUDA graph cannot hold either."""
+    """Fail on operations that synchronise with the host, which CUDA graphs do not allow either."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()

@@ -1,4 +1,4 @@
-"""Engines of vLLM in this very process, on tiny random models in float32 and on the built-in one."""
+"""vLLM engines in the test process, on tiny random models in float32 and on the built-in model."""
 
 import os
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that spin wait for each other for ever on a busy machine
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler can be looked into
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads hang on a busy machine
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that tests can read the scheduler
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -24,7 +24,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def engine():
-    """Starts engines, one at a time: `engine(folder, plan, **options)` is a `vllm.LLM`."""
+    """Start engines, one at a time: `engine(folder, plan, **options)` returns a `vllm.LLM`."""
     import gc
 
     from vllm import LLM
@@ -59,7 +59,7 @@ def engine():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """Saves models in folders: `model_folder(model)`; `model.folder` is where."""
+    """Save models: `model_folder(model)` returns the folder."""
 
     def save(model, tokenizer=None):
         folder = tmp_path_factory.mktemp("model")

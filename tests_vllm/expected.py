@@ -1,4 +1,4 @@
-"""What vLLM must give: the model in transformers, every head masked to the blocks that its grouping says it keeps."""
+"""Expected outputs of vLLM: the model in transformers, with every head masked to the blocks of its grouping."""
 
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ def grouping(model, plan, block, context=1024, ranks=1):
 
 
 def kept_by_head(plan, found, ranks=1):
-    """Blocks [layers][KV heads], None for a sliding layer."""
+    """Return Blocks [layers][KV heads], None for a sliding-window layer."""
     kept = []
     for heads, units in zip(plan.layers, found.units, strict=True):
         row = None if heads is None else [None] * len(heads)
@@ -37,12 +37,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **option
     kept, block = _running[-1]
     if kept[module.layer_idx] is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    places, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
+    positions, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
     output = torch.empty_like(query)
     for head, blocks in enumerate(kept[module.layer_idx]):
         rows = slice(head * group, (head + 1) * group)
         scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        mask = visible(blocks, block, places, places)
+        mask = visible(blocks, block, positions, positions)
         output[:, rows] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, head : head + 1]
     return output.transpose(1, 2), None
 
@@ -70,7 +70,7 @@ def logprobs(model, ids):
 
 
 def worst(model, output):
-    """The largest difference between an output of vLLM and the model as it is masked now, over all log-probabilities given."""
+    """Return the largest difference between vLLM's log-probabilities and those of the masked model."""
     prompt, answer = output.prompt_token_ids, output.outputs[0]
     expected = logprobs(model, [*prompt, *answer.token_ids])
     given = [(n - 1, row) for n, row in enumerate(output.prompt_logprobs or []) if row]

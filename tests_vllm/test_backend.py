@@ -1,4 +1,4 @@
-"""Where the kernels are told that the keys are, against the rule of what a query sees."""
+"""The block tables given to the kernels match the visibility rule of blocks.py."""
 
 import random
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def batch(requests, block):
 
 @pytest.mark.parametrize("split", [1, 2], ids=["blocks", "kernel blocks of half the size"])
 @pytest.mark.parametrize("seed", range(10))
-def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
+def test_pieces_contain_the_keys_that_their_queries_see(seed, split):
     rng = random.Random(seed)
     whole, block = 4 * split, 4
     kept = Blocks(rng.randrange(3), rng.randrange(4))
@@ -49,7 +49,7 @@ def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
     assert found.query_start_loc[-1] == sum(now for _, now in requests)
     assert len(found.is_prefilling) == found.num_reqs == len(found.seq_lens)
 
-    seen = []  # by every query in order: (request, position) of the keys
+    seen = []  # for every query in order: (request, position) of its keys
     for n in range(found.num_reqs):
         first, after = found.query_start_loc[n : n + 2].tolist()
         length = int(found.seq_lens[n])
@@ -63,13 +63,13 @@ def test_pieces_hold_the_keys_that_their_queries_see(seed, split):
     assert seen == expected
 
 
-def test_a_layer_that_is_given_another_cache_than_the_plans_raises():
-    """As vLLM does where it makes the caches of all layers alike; nothing would be evicted then."""
+def test_a_layer_with_another_cache_spec_than_the_plans_raises():
+    """vLLM does this where it unifies the caches of all layers; then nothing would be evicted."""
     fields = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     planned = SinkWindowSpec.of(Blocks(1, 2), 16, **fields)
     layers = {"a": SimpleNamespace(planned=planned), "full": SimpleNamespace(planned=None)}
     check_planned(planned, ["a"], layers)
     check_planned(FullAttentionSpec(block_size=16, **fields), ["full"], layers)
     for other in (FullAttentionSpec(block_size=16, **fields), SinkWindowSpec.of(Blocks(0, 2), 16, **fields)):
-        with pytest.raises(HeadsinkError, match=r"a: vLLM gave it .* so the plan does not hold"):
+        with pytest.raises(HeadsinkError, match=r"a: vLLM uses .* so the plan would not be applied"):
             check_planned(other, ["a"], layers)

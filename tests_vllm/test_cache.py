@@ -1,4 +1,4 @@
-"""What vLLM's cache holds under a plan, and what becomes of it: found again, taken away, given back."""
+"""vLLM's cache under a plan: its size, prefix caching, preemption and capacity."""
 
 import expected
 import tiny
@@ -21,8 +21,8 @@ def metric(llm, name):
     return sum(found.value for found in llm.get_metrics() if found.name == name)
 
 
-def test_a_text_holds_the_bytes_that_the_grouping_says(engine, served):
-    """Read in chunks, then token by token up to the longest that it may be."""
+def test_a_sequence_uses_the_bytes_of_the_grouping(engine, served):
+    """Chunked prefill, then decoding up to the maximum length."""
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=False)
     found = expected.grouping(model, plan, 32)
@@ -38,12 +38,12 @@ def test_a_text_holds_the_bytes_that_the_grouping_says(engine, served):
     while engine_.has_unfinished_requests():
         engine_.step()
         held.append(blocks_in_use(llm) * page * slots)
-    assert max(held[6:]) == found.used  # before that, a chunk's blocks are held whole
+    assert max(held[6:]) == found.used  # during prefill, all blocks of a chunk are allocated
     assert found.used < 0.8 * found.full
     assert blocks_in_use(llm) == 0
 
 
-def test_a_prefix_is_found_again_and_changes_nothing(engine, served):
+def test_prefix_cache_hits_do_not_change_outputs(engine, served):
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=True)
     start = tiny.prompts([601])[0]["prompt_token_ids"]
@@ -54,18 +54,18 @@ def test_a_prefix_is_found_again_and_changes_nothing(engine, served):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
 
 
-def test_a_prefix_whose_first_blocks_are_gone_is_read_again(engine, served):
+def test_a_prefix_without_its_sink_blocks_is_recomputed(engine, served):
     model, plan, folder = served
     llm = engine(folder, plan, block_size=32, enable_prefix_caching=True, num_gpu_blocks_override=200)
     prompt = tiny.prompts([601])[0]
     outputs = [llm.generate(prompt, ASK, use_tqdm=False)[0]]
-    llm.generate(tiny.prompts([700] * 6, seed=9), ASK, use_tqdm=False)  # push it out
+    llm.generate(tiny.prompts([700] * 6, seed=9), ASK, use_tqdm=False)  # evict the prefix from the prefix cache
     outputs.append(llm.generate(prompt, ASK, use_tqdm=False)[0])
     with expected.masked(model, plan, 32):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
 
 
-def test_preempted_requests_give_what_they_give_alone(engine, served):
+def test_preempted_requests_give_the_same_outputs(engine, served):
     model, plan, folder = served
     ask = SamplingParams(temperature=0, max_tokens=90, logprobs=5, ignore_eos=True, detokenize=False)
     prompts = tiny.prompts([40, 90, 150, 220, 33, 300])
@@ -81,8 +81,8 @@ def test_preempted_requests_give_what_they_give_alone(engine, served):
         assert max(expected.worst(model, output) for output in together[:3]) < BOUND
 
 
-def test_more_texts_fit_into_the_same_pool(engine, served):
-    """vLLM itself says how many of the longest texts fit."""
+def test_more_sequences_fit_into_the_same_pool(engine, served):
+    """vLLM reports how many sequences of maximum length fit."""
     _, plan, folder = served
     capacity = []
     for given in (plan, None):

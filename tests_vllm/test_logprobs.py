@@ -25,14 +25,14 @@ def quarter(rng: random.Random) -> Pattern:
 
 @pytest.mark.parametrize("family", tiny.SERVED)
 def test_every_family_under_a_random_plan(engine, model_folder, family):
-    """Three prompts of different lengths in one batch, read in chunks of 256 tokens."""
+    """Three prompts of different lengths in one batch, in chunks of 256 tokens."""
     model = tiny.tiny(family)
     plan = tiny.plan_for(model, seed=1)
     llm = engine(model_folder(model), plan, block_size=32)
     outputs = llm.generate(tiny.prompts([37, 300, 701]), ASK_ALL, use_tqdm=False)
     with expected.masked(model, plan, 32):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
-    assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan does something
+    assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan changes outputs
 
 
 @pytest.mark.parametrize("block", [64, 96, 128])
@@ -59,7 +59,7 @@ def test_the_built_in_model_in_text_order(engine, smollm2):
     assert expected.grouping(model, plan, 32, 2048).used < 0.4 * expected.grouping(model, plan, 32, 2048).full
 
 
-def test_a_full_plan_is_vllm_itself(engine, model_folder):
+def test_a_full_plan_equals_stock_vllm(engine, model_folder):
     model = tiny.tiny("llama")
     folder, prompts = model_folder(model), tiny.prompts([37, 300])
     planned = engine(folder, Plan.full(model)).generate(prompts, ASK_ALL, use_tqdm=False)
@@ -70,7 +70,7 @@ def test_a_full_plan_is_vllm_itself(engine, model_folder):
 
 
 def test_compiled(engine, model_folder):
-    """The graph that vLLM compiles has a call per head."""
+    """The graph that vLLM compiles has one call per head."""
     model = tiny.tiny("llama")
     plan = tiny.plan_for(model, seed=1)
     folder, prompts = model_folder(model), tiny.prompts([37, 300, 701])

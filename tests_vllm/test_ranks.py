@@ -9,7 +9,7 @@ ASK = SamplingParams(temperature=0, max_tokens=8, logprobs=20, prompt_logprobs=2
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
-def test_two_ranks_give_what_one_model_gives(engine, model_folder, monkeypatch, family):
+def test_two_ranks_equal_one_model(engine, model_folder, monkeypatch, family):
     """With one and with two KV heads per rank."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model = tiny.tiny(family)

@@ -1,4 +1,4 @@
-"""What vLLM cannot do under a plan is refused when it starts."""
+"""Unsupported settings of vLLM are refused at startup."""
 
 import pytest
 import tiny
@@ -19,11 +19,11 @@ def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
-        # Last: once its modules are imported no engine starts in this process (a fault in vLLM's triton_utils/dispatcher.py).
+        # Last: after its modules are imported, no engine starts in this process (a bug in vLLM's triton_utils/dispatcher.py).
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )
-def test_what_does_not_go_together_is_refused_at_the_start(engine, served, options, message):
+def test_incompatible_settings_are_refused_at_startup(engine, served, options, message):
     _, plan, folder = served
     with pytest.raises(HeadsinkError, match=f"{message} cannot be used together with a plan"):
         engine(folder, plan, **options)

@@ -1,4 +1,4 @@
-"""`headsink serve`, as a user starts it, asked by OpenAI's own client."""
+"""`headsink serve`, started as a user does, with OpenAI's client."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from headsink import Pattern, Plan
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
-    """The built-in model in float32 under first 4 + last 64: its OpenAI client, and the plan."""
+    """Serve the built-in model in float32 with 4 sink tokens and a window of 64: returns an OpenAI client and the plan."""
     plan = Plan.uniform(smollm2[0], Pattern(4, 0, 64))
     folder = tmp_path_factory.mktemp("serve")
     with socket.socket() as free:
@@ -70,7 +70,7 @@ def test_the_example_queries_the_server(server):
     assert done.stdout.startswith("The capital of France is ")
 
 
-def test_streams_and_answers_at_once_what_the_masked_model_says(server, smollm2):
+def test_concurrent_streams_equal_the_masked_model(server, smollm2):
     client, plan = server
     model, folder = smollm2
     tokenizer = AutoTokenizer.from_pretrained(folder)

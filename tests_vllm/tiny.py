@@ -14,9 +14,9 @@ SERVED = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
 
 
 def tiny(family, seed=0, **sizes):
-    """As tests/families.py has it."""
+    """A tiny model as in tests/families.py, with other sizes."""
     config = families.CONFIGS[family]()
-    if family == "qwen2":  # whose heads are the hidden size over their number
+    if family == "qwen2":  # its head dimension is hidden size / number of heads
         config.hidden_size = 32 * config.num_attention_heads
     for name, size in (SIZE | sizes).items():
         setattr(config, name, size)
@@ -34,7 +34,7 @@ def tiny(family, seed=0, **sizes):
 
 
 def servable(rng):
-    """A pattern without top-k keys, of blocks' size and around it."""
+    """A pattern without top-k keys, with sizes around multiples of a block."""
     if rng.random() < 0.3:
         return Pattern()
     return Pattern(rng.choice([0, 1, 4, 32, 70]), 0, rng.choice([0, 1, 2, 32, 33, 64, 65, 100, 129, 300]))

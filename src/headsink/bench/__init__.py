@@ -1,1 +1,1 @@
-"""Measurements of headsink itself, side by side with what one would use otherwise."""
+"""Benchmarks of headsink against transformers, llama.cpp and vLLM."""

@@ -1,9 +1,12 @@
-"""The census against a plain forward pass: time in one process, in turn; memory in processes of their own.
+"""Time and peak memory of the census against a plain forward pass.
 
-"Plain" is the model's decoder over the same tokens with its own fast attention and no cache. "Census" is the same pass read by
-`analyze`, from text to results. "Eager" is the usual way, `output_attentions=True`, whose matrices take layers x heads x N x N;
-it is tried at lengths that double, up to where they would not fit in memory. Peaks are those of the operating system for a
-whole process while it makes the pass, weights included (on Linux; elsewhere also what loading took at most).
+- plain: the model's decoder over the tokens with its fast attention and no cache.
+- census: `analyze` on the same text, from tokenising to results.
+- eager: `output_attentions=True`, whose attention matrices take layers x heads x N x N elements. It runs at lengths that double,
+  up to the last one that fits in memory.
+
+Times are taken in one process, alternately; every peak in a separate process. A peak is that of the whole process, weights
+included, during the pass (on Linux; elsewhere it includes loading).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def run(
     dtype: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """All measurements; progress goes to standard error. Memory in bytes, time in seconds."""
+    """Run all measurements. Memory is in bytes, time in seconds; progress goes to standard error."""
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
     options = {"seed": seed, "dtype": dtype, "device": device}
     eager_lengths, over = _eager_lengths(model, tokens)
@@ -64,13 +67,16 @@ def run(
         "rounds": rounds,
         "seconds": _times(model, tokenizer, tokens, rounds, seed),
     }
-    plain, census = (result["seconds"][way]["all"] for way in ("plain", "census"))
+    plain, census = (result["seconds"][method]["all"] for method in ("plain", "census"))
     result["ratio"] = spread([b / a for a, b in zip(plain, census, strict=True)])
     del model
-    result["peak_bytes"] = {way: _child(way, model_name, tokens, options)["peak_bytes"] for way in ("plain", "census")}
+    result["peak_bytes"] = {
+        method: _child(method, model_name, tokens, options)["peak_bytes"] for method in ("plain", "census")
+    }
     result["peak_bytes"]["census_above_plain"] = result["peak_bytes"]["census"] - result["peak_bytes"]["plain"]
     result["eager"] = [
-        {"tokens": n} | {way: _child(way, model_name, n, options) for way in ("eager", "census")} for n in eager_lengths
+        {"tokens": n} | {method: _child(method, model_name, n, options) for method in ("eager", "census")}
+        for n in eager_lengths
     ]
     result["eager_ends"] = eager_ends
     if long_tokens:
@@ -79,12 +85,12 @@ def run(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result in a few lines."""
+    """Format the result in a few lines."""
     seconds, peaks = result["seconds"], result["peak_bytes"]
     lines = [
         f"{result['model']}, {result['tokens']} tokens, {result['dtype']}, {result['threads']} threads, "
         f"{result['rounds']} rounds",
-        *(f"  {way}: {s['median']:.1f} s ({s['min']:.1f} to {s['max']:.1f})" for way, s in seconds.items()),
+        *(f"  {method}: {s['median']:.1f} s ({s['min']:.1f} to {s['max']:.1f})" for method, s in seconds.items()),
         f"  census / plain: {result['ratio']['median']:.2f} ({result['ratio']['min']:.2f} to {result['ratio']['max']:.2f})",
         f"  peak memory: plain {peaks['plain'] / MEGABYTE:.0f} MB, census {peaks['census_above_plain'] / MEGABYTE:+.0f} MB",
     ]
@@ -95,7 +101,7 @@ def summary(result: dict[str, Any]) -> str:
             f"census {census['seconds']:.1f} s, {census['peak_bytes'] / MEGABYTE:.0f} MB"
         )
     if result["eager_ends"]:
-        lines.append(f"  eager ends there: {result['eager_ends']}")
+        lines.append(f"  eager stops here: {result['eager_ends']}")
     if long := result.get("long"):
         lines.append(
             f"{long['model']}, {long['tokens']} tokens: {long['seconds']:.0f} s, {long['peak_bytes'] / MEGABYTE:.0f} MB"
@@ -106,34 +112,34 @@ def summary(result: dict[str, Any]) -> str:
 def _times(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, rounds: int, seed: int
 ) -> dict[str, Any]:
-    """Seconds of plain and census, in turn, after a warm-up of each on a short text."""
-    for way in ("plain", "census"):
-        _pass(way, model, tokenizer, min(tokens, 512), seed)
+    """Time plain and census alternately, in seconds, after a warm-up of each on a short text."""
+    for method in ("plain", "census"):
+        _pass(method, model, tokenizer, min(tokens, 512), seed)
     found: dict[str, list[float]] = {"plain": [], "census": []}
-    with bar("plain and census in turn", 2 * rounds, True) as shown:
+    with bar("plain and census alternately", 2 * rounds, True) as shown:
         for number in range(rounds):
-            for way in ("plain", "census") if number % 2 == 0 else ("census", "plain"):
-                found[way].append(_pass(way, model, tokenizer, tokens, seed))
+            for method in ("plain", "census") if number % 2 == 0 else ("census", "plain"):
+                found[method].append(_pass(method, model, tokenizer, tokens, seed))
                 shown.advance(shown.task_ids[0])
-    return {way: spread(values) for way, values in found.items()}
+    return {method: spread(values) for method, values in found.items()}
 
 
-def _pass(way: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> float:
-    """Seconds of one pass over a text of prose, tokenising left out where it is not the census's own."""
+def _pass(method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> float:
+    """Return the seconds of one pass over a text of prose; tokenising counts for the census only."""
     ids = torch.tensor([corpus.tokens("prose", tokenizer, tokens, seed=seed, split="heldout")], device=model.device)
     start = time.perf_counter()
-    if way == "census":
+    if method == "census":
         analyze(model, tokenizer, lengths=[tokens], domains=["prose"], texts_per_domain=1, seed=seed, progress=False)
     else:
         with torch.no_grad():
-            decoder(model)(ids, use_cache=False, output_attentions=way == "eager")
+            decoder(model)(ids, use_cache=False, output_attentions=method == "eager")
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - start
 
 
 def _eager_lengths(model: PreTrainedModel, most: int) -> tuple[list[int], int | None]:
-    """512, 1024, ... as long as the matrices, and as much again, fit in memory; and the length that does not."""
+    """Return lengths 512, 1024, ... whose matrices fit in half of the memory, and the first length that does not, if any."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lengths: list[int] = []
     n = EAGER_FROM
@@ -146,23 +152,23 @@ def _eager_lengths(model: PreTrainedModel, most: int) -> tuple[list[int], int | 
 
 
 def _matrices(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of all attention matrices of the model at a length."""
+    """Return the bytes of the model's attention matrices at a length."""
     shape = describe(model)
     return int(shape.layers * shape.query_heads * tokens * tokens * model.dtype.itemsize)
 
 
-def _child(way: str, model_name: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Run one pass in a process of its own: {"model", "seconds", "peak_bytes"}."""
-    console.print(f"{way}, {tokens} tokens, in a process of its own", style="dim", highlight=False)
-    request = json.dumps({"way": way, "model_name": model_name, "tokens": tokens, **options})
+def _child(method: str, model_name: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Run one pass in a separate process and return {"model", "seconds", "peak_bytes"}."""
+    console.print(f"{method}, {tokens} tokens, in a separate process", style="dim", highlight=False)
+    request = json.dumps({"method": method, "model_name": model_name, "tokens": tokens, **options})
     done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{way} at {tokens} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"{method} at {tokens} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
     return dict(json.loads(done.stdout))
 
 
 def _measure(
-    way: str, model_name: str, tokens: int, seed: int, dtype: str | None, device: str | None
+    method: str, model_name: str, tokens: int, seed: int, dtype: str | None, device: str | None
 ) -> dict[str, Any]:
     name = model_name
     if model_name == LONG_MODEL and not BUILT_IN[LONG_MODEL].paths():
@@ -171,11 +177,11 @@ def _measure(
         model = AutoModelForCausalLM.from_config(_gemma_shape(), attn_implementation="sdpa").eval()
     else:
         model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
-    if way == "eager":
+    if method == "eager":
         model.set_attn_implementation("eager")
     if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: loading takes more than the model
-    seconds = _pass(way, model, tokenizer, tokens, seed)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak: loading takes more memory than the model
+    seconds = _pass(method, model, tokenizer, tokens, seed)
     return {"model": name, "seconds": seconds, "peak_bytes": _peak(model)}
 
 

@@ -1,31 +1,32 @@
-"""Do code, maths, chat and questions have attention patterns of their own? By the census, and by plans.
+"""Do attention patterns and plans depend on the domain of the text: prose, code, maths, chat, questions?
 
-Census: texts of every kind, and what differs between two kinds beside what differs between texts of one kind. Plans: one
-calibrated on each kind, and the default one, twice with documents of different seeds, all at one budget; each is run over
-held-out documents of every kind. A kind's own plan should be better there than another's by more than its two differ.
+Census: compare texts of two domains with each other, and with the difference between texts of one domain. Plans: calibrate on
+every domain and on the default mix, with two document seeds each, all at one budget; test every plan on held-out documents of
+every domain. Domains matter if a domain's own plan beats another domain's there by more than its own two seeds differ.
 
-`run` returns a dictionary of what JSON has:
+`run` returns a dictionary of JSON values; a "family" is a domain:
 
     context, budget, families, documents, texts, seed, seeds, model, dtype, device, versions, machine, threads
-    overlap   of the texts and of the documents of each family, how much of one is found in another, [mean, most]
-    census    of full layers, at `context` tokens
+    overlap   {family: {texts: [mean, max], documents: [mean, max]}}: share of one that is also in another
+    census    of full-attention layers, at `context` tokens
       families   {family: {roles: {role: share of query heads}, scores: {score: number}, keys: {figure: number}}}
-                 a number is {mean, half}: over texts, with the half width of its 95 % interval; keys, of KV heads within 1 % of
-                 the output: window (median), kept (mean share of all keys, window and sinks), all (share that needs every key),
-                 secondary (secondary sinks, mean)
-      pairs      [{families: [a, b], scores: {score: {mean_difference, beyond_chance, rank_correlation}}, other_role}]: half the
-                 texts of a and half of b, head by head; with a = b the two halves of one family, which is chance. beyond_chance:
-                 share of heads whose difference is outside its 95 % interval; other_role: share of heads with another role
-    plans     [{name, calibrated_on, seed, kept, patterns, verified}], files `<name>.json` in the checkpoint folder
-    cells     [{calibrated_on, tested_on, kl, interval, right, right_full, asked}], both seeds' plans together: KL of text in nats
-              a token; answers of both plans, and of the model itself as often
-    advantage [{calibrated_on, tested_on, kl, interval}]: KL of another's plans less that of the family's own, paired over tokens
-    own       {kl, interval}: the mean advantage over other single families, all families together
-    noise     [{tested_on, kl, interval}]: KL of the family's second plan less that of its first
-    agreement [{plans: [a, b], rank_correlation, moved}]: keys kept by each KV head, a's and b's plans of different seeds; with
-              a = b of one family's two. moved: share of a's keys that b gives to other heads
+                 number: {mean, half}, over texts; half is the half width of the 95 % interval. keys, per KV head, for an error
+                 within 1 % of the output: window (median), kept (mean share of all keys: window and sinks), all (share of
+                 heads that need every key), secondary (mean number of secondary sinks)
+      pairs      [{families: [a, b], scores: {score: {mean_difference, beyond_chance, rank_correlation}}, other_role}]: half of
+                 the texts of a against half of b, per head; a = b compares the two halves of one family, the chance level.
+                 beyond_chance: share of heads whose difference is outside its 95 % interval; other_role: share of heads that
+                 change role
+    plans     [{name, calibrated_on, seed, kept, patterns, verified}]; files `<name>.json` in the checkpoint folder
+    cells     [{calibrated_on, tested_on, kl, interval, right, right_full, asked}], over both seeds: KL in nats per token;
+              right, right_full: correct answers of the plans and of the full cache, of `asked`
+    advantage [{calibrated_on, tested_on, kl, interval}]: KL of the other plans minus that of the family's own, paired by token
+    own       {kl, interval}: mean advantage over the other single families, over all families
+    noise     [{tested_on, kl, interval}]: KL of the family's second plan minus that of its first
+    agreement [{plans: [a, b], rank_correlation, moved}]: number of keys per KV head in plans of a and b with different seeds
+              (a = b: the two plans of one family). moved: share of a's keys that b allocates to other heads
 
-Intervals are the bootstrap of quality.py. Everything that is done is kept in the checkpoint folder.
+Intervals are bootstrap intervals (evaluation/quality.py). The checkpoint folder keeps every finished part.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ from headsink.utils.files import parse_json, read_text, remove, write_text
 from headsink.utils.progress import bar
 from headsink.utils.statistics import interval, rank_correlation
 
-DEFAULT = "default"  # the plan of corpus.DOMAINS
-APART = 1000  # between the seeds of a family's two plans: documents have the seeds after theirs
-CANDIDATES = 24  # texts or documents of which those are taken that share least
-SHARED = 16  # tokens in a row that count as shared
+DEFAULT = "default"  # name of the plan calibrated on corpus.DOMAINS
+SEED_DISTANCE = 1000  # between a domain's two plans; documents use the seeds that follow the plan's
+CANDIDATES = 24  # texts or documents, of which those with the least overlap are chosen
+OVERLAP_TOKENS = 16  # length of a token run that counts as shared
 
 
 def run(
@@ -83,16 +84,16 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure it all, see above.
+    """Run the whole measurement and return the dictionary described above.
 
     Parameters
     ----------
-    context : tokens of the texts of the census, of the calibration documents, and of the held-out ones.
-    budget : of all plans.
-    checkpoint : folder for the plans, and for what is done; the same call goes on from there.
-    families : kinds of text, two or more of `KINDS`.
-    documents : held-out documents of each family.
-    texts : texts of each family in the census, half of which are compared with other halves; even, 4 or more.
+    context : length in tokens of census texts, calibration documents and held-out documents.
+    budget : KV budget of all plans, a fraction of the full cache.
+    checkpoint : folder for the plans and finished parts; the same call resumes from it.
+    families : domains to compare, two or more of `KINDS`.
+    documents : number of held-out documents per domain.
+    texts : number of census texts per domain; even, 4 or more, because halves are compared.
     """
     kinds = check_families(families, documents, texts, budget)
     settings = {
@@ -108,66 +109,74 @@ def run(
         "device": str(model.device),
     }
     _claim(checkpoint, settings)
-    seeds = (seed, seed + APART)
-    held_out, shared = _documents(tokenizer, kinds, context, documents, seed)
-    read, repeated = _texts(tokenizer, kinds, context, texts, seed)
+    seeds = (seed, seed + SEED_DISTANCE)
+    held_out, document_overlap = _documents(tokenizer, kinds, context, documents, seed)
+    census_texts, text_overlap = _texts(tokenizer, kinds, context, texts, seed)
     plans = {
         (name, one): _plan(model, tokenizer, name, one, context, budget, checkpoint, progress)
         for one in seeds
         for name in (DEFAULT, *kinds)
     }
     census = analyze(
-        model, tokenizer, lengths=[context], texts=read, seed=seed, checkpoint=checkpoint / "census", progress=progress
+        model,
+        tokenizer,
+        lengths=[context],
+        texts=census_texts,
+        seed=seed,
+        checkpoint=checkpoint / "census",
+        progress=progress,
     )
-    found = _tested(model, plans, held_out, checkpoint, progress)
+    found = _test(model, plans, held_out, checkpoint, progress)
     return (
         heading("patterns of kinds of text: census and plans, each on its own kind and on the others")
         | settings
         | {"seeds": list(seeds), "threads": torch.get_num_threads()}
-        | {"overlap": {kind: {"texts": repeated[kind], "documents": shared[kind]} for kind in kinds}}
+        | {"overlap": {kind: {"texts": text_overlap[kind], "documents": document_overlap[kind]} for kind in kinds}}
         | {"census": _census(census, kinds, context)}
-        | {"plans": [_described(name, one, plan) for (name, one), plan in plans.items()]}
+        | {"plans": [_description(name, one, plan) for (name, one), plan in plans.items()]}
         | _matrix(found, kinds, seeds)
         | {"agreement": _agreement(plans, kinds, seeds, context)}
     )
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin in a folder, or go on in it. Raises HeadsinkError if it holds something else."""
+    """Create the checkpoint folder, or resume it. Raises HeadsinkError if it contains something else."""
     ours = folder / "settings.json"
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours.is_file())):
         raise HeadsinkError(f"checkpoint: {folder} is not a folder of this measurement; name another one")
     if ours.is_file() and parse_json(read_text(ours), str(ours)) != settings:
-        raise HeadsinkError(f"checkpoint: {folder} is of other settings; name another one, or remove it")
+        raise HeadsinkError(f"checkpoint: {folder} was made with other settings; name another one, or remove it")
     if not ours.is_file():
         write_text(ours, json.dumps(settings, indent=1))
 
 
 def clear(folder: Path) -> None:
-    """Remove what `run` has left in its folder, and the folder if nothing else is in it."""
+    """Remove the files of `run` from its checkpoint folder, and the folder if it is empty then."""
     settings = parse_json(read_text(folder / "settings.json"), str(folder / "settings.json"))
     kinds, seed = settings["families"], settings["seed"]
     remove(folder / "tested", [f"{kind}-{number}.json" for kind in kinds for number in range(settings["documents"])])
     remove_checkpoint(folder / "census")
-    plans = [f"{_name(name, one)}.json" for one in (seed, seed + APART) for name in (DEFAULT, *kinds)]
+    plans = [f"{_name(name, one)}.json" for one in (seed, seed + SEED_DISTANCE) for name in (DEFAULT, *kinds)]
     remove(folder, [*plans, "settings.json"])
 
 
-# texts that share little
+# texts with little overlap
 
 
 def _texts(
     tokenizer: PreTrainedTokenizerBase, kinds: Sequence[Domain], length: int, count: int, seed: int
 ) -> tuple[dict[str, list[str]], dict[str, list[float]]]:
-    """Held-out texts for the census, by family, and how much they share."""
+    """Return held-out texts for the census by domain, and their overlap [mean, max]."""
     found: dict[str, list[str]] = {}
     overlap: dict[str, list[float]] = {}
     for kind in kinds:
         options = [corpus.text(kind, tokenizer, length, seed=seed + n, split="heldout") for n in range(CANDIDATES)]
         ids = [tokenizer(text, verbose=False)["input_ids"][:length] for text in options]
         if (least := min(map(len, ids))) < length:
-            raise HeadsinkError(f"context: the built-in {kind} has {least} tokens, {length} were asked for")
-        chosen, overlap[kind] = _apart(ids, count)
+            raise HeadsinkError(
+                f"context: the built-in {kind} has {least} tokens, fewer than {length}; give at most {least}"
+            )
+        chosen, overlap[kind] = _least_overlap(ids, count)
         found[kind] = [options[n] for n in chosen]
     return found, overlap
 
@@ -175,7 +184,7 @@ def _texts(
 def _documents(
     tokenizer: PreTrainedTokenizerBase, kinds: Sequence[Domain], context: int, count: int, seed: int
 ) -> tuple[dict[str, list[Document]], dict[str, list[float]]]:
-    """Held-out documents that are `context` tokens with what follows them, by family, and how much they share."""
+    """Return held-out documents of `context` tokens, continuation included, by domain, and their overlap [mean, max]."""
     found: dict[str, list[Document]] = {}
     overlap: dict[str, list[float]] = {}
     for kind in kinds:
@@ -190,14 +199,14 @@ def _documents(
             )
             for n in range(CANDIDATES)
         ]
-        chosen, overlap[kind] = _apart([one.ids + one.continuation for one in options], count)
+        chosen, overlap[kind] = _least_overlap([one.ids + one.continuation for one in options], count)
         found[kind] = [options[n] for n in chosen]
     return found, overlap
 
 
-def _apart(texts: Sequence[Sequence[int]], count: int) -> tuple[list[int], list[float]]:
-    """Texts that share little, by number: the first, then always the one that shares least with those; mean and most shared."""
-    parts = [{tuple(ids[n : n + SHARED]) for n in range(len(ids) - SHARED)} for ids in texts]
+def _least_overlap(texts: Sequence[Sequence[int]], count: int) -> tuple[list[int], list[float]]:
+    """Choose texts greedily: the first, then the one with the least overlap with those chosen. Returns indices, [mean, max]."""
+    parts = [{tuple(ids[n : n + OVERLAP_TOKENS]) for n in range(len(ids) - OVERLAP_TOKENS)} for ids in texts]
     chosen, shared = [0], []
     while len(chosen) < count:
         most = {
@@ -206,7 +215,7 @@ def _apart(texts: Sequence[Sequence[int]], count: int) -> tuple[list[int], list[
             if n not in chosen
         }
         if not most:
-            raise HeadsinkError(f"documents, texts: {count} asked for, at most {len(texts)} are there")
+            raise HeadsinkError(f"documents, texts: {count} is too many; give at most {len(texts)}")
         chosen.append(min(most, key=lambda n: (most[n], n)))
         shared.append(most[chosen[-1]])
     return chosen, [sum(shared) / max(1, len(shared)), max(shared, default=0.0)]
@@ -229,11 +238,11 @@ def _census(census: Census, kinds: Sequence[Domain], length: int) -> dict[str, A
             for view in found.views
         }
         pairs.append({"families": [a, b], "scores": scores, "other_role": len(found.changed) / found.heads})
-    return {"families": {kind: _looks(census, kind, length) for kind in kinds}, "pairs": pairs}
+    return {"families": {kind: _domain_summary(census, kind, length) for kind in kinds}, "pairs": pairs}
 
 
 def _part(census: Census, numbers: Sequence[int], length: int) -> Census:
-    """A census of some of the texts, as if they were of one kind, and of its full layers only."""
+    """Return a census of some of the texts as one domain, with full-attention layers only."""
     full = [layer for layer, window in enumerate(census.settings["model"]["sliding"]) if window is None]
     arrays = {
         f"{new}.{length}.{name}": census.arrays[f"{old}.{length}.{name}"][full]
@@ -245,8 +254,8 @@ def _part(census: Census, numbers: Sequence[int], length: int) -> Census:
     return Census(census.settings | {"model": shape, "texts": texts}, census.vocabulary, arrays)
 
 
-def _looks(census: Census, kind: Domain, length: int) -> dict[str, Any]:
-    """What the heads of full layers look at on texts of a kind."""
+def _domain_summary(census: Census, kind: Domain, length: int) -> dict[str, Any]:
+    """Summarise the statistics of full-attention layers on the texts of a domain."""
     full = [layer for layer, window in enumerate(census.settings["model"]["sliding"]) if window is None]
     counted = Counter(role for layer in full for role in census.roles(length, kind)[layer])
     errors = census.samples("group_errors", length, kind)[:, full][..., KEPT.index("secondary"), :]
@@ -268,7 +277,7 @@ def _looks(census: Census, kind: Domain, length: int) -> dict[str, Any]:
 
 
 def _number(samples: Tensor) -> dict[str, float]:
-    """Of a number for each text."""
+    """Return the mean over texts and the half width of its 95 % interval."""
     mean, half = interval(samples)
     return {"mean": float(mean), "half": float(half)}
 
@@ -290,36 +299,40 @@ def _plan(
     folder: Path,
     progress: bool,
 ) -> Plan:
-    """A plan of a family, or the default one; read if it is made already."""
+    """Load the plan of a domain (or the default plan) from the checkpoint folder; calibrate it if it is not there."""
     path = folder / f"{_name(calibrated_on, seed)}.json"
     if not path.is_file():
         domains = corpus.DOMAINS if calibrated_on == DEFAULT else check_domains([calibrated_on])
-        kept = path.with_suffix(".partial")
+        partial = path.with_suffix(".partial")
         calibration = Calibration(
-            model, tokenizer, context=context, domains=domains, seed=seed, checkpoint=kept, progress=progress
+            model, tokenizer, context=context, domains=domains, seed=seed, checkpoint=partial, progress=progress
         )
         calibration.plan(budget).save(path)
-        kept.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return Plan.load(path)
 
 
-def _described(calibrated_on: str, seed: int, plan: Plan) -> dict[str, Any]:
-    of = {"name": _name(calibrated_on, seed), "calibrated_on": calibrated_on, "seed": seed}
-    made = plan.calibration
-    return of | {"kept": made["kept"], "patterns": plan.counts(), "verified": made["verified"]}
+def _description(calibrated_on: str, seed: int, plan: Plan) -> dict[str, Any]:
+    identity = {"name": _name(calibrated_on, seed), "calibrated_on": calibrated_on, "seed": seed}
+    calibration = plan.calibration
+    return identity | {
+        "kept": calibration["kept"],
+        "patterns": plan.counts(),
+        "verified": calibration["verified"],
+    }
 
 
-Cells = dict[tuple[str, int, str], list[dict[str, Any]]]  # calibrated on, seed, tested on: a record of each document
+Cells = dict[tuple[str, int, str], list[dict[str, Any]]]  # (calibrated on, seed, tested on): one record per document
 
 
-def _tested(
+def _test(
     model: PreTrainedModel,
     plans: dict[tuple[str, int], Plan],
     documents: dict[str, list[Document]],
     folder: Path,
     progress: bool,
 ) -> Cells:
-    """Every plan on every document: KL of the text token by token, and answers right. Kept by document."""
+    """Score every plan on every document: KL per token, and correct answers. Results are saved per document."""
     found: Cells = {}
     with bar("testing", sum(map(len, documents.values())), progress) as shown:
         for kind, of_kind in documents.items():
@@ -337,20 +350,20 @@ def _tested(
 
 
 def _record(scored: Sequence[Scored]) -> dict[str, Any]:
-    asked = [one for one in scored if one.form != TEXT]
+    questions = [one for one in scored if one.form != TEXT]
     return {
         "kl": scored[0].kl.tolist(),
-        "right": sum(one.right_plan for one in asked),
-        "right_full": sum(one.right_full for one in asked),
-        "asked": len(asked),
+        "right": sum(one.right_plan for one in questions),
+        "right_full": sum(one.right_full for one in questions),
+        "asked": len(questions),
     }
 
 
 def _matrix(found: Cells, kinds: Sequence[str], seeds: tuple[int, int]) -> dict[str, Any]:
-    """Cells, what is won by a family's own plans, and how far its two are apart."""
+    """Return the cells, the advantage of each domain's own plans, and the difference between its two plans."""
 
     def kl(name: str, tested: str, seed: int | None = None) -> Tensor:
-        """Of every token, float64 [documents, tokens]; the mean of both plans if no seed is named."""
+        """Return the KL of every token, float64 [documents, tokens]; the mean over both seeds if none is given."""
         of = [found[name, one, tested] for one in (seeds if seed is None else (seed,))]
         return torch.tensor([[row["kl"] for row in rows] for rows in of], dtype=torch.float64).mean(0)
 
@@ -371,12 +384,14 @@ def _matrix(found: Cells, kinds: Sequence[str], seeds: tuple[int, int]) -> dict[
     advantage = {
         (name, tested): kl(name, tested) - kl(tested, tested) for name in rows for tested in kinds if name != tested
     }
-    own = [torch.stack([advantage[name, tested] for name in kinds if name != tested]).mean(0) for tested in kinds]
+    own_advantage = [
+        torch.stack([advantage[name, tested] for name in kinds if name != tested]).mean(0) for tested in kinds
+    ]
     noise = {tested: kl(tested, tested, seeds[1]) - kl(tested, tested, seeds[0]) for tested in kinds}
     return {
         "cells": cells,
         "advantage": [{"calibrated_on": a, "tested_on": b} | mean(series) for (a, b), series in advantage.items()],
-        "own": mean(torch.cat(own)),
+        "own": mean(torch.cat(own_advantage)),
         "noise": [{"tested_on": tested} | mean(series) for tested, series in noise.items()],
     }
 
@@ -385,7 +400,7 @@ def _agreement(
     plans: dict[tuple[str, int], Plan], kinds: Sequence[str], seeds: tuple[int, int], context: int
 ) -> list[dict[str, Any]]:
     def keys(name: str, seed: int) -> Tensor:
-        """Kept by each KV head, float64 [heads]."""
+        """Return the number of keys that each KV head keeps, float64 [heads]."""
         heads = [head for layer in plans[name, seed].layers for head in layer or ()]
         return torch.tensor([head.pattern.size(context) for head in heads], dtype=torch.float64)
 

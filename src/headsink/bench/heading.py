@@ -1,4 +1,4 @@
-"""What a measurement says of itself: versions, commit, machine."""
+"""Provenance recorded with every benchmark result: command, package versions, machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def heading(what: str) -> dict[str, Any]:
-    """What a script measures, how it was called, with which versions, on what."""
+    """Return the provenance of a script's results. what: one line that says what it measures."""
     import torch
 
     return {
@@ -26,7 +26,7 @@ def heading(what: str) -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # not there, or run from its sources
+    except PackageNotFoundError:  # not installed, or run from its sources
         return None
 
 
@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """What times can be compared on."""
+    """Return the hardware that times depend on: cores, threads, CPU name, memory in bytes."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
@@ -44,5 +44,5 @@ def machine() -> dict[str, Any]:
 
 
 def without_paths(text: str) -> str:
-    """A text in which files are named without their folders."""
+    """Return a text with folders removed from the paths in it."""
     return re.sub(r"(?<![\w.:/])(?:~|\.{1,2})?/(?:[\w.@+-]+/)*(?=[\w.@+-])", "", text)

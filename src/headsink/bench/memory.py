@@ -1,8 +1,8 @@
-"""Bytes of the KV cache and peak memory of a process that reads texts and goes on, under plans and without; each by itself.
+"""KV-cache bytes and peak process memory, with and without plans, against transformers, llama.cpp and vLLM.
 
-Every way gets a process of its own, which loads the model and waits. Then its peak is forgotten, it reads the texts and makes a
-few tokens, and the operating system says what it took at most: weights, cache and all that it needed on the way (Linux only).
-Bytes of a cache are those of the storages behind its tensors; llama.cpp and vLLM say theirs, in whole blocks.
+Every configuration runs in a separate process. It loads the model, resets the peak counter of the operating system (Linux only),
+reads the prompts and generates a few tokens. The peak includes weights, cache and temporary memory. Cache bytes are those of the
+storages behind its tensors; llama.cpp and vLLM report their own, in whole blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headsink.bench.heading import machine, versions
 from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, Process
-from headsink.bench.speed import BASE, Way, kv_token_bytes, texts_of
+from headsink.bench.speed import BASE, Configuration, heldout_prompts, kv_token_bytes
 from headsink.generation.decode import refusal
 from headsink.models.devices import dtype_name
 from headsink.models.spec import describe
@@ -48,10 +48,10 @@ def run(
     device: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """All measurements, in bytes.
+    """Run all measurements, in bytes.
 
-    other_weights: plans may be those of other weights of the same shape. `report` is given the results of each finished context
-    and batch.
+    other_weights: accept plans calibrated with other weights of the same shape. `report` is called with the table of each
+    finished context and batch size.
     """
     peers.check(llama_cpp, vllm)
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
@@ -60,7 +60,7 @@ def run(
     most = describe(model).max_context
     contexts = contexts_for(most, tokens) if contexts is None else contexts
     check_contexts(contexts, tokens, most)
-    others, missing = peers.find(model_name, model, llama_cpp, vllm)
+    installed, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {
         "what": "bytes of the KV cache, and peak memory of a process",
         "command": "headsink " + " ".join(sys.argv[1:]),
@@ -70,79 +70,82 @@ def run(
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
         "plans": {name: plan.counts() for name, plan in (plans or {}).items()},
-        "peers": [{"peer": peer.name, "version": peer.version} for peer in others] + [one.told() for one in missing],
+        "peers": [{"peer": peer.name, "version": peer.version} for peer in installed]
+        + [peer.to_dict() for peer in missing],
         "tokens": tokens,
         "rounds": rounds,
         "results": [],
     }
-    kept = {f"headsink, {name}": plan for name, plan in {"full": Plan.full(model), **(plans or {})}.items()}
+    plan_of = {f"headsink, {name}": plan for name, plan in {"full": Plan.full(model), **(plans or {})}.items()}
     token_bytes = kv_token_bytes(model)
     request = {"model_name": model_name, "dtype": dtype_name(model.dtype), "device": str(model.device)}
     del model
     with tempfile.TemporaryDirectory() as folder:
         starts: dict[str, Callable[[int, int], Process]] = {BASE: partial(_start, BASE, request, None)}
-        for number, (name, plan) in enumerate(kept.items()):
+        for number, (name, plan) in enumerate(plan_of.items()):
             file = plan.save(Path(folder) / f"{number}.json")
             starts[name] = partial(_start, name, request, file)
-        for peer in others:
+        for peer in installed:
             starts[peer.name] = partial(peer.start, token_bytes=token_bytes)
         for context in contexts:
             for batch in batches:
-                texts = texts_of(tokenizer, context, batch, seed)
+                prompts = heldout_prompts(tokenizer, context, batch, seed)
                 measured: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
                 with bar(f"{context} tokens x {batch}", rounds * len(starts), True) as shown:
                     for _ in range(rounds):
                         for name in list(starts):
                             try:
                                 with starts[name](context + tokens, batch) as process:
-                                    measured[name].append(_measured(process, texts, tokens))
+                                    measured[name].append(_measure(process, prompts, tokens))
                             except Failed as error:
-                                if name in kept or name == BASE:
+                                if name in plan_of or name == BASE:
                                     raise
                                 del starts[name]
                                 found["peers"] += [{"peer": name, "missing": str(error)}]
                             shown.advance(shown.task_ids[0])
                 for name in starts:
                     row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": kept[name].kept(context)} if name in kept else {}
-                    found["results"].append(row | _summed(measured[name], measured[BASE]))
+                    row |= {"kept": plan_of[name].kept(context)} if name in plan_of else {}
+                    found["results"].append(row | _summary(measured[name], measured[BASE]))
                 if report is not None:
                     report(table(found, context, batch))
     return found
 
 
 def table(found: dict[str, Any], context: int, batch: int) -> str:
-    """The results at a context and a batch, a line for each way."""
+    """Format the results of one context and batch size, a line for each configuration."""
     lines = [f"{context} tokens x {batch}, {found['model']}, {found['dtype']}"]
     for row in found["results"]:
         if (row["context"], row["batch"]) == (context, batch):
             kv = (
-                "KV not told"
+                "KV unknown"
                 if row["kv_bytes"] is None
                 else f"KV {row['kv_bytes'] / 1e6:7.1f} MB, {row['kv_ratio']:.3f}"
             )
-            peak = row["peak_bytes"]
-            told = "" if peak is None else f"; peak {peak['median'] / 1e6:7.0f} MB, {row['peak_ratio']['median']:.3f}"
-            lines.append(f"  {row['way']:<24} {kv}{told}")
+            bytes_ = row["peak_bytes"]
+            peak = (
+                "" if bytes_ is None else f"; peak {bytes_['median'] / 1e6:7.0f} MB, {row['peak_ratio']['median']:.3f}"
+            )
+            lines.append(f"  {row['way']:<24} {kv}{peak}")
     lines += [f"  {one['peer']}: {one['missing']}" for one in found["peers"] if "missing" in one]
     return "\n".join(lines)
 
 
-def _start(name: str, request: dict[str, Any], plan: Path | None, longest: int, texts: int) -> Process:
-    """A way of ours or transformers', ready to read; it needs to know no lengths before."""
-    given = json.dumps({**request, "name": name, "plan": None if plan is None else str(plan)})
-    return Process(name, [sys.executable, "-m", __name__, given], {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+def _start(name: str, request: dict[str, Any], plan: Path | None, longest: int, sequences: int) -> Process:
+    """Start a worker process for headsink or transformers. `longest` and `sequences` match `Peer.start` and are unused."""
+    arguments = json.dumps({**request, "name": name, "plan": None if plan is None else str(plan)})
+    return Process(name, [sys.executable, "-m", __name__, arguments], {"OMP_NUM_THREADS": str(torch.get_num_threads())})
 
 
-def _measured(process: Process, texts: list[list[int]], tokens: int) -> dict[str, Any]:
+def _measure(process: Process, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     process.forget_peak()
     loaded = process.memory("VmRSS")
-    done = process.ask(ids=texts, tokens=tokens)
+    done = process.ask(ids=prompts, tokens=tokens)
     peak = done.get("peak_bytes") or process.memory()
     return {"kv_bytes": done["kv_bytes"], "peak_bytes": peak, "loaded_bytes": loaded}
 
 
-def _summed(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
     kv, full = own[0]["kv_bytes"], base[0]["kv_bytes"]
     found: dict[str, Any] = {"kv_bytes": kv, "kv_ratio": kv and kv / full}
     for name in ("peak_bytes", "loaded_bytes"):
@@ -154,16 +157,17 @@ def _summed(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, 
 
 
 def _answer(name: str, model_name: str, dtype: str, device: str, plan: str | None) -> None:
-    """Load a model, say so, and answer every line of standard input (peers.Process)."""
+    """Run the worker: load a model, report ready, and answer every line of standard input (see `Process`)."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is no answer
+    os.dup2(2, 1)  # other output goes to standard error
     model, _ = headsink.load(model_name, dtype=dtype, device=device)
-    way = Way(name, model, None if plan is None else Plan.load(plan), plan is not None and refusal(model) is None)
-    way.run([[1] * 16], 3)  # what is compiled, is now
+    loaded = None if plan is None else Plan.load(plan)
+    configuration = Configuration(name, model, loaded, plan is not None and refusal(model) is None)
+    configuration.run([[1] * 16], 3)  # warm-up: kernels are compiled here
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        done = way.run(request["ids"], request["tokens"])
+        done = configuration.run(request["ids"], request["tokens"])
         if model.device.type == "cuda":
             done["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
         print(json.dumps(done), file=answers, flush=True)

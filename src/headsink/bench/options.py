@@ -1,4 +1,4 @@
-"""What `headsink bench` can be asked for, and the checks of it that need no model. Light: nothing here imports torch."""
+"""Options of `headsink bench`, and the checks that need no model. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ LEAST_PROMPT = 16  # tokens
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured. context: of plans, tasks and families; contexts, batches: of speed and memory; budget: of families."""
+    """Options of `headsink bench all`.
+
+    context: tokens, for plans, tasks and domains. contexts, batches: for speed and memory. budget: for domains.
+    """
 
     models: tuple[str, ...] = ("smollm2", "gemma3-270m")
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -44,7 +47,7 @@ class Options:
     vllm: Path | None = None
 
     def told(self) -> str:
-        """As one types it, but for what is not otherwise than by default and for where things are on this machine."""
+        """Return the options as typed on the command line, without defaults and with paths replaced by placeholders."""
         words = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -59,45 +62,45 @@ class Options:
         return "".join(words)
 
     def of(self, *names: str) -> dict[str, Any]:
-        """Some of them, for the settings of a row."""
+        """Return the named options, for the settings of a row."""
         return {name: getattr(self, name) for name in names}
 
 
 def label(model: str) -> str:
-    """What to call a model in the names of rows and files: without the folders that it is in."""
+    """Return a model's name for rows and files: its path without folders."""
     return model if model in BUILT_IN else Path(os.path.abspath(model)).stem
 
 
 def model_names(given: Sequence[str]) -> tuple[str, ...]:
-    """The names of models that can be there. Of a built-in one that is not installed, rows say so."""
+    """Check the names of models. A built-in model that is not installed is accepted; its rows say that it is missing."""
     return tuple(name if (name := listed(one)) in BUILT_IN else check_name(name) for one in given)
 
 
 def check_contexts(contexts: Sequence[int], tokens: int, most: int | None = None) -> None:
-    """Raise for a prompt that is too short, or too long for `tokens` to come after it. `most`: the model's maximum, if known."""
+    """Raise HeadsinkError for a prompt that is too short, or too long for `tokens` more. most: the model's maximum, if known."""
     right = f"give {LEAST_PROMPT} or more" if most is None else f"give {LEAST_PROMPT} to {most - tokens}"
     for context in contexts:
         if context < LEAST_PROMPT:
             raise HeadsinkError(f"contexts: {context} tokens are too few to measure; {right}")
         if most is not None and context + tokens > most:
             raise HeadsinkError(
-                f"contexts: {context} and {tokens} tokens to come are over the model's maximum of {most}; {right}"
+                f"contexts: {context} and {tokens} new tokens exceed the model's maximum of {most}; {right}"
             )
 
 
 def contexts_for(most: int, tokens: int) -> list[int]:
-    """The usual contexts that a model has room for, or the longest that it has."""
+    """Return the default contexts that fit the model, or its longest one if none fits."""
     return [n for n in CONTEXTS if n + tokens <= most] or [most - tokens]
 
 
 def check_families(kinds: Sequence[str], documents: int, texts: int, budget: float) -> tuple[Domain, ...]:
-    """The kinds of text to compare, each once. Raises HeadsinkError for what cannot be measured."""
+    """Return the domains to compare, without repetitions. Raises HeadsinkError for what cannot be measured."""
     check_budget(budget)
     found = check_domains(kinds)
     if len(found) < 2:
-        raise HeadsinkError(f"families: {found[0]} is one, give two or more of {', '.join(KINDS)}")
+        raise HeadsinkError(f"families: {found[0]} is only one; give two or more of {', '.join(KINDS)}")
     if texts < 4 or texts % 2:
-        raise HeadsinkError(f"texts: {texts} cannot be halved into two or more each; give 4, 6, ...")
+        raise HeadsinkError(f"texts: {texts} must be even and 4 or more; give 4, 6, ...")
     if documents < 1:
-        raise HeadsinkError(f"documents: {documents} is none")
+        raise HeadsinkError(f"documents: {documents} is too few; give 1 or more")
     return found

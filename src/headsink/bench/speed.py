@@ -1,9 +1,9 @@
-"""Time to read prompts and time per token, under plans and without, against transformers and peers; all in turn.
+"""TTFT and TPOT, with and without plans, against transformers, llama.cpp and vLLM.
 
-Every way reads the same texts, one or several at once, and then continues them greedily. Prefill is the time until every text has
-its first token; a decode time is the median of the tokens after that, each one of every text. Ratios are taken within a round, in
-which every way runs once, and their median over the rounds is to be quoted. llama.cpp and vLLM, where they are installed, run in
-processes of their own (peers.py) and take their turn as the others do.
+Every configuration reads the same batch of prompts and continues it greedily. Prefill time (TTFT) is the time until every
+sequence has its first token. Decode time (TPOT) is the median over the tokens after that, of all sequences. A round runs every
+configuration once; ratios are taken within a round. Quote the median ratio over the rounds. llama.cpp and vLLM, if installed,
+run in separate processes (peers/process.py).
 """
 
 from __future__ import annotations
@@ -39,37 +39,40 @@ from headsink.runtime.prefill import CHUNK, empty_cache, prefill
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
-BASE = "transformers"  # in the dtype asked for: what ratios are taken to
-Texts = list[list[int]]
-Run = Callable[[Texts, int], dict[str, Any]]  # texts and tokens to come -> {"times", "kv_bytes"}
+BASE = "transformers"  # the baseline of all ratios, in the requested dtype
+Prompts = list[list[int]]  # token ids of a batch, all of one length
+Run = Callable[[Prompts, int], dict[str, Any]]  # prompts and number of new tokens -> {"times", "kv_bytes"}
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens arrive, one of every text at once."""
+    """Record when tokens arrive; each call brings one token of every sequence."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())  # `generate` begins by giving the prompt
+        self.times.append(time.perf_counter())  # the first call of `generate` passes the prompt
 
     def end(self) -> None:
-        """There is nothing left to note."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to generate: with which weights, under which plan, by which decode step."""
+class Configuration:
+    """What generates: a model, an optional plan, and whether the compiled decode step runs."""
 
     name: str
     model: PreTrainedModel
     plan: Plan | None
     compiled: bool = False
 
-    def run(self, texts: Texts, tokens: int) -> dict[str, Any]:
-        """Continue texts of one length: {"times": of each token of each text, in seconds, "kv_bytes": at the end}."""
+    def run(self, prompts: Prompts, tokens: int) -> dict[str, Any]:
+        """Generate `tokens` tokens for prompts of one length.
+
+        Returns {"times": seconds from the start to each token of each sequence, "kv_bytes": of the cache at the end}.
+        """
         cache = empty_cache(self.model, self.plan, exact=not self.compiled)
-        ids, clock = torch.tensor(texts, device=self.model.device), _Clock()
+        ids, clock = torch.tensor(prompts, device=self.model.device), _Clock()
         options: dict[str, Any] = {"streamer": clock}
         if self.compiled:
             options = {"custom_generate": partial(decode, streamer=clock)}
@@ -79,22 +82,21 @@ class Way:
         start = time.perf_counter()
         if isinstance(cache, PlanCache) and cache.plan.prefill_compression:
             prefill(self.model, cache.plan, ids[:, :-1], cache=cache)
-        reading = time.perf_counter() - start
+        compression_seconds = time.perf_counter() - start
         with nullcontext() if self.plan is None else apply(self.model, self.plan):
-            start = (
-                time.perf_counter() - reading
-            )  # that plan and model belong together is seen to once, not for every text
+            # Excludes `apply`, which checks the plan against the model: a user does that once, not for every prompt.
+            start = time.perf_counter() - compression_seconds
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 **cache_argument(cache),
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,  # no token ends a text
+                min_new_tokens=tokens,  # no token ends a sequence
                 do_sample=False,
                 **options,
             )
-        arrived = [moment - start for moment in clock.times[-tokens:]]
-        return {"times": [arrived] * len(texts), "kv_bytes": nbytes(cache)}
+        times = [moment - start for moment in clock.times[-tokens:]]
+        return {"times": [times] * len(prompts), "kv_bytes": nbytes(cache)}
 
 
 def run(
@@ -113,10 +115,10 @@ def run(
     device: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """All measurements. Times in seconds, kv_bytes at the end of all texts together.
+    """Run all measurements. Times are in seconds; kv_bytes is the cache of the whole batch at the end.
 
-    batches: how many texts at once. other_weights: plans may be those of other weights of the same shape. llama_cpp, vllm: where
-    peers are installed (peers.py). `report` is given the results of each finished context and batch.
+    batches: batch sizes. other_weights: accept plans calibrated with other weights of the same shape. llama_cpp, vllm: where the
+    peers are installed (peers/process.py). `report` is called with the table of each finished context and batch size.
     """
     peers.check(llama_cpp, vllm)
     model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
@@ -125,7 +127,7 @@ def run(
     most = describe(model).max_context
     contexts = contexts_for(most, tokens) if contexts is None else contexts
     check_contexts(contexts, tokens, most)
-    others, missing = peers.find(model_name, model, llama_cpp, vllm)
+    installed, missing = peers.find(model_name, model, llama_cpp, vllm)
     found: dict[str, Any] = {
         "what": "time to the first token and per token, and bytes of the KV cache",
         "command": "headsink " + " ".join(sys.argv[1:]),
@@ -136,67 +138,66 @@ def run(
         "device": str(model.device),
         "compiled_step": refusal(model) or "used",
         "plans": {name: plan.counts() for name, plan in (plans or {}).items()},
-        "peers": [{"peer": peer.name, "version": peer.version} for peer in others] + [one.told() for one in missing],
+        "peers": [{"peer": peer.name, "version": peer.version} for peer in installed]
+        + [peer.to_dict() for peer in missing],
         "tokens": tokens,
         "rounds": rounds,
         "results": [],
     }
-    ways = _ways(model_name, model, plans or {}, device)
-    runs: dict[str, Run] = {way.name: way.run for way in ways}
-    kept = {way.name: way.plan for way in ways if way.plan is not None}
+    configurations = _configurations(model_name, model, plans or {}, device)
+    runs: dict[str, Run] = {one.name: one.run for one in configurations}
+    plan_of = {one.name: one.plan for one in configurations if one.plan is not None}
     with ExitStack() as stack:
-        for peer in others:
+        for peer in installed:
             try:
                 process = stack.enter_context(peer.start(max(contexts) + tokens, max(batches), kv_token_bytes(model)))
             except Failed as error:
                 _record(found, peer.name, error)
             else:
-                runs[peer.name] = partial(_asked, process)
+                runs[peer.name] = partial(_run_peer, process)
         for batch in batches:
-            for name in list(runs):  # what is compiled, is now
-                _measure(found, runs, name, texts_of(tokenizer, min(contexts), batch, seed), 3)
+            for name in list(runs):  # warm-up: kernels are compiled here
+                _measure(found, runs, name, heldout_prompts(tokenizer, min(contexts), batch, seed), 3)
         for context in contexts:
             for batch in batches:
-                texts = texts_of(tokenizer, context, batch, seed)
+                prompts = heldout_prompts(tokenizer, context, batch, seed)
                 measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
                 with bar(f"{context} tokens x {batch}", rounds * len(runs), True) as shown:
                     for number in range(rounds):
                         for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
-                            if name in runs and (one := _measure(found, runs, name, texts, tokens)):
+                            if name in runs and (one := _measure(found, runs, name, prompts, tokens)):
                                 measured[name].append(one)
                             shown.advance(shown.task_ids[0])
                 for name in runs:
                     row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": kept[name].kept(context)} if name in kept else {}
-                    found["results"].append(row | _summed(measured[name], measured[BASE]))
+                    row |= {"kept": plan_of[name].kept(context)} if name in plan_of else {}
+                    found["results"].append(row | _summary(measured[name], measured[BASE]))
                 if report is not None:
                     report(table(found, context, batch))
     return found
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, context: int, batch: int, seed: int) -> Texts:
-    """Different texts of one length that no plan was made with."""
+def heldout_prompts(tokenizer: PreTrainedTokenizerBase, context: int, batch: int, seed: int) -> Prompts:
+    """Return `batch` different prompts of `context` tokens from the held-out split."""
     return [corpus.tokens("prose", tokenizer, context, seed=seed + n, split="heldout") for n in range(batch)]
 
 
 def kv_token_bytes(model: PreTrainedModel) -> int:
-    """What the KV cache of the model itself takes for a token of one text, layers that slide included."""
+    """Return the bytes that the full KV cache takes per token of one sequence, sliding-window layers counted as full."""
     shape = describe(model)
     return int(2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize)
 
 
 def table(found: dict[str, Any], context: int, batch: int = 1) -> str:
-    """The results at a context and a batch, a line for each way."""
-    texts = "" if batch == 1 else f" x {batch} texts"
-    lines = [f"{context} tokens{texts}, {found['model']}, {found['dtype']}, {found['machine']['threads']} threads"]
+    """Format the results of one context and batch size, a line for each configuration."""
+    sequences = "" if batch == 1 else f" x {batch} sequences"
+    lines = [f"{context} tokens{sequences}, {found['model']}, {found['dtype']}, {found['machine']['threads']} threads"]
     for row in found["results"]:
         if (row["context"], row["batch"]) == (context, batch):
             decode, prefill = row["decode_s"], row["prefill_s"]["median"]
             between = f"({1e3 * decode['min']:.1f} to {1e3 * decode['max']:.1f})"
             kv = (
-                "KV not told"
-                if row["kv_bytes"] is None
-                else f"KV {row['kv_bytes'] / 1e6:.1f} MB, {row['kv_ratio']:.3f}"
+                "KV unknown" if row["kv_bytes"] is None else f"KV {row['kv_bytes'] / 1e6:.1f} MB, {row['kv_ratio']:.3f}"
             )
             lines.append(
                 f"  {row['way']:<32} decode {1e3 * decode['median']:6.1f} ms {between}, {row['decode_ratio']['median']:5.2f} x; "
@@ -206,29 +207,31 @@ def table(found: dict[str, Any], context: int, batch: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _ways(model_name: str, model: PreTrainedModel, plans: Mapping[str, Plan], device: str | None) -> list[Way]:
+def _configurations(
+    model_name: str, model: PreTrainedModel, plans: Mapping[str, Plan], device: str | None
+) -> list[Configuration]:
     other = "float32" if model.dtype == torch.bfloat16 else "bfloat16"
-    ways = [
-        Way(BASE, model, None),
-        Way(f"{BASE}, {other}", headsink.load(model_name, dtype=other, device=device)[0], None),
+    configurations = [
+        Configuration(BASE, model, None),
+        Configuration(f"{BASE}, {other}", headsink.load(model_name, dtype=other, device=device)[0], None),
     ]
-    for name, own in {"full": Plan.full(model), **plans}.items():
-        ways.append(Way(f"headsink, {name}, model.generate", model, own))
+    for name, plan in {"full": Plan.full(model), **plans}.items():
+        configurations.append(Configuration(f"headsink, {name}, model.generate", model, plan))
         if refusal(model) is None:
-            ways.append(Way(f"headsink, {name}", model, own, True))
-    return ways
+            configurations.append(Configuration(f"headsink, {name}", model, plan, True))
+    return configurations
 
 
-def _asked(process: peers.Process, texts: Texts, tokens: int) -> dict[str, Any]:
-    return process.ask(ids=texts, tokens=tokens)
+def _run_peer(process: peers.Process, prompts: Prompts, tokens: int) -> dict[str, Any]:
+    return process.ask(ids=prompts, tokens=tokens)
 
 
 def _measure(
-    found: dict[str, Any], runs: dict[str, Run], name: str, texts: Texts, tokens: int
+    found: dict[str, Any], runs: dict[str, Run], name: str, prompts: Prompts, tokens: int
 ) -> dict[str, float] | None:
-    """One measurement. A peer that fails is left out from there on, which is recorded."""
+    """Measure once. A peer that fails is recorded as missing and dropped from all later rounds."""
     try:
-        done = runs[name](texts, tokens)
+        done = runs[name](prompts, tokens)
     except Failed as error:
         _record(found, name, error)
         del runs[name]
@@ -242,7 +245,7 @@ def _record(found: dict[str, Any], peer: str, error: Failed) -> None:
             one["missing"] = str(error)
 
 
-def _summed(own: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
+def _summary(own: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("prefill", "decode"):
         times, others = ([row[f"{name}_s"] for row in rows] for rows in (own, base))

@@ -1,1 +1,1 @@
-"""Other people's tools: EleutherAI's lm-evaluation-harness."""
+"""Integrations with other tools: EleutherAI's lm-evaluation-harness."""

@@ -1,1 +1,1 @@
-"""Serving engines."""
+"""Serving engines that run a plan."""

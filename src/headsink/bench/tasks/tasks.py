@@ -1,23 +1,22 @@
-"""The tasks that a model is judged by under a plan: prompts as long as is asked for, where they end, and how answers score.
+"""Benchmark tasks with prompts of a given length: how prompts are built, which strings stop an answer, how it is scored.
 
-A plan for contexts of some length keeps all of a short prompt, so every prompt is filled up: prompt and answer together have at
-most `context` tokens, and mostly little less. What fills it is of the task's own kind, and nothing that fills is ever asked:
+A plan calibrated for a long context keeps all of a short prompt, so every prompt is filled up: prompt and answer together have at
+most `context` tokens, and nearly as many. The filler is of the task's own kind and is never part of a question:
 
-- humaneval, mbpp: other problems with their solutions; then the one asked. The score is whether the code passes the data
-  set's tests (sandbox.py), at the first try.
-- gsm8k, math500: other problems worked out; the score is whether the answer is the same.
-- squad, hotpotqa, qasper: passages of other documents beside those of the question, in random order; two questions about others
-  of them with their answers, then the one asked. qasper has questions about a paper that are answered by yes or no (two thirds
-  by yes); of a paper that is too long the evidence stays. The score is F1 of the words, as the data sets have it.
-- mtbench: a chat in the model's own format, with turns about Python's language reference in front; then the first turn of the
-  prompt, the answer that the model itself gives to it, and the second turn, which is what is answered and compared. There is no
-  reference, so the score is agreement with the model itself: the share of its answer that comes out the same.
-- retrieval: facts strewn over text, a question about one of them (the held-out forms of probes.py); the score is whether the
-  answer begins right.
-- perplexity: held-out text (corpus.py); the score is the mean nll of the 256 tokens that follow, in nats, lower being better.
+- humaneval, mbpp: solved problems, then an unsolved one. Score: pass@1, by the data set's tests (sandbox.py).
+- gsm8k, math500: worked problems, then an unsolved one. Score: whether the final answer is correct.
+- squad, hotpotqa, qasper: the passages of the question among passages of other documents, in random order; two questions with
+  answers; then the question. qasper has the yes-or-no questions about papers (two thirds are "yes"); of a paper that is too long
+  the evidence is kept. Score: F1 of the words, as the data sets define it.
+- mtbench: a chat in the model's format. Turns about Python's language reference come first, then the prompt's first turn, the
+  full cache's answer to it, and the second turn, whose answer counts. There is no reference answer. Score: the share of the full
+  cache's answer that is reproduced.
+- retrieval: needles in text and a question about one of them (held-out forms, data/documents.py). Score: whether the answer
+  starts with the correct value.
+- perplexity: held-out text (data/corpus.py). Score: mean NLL of the next 256 tokens in nats; lower is better.
 
-All but mtbench are plain text to be continued, so that base and chat models are asked the same. A quarter of the problems or
-questions of a data set is kept to fill prompts with.
+All tasks but mtbench are plain text to continue, so that base and chat models get the same prompts. A quarter of a data set's
+problems or questions is reserved for filler.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ if TYPE_CHECKING:
 
 
 TARGET = 256  # tokens of text that perplexity scores
-QUESTION = 80  # tokens that a question of retrieval may have
-EXAMPLES = 2  # questions with answers before the one asked, where passages fill the prompt
-TOLD = 1500  # characters of an answer in the chat that fills a prompt
-TURN = 12  # tokens that a chat format puts around a turn, at most
+QUESTION = 80  # maximum tokens of a retrieval question
+EXAMPLES = 2  # questions with answers before the question, in reading tasks
+ANSWER_CHARACTERS = 1500  # maximum length of an answer in the filler turns of mtbench
+TURN = 12  # maximum tokens that a chat format adds to a turn
 SAME, NLL = "same tokens", "nll"  # metrics that need no reference
-MISSES = 50  # parts that were too long for the room left, after which no more are tried
+MISSES = 50  # stop filling after so many parts that do not fit
 
 Scores = dict[str, float]
 Message = dict[str, str]
@@ -55,10 +54,10 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt. `score` judges what was generated, up to the first stop; the task's metric is one of what it gives.
+    """One prompt of a task.
 
-    follow: of a chat, the prompt of the turn that counts, from the answer to `ids`. target: tokens that come after `ids`, which
-    are scored by their nll.
+    score: scores of the generated text, up to the first stop string; includes the task's metric. follow: for a chat, makes the
+    prompt of the second turn from the answer to `ids`. target: token ids after `ids`, scored by their NLL.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Room:
-    """How many tokens a prompt may have, and by what random choices are made."""
+    """The token limit of a prompt, and the random generator for its choices."""
 
     tokenizer: PreTrainedTokenizerBase
     tokens: int
@@ -81,11 +80,11 @@ class Room:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def size(self, text: str) -> int:
-        """Tokens of a part of a prompt, and one more: parts may be cut into tokens otherwise once they are joined."""
+        """Return the tokens of a part of a prompt plus one, because joined parts may be tokenised differently."""
         return len(self.encode(text)) + 1
 
-    def fitting(self, parts: Iterable[str], left: int) -> Iterator[str]:
-        """Those of the parts that fit beside the ones before."""
+    def fill(self, parts: Iterable[str], left: int) -> Iterator[str]:
+        """Yield the parts that fit into `left` tokens, in order; skip those that do not."""
         misses = 0
         for part in parts:
             if (size := self.size(part)) <= left:
@@ -94,18 +93,18 @@ class Room:
             elif (misses := misses + 1) == MISSES:
                 return
 
-    def mixed(self, records: Sequence[Record]) -> list[Record]:
+    def shuffle(self, records: Sequence[Record]) -> list[Record]:
         return self.rng.sample(records, len(records))
 
     def split(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-        """A quarter that fills prompts, and what is asked, in random order."""
-        mixed = self.mixed(records)
-        return mixed[: len(mixed) // 4], mixed[len(mixed) // 4 :]
+        """Return a random quarter for filler, and the rest for questions, in random order."""
+        shuffled = self.shuffle(records)
+        return shuffled[: len(shuffled) // 4], shuffled[len(shuffled) // 4 :]
 
 
 @dataclass(frozen=True)
 class Task:
-    """metric: the name of its score. stops: what ends an answer. new_tokens: of an answer at most."""
+    """A benchmark task. metric: name of its score. stops: strings that end an answer. new_tokens: maximum tokens of an answer."""
 
     name: str
     metric: str
@@ -115,18 +114,18 @@ class Task:
     higher_is_better: bool = True
 
     def items(self, tokenizer: PreTrainedTokenizerBase, number: int, context: int, seed: int) -> list[Item]:
-        """So many items; of more, the first are the same. Raises HeadsinkError if not so many fit."""
+        """Make `number` items; a larger number begins with the same items. Raises HeadsinkError if there are fewer."""
         room = Room(tokenizer, context - self.new_tokens, seed, random.Random(f"{self.name} {seed}"))
         made = list(islice(self.make(room), number))
         if not made:
             raise HeadsinkError(f"context: {context} tokens are too few for {self.name}; give more")
         if len(made) < number:
-            raise HeadsinkError(f"items: {self.name} has {len(made)} at {context} tokens, {number} were asked for")
+            raise HeadsinkError(f"items: {self.name} has {len(made)} at {context} tokens, fewer than {number}")
         return made
 
 
 def task(name: str) -> Task:
-    """A task by its name."""
+    """Return a task by its name. Raises HeadsinkError for an unknown one."""
     if name not in TASKS:
         raise HeadsinkError(f"tasks: {name!r} is unknown; one of {', '.join(TASKS)}")
     return TASKS[name]
@@ -135,49 +134,49 @@ def task(name: str) -> Task:
 # code and maths
 
 
-def _worked(
+def _problems(
     records: Callable[[], Sequence[Any]],
-    shown: Callable[[Any, bool], str],
+    render: Callable[[Any, bool], str],
     score: Callable[[Any, str], Scores],
     room: Room,
 ) -> Iterator[Item]:
-    """Other records with their solutions, then the one asked. shown: a record as text, with its solution or without."""
-    kept, rest = room.split(records())
+    """Make prompts of solved records followed by an unsolved one. render: record as text, with its solution or without."""
+    filler, rest = room.split(records())
     for record in rest:
-        asked = shown(record, False)
-        left = room.tokens - room.size(asked)
+        prompt = render(record, False)
+        left = room.tokens - room.size(prompt)
         if left >= 0:
-            before = room.fitting((shown(other, True) for other in room.mixed(kept)), left)
-            yield Item(record.name, room.encode("".join([*before, asked])), partial(score, record))
+            before = room.fill((render(other, True) for other in room.shuffle(filler)), left)
+            yield Item(record.name, room.encode("".join([*before, prompt])), partial(score, record))
 
 
 def _humaneval(problem: Problem, solved: bool) -> str:
-    return problem.asked.strip() + (f"\n{problem.solution.rstrip()}\n\n\n" if solved else "")
+    return problem.prompt.strip() + (f"\n{problem.solution.rstrip()}\n\n\n" if solved else "")
 
 
 def _mbpp(problem: Problem, solved: bool) -> str:
-    """As in the paper of the data set (Austin et al.)."""
-    text, _, tests = problem.asked.partition("\n")
-    asked = (
+    """The prompt of the data set's paper (Austin et al., arXiv 2108.07732)."""
+    text, _, tests = problem.prompt.partition("\n")
+    prompt = (
         f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}\n"
         "[BEGIN]"
     )
-    return asked + (f"\n{problem.solution}\n[DONE]\n\n" if solved else "")
+    return prompt + (f"\n{problem.solution}\n[DONE]\n\n" if solved else "")
 
 
-def _passes(goes_on: bool, problem: Problem, text: str) -> Scores:
-    solution = problem.asked.strip() + text if goes_on else text
+def _pass_at_1(continues_prompt: bool, problem: Problem, text: str) -> Scores:
+    solution = problem.prompt.strip() + text if continues_prompt else text
     return {"pass@1": float(judge(solution, problem.tests).passed)}
 
 
 def _gsm8k(problem: Sum, solved: bool) -> str:
-    return f"Question: {problem.asked}\nAnswer:" + (f" {problem.solution}\n\n" if solved else "")
+    return f"Question: {problem.prompt}\nAnswer:" + (f" {problem.solution}\n\n" if solved else "")
 
 
 def _math500(problem: Sum, solved: bool) -> str:
-    """As in the paper of Minerva (Lewkowycz et al.)."""
+    """The prompt of Minerva (Lewkowycz et al., arXiv 2206.14858)."""
     end = f" {problem.solution}\nFinal Answer: The final answer is ${problem.answer}$. I hope it is correct.\n\n"
-    return f"Problem:\n{problem.asked}\n\nSolution:" + (end if solved else "")
+    return f"Problem:\n{problem.prompt}\n\nSolution:" + (end if solved else "")
 
 
 def _same_number(problem: Sum, text: str) -> Scores:
@@ -192,24 +191,24 @@ def _same_maths(problem: Sum, text: str) -> Scores:
 
 
 def _reading(how: str, closed: bool, records: Callable[[], Sequence[Reading]], room: Room) -> Iterator[Item]:
-    """how: in what way to answer. closed: as for scoring.f1."""
-    kept, rest = room.split(records())
+    """Make prompts of passages and questions. how: instruction on the form of answers. closed: see scoring.f1."""
+    filler, rest = room.split(records())
     start = f"Read the passages, then answer the questions about them {how}.\n\n"
     for reading in rest:
-        for examples in range(EXAMPLES, -1, -1):  # fewer where there is no room
-            others = room.rng.sample(kept, examples)
-            end = "".join(f"Question: {other.asked}\nAnswer: {other.answers[0]}\n\n" for other in others)
-            end += f"Question: {reading.asked}\nAnswer:"
+        for examples in range(EXAMPLES, -1, -1):  # fewer where they do not fit
+            others = room.rng.sample(filler, examples)
+            end = "".join(f"Question: {other.question}\nAnswer: {other.answers[0]}\n\n" for other in others)
+            end += f"Question: {reading.question}\nAnswer:"
             needed = [passage for one in (reading, *others) for passage in one.needed]
             left = room.tokens - room.size(start) - room.size(end)
-            if (chosen := _chosen(room, needed, [reading, *room.mixed(kept)], left)) is not None:
+            if (chosen := _choose_passages(room, needed, [reading, *room.shuffle(filler)], left)) is not None:
                 text = start + _documents(room, chosen) + end
-                yield Item(reading.name, room.encode(text), partial(_words, reading.answers, closed))
+                yield Item(reading.name, room.encode(text), partial(_word_scores, reading.answers, closed))
                 break
 
 
-def _chosen(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
-    """What is needed, and what else of some readings there is room for; None if there is too little for what is needed."""
+def _choose_passages(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
+    """Return the needed passages and others of the readings that fit into `left` tokens; None if the needed ones do not."""
     chosen: dict[Passage, None] = {}
     titles: set[str] = set()
     misses = 0
@@ -230,17 +229,17 @@ def _chosen(room: Room, needed: list[Passage], readings: Sequence[Reading], left
 
 
 def _documents(room: Room, passages: Sequence[Passage]) -> str:
-    """Passages under the titles of their documents, in their order; the documents in random order."""
+    """Format passages under the titles of their documents: documents in random order, passages in document order."""
     by_title: dict[str, list[Passage]] = {}
     for passage in passages:
         by_title.setdefault(passage.title, []).append(passage)
     return "".join(
-        "\n".join([title, *(passage.text for passage in sorted(by_title[title], key=lambda p: p.place))]) + "\n\n"
-        for title in room.mixed(list(by_title))
+        "\n".join([title, *(passage.text for passage in sorted(by_title[title], key=lambda p: p.number))]) + "\n\n"
+        for title in room.shuffle(list(by_title))
     )
 
 
-def _words(answers: Sequence[str], closed: bool, text: str) -> Scores:
+def _word_scores(answers: Sequence[str], closed: bool, text: str) -> Scores:
     return {
         "f1": scoring.f1(text, answers, closed),
         "exact": scoring.exact(text, answers),
@@ -259,12 +258,12 @@ def _mtbench(room: Room) -> Iterator[Item]:
         return prompt([*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": turn}])
 
     new_tokens = task("mtbench").new_tokens  # of the answer to the first turn
-    for name, (first, second) in room.mixed(datasets.mtbench()):
+    for name, (first, second) in room.shuffle(datasets.mtbench()):
         last: Message = {"role": "user", "content": first}
         left = room.tokens - len(prompt([last])) - new_tokens - room.size(second) - 2 * TURN
         before: list[Message] = []
-        for topic, text in room.mixed(list(corpus.prose("heldout").items())):
-            turns = _told(topic, text)
+        for topic, text in room.shuffle(list(corpus.prose("heldout").items())):
+            turns = _filler_turns(topic, text)
             size = sum(room.size(turn["content"]) + TURN for turn in turns)
             if size <= left:
                 left -= size
@@ -274,14 +273,14 @@ def _mtbench(room: Room) -> Iterator[Item]:
             yield Item(name, prompt(messages), follow=partial(follow, messages, second))
 
 
-def _told(topic: str, text: str) -> list[Message]:
+def _filler_turns(topic: str, text: str) -> list[Message]:
     question = f"What does the Python language reference say about {topic.replace('-', ' ')}?"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": text[:TOLD].strip()}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": text[:ANSWER_CHARACTERS].strip()}]
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """In the model's own format; plain, if it has none."""
-    from headsink.generation.templates import chat_prompt  # which imports torch
+    """Format a chat by the tokenizer's template, or as plain text if it has none."""
+    from headsink.generation.templates import chat_prompt  # imported here, because it imports torch
 
     if tokenizer.chat_template is not None:
         return chat_prompt(tokenizer, messages)
@@ -300,13 +299,13 @@ def _retrieval(room: Room) -> Iterator[Item]:
             room.tokenizer, length, split="heldout", seed=seed, domains=domains, continuation=1
         )
         question = room.rng.choice(document.questions)
-        asked, answer = question.ids[: -question.answer_tokens], question.ids[-question.answer_tokens :]
-        right = re.compile(re.escape(str(room.tokenizer.decode(answer)).strip()) + r"(?!\w)")
-        yield Item(f"{domains[0]} {number}, {question.form}", document.ids + asked, partial(_begins, right))
+        prompt, answer = question.ids[: -question.answer_tokens], question.ids[-question.answer_tokens :]
+        expected = re.compile(re.escape(str(room.tokenizer.decode(answer)).strip()) + r"(?!\w)")
+        yield Item(f"{domains[0]} {number}, {question.form}", document.ids + prompt, partial(_starts_with, expected))
 
 
-def _begins(right: re.Pattern[str], text: str) -> Scores:
-    return {"exact": float(right.match(text.strip()) is not None)}
+def _starts_with(expected: re.Pattern[str], text: str) -> Scores:
+    return {"exact": float(expected.match(text.strip()) is not None)}
 
 
 def _perplexity(room: Room) -> Iterator[Item]:
@@ -316,26 +315,26 @@ def _perplexity(room: Room) -> Iterator[Item]:
         yield Item(f"{domain} {number}", ids[:-TARGET], target=ids[-TARGET:])
 
 
-SHORTLY, YES_OR_NO = "with a few words from them", "with yes or no"
+FEW_WORDS, YES_OR_NO = "with a few words from them", "with yes or no"
 _TASKS = (
     Task(
         "humaneval",
         "pass@1",
         192,
         ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nfrom ", "\nimport ", "\n@", "\n```"),
-        partial(_worked, datasets.humaneval, _humaneval, partial(_passes, True)),
+        partial(_problems, datasets.humaneval, _humaneval, partial(_pass_at_1, True)),
     ),
-    Task("mbpp", "pass@1", 192, ("[DONE]",), partial(_worked, datasets.mbpp, _mbpp, partial(_passes, False))),
-    Task("gsm8k", "exact", 192, ("\nQuestion:", "\n\n"), partial(_worked, datasets.gsm8k, _gsm8k, _same_number)),
+    Task("mbpp", "pass@1", 192, ("[DONE]",), partial(_problems, datasets.mbpp, _mbpp, partial(_pass_at_1, False))),
+    Task("gsm8k", "exact", 192, ("\nQuestion:", "\n\n"), partial(_problems, datasets.gsm8k, _gsm8k, _same_number)),
     Task(
         "math500",
         "exact",
         256,
         ("\nProblem:", "I hope it is"),
-        partial(_worked, datasets.math500, _math500, _same_maths),
+        partial(_problems, datasets.math500, _math500, _same_maths),
     ),
-    Task("squad", "f1", 32, ("\n",), partial(_reading, SHORTLY, False, datasets.squad)),
-    Task("hotpotqa", "f1", 32, ("\n",), partial(_reading, SHORTLY, True, datasets.hotpotqa)),
+    Task("squad", "f1", 32, ("\n",), partial(_reading, FEW_WORDS, False, datasets.squad)),
+    Task("hotpotqa", "f1", 32, ("\n",), partial(_reading, FEW_WORDS, True, datasets.hotpotqa)),
     Task("qasper", "f1", 8, ("\n",), partial(_reading, YES_OR_NO, False, datasets.qasper)),
     Task("mtbench", SAME, 128, ("\nUser:",), _mtbench),
     Task("retrieval", "exact", 32, ("\n",), _retrieval),

@@ -1,14 +1,14 @@
-"""A pattern in whole blocks, which is what vLLM can keep and let go: never narrower than the pattern, mostly a little wider.
+"""Patterns in whole blocks, the unit in which vLLM evicts: never narrower than the pattern, mostly a little wider.
 
-With blocks of B tokens, query i of a KV head with `Blocks(sink=s, back=b)` sees key j iff
+With blocks of B tokens, query i of a KV head with `Blocks(sink=s, back=b)` attends to key j iff
 
     j <= i  and  ( j // B < s  or  i // B - j // B <= b )
 
-that is the first s blocks, its own block, and the b blocks before that. A pattern of first tokens and a window becomes
-s = ceil(sink / B), and b = ceil((window - 1) / B): the first query of a block is the one that looks back the furthest.
-So a query sees up to B - 1 keys beyond each end of what its pattern says, and at least its own block, even if its
-pattern has no window. The rule depends on the places of tokens only, not on how a text is cut into chunks, so prefix
-caching, chunked prefill and preemption change nothing.
+that is, to the first s blocks, its own block, and the b blocks before that. A pattern of sink tokens and a window becomes
+s = ceil(sink / B) and b = ceil((window - 1) / B), because the first query of a block looks back the furthest. A query may attend
+to up to B - 1 keys beyond the sinks and the window of its pattern, and always to its own block, even if the pattern has no
+window. The rule depends on token positions only, not on chunks, so prefix caching, chunked prefill and preemption do not change
+the result.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from headsink.eviction.pattern import Pattern
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a KV head keeps: the first `sink` blocks, the block that is being written and `back` before it; all, if back is
-    None."""
+    """The blocks that a KV head keeps: the first `sink`, the current one, and `back` before that. back=None keeps all."""
 
     sink: int = 0
     back: int | None = None
 
     def __post_init__(self) -> None:
         if self.back is None and self.sink:
-            raise ValueError("a head that keeps all blocks has no first ones")
+            raise ValueError("sink must be 0 where all blocks are kept (back=None)")
 
     def held(self, tokens: int, block: int) -> int:
-        """The most blocks that a text of up to `tokens` tokens holds while it is written token by token."""
+        """Return the peak number of blocks of a sequence of up to `tokens` tokens while it is decoded token by token."""
         blocks = -(-tokens // block)
         return blocks if self.back is None else min(blocks, self.sink + self.back + 1)
 
@@ -43,16 +42,16 @@ ALL = Blocks()
 
 
 def widen(pattern: Pattern, block: int) -> Blocks:
-    """The fewest blocks that hold, at every query, all that a pattern without top-k keys sees."""
+    """Return the fewest blocks that contain every key of a pattern without top-k keys, at every query."""
     if pattern.top_k:
-        raise ValueError("which blocks hold top-k keys is not known beforehand")
+        raise ValueError("the blocks of top-k keys are not known in advance")
     if pattern.window is None:
         return ALL
     return Blocks(-(-pattern.sink // block), -(-(max(pattern.window, 1) - 1) // block))
 
 
 def union(parts: Iterable[Blocks]) -> Blocks:
-    """The fewest blocks that hold all that each of several would."""
+    """Return the fewest blocks that contain all blocks of each part."""
     parts = list(parts)
     if any(part.back is None for part in parts):
         return ALL
@@ -60,7 +59,7 @@ def union(parts: Iterable[Blocks]) -> Blocks:
 
 
 def visible(blocks: Blocks, block: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """Which keys a query sees, by the rule above: bool [queries, keys], from int positions [queries] and [keys]."""
+    """Return the mask of the rule above, bool [queries, keys], for int positions [queries] and [keys]."""
     i, j = queries[:, None], keys[None, :]
     if blocks.back is None:
         return j <= i

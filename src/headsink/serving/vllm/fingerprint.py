@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint that transformers does not load: from its weights as they pass by, under their own names."""
+"""Fingerprint a checkpoint that vLLM loads, from its weights in checkpoint naming, without loading it in transformers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from headsink.plan.plan import Plan
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """A transformers model of this configuration without memory: shapes and names only."""
+    """Return a transformers model of this configuration on the meta device: shapes and names without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 class PassingWeights:
-    """Takes the hash of weights (`architecture.weights_hash`) while somebody else reads them.
+    """Hash weights (as `models.fingerprint` does) while another loader iterates over them.
 
-    quantised: leave out what quantising changes.
+    quantised: leave out the weights that quantisation changes.
     """
 
     def __init__(self, model: PreTrainedModel, quantised: bool = False) -> None:
@@ -34,12 +34,14 @@ class PassingWeights:
         self._samples: dict[str, Sampled] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights unchanged and sample those that belong to the hash."""
         for name, weight in weights:
             if name in self._wanted:
                 self._samples[name] = Sampled.of(name, weight)
             yield name, weight
 
     def hash(self) -> str:
+        """Return the hash. Raises HeadsinkError if the checkpoint lacked a weight that belongs to it."""
         missing = sorted(self._wanted - set(self._samples))
         if missing:
             raise HeadsinkError(f"the checkpoint has no {missing[0]}, so it cannot be compared with the plan's model")
@@ -47,7 +49,7 @@ class PassingWeights:
 
 
 def check_folder(plan: Plan, folder: Path) -> None:
-    """Raise if a plan is not for the model in a folder, by its configuration and a sample of its safetensors weights."""
+    """Raise HeadsinkError if a plan is not for the model in a folder, by its config and a sample of its safetensors weights."""
     model = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     plan.check_shape(describe(model))
     quantised = getattr(model.config, "quantization_config", None) is not None

@@ -1,13 +1,13 @@
-"""Which KV heads share a block table: few groups, for as few bytes as that takes.
+"""Group KV heads that share a block table: few groups, with the fewest bytes.
 
-vLLM hands out blocks of one size from one pool. Layers with the same kind of cache form groups of equally many layers, each
-group with a block table of its own; what is missing in a group is padded with layers that do not exist. Here a "layer" is one
-KV head of one layer of the model (a *unit*), since heads of a layer keep different keys. Every group costs time at every
-step, so there should be few; a head that goes into a group of heads that keep more keeps more with them. `choose` finds the
-groups that cost the fewest bytes with vLLM's own rule of padding, which `group_size` writes out.
+vLLM allocates blocks of one size from one pool. Layers with the same cache spec form groups of equally many layers, and each
+group has its own block table; incomplete groups are padded with virtual layers. Here vLLM's "layer" is one KV head of a layer of
+the model, a *unit*, because the heads of a layer keep different keys. Every group costs time at every step, so groups should be
+few. Each head keeps what the widest head of its group keeps. `choose` finds the groups that take the fewest bytes under vLLM's
+padding rule (`group_size`).
 
-In tensor parallelism vLLM wants the same kinds of cache on every rank. So the heads of a layer are put in order on each rank,
-widest first, and the n-th unit of a layer keeps what the n-th heads of all ranks need.
+With tensor parallelism vLLM needs the same cache specs on every rank. On each rank the heads of a layer are sorted, widest first,
+and the n-th unit of a layer keeps what the n-th heads of all ranks need.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from headsink.models.distributed import rank_heads
 from headsink.plan.plan import Plan
 from headsink.serving.vllm.blocks import ALL, Blocks, union, widen
 
-MOST_GROUPS = 8  # a group takes a block table, slots and metadata at every step: some 0.2 ms on a CPU
+MOST_GROUPS = 8  # a group's block table, slots and metadata take about 0.2 ms per step on a CPU
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """What each unit keeps, and the bytes of a text of `context` tokens, over all ranks' units of one rank.
+    """The blocks that each unit keeps, and the bytes per rank of a sequence of `context` tokens.
 
-    units: [layers][KV heads of a rank], None for a layer that slides by itself. full: without a plan. planned: what the plan
-    says, to the token. used: what vLLM takes, in whole blocks and with padding.
+    units: [layers][KV heads of a rank]; None for a sliding-window layer of the model. full: bytes without a plan. planned: bytes
+    of the plan's keys. used: bytes that vLLM takes, in whole blocks and with padding.
     """
 
     units: tuple[tuple[Blocks, ...] | None, ...]
@@ -42,13 +42,13 @@ class Grouping:
     def __str__(self) -> str:
         mib = [f"{size / 2**20:.1f}" for size in (self.full, self.planned, self.used)]
         return (
-            f"KV cache of a text of {self.context} tokens: {mib[2]} MiB used in {self.groups} groups, {mib[1]} MiB planned, "
+            f"KV cache of a sequence of {self.context} tokens: {mib[2]} MiB used in {self.groups} groups, {mib[1]} MiB planned, "
             f"{mib[0]} MiB without a plan"
         )
 
 
 def widest_first(patterns: Sequence[Pattern], heads: Sequence[int]) -> list[int]:
-    """Indices into `heads`, of those that keep most first. Which unit runs which head of a rank."""
+    """Return indices into `heads`, widest pattern first: unit n runs the n-th of them."""
 
     def size(n: int) -> tuple[float, int]:
         pattern = patterns[heads[n]]
@@ -60,12 +60,13 @@ def widest_first(patterns: Sequence[Pattern], heads: Sequence[int]) -> list[int]
 def choose(
     plan: Plan, windows: Sequence[int | None], block: int, context: int, token_bytes: int, ranks: int
 ) -> Grouping:
-    """The groups that hold a text of `context` tokens in the fewest bytes.
+    """Choose the groups that take the fewest bytes for a sequence of `context` tokens.
 
-    windows: the model's own, per layer. block: tokens of a block. token_bytes: of a key and a value of one KV head.
+    windows: the model's sliding window per layer, or None. block: tokens per block. token_bytes: bytes of a key and a value of
+    one KV head. ranks: tensor-parallel size.
     """
     rank = rank_heads(plan.model.kv_heads, ranks)
-    places: list[tuple[int, int]] = []  # layer, unit
+    unit_of: list[tuple[int, int]] = []  # (layer, unit) of each entry of `needed`
     needed: list[Blocks] = []
     planned = 0
     for layer, heads in enumerate(plan.layers):
@@ -76,7 +77,7 @@ def choose(
         planned += max(sum(patterns[head].size(context) for head in mine) for mine in rank)
         orders = [[mine[n] for n in widest_first(patterns, mine)] for mine in rank]
         for unit in range(len(rank[0])):
-            places.append((layer, unit))
+            unit_of.append((layer, unit))
             needed.append(union(widen(patterns[order[unit]], block) for order in orders))
     sliding = Counter(
         {
@@ -87,7 +88,7 @@ def choose(
     )
     kept, groups, blocks = _fewest_bytes(needed, sliding, block, context)
     units: list[list[Blocks] | None] = [None if heads is None else [ALL] * len(rank[0]) for heads in plan.layers]
-    for (layer, unit), found in zip(places, kept, strict=True):
+    for (layer, unit), found in zip(unit_of, kept, strict=True):
         row = units[layer]
         assert row is not None
         row[unit] = found
@@ -102,18 +103,18 @@ def choose(
 
 
 def group_size(sizes: Sequence[int]) -> int:
-    """Layers in each of vLLM's groups, from how many layers there are of each kind (vLLM 0.32, kv_cache_utils.py)."""
+    """Return the number of layers per group, from the number of layers of each spec (vLLM 0.32, kv_cache_utils.py)."""
     return max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
 
 
 def _fewest_bytes(
     needed: list[Blocks], sliding: Counter[Blocks], block: int, context: int
 ) -> tuple[list[Blocks], int, int]:
-    """What each unit keeps, how many groups that makes, and blocks times units of a text of `context` tokens.
+    """Return the blocks that each unit keeps, the number of groups, and the blocks of a sequence summed over units.
 
-    Units in order of what they need are cut into runs, and a run keeps what its widest needs. Tried are runs of every length
-    that gives few enough groups, the rest at the narrow end on its own or spread over the last two or three runs (vLLM does
-    not pad kinds that are much smaller than others: it makes smaller groups).
+    Units are sorted by the blocks they need and cut into runs; every unit of a run keeps what its widest unit needs. Run lengths
+    that give few enough groups are tried, with the remainder at the narrow end as one run or spread over the last two or three.
+    (vLLM does not pad specs with far fewer layers than others: it makes smaller groups.)
     """
     order = sorted(range(len(needed)), key=lambda n: (needed[n].held(context, block), needed[n].sink), reverse=True)
     if not needed:
@@ -140,14 +141,14 @@ def _fewest_bytes(
 
 
 def _cuts(units: int) -> list[list[int]]:
-    """Lengths of runs to try."""
+    """Return the lists of run lengths to try."""
     found = []
     for length in range(-(-units // MOST_GROUPS), units + 1):
         whole, rest = divmod(units, length)
         if rest == 0:
             found.append([length] * whole)
             continue
-        for last in (1, 2, 3):  # runs that share what is missing
+        for last in (1, 2, 3):  # number of last runs that share the remainder
             if last <= whole + 1:
                 shared = (last - 1) * length + rest
                 found.append([length] * (whole + 1 - last) + [(shared + n) // last for n in reversed(range(last))])

@@ -1,8 +1,8 @@
-"""Which blocks of a text vLLM keeps: the first ones and the last ones, where a head's pattern says so.
+"""A KV cache spec and manager for vLLM that keep sink blocks and a window of blocks.
 
-`SinkWindowSpec` says what a layer (here: one KV head) needs; vLLM's scheduler asks `SinkWindowManager` which blocks to let go,
-and which blocks of an earlier text with the same beginning can be used again. Importing this module makes both known to
-vLLM, in whichever process it is that unpickles such a spec first.
+`SinkWindowSpec` describes the cache of a layer (here: one KV head). vLLM's scheduler asks `SinkWindowManager` which blocks to
+free, and which blocks of an earlier request with the same prefix to reuse. Importing this module registers both with vLLM, in
+whichever process unpickles such a spec first.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from headsink.serving.vllm.blocks import Blocks
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(SlidingWindowSpec):
-    """A cache that holds the first `sink` tokens and a window, in whole blocks of `whole` tokens (blocks.py).
+    """A cache of the first `sink` tokens and a window, in whole blocks of `whole` tokens (blocks.py).
 
-    sliding_window: back * whole + 1 tokens, the window of the first query of a block. A kernel may be given smaller blocks:
-    vLLM then changes `block_size`, not `whole`.
+    sliding_window: back * whole + 1 tokens, the window of the first query of a block. For kernels with smaller blocks vLLM
+    changes `block_size`, not `whole`.
     """
 
     sink: int
@@ -41,7 +41,7 @@ class SinkWindowSpec(SlidingWindowSpec):
         return Blocks(self.sink // self.whole, (self.sliding_window - 1) // self.whole)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """The most blocks that one text holds: a chunk that is being read has all of its blocks, and lets go a step later."""
+        """Return the peak number of blocks of one request. A chunk holds all of its blocks until the step after it."""
         window = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
         return min(window + self.sink // self.block_size, -(-max_model_len // self.block_size))
 
@@ -50,7 +50,7 @@ class SinkWindowSpec(SlidingWindowSpec):
 
 
 class SinkWindowManager(SlidingWindowManager):
-    """Lets go what lies between the first blocks and the window."""
+    """Free the blocks between the sink blocks and the window."""
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -61,7 +61,7 @@ class SinkWindowManager(SlidingWindowManager):
         self._remove_blocks_in_range(request_id, kept.sink, processed_computed_tokens // self.block_size - kept.back)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """None at the beginning of a text; the gap is full of null blocks already when a text is found in the prefix cache."""
+        """Return 0: the sequence's beginning is kept, and a prefix-cache hit already has null blocks in the gap."""
         return 0
 
     @classmethod
@@ -76,7 +76,7 @@ class SinkWindowManager(SlidingWindowManager):
         alignment_tokens: int,
         **ranks: int,
     ) -> tuple[tuple[list[Any], ...], int]:
-        """A window's blocks as vLLM finds them, if the first blocks are there too."""
+        """Return vLLM's hit for the window if the sink blocks are cached too, else no blocks and length 0."""
         found, length = super().find_longest_cache_hit(
             block_hashes,
             max_length,
@@ -100,9 +100,9 @@ class SinkWindowManager(SlidingWindowManager):
 
     @classmethod
     def reachable_block_mask(cls, *args: Any, **options: Any) -> Sequence[bool] | None:
-        """Every block can serve a later text."""
+        """Return None: every block can serve a later request."""
         return None
 
 
-KVCacheSpecRegistry._ensure_registered()  # else vLLM takes the list for complete and leaves out its own kinds
+KVCacheSpecRegistry._ensure_registered()  # else vLLM takes a non-empty registry for complete and does not add its own specs
 KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, uniform_type_base_spec=SinkWindowSpec)

