@@ -81,12 +81,12 @@ def test_rows_are_measured_stored_and_remeasured(run, no_packages, tiny_folder, 
     listed = run("all", *words, "--list", "--items", "3", "--json")[1]
     assert json.loads(listed)["quality/tiny/retrieval"] == "measured with other settings"
 
-    status, out = run("again", folder, "quality/tiny/retrieval", "--device", "cpu")
+    status, out = run("rerun", folder, "quality/tiny/retrieval", "--device", "cpu")
     assert (status, "outside" in out, "changed" in out) == (0, False, False)
     record = found["quality/tiny/retrieval"]
     record["found"]["ways"][1]["kept"] += 0.1
     records.save(folder, record)
-    status, out = run("again", folder, "quality/tiny/retrieval", "--device", "cpu")
+    status, out = run("rerun", folder, "quality/tiny/retrieval", "--device", "cpu")
     assert status == 1
     assert [line.split()[0] for line in out.splitlines() if line.endswith("changed")] == ["ways[0.5].kept"]
 

@@ -137,7 +137,7 @@ def test_it_resumes_from_its_checkpoint(result, model, small, folder, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"families": ("code",)}, "families: code is only one; give two or more of prose, code, maths, chat, qa"),
+        ({"families": ("code",)}, "domains: code is only one; give two or more of prose, code, maths, chat, qa"),
         ({"families": ("code", "random")}, "domains: 'random' given; one or more of prose, code, maths, chat, qa"),
         ({"texts": 5}, r"texts: 5 must be even and 4 or more; give 4, 6"),
         ({"documents": 0}, "documents: 0 is too few; give 1 or more"),

@@ -50,7 +50,7 @@ def census(run, tiny_folder, tmp_path):
     def census(name, *words):
         status, out, err = run(
             *("analyze", tiny_folder, "--out", tmp_path / name, "--device", "cpu", "--json"),
-            *(words if "--prompts" in words or "--again" in words else ("--lengths", "32,200", *words)),
+            *(words if "--prompts" in words or "--rerun" in words else ("--lengths", "32,200", *words)),
         )
         assert status == 0, err
         return tmp_path / name, json.loads(out)
@@ -150,7 +150,7 @@ def test_analyze_on_prompts_of_the_user(census, run, tiny_folder, tmp_path):
 
 def test_a_census_is_rerun_from_its_folder(census):
     (a, first), (_, again) = census("a", "--seed", "3", "--domains", "maths,random", "--tau", "0.5"), ({}, {})
-    _, again = census("b", "--again", a)
+    _, again = census("b", "--rerun", a)
     assert {**again, "folder": ""} == {**first, "folder": ""}
 
 
@@ -253,7 +253,7 @@ def test_a_document_is_prefilled_once_for_many_questions(way, raw, run, tiny_fol
     random_plan(model, 2).model_copy(update=way).save(tmp_path / "plan.json")
     (tmp_path / "box.txt").write_text("There is a box. " * 60 + "It is red.")
     usual = ("--device", "cpu", "--dtype", "float32", "--json")
-    words = ("read", tiny_folder, "--plan", tmp_path / "plan.json", "--file", tmp_path / "box.txt", *raw, *usual)
+    words = ("prefill", tiny_folder, "--plan", tmp_path / "plan.json", "--file", tmp_path / "box.txt", *raw, *usual)
     status, out, err = run(*words, "--out", tmp_path / "box.kv")
     assert status == 0, err
     found = json.loads(out)
@@ -355,8 +355,8 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prefix", "nosuch.kv", "--prompt", "x"], "cannot read nosuch.kv: No such file"),
         (["generate", "TINY", "--prefix", "file", "--prompt", "x"], "file: not a prefix that headsink has"),
         (["generate", "TINY", "--prompt", "x", "--lossless"], "lossless: it needs a plan that drafts: --plan FILE"),
-        (["read", "TINY", "--file", "file"], "Missing option '--plan'"),
-        (["read", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
+        (["prefill", "TINY", "--file", "file"], "Missing option '--plan'"),
+        (["prefill", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
         (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["plan", "TINY", "--budget", "0"], "outside (0, 1]"),
         (["plan", "TINY", "--budget", "1.5"], "outside (0, 1]"),
@@ -366,7 +366,7 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--out", "."], "it is a folder"),
         (["plan", "TINY", "--out", "file"], "cannot write file: headsink did not write the file that is there"),
         (["plan", "TINY", "--out", "/dev/null", "--force"], "cannot write /dev/null: it is a device, name a file"),
-        (["read", "TINY", "--plan", "PLAN", "--out", "file"], "headsink did not write the file that is there"),
+        (["prefill", "TINY", "--plan", "PLAN", "--out", "file"], "headsink did not write the file that is there"),
         (["compare", "a", "b", "--out", "file"], "headsink did not write the file that is there"),
         (["bench", "speed", "TINY", "--out", "file"], "headsink did not write the file that is there"),
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
@@ -393,7 +393,7 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--prompts", "nosuch", "--out", "new"], "cannot read nosuch: No such file"),
         (["analyze", "TINY", "--max-memory", "lots", "--out", "new"], "max-memory: 'lots' is not of the form"),
         (["analyze", "TINY", "--tensor-parallel", "--out", "new"], "torchrun"),
-        (["analyze", "--again", "nosuch", "--out", "new"], "nosuch: no such folder"),
+        (["analyze", "--rerun", "nosuch", "--out", "new"], "nosuch: no such folder"),
         (["analyze", "nosuch", "--out", "new"], "unknown model"),
         (["analyze", "TINY", "--out", "file"], "it is a file"),
         (["compare", "a", "b", "--out", "."], "it is a folder"),
@@ -415,12 +415,12 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--plan", ".", "--prompt", "x"], "cannot read plan .: Is a directory"),
         (["generate", "TINY", "--prefix", ".", "--prompt", "x"], "cannot read .: it is a folder"),
         (["analyze", "TINY", "--device", "cpu", "--max-memory", "cpu=1GB"], "device: give one of"),
-        (["analyze", "--again", ".", "--out", "new"], ".: not a census folder: it has no census.json"),
+        (["analyze", "--rerun", ".", "--out", "new"], ".: not a census folder: it has no census.json"),
         (["compare", "file", "b"], "file: no such folder; a census is a folder that headsink analyze has written"),
         (["bench", "speed", "TINY", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
         (["bench", "speed", "TINY", "--contexts", "3000"], "over the model's maximum of 2048; give 16 to 2015"),
         (["bench", "quality", "TINY", "--tasks", "chess"], "tasks: 'chess' is unknown; one of humaneval"),
-        (["bench", "families", "TINY", "--families", "code"], "families: code is only one; give two or more"),
+        (["bench", "domains", "TINY", "--domains", "code"], "domains: code is only one; give two or more"),
         (["bench", "all", "--models", "smolm2", "--out", "new"], "did you mean smollm2?"),
         (["bench", "results", "nosuch"], "nosuch: no such folder"),
         (["bench", "sped"], "Did you mean 'speed'? See headsink --help"),
@@ -457,7 +457,7 @@ REFUSED_AT_ONCE = (
     "analyze --tau 2",
     "analyze --prompts nosuch",
     "analyze --tensor-parallel",
-    "analyze --again nosuch",
+    "analyze --rerun nosuch",
     "compare nosuch other",
     "read --plan nosuch.json",
     "generate --prompt x --plan nosuch.json",
@@ -469,9 +469,9 @@ REFUSED_AT_ONCE = (
     "bench memory --batches 0",
     "bench quality --tasks chess",
     "bench quality --budgets 2",
-    "bench families --texts 5",
-    "bench all --out new --families poems,code",
-    "bench again nosuch row",
+    "bench domains --texts 5",
+    "bench all --out new --domains poems,code",
+    "bench rerun nosuch row",
     "bench results nosuch",
 )
 

@@ -382,7 +382,7 @@ def test_a_file_of_an_older_headsink_is_refused_with_the_command_that_makes_a_ne
     edit(file, lambda header, tensors: header.update(format="headsink prefix 1"))
     for use in (prefix_text, lambda file: headsink.load_prefix(file, model)):
         with pytest.raises(
-            HeadsinkError, match=r"older headsink; .*: headsink read MODEL --plan PLAN .* --out .*prefix"
+            HeadsinkError, match=r"older headsink; .*: headsink prefill MODEL --plan PLAN .* --out .*prefix"
         ):
             use(file)
 

@@ -98,7 +98,7 @@ def check_families(kinds: Sequence[str], documents: int, texts: int, budget: flo
     check_budget(budget)
     found = check_domains(kinds)
     if len(found) < 2:
-        raise HeadsinkError(f"families: {found[0]} is only one; give two or more of {', '.join(KINDS)}")
+        raise HeadsinkError(f"domains: {found[0]} is only one; give two or more of {', '.join(KINDS)}")
     if texts < 4 or texts % 2:
         raise HeadsinkError(f"texts: {texts} must be even and 4 or more; give 4, 6, ...")
     if documents < 1:

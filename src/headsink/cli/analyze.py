@@ -64,7 +64,7 @@ class AnalyzeOptions:
     tau: Annotated[
         float, typer.Option(help="Keys with a value norm below tau of the head's median can be secondary sinks.")
     ] = TAU
-    again: Annotated[
+    rerun: Annotated[
         Path | None,
         typer.Option(
             help="Folder of a census: make it again, with its texts and settings; other options are ignored. Name MODEL too "
@@ -121,8 +121,8 @@ def analyze(options: AnalyzeOptions) -> None:
     Stopped, it goes on where it was when it is started again with the same options.
     """
     arguments, where = options.arguments(), options.placement()
-    if options.again is not None:
-        check_census(options.again)
+    if options.rerun is not None:
+        check_census(options.rerun)
     folder = options.out_folder
     check_replaceable(folder, CENSUS, options.force)
 
@@ -132,8 +132,8 @@ def analyze(options: AnalyzeOptions) -> None:
 
     checkpoint = folder.parent / f".{folder.name}.partial"
     with resumable(checkpoint):
-        if options.again is not None:
-            census = _measure_again(options.again, options.model, where, checkpoint)
+        if options.rerun is not None:
+            census = _rerun(options.rerun, options.model, where, checkpoint)
         else:
             census = _measure(options, arguments, where, checkpoint)
     if not is_main():
@@ -155,21 +155,21 @@ def _measure(options: AnalyzeOptions, arguments: dict[str, Any], where: dict[str
     return headsink.analyze(model, tokenizer, **arguments, limits=limits, checkpoint=checkpoint)
 
 
-def _measure_again(again: Path, model_name: str | None, where: dict[str, Any], checkpoint: Path) -> Census:
-    """A census with the texts and settings of the one in the folder `again`."""
+def _rerun(folder: Path, model_name: str | None, where: dict[str, Any], checkpoint: Path) -> Census:
+    """A census with the texts and settings of the one in a folder."""
     from headsink.census.run import analyze_again
 
-    settings = headsink.Census.load(again).settings
-    source = model_name or _source(again, settings["model"]["source"])
+    settings = headsink.Census.load(folder).settings
+    source = model_name or _source(folder, settings["model"]["source"])
     model, tokenizer = headsink.load(source, dtype=settings["dtype"], **where)
     return analyze_again(model, tokenizer, settings, checkpoint=checkpoint)
 
 
-def _source(again: Path, source: str) -> str:
+def _source(folder: Path, source: str) -> str:
     """The model of a census, if it is on this machine: what a file names is not fetched from a network."""
     if source in BUILT_IN or Path(source).exists():
         return source
     raise HeadsinkError(
-        f"again: {again} was made with the model {source!r}, which is not on this machine; if you want that one fetched or have "
-        f"it elsewhere, name it: headsink analyze MODEL --again {again}"
+        f"rerun: {folder} was made with the model {source!r}, which is not on this machine; if you want that one fetched or have "
+        f"it elsewhere, name it: headsink analyze MODEL --rerun {folder}"
     )

@@ -46,7 +46,7 @@ class GenerateOptions:
     file: Annotated[Path | None, typer.Option(help="A file with the text, put before the prompt.")] = None
     prefix: Annotated[
         Path | None,
-        typer.Option(help="A document that `headsink read` has read; the prompt comes after it.", callback=readable),
+        typer.Option(help="A document that `headsink prefill` has read; the prompt comes after it.", callback=readable),
     ] = None
     plan_file: PlanFile = None
     raw: Raw = False

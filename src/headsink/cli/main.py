@@ -20,13 +20,13 @@ from headsink.cli.doctor import doctor
 from headsink.cli.generate import generate
 from headsink.cli.models import models
 from headsink.cli.plan import plan
-from headsink.cli.read import read
+from headsink.cli.prefill import prefill
 from headsink.cli.serve import PASS_ON, serve
 from headsink.utils.terminal import out, run
 
 app = typer.Typer(
     name="headsink",
-    help="Find the attention heads that look at nothing far away, and stop paying for them.",
+    help="Measure attention sinks in every head of a language model, and evict from its KV cache what the heads do not use.",
     epilog="Begin with: headsink analyze smollm2 --out runs/a, then headsink plan smollm2 --budget 0.25 --out plan.json",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,7 +34,7 @@ app = typer.Typer(
 add_command(app, analyze)
 add_command(app, compare)
 add_command(app, plan)
-add_command(app, read)
+add_command(app, prefill)
 add_command(app, generate)
 add_command(app, chat)
 add_command(app, serve, context_settings=PASS_ON)
@@ -57,7 +57,7 @@ def top(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Find the attention heads that look at nothing far away, and stop paying for them."""
+    """Measure attention sinks in every head of a language model, and evict from its KV cache what the heads do not use."""
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[_Header, 
         raise HeadsinkError(f"{path}: not a prefix that headsink has saved") from error
     except ValidationError as error:
         if any(e["loc"] == ("format",) and e["input"] in OLD for e in error.errors()):
-            command = f"headsink read MODEL --plan PLAN --file DOCUMENT --out {path}"
+            command = f"headsink prefill MODEL --plan PLAN --file DOCUMENT --out {path}"
             raise HeadsinkError(f"{path}: saved by an older headsink; read the document again: {command}") from error
         first = error.errors()[0]
         field, reason = ".".join(map(str, first["loc"])) or "header", first["msg"].removeprefix("Value error, ")

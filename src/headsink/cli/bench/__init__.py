@@ -3,21 +3,21 @@
 import typer
 
 from headsink.cli.bench.census import census
-from headsink.cli.bench.domains import families
+from headsink.cli.bench.domains import domains
 from headsink.cli.bench.memory import memory
 from headsink.cli.bench.quality import quality
 from headsink.cli.bench.speed import speed
-from headsink.cli.bench.suite import again, everything, results
+from headsink.cli.bench.suite import everything, rerun, results
 from headsink.cli.command import add_command
 
 bench = typer.Typer(
     help="Measure headsink on this machine, side by side with what one would use otherwise.", no_args_is_help=True
 )
-add_command(bench, families)
+add_command(bench, domains)
 add_command(bench, quality)
 add_command(bench, census)
 add_command(bench, speed)
 add_command(bench, memory)
 add_command(bench, everything, name="all")
-add_command(bench, again)
+add_command(bench, rerun)
 add_command(bench, results)

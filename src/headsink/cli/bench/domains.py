@@ -1,4 +1,4 @@
-"""`headsink bench families`: do kinds of text have attention patterns of their own (bench/domains.py)."""
+"""`headsink bench domains`: do kinds of text have attention patterns of their own (bench/domains.py)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from headsink.utils.terminal import resumable
 
 
 @dataclass(frozen=True)
-class FamiliesOptions:
-    """What `headsink bench families` can be asked for."""
+class DomainsOptions:
+    """What `headsink bench domains` can be asked for."""
 
     model: Model = "smollm2"
     context: Annotated[int, typer.Option(help="Tokens of texts and documents.")] = 2000
     budget: Annotated[float, typer.Option(help="Fraction of the KV cache that all plans keep.")] = 0.25
     kinds: Annotated[
-        str, typer.Option("--families", help=f"Kinds of text, separated by commas: {', '.join(KINDS)}.")
+        str, typer.Option("--domains", help=f"Kinds of text, separated by commas: {', '.join(KINDS)}.")
     ] = ",".join(KINDS)
     documents: Annotated[int, typer.Option(help="Held-out documents of each kind that plans are tested on.")] = 4
     texts: Annotated[int, typer.Option(help="Texts of each kind in the census: 4, 6, ...")] = 6
     checkpoint: Annotated[
         Path, typer.Option(help="Folder for the plans and for what is done; the same options go on from there.")
-    ] = Path("runs/families")
+    ] = Path("runs/domains")
     out_file: OutFile = None
     seed: Seed = 0
     dtype: Dtype = None
@@ -41,7 +41,7 @@ class FamiliesOptions:
     as_json: Json = False
 
 
-def families(options: FamiliesOptions) -> None:
+def domains(options: DomainsOptions) -> None:
     """Whether prose, code, maths, chat and questions need plans of their own: a census of each, and plans made on one and tested
     on the others.
 
@@ -90,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
     same, other = (
         [pair for pair in result["census"]["pairs"] if _is_one(pair["families"]) is one] for one in (True, False)
     )
-    for what, pairs in (("two halves of one family", same), ("two families", other)):
+    for what, pairs in (("two halves of one domain", same), ("two domains", other)):
         share = sum(pair["scores"]["far"]["beyond_chance"] for pair in pairs) / len(pairs)
         role = sum(pair["other_role"] for pair in pairs) / len(pairs)
         lines.append(f"heads that differ between {what}: {share:.0%} in attention to what is far, {role:.0%} in role")

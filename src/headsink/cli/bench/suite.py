@@ -1,6 +1,6 @@
-"""`headsink bench all`, `again` and `results`: the rows that docs/results.md shows, in one folder.
+"""`headsink bench all`, `rerun` and `results`: the rows that docs/results.md shows, in one folder.
 
-`all` measures the rows that are missing, `again` measures one once more and compares, `results` writes the page from them.
+`all` measures the rows that are missing, `rerun` measures one once more and compares, `results` writes the page from them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class AllOptions:
     ] = None
     tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = listed(DEFAULT.tasks)
     items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items
-    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and families.")] = DEFAULT.context
+    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and domains.")] = DEFAULT.context
     budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = listed(DEFAULT.budgets)
-    families: Annotated[str, typer.Option(help="Kinds of text of the rows of families, with commas.")] = listed(
-        DEFAULT.families
-    )
+    families: Annotated[
+        str, typer.Option("--domains", help="Domains that are compared with each other, separated by commas.")
+    ] = listed(DEFAULT.families)
     documents: Annotated[int, typer.Option(min=1, help="Held-out documents of each family.")] = DEFAULT.documents
     contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = listed(DEFAULT.contexts)
     batches: Batches = BATCHES
@@ -111,8 +111,8 @@ def everything(options: AllOptions) -> None:
 
 
 @dataclass(frozen=True)
-class AgainOptions:
-    """What `headsink bench again` can be asked for."""
+class RerunOptions:
+    """What `headsink bench rerun` can be asked for."""
 
     folder: Folder
     row: Annotated[str, typer.Argument(help="Name of the row, such as quality/smollm2/gsm8k.")]
@@ -130,7 +130,7 @@ class AgainOptions:
         return Options(models=models, llama_cpp=self.llama_cpp, vllm=self.vllm, device=self.device)
 
 
-def again(options: AgainOptions) -> None:
+def rerun(options: RerunOptions) -> None:
     """Measure a row again and compare every figure with the one that is there. The folder stays as it is.
 
     Ends with exit status 1 if a figure lies outside the interval or range that was committed, or has changed where it should not.

@@ -1,4 +1,4 @@
-"""`headsink read`: read a document once, and keep what a plan keeps of it in a file, for questions later."""
+"""`headsink prefill`: read a document once and save its compressed KV cache for later questions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from headsink.utils.terminal import MEGABYTE, emit, out
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """What `headsink read` can be asked for."""
+class PrefillOptions:
+    """The options of `headsink prefill`."""
 
     plan_file: Annotated[
         Path, typer.Option("--plan", help="Plan file: what is kept of the document.", callback=plan_path)
@@ -43,8 +43,8 @@ class ReadOptions:
         return found
 
 
-def read(options: ReadOptions) -> None:
-    """Read a document once, and keep what the plan keeps of it in a file, for any number of questions later.
+def prefill(options: PrefillOptions) -> None:
+    """Read a document once, evict as the plan says, and save the KV cache for any number of later questions.
 
     Then: headsink generate --prefix prefix.safetensors --prompt "What does it say about X?"
     """
@@ -55,14 +55,14 @@ def read(options: ReadOptions) -> None:
 
     from headsink.cache.cache import nbytes
     from headsink.generation import templates
-    from headsink.runtime.prefill import prefill
+    from headsink.runtime import prefill as runtime
 
     plan = headsink.Plan.load(options.plan_file)
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
     plan = plan.for_model(model) if options.other_weights else plan
     text, ids = templates.document_prompt(tokenizer, document, options.raw)
     start = time.perf_counter()
-    cache = prefill(model, plan, torch.tensor([ids], device=model.device))
+    cache = runtime.prefill(model, plan, torch.tensor([ids], device=model.device))
     seconds = time.perf_counter() - start
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(options.out_file)}
