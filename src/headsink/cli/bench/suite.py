@@ -40,9 +40,9 @@ class AllOptions:
     items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items
     context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and domains.")] = DEFAULT.context
     budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = listed(DEFAULT.budgets)
-    families: Annotated[
-        str, typer.Option("--domains", help="Domains that are compared with each other, separated by commas.")
-    ] = listed(DEFAULT.families)
+    families: Annotated[str, typer.Option("--domains", help="Domains to compare, separated by commas.")] = listed(
+        DEFAULT.families
+    )
     documents: Annotated[int, typer.Option(min=1, help="Held-out documents of each family.")] = DEFAULT.documents
     contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = listed(DEFAULT.contexts)
     batches: Batches = BATCHES
