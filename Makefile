@@ -12,10 +12,9 @@ VLLM_READY := .venv-vllm/ready
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/ready
 OLDEST_VERSION := 5.19.0
-OLDEST_TESTS := $(addprefix tests/test_, passes.py table_of_calls.py runtime.py head_group.py generation.py decode.py \
-	compress.py prefix.py models.py census.py cli.py)
-DOCS := .venv-docs/bin
-DOCS_READY := .venv-docs/ready
+OLDEST_TESTS := $(addprefix tests/, attention/test_passes.py runtime/test_table_of_calls.py cache/test_plan_cache.py \
+	cache/test_head_group.py generation/test_generation.py generation/test_decode.py compression/test_compress.py \
+	runtime/test_prefix.py models/test_models.py census/test_census.py cli/test_cli.py)
 HARNESS := .venv-harness/bin
 HARNESS_READY := .venv-harness/ready
 
@@ -71,7 +70,7 @@ $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 	@touch $(VLLM_READY)
 
 test-harness: $(HARNESS_READY)
-	$(HARNESS)/python -m pytest tests/test_harness.py
+	$(HARNESS)/python -m pytest tests/integrations/test_harness.py
 
 # Uses the packages of .venv. Separate, because transformers imports some of the harness's packages, which takes a second each time.
 $(HARNESS_READY): $(READY)

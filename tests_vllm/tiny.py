@@ -14,7 +14,7 @@ SERVED = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
 
 
 def tiny(family, seed=0, **sizes):
-    """A tiny model as in tests/families.py, with other sizes."""
+    """A tiny model as in tests/support/families.py, with other sizes."""
     config = families.CONFIGS[family]()
     if family == "qwen2":  # its head dimension is hidden size / number of heads
         config.hidden_size = 32 * config.num_attention_heads

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from families import FAMILIES, tiny
-from test_replay import LENGTH, SOME, random_document, random_weights
+from replays import LENGTH, SOME, random_document, random_weights
 
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.calibration import score_fit

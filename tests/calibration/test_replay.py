@@ -6,39 +6,25 @@ from contextlib import contextmanager
 import pytest
 import torch
 from families import FAMILIES, tiny
+from replays import BRANCH, LENGTH, SOME, everything, make_replay, random_document
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from headsink.attention.interface import observing
 from headsink.attention.reference import masked_attention
 from headsink.calibration.replay import Replay
-from headsink.data.documents import Document, Question
+from headsink.data.documents import Document
 from headsink.eviction.pattern import FULL, Pattern, visible
-from headsink.eviction.scoring import key_scores, n_features
+from headsink.eviction.scoring import key_scores
 from headsink.models.spec import attention_modules, describe
 
-LENGTH, BRANCH = 150, 40
-SOME = ("llama", "llama-mha", "gemma3")
 OPTIONS = (Pattern(2, 0, 9), Pattern(1, 4, 17), Pattern(0, 3, 0), FULL)
 WEIGHT = 0.25
-
-
-def random_document(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(count):
-        return torch.randint(3, 211, (count,), generator=generator).tolist()
-
-    return Document(tokens(LENGTH), tokens(BRANCH), [Question("one", tokens(19), 4), Question("two", tokens(5), 1)])
 
 
 def branches(document):
     asked = [(q.ids, q.answer_tokens) for q in document.questions]
     return [(document.continuation, len(document.continuation) - 1), *asked]
-
-
-def everything(shape):
-    return [None if window else [FULL] * shape.kv_heads for window in shape.windows]
 
 
 def any_pattern(rng):
@@ -52,18 +38,6 @@ def any_pattern(rng):
 def random_patterns(shape, seed, make=any_pattern):
     rng = random.Random(seed)
     return [None if window else [make(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
-
-
-def random_weights(shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
-
-
-def make_replay(model, seed=0, freeze=False):
-    """Return a replay with random scorer weights."""
-    replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
-    replay.set_scores(weights)
-    return replay, weights
 
 
 # reference: one pass over document and branch, in which only the branch's queries are masked by patterns

@@ -7,13 +7,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from disks import full_disk
 from families import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_census_run import OPTIONS, Letters, same
-from test_files import full_disk
+from small_census import OPTIONS, Letters, same
 
 import headsink
 from headsink import HeadsinkError

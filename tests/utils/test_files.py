@@ -2,16 +2,15 @@
 
 import json
 import os
-import resource
 import socket
 import stat
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from browser import browser, needs_browser
+from disks import full_disk
 from safetensors.torch import save_file
 
 from headsink.cli import main
@@ -21,17 +20,6 @@ from headsink.report import frontier as frontier_report
 from headsink.utils import files, terminal
 
 ESCAPES = "a\x1b]0;title\x07b\nc\u202ed\u2028e"
-
-
-@contextmanager
-def full_disk(bytes_left=1000):
-    """Simulate a full disk by a limit on the size of files: the system call fails in the same way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def fill(folder, force=False, **contents):

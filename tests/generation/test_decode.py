@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from decoded import DECODED
 from families import FAMILIES, tiny
 from plans import QUALITY, random_plan
 
@@ -19,7 +20,6 @@ from headsink.plan.schema import Quality
 from headsink.runtime.prefill import empty_cache
 
 DECODE = {"custom_generate": decode}
-DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
 
 
 def prompt(tokens, seed=0):

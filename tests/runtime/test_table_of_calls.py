@@ -1,6 +1,6 @@
 """Table of calls of a model under a plan: each equals the reference mask or is refused in one line.
 
-`python tests/test_table_of_calls.py` prints the list as the page docs/calls.md.
+`PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py` prints the list as the page docs/calls.md.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ import headsink
 from headsink import HeadsinkError
 from headsink.models.transformers_names import cache_argument, returned_cache
 
-PAGE = Path(__file__).parent.parent / "docs" / "calls.md"
+PAGE = Path(__file__).parents[2] / "docs" / "calls.md"
 NEW = 8  # tokens
 IMAGE = 205  # the token that stands for a part of an image
 VISION = {
@@ -676,9 +676,9 @@ def page():
         "# Ways to call a model under a plan",
         "",
         "Inside `with headsink.apply(model, plan):` the calls below give what the plan's definition gives, or raise a",
-        "`HeadsinkError` of one line. Each row is a test (`tests/test_table_of_calls.py`): *right* means that the text or the",
-        "logits are those of a pass over the whole text in which every head is masked by its pattern. The list is printed by",
-        "`python tests/test_table_of_calls.py`.",
+        "`HeadsinkError` of one line. Each row is a test (`tests/runtime/test_table_of_calls.py`). *right* means that the text or",
+        "the logits equal those of a pass over the whole text in which every head is masked by its pattern. This page is the output of",
+        "`PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py`.",
     ]
     for group, calls in CALLS.items():
         lines += ["", f"## {group.capitalize()}", "", "| Call | Under a plan |", "|---|---|"]

@@ -3,6 +3,7 @@
 This file is also the program that torchrun starts: `test_tensor_parallel.py FOLDER` measures every model in a folder.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ def folder(tmp_path_factory, tokenizer):
         model.save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -11,10 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import random_calls
 from random_calls import CALLS
 
 GAMES = 200  # per process
-SCRIPT = Path(__file__).with_name("random_calls.py")
+SCRIPT = Path(random_calls.__file__)
 
 
 def test_random_calls_give_a_result_or_one_line():

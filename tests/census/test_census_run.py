@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from families import tiny
+from small_census import OPTIONS, Letters, same
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import headsink
@@ -18,25 +19,6 @@ from headsink.census.run import analyze_again
 from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, suggested_tau, tau_evidence
 
 
-class Letters:
-    """A tokenizer whose tokens are letters."""
-
-    chat_template = None
-    all_special_ids = (0, 1, 2)
-
-    def __call__(self, text, **_):
-        return {"input_ids": [3 + ord(letter) % 200 for letter in text]}
-
-    def __len__(self):
-        return 211
-
-    def decode(self, ids):
-        return chr(ids[0] - 3)
-
-
-OPTIONS = {"lengths": (16, 100), "domains": ("prose", "random"), "progress": False}
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny("llama")
@@ -45,12 +27,6 @@ def model():
 @pytest.fixture(scope="module")
 def census(model):
     return headsink.analyze(model, Letters(), **OPTIONS)
-
-
-def same(a, b):
-    """Return whether two censuses have the same numbers."""
-    assert a.arrays.keys() == b.arrays.keys()
-    return all(torch.equal(a.arrays[name].nan_to_num(), b.arrays[name].nan_to_num()) for name in a.arrays)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gpt-oss"])

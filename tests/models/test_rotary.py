@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from decoded import DECODED
 from families import FAMILIES, tiny
+from feeding import WAYS, feed, padded
 from plans import random_plan, window_plan
 from reference import own_attention
-from test_decode import DECODED
-from test_runtime import WAYS, feed, padded
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 

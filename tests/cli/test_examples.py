@@ -8,7 +8,7 @@ import pytest
 
 from headsink import Pattern, Plan, load
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = "The lighthouse keeper counted ships. On Monday there were seven of them, and on Tuesday none came by. " * 4
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import FAMILIES, tiny
+from feeding import padded
 from plans import random_plan
-from test_runtime import padded
 from transformers import DynamicCache
 
 import headsink

@@ -14,7 +14,7 @@ from headsink.bench.suite import pictures, records
 from headsink.bench.suite.records import Row
 from headsink.utils.statistics import spread
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "all"
 MACHINE = {"cores": 2, "threads": 2, "cpu": "a CPU (x86_64)", "memory_bytes": 2**34}
 VERSIONS = {"headsink": "0.1.0", "torch": "2.13.0"}

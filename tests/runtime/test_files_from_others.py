@@ -2,7 +2,7 @@
 
 The files are valid safetensors and JSON; their fields and tensors are changed at random. Cases run in a child process, because a
 kernel that reads out of bounds ends the process. To run 10,000 files of each kind, instead of a few, and to print how many
-were refused: `HEADSINK_FUZZ=10000 pytest -rP tests/test_files_from_others.py`. `HEADSINK_FUZZ_SEED=1` gives other files.
+were refused: `HEADSINK_FUZZ=10000 pytest -rP tests/runtime/test_files_from_others.py`. `HEADSINK_FUZZ_SEED=1` gives other files.
 """
 
 import json

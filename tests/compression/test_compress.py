@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import EAGER, FAMILIES, tiny
+from feeding import TOLERANCE, padded
 from plans import random_plan
 from reference import reference_logits
-from test_runtime import TOLERANCE, padded
 from transformers import DynamicCache, StaticCache
 
 import headsink

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import FAMILIES, tiny
+from feeding import padded
 from plans import random_plan
-from test_runtime import padded
 from transformers.generation.streamers import BaseStreamer
 
 import headsink

@@ -14,7 +14,7 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation.decode import refusal
 from headsink.models.fingerprint import weights_hash
 
-sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchao"))  # where `make setup` puts it
+sys.path.append(str(Path(__file__).parents[2] / ".venv" / "torchao"))  # where `make setup` puts it
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make setup")
 
 

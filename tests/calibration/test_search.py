@@ -10,7 +10,7 @@ import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_replay import SOME, everything, make_replay
+from replays import SOME, everything, make_replay
 
 from headsink import HeadsinkError, Pattern
 from headsink.calibration import method as method_module

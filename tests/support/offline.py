@@ -1,6 +1,6 @@
 """Compile Triton kernels for an H100 without a GPU, from the calls that would launch them.
 
-    python tests/offline.py FILE      # runs FILE, in which launches compile and do not run; prints a JSON object for each kernel
+    python tests/support/offline.py FILE    # run FILE, where launches only compile; print a JSON object for each kernel
 
 Run it in a separate process, without Triton's interpreter. Outputs of kernels are not written.
 """

@@ -1,0 +1,39 @@
+"""Random documents, and replays of them on tiny models."""
+
+import torch
+
+from headsink.calibration.replay import Replay
+from headsink.data.documents import Document, Question
+from headsink.eviction.pattern import FULL
+from headsink.eviction.scoring import n_features
+from headsink.models.spec import describe
+
+LENGTH, BRANCH = 150, 40
+
+
+SOME = ("llama", "llama-mha", "gemma3")
+
+
+def random_document(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(3, 211, (count,), generator=generator).tolist()
+
+    return Document(tokens(LENGTH), tokens(BRANCH), [Question("one", tokens(19), 4), Question("two", tokens(5), 1)])
+
+
+def everything(shape):
+    return [None if window else [FULL] * shape.kv_heads for window in shape.windows]
+
+
+def random_weights(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
+
+
+def make_replay(model, seed=0, freeze=False):
+    """Return a replay with random scorer weights."""
+    replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
+    replay.set_scores(weights)
+    return replay, weights
