@@ -18,7 +18,7 @@ OLDEST_TESTS := $(addprefix tests/, attention/test_passes.py runtime/test_table_
 HARNESS := .venv-harness/bin
 HARNESS_READY := .venv-harness/ready
 
-.PHONY: setup demo test test-oldest test-vllm test-harness lint docs peers clean
+.PHONY: setup demo test test-fast test-oldest test-vllm test-harness lint docs peers clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ lint: setup
 test: lint
 	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# The core of every package: what a contributor runs after each change.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --fast
 
 test-oldest: $(OLDEST_READY)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(OLDEST_TESTS)

@@ -8,6 +8,31 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 
+CASES = 6  # of a parametrized test, at most, that `--fast` keeps: evenly spaced over its matrix
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="leave out tests marked slow, and most cases of large matrices"
+    )
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not config.getoption("--fast"):
+        return
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for cases in by_test.values():
+        quick = [case for case in cases if not case.get_closest_marker("slow")]
+        kept |= (
+            {id(quick[n * len(quick) // CASES]) for n in range(CASES)} if len(quick) > CASES else set(map(id, quick))
+        )
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

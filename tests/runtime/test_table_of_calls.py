@@ -676,9 +676,9 @@ def page():
         "# Ways to call a model under a plan",
         "",
         "Inside `with headsink.apply(model, plan):` the calls below give what the plan's definition gives, or raise a",
-        "`HeadsinkError` of one line. Each row is a test (`tests/runtime/test_table_of_calls.py`). *right* means that the text or",
-        "the logits equal those of a pass over the whole text in which every head is masked by its pattern. This page is the output of",
-        "`PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py`.",
+        "`HeadsinkError` of one line. Each row is a test in `tests/runtime/test_table_of_calls.py`. *right* means that the",
+        "text or the logits equal those of a pass over the whole text in which every head is masked by its pattern. This",
+        "page is the output of `PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py`.",
     ]
     for group, calls in CALLS.items():
         lines += ["", f"## {group.capitalize()}", "", "| Call | Under a plan |", "|---|---|"]
