@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """What `headsink analyze` can be asked for."""
+    """Options of `headsink analyze`."""
 
     model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.", callback=known_model)] = (
         None
@@ -118,7 +118,7 @@ class AnalyzeOptions:
 def analyze(options: AnalyzeOptions) -> None:
     """See what every attention head looks at: sinks, local heads, retrieval heads; with a report to open in a browser.
 
-    Stopped, it goes on where it was when it is started again with the same options.
+    An interrupted run continues when it is started again with the same options.
     """
     arguments, where = options.arguments(), options.placement()
     if options.rerun is not None:

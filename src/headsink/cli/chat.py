@@ -26,7 +26,7 @@ from headsink.utils.terminal import emit, err, write
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `headsink chat` can be asked for."""
+    """Options of `headsink chat`."""
 
     model: Model = "smollm2"
     plan_file: PlanFile = None

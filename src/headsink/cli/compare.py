@@ -30,7 +30,7 @@ SHOWN = ("sink", "first", "far")  # scores of a comparison that go on the screen
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What `headsink compare` can be asked for."""
+    """Options of `headsink compare`."""
 
     runs: Annotated[
         list[Path],
@@ -57,7 +57,7 @@ class CompareOptions:
 def compare(options: CompareOptions) -> None:
     """Compare census runs with the first: how far heads moved, what of it is more than chance, which changed their role.
 
-    Two lengths or two kinds of text of one run: headsink compare runs/a@512 runs/a@4096
+    Two lengths or two domains of one run: headsink compare runs/a@512 runs/a@4096
     """
     from headsink.report.comparison import write_comparison, write_comparison_pictures
 
@@ -85,7 +85,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
         console.print("They were made with the same settings.")
     console.print(_scores(found))
     if any(view.domains == (None, None) for view in found.views):
-        console.print("By kind of text: --json, or the report of --out.", style="dim", highlight=False)
+        console.print("By domain: --json, or the report of --out.", style="dim", highlight=False)
     console.print(
         f"{len(found.changed)} of {found.heads} (run, length, text, head) have another role:", highlight=False
     )
@@ -94,7 +94,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
 
 
 def _scores(found: Comparison) -> Table:
-    """A row for each run, length and score; of all kinds of text together, where there are such."""
+    """A row for each run, length and score; over all domains, where there are several."""
     columns = (
         "run",
         "tokens",

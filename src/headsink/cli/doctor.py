@@ -42,7 +42,7 @@ PATTERNS = ((4, 0, 16), (2, 3, 9), (1, 0, 0))
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What `headsink doctor` can be asked for."""
+    """Options of `headsink doctor`."""
 
     seed: Seed = 0
     dtype: Dtype = None

@@ -1,4 +1,4 @@
-"""`headsink generate`: answer one prompt, under a plan, after a document that was read before, or by the model itself."""
+"""`headsink generate`: answer one prompt, under a plan or with the full cache, after a saved document or without."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What `headsink generate` can be asked for."""
+    """Options of `headsink generate`."""
 
     model: Model = "smollm2"
     prompt: Annotated[

@@ -12,7 +12,7 @@ from headsink.utils.terminal import MEGABYTE, emit, new_table, out
 
 @dataclass(frozen=True)
 class ModelsOptions:
-    """What `headsink models` can be asked for."""
+    """Options of `headsink models`."""
 
     as_json: Json = False
 

@@ -80,7 +80,7 @@ PlanFiles = Annotated[
 ]
 PlanFile = Annotated[
     Path | None,
-    typer.Option("--plan", help="Plan file to run under; without it, the model itself.", callback=plan_path),
+    typer.Option("--plan", help="Plan file; without one, the full cache.", callback=plan_path),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat format.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]

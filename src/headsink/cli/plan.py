@@ -48,7 +48,7 @@ MOST_PATTERNS = 10  # of a plan, that are listed one by one
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `headsink plan` can be asked for."""
+    """Options of `headsink plan`."""
 
     model: Model = "smollm2"
     budget: Annotated[
@@ -73,9 +73,9 @@ class PlanOptions:
         typer.Option("--frontier", help="Make plans of several budgets instead, with a chart of what they cost, here."),
     ] = None
     budgets: Annotated[str | None, typer.Option(help="The budgets of --frontier, separated by commas.")] = None
-    domains: Annotated[
-        str, typer.Option(help=f"Kinds of text to calibrate on, separated by commas: {', '.join(KINDS)}.")
-    ] = ",".join(corpus.DOMAINS)
+    domains: Annotated[str, typer.Option(help=f"Domains to calibrate on, separated by commas: {', '.join(KINDS)}.")] = (
+        ",".join(corpus.DOMAINS)
+    )
     prefill_compression: Annotated[
         bool,
         typer.Option(
@@ -93,14 +93,14 @@ class PlanOptions:
         bool,
         typer.Option(
             "--no-top-k",
-            help="First tokens and windows of several sizes only, which vLLM can serve (headsink serve).",
+            help="Sink tokens and windows only, of several sizes: what vLLM can serve (headsink serve).",
         ),
     ] = False
     tensor_parallel: Annotated[
         int,
         typer.Option(
             min=1,
-            help="For serving on so many GPUs: heads in the same place of different ranks keep alike, so that no rank is fuller.",
+            help="For serving on so many GPUs: heads at the same index of different ranks keep equally many keys.",
         ),
     ] = 1
     positions: Annotated[
@@ -172,7 +172,7 @@ class PlanOptions:
 def plan(options: PlanOptions) -> None:
     """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes.
 
-    Stopped, it goes on where it was when it is started again with the same options.
+    An interrupted run continues when it is started again with the same options.
     """
     arguments, measured = options.arguments(), options.measured()
     options.check_out()
@@ -267,9 +267,9 @@ def print_frontier(console: Console, drawn: Frontier) -> None:
 
 
 def _qualities(first: str, rows: dict[str, Quality]) -> Table:
-    """Quality against the model itself, a row for each."""
-    columns = (first, "KL, nats", "same top token", "nll change", "answers right", "model itself", "KV cache, MB")
-    table = new_table("Against the model itself on held-out text (95 % interval)", *columns)
+    """Print quality against the full cache, one row per context or plan."""
+    columns = (first, "KL, nats", "same top token", "delta NLL", "retrieval", "full cache", "KV cache, MB")
+    table = new_table("Against the full cache on held-out text (95 % interval)", *columns)
     for name, q in rows.items():
         kl, top1, change = q.kl_interval, q.top1_interval, q.nll_change_interval
         table.add_row(

@@ -20,12 +20,10 @@ from headsink.utils.terminal import MEGABYTE, emit, out
 class PrefillOptions:
     """The options of `headsink prefill`."""
 
-    plan_file: Annotated[
-        Path, typer.Option("--plan", help="Plan file: what is kept of the document.", callback=plan_path)
-    ]
+    plan_file: Annotated[Path, typer.Option("--plan", help="Plan file.", callback=plan_path)]
     model: Model = "smollm2"
     file: Annotated[Path | None, typer.Option(help="A file with the document; standard input if not given.")] = None
-    out_file: Annotated[Path, typer.Option("--out", help="Where what is kept goes (safetensors).")] = Path(
+    out_file: Annotated[Path, typer.Option("--out", help="File for the compressed cache (safetensors).")] = Path(
         "prefix.safetensors"
     )
     raw: Raw = False

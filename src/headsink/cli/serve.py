@@ -23,7 +23,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What `headsink serve` can be asked for; the rest, vLLM's own options, is in the arguments of the context."""
+    """Options of `headsink serve`. vLLM's own options are in the arguments of the context."""
 
     context: typer.Context
     model: Model

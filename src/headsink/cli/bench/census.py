@@ -14,7 +14,7 @@ from headsink.utils.files import check_file
 
 @dataclass(frozen=True)
 class CensusOptions:
-    """What `headsink bench census` can be asked for."""
+    """Options of `headsink bench census`."""
 
     model: Model = "smollm2"
     tokens: Annotated[int, typer.Option(min=16, help="Length of the text.")] = 8192
@@ -31,7 +31,7 @@ class CensusOptions:
 
 
 def census(options: CensusOptions) -> None:
-    """Time and memory of a census against a plain forward pass, and against the eager way where that still runs.
+    """Time and memory of a census against a plain forward pass, and against the eager computation where that still runs.
 
     Takes about 15 minutes on 2 cores.
     """

@@ -1,4 +1,4 @@
-"""`headsink bench domains`: do kinds of text have attention patterns of their own (bench/domains.py)."""
+"""`headsink bench domains`: do domains need plans of their own (bench/domains.py)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from headsink.utils.terminal import resumable
 
 @dataclass(frozen=True)
 class DomainsOptions:
-    """What `headsink bench domains` can be asked for."""
+    """Options of `headsink bench domains`."""
 
     model: Model = "smollm2"
     context: Annotated[int, typer.Option(help="Tokens of texts and documents.")] = 2000
     budget: Annotated[float, typer.Option(help="Fraction of the KV cache that all plans keep.")] = 0.25
-    kinds: Annotated[
-        str, typer.Option("--domains", help=f"Kinds of text, separated by commas: {', '.join(KINDS)}.")
-    ] = ",".join(KINDS)
+    kinds: Annotated[str, typer.Option("--domains", help=f"Domains, separated by commas: {', '.join(KINDS)}.")] = (
+        ",".join(KINDS)
+    )
     documents: Annotated[int, typer.Option(help="Held-out documents of each kind that plans are tested on.")] = 4
     texts: Annotated[int, typer.Option(help="Texts of each kind in the census: 4, 6, ...")] = 6
     checkpoint: Annotated[
@@ -81,7 +81,7 @@ def table(result: dict[str, Any]) -> str:
     cells = {(cell["calibrated_on"], cell["tested_on"]): cell for cell in result["cells"]}
     for name in (DEFAULT, *kinds):
         lines.append(f"{name:13}" + "".join(f"{cells[name, kind]['kl']:12.4f}" for kind in kinds))
-    lines.append("answers right / of the model itself")
+    lines.append("correct answers, plan / full cache")
     for name in (DEFAULT, *kinds):
         row = (cells[name, kind] for kind in kinds)
         lines.append(f"{name:13}" + "".join(f"{cell['right']:>7} / {cell['right_full']:<2}" for cell in row))

@@ -10,7 +10,7 @@ from headsink.cli.bench.speed import SpeedOptions, deliver_tables
 
 @dataclass(frozen=True)
 class MemoryOptions(SpeedOptions):
-    """What `headsink bench speed` can be asked for, but for the tokens to generate: memory depends little on these few."""
+    """Options of `headsink bench speed` without the tokens to generate, on which memory hardly depends."""
 
     tokens: int = field(default=4, init=False)
     rounds: Rounds = 2

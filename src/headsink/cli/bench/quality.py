@@ -43,14 +43,14 @@ BUDGETS = "0.5,0.25,0.125"
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """What `headsink bench quality` can be asked for."""
+    """Options of `headsink bench quality`."""
 
     model: Model = "smollm2"
     tasks: Annotated[str, typer.Option(help=f"Separated by commas, of {', '.join(TASKS)}.")] = ",".join(TASKS)
     plan_files: PlanFiles = None
     budgets: Annotated[
         str | None,
-        typer.Option(help=f"Instead: plans of these budgets, made first and kept beside --out; {BUDGETS}."),
+        typer.Option(help=f"Instead: plans of these budgets, made first and kept next to --out; {BUDGETS}."),
     ] = None
     items: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 30
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer together; plans are made for it.")] = 2000
@@ -84,9 +84,9 @@ class QualityOptions:
 
 
 def quality(options: QualityOptions) -> None:
-    """What plans cost on tasks: scores, and agreement with the model itself, on prompts as long as the plans are made for.
+    """What plans cost on tasks: scores, and agreement with the full cache, on prompts as long as the plans are made for.
 
-    Takes hours for all tasks on 2 cores. Stopped, it goes on where it was when it is started again with the same options.
+    Takes hours for all tasks on 2 cores. An interrupted run continues when it is started again with the same options.
     """
     tasks, shares = options.chosen_tasks(), options.shares()
 
@@ -118,7 +118,7 @@ def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str,
     from headsink.bench.heading import heading
     from headsink.models.devices import dtype_name
 
-    return heading("scores of tasks under plans, and agreement with the model itself") | {
+    return heading("scores of tasks under plans, and agreement with the full cache") | {
         "command": "headsink " + " ".join(sys.argv[1:]),
         "model": options.model,
         "dtype": dtype_name(model.dtype),

@@ -28,7 +28,7 @@ from headsink.utils.progress import console
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """What `headsink bench speed` can be asked for."""
+    """Options of `headsink bench speed`."""
 
     model: Model = "smollm2"
     plan_files: PlanFiles = None

@@ -28,7 +28,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that headsink bench all fil
 
 @dataclass(frozen=True)
 class AllOptions:
-    """What `headsink bench all` can be asked for."""
+    """Options of `headsink bench all`."""
 
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the rows and plans; what is there is kept.")]
     models: Annotated[str, typer.Option(help="Models, with commas.")] = listed(DEFAULT.models)
@@ -93,7 +93,7 @@ def _check(options: Options) -> None:
 
 
 def everything(options: AllOptions) -> None:
-    """Measure all that docs/results.md shows, row by row, into a folder. Takes hours; stopped, it goes on where it was.
+    """Measure all that docs/results.md shows, row by row, into a folder. Takes hours; an interrupted run continues.
 
     Rows that are there with the same settings are kept. What a missing package keeps from being measured is recorded so.
     """
@@ -112,7 +112,7 @@ def everything(options: AllOptions) -> None:
 
 @dataclass(frozen=True)
 class RerunOptions:
-    """What `headsink bench rerun` can be asked for."""
+    """Options of `headsink bench rerun`."""
 
     folder: Folder
     row: Annotated[str, typer.Argument(help="Name of the row, such as quality/smollm2/gsm8k.")]
@@ -125,7 +125,7 @@ class RerunOptions:
     as_json: Json = False
 
     def measured(self) -> Options:
-        """What the row is measured with, beside its own settings."""
+        """What the row is measured with in addition to its own settings."""
         models = model_names(names(self.models))
         return Options(models=models, llama_cpp=self.llama_cpp, vllm=self.vllm, device=self.device)
 
@@ -151,11 +151,11 @@ def rerun(options: RerunOptions) -> None:
 
 @dataclass(frozen=True)
 class ResultsOptions:
-    """What `headsink bench results` can be asked for."""
+    """Options of `headsink bench results`."""
 
     folder: Folder
     out_file: Annotated[
-        Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ beside it.")
+        Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ next to it.")
     ] = Path("docs/results.md")
     force: Force = False
 
