@@ -8,7 +8,8 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
-from headsink.bench.domains import DEFAULT, SEED_DISTANCE, clear, run
+from headsink.bench.domain_plans import DEFAULT, SEED_DISTANCE
+from headsink.bench.domains import clear, run
 from headsink.calibration.calibrate import _documents
 from headsink.cli.bench.domains import table
 from headsink.data.documents import document

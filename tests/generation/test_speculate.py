@@ -12,7 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.generation.speculative import AGAIN, MOST, DraftLength, Speculation, generate_lossless
+from headsink.generation.acceptance import AGAIN, MOST, DraftLength
+from headsink.generation.speculative import Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 
 NEW = 24

@@ -15,35 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import wraps
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headsink.attention.params import Padding
+from headsink.cache.inference_mode import outside_inference_mode
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FOREVER, Pattern
 from headsink.eviction.scoring import NONE, key_scores
 from headsink.utils import device
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
 GROWTH = 128  # slots by which a ring grows until it is as long as its window
-
-
-def outside_inference_mode(method: Method) -> Method:
-    """Run a method outside `torch.inference_mode`, so that the cache's tensors can be used later without it."""
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return cast(Method, run)
 
 
 class Slots:

@@ -205,15 +205,7 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
     scores = {name: means[name] for name in SCORES if name != "legacy"}
     of_column, of_matrix = early * start + late * (length - start)
     scores["legacy"] = of_column / of_matrix
-    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), secondary.sum(-1)
-    tokens = {
-        "value_norm": median,
-        "first_value": value_norm[:, 0] / mean_value,
-        "first_key": key_norm[:, 0] / mean_key,
-        "secondary_count": count,
-        "secondary_value": (value_norm * secondary).sum(-1) / count / mean_value,
-        "secondary_key": (key_norm * secondary).sum(-1) / count / mean_key,
-    }
+    tokens = _sink_norms(value_norm, key_norm, median, secondary)
     taus = torch.tensor(TAUS, device=device)[:, None]
     below = (value_norm[:, None] < taus * median[:, None, None]) & (positions >= limits.first)  # [KV heads, taus, keys]
     by_group = attention.view(kv_heads, -1, length).mean(1)
@@ -231,6 +223,19 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         short_keys=below.sum(-1).double().cpu(),
         short_attention=(below * by_group[:, None]).sum(-1).double().cpu(),
     )
+
+
+def _sink_norms(value_norm: Tensor, key_norm: Tensor, median: Tensor, secondary: Tensor) -> dict[str, Tensor]:
+    """The statistics TOKENS of each KV head: norms of values and keys of sinks, relative to the mean."""
+    mean_value, mean_key, count = value_norm.mean(-1), key_norm.mean(-1), secondary.sum(-1)
+    return {
+        "value_norm": median,
+        "first_value": value_norm[:, 0] / mean_value,
+        "first_key": key_norm[:, 0] / mean_key,
+        "secondary_count": count,
+        "secondary_value": (value_norm * secondary).sum(-1) / count / mean_value,
+        "secondary_key": (key_norm * secondary).sum(-1) / count / mean_key,
+    }
 
 
 class SinkKeys:

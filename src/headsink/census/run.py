@@ -97,26 +97,17 @@ def analyze(
     if not SEEDS[0] <= seed < SEEDS[1]:
         raise HeadsinkError(f"seed: {seed} has more than 64 bits")
     chosen, lengths = _texts(tokenizer, shape, lengths, domains, texts, texts_per_domain, seed)
-    settings: dict[str, Any] = {
-        "schema": SCHEMA,
-        "headsink": version("headsink"),
-        "model": {
-            "name": title(model.config.name_or_path),
-            "source": model.config.name_or_path,
-            "sliding": list(shape.windows),
-            **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
-        },
-        "dtype": devices.dtype_name(model.dtype),
-        "device": input_device(model).type,
-        "lengths": lengths,
-        "texts": [{"domain": t.domain, "number": t.number, "tokens": len(t.ids), "sha256": t.digest} for t in chosen],
-        "texts_per_domain": texts_per_domain,
-        "own_texts": _by_domain(texts),
-        "limits": asdict(limits),
-        "queries": queries,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-    }
+    settings = _settings(
+        model,
+        shape,
+        chosen,
+        lengths=lengths,
+        texts_per_domain=texts_per_domain,
+        own_texts=_by_domain(texts),
+        limits=asdict(limits),
+        queries=queries,
+        seed=seed,
+    )
     finished = Checkpoint(checkpoint, settings) if checkpoint is not None else None
     arrays: dict[str, Tensor] = {}
     passes = [_passes(shape, [n for n in lengths if n <= len(text.ids)]) for text in chosen]
@@ -142,6 +133,25 @@ def analyze(
             arrays |= {f"{number}.{name}": array for name, array in done.items()}
     occurring = sorted({token for text in chosen for token in text.ids})
     return Census(settings, {token: tokenizer.decode([token]) for token in occurring}, arrays)
+
+
+def _settings(model: PreTrainedModel, shape: Architecture, chosen: Sequence[Text], **given: Any) -> dict[str, Any]:
+    """What a census was made with, enough to make it again. given: the arguments of `analyze` as they are stored."""
+    return {
+        "schema": SCHEMA,
+        "headsink": version("headsink"),
+        "model": {
+            "name": title(model.config.name_or_path),
+            "source": model.config.name_or_path,
+            "sliding": list(shape.windows),
+            **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
+        },
+        "dtype": devices.dtype_name(model.dtype),
+        "device": input_device(model).type,
+        "texts": [{"domain": t.domain, "number": t.number, "tokens": len(t.ids), "sha256": t.digest} for t in chosen],
+        **given,
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+    }
 
 
 def _passes(shape: Architecture, lengths: list[int]) -> list[list[int]]:

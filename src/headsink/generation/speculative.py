@@ -28,16 +28,13 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from headsink.cache.cache import PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
+from headsink.generation.acceptance import MOST, DraftLength, accept_greedy, accept_sampled
 from headsink.generation.decode import Decoder, decoder, prepare, refusal
 from headsink.generation.prompt import Prompt, check_call
 from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
 from headsink.utils import device
-
-MOST = 8  # drafted tokens per round at most
-MEMORY = 0.9  # weight of the past in the running means of acceptance and time
-AGAIN = 32  # rounds without a draft after which one token is drafted, to measure the acceptance again
 
 
 @dataclass
@@ -54,46 +51,6 @@ class Speculation:
     @property
     def acceptance(self) -> float | None:
         return self.accepted / self.drafted if self.drafted else None
-
-
-class DraftLength:
-    """Choose the number of tokens to draft that maximises expected tokens per second, from measured acceptance and times."""
-
-    def __init__(self) -> None:
-        self.acceptance, self.draft, self.idle = 0.8, 0.0, 0
-        self.verify: dict[int, float] = {}  # number of tokens -> seconds
-
-    def choose(self) -> int:
-        if not self.verify:
-            return 0  # measure the time of a pass of one token
-        if len(self.verify) == 1:
-            return 3
-        if self.idle >= AGAIN:
-            return 1
-        return max(range(MOST + 1), key=lambda drafted: self._expected(drafted) / self._seconds(drafted))
-
-    def _expected(self, drafted: int) -> float:
-        return sum(self.acceptance**n for n in range(drafted + 1))
-
-    def _seconds(self, drafted: int) -> float:
-        """Expected seconds of a round. Verification time is linear between the fewest and most tokens measured."""
-        few, many = min(self.verify), max(self.verify)
-        slope = max(0.0, (self.verify[many] - self.verify[few]) / (many - few))
-        return drafted * self.draft + max(1e-9, self.verify[few] + slope * (drafted + 1 - few))
-
-    def saw(self, drafted: int, draft: float, verify: float, accepted: float) -> None:
-        """Record a round. draft, verify: seconds; accepted: tokens, mean over rows."""
-        self.verify[drafted + 1] = _mean(self.verify.get(drafted + 1), verify)
-        self.idle = 0 if drafted else self.idle + 1
-        if drafted:
-            self.draft = _mean(self.draft or None, draft / drafted)
-            verified = min(accepted + 1, drafted)  # tokens after the first rejected one are not judged
-            self.acceptance = min(0.999, _mean(self.acceptance, accepted / verified))
-
-
-def _mean(mean: float | None, value: float) -> float:
-    """Running mean after a new value."""
-    return value if mean is None else MEMORY * mean + (1 - MEMORY) * value
 
 
 def generate_lossless(
@@ -228,7 +185,7 @@ class SpeculativeDecoder:
         transformers' stopping criteria. drafted: tokens per round, None to choose them from measured times. told: is filled with
         counts.
         """
-        pick, pace, fixed = _accept_sampled if sample else _accept_greedy, DraftLength(), drafted
+        pick, pace, fixed = accept_sampled if sample else accept_greedy, DraftLength(), drafted
         while self.rows:
             drafted = pace.choose() if fixed is None else fixed
             start = time.perf_counter()
@@ -387,22 +344,3 @@ def _process_logits(processor: Any, batch: int | None, sequence: int, ids: Tenso
         processed: Tensor = processor(ids[None], logits[None].clone())[0]
         return processed
     return cast(Tensor, processor(ids.expand(batch, -1), logits.repeat(batch, 1))[sequence])
-
-
-def _accept_greedy(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
-    """The drafted tokens that equal greedy decoding with the full cache, and the token after them."""
-    for n, guess in enumerate(guesses):
-        own = int(scores[n].argmax())
-        if own != guess:
-            return guesses[:n], own
-    return guesses, int(scores[len(guesses)].argmax())
-
-
-def _accept_sampled(scores: list[Tensor], guesses: list[int], proposals: list[Tensor]) -> tuple[list[int], int]:
-    """The drafted tokens accepted at random, and a token drawn from the remaining distribution."""
-    for n, guess in enumerate(guesses):
-        p, q = scores[n].softmax(-1), proposals[n].softmax(-1)
-        if not float(torch.rand((), device=p.device)) * float(q[guess]) < float(p[guess]):
-            left = (p - q).clamp(min=0)
-            return guesses[:n], int(torch.multinomial(left if left.any() else p, 1))
-    return guesses, int(torch.multinomial(scores[len(guesses)].softmax(-1), 1))

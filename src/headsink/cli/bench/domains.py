@@ -71,7 +71,7 @@ def domains(options: DomainsOptions) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The matrix of KLs and what one's own plan is worth, in a few lines."""
-    from headsink.bench.domains import DEFAULT
+    from headsink.bench.domain_plans import DEFAULT
 
     kinds = result["families"]
     lines = [
