@@ -188,6 +188,7 @@ def test_a_table_is_made_of_valid_buffers_only(damage):
         KVTable(groups, 1)
 
 
+@pytest.mark.slow
 def test_a_step_needs_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
     with decoding(model, cache) as step:
@@ -242,6 +243,7 @@ def test_a_step_detects_a_changed_cache(change):
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_step_detects_a_changed_model(kind):
     model, _, cache = model_and_cache(kind=kind)
@@ -254,6 +256,7 @@ def test_a_step_detects_a_changed_model(kind):
         decoder(model, cache)
 
 
+@pytest.mark.slow
 def test_a_gpu_step_detects_the_same_changes(device):
     from headsink.generation.step_cuda import Decoder
 
@@ -309,6 +312,7 @@ def test_gpu_kernels_need_tables_of_the_same_rows(device):
         hide(torch.zeros(3, 4, dtype=torch.bool, device=device), table[None], length)
 
 
+@pytest.mark.slow
 def test_gpu_lifetimes_need_a_size_for_every_row(device):
     from headsink.eviction.lifetimes_cuda import better_ones
 

@@ -9,6 +9,8 @@ from families import tiny
 
 from headsink.generation.decode import prepare
 
+pytestmark = pytest.mark.slow
+
 # A child puts what it found into a queue. Everything runs in one fresh process, since what has run before is what matters.
 SCRIPT = """
 import multiprocessing, threading

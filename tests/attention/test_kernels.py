@@ -70,6 +70,7 @@ def test_scores_of_keys(dim):
     assert found == pytest.approx(float(key_scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 5, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,6 +121,7 @@ print(torch.get_num_threads(), numba.get_num_threads())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_compiled_calls_do_not_change_torch_threads(threads):
     """In a fresh process, because the first call starts numba's threads."""

@@ -146,6 +146,7 @@ def test_calling_submodules_alone_raises(model):
         torch.testing.assert_close(model.lm_head(found), reference_logits(tiny("llama"), plan, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_follows_the_plan(model):
     plan, ids = random_plan(model, 1), prompt()
@@ -198,6 +199,7 @@ def test_executors_and_event_loops_run_under_the_plan(model):
         assert torch.equal(found, expected(plan, ids))
 
 
+@pytest.mark.slow
 def test_a_thread_with_its_own_apply_block_has_its_plan(model):
     plans, ids = [random_plan(model, seed) for seed in (1, 2)], prompt()
 
@@ -426,6 +428,7 @@ def test_a_cache_outlives_inference_mode_and_pickling(model):
             torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_autocast_attends_in_its_dtype(model):
     plan, ids = random_plan(model, 1), prompt()
     with headsink.apply(model, plan), torch.autocast("cpu", torch.bfloat16), torch.no_grad():

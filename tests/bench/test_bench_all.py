@@ -17,6 +17,8 @@ from headsink.cli import main
 from headsink.models.builtin import BUILT_IN
 from headsink.models.spec import describe
 
+pytestmark = pytest.mark.slow
+
 WORDS = (
     *("--tasks", "retrieval,gsm8k", "--items", "2", "--context", "420", "--budgets", "0.5,0.25", "--device", "cpu"),
     *("--contexts", "200", "--batches", "1", "--tokens", "4", "--rounds", "2"),

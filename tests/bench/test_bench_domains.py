@@ -15,6 +15,8 @@ from headsink.cli.bench.domains import table
 from headsink.data.documents import document
 from headsink.evaluation.quality import score
 
+pytestmark = pytest.mark.slow
+
 CONTEXT, KINDS = 520, ("code", "maths")
 OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2, "texts": 4, "progress": False}
 

@@ -14,6 +14,8 @@ from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, Process
 from headsink.cli.bench.shared import named_plans
 
+pytestmark = pytest.mark.slow
+
 ECHO = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)

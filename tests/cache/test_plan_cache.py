@@ -20,6 +20,7 @@ from headsink.models.transformers_names import cache_argument, returned_cache
 from headsink.plan.schema import Quality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])

@@ -78,6 +78,7 @@ def replayed_loss(calibration, rows):
 # end to end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "once"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
 )
@@ -126,6 +127,7 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
     torch.testing.assert_close(found, calibration.weights * top_k, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_plan_for_context_reconstruction_allocates_by_importance(family, make, small):
     model, method = tiny(family), Method(prefill_compression=True, reconstruct=True, refine=False)
@@ -174,6 +176,7 @@ def test_windows_can_use_cache_relative_positions(budget, make):
         Method(positions="cache-relative")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path, monkeypatch):
     """Not worse on the replays than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
@@ -215,6 +218,7 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
     assert resumed[-1].loss <= steps[1].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_a_replay_equals_the_cache(family, once, small):
@@ -234,6 +238,7 @@ def test_a_replay_equals_the_cache(family, once, small):
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_scores_and_start_come_from_context_reconstruction(small, tmp_path):
     calibration = Calibration(
         tiny("llama"),
@@ -254,12 +259,14 @@ def test_scores_and_start_come_from_context_reconstruction(small, tmp_path):
     assert found[0]["kept"] > 0.15  # starting from the smallest plan it would be only little above it
 
 
+@pytest.mark.slow
 def test_plans_are_repeatable(make):
     model = tiny("llama")
     assert make(model=model) == make(model=model)
     assert make(model=model).calibration != make(model=model, seed=1).calibration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama-mha", "gemma3"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_makes_plans_that_run(family, policy, make):
@@ -279,6 +286,7 @@ def test_budget_1_gives_the_models_outputs(family, make):
     assert max(map(abs, verified.values())) < 1e-5
 
 
+@pytest.mark.slow
 def test_plans_of_long_contexts_run_over_fewer_documents(make, monkeypatch):
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True] * 4
     monkeypatch.setattr(calibrate_module, "VERIFIED", 2 * CONTEXT)
@@ -304,6 +312,7 @@ def test_quality_is_measured_at_the_context_and_a_shorter_one():
     assert default_quality_contexts(32_768) == (2048, 32_768)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_budget_is_met_at_both_ends_of_a_range_of_contexts(family, make):
     model, ends = tiny(family), (LEAST_CONTEXT, 1000)
@@ -338,6 +347,7 @@ def interrupt(monkeypatch, after, method):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "after"),
     [("llama", "expected", 1), ("llama", "loss", 0), ("llama", "loss", 1), ("gemma3", "expected", 2)],
@@ -365,6 +375,7 @@ def test_an_interrupted_search_resumes(family, method, after, make, tmp_path, mo
         assert make(model=model, budget=0.5, checkpoint=file) == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_arguments_is_ignored(make, tmp_path):
     file, usual = tmp_path / "search.json", {"model": tiny("gemma3"), "budget": 0.3, "context": LEAST_CONTEXT}
     expected = make(**usual)
@@ -392,6 +403,7 @@ def test_a_broken_checkpoint_is_refused(content, make, tmp_path):
     assert file.read_bytes() == (content if isinstance(content, bytes) else content.encode())
 
 
+@pytest.mark.slow
 def test_broken_steps_of_the_same_arguments_are_refused(make, tmp_path):
     file = tmp_path / "search.json"
     make(checkpoint=file)

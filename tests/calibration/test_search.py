@@ -113,6 +113,7 @@ def test_the_choice_fits_and_is_close_to_the_best(seed, budget):
     assert best - 1e-12 <= total(cost, pick) <= best + worst_head  # at most one head worse than the best of all
 
 
+@pytest.mark.slow
 def test_with_enough_budget_every_row_takes_its_best():
     for seed in range(10):
         cost = random_costs(seed, rows=20)

@@ -12,6 +12,8 @@ from headsink.census.sink_tokens import secondary_tokens, suggested_tau
 from headsink.data import corpus, documents
 from headsink.evaluation.quality import score
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 2000
 
 

@@ -152,6 +152,7 @@ def test_sampled_queries_represent_all(first, count, most):
     assert torch.equal((weights.cumsum(0) * count).round().long(), rows - first + 1)
 
 
+@pytest.mark.slow
 def test_scores_of_some_queries_are_close_to_scores_of_all(smollm2):
     model, tokenizer = smollm2
     (seen, *_) = run(model, torch.tensor([corpus.tokens("prose", tokenizer, 1000, split="heldout")]))[8:9]
@@ -280,6 +281,7 @@ def test_chance_is_the_mean_of_the_shuffles(seed):
     assert 0 < result.pair_p <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 3])
 def test_p_values_are_uniform_when_nothing_carries_over(group):
     """Also where the query heads of a KV head are alike: shuffling single heads would find too many."""

@@ -256,6 +256,7 @@ def use(folder):
     headsink.compare(folder, found)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):

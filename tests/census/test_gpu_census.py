@@ -57,6 +57,7 @@ def seen(
     return Seen(**vars(inputs), output=attention(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_blockwise_statistics(name, device, monkeypatch):
     case = dict(CASES[name])

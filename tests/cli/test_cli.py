@@ -58,6 +58,7 @@ def census(run, tiny_folder, tmp_path):
     return census
 
 
+@pytest.mark.slow
 def test_analyze_writes_the_folder(census):
     folder, found = census("a")
     names = {path.name for path in folder.iterdir()}
@@ -73,6 +74,7 @@ def test_analyze_writes_the_folder(census):
     assert "http://" not in page.replace("http://www.w3.org", "").split("</head>\n<body>")[1]
 
 
+@pytest.mark.slow
 def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tmp_path):
     _, first = census("a")
     _, again = census("a")
@@ -154,6 +156,7 @@ def test_a_census_is_rerun_from_its_folder(census):
     assert {**again, "folder": ""} == {**first, "folder": ""}
 
 
+@pytest.mark.slow
 def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     words = ("--context", "600", "--budgets", "0.0001,0.3,0.6", "--device", "cpu")
     status, out, err = run("plan", tiny_folder, *words, "--frontier", tmp_path / "f", "--json")
@@ -207,6 +210,7 @@ def test_a_plan_for_context_reconstruction(run, tiny_folder, tmp_path):
     assert "reconstruct: it needs prefill_compression" in err
 
 
+@pytest.mark.slow
 def test_plan_then_generate(run, tiny_folder, tmp_path):
     path = tmp_path / "plan.json"
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--domains", "maths,qa", "--device", "cpu")

@@ -8,6 +8,8 @@ import pytest
 
 from headsink import Pattern, Plan, load
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = "The lighthouse keeper counted ships. On Monday there were seven of them, and on Tuesday none came by. " * 4
 

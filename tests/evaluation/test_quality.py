@@ -114,6 +114,7 @@ def loaded(tiny_folder):
     return headsink.load(str(tiny_folder), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured_on_every_kind_of_text(loaded):
     model, tokenizer = loaded
     plan = random_plan(model, 2)
@@ -137,6 +138,7 @@ def test_a_plan_is_measured_on_every_kind_of_text(loaded):
         measure(model, tokenizer, plan, 300, progress=False)
 
 
+@pytest.mark.slow
 def test_a_measured_plan_is_printed(loaded, capsys):
     from rich.console import Console
 

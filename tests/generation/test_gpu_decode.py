@@ -22,6 +22,8 @@ from headsink.generation.speculative import Speculation, kept
 from headsink.generation.step_cuda import Decoder
 from headsink.models.transformers_names import cache_argument
 
+pytestmark = pytest.mark.slow
+
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 

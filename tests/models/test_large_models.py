@@ -22,6 +22,7 @@ def saved(folder, family, tokenizer):
     return places | {"model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "disk", "lm_head": "disk"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_census_is_the_same_with_layers_on_disk(tmp_path, family, tokenizer):
     places = saved(tmp_path, family, tokenizer)
@@ -44,6 +45,7 @@ def test_a_fingerprint_is_the_same_on_disk_and_in_another_type(tmp_path, tokeniz
     assert weights_hash(offloaded) == weights_hash(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "places"), [(0.997, {"cpu", "disk"}), (1e-6, {"disk"})])
 def test_auto_offloads_layers_that_do_not_fit(tmp_path, tokenizer, share, places):
     saved(tmp_path, "llama", tokenizer)

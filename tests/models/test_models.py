@@ -25,6 +25,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.mark.slow
 def test_built_in_model_loads_without_a_network(smollm2, no_network):
     model, tokenizer = headsink.load("smollm2", device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16

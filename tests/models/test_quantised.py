@@ -14,6 +14,8 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation.decode import refusal
 from headsink.models.fingerprint import weights_hash
 
+pytestmark = pytest.mark.slow
+
 sys.path.append(str(Path(__file__).parents[2] / ".venv" / "torchao"))  # where `make setup` puts it
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make setup")
 

@@ -80,6 +80,7 @@ def streaming(model, plan, ids, mask):
         model.set_attn_implementation(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ROTARY)
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_positions_are_cache_relative(family, padding):

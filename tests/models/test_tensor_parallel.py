@@ -20,6 +20,8 @@ from headsink.attention.interface import observing
 from headsink.models.distributed import input_device, is_main
 from headsink.models.spec import decoder
 
+pytestmark = pytest.mark.slow
+
 SPLIT = ("llama", "llama-mha", "qwen2", "qwen3", "gemma3")  # each process has some heads
 SEEN_BY_ALL = ("phi3", "olmo2")  # each process has all heads, only the projections are split
 ALONE = "gemma3-one-kv-head"

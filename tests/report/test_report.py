@@ -22,6 +22,8 @@ from headsink.report.page import drawing, write_page, write_report
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 from headsink.utils.format import share
 
+pytestmark = pytest.mark.slow
+
 MARKUP = "<img src=x onerror=alert(1)></script>"
 KIND = "<img src=x onerror=alert(1)>"  # the name of a domain must not contain a slash
 LAYERS, HEADS = 3, 4

@@ -37,6 +37,8 @@ from headsink.eviction.pattern import FOREVER
 from headsink.generation.decode import decoding, refusal
 from headsink.runtime.prefix import _expected, _Header
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("HEADSINK_FUZZ", "150"))
 SEED = int(os.environ.get("HEADSINK_FUZZ_SEED", "0"))
 MEMORY = 16 * 2**30  # maximum memory of the process, bytes

@@ -1,5 +1,6 @@
 """Random calls never crash the process, and all errors are one line (random_calls.py).
 
+import pytest
 HEADSINK_RANDOM_CALLS: how many calls, 240 if it is not set; 10000 takes a quarter of an hour of two idle cores.
 HEADSINK_RANDOM_SEED: the seed of the first game, 0 if it is not set. Run a game alone: python tests/random_calls.py SEED 1.
 """
@@ -11,8 +12,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import random_calls
 from random_calls import CALLS
+
+pytestmark = pytest.mark.slow
 
 GAMES = 200  # per process
 SCRIPT = Path(random_calls.__file__)

@@ -310,6 +310,7 @@ def write_hostile_frontier(folder):
     frontier_report.write_chart({"advice": advice, "least_sound_budget": 0.5, "points": points}, folder)
 
 
+@pytest.mark.slow
 def test_the_chart_of_a_frontier_runs_no_foreign_scripts(tmp_path):
     write_hostile_frontier(tmp_path)
     page = (tmp_path / "frontier.html").read_text()
@@ -318,6 +319,7 @@ def test_the_chart_of_a_frontier_runs_no_foreign_scripts(tmp_path):
     assert files.is_own(tmp_path / "frontier.html")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_chart_of_a_frontier_is_drawn_in_a_browser(tmp_path):
     write_hostile_frontier(tmp_path)
