@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.passes import engaged
+from headsink.cache.cache import PlanCache
 from headsink.eviction.scoring import n_features
 from headsink.models.transformers_names import cache_argument, returned_cache
 from headsink.plan.schema import Quality
@@ -320,7 +321,7 @@ def test_generate_with_a_plan_equals_the_reference(how):
     options = {"attention_mask": mask, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
     with headsink.apply(model, plan):
         result = model.generate(ids, **options, **GENERATE[how])
-    assert isinstance(returned_cache(result), headsink.cache.PlanCache)
+    assert isinstance(returned_cache(result), PlanCache)
     if how == "beams":
         return  # its logits are per beam and step; beams with their caches are tested with the full plan
     new = len(result.logits)
