@@ -159,13 +159,13 @@ def test_a_model_named_only_in_a_file_is_not_downloaded(folder, tmp_path, monkey
 
     monkeypatch.setattr(headsink, "load", load)
     for model in ([], ["owner/name"]):
-        words = ["headsink", "analyze", *model, "--again", str(changed), "--out", str(tmp_path / "b")]
+        words = ["headsink", "analyze", *model, "--rerun", str(changed), "--out", str(tmp_path / "b")]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit):
             main.main()
     first, second = capsys.readouterr().err.splitlines()
     assert "was made with the model 'attacker/model', which is not on this machine" in first
-    assert first.endswith(f"name it: headsink analyze MODEL --again {changed}")
+    assert first.endswith(f"name it: headsink analyze MODEL --rerun {changed}")
     assert (asked, second) == (["owner/name"], "headsink: loaded")
 
 

@@ -422,7 +422,7 @@ def test_models_and_doctor(run):
         (["analyze", "--rerun", ".", "--out", "new"], ".: not a census folder: it has no census.json"),
         (["compare", "file", "b"], "file: no such folder; a census is a folder that headsink analyze has written"),
         (["bench", "speed", "TINY", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such file"),
-        (["bench", "speed", "TINY", "--contexts", "3000"], "over the model's maximum of 2048; give 16 to 2015"),
+        (["bench", "speed", "TINY", "--contexts", "3000"], "exceed the model's maximum of 2048; give 16 to 2015"),
         (["bench", "quality", "TINY", "--tasks", "chess"], "tasks: 'chess' is unknown; one of humaneval"),
         (["bench", "domains", "TINY", "--domains", "code"], "domains: code is only one; give two or more"),
         (["bench", "all", "--models", "smolm2", "--out", "new"], "did you mean smollm2?"),
