@@ -324,7 +324,7 @@ def base_plan(tiny_folder, tmp_path):
 BENCH_QUALITY = ("--tasks", "retrieval", "--items", 1, "--context", 500)
 COMMANDS = {
     "generate": ("generate", ("--prompt", "Hello", "--max-new-tokens", 2)),
-    "read": ("read", ("--file", "text")),
+    "prefill": ("prefill", ("--file", "text")),
     "bench quality": ("bench quality", BENCH_QUALITY),
     "bench speed": ("bench speed", ("--contexts", 24, "--tokens", 3, "--rounds", 1)),
 }
