@@ -265,7 +265,7 @@ def test_requirements_on_a_model():
     assert "Sequential" in refusal(changed)
     added = tiny("llama")
     added.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
-    assert "adds" in refusal(added)
+    assert "bias" in refusal(added)
     watched = tiny("llama")
     watched.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert "hooks" in refusal(watched)
