@@ -129,7 +129,7 @@ def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
     lm.model.model.forward = lambda *args, **given: inner(
         *args, **{name: value for name, value in given.items() if name not in NAMES}
     )
-    with pytest.raises(HeadsinkError, match="the plan does not hold"):
+    with pytest.raises(HeadsinkError, match="the plan was not applied"):
         lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)
 
 
