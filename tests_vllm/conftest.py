@@ -29,7 +29,7 @@ def engine():
 
     from vllm import LLM
 
-    import headsink.serving.vllm
+    import headsink.serving.vllm.settings
 
     started = []
 
