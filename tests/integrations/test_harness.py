@@ -97,7 +97,7 @@ def test_without_a_plan_or_with_full_heads_it_equals_hflm(batch, tiny_folder, pl
         assert answers(HeadsinkLM(str(tiny_folder), plan, device="cpu", batch_size=batch)) == own
 
 
-@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("once", 3)])
+@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("prefill_compression", 3)])
 def test_continuations_are_scored_by_the_definition(which, batch, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
     own = HFLM(str(tiny_folder), device="cpu")
@@ -134,7 +134,7 @@ def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
 
 
 def test_the_full_caches_greedy_continuation_is_greedy(tiny_folder, plans):
-    for which in ("drawn", "once"):
+    for which in ("drawn", "prefill_compression"):
         lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu")
         context = lm.tok_encode(PROMPTS[0])
         once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
@@ -157,7 +157,7 @@ def test_whole_texts_are_scored_by_the_definition_in_windows(tiny_folder, plans)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("which", ["drawn", "once"])
+@pytest.mark.parametrize("which", ["drawn", "prefill_compression"])
 def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", max_length=32)
     lm.model.config.max_position_embeddings = 32  # so that one more token is an error
@@ -167,7 +167,7 @@ def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, pla
     assert found == pytest.approx(by_definition(lm, rest, continuation)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("once", 3)])
+@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("prefill_compression", 3)])
 def test_it_generates_by_the_definition_up_to_a_stop(which, batch, tiny_folder, plans):
     lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
     asked = [(prompt, {"until": [], "max_gen_toks": 4}) for prompt in PROMPTS]
@@ -202,12 +202,12 @@ def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
         HeadsinkLM(str(tiny_folder), plans["drawn"], peft="adapter")
     with pytest.raises(HeadsinkError, match=r"cannot read plan nosuch\.json"):
         HeadsinkLM(str(tiny_folder), "nosuch.json")
-    lm = HeadsinkLM(str(tiny_folder), plans["once"], device="cpu")
+    lm = HeadsinkLM(str(tiny_folder), plans["prefill_compression"], device="cpu")
     with pytest.raises(HeadsinkError, match="use a plan without --prefill-compression"):
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS))
 
 
-@pytest.mark.parametrize("which", ["drawn", "once"])
+@pytest.mark.parametrize("which", ["drawn", "prefill_compression"])
 def test_a_sequence_beyond_the_measured_lengths_warns_once(which, tiny_folder, plans, tmp_path):
     plan = Plan.load(plans[which]).model_dump() | {"quality": [QUALITY | {"context": 20}]}
     Plan.model_validate(plan).save(tmp_path / "measured.json")
