@@ -29,7 +29,7 @@ from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
 from headsink.runtime.prefill import prefill
-from headsink.runtime.scoring import branch_log_probs
+from headsink.runtime.scoring import forward
 from headsink.utils.progress import bar
 
 OPTIONS = (  # options of HFLM that have the same meaning here
@@ -99,7 +99,9 @@ class HeadsinkLM(HFLM):
                     before, cache = context, self._prefill(context)
                     cache.activate_past_recording()
                 with self._plan_applied(len(context) + len(continuation)):
-                    log_probs = branch_log_probs(self.model, cache, [last, *continuation], len(continuation))
+                    logits = forward(self.model, cache, [last, *continuation[:-1]], len(continuation))
+                cache.crop(-len(continuation))
+                log_probs = logits.float().log_softmax(-1)
                 targets = torch.tensor(continuation, device=self.device)
                 likelihood = float(log_probs.gather(1, targets[:, None]).sum())
                 found.append((likelihood, bool((log_probs.argmax(-1) == targets).all())))
