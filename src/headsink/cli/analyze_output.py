@@ -81,7 +81,7 @@ def _sinks(census: Census, length: int) -> Table:
     sink, first = (census.interval(name, length) for name in ("sink", "first"))
     at = windows(length).index(max(w for w in windows(length) if w <= NEAR))
     errors = census.score("errors", length)[..., at]
-    title = f"Strongest sinks at {length} tokens; errors of first tokens + last {windows(length)[at]}"
+    title = f"Strongest sinks at {length} tokens; errors of initial sinks + last {windows(length)[at]}"
     table = new_table(title, "head", "sink tokens", "of it first", "error", "with secondary sinks")
     for place in sink.mean.flatten().argsort(descending=True)[:STRONGEST].tolist():
         layer, head = divmod(place, sink.mean.shape[1])

@@ -35,7 +35,7 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
-    The memory that the plan lets go is free for other requests. vLLM works in whole blocks: no head ever sees less than its
+    Memory of evicted keys is free for other requests. vLLM works in whole blocks: no head ever attends to less than its
     pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
     """
     given = options.context.args

@@ -40,7 +40,7 @@ Verdict = Literal["the same", "within", "overlaps", "outside", "changed", "not c
 @dataclass(frozen=True)
 class Row:
     """What is to be measured. measure: given a file for what is done so far; typical: seconds on 2 cores; options: what the
-    command needs beside --out and --only."""
+    command needs in addition to --out and --only."""
 
     name: str
     settings: dict[str, Any]
@@ -129,7 +129,7 @@ class Compared:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> list[Compared]:
-    """Every figure of a row beside what measuring it again found."""
+    """Every figure of a row next to what a second measurement found."""
     if "missing" in now or "missing" in before:
         was, found = (row.get("missing", "measured") for row in (before, now))
         return [Compared(before["row"], was, found, "the same" if was == found else "changed")]

@@ -220,7 +220,7 @@ def _memory(options: Options, folder: Path, model: str, context: int, batch: int
 
 
 def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> dict[str, Any]:
-    """What speed and memory are measured with; and the model that tasks ran on is let go."""
+    """The options of speed and memory. The model that tasks ran on is released."""
     _loaded.cache_clear()
     plans = {name: stretched(plan, context) for name, plan in _plans(options, folder, model).items()}
     settings = options.of("llama_cpp", "vllm", "seed", "device") | {"dtype": options.dtype or SPEED_DTYPE}
