@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import CONFIGS
+from small_tokenizer import Small
 from transformers import AutoModelForCausalLM
 
 from headsink import HeadsinkError, Plan
@@ -19,22 +20,6 @@ pytestmark = pytest.mark.slow
 
 CONTEXT, KINDS = 520, ("code", "maths")
 OPTIONS = {"context": CONTEXT, "budget": 0.5, "families": KINDS, "documents": 2, "texts": 4, "progress": False}
-
-
-class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
-
-    chat_template = None
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text, **options):
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [3 + token % 208 for token in ids]}
-
-    def decode(self, ids):
-        return str(ids)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from families import tiny as tiny_model
+from small_tokenizer import Small
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, calibrate
@@ -27,19 +28,6 @@ from headsink.models.spec import describe
 
 CONTEXT = 600
 FAMILIES = ("llama", "llama-mha", "qwen3", "gemma2", "gemma3", "granite", "gpt-oss")
-
-
-class Small:
-    """A tokenizer for the vocabulary of tiny models: the built-in model's, with ids folded into it."""
-
-    chat_template = None
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text, **options):
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [3 + token % 208 for token in ids]}
 
 
 def tiny(family, seed=0, dtype=torch.float32):

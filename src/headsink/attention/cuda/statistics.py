@@ -396,8 +396,6 @@ def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Seq
     for window in windows:
         for name, sums in near.items():
             sum_ = sums[:, :, cuts.index(window)]
-            mass = (sum_[..., -1:] + found.sink_logits[..., None]).clamp(
-                min=TINY
-            )  # including the weight of the sink logit
-            outputs[f"{name}_{window}"] = sampled.by_head(sum_[..., :-1] / mass)
+            mass = sum_[..., -1:] + found.sink_logits[..., None]  # including the weight of the sink logit
+            outputs[f"{name}_{window}"] = sampled.by_head(sum_[..., :-1] / mass.clamp(min=TINY))
     return outputs
