@@ -17,6 +17,8 @@ OLDEST_TESTS := $(addprefix tests/, attention/test_passes.py runtime/test_table_
 	runtime/test_prefix.py models/test_models.py census/test_census.py cli/test_cli.py)
 HARNESS := .venv-harness/bin
 HARNESS_READY := .venv-harness/ready
+DOCS := .venv-docs/bin
+DOCS_READY := .venv-docs/ready
 
 .PHONY: setup demo test test-fast test-oldest test-vllm test-harness lint docs peers clean
 
