@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 import headsink
 from headsink import Plan
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.cache.cache import PlanCache
-from headsink.generation.decode import decoding, prepare
+from headsink.generation.decode import open_decoder, prepare
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
@@ -40,7 +40,7 @@ def random_cache(model: PreTrainedModel, plan: Plan, batch: int, tokens: int) ->
 def steps(model: PreTrainedModel, cache: PlanCache, tokens: Tensor, count: int) -> list[float]:
     """Return the seconds per token of the compiled decode step, without the first step, which reads addresses."""
     times = []
-    with decoding(model, cache) as step:
+    with open_decoder(model, cache) as step:
         for _ in range(count + 1):
             start = time.perf_counter()
             step.run(tokens)
@@ -72,13 +72,13 @@ def main() -> None:
     model, _ = headsink.load(arguments.model, dtype=arguments.dtype)
     plan = Plan.load(arguments.plan).model_copy(update={"quality": ()})
     prepare(model)
-    found: dict[str, Any] = heading(
+    found: dict[str, Any] = provenance(
         "seconds for a token of every sequence: the compiled step, and forward passes of the model"
     ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,
-        "kept": plan.kept(arguments.context),
+        "kept": plan.kv_budget(arguments.context),
         "results": [],
     }
     for batch in map(int, arguments.batches.split(",")):

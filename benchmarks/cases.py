@@ -36,9 +36,11 @@ def cases(tokenizer: PreTrainedTokenizerBase, documents: dict[int, int]) -> list
         for number in range(count):
             for domain in corpus.DOMAINS:
                 document = probes.document(tokenizer, context, split="heldout", seed=SEED + number, domains=(domain,))
-                branches = [{"form": form, "ids": ids, "scored": scored} for form, ids, scored in document.branches]
+                continuations = [
+                    {"form": form, "ids": ids, "scored": scored} for form, ids, scored in document.continuations
+                ]
                 name = f"{domain}-{number}"
-                made.append({"context": context, "name": name, "ids": document.ids, "continuations": branches})
+                made.append({"context": context, "name": name, "ids": document.ids, "continuations": continuations})
     return made
 
 

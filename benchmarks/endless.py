@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import Pattern, Plan
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.cache.cache import PlanCache
 from headsink.data import corpus
 from headsink.errors import HeadsinkError
@@ -115,7 +115,7 @@ def main() -> None:
     pattern = Pattern(arguments.sink, 0, arguments.window)
     plan = Plan.uniform(model, pattern, positions="cache-relative")
     torch.manual_seed(0)
-    found: dict[str, Any] = heading(
+    found: dict[str, Any] = provenance(
         "NLL and memory of streaming generation far past the model's maximum, with cache-relative positions"
     ) | {
         "model": arguments.model,

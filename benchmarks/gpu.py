@@ -39,7 +39,7 @@ from gpu_cases import (
 )
 from gpu_models import Rig
 
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.utils import device as gpu
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
@@ -191,7 +191,7 @@ def main() -> None:
         raise SystemExit(2)
     clock = Clock(torch.device("cpu" if small else "cuda"), 60 * arguments.minutes)
     torch.manual_seed(0)
-    found: dict[str, Any] = heading("attention and models on a GPU, seconds; a rehearsal" if small else "on a GPU")
+    found: dict[str, Any] = provenance("attention and models on a GPU, seconds; a rehearsal" if small else "on a GPU")
     found["machine"] |= machine(clock, small)
     found["full_kernels"] = full_kernels(clock.device)
     found["errors"] = largest_errors(clock.device, small)

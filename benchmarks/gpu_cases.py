@@ -17,7 +17,7 @@ from headsink.attention.cuda import full, prefill
 from headsink.attention.cuda.common import processors
 from headsink.attention.cuda.decode import attend, attend_buffers
 from headsink.attention.cuda.prefill import attend as attend_many
-from headsink.attention.interface import Seen
+from headsink.attention.interface import AttentionRecord
 from headsink.attention.kv_table import KVField
 from headsink.attention.reference import reference_attention
 from headsink.attention.visibility import KeyVisibility
@@ -69,7 +69,7 @@ def patterns(budget: float, context: int, heads: int) -> list[Pattern]:
 def full_kernels(device: torch.device) -> dict[str, str | None]:
     """Check the installed kernels of other libraries for full attention: the error of each, None if it is usable."""
     found: dict[str, str | None] = {}
-    for name in full.installed():
+    for name in full.available_kernels():
         try:
             errors = [_full_error(device, torch.bfloat16, dim, name) for dim in (64, 128)]
             found[name] = None if max(errors) <= TOLERANCE[torch.bfloat16] else f"it is wrong by {max(errors):.1e}"
@@ -242,7 +242,7 @@ def census_of_a_layer(clock: Any, shape: Heads, context: int) -> list[dict[str, 
     module = nn.Module()
     module.o_proj = nn.Linear(shape.query * shape.dim, shape.query * shape.dim, bias=False).to(device, torch.bfloat16)
     module.config = LlamaConfig(num_attention_heads=shape.query, num_key_value_heads=shape.kv)
-    seen = Seen(module, 0, query, key, value, shape.dim**-0.5, output=output)
+    seen = AttentionRecord(module, 0, query, key, value, shape.dim**-0.5, output=output)
     statistics = clock.host(lambda: head_statistics(seen, context, Thresholds()), 1 if context < 1000 else 3)
     attention = clock.kernel(lambda: full.attend(query, key, value, shape.dim**-0.5), 5)
     return [{"tokens": context, "statistics": statistics, "attention": attention}]

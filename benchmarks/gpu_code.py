@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import offline
 
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.utils.files import write_text
 
 LAUNCHES = """
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found = heading("code of the GPU kernels for compute capability 9.0") | {"results": []}
+    found = provenance("code of the GPU kernels for compute capability 9.0") | {"results": []}
     for dim in (64, 128):
         with TemporaryDirectory() as folder:
             kernels = offline.compiled(LAUNCHES.format(dim=dim), Path(folder))

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from headsink import Plan, apply, new_cache
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.eviction.scoring import n_features
-from headsink.generation.speculative import Speculation, SpeculativeDecoder, kept
+from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
 from headsink.generation.step_cuda import Decoder, Pass
 from headsink.models.transformers_names import cache_argument
 
@@ -218,7 +218,7 @@ class Rig:
             count = 2 if self.small else TOKENS
             full_seconds = self.clock.host(lambda: step.run(ids[:, 0]), count)
             step.start_evicting()
-            draft, counts = kept(model, plan, full), Speculation()
+            draft, counts = draft_cache(model, plan, full), Speculation()
             rounds = 2 if self.small else 8
             positions = torch.full((batch,), full.get_seq_length(), device=device)
             state = SpeculativeDecoder(model, ids[:, -1:], positions, full, draft)

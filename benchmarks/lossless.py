@@ -24,11 +24,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headsink
 from headsink import Plan
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.cache.cache import PlanCache
 from headsink.data import corpus
-from headsink.generation.decode import decoding, prepare
-from headsink.generation.speculative import Speculation, SpeculativeDecoder, kept
+from headsink.generation.decode import open_decoder, prepare
+from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
@@ -48,7 +48,7 @@ def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Ten
 def compiled(model: PreTrainedModel, cache: PlanCache, last: Tensor, tokens: int) -> Tensor:
     """Decode greedily by the compiled decode step: int64 [batch, tokens]."""
     found = [last[:, 0]]
-    with decoding(model, cache) as step:
+    with open_decoder(model, cache) as step:
         for _ in range(tokens):
             found.append(step.run(found[-1]).argmax(-1))
     return torch.stack(found[1:], 1)
@@ -97,13 +97,13 @@ def main() -> None:
     model, tokenizer = headsink.load(arguments.model, dtype=arguments.dtype)
     plan, everything = Plan.load(arguments.plan).model_copy(update={"quality": ()}), Plan.full(model)
     prepare(model)
-    found: dict[str, Any] = heading(
+    found: dict[str, Any] = provenance(
         "seconds for a token of every sequence, greedy, with the full cache and in lossless mode"
     ) | {
         "model": arguments.model,
         "dtype": arguments.dtype,
         "context": arguments.context,
-        "kept": plan.kept(arguments.context),
+        "kept": plan.kv_budget(arguments.context),
         "tokens": arguments.tokens,
         "results": [],
     }
@@ -118,7 +118,7 @@ def main() -> None:
             for start in range(0, arguments.context - 1, 1024):
                 chunk = ids[:, start : min(start + 1024, arguments.context - 1)]
                 model(chunk, **cache_argument(full), use_cache=True, logits_to_keep=1)
-        draft, last = kept(model, plan, full), ids[:, -1:]
+        draft, last = draft_cache(model, plan, full), ids[:, -1:]
         counts: dict[str, Speculation] = {}
 
         def transformers_cache(full: PlanCache = full) -> DynamicCache:

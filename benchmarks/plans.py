@@ -38,7 +38,7 @@ from headsink.calibration.calibrate import Calibration
 from headsink.calibration.method import Method
 from headsink.errors import HeadsinkError
 from headsink.plan.plan import Plan
-from headsink.runtime.scoring import branch_log_probs, read
+from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.utils.files import write_text
 
 POLICIES = {
@@ -49,15 +49,15 @@ PARTS = {
     "one number of top-k keys": Method(top_k=(0.0, 1 / 8)),
     "squared errors, not slopes": Method(gradient=False),
     "one step": Method(steps=False, refine=False),
-    "without a start by need": Method(need=False),
+    "without a start by importance": Method(importance=False),
     "without correction": Method(correction=False),
     "without swaps": Method(refine=False),
     "without questions": Method(retrieval_weight=0.0),
 }
 RECONSTRUCTION_PARTS = {
     "retold, values as they are": Method(prefill_compression=True, reconstruct=True, refit_values=False),
-    "retold, equal numbers": Method(prefill_compression=True, reconstruct=True, need=False, refine=False),
-    "retold, numbers by need only": Method(prefill_compression=True, reconstruct=True, refine=False),
+    "retold, equal numbers": Method(prefill_compression=True, reconstruct=True, importance=False, refine=False),
+    "retold, numbers by importance only": Method(prefill_compression=True, reconstruct=True, refine=False),
 }
 METHODS = {
     "headsink": Method(),
@@ -75,7 +75,7 @@ def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> li
     compressible = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
     kv_bytes, records = nbytes(compressible), []  # type: ignore[arg-type]
     for part in case["continuations"]:
-        log_probs = branch_log_probs(model, cache, part["ids"], part["scored"])
+        log_probs = continuation_log_probs(model, cache, part["ids"], part["scored"])
         targets = torch.tensor(part["ids"][-part["scored"] :], device=log_probs.device)
         nll = -log_probs.gather(1, targets[:, None]).double().mean()
         right = bool((log_probs.argmax(-1) == targets).all())

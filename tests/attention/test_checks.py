@@ -19,7 +19,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.kv_table import KVTable
 from headsink.eviction.lifetimes import lifetimes
-from headsink.generation.decode import decoder, decoding
+from headsink.generation.decode import decoder, open_decoder
 from headsink.models.transformers_names import cache_argument
 
 FLAGS = torch.ones(2, 3, 5, dtype=torch.bool)
@@ -191,7 +191,7 @@ def test_a_table_is_made_of_valid_buffers_only(damage):
 @pytest.mark.slow
 def test_a_step_needs_a_token_of_every_row():
     model, _, cache = model_and_cache(rows=2)
-    with decoding(model, cache) as step:
+    with open_decoder(model, cache) as step:
         for rows in (1, 3):
             with pytest.raises(HeadsinkError, match=r"^decode: sequences with new tokens: "):
                 step.run(torch.full((rows,), 5))

@@ -17,7 +17,7 @@ import multiprocessing, threading
 import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
-from headsink.generation.decode import decoding
+from headsink.generation.decode import open_decoder
 from headsink.attention.backends import AttentionParams, backend_of
 from plans import random_plan
 

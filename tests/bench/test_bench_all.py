@@ -11,7 +11,7 @@ from headsink import HeadsinkError, Plan
 from headsink.bench.options import Options, label, model_names
 from headsink.bench.suite import records
 from headsink.bench.suite import run as everything
-from headsink.bench.suite.run import stretched
+from headsink.bench.suite.run import rescale
 from headsink.bench.tasks import datasets
 from headsink.cli import main
 from headsink.models.builtin import BUILT_IN
@@ -158,7 +158,7 @@ def test_a_scaled_plan_keeps_its_budget(tiny_folder, top_k):
     plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
     plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})
     for context in (500, 1000, 8000):
-        assert stretched(plan, context).kept(context) == pytest.approx(plan.kept(1000), abs=0.01)
+        assert rescale(plan, context).kv_budget(context) == pytest.approx(plan.kv_budget(1000), abs=0.01)
 
 
 def test_model_labels_have_no_folders(tmp_path):

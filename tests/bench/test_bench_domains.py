@@ -53,7 +53,7 @@ def test_every_plan_is_calibrated_on_its_domain_and_seed_and_saved(result, folde
         plan = Plan.load(folder / f"{made['name']}.json")
         kinds = ["prose", "code", "maths", "chat"] if made["calibrated_on"] == DEFAULT else [made["calibrated_on"]] * 4
         assert [one["text"] for one in plan.calibration["documents"]] == kinds
-        assert plan.kept(CONTEXT) <= 0.5
+        assert plan.kv_budget(CONTEXT) <= 0.5
     assert json.loads(json.dumps(result)) == result
 
 

@@ -56,7 +56,7 @@ def test_a_failed_worker_reports_its_last_line_without_folders():
 
 
 def test_decode_times_of_a_batch_start_when_every_sequence_has_a_token():
-    found = peers.timed([[1.0, 1.5, 4.0, 4.25], [2.0, 2.5, 2.75]])
+    found = peers.summarize_times([[1.0, 1.5, 4.0, 4.25], [2.0, 2.5, 2.75]])
     assert found["prefill_s"] == 2.0
     assert found["decode_s"] == pytest.approx(
         0.25

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.passes import engaged
+from headsink.attention.passes import engage
 from headsink.cache.cache import PlanCache
 from headsink.eviction.scoring import n_features
 from headsink.models.transformers_names import cache_argument, returned_cache
@@ -117,7 +117,7 @@ def test_other_caches_use_the_models_attention(family):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for given in ({}, {"attention_mask": mask, "position_ids": positions}):
         expected, cache = model(ids, **given).logits, DynamicCache(config=model.config)
-        with engaged(model):
+        with engage(model):
             found = [model(ids, **given).logits]
             for start, end in ((0, 20), (20, 299), (299, 300)):
                 part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]} if given else {}
@@ -160,8 +160,8 @@ def test_the_cache_has_exactly_the_plans_keys(freeze):
     cache = feed(model, plan, torch.randint(3, 211, (1, 300)), [200, 1], freeze=freeze)[1]
     gc.collect()
     new = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and id(t) not in before]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new if t.numel()}
-    assert cache.nbytes() == sum(held.values())
+    frozen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new if t.numel()}
+    assert cache.nbytes() == sum(frozen.values())
     slots = [group.keys.shape[1] * group.keys.shape[2] for layer in cache.layers for group in layer.groups]
     more = 0 if freeze is None else 128  # for the 50 tokens after
     assert slots == [20 + more, 38 + more, 2 * (20 + more), 384, 1 + more]

@@ -23,10 +23,10 @@ some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: to
 
 @pytest.mark.parametrize("share", [0.03, 0.25, 0.7, 1.0])
 def test_allocation_keeps_the_most_important_keys_of_all_heads(share):
-    need = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
-    found = allocate(need, share)
-    ranks = need.flatten().argsort(descending=True).argsort().view(need.shape)  # 0 for the most important
-    stay = ranks < need.numel() - 1 - int((1 - share) * (need.numel() - 1))
+    importance = torch.randn(3, 2, 101, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [3.0]])
+    found = allocate(importance, share)
+    ranks = importance.flatten().argsort(descending=True).argsort().view(importance.shape)  # 0 for the most important
+    stay = ranks < importance.numel() - 1 - int((1 - share) * (importance.numel() - 1))
     assert torch.equal(found, stay.double().mean(-1))
     assert found.mean() == pytest.approx(share, abs=0.01)
 

@@ -15,7 +15,7 @@ from headsink import HeadsinkError, Pattern, Plan, calibrate
 from headsink.calibration import calibrate as calibrate_module
 from headsink.calibration.calibrate import BUDGETS, TAIL, Calibration, _documents, default_quality_contexts
 from headsink.calibration.method import POLICIES, SINK, WINDOWS, Method
-from headsink.calibration.score_fit import demand, fit
+from headsink.calibration.score_fit import fit, measure_importance
 from headsink.calibration.search import Search, Step
 from headsink.compression.reconstruction import prompt_tokens
 from headsink.data import corpus
@@ -58,9 +58,9 @@ def patterns(plan):
     return [layer and [head.pattern for head in layer] for layer in plan.layers]
 
 
-def replayed_loss(calibration, rows):
-    """Return the loss of patterns on the replays of a calibration."""
-    return sum(float(r.loss(r.log_probs(rows), 0.25)) for r in calibration.replays) / len(calibration.replays)
+def search_loss(calibration, rows):
+    """Return the loss of patterns on the cached documents of a calibration."""
+    return sum(float(r.loss(r.log_probs(rows), 0.25)) for r in calibration.cached) / len(calibration.cached)
 
 
 # end to end
@@ -71,16 +71,16 @@ def replayed_loss(calibration, rows):
     ("family", "once"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma3", True)]
 )
 def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make, small):
-    model = tiny(family, dtype=torch.float64)  # in other dtypes replays round keys and values to 16 bits
+    model = tiny(family, dtype=torch.float64)  # in other dtypes cached documents round keys and values to 16 bits
     shape = describe(model)
     plan = make(model=model, budget=0.4, seed=3, method=Method(prefill_compression=once))
     plan.check(model)
     assert [layer is None for layer in plan.layers] == [window is not None for window in shape.windows]
-    assert 0.2 < plan.kept(CONTEXT) <= 0.4
+    assert 0.2 < plan.kv_budget(CONTEXT) <= 0.4
     made = plan.calibration
     assert (made["budget"], made["context"], made["seed"]) == (0.4, [CONTEXT, CONTEXT], 3)
     assert made["domains"] == list(corpus.DOMAINS)
-    assert made["kept"] == pytest.approx(plan.kept(CONTEXT), abs=1e-4)
+    assert made["kept"] == pytest.approx(plan.kv_budget(CONTEXT), abs=1e-4)
     assert made["dtype"] == "float64"
     assert made["method"]["policy"] == "headsink"
     assert made["method"]["prefill_compression"] == plan.prefill_compression == once
@@ -95,17 +95,17 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
         model, small, context=CONTEXT, seed=3, method=Method(prefill_compression=once), progress=False
     )
     scored = [score(model, plan, document) for document in calibration.documents]
-    text = sum(float(branches[0].kl.mean()) for branches in scored) / len(scored)
-    answers = sum(sum(float(b.kl.mean()) for b in branches[1:]) / (len(branches) - 1) for branches in scored) / len(
-        scored
-    )
+    text = sum(float(continuations[0].kl.mean()) for continuations in scored) / len(scored)
+    answers = sum(
+        sum(float(b.kl.mean()) for b in continuations[1:]) / (len(continuations) - 1) for continuations in scored
+    ) / len(scored)
     verified = made["verified"]
     assert verified["kl_text"] == pytest.approx(text, abs=2e-5)
     assert verified["kl_answers"] == pytest.approx(answers, abs=2e-5)
     assert verified["loss"] == pytest.approx(verified["kl_text"] + 0.25 * verified["kl_answers"], abs=2e-5)
-    assert made["replayed_loss"] == pytest.approx(replayed_loss(calibration, patterns(plan)), abs=1e-5)
+    assert made["search_loss"] == pytest.approx(search_loss(calibration, patterns(plan)), abs=1e-5)
     if once:
-        assert verified["loss"] == pytest.approx(made["replayed_loss"], abs=2e-5)
+        assert verified["loss"] == pytest.approx(made["search_loss"], abs=2e-5)
 
     # Scorer weights are those of the search, for heads with top-k keys.
     top_k = [head.top_k > 0 for row in plan.layers for head in row or [FULL] * shape.kv_heads]
@@ -120,32 +120,32 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, once, make,
 def test_a_plan_for_context_reconstruction_allocates_by_importance(family, make, small):
     model, method = tiny(family), Method(prefill_compression=True, reconstruct=True, refine=False)
     calibration = Calibration(model, small, context=CONTEXT, method=method, progress=False)
-    planned = [layer for layer, window in enumerate(calibration.replays[0].shape.windows) if window is None]
-    need = calibration.need[planned].flatten(0, 1)
+    planned = [layer for layer, window in enumerate(calibration.cached[0].shape.windows) if window is None]
+    importance = calibration.importance[planned].flatten(0, 1)
     for budget in (0.2, 0.4):
         plan = calibration.plan(budget)
         assert plan.prefill_compression
         assert plan.reconstruction_prompt == tuple(small("\n\nRepeat the previous context exactly.\n\n")["input_ids"])
-        assert budget - 0.01 < plan.kept(CONTEXT) <= budget
-        assert plan.calibration["replayed_loss"] is None
+        assert budget - 0.01 < plan.kv_budget(CONTEXT) <= budget
+        assert plan.calibration["search_loss"] is None
         assert plan.calibration["verified"]["kl_text"] > 0
         # The least important kept key of any head is more important than the most important evicted key of another.
         rows = [head.pattern for layer in planned for head in plan.layers[layer]]
         assert all(pattern.full or (pattern.sink, pattern.window) == (SINK, WINDOWS[0]) for pattern in rows)
         edges = []
-        for pattern, own in zip(rows, need, strict=True):
+        for pattern, own in zip(rows, importance, strict=True):
             if not pattern.full:
                 order = own.sort(descending=True).values
                 place = round(pattern.top_k / CONTEXT * len(order))
                 edges += [(order[max(place - 3, 0)], order[min(place + 3, len(order) - 1)])]
         assert max(low for _, low in edges) <= min(high for high, _ in edges)
-    calibration.method = Method(prefill_compression=True, reconstruct=True, refine=False, need=False)
+    calibration.method = Method(prefill_compression=True, reconstruct=True, refine=False, importance=False)
     plan = calibration.plan(0.3)
     assert len({head for row in plan.layers if row for head in (h.pattern for h in row)}) == 1
-    assert 0.29 < plan.kept(CONTEXT) <= 0.3
+    assert 0.29 < plan.kv_budget(CONTEXT) <= 0.3
     assert plan.refit_values
     calibration.method = Method(
-        prefill_compression=True, reconstruct=True, refine=False, need=False, refit_values=False
+        prefill_compression=True, reconstruct=True, refine=False, importance=False, refit_values=False
     )
     assert calibration.plan(0.3).layers == plan.layers
     assert not calibration.plan(0.3).refit_values
@@ -167,7 +167,7 @@ def test_windows_can_use_cache_relative_positions(budget, make):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path, monkeypatch):
-    """Not worse on the replays than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
+    """Not worse on the documents than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
     model, file = tiny(family), tmp_path / "steps.json"
 
     def made(method, checkpoint=None):
@@ -180,7 +180,7 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
     assert [head.pattern for row in plan.layers if row for head in row] == [
         pattern for row in steps[-1].plan() if row for pattern in row
     ]
-    assert 0.28 < plan.kept(CONTEXT) <= 0.3
+    assert 0.28 < plan.kv_budget(CONTEXT) <= 0.3
     calibration.method, calibration.checkpoint = (
         Method(prefill_compression=True),
         None,
@@ -190,9 +190,9 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
     losses = []
     for tried in (by_need, plan):
         patterns = [None if row is None else [head.pattern for head in row] for row in tried.layers]
-        for replay in calibration.replays:
-            replay.set_importance(demand(replay, calibration.prompt, whole=True))
-        losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.replays) / 4)
+        for cached in calibration.cached:
+            cached.set_importance(measure_importance(cached, calibration.prompt, whole=True))
+        losses.append(sum(float(r.loss(r.log_probs(patterns), 0.25)) for r in calibration.cached) / 4)
     assert losses[1] < losses[0]
     assert losses[1] == pytest.approx(steps[-1].loss, rel=1e-5)
     monkeypatch.setattr(calibrate_module, "coordinate_descent", None)  # all is done: nothing is searched again
@@ -209,8 +209,8 @@ def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-def test_a_replay_equals_the_cache(family, once, small):
-    """A replay is exact if the document is read in full attention, or with the same keys and values, that is with patterns in
+def test_a_cached_document_equals_the_cache(family, once, small):
+    """A cached document is exact if it is read in full attention, or with the same keys and values, that is with patterns in
     the last layer only."""
     model = tiny(family, dtype=torch.float64)
     calibration = Calibration(model, small, context=CONTEXT, method=Method(prefill_compression=once), progress=False)
@@ -221,7 +221,7 @@ def test_a_replay_equals_the_cache(family, once, small):
             rows[layer] = [Pattern(4, 4, 16), pattern]
         plan = Plan.of(model, rows, calibration.weights, prefill_compression=once)
         kl = calibration._verify(plan)
-        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(replayed_loss(calibration, rows), rel=1e-3)
+        assert float(kl[0] + 0.25 * kl[1]) == pytest.approx(search_loss(calibration, rows), rel=1e-3)
         other = calibration._verify(plan.model_copy(update={"prefill_compression": not once}))
         assert float(other[0]) != pytest.approx(float(kl[0]), rel=0.05)
 
@@ -236,10 +236,10 @@ def test_scores_and_start_come_from_context_reconstruction(small, tmp_path):
         checkpoint=tmp_path / "steps",
         progress=False,
     )
-    importance = [demand(replay, prompt_tokens(small)) for replay in calibration.replays]
-    assert torch.equal(calibration.weights, fit(calibration.replays, importance))
+    importance = [measure_importance(cached, prompt_tokens(small)) for cached in calibration.cached]
+    assert torch.equal(calibration.weights, fit(calibration.cached, importance))
     pooled = torch.cat([one.attention for one in importance], -1)
-    search, steps = Search(calibration.replays, CONTEXT, calibration.method, 0, pooled), []
+    search, steps = Search(calibration.cached, CONTEXT, calibration.method, 0, pooled), []
     search.run(0.4, report=steps.append)
     calibration.plan(0.4)
     found = json.loads((tmp_path / "steps").read_text())["steps"]
@@ -260,7 +260,7 @@ def test_plans_are_repeatable(make):
 def test_every_policy_makes_plans_that_run(family, policy, make):
     model, budget = tiny(family), 0.75  # a streaming head of on-off keeps 320 of 600 tokens
     plan = make(model=model, budget=budget, method=Method(policy=policy))
-    assert plan.kept(CONTEXT) <= budget
+    assert plan.kv_budget(CONTEXT) <= budget
     assert plan.calibration["method"]["policy"] == policy
     with headsink.apply(model, plan), torch.no_grad():
         assert torch.isfinite(model(torch.randint(3, 211, (1, 580))).logits).all()
@@ -305,10 +305,10 @@ def test_quality_is_measured_at_the_context_and_a_shorter_one():
 def test_the_budget_is_met_at_both_ends_of_a_range_of_contexts(family, make):
     model, ends = tiny(family), (LEAST_CONTEXT, 1000)
     plan = make(model=model, context=ends, budget=0.5)
-    assert 0.3 < plan.kept(ends[0]) <= 0.5
-    assert plan.kept(ends[1]) <= 0.5
+    assert 0.3 < plan.kv_budget(ends[0]) <= 0.5
+    assert plan.kv_budget(ends[1]) <= 0.5
     assert plan.calibration["context"] == list(ends)
-    assert plan.calibration["kept"] == pytest.approx(plan.kept(ends[0]), abs=1e-4)
+    assert plan.calibration["kept"] == pytest.approx(plan.kv_budget(ends[0]), abs=1e-4)
     tokens = [document["tokens"] for document in plan.calibration["documents"]]
     assert all(0.7 * (ends[1] - TAIL) < n <= ends[1] - TAIL for n in tokens[::2])
     assert all(0.7 * (ends[0] - TAIL) < n <= ends[0] - TAIL for n in tokens[1::2])
@@ -424,7 +424,7 @@ def test_max_kl_of_calibrate(make):
     plan = make(max_kl=100.0)
     assert plan.calibration["max_kl"] == 100
     assert plan.calibration["budget"] == 0.075  # the smallest plan is 36 of 600 tokens
-    assert plan.kept(CONTEXT) <= 0.075
+    assert plan.kv_budget(CONTEXT) <= 0.075
 
 
 # arguments

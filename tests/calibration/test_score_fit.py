@@ -4,13 +4,22 @@ import itertools
 
 import pytest
 import torch
+from cached_documents import LENGTH, SOME, random_document, random_weights
 from families import FAMILIES, tiny
-from replays import LENGTH, SOME, random_document, random_weights
 
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.calibration import score_fit
-from headsink.calibration.replay import Replay
-from headsink.calibration.score_fit import LEAST, RIDGE, TOKENS, WEIGHT, Demand, _starts, demand, fit
+from headsink.calibration.cached_document import CachedDocument
+from headsink.calibration.score_fit import (
+    LEAST,
+    RIDGE,
+    TOKENS,
+    WEIGHT,
+    ImportanceScores,
+    _starts,
+    fit,
+    measure_importance,
+)
 from headsink.compression.reconstruction import LEAD, PROMPT, SPAN, prompt_tokens
 from headsink.eviction.scoring import key_features, key_scores
 from headsink.models.spec import attention_modules
@@ -26,9 +35,9 @@ def spans(length):
     return [range(start, min(start + SPAN, length)) for start in _starts(length)]
 
 
-def measure_importance(model, seed=0):
-    replay = Replay(model, random_document(seed))
-    return replay, demand(replay, prompt_tokens(letters))
+def cache_and_measure(model, seed=0):
+    cached = CachedDocument(model, random_document(seed))
+    return cached, measure_importance(cached, prompt_tokens(letters))
 
 
 # importance by context reconstruction
@@ -49,26 +58,26 @@ def reference_importance(family, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_importance_is_the_maximum_attention_of_a_full_pass(family, precise):
-    replay, importance = measure_importance(tiny(family, dtype=torch.float64))
-    expected = reference_importance(family, replay.document.ids).clamp(min=LEAST).float()
-    expected[[window is not None for window in replay.shape.windows]] = 0
+    cached, importance = cache_and_measure(tiny(family, dtype=torch.float64))
+    expected = reference_importance(family, cached.document.ids).clamp(min=LEAST).float()
+    expected[[window is not None for window in cached.shape.windows]] = 0
     torch.testing.assert_close(importance.attention.double(), expected, rtol=0, atol=2e-5)
     assert importance.positions.tolist() == list(range(LEAD, LENGTH))
 
 
 def test_importance_without_attention_is_bounded(monkeypatch):
     model = tiny("llama")
-    _, importance = measure_importance(model)
+    _, importance = cache_and_measure(model)
     monkeypatch.setattr(score_fit, "LEAST", -3.0)
-    _, bounded = measure_importance(model)
+    _, bounded = cache_and_measure(model)
     assert float(importance.attention.min()) < -3 < float(importance.attention.max())
     assert torch.equal(bounded.attention, importance.attention.clamp(min=-3))
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_importance_from_16_bit_keys_is_close(family):
-    _, importance = measure_importance(tiny(family))
-    _, exact = measure_importance(tiny(family, dtype=torch.float64))
+    _, importance = cache_and_measure(tiny(family))
+    _, exact = cache_and_measure(tiny(family, dtype=torch.float64))
     difference, spread = (importance.attention - exact.attention).abs().mean(), exact.attention.std(-1).mean()
     assert 0 < float(difference) < 0.05 * float(spread)
 
@@ -107,16 +116,18 @@ def slow_ridge(features, targets):
 @pytest.mark.parametrize("family", SOME)
 def test_scorer_weights_are_least_squares_over_all_documents(family):
     model = tiny(family)
-    replays, importance = zip(*(measure_importance(model, seed) for seed in range(2)), strict=True)
-    weights = fit(replays, importance)
-    for layer, window in enumerate(replays[0].shape.windows):
+    documents, importance = zip(*(cache_and_measure(model, seed) for seed in range(2)), strict=True)
+    weights = fit(documents, importance)
+    for layer, window in enumerate(documents[0].shape.windows):
         if window is not None:
             assert not weights[layer].any()
             continue
-        cached = [[t[:, one.positions] for t in r.held(layer)] for r, one in zip(replays, importance, strict=True)]
+        cached = [
+            [t[:, one.positions] for t in r.key_values(layer)] for r, one in zip(documents, importance, strict=True)
+        ]
         features = torch.cat([key_features(*kept).double() for kept in cached], 1)
         targets = torch.cat([one.attention[layer].double() for one in importance], 1)
-        for head in range(replays[0].shape.kv_heads):
+        for head in range(documents[0].shape.kv_heads):
             expected = slow_ridge(features[head], targets[head])
             expected = (expected / expected.abs().max()).float()
             torch.testing.assert_close(weights[layer, head], expected, rtol=0, atol=1e-4)
@@ -124,8 +135,8 @@ def test_scorer_weights_are_least_squares_over_all_documents(family):
 
 @pytest.mark.parametrize("family", SOME)
 def test_scorer_weights_are_rounded_and_scaled_to_1(family):
-    replay, importance = measure_importance(tiny(family))
-    for layer in fit([replay], [importance])[[window is None for window in replay.shape.windows]]:
+    cached, importance = cache_and_measure(tiny(family))
+    for layer in fit([cached], [importance])[[window is None for window in cached.shape.windows]]:
         for head in layer.tolist():
             assert max(map(abs, head)) == 1
             assert all(float(f"{x:.6g}") == round(x, 4) for x in head)  # as written in a plan
@@ -135,34 +146,34 @@ def test_scorer_weights_are_rounded_and_scaled_to_1(family):
 def test_a_linear_rule_is_recovered(family):
     """The rule also orders the keys of another document."""
     model = tiny(family)
-    *replays, other = (Replay(model, random_document(seed)) for seed in range(3))
+    *documents, other = (CachedDocument(model, random_document(seed)) for seed in range(3))
     planned = [layer for layer, window in enumerate(other.shape.windows) if window is None]
     positions, planted, importance = torch.arange(LEAD, LENGTH), random_weights(other.shape), []
-    for replay in replays:
-        attention = torch.zeros(replay.shape.layers, replay.shape.kv_heads, len(positions))
+    for cached in documents:
+        attention = torch.zeros(cached.shape.layers, cached.shape.kv_heads, len(positions))
         for layer in planned:
-            keys, values = replay.held(layer)
+            keys, values = cached.key_values(layer)
             attention[layer] = 0.3 * key_scores(keys, values, planted[layer])[:, positions] - 7
-        importance.append(Demand(positions, attention))
-    weights = fit(replays, importance)
+        importance.append(ImportanceScores(positions, attention))
+    weights = fit(documents, importance)
     for layer in planned:
-        found, right = (key_scores(*other.held(layer), w[layer]) for w in (weights, planted))
+        found, right = (key_scores(*other.key_values(layer), w[layer]) for w in (weights, planted))
         for a, b in zip(found, right, strict=True):
             assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.999
 
 
 def test_a_head_without_important_keys_gets_valid_scorer_weights():
-    replay, importance = measure_importance(tiny("llama"))
+    cached, importance = cache_and_measure(tiny("llama"))
     importance.attention[1, 0] = LEAST
-    weights = fit([replay], [importance])
+    weights = fit([cached], [importance])
     assert weights[1, 0].any()
-    Plan.of(replay.model, [[Pattern(4, 2, 8)] * 2] * 3, weights)
+    Plan.of(cached.model, [[Pattern(4, 2, 8)] * 2] * 3, weights)
 
 
 def test_a_model_that_overflows_is_refused():
     model = tiny("llama")
     with torch.no_grad():
         attention_modules(model)[2].v_proj.weight[5] = float("inf")
-    replay, importance = measure_importance(model)
+    cached, importance = cache_and_measure(model)
     with pytest.raises(HeadsinkError, match="the model's attention is not finite here; try --dtype"):
-        fit([replay], [importance])
+        fit([cached], [importance])

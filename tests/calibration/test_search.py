@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from cached_documents import SOME, everything, make_cached_document
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replays import SOME, everything, make_replay
 
 from headsink import HeadsinkError, Pattern
 from headsink.calibration import method as method_module
@@ -19,19 +19,21 @@ from headsink.calibration.search import START, Search, Step, choose
 from headsink.eviction.pattern import FULL
 from headsink.models.spec import attention_modules
 
-CONTEXT = 190  # a document of the replays and the longest branch
+CONTEXT = 190  # a document of the cached documents and the longest branch
 SMALL = {"windows": (8, 32), "top_k": (0, 1 / 8)}  # two of the patterns have the same size
 LEAST = Pattern(SINK, 0, 8)
 ON_OFF = Pattern(4, 0, 24)
 METHODS = (
     *(Method(policy=policy, **SMALL) for policy in POLICIES),
-    *(Method(**{switch: False}, **SMALL) for switch in ("need", "gradient", "steps", "correction", "refine")),
+    *(Method(**{switch: False}, **SMALL) for switch in ("importance", "gradient", "steps", "correction", "refine")),
     Method(prefill_compression=True, **SMALL),
 )
 
 
 def name(method):
-    off = [switch for switch in ("need", "gradient", "steps", "correction", "refine") if not getattr(method, switch)]
+    off = [
+        switch for switch in ("importance", "gradient", "steps", "correction", "refine") if not getattr(method, switch)
+    ]
     return f"{method.policy}{' without ' if off else ''}{off[0] if off else ''}{' once' if method.prefill_compression else ''}"
 
 
@@ -45,23 +47,25 @@ def _short_windows(monkeypatch):
 
 
 @cache
-def replays(family):
+def documents(family):
     model = tiny(family)
-    return [make_replay(model, seed)[0] for seed in range(2)]
+    return [make_cached_document(model, seed)[0] for seed in range(2)]
 
 
 def needs(family, seed=0):
     """Return random importance of 100 keys, in each head higher than in the previous one."""
-    shape = replays(family)[0].shape
+    shape = documents(family)[0].shape
     heads = shape.layers * shape.kv_heads
-    need = torch.randn(heads, 100, generator=torch.Generator().manual_seed(seed)) + torch.arange(heads)[:, None] / 2
-    need = need.view(shape.layers, shape.kv_heads, -1) - 7
-    need[[window is not None for window in shape.windows]] = 0
-    return need
+    importance = (
+        torch.randn(heads, 100, generator=torch.Generator().manual_seed(seed)) + torch.arange(heads)[:, None] / 2
+    )
+    importance = importance.view(shape.layers, shape.kv_heads, -1) - 7
+    importance[[window is not None for window in shape.windows]] = 0
+    return importance
 
 
 def searching(family, method, seed=0):
-    return Search(replays(family), CONTEXT, method, seed, needs(family))
+    return Search(documents(family), CONTEXT, method, seed, needs(family))
 
 
 def run(family, method, budget, seed=0):
@@ -155,9 +159,9 @@ def test_every_step_is_within_the_budget_and_reports_its_cost(family, method):
         for step in steps:
             assert step.kept == pytest.approx(kept(step))
             assert step.kept <= budget + 1e-9
-            sliding = [window is not None for window in replays(family)[0].shape.windows]
+            sliding = [window is not None for window in documents(family)[0].shape.windows]
             assert [row is None for row in step.plan()] == sliding
-        loss = sum(float(r.loss(r.log_probs(steps[-1].plan()), method.retrieval_weight)) for r in made.replays) / 2
+        loss = sum(float(r.loss(r.log_probs(steps[-1].plan()), method.retrieval_weight)) for r in made.cached) / 2
         assert steps[-1].loss == pytest.approx(loss, abs=1e-6)
         if method.policy != "streaming-llm":
             assert {pattern for step in steps for pattern in heads(step)} <= set(method.options(CONTEXT))
@@ -178,7 +182,7 @@ def test_patterns_of_baseline_policies():
 @every_family
 def test_layers_become_full_one_by_one(family):
     """A layer needs more keys than a step adds: the search must still continue, and end."""
-    layers = sum(window is None for window in replays(family)[0].shape.windows)
+    layers = sum(window is None for window in documents(family)[0].shape.windows)
     one = (1 + (layers - 1) * ON_OFF.size(CONTEXT) / CONTEXT) / layers
     found = run(family, Method(policy="layer-wise"), one + 0.01)[-1]
     assert sum(row[0].full for row in found.plan() if row is not None) == 1
@@ -245,23 +249,23 @@ def test_options_are_distinct_and_smaller_than_the_text():
 def test_a_search_starts_from_importance(family, budget):
     """Heads get the most important keys of all within a share of the budget, close to the optimum."""
     made = searching(family, Method(**SMALL))
-    start, need = made._start(budget), needs(family)[made.layers].flatten(0, 1)
+    start, importance = made._start(budget), needs(family)[made.layers].flatten(0, 1)
     least = LEAST.size(CONTEXT) / CONTEXT
-    most = need.flatten().sort(descending=True).values[: round((START * budget - least) * need.numel())]
-    wanted = CONTEXT * (least + (need >= most[-1]).double().mean(1))
+    most = importance.flatten().sort(descending=True).values[: round((START * budget - least) * importance.numel())]
+    wanted = CONTEXT * (least + (importance >= most[-1]).double().mean(1))
     every = torch.cartesian_prod(*[torch.arange(len(made.options))] * len(start))
     every = every[made.sizes[every].sum(1) <= START * budget * CONTEXT * len(start)]
     missing = [(wanted - made.sizes[pick]).clamp(min=0) for pick in (every, start)]
     best, found = (float((keys.square() / wanted).sum(-1).min()) for keys in missing)
     assert best - 1e-9 <= found <= 1.05 * best
-    assert made.kept(start) <= START * budget
+    assert made.kv_budget(start) <= START * budget
     first = run(family, Method(**SMALL), budget)[0]
     assert all(option <= p.size(CONTEXT) for option, p in zip(made.sizes[start].tolist(), heads(first), strict=True))
 
 
 def test_a_share_of_the_budget_is_allocated_by_importance():
     made = searching("llama", Method(windows=(8,), top_k=(0, 0.5)))
-    made.need = torch.arange(600.0).view(3, 2, 100)
+    made.importance = torch.arange(600.0).view(3, 2, 100)
     assert made.sizes.tolist() == [12, 107, 190]
     for share, expected in [(0.4, [0, 0, 0, 0, 2, 2]), (0.31, [0, 0, 0, 0, 1, 2]), (0.2, [0, 0, 0, 0, 0, 1])]:
         assert made._start(share / START).tolist() == expected
@@ -270,8 +274,8 @@ def test_a_share_of_the_budget_is_allocated_by_importance():
 @every_family
 def test_without_importance_a_search_starts_from_the_smallest_plan(family):
     smallest = [0] * len(searching(family, Method(**SMALL)).heads)
-    assert searching(family, Method(need=False, **SMALL))._start(0.8).tolist() == smallest
-    assert Search(replays(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
+    assert searching(family, Method(importance=False, **SMALL))._start(0.8).tolist() == smallest
+    assert Search(documents(family), CONTEXT, Method(**SMALL))._start(0.8).tolist() == smallest
     for policy in ("on-off", "layer-wise"):
         assert searching(family, Method(policy=policy))._start(0.8).tolist() == smallest
     for share in (START, 0.99):
@@ -282,19 +286,19 @@ def test_without_importance_a_search_starts_from_the_smallest_plan(family):
 @every_family
 def test_the_first_layer_is_copied_to_all(family):
     """With one full head per layer, it is the most important head of the first layer."""
-    most = (FULL.size(CONTEXT) + (replays(family)[0].shape.kv_heads - 1) * ON_OFF.size(CONTEXT)) / CONTEXT
-    budget = most / replays(family)[0].shape.kv_heads + 0.01
+    most = (FULL.size(CONTEXT) + (documents(family)[0].shape.kv_heads - 1) * ON_OFF.size(CONTEXT)) / CONTEXT
+    budget = most / documents(family)[0].shape.kv_heads + 0.01
     rows = [row for row in run(family, Method(policy="copy-first-layer"), budget)[-1].plan() if row is not None]
     assert all(row == rows[0] for row in rows)
-    full = everything(replays(family)[0].shape)
-    error = sum(r.marginals(full, [ON_OFF], 0.0).error for r in replays(family))[full.index(full[-1])]
+    full = everything(documents(family)[0].shape)
+    error = sum(r.marginals(full, [ON_OFF], 0.0).error for r in documents(family))[full.index(full[-1])]
     assert [pattern.full for pattern in rows[0]] == [n == int(error[:, 0].argmax()) for n in range(len(rows[0]))]
 
 
 def test_a_plan_for_prefill_compression_is_scored_with_it():
     pick = torch.zeros(6, dtype=torch.long)
     let_go = searching("llama", Method(**SMALL)).loss(pick)
-    held = [make_replay(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
+    held = [make_cached_document(tiny("llama"), seed, freeze=True)[0] for seed in range(2)]
     expected = sum(float(r.loss(r.log_probs([[LEAST] * 2] * 3), 0.25)) for r in held) / 2
     assert searching("llama", Method(prefill_compression=True, **SMALL)).loss(pick) == pytest.approx(expected)
     assert abs(expected - let_go) > 0.01 * let_go
@@ -307,7 +311,7 @@ def test_a_plan_for_prefill_compression_is_scored_with_it():
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
 def test_in_forward_steps_no_head_loses_keys(family, policy):
     """Each step reports the loss of the plan before it."""
-    method = Method(policy=policy, need=False, **SMALL)
+    method = Method(policy=policy, importance=False, **SMALL)
     steps, made = [s for s in run(family, method, 0.8) if s.phase == "forward"], searching(family, method)
     assert len(steps) >= (1 if policy == "layer-wise" else 2)
     for before, after in itertools.pairwise(steps):
@@ -355,7 +359,7 @@ def test_keys_go_to_the_head_that_matters():
             for n, module in enumerate(attention_modules(model)):
                 columns = module.o_proj.weight.unflatten(1, (2, -1))
                 columns[:, [h for h in range(2) if (n, h) != (layer, head)]] = 0
-        found = Search([make_replay(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
+        found = Search([make_cached_document(model)[0]], CONTEXT, Method(**SMALL)).run(0.5)
         assert found.plan() == [[FULL if (n, h) == (layer, head) else LEAST for h in range(2)] for n in range(3)]
         assert found.loss == pytest.approx(0, abs=1e-6)
 
@@ -369,7 +373,7 @@ def test_expected_gains_sum_to_the_loss():
         )
         pick = torch.randint(len(made.options), (len(made.heads),), generator=torch.Generator().manual_seed(seed))
         (loss, cost), (_, slopes), (_, errors) = (s.expected(pick) for s in (made, plain, outputs))
-        found = [r.marginals(made.patterns(pick), made.options, made.method.retrieval_weight) for r in made.replays]
+        found = [r.marginals(made.patterns(pick), made.options, made.method.retrieval_weight) for r in made.cached]
         for mean, parts in ((slopes, [m.gradient for m in found]), (errors, [m.error for m in found])):
             expected = (parts[0] + parts[1]).double()[made.layers].flatten(0, 1) / 2
             torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-9)
@@ -389,12 +393,12 @@ def test_ranks_get_the_same_budgets():
     differ = 0
     for policy, budget in itertools.product(("headsink", "on-off"), (0.35, 0.55, 0.8)):
         made = searching("llama-mha", Method(policy=policy, ranks=2, **SMALL))
-        need = needs("llama-mha").mean(-1)
+        importance = needs("llama-mha").mean(-1)
         for step in run("llama-mha", made.method, budget):
             assert step.kept == pytest.approx(kept(step))
             assert step.kept <= budget + 1e-9
             for layer, row in enumerate(step.plan()):
-                ranks = [sorted(heads, key=lambda head: -need[layer, head]) for heads in ([0, 1], [2, 3])]
+                ranks = [sorted(heads, key=lambda head: -importance[layer, head]) for heads in ([0, 1], [2, 3])]
                 for one, other in zip(*ranks, strict=True):
                     assert row[one] == row[other]
                 differ += row[ranks[0][0]] != row[ranks[0][1]]

@@ -38,7 +38,7 @@ def test_the_half_plan_answers_what_the_full_cache_answers(smollm2, half_plan):
 
 
 def test_the_plan_meets_its_budget(half_plan):
-    assert 0.4 < half_plan.kept(TOKENS) <= 0.5
+    assert 0.4 < half_plan.kv_budget(TOKENS) <= 0.5
 
 
 def test_the_plan_finds_secondary_sinks(half_plan):
@@ -59,7 +59,7 @@ def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
     assert reconstructed[0].bytes_plan < 0.15 * reconstructed[0].bytes_full
     assert any(branch.right_full for branch in reconstructed[1:])
     assert all(branch.right_plan or not branch.right_full for branch in reconstructed[1:])
-    kl = [[float(branch.kl.mean()) for branch in branches] for branches in (reconstructed, scored)]
+    kl = [[float(branch.kl.mean()) for branch in continuations] for continuations in (reconstructed, scored)]
     assert kl[0][0] < min(0.05, 0.7 * kl[1][0])
     assert sum(kl[0][1:]) < 0.7 * sum(kl[1][1:])
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsink.attention import chunked
-from headsink.attention.interface import observing
+from headsink.attention.interface import observe_attention
 from headsink.census import head_statistics as statistics
-from headsink.census.first_layer import _renumbered, conditional, sentence, transfer
-from headsink.census.head_statistics import Thresholds, distances, first_row, head_statistics, sampled, windows
-from headsink.census.roles import ROLES, law, roles, window_needed
+from headsink.census.first_layer import _permute_heads, conditional, sentence, transfer
+from headsink.census.head_statistics import Thresholds, distances, first_row, head_statistics, sample_queries, windows
+from headsink.census.roles import ROLES, law, required_window, roles
 from headsink.data import corpus
 from headsink.models.spec import attention_modules, decoder, describe
 from headsink.utils.statistics import difference, interval, rank_correlation
@@ -25,7 +25,7 @@ LENGTHS = (2, 3, 7, 30, 61)
 def run(model, ids):
     """Return the attention inputs of every layer."""
     found = []
-    with torch.no_grad(), observing(model, found.append):
+    with torch.no_grad(), observe_attention(model, found.append):
         decoder(model)(ids, use_cache=False)
     return found
 
@@ -138,14 +138,14 @@ def test_observing_a_model_does_not_change_its_outputs(family):
     with torch.no_grad():
         expected = decoder(tiny(family, attention="eager"))(ids, use_cache=False).last_hidden_state
         model = tiny(family)
-        with observing(model, lambda _: None):
+        with observe_attention(model, lambda _: None):
             found = decoder(model)(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(0, 50), st.integers(1, 400), st.integers(1, 60))
 def test_sampled_queries_represent_all(first, count, most):
-    rows, weights = sampled(first, first + count, most)
+    rows, weights = sample_queries(first, first + count, most)
     assert first <= rows[0]
     assert rows[-1] == first + count - 1
     assert len(rows) == -(-count // -(-count // most)) <= most
@@ -218,7 +218,7 @@ def test_every_head_has_a_role(sink, local, far, peak):
 
 def test_the_window_needed_is_the_smallest_from_which_on_the_error_is_small():
     errors = torch.tensor([[0.5, 0.2, 0.005, 0.002], [0.5, 0.005, 0.2, 0.2], [0.001, 0.001, 0.001, 0.001]])
-    needed = window_needed(errors, [0, 16, 32, 64], 100, epsilon=0.01)
+    needed = required_window(errors, [0, 16, 32, 64], 100, epsilon=0.01)
     assert 16 < float(needed[0]) < 32
     assert float(needed[1]) == 100  # at 16 it is small, but not from there on
     assert float(needed[2]) == 0
@@ -297,7 +297,7 @@ def test_p_values_are_uniform_when_nothing_carries_over(group):
 
 def test_renumbering_keeps_the_heads_of_a_kv_head_together():
     sinks = torch.arange(12).repeat(4, 1)  # numbers instead of flags, so that the order is visible
-    order = _renumbered(sinks, 3, 50, torch.Generator().manual_seed(0))
+    order = _permute_heads(sinks, 3, 50, torch.Generator().manual_seed(0))
     assert torch.equal(order.sort(-1).values, sinks.expand(50, -1, -1))
     together = order.view(50, 4, 4, 3) // 3
     assert torch.equal(together, together[..., :1].expand_as(together))

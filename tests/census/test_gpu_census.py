@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headsink.attention.chunked import attention
-from headsink.attention.interface import Seen
+from headsink.attention.interface import AttentionRecord
 from headsink.attention.params import Inputs
 from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.utils import device as gpu
@@ -54,7 +54,7 @@ def seen(
     query, key, value = (t.to(device, dtype) for t in (query, key, value))
     logits = torch.randn(heads).to(device) if sink_logits else None
     inputs = Inputs(module, 0, query, key, value, dim**-0.5, sliding, softcap, logits)
-    return Seen(**vars(inputs), output=attention(inputs))
+    return AttentionRecord(**vars(inputs), output=attention(inputs))
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ for dtype in (torch.bfloat16, torch.float32):
     inputs = Inputs(None, 0, query, key, value, 128**-0.5)
     rows, sinks = torch.arange(512, length, 64), torch.zeros(8, length, dtype=torch.bool)
     census.masses(inputs, rows, torch.ones(len(rows)), sinks, 128, [2**n for n in range(12)])
-    census.kept(inputs, rows, sinks, 4, [0, *(2**n for n in range(4, 11))])
+    census.pattern_outputs(inputs, rows, sinks, 4, [0, *(2**n for n in range(4, 11))])
 """
 
 

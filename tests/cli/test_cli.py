@@ -173,7 +173,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
         "plan-0300.json",
         "plan-0600.json",
     }
-    assert Plan.load(tmp_path / "f" / "plan-0300.json").kept(600) <= 0.3
+    assert Plan.load(tmp_path / "f" / "plan-0300.json").kv_budget(600) <= 0.3
     assert "http" not in (tmp_path / "f" / "frontier.svg").read_text().replace("http://www.w3.org", "")
 
 
@@ -218,7 +218,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert status == 0, err
     made = Plan.load(path)
     assert json.loads(out)["file"] == str(path)
-    assert made.kept(600) <= 0.3
+    assert made.kv_budget(600) <= 0.3
     assert [document["text"] for document in made.calibration["documents"]] == ["maths", "qa"] * 2
     assert made.quality[0].context == 512
     assert made.quality[0].kv_bytes < made.quality[0].kv_bytes_full
@@ -625,7 +625,7 @@ def test_the_expected_time_is_printed_at_the_start(run, tiny_folder, tmp_path):
     assert run(*words)[2].splitlines()[0] == "census: less than a minute"
     words = ("plan", tiny_folder, "--out", tmp_path / "p.json", "--context", "450", "--quality", "none")
     assert run(*words, "--budget", "0.5", "--device", "cpu")[2].splitlines()[0] == "plan: less than a minute"
-    assert [timing.spoken(s) for s in (59, 61, 200, 9000)] == [
+    assert [timing.format_duration(s) for s in (59, 61, 200, 9000)] == [
         "less than a minute",
         "about 1 minute",
         "about 3 minutes",

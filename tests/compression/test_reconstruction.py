@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.interface import observing
+from headsink.attention.interface import observe_attention
 from headsink.attention.reference import masked_attention
 from headsink.compression import reconstruction
-from headsink.compression.reconstruction import LEAD, RIDGE, kept
+from headsink.compression.reconstruction import LEAD, RIDGE, kept_keys
 from headsink.eviction.pattern import visible
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
@@ -51,7 +51,7 @@ def passes(model, ids):
     for start in range(0, len(ids), reconstruction.SPAN):
         span = range(start, min(start + reconstruction.SPAN, len(ids)))
         seen = []
-        with observing(model, seen.append):
+        with observe_attention(model, seen.append):
             model(torch.tensor([[*ids, *PROMPT, *ids[max(start - LEAD, 0) : span.stop]]]), use_cache=False)
         yield span, seen
 
@@ -94,7 +94,7 @@ def test_scores_and_values_equal_masked_attention(family, most, rows, precise, m
             if pattern.size(LENGTH) >= LENGTH:
                 assert torch.equal(values, old)
                 continue
-            kept_indices = kept(pattern, found)
+            kept_indices = kept_keys(pattern, found)
             evicted = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, kept_indices, False)
             kept_indices = kept_indices[found[kept_indices].argsort(descending=True)][:most]
             others = torch.ones(LENGTH, dtype=torch.bool).index_fill(0, kept_indices, False)
@@ -130,7 +130,7 @@ def test_kept_keys_match_the_definition(seed):
         ):
             positions = torch.arange(length)[None]
             seen = visible(pattern, positions[:, -1:], positions, scores[None])[0, 0]
-            assert sorted(kept(pattern, scores).tolist()) == seen.nonzero()[:, 0].tolist()
+            assert sorted(kept_keys(pattern, scores).tolist()) == seen.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
@@ -143,11 +143,11 @@ def test_the_cache_contains_the_refitted_values(family):
     for index, row in enumerate(plan.layers):
         for group in cache.layers[index].groups if row else ():
             for n, head in enumerate(group.heads):
-                kept_indices = kept(group.pattern, scores[index][0, head]).sort().values
-                held = group.visible[0, n]
+                kept_indices = kept_keys(group.pattern, scores[index][0, head]).sort().values
+                frozen = group.visible[0, n]
                 layer = full_cache.layers[index]
                 for kind, whole in ((group.keys, layer.keys), (group.values, layer.values)):
-                    mine, expected = kind[0, n][held], whole[0, head, kept_indices]
+                    mine, expected = kind[0, n][frozen], whole[0, head, kept_indices]
                     assert torch.equal(mine[mine[:, 0].argsort()], expected[expected[:, 0].argsort()])
 
 

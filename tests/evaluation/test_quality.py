@@ -14,7 +14,7 @@ from headsink.cli.plan import print_plan
 from headsink.data.documents import Document, Question
 from headsink.evaluation import quality
 from headsink.evaluation.quality import intervals, measure, score, summary
-from headsink.runtime.scoring import branch_log_probs, read
+from headsink.runtime.scoring import continuation_log_probs, read
 
 
 def random_document(seed=0, length=150):
@@ -26,7 +26,7 @@ def random_document(seed=0, length=150):
     return Document(tokens(length), tokens(70), [Question("first", tokens(19), 4), Question("second", tokens(5), 1)])
 
 
-def branches(document):
+def continuations(document):
     asked = [(q.ids, q.answer_tokens) for q in document.questions]
     return [(document.continuation, len(document.continuation) - 1), *asked]
 
@@ -39,7 +39,7 @@ def test_quality_equals_one_pass_over_everything(family, freeze):
         plan = random_plan(model, seed).model_copy(update={"prefill_compression": freeze})
         found = score(model, plan, document)
         assert [branch.form for branch in found] == ["text", "first", "second"]
-        for branch, (ids, scored) in zip(found, branches(document), strict=True):
+        for branch, (ids, scored) in zip(found, continuations(document), strict=True):
             text = torch.tensor([document.ids + ids])
             with torch.no_grad():
                 since = len(document.ids) if freeze else None
@@ -75,9 +75,9 @@ def test_cropping_a_branch_restores_the_cache(family, length):
     lossy = random_plan(model, 1)
     for plan in (None, lossy, lossy.model_copy(update={"prefill_compression": True})):
         cache = read(model, plan, document.ids)
-        first = [branch_log_probs(model, cache, *branch) for branch in branches(document)]
+        first = [continuation_log_probs(model, cache, *branch) for branch in continuations(document)]
         assert cache.get_seq_length() == length
-        again = [branch_log_probs(model, cache, *branch) for branch in reversed(branches(document))]
+        again = [continuation_log_probs(model, cache, *branch) for branch in reversed(continuations(document))]
         assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
@@ -85,7 +85,7 @@ def test_invalid_numbers_of_scored_tokens_are_refused():
     model = tiny("llama")
     cache = read(model, None, [5, 6, 7])
     with pytest.raises(HeadsinkError, match="scored"):
-        branch_log_probs(model, cache, [3, 4], 2)
+        continuation_log_probs(model, cache, [3, 4], 2)
 
 
 def test_intervals_contain_the_mean_and_narrow_with_more_text():
@@ -153,9 +153,12 @@ def test_a_measured_plan_is_printed(loaded, capsys):
     assert f"{found.right_plan} of {found.asked}" in out
     assert "Verified up to 512 tokens." in out
     share = found.kv_bytes / found.kv_bytes_full
-    assert f"KV cache at 512: {share:.1%} of the bytes and {plan.kept(256):.1%} of the entries after 256 tokens" in out
-    assert plan.kept(256) == pytest.approx(share, abs=0.02)
-    assert plan.kept(512) < 0.6 * plan.kept(256)  # so the two lines differ clearly
+    assert (
+        f"KV cache at 512: {share:.1%} of the bytes and {plan.kv_budget(256):.1%} of the entries after 256 tokens"
+        in out
+    )
+    assert plan.kv_budget(256) == pytest.approx(share, abs=0.02)
+    assert plan.kv_budget(512) < 0.6 * plan.kv_budget(256)  # so the two lines differ clearly
 
 
 def test_a_plan_of_many_patterns_is_printed_by_shares(capsys):

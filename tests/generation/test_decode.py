@@ -13,7 +13,7 @@ from plans import QUALITY, random_plan
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.cpu import decode as kernels
-from headsink.generation.decode import decode, decoding, prepare, refusal
+from headsink.generation.decode import decode, open_decoder, prepare, refusal
 from headsink.generation.step_cpu import AHEAD
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.schema import Quality
@@ -58,7 +58,7 @@ def test_steps_equal_the_model(family, length):
         with headsink.apply(model, plan), torch.no_grad():
             for one in (ours, theirs):
                 model(ids[:, :length], **cache_argument(one))
-            with decoding(model, ours) as step:
+            with open_decoder(model, ours) as step:
                 for token in ids[0, length:].tolist():
                     found = step.run(torch.tensor([token]))
                     expected = model(torch.tensor([[token]]), **cache_argument(theirs)).logits[:, -1]
@@ -90,7 +90,7 @@ def test_batches_of_sequences(family, texts):
 
             read(ours, 0, length)
             read(theirs, 0, length)
-            with decoding(model, ours) as step:
+            with open_decoder(model, ours) as step:
                 for column in range(length, ids.shape[1] - 5):
                     found, expected = step.run(ids[:, column]), read(theirs, column, column + 1)
                     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
@@ -111,7 +111,7 @@ def test_bfloat16_step_is_closer_to_the_exact_model_than_the_model(family):
         with headsink.apply(exact, Plan.full(exact)):
             exact(ids[:, :40], **cache_argument(truth))
         errors = torch.zeros(2)
-        with decoding(model, ours) as step:
+        with open_decoder(model, ours) as step:
             for token in ids[0, 40:].tolist():
                 found = step.run(torch.tensor([token]))
                 one = torch.tensor([[token]])
@@ -132,7 +132,7 @@ def test_a_compressed_cache_keeps_growing():
             full = empty_cache(model, None)
             model(ids[:, :100], **cache_argument(full))
             caches.append(headsink.compress(model, plan, full))
-        with headsink.apply(model, plan), decoding(model, caches[0]) as step:
+        with headsink.apply(model, plan), open_decoder(model, caches[0]) as step:
             for token in ids[0, 100:].tolist():
                 expected = model(torch.tensor([[token]]), **cache_argument(caches[1])).logits[:, -1]
                 torch.testing.assert_close(step.run(torch.tensor([token])), expected, rtol=2e-4, atol=2e-4)
@@ -150,7 +150,7 @@ def test_steps_and_forward_passes_alternate():
         for start in range(100, 160, 10):
             found += [model(ids[:, n : n + 1], **cache_argument(ours)).logits[0] for n in range(start, start + 5)]
             before = ours.layers[0].groups[0].keys
-            with decoding(model, ours) as step:
+            with open_decoder(model, ours) as step:
                 found += [step.run(torch.tensor([token])) for token in ids[0, start + 5 : start + 10].tolist()]
             if start == 100:
                 assert ours.layers[0].groups[0].keys is not before
@@ -213,7 +213,7 @@ def test_prepared_kernels_are_the_ones_called(dtype):
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
         model(prompt(5), **cache_argument(cache))
-        with decoding(model, cache) as step:
+        with open_decoder(model, cache) as step:
             step.run(torch.tensor([7]))
     assert kernels.run.signatures == compiled
 
@@ -238,7 +238,7 @@ def test_an_error_between_steps_leaves_the_cache_intact():
     ids, cache = prompt(30), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, **cache_argument(cache))
-        with decoding(model, cache) as step:
+        with open_decoder(model, cache) as step:
             step.run(torch.tensor([5]))
             with pytest.raises(IndexError):
                 step.run(torch.tensor([211]))  # no such token

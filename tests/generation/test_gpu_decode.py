@@ -17,8 +17,8 @@ from waiting import Waiting
 from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
 from headsink.attention.cuda.decode import attend
 from headsink.attention.kv_table import KVField
-from headsink.generation.decode import decoding, refusal
-from headsink.generation.speculative import Speculation, kept
+from headsink.generation.decode import open_decoder, refusal
+from headsink.generation.speculative import Speculation, draft_cache
 from headsink.generation.step_cuda import Decoder
 from headsink.models.transformers_names import cache_argument
 
@@ -151,7 +151,7 @@ def test_decode_step_equals_the_reference(device, family, seed):
                 )
             torch.testing.assert_close(read.logits.cpu(), expected[:, 17:26], atol=2e-4, rtol=2e-4)
             assert refusal(model) is None
-            with decoding(model, cache) as step:
+            with open_decoder(model, cache) as step:
                 for token in range(26, 33):
                     found = step.run(ids[:, token])
                     torch.testing.assert_close(found.cpu(), expected[:, token], atol=2e-4, rtol=2e-4)
@@ -195,7 +195,7 @@ def test_the_step_uses_cache_relative_positions(device):
         one, other = new_cache(model, plan), new_cache(model, plan)
         for cache in (one, other):
             model(ids[:, :33], **cache_argument(cache), attention_mask=mask[:, :33], position_ids=positions[:, :33])
-        with decoding(model, one) as step:
+        with open_decoder(model, one) as step:
             for token in range(33, 40):
                 now = slice(token, token + 1)
                 expected = model(
@@ -223,7 +223,7 @@ def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device):
             one, other = new_cache(model, plan), new_cache(model, plan)
             for cache in (one, other):
                 model(ids[:, :20], **cache_argument(cache))
-            with decoding(model, one) as step:
+            with open_decoder(model, one) as step:
                 for token in range(20, 40):
                     step.run(ids[:, token])
         layers = zip(one.layers, other.layers, strict=True)
@@ -262,7 +262,7 @@ def test_refusals_give_the_reason(device, monkeypatch):
     assert refusal(model) == "this model has layers with a sliding window"
     model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
-    monkeypatch.setattr("headsink.utils.device.installed", lambda: False)
+    monkeypatch.setattr("headsink.utils.device.triton_installed", lambda: False)
     assert refusal(tiny("llama").to(device)) == "triton is not installed: pip install 'headsink[gpu]'"
 
 
@@ -274,7 +274,7 @@ def test_an_all_full_plan_runs_by_the_step(device):
         expected = model(ids).logits
         cache = new_cache(model, plan, exact=False)
         model(ids[:, :25], **cache_argument(cache))
-        with decoding(model, cache) as step:
+        with open_decoder(model, cache) as step:
             for token in range(25, 30):
                 torch.testing.assert_close(step.run(ids[:, token]), expected[:, token], atol=1e-4, rtol=1e-4)
 
@@ -303,7 +303,7 @@ def test_appending_and_hiding_columns_equals_the_cache(device):
         with torch.no_grad(), apply(model, everything):
             full = new_cache(model, everything, exact=False)
             model(ids[:, :25], **cache_argument(full))
-            one, other = kept(model, plan, full), kept(model, plan, full)
+            one, other = draft_cache(model, plan, full), draft_cache(model, plan, full)
             model(ids[:, 25:], **cache_argument(full))
         hidden = torch.tensor([[False, False, True, True], [False] * 4], device=device)
         step = Decoder(model, one)

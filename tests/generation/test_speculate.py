@@ -144,21 +144,23 @@ def test_under_autocast_in_inference_mode_and_in_a_thread_next_to_a_plan():
 def test_the_draft_length_is_adapted_to_measured_times():
     pace = DraftLength()
     assert pace.choose() == 0
-    pace.saw(0, 0.0, 1.0, 0.0)
+    pace.update(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 3
-    pace.saw(3, 0.3, 1.0, 3.0)  # a draft costs a tenth of a pass, all tokens are accepted, and verifying more is free
+    pace.update(
+        3, 0.3, 1.0, 3.0
+    )  # a draft costs a tenth of a pass, all tokens are accepted, and verifying more is free
     for _ in range(50):
-        pace.saw(8, 0.8, 1.0, 8.0)
+        pace.update(8, 0.8, 1.0, 8.0)
     assert pace.choose() == MOST
     for _ in range(50):
-        pace.saw(8, 0.8, 1.0, 0.0)  # none is accepted
+        pace.update(8, 0.8, 1.0, 0.0)  # none is accepted
     assert pace.choose() == 0
     for _ in range(AGAIN):
-        pace.saw(0, 0.0, 1.0, 0.0)
+        pace.update(0, 0.0, 1.0, 0.0)
     assert pace.choose() == 1  # to measure the acceptance again
     slow = DraftLength()
-    slow.saw(0, 0.0, 1.0, 0.0)
-    slow.saw(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
+    slow.update(0, 0.0, 1.0, 0.0)
+    slow.update(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
     assert slow.choose() == 0
 
 

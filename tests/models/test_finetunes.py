@@ -28,7 +28,7 @@ from headsink.generation.decode import refusal
 from headsink.models.distributed import output_weight
 from headsink.models.fingerprint import weights_hash
 from headsink.models.rope import inverse_frequencies
-from headsink.models.spec import attention_modules, decoder, describe, unwrapped
+from headsink.models.spec import attention_modules, decoder, describe, unwrap
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 
@@ -71,7 +71,7 @@ def test_a_wrapper_counts_as_the_wrapped_model(kind):
     model = tiny("llama")
     plan, shape = random_plan(model, 1), describe(model)
     wrapper = wrappers_of(model)[kind]
-    assert unwrapped(wrapper) is model
+    assert unwrap(wrapper) is model
     assert plan.check(wrapper) == describe(wrapper) == shape
     assert decoder(wrapper) is model.model
     assert attention_modules(wrapper) == attention_modules(model)

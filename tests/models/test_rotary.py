@@ -13,7 +13,7 @@ from transformers.masking_utils import eager_mask
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.reference import masked_attention
-from headsink.generation.decode import decoding
+from headsink.generation.decode import open_decoder
 from headsink.generation.generate import generate
 from headsink.models.rope import inverse_frequencies, rotate_back
 from headsink.models.spec import decoder
@@ -108,7 +108,7 @@ def test_compiled_steps_use_the_same_positions(family):
             for one in (ours, theirs):
                 model(ids[:, :3], **cache_argument(one))
             expected = model(ids[:, 3:], **cache_argument(theirs)).logits[0]
-            with decoding(model, ours) as step:
+            with open_decoder(model, ours) as step:
                 found = torch.cat([step.run(torch.tensor([token])) for token in ids[0, 3:].tolist()])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -123,7 +123,7 @@ def test_compiled_steps_of_a_batch_use_the_same_positions():
     with headsink.apply(model, plan), torch.no_grad():
         positions = (mask[:, :10].cumsum(1) - 1).clamp(min=0)
         model(ids[:, :10], **cache_argument(cache), attention_mask=mask[:, :10], position_ids=positions)
-        with decoding(model, cache) as step:
+        with open_decoder(model, cache) as step:
             found = torch.stack([step.run(ids[:, column]) for column in range(10, 140)], 1)
     torch.testing.assert_close(found, expected[:, 10:], rtol=1e-3, atol=1e-3)
 

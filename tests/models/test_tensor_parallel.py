@@ -16,7 +16,7 @@ from torch import Tensor
 
 import headsink
 from headsink import HeadsinkError
-from headsink.attention.interface import observing
+from headsink.attention.interface import observe_attention
 from headsink.models.distributed import input_device, is_main
 from headsink.models.spec import decoder
 
@@ -36,7 +36,7 @@ def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
         name: array for name, array in census.arrays.items() if not name.endswith(".top")
     }  # equal values may be in any order
     found["fingerprint"] = torch.tensor(list(bytes.fromhex(census.settings["model"]["weights"])))
-    with torch.no_grad(), observing(model, lambda seen: found.update(kv=torch.tensor(seen.key.shape[1]))):
+    with torch.no_grad(), observe_attention(model, lambda seen: found.update(kv=torch.tensor(seen.key.shape[1]))):
         decoder(model)(torch.arange(3, 60, device=input_device(model))[None], use_cache=False)
     return found
 

@@ -135,9 +135,9 @@ def test_a_folder_at_the_path_is_refused(tmp_path):
 
 def test_kept_equals_the_caches_share():
     plan = Plan.of(MODEL, [[Pattern(), Pattern(4, 0, 60)]] * 3)
-    assert plan.kept(640) == pytest.approx((640 + 64) / 1280)
-    assert plan.kept(30) == 1
-    assert Plan.full(MODEL).kept(100) == 1
+    assert plan.kv_budget(640) == pytest.approx((640 + 64) / 1280)
+    assert plan.kv_budget(30) == 1
+    assert Plan.full(MODEL).kv_budget(100) == 1
     assert plan.counts() == {"full": 3, "4+0k+60": 3}
 
 
@@ -286,7 +286,7 @@ def test_a_plan_is_described_in_five_lines():
     for pattern, count in list(plan.counts().items())[:4]:
         assert f"{count} x {pattern}" in lines[3]
     for context in (512, 2048):
-        assert f"{plan.kept(context):.1%} of the KV entries at {context} tokens" in lines[4]
+        assert f"{plan.kv_budget(context):.1%} of the KV entries at {context} tokens" in lines[4]
     assert "of 0.6 MB" in lines[4].split(";")[1]  # 2 x 6 heads x 2,048 tokens x 12 numbers of 2 bytes
     assert "KL 0.0200 nats, same top token 97.0%, 3 of 4 answers correct (full cache 4) at 512 tokens" in lines[5]
     html = plan._repr_html_()

@@ -18,7 +18,7 @@ from headsink.report import charts
 from headsink.report.assets import write_picture
 from headsink.report.comparison import write_comparison, write_comparison_pictures
 from headsink.report.first_view import flat_keys, flat_profile, short
-from headsink.report.page import drawing, write_page, write_report
+from headsink.report.page import draw, write_page, write_report
 from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 from headsink.utils.format import share
 
@@ -205,7 +205,7 @@ def test_every_character_of_a_name_is_drawn_or_escaped(tmp_path):
     rows = [{"a": a, "b": b, "share": 0.5} for a in NAMES for b in NAMES]
     sort = charts.alt.X("a:N", sort=NAMES)
     chart = charts.alt.Chart(charts.alt.Data(values=rows)).mark_rect().encode(x=sort, y="b:N")
-    write_picture(tmp_path / "figure", charts.filled(charts.spec(chart, NAMES), more=rows))
+    write_picture(tmp_path / "figure", charts.fill(charts.spec(chart, NAMES), more=rows))
     svg = (tmp_path / "figure.svg").read_text()
     for escaped in (
         "line\\u2028end",
@@ -224,11 +224,11 @@ def test_names_in_a_picture_are_unique():
     gradient = charts.alt.Chart(charts.alt.Data(values=[{"v": 1, "t": 'url(#clip) id="x"'}])).mark_point()
     spec = charts.spec(gradient.encode(color="v:Q", x="t:N"))
     one, other = (
-        re.findall(r'id="([^"]*\d)"|url\(#([^()]*\d)\)', drawing(name, spec)["svg"]) for name in ("one", "other")
+        re.findall(r'id="([^"]*\d)"|url\(#([^()]*\d)\)', draw(name, spec)["svg"]) for name in ("one", "other")
     )
     assert {name.split("-")[0] for pair in one for name in pair if name} == {"one"}
     assert {name.split("-")[0] for pair in other for name in pair if name} == {"other"}
-    assert 'url(#clip) id="x"' in drawing("one", spec)["svg"]
+    assert 'url(#clip) id="x"' in draw("one", spec)["svg"]
 
 
 def test_a_missing_share_is_a_dash():
@@ -345,9 +345,9 @@ def test_menus_change_the_view(report, census):
         choose(report, "statistic", statistic)
         on_the_map(census.score(statistic, 200, "prose"))
     choose(report, "statistic", "window")
-    on_the_map(census.window_needed(200, "prose"))
+    on_the_map(census.required_window(200, "prose"))
     colours = "return new Set([...document.querySelectorAll('#map .layer_0_marks path')].map(p => p.getAttribute('fill'))).size"
-    assert report.run(colours) == len(census.window_needed(200, "prose").unique())
+    assert report.run(colours) == len(census.required_window(200, "prose").unique())
     for statistic in report.run("return [...document.getElementById('statistic').options].map(option => option.value)"):
         choose(report, "statistic", statistic)
     report.wait("return document.getElementById('map-title').textContent === 'Legacy score (row 0 counted)'")

@@ -34,8 +34,8 @@ from headsink.attention.kv_table import KVField
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.pattern import FOREVER
-from headsink.generation.decode import decoding, refusal
-from headsink.runtime.prefix import _expected, _Header
+from headsink.generation.decode import open_decoder, refusal
+from headsink.runtime.prefix import _expected_tensors, _Header
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def tokens(rows, count, seed=0):
 
 
 @torch.no_grad()
-def read(family, dtype, plan, ids, mask=None, exact=True, held=False):
+def read(family, dtype, plan, ids, mask=None, exact=True, frozen=False):
     """Return a model, the cache of a text, and the text."""
     loaded = model(family, dtype)
     if plan.prefill_compression:
@@ -117,7 +117,7 @@ def read(family, dtype, plan, ids, mask=None, exact=True, held=False):
         loaded(ids, past_key_values=full)
         return loaded, headsink.compress(loaded, plan, full), ids
     cache = headsink.new_cache(loaded, plan, exact)
-    if held:
+    if frozen:
         cache.freeze()
     with headsink.apply(loaded, plan):
         options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -137,7 +137,7 @@ def prefixes():
         read("llama", half, random_plan(llama, 4).model_copy(update={"prefill_compression": True}), tokens(2, 61)),
         read("llama", wide, random_plan(llama, 5), tokens(1, 9)),
         read("llama", half, window_plan(llama, 1), tokens(2, 61)),
-        read("llama", wide, random_plan(llama, 6), tokens(1, 20), held=True),
+        read("llama", wide, random_plan(llama, 6), tokens(1, 20), frozen=True),
         read("llama", half, Plan.full(llama), tokens(2, 140), exact=False),
         read("gemma3", wide, random_plan(model("gemma3", wide), 7), tokens(1, 61)),
         read("qwen3", half, random_plan(model("qwen3", wide), 8, lambda rng: Pattern(2, 5, 8)), tokens(1, 200)),
@@ -267,7 +267,7 @@ def fit(loaded, header, tensors, rng):
     """Return random tensors of the shapes in a changed header; the same tensors if it has none."""
     try:
         read = _Header.model_validate_json(header)
-        kinds = _expected(read, headsink.new_cache(loaded, read.plan), rows := rng.choice([1, 2, 3]))
+        kinds = _expected_tensors(read, headsink.new_cache(loaded, read.plan), rows := rng.choice([1, 2, 3]))
     except (HeadsinkError, ValidationError, ValueError):
         return tensors
     if sum(np.prod(shape, dtype=float) for _, shape in kinds.values()) > 1e6:
@@ -345,7 +345,7 @@ def run(loaded, cache, rows):
             check_bounds(cache)
             if count == "step":
                 if refusal(loaded) is None:
-                    with decoding(loaded, cache) as step:
+                    with open_decoder(loaded, cache) as step:
                         assert step.run(tokens(rows, 1)[:, 0]).shape == (rows, 211)
                 continue
             assert loaded(tokens(rows, count), past_key_values=cache).logits.shape == (rows, count, 211)
@@ -440,7 +440,7 @@ def test_a_streaming_plan_allocates_only_the_positions_it_reaches():
     with headsink.apply(loaded, plan):
         loaded(text, past_key_values=cache)
         loaded(text, past_key_values=same)
-        with decoding(loaded, cache) as step:
+        with open_decoder(loaded, cache) as step:
             for token in longer.split(1, 1):
                 expected = loaded(token, past_key_values=same).logits[:, 0]
                 assert torch.allclose(step.run(token[:, 0]), expected, atol=1e-4)

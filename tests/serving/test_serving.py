@@ -62,7 +62,7 @@ def test_peak_blocks_equal_the_visible_blocks():
             positions = torch.arange(tokens)
             seen = blocks.visible(kept, 16, positions, positions)
             most = max(len({int(key) // 16 for key in row.nonzero()}) for row in seen)
-            assert kept.held(tokens, 16) == most
+            assert kept.cached_tokens(tokens, 16) == most
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -81,7 +81,7 @@ def test_groups_cover_every_head_and_their_bytes_are_correct(ranks):
         size = groups.group_size(list(kinds.values()))
         slots = {kind: -(-count // size) * size for kind, count in kinds.items()}
         assert found.groups == sum(slots.values()) // size <= groups.MOST_GROUPS
-        assert found.used == sum(slots[kind] * kind.held(4096, 16) for kind in kinds) * 16 * 256
+        assert found.used == sum(slots[kind] * kind.cached_tokens(4096, 16) for kind in kinds) * 16 * 256
         assert found.planned <= found.used
 
 
@@ -92,7 +92,7 @@ def test_merging_is_never_worse_than_groups_of_equal_patterns():
         kinds = Counter(blocks.widen(head.pattern, 16) for layer in plan.layers for head in layer)
         size = groups.group_size(list(kinds.values()))
         number = sum(-(-count // size) for count in kinds.values())
-        alone = sum(-(-count // size) * size * kind.held(4096, 16) for kind, count in kinds.items()) * 16 * 256
+        alone = sum(-(-count // size) * size * kind.cached_tokens(4096, 16) for kind, count in kinds.items()) * 16 * 256
         if number <= groups.MOST_GROUPS:
             assert groups.choose(plan, [None] * 3, 16, 4096, 256, 1).used <= alone
 

@@ -151,7 +151,7 @@ def test_an_empty_file_can_be_written(tmp_path):
 def test_a_prefix_is_recognised_by_its_header(tmp_path):
     for name, metadata in (("ours", {"headsink": "{}"}), ("theirs", {"format": "pt"}), ("bare", None)):
         save_file({"headsink": torch.zeros(3)}, tmp_path / name, metadata)
-    assert [files.is_own(tmp_path / name) for name in ("ours", "theirs", "bare")] == [True, False, False]
+    assert [files.is_ours(tmp_path / name) for name in ("ours", "theirs", "bare")] == [True, False, False]
 
 
 # folders
@@ -316,7 +316,7 @@ def test_the_chart_of_a_frontier_runs_no_foreign_scripts(tmp_path):
     page = (tmp_path / "frontier.html").read_text()
     assert "Content-Security-Policy\" content=\"default-src 'none';" in page
     assert "<script>document" not in page
-    assert files.is_own(tmp_path / "frontier.html")
+    assert files.is_ours(tmp_path / "frontier.html")
 
 
 @pytest.mark.slow

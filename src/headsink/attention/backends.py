@@ -79,7 +79,7 @@ def backend_for(query: Tensor, params: AttentionParams) -> Backend | None:
 
 def backend_of(kind: str) -> Backend | None:
     """The backend of a device type. On "cpu" it is the GPU's where a test runs its kernels by Triton's interpreter."""
-    if kind in device.DEVICES and device.installed():
+    if kind in device.DEVICES and device.triton_installed():
         return _cuda()
     return _CPU if kind == "cpu" else None
 

@@ -1,12 +1,12 @@
 """The attention function and the mask function that headsink registers with transformers.
 
-While a model is *engaged* (`engaged(model)`), its layers call `_attention`. If the keys come from a plan's cache, the cache
+While a model is *engaged* (`engage(model)`), its layers call `_attention`. If the keys come from a plan's cache, the cache
 computes the attention. All other attention (another thread's ordinary cache, a layer with its own sliding window) goes to
 transformers' `sdpa`, so an engaged model without a plan computes the same as before; where `sdpa` cannot express the softmax,
 it is computed in blocks and differs by rounding.
 
-`observing(model, callback)` passes every layer's queries, keys, values and output to a callback, which the census uses.
-`substituting(model, attend)` replaces the attention, which calibration uses to try patterns. Both process one whole text without
+`observe_attention(model, callback)` passes every layer's queries, keys, values and output to a callback, which the census uses.
+`replace_attention(model, attend)` replaces the attention, which calibration uses to try patterns. Both process one whole text without
 padding, so they need no mask; layers without a causal `sdpa` kernel are computed in blocks (attention/chunked.py).
 """
 
@@ -27,35 +27,35 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from headsink.attention import chunked
 from headsink.attention.eager import attend_rows
 from headsink.attention.params import QUERY_BLOCK, AttentionParams, Inputs, Padding
-from headsink.attention.passes import ATTENTION, check_uncached, engaged, watching
+from headsink.attention.passes import ATTENTION, check_uncached, engage, watch
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen(Inputs):
+class AttentionRecord(Inputs):
     """The inputs of one attention layer, and `output`, [1, query heads, tokens, dim], before the output projection."""
 
     output: Tensor
 
 
-class Sliding(int):
+class SlidingWindow(int):
     """The mask of an observed sliding-window layer: the window as a number instead of a square mask."""
 
 
-_observer: ContextVar[Callable[[Seen], None] | None] = ContextVar("headsink_observer", default=None)
+_observer: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("headsink_observer", default=None)
 _substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsink_substitute", default=None)
 
 
 @contextmanager
-def observing(model: PreTrainedModel, callback: Callable[[Seen], None]) -> Iterator[None]:
+def observe_attention(model: PreTrainedModel, callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
     """Call `callback` for every attention layer that the model runs in this thread.
 
     Raises HeadsinkError at the end of the block if a layer did not run.
     """
     layers_seen: set[int] = set()
 
-    def call(seen: Seen) -> None:
+    def call(seen: AttentionRecord) -> None:
         layers_seen.add(seen.layer)
         callback(seen)
 
@@ -64,7 +64,7 @@ def observing(model: PreTrainedModel, callback: Callable[[Seen], None]) -> Itera
 
 
 @contextmanager
-def substituting(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
+def replace_attention(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]) -> Iterator[None]:
     """Use `attend` for the attention of every layer that the model runs in this thread.
 
     It gets one sequence, and returns [1, query heads, tokens, dim]. It decides which tokens are visible. Raises HeadsinkError
@@ -86,7 +86,7 @@ def _check_layers(
 ) -> Iterator[None]:
     token = variable.set(call)
     try:
-        with engaged(model), watching():
+        with engage(model), watch():
             yield
     finally:
         variable.reset(token)
@@ -107,7 +107,7 @@ def _attention(
     query: Tensor,
     key: Tensor | Update,
     value: Tensor | Update,
-    attention_mask: Tensor | Padding | Sliding | None,
+    attention_mask: Tensor | Padding | SlidingWindow | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -129,7 +129,7 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise HeadsinkError("observed attention takes one text at a time, whole")
-    sliding = int(attention_mask) if isinstance(attention_mask, Sliding) else None
+    sliding = int(attention_mask) if isinstance(attention_mask, SlidingWindow) else None
     inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, *softmax[1:])  # type: ignore[arg-type]
     if substitute is not None:
         return substitute(inputs).transpose(1, 2).contiguous(), None
@@ -140,7 +140,7 @@ def _attention(
     else:
         output = chunked.attention(inputs)
     assert observer is not None
-    observer(Seen(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
+    observer(AttentionRecord(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -170,12 +170,12 @@ def _mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
-) -> Tensor | Padding | Sliding | None:
+) -> Tensor | Padding | SlidingWindow | None:
     """Return the mask of a layer: transformers' own, or `Padding` or `Sliding` for a plan's or an observed layer."""
     if _observer.get() is not None or _substitute.get() is not None:
         if attention_mask is not None and not attention_mask.all():
             raise HeadsinkError("observed attention takes one text at a time, without padding")
-        return None if local_size is None else Sliding(local_size)
+        return None if local_size is None else SlidingWindow(local_size)
     if not isinstance(kv_length, PlanLength):
         return sdpa_mask(
             batch_size=batch_size,

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from headsink.errors import HeadsinkError
-from headsink.models.spec import unwrapped
+from headsink.models.spec import unwrap
 from headsink.models.transformers_names import given_cache, named_arguments, with_cache, without_cache
 
 ATTENTION = "headsink"  # the name that attention/interface.py registers with transformers
@@ -110,7 +110,7 @@ class _Hook:
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.passes: list[Pass] = []
-        self.watchers = 0  # `watching` blocks
+        self.watchers = 0  # `watch` blocks
 
 
 _states: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDictionary()
@@ -129,7 +129,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _use(model: nn.Module) -> _State:
-    inside = unwrapped(model)
+    inside = unwrap(model)
     with _lock:
         state = _states.get(inside)
         if state is None:
@@ -155,7 +155,7 @@ def _release(state: _State) -> None:
 
 
 @contextmanager
-def engaged(model: PreTrainedModel) -> Iterator[None]:
+def engage(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention through headsink until the last such block, and the last pass begun in one, ends."""
     state = _use(model)
     try:
@@ -165,7 +165,7 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def scoped(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: bool = False) -> Iterator[None]:
+def enter_scope(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: bool = False) -> Iterator[None]:
     """Run the model's passes under a plan (`Scope`) in the block."""
     scope, state = Scope(plan, prepare, private), _use(model)
     with _lock:
@@ -182,7 +182,7 @@ def scoped(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: 
 
 
 @contextmanager
-def watching() -> Iterator[None]:
+def watch() -> Iterator[None]:
     """In the block, passes of this thread are observed (attention/interface.py) and run without a plan."""
     _thread.watchers += 1
     try:

@@ -16,7 +16,7 @@ from headsink.calibration.calibrate import Calibration
 from headsink.data import corpus
 from headsink.data.documents import TEXT, Document
 from headsink.data.domains import check_domains
-from headsink.evaluation.quality import Scored, intervals, score_each
+from headsink.evaluation.quality import ContinuationScore, intervals, score_each
 from headsink.plan.plan import Plan
 from headsink.utils.files import write_text
 from headsink.utils.progress import bar
@@ -98,7 +98,7 @@ def measure_plan(
     return found
 
 
-def quality_record(scored: Sequence[Scored]) -> dict[str, Any]:
+def quality_record(scored: Sequence[ContinuationScore]) -> dict[str, Any]:
     questions = [one for one in scored if one.form != TEXT]
     return {
         "kl": scored[0].kl.tolist(),

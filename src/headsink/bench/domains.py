@@ -52,7 +52,7 @@ from headsink.bench.domain_plans import (
     plan_matrix,
     plan_name,
 )
-from headsink.bench.heading import heading
+from headsink.bench.heading import provenance
 from headsink.bench.options import check_families
 from headsink.census.compare import COMPARED, compare
 from headsink.census.head_statistics import KEPT, windows
@@ -131,7 +131,7 @@ def run(
     )
     found = measure_plan(model, plans, held_out, checkpoint, progress)
     return (
-        heading("patterns of kinds of text: census and plans, each on its own kind and on the others")
+        provenance("patterns of kinds of text: census and plans, each on its own kind and on the others")
         | settings
         | {"seeds": list(seeds), "threads": torch.get_num_threads()}
         | {"overlap": {kind: {"texts": text_overlap[kind], "documents": document_overlap[kind]} for kind in kinds}}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def heading(what: str) -> dict[str, Any]:
+def provenance(what: str) -> dict[str, Any]:
     """Return the provenance of a script's results. what: one line that says what it measures."""
     import torch
 
@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    return dict(heading("")["versions"]) | {"python": platform.python_version()}
+    return dict(provenance("")["versions"]) | {"python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     name = named.group(1) if named else platform.processor()
-    return dict(heading("")["machine"]) | {"cpu": f"{name} ({platform.machine()})", "memory_bytes": memory}
+    return dict(provenance("")["machine"]) | {"cpu": f"{name} ({platform.machine()})", "memory_bytes": memory}
 
 
 def without_paths(text: str) -> str:

@@ -105,7 +105,7 @@ def run(
                             shown.advance(shown.task_ids[0])
                 for name in starts:
                     row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": plan_of[name].kept(context)} if name in plan_of else {}
+                    row |= {"kept": plan_of[name].kv_budget(context)} if name in plan_of else {}
                     found["results"].append(row | _summary(measured[name], measured[BASE]))
                 if report is not None:
                     report(table(found, context, batch))

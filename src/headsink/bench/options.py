@@ -13,7 +13,7 @@ from headsink.data.corpus import Domain
 from headsink.data.domains import KINDS, check_domains
 from headsink.errors import HeadsinkError
 from headsink.evaluation.options import check_budget
-from headsink.models.builtin import BUILT_IN, check_name, listed
+from headsink.models.builtin import BUILT_IN, builtin_name, check_name
 
 NODE_PACKAGE = "npm install --prefix FOLDER node-llama-cpp --ignore-scripts"
 CONTEXTS = (512, 2000, 7500)  # tokens of prompts
@@ -46,7 +46,7 @@ class Options:
     llama_cpp: Path | None = None
     vllm: Path | None = None
 
-    def told(self) -> str:
+    def command_line(self) -> str:
         """Return the options as typed on the command line, without defaults and with paths replaced by placeholders."""
         words = []
         for field in fields(self):
@@ -73,7 +73,7 @@ def label(model: str) -> str:
 
 def model_names(given: Sequence[str]) -> tuple[str, ...]:
     """Check the names of models. A built-in model that is not installed is accepted; its rows say that it is missing."""
-    return tuple(name if (name := listed(one)) in BUILT_IN else check_name(name) for one in given)
+    return tuple(name if (name := builtin_name(one)) in BUILT_IN else check_name(name) for one in given)
 
 
 def check_contexts(contexts: Sequence[int], tokens: int, most: int | None = None) -> None:

@@ -52,7 +52,7 @@ from headsink.models.devices import dtype_name
 from headsink.models.fingerprint import Fingerprint
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import prefill
-from headsink.runtime.scoring import branch_log_probs
+from headsink.runtime.scoring import continuation_log_probs
 from headsink.utils.files import check_file, read_text, write_text
 from headsink.utils.progress import bar
 
@@ -195,7 +195,7 @@ def _answer(
     )
     scoring_cache.activate_past_recording()
     along = along or done.ids
-    log_probs = branch_log_probs(model, scoring_cache, [ids[-1], *along], len(along))
+    log_probs = continuation_log_probs(model, scoring_cache, [ids[-1], *along], len(along))
     return _Answer(done.ids, cut(done.text, task.stops), done.kv_bytes, log_probs)
 
 

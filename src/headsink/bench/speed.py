@@ -26,7 +26,7 @@ import headsink
 from headsink.bench.heading import machine, versions
 from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import process as peers
-from headsink.bench.peers.process import Failed, timed
+from headsink.bench.peers.process import Failed, summarize_times
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.data import corpus
 from headsink.generation.decode import decode, prepare, refusal
@@ -170,7 +170,7 @@ def run(
                             shown.advance(shown.task_ids[0])
                 for name in runs:
                     row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": plan_of[name].kept(context)} if name in plan_of else {}
+                    row |= {"kept": plan_of[name].kv_budget(context)} if name in plan_of else {}
                     found["results"].append(row | _summary(measured[name], measured[BASE]))
                 if report is not None:
                     report(table(found, context, batch))
@@ -236,7 +236,7 @@ def _measure(
         _record(found, name, error)
         del runs[name]
         return None
-    return timed(done["times"]) | {"kv_bytes": done["kv_bytes"]}
+    return summarize_times(done["times"]) | {"kv_bytes": done["kv_bytes"]}
 
 
 def _record(found: dict[str, Any], peer: str, error: Failed) -> None:

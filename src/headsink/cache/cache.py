@@ -83,9 +83,9 @@ class PlanCache(Cache):
         return any(layer.on_card is not None for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property
-    def held(self) -> bool:
+    def frozen(self) -> bool:
         """Whether the cache is frozen, so nothing is evicted (`freeze`)."""
-        return any(layer.held for layer in self.layers if isinstance(layer, PlanLayer))
+        return any(layer.frozen for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property
     def padding(self) -> Padding | None:

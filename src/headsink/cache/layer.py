@@ -40,7 +40,7 @@ class PlanLayer(CacheLayerMixin):
         self.seen = 0
         self.layout: Any = None  # KVTable of the groups; None after their buffers may have moved
         self.on_card: DeviceTable | None = None  # during a decode step on a GPU (generation/step_cuda.py)
-        self.recording = self.held = False
+        self.recording = self.frozen = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """Copy the layer without the tables of addresses."""
@@ -212,7 +212,7 @@ class PlanLayer(CacheLayerMixin):
     def _make_groups(self, key: Tensor, padding: Padding | None) -> None:
         by_pattern: dict[Pattern, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
-            by_pattern.setdefault(FULL if self.held else pattern, []).append(head)
+            by_pattern.setdefault(FULL if self.frozen else pattern, []).append(head)
         self.layout = None
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
@@ -275,7 +275,7 @@ class PlanLayer(CacheLayerMixin):
 
     def freeze(self) -> None:
         """Stop evicting. An empty layer will never evict."""
-        self.held, self.layout = True, None
+        self.frozen, self.layout = True, None
         for group in self.groups:
             group.freeze()
 
@@ -297,7 +297,7 @@ class PlanLayer(CacheLayerMixin):
         self.seen += tokens_to_remove
 
     def reset(self) -> None:
-        self.groups, self.seen, self.is_initialized, self.held, self.layout = [], 0, False, False, None
+        self.groups, self.seen, self.is_initialized, self.frozen, self.layout = [], 0, False, False, None
 
     def offload(self) -> None:
         raise HeadsinkError("offloading the cache is not supported with a plan")

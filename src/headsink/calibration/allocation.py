@@ -4,7 +4,7 @@ there are few heads.
 Heads compete for keys by the importance scores of calibration documents (compression/reconstruction.py). With tens of heads the
 errors of this allocation average out, and a search gains nothing on held-out documents (docs/calibration.md). In a model with a
 handful of global heads they do not, and there are few numbers to search: coordinate descent changes one head's budget at a time
-while the loss of the replays decreases.
+while the loss of the cached documents decreases.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ GAIN = 0.02  # relative decrease of the loss per sweep over the heads, below whi
 SWEEPS = 4  # at most
 
 
-def allocate(need: Tensor, share: float) -> Tensor:
+def allocate(importance: Tensor, share: float) -> Tensor:
     """Head budgets: the share of each head's keys among the most important keys of all heads, float64 [layers, KV heads].
 
-    need: importance scores [layers, KV heads, samples], as `Demand.attention`, of layers without a sliding window. share: budget,
-    the share of all keys that is kept.
+    importance: importance scores [layers, KV heads, samples], of layers without a sliding window. share: budget, the share of all
+    keys that is kept.
     """
-    rest = int((1 - share) * (need.numel() - 1))  # quantile() fails for more than 2^24 numbers
-    return (need > need.flatten().kthvalue(1 + rest).values).double().mean(-1)
+    rest = int((1 - share) * (importance.numel() - 1))  # quantile() fails for more than 2^24 numbers
+    return (importance > importance.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
 def transfer(shares: Tensor, head: int, factor: float) -> Tensor | None:

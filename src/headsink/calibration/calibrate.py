@@ -1,8 +1,8 @@
 """Calibrate a plan: prefill documents, search for patterns under a budget, verify the plan on its cache, measure its quality.
 
 Documents from the calibration half of the corpus, ordinary text with needles, are prefilled once at the context that the plan is
-for (replay.py). The search (search.py) evaluates patterns on teacher-forced continuations of these documents. Then the plan runs
-on its own cache over the same documents, and over held-out documents (evaluation/quality.py).
+for (cached_document.py). The search (search.py) evaluates patterns on teacher-forced continuations of these documents. Then the
+plan runs on its own cache over the same documents, and over held-out documents (evaluation/quality.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.calibration.allocation import FEW, SWEEPS, Allocation, allocate, coordinate_descent
+from headsink.calibration.cached_document import CachedDocument
 from headsink.calibration.method import SINK, Method
-from headsink.calibration.replay import Replay
-from headsink.calibration.score_fit import Demand, demand, fit
+from headsink.calibration.score_fit import ImportanceScores, fit, measure_importance
 from headsink.calibration.search import Phase, Search, Step, check_room, mean_loss
 from headsink.compression.reconstruction import prompt_tokens
 from headsink.data import corpus, documents
@@ -39,7 +39,7 @@ from headsink.models.distributed import rank_heads
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import check_plannable, describe
 from headsink.plan.plan import Plan
-from headsink.runtime.scoring import branch_log_probs, read
+from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.utils.files import check_file, write_text
 from headsink.utils.progress import bar
 
@@ -100,7 +100,7 @@ def calibrate(
     check_quality(quality_contexts or (), most)
     longest = context if isinstance(context, int) else context[1]
     if progress and longest <= most:
-        timing.tell("plan", model, longest, timing.PLAN)
+        timing.print_estimate("plan", model, longest, timing.PLAN)
     calibration = Calibration(
         model,
         tokenizer,
@@ -150,18 +150,18 @@ class Calibration:
             raise HeadsinkError("every layer of this model has a sliding window: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, self.domains, seed)
         self.prompt = prompt_tokens(tokenizer)
-        self.replays: list[Replay] = []
+        self.cached: list[CachedDocument] = []
         demands = []
         with bar("reading", 2 * len(self.documents), progress) as shown:
             for document in self.documents:
-                self.replays.append(Replay(model, document, self.method.prefill_compression))
+                self.cached.append(CachedDocument(model, document, self.method.prefill_compression))
                 shown.advance(shown.task_ids[0])
-                demands.append(demand(self.replays[-1], self.prompt))
+                demands.append(measure_importance(self.cached[-1], self.prompt))
                 shown.advance(shown.task_ids[0])
-        self.weights = fit(self.replays, demands)
-        self.need = torch.cat([one.attention for one in demands], -1)
-        for replay in self.replays:
-            replay.set_scores(self.weights)
+        self.weights = fit(self.cached, demands)
+        self.importance = torch.cat([one.attention for one in demands], -1)
+        for cached in self.cached:
+            cached.set_scores(self.weights)
 
     def plan(self, budget: float) -> Plan:
         """The plan for a budget, verified once on its own cache; without quality on held-out text."""
@@ -189,14 +189,14 @@ class Calibration:
         kl = self._verify(plan)
         loss = float(kl[0] + self.method.retrieval_weight * kl[1])
         made = key | {
-            "kept": round(plan.kept(self.shortest), 4),
+            "kept": round(plan.kv_budget(self.shortest), 4),
             "dtype": dtype_name(self.model.dtype),
             "documents": [
                 {"text": kind, "tokens": len(one.document.ids), "verified": one in self._verified}
-                for (kind, _), one in zip(_kinds(self.domains), self.replays, strict=True)
+                for (kind, _), one in zip(_kinds(self.domains), self.cached, strict=True)
             ],
             "forms": list(documents.FORMS["calibration"]),
-            "replayed_loss": replayed,
+            "search_loss": replayed,
             "verified": {
                 "loss": round(loss, 5),
                 "kl_text": round(float(kl[0]), 5),
@@ -228,17 +228,17 @@ class Calibration:
         return min(pattern.size(self.shortest) for pattern in self.method.options(self.shortest)) / self.shortest
 
     @property
-    def _verified(self) -> list[Replay]:
+    def _verified(self) -> list[CachedDocument]:
         """The documents on which a plan is verified: all, or the first ones if they are long, since verifying takes longest."""
-        tokens = accumulate(len(replay.document.ids) for replay in self.replays)
-        return [one for one, so_far in zip(self.replays, tokens, strict=True) if so_far <= VERIFIED] or self.replays[:1]
+        tokens = accumulate(len(cached.document.ids) for cached in self.cached)
+        return [one for one, so_far in zip(self.cached, tokens, strict=True) if so_far <= VERIFIED] or self.cached[:1]
 
     def _verify(self, plan: Plan) -> torch.Tensor:
         """KL of the text and of the answers under the plan on its own cache, mean over documents: float32 [2]."""
         total = torch.zeros(2)
         with bar("verifying", len(self._verified), self.progress) as shown:
-            for replay in self._verified:
-                kl = replay.divergences(_log_probs(self.model, plan, replay.document))
+            for cached in self._verified:
+                kl = cached.divergences(_log_probs(self.model, plan, cached.document))
                 answers = kl[1:].mean() if len(kl) > 1 else kl.new_zeros(())
                 total += torch.stack([kl[0], answers]).cpu() / len(self._verified)
                 shown.advance(shown.task_ids[0])
@@ -248,10 +248,10 @@ class Calibration:
         """Patterns for context reconstruction: top-k keys by importance, then coordinate descent over top-k keys and windows if
         there are few heads (allocation.py)."""
         check_room(budget, self.shortest, self.least)
-        layers = [layer for layer, slides in enumerate(self.replays[0].shape.windows) if slides is None]
+        layers = [layer for layer, slides in enumerate(self.cached[0].shape.windows) if slides is None]
         share = budget - self.least if budget < 1 else 1.0
-        shares = allocate(self.need[layers], share).flatten()
-        if budget == 1 or not self.method.need:
+        shares = allocate(self.importance[layers], share).flatten()
+        if budget == 1 or not self.method.importance:
             shares = torch.full_like(shares, share)
         allocation = Allocation(shares, torch.zeros_like(shares))
         if budget < 1 and self.method.refine and len(shares) <= FEW:
@@ -259,7 +259,7 @@ class Calibration:
         return self._patterns(allocation)
 
     def _patterns(self, allocation: Allocation) -> list[list[Pattern] | None]:
-        window, shape = self.method.windows[0], self.replays[0].shape
+        window, shape = self.method.windows[0], self.cached[0].shape
         rest = iter(zip(allocation.shares.tolist(), allocation.recent.tolist(), strict=True))
 
         def pattern() -> Pattern:
@@ -271,18 +271,18 @@ class Calibration:
         return [None if slides else [pattern() for _ in range(shape.kv_heads)] for slides in shape.windows]
 
     def _refine(self, allocation: Allocation, key: dict[str, Any]) -> Allocation:
-        """Coordinate descent on the loss of the replays, with its steps in the checkpoint."""
+        """Coordinate descent on the loss of the cached documents, with its steps in the checkpoint."""
         done = self._done(key)
         if done:
             allocation = self._restore(done[-1])
         if done and done[-1].phase == "done":
             return allocation
-        for replay, importance in zip(self.replays, self._importance, strict=True):
-            replay.set_importance(importance)
+        for cached, importance in zip(self.cached, self._importance, strict=True):
+            cached.set_importance(importance)
 
         @cache  # trials of a head with few keys often give the same patterns
         def measured(patterns: tuple[tuple[Pattern, ...] | None, ...]) -> float:
-            return mean_loss(self.replays, patterns, self.method.retrieval_weight)
+            return mean_loss(self.cached, patterns, self.method.retrieval_weight)
 
         def loss(trial: Allocation) -> float:
             return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
@@ -300,8 +300,8 @@ class Calibration:
 
             allocation = coordinate_descent(allocation, loss, report)
         step(allocation, done[-1].loss, "done")
-        for replay in self.replays:  # for other budgets
-            replay.set_scores(self.weights)
+        for cached in self.cached:  # for other budgets
+            cached.set_scores(self.weights)
         return allocation
 
     def _restore(self, step: Step) -> Allocation:
@@ -314,13 +314,13 @@ class Calibration:
         return Allocation(shares.clamp(max=1 - self.least), torch.tensor(recent, dtype=torch.float64))
 
     @cached_property
-    def _importance(self) -> list[Demand]:
+    def _importance(self) -> list[ImportanceScores]:
         """Importance scores of all keys of each document."""
-        return [demand(replay, self.prompt, whole=True) for replay in self.replays]
+        return [measure_importance(cached, self.prompt, whole=True) for cached in self.cached]
 
     def _search(self, budget: float, key: dict[str, Any]) -> Step:
         """Run the search, with its steps in the checkpoint."""
-        search = Search(self.replays, self.shortest, self.method, self.seed, self.need)
+        search = Search(self.cached, self.shortest, self.method, self.seed, self.importance)
         done = self._done(key)
         with bar("searching", 100, self.progress) as shown:
 
@@ -361,7 +361,7 @@ def _documents(
 def _log_probs(model: PreTrainedModel, plan: Plan, document: Document) -> torch.Tensor:
     """Log-probabilities of all scored tokens of a document under the plan: float32 [scored tokens, vocabulary]."""
     cache = read(model, plan, document.ids)
-    return torch.cat([branch_log_probs(model, cache, ids, scored) for _, ids, scored in document.branches])
+    return torch.cat([continuation_log_probs(model, cache, ids, scored) for _, ids, scored in document.continuations])
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:

@@ -30,22 +30,22 @@ class Method:
     (each head is full or has one fixed window, as in DuoAttention, arXiv 2410.10819), "layer-wise" (the same per layer, as in
     SimLayerKV, arXiv 2410.13846), "copy-first-layer" (the same heads in all layers, chosen by the first layer's errors), "random"
     (on-off with random heads). windows: sizes in tokens. top_k: numbers of top-k keys as shares of the context. A head gets one
-    of each, or full attention. need: start the search from importance scores, not from the smallest plan. gradient: use gradients
-    of the loss, not squared output errors. steps: measure again after every step, not once. correction: correct the sum of
-    gradients by squared errors. refine: local search by swaps at the end. retrieval_weight: weight of the KL of answers relative
-    to that of text.
+    of each, or full attention. importance: start the search from importance scores, not from the smallest plan. gradient: use
+    gradients of the loss, not squared output errors. steps: measure again after every step, not once. correction: correct the
+    sum of gradients by squared errors. refine: local search by swaps at the end. retrieval_weight: weight of the KL of answers
+    relative to that of text.
 
     prefill_compression: calibrate for prefill compression, not for online eviction. reconstruct: with context reconstruction
-    (KVzip); head budgets are then proportional to importance (equal if `need` is off) and refined by coordinate descent if there
-    are few heads (allocation.py). refit_values: refit the kept values (least squares). positions: as in a plan; "cache-relative"
-    only works with windows. ranks: number of tensor-parallel ranks. Every rank reserves as much memory as the fullest one, so
+    (KVzip); head budgets are then proportional to importance (equal if `importance` is off) and refined by coordinate descent if
+    there are few heads (allocation.py). refit_values: refit the kept values (least squares). positions: as in a plan;
+    "cache-relative" only works with windows. ranks: number of tensor-parallel ranks. Every rank reserves as much memory as the fullest one, so
     heads at the same index of different ranks get the same pattern.
     """
 
     policy: Policy = "headsink"
     windows: tuple[int, ...] = WINDOWS
     top_k: tuple[float, ...] = TOP_K
-    need: bool = True
+    importance: bool = True
     gradient: bool = True
     steps: bool = True
     correction: bool = True

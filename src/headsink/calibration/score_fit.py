@@ -27,7 +27,7 @@ WEIGHT = 0.5  # exponent: the weight of a key in the regression is its attention
 
 
 @dataclass(frozen=True)
-class Demand:
+class ImportanceScores:
     """Importance of reconstructed keys of one document. positions: int64 [keys]. attention: float32 [layers, KV heads, keys], log
     of the largest attention that each receives, 0 in sliding-window layers."""
 
@@ -35,7 +35,7 @@ class Demand:
     attention: Tensor
 
 
-def demand(context: Context, prompt: Sequence[int], whole: bool = False) -> Demand:
+def measure_importance(context: Context, prompt: Sequence[int], whole: bool = False) -> ImportanceScores:
     """Importance of keys of a document by context reconstruction, of evenly spaced spans or of the whole document."""
     starts, shape = range(0, context.length, SPAN) if whole else _starts(context.length), context.shape
     spans = [range(start, min(start + SPAN, context.length)) for start in starts]
@@ -50,7 +50,7 @@ def demand(context: Context, prompt: Sequence[int], whole: bool = False) -> Dema
 
     with torch.no_grad():
         context.run(reconstruction.continuations, attend)
-    return Demand(torch.tensor([position for span in spans for position in span]), attention.clamp(min=LEAST))
+    return ImportanceScores(torch.tensor([position for span in spans for position in span]), attention.clamp(min=LEAST))
 
 
 def _starts(length: int) -> list[int]:
@@ -61,7 +61,7 @@ def _starts(length: int) -> list[int]:
     return [LEAD + round(n * room / (count - 1)) for n in range(count)]
 
 
-def fit(contexts: Sequence[Context], demands: Sequence[Demand]) -> Tensor:
+def fit(contexts: Sequence[Context], demands: Sequence[ImportanceScores]) -> Tensor:
     """Scorer weights, float32 [layers, KV heads, features], scaled so that the largest of each head is 1, with four decimals."""
     shape = contexts[0].shape
     weights = torch.zeros(shape.layers, shape.kv_heads, n_features(shape.head_dim))
@@ -70,7 +70,7 @@ def fit(contexts: Sequence[Context], demands: Sequence[Demand]) -> Tensor:
             continue
         features, targets = [], []
         for context, importance in zip(contexts, demands, strict=True):
-            keys, values = context.held(layer)
+            keys, values = context.key_values(layer)
             positions = importance.positions.to(keys.device)
             features.append(key_features(keys[:, positions], values[:, positions]).cpu())
             targets.append(importance.attention[layer])

@@ -1,10 +1,10 @@
 """Local search for the pattern of every KV head under a budget, on the measured loss.
 
 The search starts from 0.7 of the budget, allocated by the importance scores of context reconstruction
-(compression/reconstruction.py), and spends the rest in steps. At every step the replays (replay.py) give the gradient of the loss
-towards every larger pattern of every head at the current plan, and a knapsack picks the patterns with the largest expected gain
-for the next keys. Gradients are measured again at every step, because the gain of a head depends on the patterns of the others.
-At the end patterns are swapped within the budget while the measured loss decreases.
+(compression/reconstruction.py), and spends the rest in steps. At every step the cached documents (cached_document.py) give the
+gradient of the loss towards every larger pattern of every head at the current plan, and a knapsack picks the patterns with the
+largest expected gain for the next keys. Gradients are measured again at every step, because the gain of a head depends on the
+patterns of the others. At the end patterns are swapped within the budget while the measured loss decreases.
 
 Gradients alone overestimate gains, since outputs change a lot. The sum of gains is known in one case: with every head full the
 loss is 0. So each change is charged with its squared error, times the factor that makes the sum correct in that case.
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from headsink.calibration.allocation import allocate
+from headsink.calibration.cached_document import CachedDocument, Marginals, Patterns
 from headsink.calibration.method import SINK, Method
-from headsink.calibration.replay import Marginals, Patterns, Replay
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.models.distributed import rank_heads
@@ -56,17 +56,28 @@ class Step:
 class Search:
     """Search for the patterns of a model's KV heads, at `context` tokens.
 
-    need: importance scores of some keys, float [layers, KV heads, samples] (compression/reconstruction.py), by which heads
+    importance: importance scores of some keys, float [layers, KV heads, samples] (compression/reconstruction.py), by which heads
     compete for the first part of the budget.
     """
 
     def __init__(
-        self, replays: Sequence[Replay], context: int, method: Method, seed: int = 0, need: Tensor | None = None
+        self,
+        documents: Sequence[CachedDocument],
+        context: int,
+        method: Method,
+        seed: int = 0,
+        importance: Tensor | None = None,
     ):
-        self.replays, self.context, self.method, self.seed, self.need = replays, context, method, seed, need
-        for replay in replays:
-            replay.prefill_compression = method.prefill_compression
-        shape = replays[0].shape
+        self.cached, self.context, self.method, self.seed, self.importance = (
+            documents,
+            context,
+            method,
+            seed,
+            importance,
+        )
+        for cached in documents:
+            cached.prefill_compression = method.prefill_compression
+        shape = documents[0].shape
         self.layers = [layer for layer, window in enumerate(shape.windows) if window is None]
         self.ranks = list(dict.fromkeys(tuple(heads) for heads in rank_heads(shape.kv_heads, method.ranks)))
         self.heads = [(layer, head) for layer in self.layers for head in self._head_order(layer)]
@@ -75,18 +86,18 @@ class Search:
 
     def _head_order(self, layer: int) -> list[int]:
         """The heads of a layer. With several ranks: the most important head of each rank, then the next of each, ..."""
-        if len(self.ranks) == 1 or self.need is None:
+        if len(self.ranks) == 1 or self.importance is None:
             return [head for tied in zip(*self.ranks, strict=True) for head in tied]
-        need = self.need[layer].mean(-1).tolist()
-        ranks = [sorted(heads, key=lambda head: -need[head]) for heads in self.ranks]
+        importance = self.importance[layer].mean(-1).tolist()
+        ranks = [sorted(heads, key=lambda head: -importance[head]) for heads in self.ranks]
         return [head for tied in zip(*ranks, strict=True) for head in tied]
 
     # a plan is an int64 [heads] tensor here, the option of each head
 
     def patterns(self, pick: Tensor) -> list[list[Pattern] | None]:
-        rows: list[list[Pattern] | None] = [None] * self.replays[0].shape.layers
+        rows: list[list[Pattern] | None] = [None] * self.cached[0].shape.layers
         for layer in self.layers:
-            rows[layer] = [FULL] * self.replays[0].shape.kv_heads
+            rows[layer] = [FULL] * self.cached[0].shape.kv_heads
         for (layer, head), option in zip(self.heads, pick.tolist(), strict=True):
             rows[layer][head] = self.options[option]  # type: ignore[index]
         return rows
@@ -95,11 +106,11 @@ class Search:
         """Reorder [layers without a sliding window, KV heads, ...] to [heads, ...], in the order of plans."""
         return torch.stack([values[self.layers.index(layer), head] for layer, head in self.heads])
 
-    def kept(self, pick: Tensor) -> float:
+    def kv_budget(self, pick: Tensor) -> float:
         return float(self.sizes[pick].sum()) / (self.context * len(self.heads))
 
     def loss(self, pick: Tensor) -> float:
-        return mean_loss(self.replays, self.patterns(pick), self.method.retrieval_weight)
+        return mean_loss(self.cached, self.patterns(pick), self.method.retrieval_weight)
 
     def run(self, budget: float, done: Sequence[Step] = (), report: Callable[[Step], None] | None = None) -> Step:
         """The plan for `budget`. done: steps of an earlier run to continue from. report: called with every step.
@@ -108,7 +119,7 @@ class Search:
         """
 
         def state(pick: Tensor, loss: float, phase: Phase) -> Step:
-            step = Step.of(self.patterns(pick), self.kept(pick), loss, phase)
+            step = Step.of(self.patterns(pick), self.kv_budget(pick), loss, phase)
             if report is not None:
                 report(step)
             return step
@@ -133,7 +144,7 @@ class Search:
             not_larger = (self.sizes <= self.sizes[own]).scatter(1, own, False)  # than the head's current option
             # There is room for any single change, so if none is made, none has an expected gain.
             least = self._tied_heads() / len(self.heads)
-            allowed = min(budget, max(self.kept(pick) * GROWTH, self.kept(pick) + least))
+            allowed = min(budget, max(self.kv_budget(pick) * GROWTH, self.kv_budget(pick) + least))
             better = self._choose(cost.masked_fill(not_larger, float("inf")), allowed)
             if torch.equal(better, pick):
                 break
@@ -181,7 +192,7 @@ class Search:
     def expected(self, pick: Tensor) -> tuple[float, Tensor]:
         """The loss of a plan, and its expected change for each option: float64 [heads, options], 0 for the current ones."""
         patterns = self.patterns(pick)
-        marginals = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.replays]
+        marginals = [r.marginals(patterns, self.options, self.method.retrieval_weight) for r in self.cached]
         mean = _mean(marginals)
         if not (math.isfinite(mean.loss) and mean.gradient.isfinite().all()):
             raise HeadsinkError("the model's loss is not finite here; try --dtype float32 or bfloat16")
@@ -200,9 +211,14 @@ class Search:
         smallest = int(self.sizes.argmin())
         least = float(self.sizes[smallest]) / self.context
         check_room(budget, self.context, least)
-        if self.need is None or not self.method.need or self.method.policy != "headsink" or least >= START * budget:
+        if (
+            self.importance is None
+            or not self.method.importance
+            or self.method.policy != "headsink"
+            or least >= START * budget
+        ):
             return torch.full((len(self.heads),), smallest)
-        share = allocate(self.need[self.layers], START * budget - least)
+        share = allocate(self.importance[self.layers], START * budget - least)
         wanted = (self._rows(share) + least)[:, None] * self.context
         # Squared, so that every head gets some of its keys before others get all of theirs.
         missing = (wanted - self.sizes).clamp(min=0).square() / wanted
@@ -220,7 +236,7 @@ class Search:
             return torch.zeros(len(self.heads), dtype=torch.long)
         if self.method.policy == "copy-first-layer":
             pick = torch.full((len(self.heads),), len(self.options) - 1)
-            marginals = [r.marginals(self.patterns(pick), self.options, 0.0) for r in self.replays]
+            marginals = [r.marginals(self.patterns(pick), self.options, 0.0) for r in self.cached]
             error = _mean(marginals).error[self.layers[0]].double()
             heads = choose(
                 error * len(self.layers), self.sizes * len(self.layers), budget * self.context * len(self.heads)
@@ -247,9 +263,9 @@ class Search:
         return choose(cost, self.sizes * tied, budget * self.context * len(self.heads)).repeat_interleave(tied)
 
 
-def mean_loss(replays: Sequence[Replay], patterns: Patterns, retrieval_weight: float) -> float:
-    """The measured loss of a plan, mean over the replays."""
-    return sum(float(r.loss(r.log_probs(patterns), retrieval_weight)) for r in replays) / len(replays)
+def mean_loss(documents: Sequence[CachedDocument], patterns: Patterns, retrieval_weight: float) -> float:
+    """The measured loss of a plan, mean over the cached documents."""
+    return sum(float(r.loss(r.log_probs(patterns), retrieval_weight)) for r in documents) / len(documents)
 
 
 def check_room(budget: float, context: int, least: float) -> None:

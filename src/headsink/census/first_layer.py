@@ -59,7 +59,7 @@ def transfer(sinks: Tensor, rule: str, *, group: int = 1, seed: int = 0) -> Tran
     pairs, with_first = 0, 0
     upper = torch.triu(torch.ones(layers, layers, dtype=torch.bool), 1)
     for _ in range(0, PERMUTATIONS, AT_ONCE):
-        shuffled = _overlap(_renumbered(sinks, group, AT_ONCE, generator))
+        shuffled = _overlap(_permute_heads(sinks, group, AT_ONCE, generator))
         as_many += (shuffled >= observed).sum(0)
         pairs += int((shuffled[:, upper].sum(1) >= observed[upper].sum()).sum())
         with_first += int((shuffled[:, 0, 1:].sum(1) >= observed[0, 1:].sum()).sum())
@@ -95,7 +95,7 @@ def conditional(sinks: Tensor) -> Tensor:
     return overlap / sinks.sum(1, keepdim=True)
 
 
-def _renumbered(sinks: Tensor, group: int, times: int, generator: torch.Generator) -> Tensor:
+def _permute_heads(sinks: Tensor, group: int, times: int, generator: torch.Generator) -> Tensor:
     """Permute the heads of every layer: bool [times, layers, heads]."""
     layers, heads = sinks.shape
     kv_heads = torch.rand(times, layers, heads // group, generator=generator).argsort(-1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headsink.attention.backends import backend_for
 from headsink.attention.chunked import Block, attend, block, normaliser, rows_per_block
-from headsink.attention.interface import Seen
+from headsink.attention.interface import AttentionRecord
 from headsink.attention.output_norms import OutputNorms
 from headsink.census.options import QUERIES, TAU
 from headsink.models.distributed import gather_heads
@@ -139,7 +139,7 @@ def first_row(length: int) -> int:
     return min(max(1, length // 4), length - 1)
 
 
-def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
+def sample_queries(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
     """At most `most` of the queries first <= i < end, evenly spaced and including the last, and their weights in the mean.
 
     The weight of a query is proportional to the number of queries since the previous one. Weights are float64 and sum to 1.
@@ -149,7 +149,7 @@ def sampled(first: int, end: int, most: int) -> tuple[Tensor, Tensor]:
     return rows, weights / weights.sum()
 
 
-def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
+def head_statistics(seen: AttentionRecord, length: int, limits: Thresholds, queries: int = QUERIES) -> HeadStatistics:
     """Statistics of one layer on the first `length` tokens of its inputs. queries: largest number of sampled queries."""
     inputs, limits = seen.prefix(length), limits.at(length)
     key, value, output = inputs.key[0].float(), inputs.value[0].float(), inputs.output[0]
@@ -172,7 +172,7 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
         first: int, end: int, most: int, read: Callable[[Tensor, Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Weighted means over queries of what `read` computes for blocks of queries and weights: float64 [...], on the CPU."""
-        rows, share = (t.to(device) for t in sampled(first, end, most))
+        rows, share = (t.to(device) for t in sample_queries(first, end, most))
         parts = [read(r, w) for r, w in zip(rows.split(size), share.split(size), strict=True)]
         return {name: (torch.cat([part[name] for part in parts], -1).double() @ share).cpu() for name in parts[0]}
 
@@ -189,7 +189,7 @@ def head_statistics(seen: Seen, length: int, limits: Thresholds, queries: int = 
 
     def errors(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
         if fused:
-            outputs = fused.kept(inputs, rows, sinks.flags, limits.first, windows(length))
+            outputs = fused.pattern_outputs(inputs, rows, sinks.flags, limits.first, windows(length))
         else:
             outputs = _window_outputs(block(inputs, rows), value, sinks)
         return _errors(outputs, output[:, rows], norms)

@@ -27,7 +27,7 @@ from headsink.census.first_layer import RULES, Transfer, transfer
 from headsink.census.head_statistics import KEPT, SCORES, TOKENS, distance_within, windows
 from headsink.census.options import CENSUS as MARKER
 from headsink.census.options import check_census
-from headsink.census.roles import EPSILON, MASSES, ROLES, law, roles, window_needed
+from headsink.census.roles import EPSILON, MASSES, ROLES, law, required_window, roles
 from headsink.errors import HeadsinkError
 from headsink.utils.files import new_folder, parse_json, read_text
 from headsink.utils.statistics import Interval, interval
@@ -127,7 +127,7 @@ class Census:
         """Share of texts in which a head has its `mean_roles` role: float64 [layers, query heads]."""
         return (self.text_roles(length, domain) == self.mean_roles(length, domain)).double().mean(0)
 
-    def window_needed(
+    def required_window(
         self,
         length: int,
         domain: str | None = None,
@@ -142,7 +142,7 @@ class Census:
         """
         name = {"query": "errors", "kv": "group_errors"}[heads]
         errors = self.score(name, length, domain)[:, :, KEPT.index(kept)]
-        return window_needed(errors, windows(length), length, epsilon)
+        return required_window(errors, windows(length), length, epsilon)
 
     def window_law(
         self, domain: str | None = None, *, epsilon: float = EPSILON, least: int = 64
@@ -154,7 +154,7 @@ class Census:
         lengths = [n for n in self.lengths if n >= least and self.has(n, domain)]
         if len(lengths) < 2:
             return None
-        needed = [self.window_needed(n, domain, epsilon=epsilon, heads="kv") for n in lengths]
+        needed = [self.required_window(n, domain, epsilon=epsilon, heads="kv") for n in lengths]
         return law(torch.stack(needed), lengths)
 
     def distance(self, quantile: float, length: int, domain: str | None = None) -> Tensor:

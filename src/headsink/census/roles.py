@@ -51,7 +51,7 @@ def _excess(mass: Tensor, uniform: Tensor) -> Tensor:
     return ((mass - uniform) / (1 - uniform).clamp(min=1e-12)).clamp(0, 1)
 
 
-def window_needed(errors: Tensor, windows: list[int], length: int, epsilon: float = EPSILON) -> Tensor:
+def required_window(errors: Tensor, windows: list[int], length: int, epsilon: float = EPSILON) -> Tensor:
     """The smallest window for which, and for all larger ones, the error is at most epsilon: float64, [..., windows] -> [...].
 
     Interpolated log-linearly between measured windows. `length` if no smaller window is enough, 0 if sink tokens are enough.

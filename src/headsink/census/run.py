@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.attention.interface import Seen, observing
+from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.census.checks import SCHEMA, SEEDS, TOP_KEYS, misfit
 from headsink.census.head_statistics import KEPT, SCORES, TOKENS, HeadStatistics, Thresholds, head_statistics
 from headsink.census.options import QUERIES, check_lengths
@@ -36,7 +36,7 @@ from headsink.models.builtin import title
 from headsink.models.distributed import input_device, is_main, wait_for_all
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import Architecture, decoder, describe
-from headsink.utils.files import check_text, clear_errors, is_own, parse_json, read_text, remove, write_text
+from headsink.utils.files import check_text, clear_errors, is_ours, parse_json, read_text, remove, write_text
 from headsink.utils.progress import bar, console
 
 LENGTHS = (512, 4096)
@@ -115,7 +115,7 @@ def analyze(
     if finished and progress and (count := sum(finished.has(number) for number in range(len(chosen)))):
         console.print(f"continuing: {count} of {len(chosen)} texts are done", highlight=False)
     if progress and is_main():
-        timing.tell("census", model, sum(of[-1] for of_text in passes for of in of_text), timing.CENSUS)
+        timing.print_estimate("census", model, sum(of[-1] for of_text in passes for of in of_text), timing.CENSUS)
     with bar("census", steps, progress and is_main()) as shown:
         for number, (text, of_text) in enumerate(zip(chosen, passes, strict=True)):
             done = finished.read(number) if finished else None
@@ -211,7 +211,7 @@ class Checkpoint:
         ours, text = self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False)
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise HeadsinkError(f"checkpoint: {self.folder} is not a folder; name a new one")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not is_own(ours):
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not is_ours(ours):
             raise HeadsinkError(f"checkpoint: {self.folder} is not a checkpoint of a census; name another folder")
         if is_main():
             if ours.is_file() and ours.read_text(encoding="utf-8") != text:
@@ -245,7 +245,7 @@ class Checkpoint:
 def remove_checkpoint(folder: Path) -> None:
     """Remove a census's checkpoint, and its folder if nothing else is in it."""
     ours = folder / SETTINGS
-    if not is_own(ours):
+    if not is_ours(ours):
         return
     texts = len(parse_json(read_text(ours), str(ours))["texts"])
     remove(folder, [*(f"{n:04}{ending}" for n in range(texts) for ending in (".safetensors", ".part")), SETTINGS])
@@ -263,20 +263,20 @@ def _read(
     """Arrays of each length (see Census) from one forward pass."""
     layers: list[list[HeadStatistics]] = []
 
-    def observe(seen: Seen) -> None:
+    def observe(seen: AttentionRecord) -> None:
         by_length = [head_statistics(seen, length, limits, queries) for length in lengths]
         layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in by_length])
         step()
 
-    with torch.no_grad(), observing(model, observe):
+    with torch.no_grad(), observe_attention(model, observe):
         decoder(model)(torch.tensor([ids], device=input_device(model)), use_cache=False)
     arrays: dict[str, Tensor] = {}
     for length, of_length in zip(lengths, zip(*layers, strict=True), strict=True):
-        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _packed(of_length).items()}
+        arrays |= {f"{length}.{name}": torch.stack(of_layers) for name, of_layers in _pack(of_length).items()}
     return arrays
 
 
-def _packed(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
+def _pack(layers: Sequence[HeadStatistics]) -> dict[str, list[Tensor]]:
     most = max(1, *(int(layer.secondary.sum(-1).max()) for layer in layers))
     missing = torch.full_like(layers[0].scores["first"], torch.nan)
     top = [layer.attention.topk(min(TOP_KEYS, layer.attention.shape[1])).indices.int() for layer in layers]

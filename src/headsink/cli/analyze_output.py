@@ -48,7 +48,7 @@ def windows_json(census: Census, length: int) -> dict[str, float]:
     """Of the KV heads: how wide a window has to be for a small error, with and without secondary sinks kept."""
     found: dict[str, float] = {}
     for kept in KEPT:
-        of = figures(census.window_needed(length, heads="kv", kept=kept), NEAR, length)
+        of = figures(census.required_window(length, heads="kv", kept=kept), NEAR, length)
         found |= {f"median_{kept}": of["median"], f"within_{NEAR}_{kept}": of["near"], f"all_{kept}": of["all"]}
     return found
 

@@ -20,7 +20,7 @@ from headsink.cli.options import (
     Temperature,
     check_other_weights,
 )
-from headsink.cli.output import generated, generated_json
+from headsink.cli.output import generated_json, summarize_generation
 from headsink.utils.terminal import emit, err, write
 
 
@@ -60,7 +60,7 @@ def chat(options: ChatOptions) -> None:
         turns.append({"question": line, **generated_json(done)})
         if not options.as_json:
             write("\n")
-            err.print(generated(done), style="dim", highlight=False)
+            err.print(summarize_generation(done), style="dim", highlight=False)
     if options.as_json:
         emit({"turns": turns, "plan": str(options.plan_file) if options.plan_file else None})
 

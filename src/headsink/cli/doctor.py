@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from headsink.cli.models import listing
+from headsink.cli.models import list_models
 from headsink.cli.options import Device, Dtype, Json, Seed
 from headsink.models.builtin import cache_folder
 from headsink.utils.terminal import emit, new_table, note, out
@@ -79,7 +79,7 @@ def examine(*, device: str | None, dtype: str | None, seed: int) -> dict[str, An
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "models": {model["name"]: model["installed"] for model in listing()["built_in"]},
+        "models": {model["name"]: model["installed"] for model in list_models()["built_in"]},
         "cache_folder": str(cache_folder()),
         "attention": check_attention(chosen, parse_dtype(dtype) or torch.float32, seed),
     }

@@ -24,7 +24,7 @@ from headsink.cli.options import (
     readable,
     standard_input,
 )
-from headsink.cli.output import generated, generated_json
+from headsink.cli.output import generated_json, summarize_generation
 from headsink.errors import HeadsinkError
 from headsink.utils.files import check_text, read_text
 from headsink.utils.terminal import emit, err, write
@@ -124,7 +124,7 @@ def generate(options: GenerateOptions) -> None:
         emit(generated_json(done) | {name: str(file) if file else None for name, file in files.items()})
     else:
         write("\n")
-        err.print(generated(done), style="dim", highlight=False)
+        err.print(summarize_generation(done), style="dim", highlight=False)
 
 
 def _question(

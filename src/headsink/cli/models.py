@@ -19,14 +19,14 @@ class ModelsOptions:
 
 def models(options: ModelsOptions) -> None:
     """List the built-in models, and say what else can be loaded."""
-    found = listing()
+    found = list_models()
     if options.as_json:
         emit(found)
     else:
         print_models(found)
 
 
-def listing() -> dict[str, Any]:
+def list_models() -> dict[str, Any]:
     """The built-in models: installed or not, and how to install them."""
     listed = []
     for model in BUILT_IN.values():

@@ -10,7 +10,7 @@ from headsink.errors import printable
 from headsink.utils.terminal import MEGABYTE, out
 
 if TYPE_CHECKING:
-    from headsink.generation.generate import Generated
+    from headsink.generation.generate import Generation
 
 
 def print_file(what: str, path: Path) -> None:
@@ -18,12 +18,12 @@ def print_file(what: str, path: Path) -> None:
     out.print(f"\n{what}: {printable(str(path))}", markup=False, highlight=False)
 
 
-def generated_json(done: Generated) -> dict[str, Any]:
+def generated_json(done: Generation) -> dict[str, Any]:
     found = {key: value for key, value in asdict(done).items() if key not in ("ids", "steps_s")}
     return found | {"token_s": done.token_s, "new_tokens": len(done.ids)}
 
 
-def generated(done: Generated) -> str:
+def summarize_generation(done: Generation) -> str:
     drafted = "" if done.acceptance is None else f"; {done.acceptance:.0%} of what the plan drafted was right"
     per_token = "" if done.token_s is None else f", {1000 * done.token_s:.1f} ms per token"
     return (

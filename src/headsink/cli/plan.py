@@ -229,7 +229,7 @@ def print_plan(console: Console, made: Plan) -> None:
             table.add_row(name, str(count))
         console.print(table)
     for context in lengths:
-        console.print(f"Keeps {made.kept(context):.1%} of the KV entries at {context} tokens.", highlight=False)
+        console.print(f"Keeps {made.kv_budget(context):.1%} of the KV entries at {context} tokens.", highlight=False)
     if not made.quality:
         console.print("Quality was not measured.", highlight=False)
         return
@@ -243,7 +243,7 @@ def _bytes(made: Plan, quality: Quality) -> str:
     """Why the cache's share of bytes is another one than the share of entries that a plan keeps at this length."""
     tokens, share = max(1, quality.context - CONTINUATION), quality.kv_bytes / quality.kv_bytes_full
     return (
-        f"KV cache at {quality.context}: {share:.1%} of the bytes and {made.kept(tokens):.1%} of the entries after {tokens} "
+        f"KV cache at {quality.context}: {share:.1%} of the bytes and {made.kv_budget(tokens):.1%} of the entries after {tokens} "
         "tokens, for the rest is what is scored; bytes include bookkeeping and spare slots."
     )
 

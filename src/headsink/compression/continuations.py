@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.interface import Seen, observing, substituting
+from headsink.attention.interface import AttentionRecord, observe_attention, replace_attention
 from headsink.attention.params import Inputs
 from headsink.models.spec import decoder, describe
 
@@ -41,7 +41,7 @@ class Context:
     def length(self) -> int:
         return len(self.ids)
 
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+    def key_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Cached keys and values of a layer, [KV heads, tokens, dim]; in a sliding-window layer only the last tokens."""
         return self._keys[layer], self._values[layer]
 
@@ -51,7 +51,7 @@ class Context:
         keep: which tokens to return logits for: the last `keep`, or the indices int64 [tokens].
         """
         arguments = {"position_ids": continuations.positions[None], "use_cache": False, "logits_to_keep": keep}
-        with substituting(self.model, attend):
+        with replace_attention(self.model, attend):
             return self.model(continuations.ids[None], **arguments).logits[0]
 
 
@@ -60,12 +60,12 @@ def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: AttentionRecord) -> None:
         last = slice(0 if seen.sliding is None else max(0, seen.length - seen.sliding), None)
         kind = torch.bfloat16 if seen.key.dtype == torch.float32 else seen.key.dtype
         keys.append(seen.key[0, :, last].to(kind, copy=True))
         values.append(seen.value[0, :, last].to(kind, copy=True))
 
-    with torch.no_grad(), observing(model, keep):
+    with torch.no_grad(), observe_attention(model, keep):
         decoder(model)(torch.tensor([list(ids)], device=model.device), use_cache=False)
     return keys, values

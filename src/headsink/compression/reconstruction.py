@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from headsink.attention.params import AttentionParams, Inputs, shares
 from headsink.compression.continuations import Context, Continuations
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.selection import places
+from headsink.eviction.selection import kept_indices
 from headsink.plan.plan import Plan
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
@@ -49,7 +49,7 @@ class Reconstruction:
         float64.
         """
         kind = torch.promote_types(inputs.query.dtype, torch.float32)
-        keys, values = self.context.held(inputs.layer)
+        keys, values = self.context.key_values(inputs.layer)
         query = inputs.query[0].unflatten(0, (len(keys), -1))
         output = torch.empty_like(query, dtype=kind)
         largest = output.new_empty(len(keys), sum(map(len, self.spans)))
@@ -88,7 +88,7 @@ class Reconstruction:
         outputs: of full attention, [KV heads, group, tokens, dim], the target. indices: of the kept keys in the context, int64
         [kept]; the values of the first `fixed` of them are not changed. Returns [kept - fixed, dim].
         """
-        keys, values = (cached[head, indices].to(outputs.dtype) for cached in self.context.held(inputs.layer))
+        keys, values = (cached[head, indices].to(outputs.dtype) for cached in self.context.key_values(inputs.layer))
         stride = max(1, outputs[0, :, :, 0].numel() // ROWS)
         count = len(indices) - fixed
         gram, residual = values.new_zeros(count, count), torch.zeros_like(values[fixed:])
@@ -103,12 +103,12 @@ class Reconstruction:
         return values[fixed:] + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
 
 
-def kept(pattern: Pattern, scores: Tensor) -> Tensor:
+def kept_keys(pattern: Pattern, scores: Tensor) -> Tensor:
     """Indices of the keys of a context that a head keeps: int64 [kept]. scores: importance scores of all keys, [keys]."""
     length = len(scores)
     sink = min(pattern.sink, length)
     near = range(max(length - pattern.window, sink) if pattern.window is not None else 0, length)
-    return places(scores[None], sink, pattern.top_k, near)[0]
+    return kept_indices(scores[None], sink, pattern.top_k, near)[0]
 
 
 @torch.no_grad()
@@ -152,10 +152,10 @@ def _reconstruct_row(context: Context, plan: Plan) -> dict[int, Tensor]:
         row = plan.layers[inputs.layer]
         if row is not None:
             scores[inputs.layer] = largest
-            _, values = context.held(inputs.layer)
+            _, values = context.key_values(inputs.layer)
             for head, pattern in enumerate(one.pattern for one in row):
                 if plan.refit_values and pattern.size(context.length) < context.length:
-                    indices = kept(pattern, largest[head])
+                    indices = kept_keys(pattern, largest[head])
                     indices = indices[largest[head, indices].argsort()]
                     fixed = max(len(indices) - FITTED, 0)
                     refit = reconstruction.refit_values(inputs, outputs, head, indices, fixed)

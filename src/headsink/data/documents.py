@@ -46,7 +46,7 @@ class Document:
     questions: list[Question]
 
     @property
-    def branches(self) -> list[tuple[str, list[int], int]]:
+    def continuations(self) -> list[tuple[str, list[int], int]]:
         """Continuations as (form, tokens, number of scored tokens at the end). The source text's first token is not scored."""
         text = (TEXT, self.continuation, len(self.continuation) - 1)
         return [text, *((q.form, q.ids, q.answer_tokens) for q in self.questions)]

@@ -21,15 +21,15 @@ def is_domain(name: object) -> bool:
 
 def check_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
     """Return the named domains without duplicates. Raises HeadsinkError for one that has no calibration documents."""
-    return _known(domains, KINDS)
+    return _check(domains, KINDS)
 
 
 def check_census_domains(domains: Sequence[str]) -> tuple[Domain, ...]:
     """Return the named domains of the built-in corpus without duplicates. Raises HeadsinkError for an unknown one."""
-    return _known(domains, corpus.CENSUS_DOMAINS)
+    return _check(domains, corpus.CENSUS_DOMAINS)
 
 
-def _known(domains: Sequence[str], kinds: tuple[Domain, ...]) -> tuple[Domain, ...]:
+def _check(domains: Sequence[str], kinds: tuple[Domain, ...]) -> tuple[Domain, ...]:
     found = tuple(dict.fromkeys(domains))
     if not found or (wrong := [name for name in found if name not in kinds]):
         given = repr(wrong[0]) if found else "none"

@@ -23,14 +23,14 @@ from headsink.evaluation.options import CONTINUATION, check_quality
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.plan.schema import Interval, Quality, Retrieval
-from headsink.runtime.scoring import BLOCK, branch_log_probs, read
+from headsink.runtime.scoring import BLOCK, continuation_log_probs, read
 from headsink.utils.progress import bar
 
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Scored:
+class ContinuationScore:
     """One continuation with the full cache and under a plan.
 
     Per scored token, float64 or bool [tokens]: kl, KL(full || plan) in nats; nll_*, negative log-likelihood in nats; agree,
@@ -49,16 +49,16 @@ class Scored:
     bytes_plan: int
 
 
-def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[Scored]:
+def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[ContinuationScore]:
     """Score every continuation of a document: first the text that follows, then the questions."""
     return score_each(model, [plan], document)[0]
 
 
-def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[Scored]]:
+def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[ContinuationScore]]:
     """As `score`, for each plan, with one prefill of the full cache. Returns a list per plan."""
     full = read(model, None, document.ids)
     full_bytes = nbytes(full)
-    full_log_probs = [branch_log_probs(model, full, ids, scored) for _, ids, scored in document.branches]
+    full_log_probs = [continuation_log_probs(model, full, ids, scored) for _, ids, scored in document.continuations]
     results = []
     for plan in plans:
         lossy = read(model, plan, document.ids)
@@ -68,24 +68,24 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
                 _compare(
                     form,
                     expected,
-                    branch_log_probs(model, lossy, ids, scored),
+                    continuation_log_probs(model, lossy, ids, scored),
                     torch.tensor(ids[-scored:], device=expected.device),
                     sizes,
                 )
-                for (form, ids, scored), expected in zip(document.branches, full_log_probs, strict=True)
+                for (form, ids, scored), expected in zip(document.continuations, full_log_probs, strict=True)
             ]
         )
     return results
 
 
-def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> Scored:
+def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> ContinuationScore:
     """full, plan: log-probabilities [tokens, vocabulary]; targets: [tokens]."""
     kl = (full.exp() * (full - plan)).sum(-1).clamp(min=0)
     nll_full, nll_plan = (-which.gather(1, targets[:, None])[:, 0].double().cpu() for which in (full, plan))
     best_full, best_plan = full.argmax(-1), plan.argmax(-1)
     right_full, right_plan = (bool((best == targets).all()) for best in (best_full, best_plan))
     agree = (best_full == best_plan).cpu()
-    return Scored(form, kl.double().cpu(), nll_full, nll_plan, agree, right_full, right_plan, *sizes)
+    return ContinuationScore(form, kl.double().cpu(), nll_full, nll_plan, agree, right_full, right_plan, *sizes)
 
 
 def measure(
@@ -131,13 +131,13 @@ def measure(
     return summary(context, scored)
 
 
-def summary(context: int, documents: Sequence[Sequence[Scored]]) -> Quality:
+def summary(context: int, documents: Sequence[Sequence[ContinuationScore]]) -> Quality:
     """Aggregate the scored continuations of documents."""
     continuations = [one for document in documents for one in document]
     texts = [one for one in continuations if one.form == TEXT]
     series = [torch.stack([t.kl, t.agree.double(), t.nll_plan - t.nll_full]) for t in texts]
     kl, top1, delta_nll = intervals(series)
-    questions: dict[str, list[Scored]] = {}
+    questions: dict[str, list[ContinuationScore]] = {}
     for one in continuations:
         if one.form != TEXT:
             questions.setdefault(one.form, []).append(one)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def places(scores: Tensor, sink: int, top_k: int, near: range) -> Tensor:
+def kept_indices(scores: Tensor, sink: int, top_k: int, near: range) -> Tensor:
     """Return the kept indices of a complete text: `sink` initial tokens, `top_k` highest-scoring keys, and the window.
 
     scores: [heads, keys]. near: the indices of the window. Returns int64 [heads, kept indices].

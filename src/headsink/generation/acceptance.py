@@ -35,7 +35,7 @@ class DraftLength:
         slope = max(0.0, (self.verify[many] - self.verify[few]) / (many - few))
         return drafted * self.draft + max(1e-9, self.verify[few] + slope * (drafted + 1 - few))
 
-    def saw(self, drafted: int, draft: float, verify: float, accepted: float) -> None:
+    def update(self, drafted: int, draft: float, verify: float, accepted: float) -> None:
         """Record a round. draft, verify: seconds; accepted: tokens, mean over rows."""
         self.verify[drafted + 1] = _mean(self.verify.get(drafted + 1), verify)
         self.idle = 0 if drafted else self.idle + 1

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.errors import HeadsinkError
-from headsink.generation.generate import Generated, generate
+from headsink.generation.generate import Generation, generate
 from headsink.generation.templates import chat_prompt, encode
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import empty_cache
@@ -30,7 +30,7 @@ class Conversation:
     def _empty_cache(self) -> Cache:
         return empty_cache(self.model, self.plan, exact=not self.options.get("compiled", True))
 
-    def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generated:
+    def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generation:
         """Run one turn. On an error or ctrl-C the messages stay as they were before the turn, and the cache starts empty."""
         if not question.strip():
             raise HeadsinkError("prompt: it is empty")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
-from headsink.generation.prompt import Prompt, check_call, padding_of
+from headsink.generation.prompt import Prompt, cached_padding, check_call
 from headsink.models.transformers_names import generate_argument, given_cache, returned_cache
 from headsink.utils import device
 
@@ -72,7 +72,7 @@ def decoder(model: PreTrainedModel, cache: PlanCache) -> Decoder:
 
 
 @contextmanager
-def decoding(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
+def open_decoder(model: PreTrainedModel, cache: PlanCache) -> Iterator[Decoder]:
     """Decode token by token into a cache inside the block. After the block the cache is up to date."""
     step = decoder(model, cache)
     try:
@@ -114,13 +114,13 @@ def decode(
         if not isinstance(cache, PlanCache):
             raise HeadsinkError("decode: it needs a plan; call it inside `with headsink.apply(model, plan):`")
         positions = prompt.positions[:, -1] + 1
-        padding = padding_of(cache)
+        padding = cached_padding(cache)
         by_column = positions + (0 if padding is None else padding.tokens) == cache.get_seq_length()
         own_places = not bool(by_column.all())
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         filler = generation_config._pad_token_tensor
         fills = filler is not None and any(hasattr(c, "eos_token_id") for c in stopping_criteria)
-        with decoding(model, cache) as step:
+        with open_decoder(model, cache) as step:
             while True:
                 scores = logits_processor(input_ids, logits)
                 if generation_config.do_sample:

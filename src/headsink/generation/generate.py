@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.generation.decode import decode, prepare, refusal
-from headsink.generation.prompt import padding_of
+from headsink.generation.prompt import cached_padding
 from headsink.generation.speculative import Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
@@ -30,7 +30,7 @@ from headsink.runtime.prefill import empty_cache, prefill, prefill_chunks
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generation:
     """A continuation and its cost.
 
     first_token_s: TTFT in seconds. steps_s: seconds of each token after the first. kv_bytes: bytes of the KV cache at the end, of
@@ -93,7 +93,7 @@ def generate(
     compiled: bool = True,
     lossless: bool = False,
     **options: Any,
-) -> Generated:
+) -> Generation:
     """Continue `ids`, greedily or by sampling, under a plan or without.
 
     With `plan.prefill_compression` the prompt (in a conversation the first one) is prefilled in full attention and then
@@ -120,7 +120,7 @@ def generate(
     text = torch.tensor([ids], device=model.device)
     if cache.get_seq_length() and getattr(cache, "rows", 1) != 1:
         raise HeadsinkError(f"cache: it holds {cache.rows} sequences; give the cache of one")  # type: ignore[attr-defined]
-    if padding_of(cache) is not None:
+    if cached_padding(cache) is not None:
         raise HeadsinkError("cache: it holds a padded batch; give the cache of one sequence without padding")
     if lossless:
         if plan is None or cache.get_seq_length():
@@ -147,7 +147,7 @@ def generate(
             **options,
         )
     times = clock.times
-    return Generated(
+    return Generation(
         text=clock.text(),
         ids=clock.ids,
         prompt_tokens=len(ids),
@@ -157,11 +157,11 @@ def generate(
     )
 
 
-def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generated:
+def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generation:
     counts, start = Speculation(), time.perf_counter()
     mask = torch.ones_like(text)
     generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=counts, **options)
-    return Generated(
+    return Generation(
         text=clock.text(),
         ids=clock.ids,
         prompt_tokens=text.shape[1],

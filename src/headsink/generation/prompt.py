@@ -68,7 +68,7 @@ class Prompt:
             raise HeadsinkError(
                 f"input_ids: {count} tokens, and the cache holds {cached} already; give the cached tokens and at least one more"
             )
-        padding = padding_of(cache)
+        padding = cached_padding(cache)
         if padding is not None and mask is None:
             raise HeadsinkError(
                 "attention_mask: the cache holds a padded batch; give the mask of all cached and new tokens"
@@ -104,6 +104,6 @@ class Prompt:
         return output
 
 
-def padding_of(cache: Cache | None) -> Padding | None:
+def cached_padding(cache: Cache | None) -> Padding | None:
     """Padding of a plan's cache; None without padding or for other caches."""
     return cache.padding if isinstance(cache, PlanCache) else None

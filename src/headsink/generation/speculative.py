@@ -133,7 +133,7 @@ def _loop(
         full = new_cache(model, full_plan, exact=False)
         if input_ids.shape[1] > 1:
             prompt.read(full, leave=1)
-        draft = kept(model, plan, full)
+        draft = draft_cache(model, plan, full)
         state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
         state.run(
             partial(
@@ -202,7 +202,9 @@ class SpeculativeDecoder:
                 ]
                 picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
             least = min(len(accepted) for accepted, _ in picks)
-            pace.saw(drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks))
+            pace.update(
+                drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks)
+            )
             told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(picks)
             told.lengths.append(drafted)
             unfinished = []
@@ -305,7 +307,7 @@ def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: T
     return logits
 
 
-def kept(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
+def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
     """A frozen cache with the keys of the full cache that the plan keeps. Tokens of both caches can be cropped afterwards."""
     draft = new_cache(model, plan)
     for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):

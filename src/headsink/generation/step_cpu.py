@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headsink.attention.cpu.backend import CPUBackend
-from headsink.attention.cpu.threads import claim, turn
+from headsink.attention.cpu.threads import claim, exclusive_threads
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
@@ -177,7 +177,7 @@ class Decoder:
             turns = np.take(self.turns, np.clip(length - self.pads, 0, self.last_place[:, None]), 1)
         else:
             turns = np.zeros((2, len(self.layers), sequences, 0, 0), np.float32)
-        with turn() as threads:
+        with exclusive_threads() as threads:
             self.kernels.run(
                 self.weights,
                 self.heads,

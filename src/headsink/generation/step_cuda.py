@@ -34,7 +34,7 @@ AHEAD = 64  # tokens that buffers are allocated for at once
 def refusal(model: PreTrainedModel) -> str | None:
     """Why a model has no compiled decode step; None if it has one."""
     shape = describe(model)
-    if not gpu.installed():
+    if not gpu.triton_installed():
         return "triton is not installed: pip install 'headsink[gpu]'"
     if any(shape.windows):
         return "this model has layers with a sliding window"

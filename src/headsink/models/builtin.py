@@ -77,7 +77,7 @@ def cache_folder() -> Path:
 
 def check_name(name: str) -> str:
     """Return the canonical name of a model. Raises HeadsinkError if no such model can exist."""
-    found = listed(name)
+    found = builtin_name(name)
     if found in BUILT_IN:
         built_in = BUILT_IN[found]
         if built_in.paths() is None:
@@ -107,7 +107,7 @@ def check_tokenizer(name: str) -> None:
         raise HeadsinkError(f"{name}: no tokenizer in this folder; save it there: tokenizer.save_pretrained(FOLDER)")
 
 
-def listed(name: str) -> str:
+def builtin_name(name: str) -> str:
     """Return the name of the built-in model that `name` refers to; `name` itself if there is none or such a file exists."""
     if name in BUILT_IN or Path(name).expanduser().exists():
         return name

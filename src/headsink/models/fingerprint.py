@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headsink.models.distributed import whole_parameter
-from headsink.models.spec import WITHIN, Architecture, describe, unwrapped, wrappers
+from headsink.models.spec import WITHIN, Architecture, describe, unwrap, wrappers
 from headsink.utils.format import harmless
 
 Hashed = Literal["weights", "unquantised"]
@@ -100,7 +100,7 @@ class Fingerprint(Part):
             f"if this is a fine-tune of that model, {ALLOWED}"
         )
 
-    def is_rounded(self, weights: Sequence[Sampled], quantised: bool) -> bool:
+    def is_rounded(self, weights: Sequence[WeightSample], quantised: bool) -> bool:
         """Whether the weights of a model equal these within rounding, where exactly one side was in float16.
 
         quantised: ignore the matrices of linear layers.
@@ -120,11 +120,11 @@ class Fingerprint(Part):
         return bool((near | left_out).all())
 
 
-def has_float16(weights: Sequence[Sampled]) -> bool:
+def has_float16(weights: Sequence[WeightSample]) -> bool:
     return any(weight.values.dtype == torch.float16 for weight in weights)
 
 
-def _values(weights: Sequence[Sampled], kind: torch.dtype) -> Any:
+def _values(weights: Sequence[WeightSample], kind: torch.dtype) -> Any:
     """Return some values of all weights as the int16 bits of float16 or bfloat16."""
     halves: list[Tensor] = [weight.values[::EVERY].to(kind) for weight in weights]
     return torch.cat(halves).view(torch.int16).numpy()
@@ -145,7 +145,7 @@ def weights_hash(model: nn.Module, linears: bool = True) -> str:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class WeightSample:
     """Some values of one parameter, in its dtype. matrix: it belongs to a linear layer; adapter: it belongs to a PEFT adapter."""
 
     name: str
@@ -155,7 +155,7 @@ class Sampled:
     adapter: bool = False
 
     @classmethod
-    def of(cls, name: str, weight: Tensor, **kinds: bool) -> Sampled:
+    def of(cls, name: str, weight: Tensor, **kinds: bool) -> WeightSample:
         flat = weight.flatten()
         return cls(name, tuple(weight.shape), flat[_sample_indices(flat.numel()).to(flat.device)].cpu(), **kinds)
 
@@ -165,21 +165,21 @@ class Sampled:
         return f"{self.name} {self.shape}".encode() + values.numpy().tobytes()
 
 
-def hash_of(weights: Sequence[Sampled]) -> str:
+def hash_of(weights: Sequence[WeightSample]) -> str:
     """Return `weights_hash` of parameters that are ordered by name."""
     return hashlib.sha256(b"".join(weight.hashed() for weight in weights)).hexdigest()
 
 
-def sampled_weights(model: nn.Module, linears: bool = True) -> list[Sampled]:
+def sampled_weights(model: nn.Module, linears: bool = True) -> list[WeightSample]:
     """Return some values of every hashed parameter, ordered by name."""
-    inside, found = unwrapped(model), []
+    inside, found = unwrap(model), []
     adapters, matrices = _adapters(inside), _matrices(inside)
     for name, path in _hashed_parameters(inside, linears, adapters).items():
         with whole_parameter(inside, path) as parameter:
             plain = parameter.dequantize() if _is_torchao(parameter) else parameter
-            found.append(Sampled.of(name, plain, matrix=path in matrices, adapter=path in adapters))
+            found.append(WeightSample.of(name, plain, matrix=path in matrices, adapter=path in adapters))
     for wrapper in wrappers(model)[:-1]:  # trained prompts are outside the model
-        found += [Sampled.of(name, weight.detach(), adapter=True) for name, weight in _prompts(wrapper)]
+        found += [WeightSample.of(name, weight.detach(), adapter=True) for name, weight in _prompts(wrapper)]
     return sorted(found, key=lambda weight: weight.name)
 
 
@@ -213,7 +213,7 @@ def _is_torchao(parameter: Tensor) -> bool:
 
 
 def has_quantised_linears(model: nn.Module) -> bool:
-    inside = unwrapped(model)
+    inside = unwrap(model)
     return any(is_quantised(inside.get_parameter(name)) for name in _matrices(inside))
 
 

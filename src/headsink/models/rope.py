@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headsink.errors import HeadsinkError
 from headsink.models.families import ROTARY_HALVES
-from headsink.models.spec import decoder, describe, unwrapped
+from headsink.models.spec import decoder, describe, unwrap
 
 
 def inverse_frequencies(model: nn.Module) -> Tensor:
@@ -21,7 +21,7 @@ def inverse_frequencies(model: nn.Module) -> Tensor:
 
     Raises HeadsinkError if the model does not support cache-relative positions.
     """
-    kind, shape = unwrapped(model).config.get_text_config(decoder=True).model_type, describe(model)
+    kind, shape = unwrap(model).config.get_text_config(decoder=True).model_type, describe(model)
     if kind not in ROTARY_HALVES:
         raise HeadsinkError(
             f"positions: {kind} does not support cache-relative ones; these do: {', '.join(ROTARY_HALVES)}"

@@ -82,7 +82,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside wrappers of PEFT, torch.compile and DistributedDataParallel."""
     inside: PreTrainedModel = wrappers(model)[-1]  # type: ignore[assignment]
     return inside
@@ -98,7 +98,7 @@ def _class_name(model: PreTrainedModel) -> str:
 
 def describe(model: nn.Module) -> Architecture:
     """Read the shape of the heads of a transformers causal language model."""
-    inside = unwrapped(model)
+    inside = unwrap(model)
     config, name = inside.config, _class_name(inside)
     check_class(type(inside), name)
     check_config(config, name)
@@ -140,7 +140,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Return the attention module of every layer, in order."""
     shape = describe(model)
     found: dict[Any, nn.Module] = {
-        m.layer_idx: m for m in unwrapped(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
+        m.layer_idx: m for m in unwrap(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
     }
     if sorted(found) != list(range(shape.layers)):
         raise HeadsinkError(f"{shape.name}: no output projection `o_proj` in every attention layer; not supported")
@@ -149,9 +149,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 def decoder(model: nn.Module) -> nn.Module:
     """Return the decoder inside a causal language model, which takes the cache and returns hidden states."""
-    return unwrapped(model).get_decoder()
+    return unwrap(model).get_decoder()
 
 
 def vocabulary(model: nn.Module) -> int:
     """Return the size of the vocabulary."""
-    return int(unwrapped(model).config.get_text_config(decoder=True).vocab_size)
+    return int(unwrap(model).config.get_text_config(decoder=True).vocab_size)

@@ -32,12 +32,12 @@ def seconds_per_token(model: PreTrainedModel) -> float:
         tokens *= 2
 
 
-def tell(what: str, model: PreTrainedModel, tokens: float, factor: float) -> None:
+def print_estimate(what: str, model: PreTrainedModel, tokens: float, factor: float) -> None:
     """Print an estimate of the time for `tokens` tokens, each of which costs `factor` prompt tokens, to standard error."""
-    note(f"{what}: {spoken(factor * tokens * seconds_per_token(model))}")
+    note(f"{what}: {format_duration(factor * tokens * seconds_per_token(model))}")
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a rough duration, such as "about 3 minutes"."""
     if seconds < 60:
         return "less than a minute"

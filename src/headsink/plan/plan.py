@@ -290,7 +290,7 @@ class Plan(Part):
             )
         return beyond
 
-    def kept(self, context: int) -> float:
+    def kv_budget(self, context: int) -> float:
         """Return the KV budget: the fraction of the full KV entries that the plan's heads cache at `context` tokens."""
         heads = [head for layer in self.layers if layer for head in layer]
         return sum(head.pattern.size(context) for head in heads) / (context * len(heads)) if heads else 1.0

@@ -56,7 +56,7 @@ def _patterns(plan: Plan) -> str:
 def _keeps(plan: Plan, context: int) -> str:
     heads = [head for layer in plan.layers if layer for head in layer]
     full = 2 * len(heads) * context * plan.model.head_dim * BFLOAT16 / MEGABYTE
-    kept = plan.kept(context)
+    kept = plan.kv_budget(context)
     return f"{kept:.1%} of the KV entries at {context} tokens, {kept * full:.1f} of {full:.1f} MB in bfloat16"
 
 

@@ -68,7 +68,7 @@ def drawable(value: Any) -> Any:
     return [drawable(part) for part in value] if isinstance(value, list) else value
 
 
-def filled(spec: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
+def fill(spec: dict[str, Any], **data: list[dict[str, Any]]) -> dict[str, Any]:
     """A chart with its named data."""
     return spec | {"datasets": spec.get("datasets", {}) | data}
 
@@ -219,12 +219,12 @@ def tau(census: Census, length: int) -> Drawn | None:
     return alt.layer(flat, chosen, line).properties(**NARROW)
 
 
-def windows_needed(census: Census) -> alt.Chart:
+def required_windows(census: Census) -> alt.Chart:
     """Share of KV heads that need at most a window of each size, at every length."""
     rows = []
     for length in census.lengths:
         for kept, name in (("secondary", "with secondary sinks"), ("first", "initial tokens")):
-            needed = census.window_needed(length, heads="kv", kept=kept).flatten().sort().values
+            needed = census.required_window(length, heads="kv", kept=kept).flatten().sort().values
             for window in sorted({0, *(2**k for k in range(3, length.bit_length())), length}):
                 share = float((needed <= window).double().mean())
                 rows.append({"length": length, "kept": name, "window": window, "share": share})
@@ -250,7 +250,7 @@ def exponents(census: Census) -> alt.Chart | None:
     if law is None:
         return None
     scale, exponent = law
-    last = census.window_needed(census.lengths[-1], heads="kv")
+    last = census.required_window(census.lengths[-1], heads="kv")
     rows = each({"exponent": exponent, "scale": scale, "window": last})
     return (
         alt.Chart(alt.Data(values=rows))

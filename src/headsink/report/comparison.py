@@ -11,8 +11,8 @@ from torch import Tensor
 from headsink.census.roles import ROLES
 from headsink.report import charts, maps
 from headsink.report.assets import environment, write_picture
-from headsink.report.page import drawing
-from headsink.report.views import STATISTICS, packed
+from headsink.report.page import draw
+from headsink.report.views import STATISTICS, pack
 from headsink.utils.files import write_text
 from headsink.utils.format import capital
 
@@ -25,7 +25,7 @@ SETTING_LENGTH = 200  # characters of a setting that are shown
 
 def write_comparison(comparison: Comparison, path: Path, *, force: bool = False) -> None:
     """Write one HTML file. Text that comes from models, prompts or names of runs is escaped."""
-    first = _first(comparison)
+    first = _first_view(comparison)
     layer, head = first.to_dict()["largest_at"]
     spec = charts.spec(maps.change_map(_shape(comparison), _high(comparison, first.score)))
     text = (
@@ -33,12 +33,12 @@ def write_comparison(comparison: Comparison, path: Path, *, force: bool = False)
         .get_template("comparison.html.j2")
         .render(
             names=comparison.names,
-            differing=_differing(comparison),
+            differing=_differences(comparison),
             heads=comparison.heads,
             changed=len(comparison.changed),
             shape=comparison.views[0].before.shape,
             specs={"map": spec},
-            box=drawing("map", charts.filled(spec, heads=_rows(first), selected=[{"layer": layer, "head": head}])),
+            box=draw("map", charts.fill(spec, heads=_rows(first), selected=[{"layer": layer, "head": head}])),
             data=_data(comparison),
         )
     )
@@ -57,7 +57,7 @@ def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
         )
         number = f"-{runs.index(view.run) + 2}" if len(runs) > 1 else ""
         name = f"figure-change-{view.score}-{view.lengths[1]}{number}"
-        write_picture(folder / name, charts.filled(spec, heads=_rows(view), selected=[]))
+        write_picture(folder / name, charts.fill(spec, heads=_rows(view), selected=[]))
 
 
 def _data(comparison: Comparison) -> str:
@@ -66,7 +66,7 @@ def _data(comparison: Comparison) -> str:
         parts = {"before": view.before, "after": view.after, "change": view.change.mean, "half": view.change.half}
         arrays |= {f"{n}.{name}": array for name, array in parts.items()}
     scores = dict.fromkeys(view.score for view in comparison.views)
-    return packed(
+    return pack(
         arrays,
         names=comparison.names,
         shape=_shape(comparison),
@@ -77,7 +77,7 @@ def _data(comparison: Comparison) -> str:
     )
 
 
-def _first(comparison: Comparison) -> View:
+def _first_view(comparison: Comparison) -> View:
     """The view that the page shows first: the last length of the first run."""
     start = comparison.views[0]
     views = [view for view in comparison.views if (view.run, view.score) == (start.run, start.score)]
@@ -97,7 +97,7 @@ def _high(comparison: Comparison, score: str) -> float:
     return max(1e-6, *(float(view.change.mean.abs().max()) for view in comparison.views if view.score == score))
 
 
-def _differing(comparison: Comparison) -> dict[str, list[str]]:
+def _differences(comparison: Comparison) -> dict[str, list[str]]:
     """The settings that differ between the runs, as shortened text: setting -> value of each run."""
     differing: dict[str, list[str]] = {}
     for key, values in comparison.settings.items():

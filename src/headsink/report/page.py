@@ -27,7 +27,7 @@ from headsink.report.views import (
     View,
     near_window,
     one_byte,
-    packed,
+    pack,
     token_views,
     top_keys,
     view,
@@ -68,12 +68,12 @@ def write_page(census: Census, path: Path) -> None:
     """Write `report.html`. Text that comes from models or prompts is escaped."""
     last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
     pooled = {length: view(census, length, None) for length in census.lengths}
-    shown = first_view.first_view(census, pooled, _shown(census))
+    shown = first_view.first_view(census, pooled, _statistics(census))
     menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
         "map-role": maps.role_map(shape),
         "profile": maps.profile(),
         "window": maps.window_errors(),
-        "layers": charts.masses_by_layer(_learned(census) is not None),
+        "layers": charts.masses_by_layer(_sink_logits(census) is not None),
         "errors": charts.errors_by_layer(),
         "pairs": charts.pairs(shape[0]),
     }
@@ -89,19 +89,19 @@ def write_page(census: Census, path: Path) -> None:
             limits=census.settings["limits"],
             epsilon=EPSILON,
             data=_data(census, pooled),
-            shaded={text: _shaded(census, text, *room) for text, room in token_views(census).items()},
+            shaded={text: _token_data(census, text, *room) for text, room in token_views(census).items()},
             specs=specs,
             boxes=_boxes(census, specs, pooled, shown),
             first=shown,
             ramp=first_view.ramp(),
-            statistics={name: STATISTICS[name].title for name in _shown(census)},
+            statistics={name: STATISTICS[name].title for name in _statistics(census)},
             drawing=drawing_tokens(census, last),
             secondary=secondary_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
             taus=tau_evidence(census, last),
             windows=_windows(census),
             law=_law(census),
-            sink_logits=_learned(census),
+            sink_logits=_sink_logits(census),
             answers={length: census.first_question(length) for length in census.lengths},
             answer=sentence(census.first_question(last)[0]),
         )
@@ -122,13 +122,13 @@ def _boxes(
         "pairs": _pair_rows(view_of_all),
         **first_view.head_charts(census, pooled, layer, head),
     }
-    pictures = {name: drawing(name, charts.filled(spec, **data)) for name, spec in specs.items()}
+    pictures = {name: draw(name, charts.fill(spec, **data)) for name, spec in specs.items()}
     every = [pictures.pop(f"map-{kind}") for kind in (*SHAPES, "role")]
     size = {side: max(one[side] for one in every) for side in ("width", "height")}
     return pictures | {"map": every[0] | size}
 
 
-def drawing(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+def draw(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """A chart with its data as part of a page: SVG, width and height."""
     svg = to_svg(spec)
     sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
@@ -148,7 +148,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
     for length in census.lengths:
         pooled, at = view(census, length, None), f"{name}, {length} tokens"
         rows = pooled.rows()
-        shown = [n for n in _shown(census) if length == last or n == "sink"]
+        shown = [n for n in _statistics(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
@@ -158,10 +158,10 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
                 chart,
                 [capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
             )
-            yield f"{statistic.replace('_', '-')}-{length}", charts.filled(spec, heads=data, selected=[])
+            yield f"{statistic.replace('_', '-')}-{length}", charts.fill(spec, heads=data, selected=[])
         charts_of_length = {"roles": (maps.role_map(shape), "Roles of the heads")}
         if length == last:
-            masses = charts.masses_by_layer(_learned(census) is not None)
+            masses = charts.masses_by_layer(_sink_logits(census) is not None)
             charts_of_length["layers"] = masses, "Where attention goes"
             charts_of_length["errors"] = (
                 charts.errors_by_layer(),
@@ -170,7 +170,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
             charts_of_length["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
         for key, (chart, title) in charts_of_length.items():
             spec = charts.spec(chart, [title, at])
-            yield f"{key}-{length}", charts.filled(spec, heads=rows, selected=[], pairs=_pair_rows(pooled))
+            yield f"{key}-{length}", charts.fill(spec, heads=rows, selected=[], pairs=_pair_rows(pooled))
     for key, chart in _own_data(census).items():
         yield key, charts.spec(chart, [OWN_DATA[key].format(last=last), name])
 
@@ -179,7 +179,7 @@ def _own_data(census: Census) -> dict[str, Any]:
     """The charts that do not depend on the menus."""
     last = census.lengths[-1]
     own = {
-        "windows": charts.windows_needed(census),
+        "windows": charts.required_windows(census),
         "law": charts.exponents(census),
         "norms": charts.norms_by_layer(census, last),
         "tau": charts.tau(census, last),
@@ -213,7 +213,7 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         for n in lengths:
             arrays |= {f"{number}.{n}.{name}": array for name, array in top_keys(census, number, n).items()}
         texts.append({"name": f"{text['domain']} {text['number']}", "domain": text["domain"], "lengths": lengths})
-    return packed(
+    return pack(
         arrays,
         lengths=census.lengths,
         domains=[POOLED, *census.domains],
@@ -222,7 +222,7 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         words=list(census.vocabulary.values()),
         shape=[*_shape(census), census.settings["model"]["kv_heads"]],
         roles=ROLES,
-        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in _shown(census)],
+        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in _statistics(census)],
         names=list(STATISTICS),
         highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
         near={n: near_window(census, n) for n in census.lengths},
@@ -236,18 +236,18 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
     )
 
 
-def _shaded(census: Census, text: int, length: int, shown: int) -> str:
+def _token_data(census: Census, text: int, length: int, shown: int) -> str:
     """Data of the token view of one text: attention of every head to each token, and the secondary sinks, packed."""
     arrays = {
         "attention": one_byte(census.arrays[f"{text}.{length}.attention"][..., :shown]),
         "secondary": census.arrays[f"{text}.{length}.secondary"],
     }
-    return packed(arrays, length=length, shown=shown)
+    return pack(arrays, length=length, shown=shown)
 
 
-def _shown(census: Census) -> list[str]:
+def _statistics(census: Census) -> list[str]:
     """Names of the statistics that apply to this model: `learned` only with learned sink logits."""
-    return [name for name in STATISTICS if name != "learned" or _learned(census) is not None]
+    return [name for name in STATISTICS if name != "learned" or _sink_logits(census) is not None]
 
 
 def _high(statistic: str, length: int, views: list[View]) -> float:
@@ -276,7 +276,7 @@ def _windows(census: Census) -> list[dict[str, Any]]:
     for length in census.lengths:
         row: dict[str, Any] = {"length": length, "near": near_window(census, length)}
         for kept in ("secondary", "first"):
-            needed = census.window_needed(length, heads="kv", kept=kept)
+            needed = census.required_window(length, heads="kv", kept=kept)
             row[kept] = roles.figures(needed, row["near"], length)
         rows.append(row)
     return rows
@@ -297,7 +297,7 @@ def _law(census: Census) -> dict[str, Any] | None:
     }
 
 
-def _learned(census: Census) -> dict[str, Any] | None:
+def _sink_logits(census: Census) -> dict[str, Any] | None:
     """Attention to learned sink logits; None for a model without them."""
     sink_logits = census.score("learned", census.lengths[-1])
     if not bool(sink_logits.max() > 0):

@@ -116,7 +116,7 @@ def view(census: Census, length: int, domain: str | None) -> View:
     values["distance"] = census.distance(0.5, length, domain)
     values["agreement"] = census.role_agreement(length, domain)
     for name, kept in (("window", "secondary"), ("window_first", "first")):
-        values[name] = census.window_needed(length, domain, kept=kept)
+        values[name] = census.required_window(length, domain, kept=kept)
     for n, kept in enumerate(KEPT):
         values[f"error_{kept}"], halves[f"error_{kept}"] = near.mean[..., n], near.half[..., n]
     values["secondary"], halves["secondary"] = (part.repeat_interleave(group, 1) for part in secondary)
@@ -173,7 +173,7 @@ def three_figures(array: Tensor) -> Tensor:
     return ((array.float().contiguous().view(torch.int32) + 0x800) & -0x1000).view(torch.float32)
 
 
-def packed(arrays: Mapping[str, Tensor], **more: Any) -> str:
+def pack(arrays: Mapping[str, Tensor], **more: Any) -> str:
     """Pack arrays and JSON values (`more`) as text: length of the header, header, numbers; gzip; base64."""
     parts, offset, entries = [], 0, {}
     for name, array in arrays.items():

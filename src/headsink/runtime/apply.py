@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from headsink.attention.passes import scoped
+from headsink.attention.passes import enter_scope
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.rope import inverse_frequencies
-from headsink.models.spec import Architecture, decoder, unwrapped
+from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
 
@@ -40,7 +40,7 @@ def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCac
 def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
     inverse = inverse_frequencies(model) if plan.positions == "cache-relative" else None
     cache = PlanCache(plan, shape.windows, inverse, exact)
-    cache.model = weakref.ref(unwrapped(model))
+    cache.model = weakref.ref(unwrap(model))
     return cache
 
 
@@ -66,21 +66,21 @@ def apply(model: PreTrainedModel, plan: Plan, exact: bool = True) -> Iterator[Pr
     for another model; inside the block, for sequences over the model's maximum (unless the plan's positions are cache-relative),
     for calls that do not work under a plan, and if a layer's attention did not go through the plan.
     """
-    with scoped(model, plan, _Calls(model, plan, exact).prepare):
+    with enter_scope(model, plan, _Calls(model, plan, exact).prepare):
         yield model
 
 
 @contextmanager
 def apply_here(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """As `apply`, but for calls from this block only; other threads keep the plan that is applied to the model elsewhere."""
-    with scoped(model, plan, _Calls(model, plan, True).prepare, private=True):
+    with enter_scope(model, plan, _Calls(model, plan, True).prepare, private=True):
         yield
 
 
 @contextmanager
 def full_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Inside the block the model uses the full cache, even within an `apply` block. For calls from this block only."""
-    with scoped(model, None, None, private=True):
+    with enter_scope(model, None, None, private=True):
         yield model
 
 
@@ -130,7 +130,7 @@ class _Calls:
         cache.plan.check_length(length, self.shape.max_context)
         if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
             self.warned.add("length")
-        evicts = cache.plan.prefill_compression and not cache.held and not cache.get_seq_length() and count > 1
+        evicts = cache.plan.prefill_compression and not cache.frozen and not cache.get_seq_length() and count > 1
         if evicts and "once" not in self.warned:
             self.warned.add("once")
             warnings.warn(
@@ -143,7 +143,7 @@ class _Calls:
 
     def _owns(self, cache: PlanCache) -> bool:
         """Whether a cache was made for this model, or for a model with the weights that this plan is for."""
-        made_here = cache.model is not None and cache.model() is unwrapped(self.model)
+        made_here = cache.model is not None and cache.model() is unwrap(self.model)
         return made_here or cache.plan is self.plan or cache.plan.model == self.plan.model
 
     def _new(self) -> PlanCache:

@@ -85,7 +85,7 @@ def save_prefix(
     not write. Raises HeadsinkError if cache and input_ids differ in length, and if the cache is empty, records tokens for `crop`,
     hides tokens between others, or contains NaN.
     """
-    rows, seen = _seen(cache)
+    rows, seen = _count_tokens(cache)
     if not seen or tuple(input_ids.shape) != (rows, seen):
         given, cached = (" x ".join(map(str, shape)) for shape in (input_ids.shape, (rows, seen)))
         raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {cached}")
@@ -225,7 +225,7 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
             yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, tuple(stored))
 
 
-def _seen(cache: PlanCache) -> tuple[int, int]:
+def _count_tokens(cache: PlanCache) -> tuple[int, int]:
     """Rows and tokens of a cache; 0 and 0 if it is empty."""
     first, tokens = cache.layers[0], cache.get_seq_length()
     if not tokens:
@@ -267,7 +267,7 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     ids = tensors.get("input_ids", torch.empty(0))
     if ids.dim() != 2 or not len(ids) or ids.shape[1] != header.seen:
         raise ValueError(f"input_ids is {list(ids.shape)} and must be rows of {header.seen} tokens")
-    expected = _expected(header, cache, len(ids))
+    expected = _expected_tensors(header, cache, len(ids))
     if "padding" in tensors:
         expected["padding"] = torch.int64, (len(ids),)
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -289,16 +289,16 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
                 raise ValueError(f"{name}: it holds NaN or infinite numbers")
     for group in _groups(header, cache):
         if "visible" in group.stored:
-            ring, real = _ring(header, tensors, group)
+            ring, real = _read_ring(header, tensors, group)
             if (ring & ~real).any():
                 raise ValueError(f"{group.name}visible: it shows padding")
         elif "scores" in group.stored:
-            evicted = header.seen - (group.pattern.window or 0) - group.pattern.sink - _padding(tensors)
+            evicted = header.seen - (group.pattern.window or 0) - group.pattern.sink - _read_padding(tensors)
             if ((tensors[group.name + "scores"] > NONE).sum(-1) > evicted.clamp(min=0)[:, None]).any():
                 raise ValueError(f"{group.name}scores: of more top-k keys than have left the window")
 
 
-def _expected(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _expected_tensors(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor but the padding. Raises ValueError for a header that no cache can have."""
     heads, dim, dtype = header.plan.model.kv_heads, header.plan.model.head_dim, getattr(torch, header.dtype)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
@@ -330,20 +330,20 @@ def _check_range(name: str, numbers: Tensor, last: int | None) -> None:
         )
 
 
-def _padding(tensors: dict[str, Tensor]) -> Tensor:
+def _read_padding(tensors: dict[str, Tensor]) -> Tensor:
     """Padding of every row in tokens: int64 [rows]."""
     ids = tensors["input_ids"]
     return tensors.get("padding", ids.new_zeros(len(ids)))
 
 
-def _ring(header: _Header, tensors: dict[str, Tensor], group: _Group) -> tuple[Tensor, Tensor]:
+def _read_ring(header: _Header, tensors: dict[str, Tensor], group: _Group) -> tuple[Tensor, Tensor]:
     """For a group that evicts nothing: which tokens in its ring are visible, and which are not padding.
 
     Both are bool [rows, heads, tokens].
     """
     visible, start = tensors[group.name + "visible"], header.frozen or 0
     columns = torch.arange(start, header.seen, device=visible.device)
-    real = columns >= _padding(tensors)[:, None, None].to(visible.device)
+    real = columns >= _read_padding(tensors)[:, None, None].to(visible.device)
     return visible[:, :, group.slots - len(columns) :], real.expand(-1, group.heads, -1)
 
 
@@ -362,7 +362,7 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             if header.frozen == 0:
                 layer.freeze()
             layer.fill(none, none, padding)
-            layer.held, layer.seen = header.frozen is not None, header.seen
+            layer.frozen, layer.seen = header.frozen is not None, header.seen
         else:
             keys, values = (tensors[f"layers.{index}.{name}"] for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
@@ -377,7 +377,7 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             live.freeze()
         live.length = header.seen
         if "visible" in group.stored:
-            ring, real = _ring(header, tensors, group)
+            ring, real = _read_ring(header, tensors, group)
             live.holes = not torch.equal(ring, real)
         else:
             live.visible = _visible(header, tensors, group, live.scores)
@@ -387,7 +387,7 @@ def _visible(header: _Header, tensors: dict[str, Tensor], group: _Group, scores:
     """Visible slots of a group that may evict: bool [rows, heads, slots]. scores: of its top-k keys."""
     seen, sinks = header.seen, group.pattern.sink if group.evicts else 0
     recent = min(seen, group.pattern.window or 0) if group.evicts else seen
-    padding = _padding(tensors)[:, None, None]
+    padding = _read_padding(tensors)[:, None, None]
     columns = torch.arange(seen - recent, seen, device=scores.device).roll(seen % max(recent, 1))  # in ring order
     evicted = seen - recent - padding
     parts = torch.arange(sinks, device=scores.device) < evicted, scores > NONE, columns >= padding

@@ -26,7 +26,7 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache
     return cache
 
 
-def branch_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[int], scored: int) -> Tensor:
+def continuation_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[int], scored: int) -> Tensor:
     """Log-probabilities at the last `scored` tokens of a continuation, float32 [scored, vocabulary].
 
     Removes the continuation from the cache afterwards. Raises HeadsinkError unless 0 < scored < len(ids).

@@ -16,7 +16,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
-def installed() -> bool:
+def triton_installed() -> bool:
     """Whether Triton is installed. PyTorch for CUDA includes it."""
     return find_spec("triton") is not None
 
@@ -42,6 +42,6 @@ def can_run(tensor: Tensor) -> bool:
     return (
         tensor.device.type in DEVICES
         and tensor.dtype in TYPES
-        and installed()
+        and triton_installed()
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )

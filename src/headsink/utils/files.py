@@ -99,7 +99,7 @@ def sha256(*paths: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def is_own(path: str | os.PathLike[str]) -> bool:
+def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether headsink wrote this file, judged by its first bytes (OWN)."""
     try:
         with open(path, "rb") as file:
@@ -135,7 +135,7 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> None:
             raise HeadsinkError(f"cannot write {path}: it is a folder, name a file")
         if not stat.S_ISREG(mode):
             raise HeadsinkError(f"cannot write {path}: it is {_kind(mode)}, name a file")
-        if not force and path.stat().st_size and not is_own(path):
+        if not force and path.stat().st_size and not is_ours(path):
             raise HeadsinkError(
                 f"cannot write {path}: headsink did not write the file that is there; name another one, or give --force "
                 "(force=True) to replace it"
@@ -181,7 +181,7 @@ def check_replaceable(path: str | os.PathLike[str], marker: str, force: bool = F
             raise HeadsinkError(f"cannot write {path}: it is {_kind(mode)}, name a folder")
         with clear_errors(path):
             filled = any(path.iterdir())
-        if filled and not _marker_files(path, marker) and not (force and is_own(path / marker)):
+        if filled and not _marker_files(path, marker) and not (force and is_ours(path / marker)):
             raise HeadsinkError(f"cannot write {path}: the folder holds other files; name a new or an empty one")
     _check_writable(path)
 
@@ -240,7 +240,7 @@ def remove(folder: Path, names: list[str]) -> None:
 
 def _marker_files(folder: Path, marker: str) -> set[str]:
     """Return the files that a folder's marker lists, the marker included; an empty set without a marker."""
-    if not is_own(folder / marker):
+    if not is_ours(folder / marker):
         return set()
     try:
         names = {marker, *json.loads((folder / marker).read_text(encoding="utf-8"))["files"]}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headsink.attention.cpu.threads import claim, compiled, turn
+from headsink.attention.cpu.threads import claim, exclusive_threads, numba_installed
 from headsink.attention.kv_table import KVField, check_buffers
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility, check_sight
@@ -27,7 +27,7 @@ class CPUBackend:
     def supports(self, query: Tensor, params: AttentionParams) -> bool:
         return (
             params.plain
-            and compiled()
+            and numba_installed()
             and query.dtype in (torch.float32, torch.bfloat16)
             and not (query.requires_grad and torch.is_grad_enabled())
         )
@@ -70,7 +70,7 @@ class CPUBackend:
         work: Any = np.empty(0, np.uint16 if pairs else np.float32)
         columns: Any = np.arange(keys.shape[1], dtype=np.int32) + (visibility.start - visibility.prefix_slots)
         columns[: visibility.prefix_slots] = -1
-        with turn() as threads:
+        with exclusive_threads() as threads:
             prefill.attend(
                 *(_numbers(t.detach().contiguous()) for t in (keys, values)),
                 columns.astype(np.int32),
@@ -114,7 +114,7 @@ def attend_table(
     none = rows.new_empty(0, dim)
     new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
     like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
-    with turn() as threads:
+    with exclusive_threads() as threads:
         decode.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
     return out.view_as(query).to(query.dtype)
 

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
-from headsink.attention.cpu.vectors import FAST, add_weighted, exp, narrow, pointer, products, products_in_order, wide
+from headsink.attention.cpu.vectors import (
+    FAST,
+    add_weighted_sum,
+    exp,
+    narrow,
+    pointer,
+    products,
+    products_in_order,
+    wide,
+)
 from headsink.attention.kv_table import KVField
 
 
@@ -209,7 +218,7 @@ def _attend(
                 for n in range(count):
                     logits[row, n] = 0
             total[row] += sum_
-        add_weighted(
+        add_weighted_sum(
             head[_VALUES] + first * row_bytes, like, count, dim, logits.ctypes.data, group, BLOCK, out.ctypes.data
         )
 

@@ -19,8 +19,8 @@ from headsink.attention.cpu.tiles import (
     add_products1,
     add_products4,
     fetch,
+    online_softmax,
     products_of_tile,
-    soften,
     to_columns,
 )
 from headsink.attention.cpu.vectors import FAST, LANES, narrow, wide
@@ -113,7 +113,7 @@ def _attend_tile(
             rows[row:].ctypes.data, words, key_tile.ctypes.data, KEYS, words, logits.ctypes.data, KEYS, work
         )
         for n in range(ROWS):
-            most, sum_ = soften(
+            most, sum_ = online_softmax(
                 logits[n].ctypes.data,
                 columns.ctypes.data,
                 until.ctypes.data,

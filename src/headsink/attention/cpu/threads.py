@@ -22,7 +22,7 @@ _forked_after_use = False  # whether it had run in the parent before this proces
 
 
 @cache
-def compiled() -> bool:
+def numba_installed() -> bool:
     """Whether numba is installed."""
     return find_spec("numba") is not None
 
@@ -54,7 +54,7 @@ def claim() -> None:
 
 
 @contextmanager
-def turn() -> Iterator[int]:
+def exclusive_threads() -> Iterator[int]:
     """Yield the number of threads for compiled code, which is torch's. Only one caller at a time is inside the block.
 
     By default numba would use every processor, and so would torch afterwards, since both share OpenMP's setting. Without OpenMP

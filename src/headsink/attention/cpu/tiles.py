@@ -152,7 +152,7 @@ def _power(builder: Any, x: Any) -> Any:
 
 
 @intrinsic
-def soften(
+def online_softmax(
     context: Any, logits: Any, columns: Any, until: Any, column: Any, scaling: Any, top: Any, shares: Any, like: Any
 ) -> Any:
     """One step of the online softmax: the logits of one query and one tile, float32 [KEYS].

@@ -270,7 +270,7 @@ def products_in_order(
 
 
 @njit(fastmath=FAST)
-def add_weighted(
+def add_weighted_sum(
     matrix: Any, like: Any, count: Any, columns: Any, weights: Any, rows: Any, stride: Any, out: Any
 ) -> None:
     """Add to out[r] the sum of `count` rows of a matrix, `columns` long, row n times float32 weights[r x stride + n]."""

@@ -21,7 +21,7 @@ def product(a, b, sum_):
 
 
 @triton.jit
-def capped(logits, softcap):
+def cap(logits, softcap):
     """Return softcap x tanh(logits / softcap)."""
     return softcap - 2 * softcap / (tl.exp2(logits * (2 * LOG2E / softcap)) + 1)
 

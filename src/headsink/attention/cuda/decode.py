@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.attention.cuda.common import LOG2E, capped, processors, product
+from headsink.attention.cuda.common import LOG2E, cap, processors, product
 from headsink.attention.kv_table import KVField, check_buffers
 from headsink.errors import must_be
 
@@ -130,7 +130,7 @@ def _attend_part(
                 of_first = product(sink_queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
                 logits = tl.where((slots < sink)[None, :], of_first, logits)
             if CAPPED:
-                logits = capped(logits * scaling, softcap)
+                logits = cap(logits * scaling, softcap)
             logits = tl.where(seen, logits, float("-inf"))
             most = tl.maximum(top, tl.max(logits, 1))
             finite = tl.where(most == float("-inf"), 0.0, most)  # no key is visible yet: avoid inf - inf

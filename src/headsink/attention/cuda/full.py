@@ -61,7 +61,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 @cache
-def installed() -> tuple[str, ...]:
+def available_kernels() -> tuple[str, ...]:
     """Return the names of the available kernels, the fastest first."""
     found = [name for name in KERNELS if name == "sdpa" or find_spec(name) is not None]
     if "flash_attn_interface" in found and not (
@@ -77,5 +77,5 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tenso
     query: [batch, heads x group, tokens, dim]; keys, values: [batch, heads, keys, dim]. Returns [batch, heads x group,
     tokens, dim].
     """
-    name = installed()[0] if query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
+    name = available_kernels()[0] if query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
     return KERNELS[name](query, keys, values, scaling)

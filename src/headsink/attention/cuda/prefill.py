@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.attention.cuda.common import LOG2E, capped, product
+from headsink.attention.cuda.common import LOG2E, cap, product
 from headsink.attention.visibility import HeadVisibility, KeyVisibility, check_sight
 from headsink.errors import must_be
 from headsink.utils.device import on_card
@@ -91,7 +91,7 @@ def _attend_tile(
     its_keys, its_values = tl.load(keys + offset, inside, other=0.0), tl.load(values + offset, inside, other=0.0)
     logits = product(queries, tl.trans(its_keys), tl.zeros([queries.shape[0], key.shape[0]], tl.float32))
     if CAPPED:
-        logits = capped(logits * scaling, softcap)
+        logits = cap(logits * scaling, softcap)
     if MASKED:
         ends = tl.load(until + key, valid, other=0)
         seen = (columns[None, :] <= now[:, None]) & (now[:, None] < ends[None, :])

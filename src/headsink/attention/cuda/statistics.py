@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.attention.cuda.common import LOG2E, capped, product
+from headsink.attention.cuda.common import LOG2E, cap, product
 from headsink.attention.params import Inputs
 from headsink.errors import must_be
 
@@ -35,7 +35,7 @@ TINY = torch.finfo(torch.float32).tiny
 def _logits(a, b, scaling, softcap, M: tl.constexpr, N: tl.constexpr, CAPPED: tl.constexpr):
     """Return the logits of a b in base 2: float32 [M, N]."""
     logits = product(a, b, tl.zeros([M, N], tl.float32))
-    return capped(logits * scaling, softcap) * LOG2E if CAPPED else logits * (scaling * LOG2E)
+    return cap(logits * scaling, softcap) * LOG2E if CAPPED else logits * (scaling * LOG2E)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -370,7 +370,9 @@ def first_and_all(inputs: Inputs, rows: Tensor) -> Tensor:
     return torch.stack([sampled.by_head(mass) for mass in (found.weights[..., -1, 0], 1 - found.sink_logits)])
 
 
-def kept(inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Sequence[int]) -> dict[str, Tensor]:
+def pattern_outputs(
+    inputs: Inputs, rows: Tensor, sinks: Tensor, opening: int, windows: Sequence[int]
+) -> dict[str, Tensor]:
     """Return the output of every head over some of the keys: {name: float32 [query heads, queries, dim]}.
 
     "first_16": the last 16 keys and the `opening` initial tokens. "secondary_16": these and all sink keys. windows: 0, then

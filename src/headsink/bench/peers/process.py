@@ -180,7 +180,7 @@ def check(llama_cpp: Path | None, vllm: Path | None) -> None:
         raise HeadsinkError(f"vllm: {vllm} is not a Python that has vLLM; {INSTALL[VLLM]}")
 
 
-def timed(times: list[list[float]]) -> dict[str, float]:
+def summarize_times(times: list[list[float]]) -> dict[str, float]:
     """Return TTFT (prefill_s) and TPOT (decode_s) in seconds from the arrival times of each sequence's tokens.
 
     prefill_s: the time until every sequence has its first token. decode_s: the median time between two tokens after that.

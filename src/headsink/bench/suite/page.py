@@ -13,16 +13,16 @@ from pathlib import Path
 
 from headsink.bench.suite import pictures
 from headsink.bench.suite.records import file_of, read_rows
-from headsink.bench.suite.regressions import worse
+from headsink.bench.suite.regressions import find_regressions
 from headsink.bench.suite.summary import plans, summary
 from headsink.bench.suite.tables import (
     NOT_MEASURED,
     UNKNOWN,
     Link,
     Record,
-    named,
+    emphasize,
+    format_range,
     of_kind,
-    ranged,
     relative,
     sure,
     table,
@@ -85,13 +85,13 @@ def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> 
         *plans(found, link),
         "## What a plan costs",
         *quality(found, link),
-        *shown(drawn, "quality"),
+        *picture_links(drawn, "quality"),
         "## Agreement with the full cache",
         *agreement(found, link),
-        *shown(drawn, "agreement"),
+        *picture_links(drawn, "agreement"),
         "## Speed",
         *speed(found, link),
-        *shown(drawn, "speed"),
+        *picture_links(drawn, "speed"),
         "## Memory",
         *memory(found, link),
         "## Serving",
@@ -99,16 +99,16 @@ def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> 
         "## Are specialised prompts different?",
         *domains(found, link),
         "## Where it is slower or worse",
-        *worse(found, link, served, served_link),
+        *find_regressions(found, link, served, served_link),
         "## What was not measured",
-        *missing(done, link),
+        *missing_section(done, link),
         "## Rows and commands",
         *commands(done, link),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def shown(drawn: list[str], kind: str) -> list[str]:
+def picture_links(drawn: list[str], kind: str) -> list[str]:
     return [f"![{name}](pictures/results-{name}.png)" for name in drawn if name.startswith(kind)]
 
 
@@ -184,9 +184,9 @@ def speed(found: dict[str, Record], link: Link) -> list[str]:
     for model, cases in of_kind(found, "speed").items():
         lines = [
             [
-                *(link(row["row"], f"{one['context']:,}"), str(one["batch"]), named(one["way"])),
-                *(f"{one['decode_ratio']['median']:.2f}", ranged(one["decode_s"], 1e3)),
-                *(f"{one['prefill_ratio']['median']:.2f}", ranged(one["prefill_s"], 1, 2)),
+                *(link(row["row"], f"{one['context']:,}"), str(one["batch"]), emphasize(one["way"])),
+                *(f"{one['decode_ratio']['median']:.2f}", format_range(one["decode_s"], 1e3)),
+                *(f"{one['prefill_ratio']['median']:.2f}", format_range(one["prefill_s"], 1, 2)),
             ]
             for row in _in_order(cases)
             for one in row["found"]["results"]
@@ -209,9 +209,11 @@ def memory(found: dict[str, Record], link: Link) -> list[str]:
                 )
                 peak = one["peak_bytes"]
                 process = (
-                    ["", UNKNOWN] if peak is None else [f"{one['peak_ratio']['median']:.3f}", ranged(peak, 1e-6, 0)]
+                    ["", UNKNOWN]
+                    if peak is None
+                    else [f"{one['peak_ratio']['median']:.3f}", format_range(peak, 1e-6, 0)]
                 )
-                case = [link(row["row"], f"{one['context']:,}"), str(one["batch"]), named(one["way"])]
+                case = [link(row["row"], f"{one['context']:,}"), str(one["batch"]), emphasize(one["way"])]
                 lines.append([*case, *kv, *process])
         heads = ["context", "sequences", "", "KV cache ratio", "KV cache, MB", "peak memory ratio", "peak memory, MB"]
         parts += [f"**{model}**, {_dtypes(cases)}; ratio: bytes / bytes of transformers", table(heads, lines)]
@@ -307,7 +309,7 @@ def _differences(found: Record, same: bool, what: str) -> str:
     )
 
 
-def missing(done: dict[str, Record], link: Link) -> list[str]:
+def missing_section(done: dict[str, Record], link: Link) -> list[str]:
     lines = [f"- {link(name)}: {row['missing']}" for name, row in done.items() if "missing" in row]
     peers: dict[str, list[str]] = {}
     for name, row in done.items():

@@ -16,7 +16,7 @@ from headsink.bench.suite.tables import OURS, Link, Record, of_kind, table, valu
 NONE = "None in these rows."
 
 
-class Worse(NamedTuple):
+class Regression(NamedTuple):
     """A figure that is worse under a plan. ratio: the lower the worse; case: cells that figures of one case share."""
 
     ratio: float
@@ -24,7 +24,7 @@ class Worse(NamedTuple):
     figure: str
 
 
-def worse(found: dict[str, Record], link: Link, served: Record, served_link: str) -> list[str]:
+def find_regressions(found: dict[str, Record], link: Link, served: Record, served_link: str) -> list[str]:
     """Return all that is worse. served: the results of benchmarks/serving.py, empty if it did not run."""
     compared = ["", "context x sequences", "compared with", "ratio"]
     timed = [*slower(found, link), *serving(served, served_link)]
@@ -40,7 +40,7 @@ def worse(found: dict[str, Record], link: Link, served: Record, served_link: str
     return [*parts, *divergences(found)]
 
 
-def _by_case(cases: Iterable[Worse]) -> list[list[str]]:
+def _by_case(cases: Iterable[Regression]) -> list[list[str]]:
     """One line for each case, with its figures in one cell."""
     figures: dict[tuple[str, ...], list[str]] = {}
     for one in sorted(cases, key=lambda one: one.ratio):
@@ -48,23 +48,23 @@ def _by_case(cases: Iterable[Worse]) -> list[list[str]]:
     return [[*case, "<br>".join(told)] for case, told in figures.items()]
 
 
-def slower(found: dict[str, Record], link: Link) -> Iterator[Worse]:
+def slower(found: dict[str, Record], link: Link) -> Iterator[Regression]:
     yield from _below(found, link, "speed", {"decode_s": "TPOT", "prefill_s": "TTFT"})
 
 
-def serving(found: Record, link: str) -> Iterator[Worse]:
+def serving(found: Record, link: str) -> Iterator[Regression]:
     """Ratios of serving under the plan to stock vLLM."""
     for name, value in found.items():
         if name.endswith("_ratio") and (ratio := statistics.median(values(value))) < 1:
             case = (f"serving: {name.removesuffix('_ratio')}", link, "vLLM")
-            yield Worse(ratio, case, _ratio("headsink serve", values(value)))
+            yield Regression(ratio, case, _ratio("headsink serve", values(value)))
 
 
-def more(found: dict[str, Record], link: Link) -> Iterator[Worse]:
+def more(found: dict[str, Record], link: Link) -> Iterator[Regression]:
     yield from _below(found, link, "memory", {"kv_bytes": "KV cache", "peak_bytes": "peak memory"})
 
 
-def _below(found: dict[str, Record], link: Link, kind: str, what: dict[str, str]) -> Iterator[Worse]:
+def _below(found: dict[str, Record], link: Link, kind: str, what: dict[str, str]) -> Iterator[Regression]:
     """Every way of ours against every other one of the same case."""
     for model, cases in of_kind(found, kind).items():
         for row in cases.values():
@@ -81,14 +81,14 @@ def _below(found: dict[str, Record], link: Link, kind: str, what: dict[str, str]
                     if ratio < 1:
                         size = link(row["row"], f"{model}, {ours['context']:,} x {ours['batch']}")
                         way = ours["way"].removeprefix(f"{OURS}, ")
-                        yield Worse(ratio, (name, size, other["way"]), _ratio(way, ratios))
+                        yield Regression(ratio, (name, size, other["way"]), _ratio(way, ratios))
 
 
 def _ratio(way: str, ratios: list[float]) -> str:
     return f"{way}: {statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
 
 
-def scores(found: dict[str, Record], link: Link) -> Iterator[Worse]:
+def scores(found: dict[str, Record], link: Link) -> Iterator[Regression]:
     """Sorted by the share of the full cache's score that is left."""
     for model, tasks in of_kind(found, "quality").items():
         for row in tasks.values():
@@ -98,7 +98,7 @@ def scores(found: dict[str, Record], link: Link) -> Iterator[Worse]:
                 if "change" in way and is_worse(row["found"], way):
                     left = way["score"] / full if higher else full / way["score"]
                     case = (model, link(row["row"], row["found"]["task"]), f"{full:.3f}")
-                    yield Worse(left, case, f"{float(way['way']):.1%}: {way['score']:.3f}")
+                    yield Regression(left, case, f"{float(way['way']):.1%}: {way['score']:.3f}")
 
 
 def is_worse(task: Record, way: Record) -> bool:

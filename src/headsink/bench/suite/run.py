@@ -56,7 +56,7 @@ def rows_of(options: Options, folder: Path) -> Iterator[Row]:
 def run(options: Options, folder: Path, only: Sequence[str] = ()) -> dict[str, str]:
     """Measure the rows whose names match one of the patterns (all, if there are none) and that are not there. States by names."""
     process.check(options.llama_cpp, options.vllm)
-    wanted = selected(options, folder, only)
+    wanted = select_rows(options, folder, only)
     left = {row.name: row.typical for row in wanted}
     for name in left:
         row = next(row for row in rows_of(options, folder) if row.name == name)  # now that its plans are made
@@ -74,7 +74,7 @@ def run(options: Options, folder: Path, only: Sequence[str] = ()) -> dict[str, s
     return states(options, folder, only)
 
 
-def selected(options: Options, folder: Path, only: Sequence[str]) -> list[Row]:
+def select_rows(options: Options, folder: Path, only: Sequence[str]) -> list[Row]:
     """Rows whose names match, and the plans that they need. Raises HeadsinkError if there are none."""
     everything = list(rows_of(options, folder))
     named = [row for row in everything if not only or any(fnmatchcase(row.name, pattern) for pattern in only)]
@@ -87,7 +87,7 @@ def selected(options: Options, folder: Path, only: Sequence[str]) -> list[Row]:
 def states(options: Options, folder: Path, only: Sequence[str]) -> dict[str, str]:
     """The state of every row that matches, by its name."""
     done = records.read_rows(folder)
-    return {row.name: records.state(row, done) for row in selected(options, folder, only)}
+    return {row.name: records.state(row, done) for row in select_rows(options, folder, only)}
 
 
 def again(options: Options, folder: Path, name: str) -> list[Compared]:
@@ -110,7 +110,7 @@ def again(options: Options, folder: Path, name: str) -> list[Compared]:
         return records.compare(before, records.measure(row, Path(temporary) / "row.partial"))
 
 
-def stretched(plan: Plan, context: int) -> Plan:
+def rescale(plan: Plan, context: int) -> Plan:
     """A plan for another context than it was made for: each head keeps the same share of it."""
     made = plan.calibration["context"][0]
 
@@ -131,16 +131,18 @@ def plan_file(options: Options, folder: Path, model: str, budget: float) -> Path
 
 
 def _quality_rows(options: Options, folder: Path, model: str) -> Iterator[Row]:
-    name, told = label(model), options.told()
+    name, command_line = label(model), options.command_line()
     common = {"model": name, **options.of("context", "budgets", "seed", "dtype")}
-    yield Row(f"plan/{name}", common, partial(_plan, options, folder, model), PLAN * options.context, told)
+    yield Row(f"plan/{name}", common, partial(_plan, options, folder, model), PLAN * options.context, command_line)
     hashes = _hashes(options, folder, model)
     for task in options.tasks:
         settings = {**common, "tasks": [task], "items": options.items, "plans": hashes}
         measure = partial(_quality, options, folder, model, task)
-        yield Row(f"quality/{name}/{task}", settings, measure, ITEM * options.context * options.items, told)
+        yield Row(f"quality/{name}/{task}", settings, measure, ITEM * options.context * options.items, command_line)
     settings = {**common, **options.of("budget", "families", "documents", "texts")}
-    yield Row(f"families/{name}", settings, partial(_families, options, model), FAMILIES * options.context, told)
+    yield Row(
+        f"families/{name}", settings, partial(_families, options, model), FAMILIES * options.context, command_line
+    )
 
 
 def _cost_rows(options: Options, folder: Path, model: str, context: int, batch: int) -> Iterator[Row]:
@@ -151,7 +153,7 @@ def _cost_rows(options: Options, folder: Path, model: str, context: int, batch: 
     for kind, measure in (("speed", _speed), ("memory", _memory)):
         first, token = STARTED[kind]
         measured = partial(measure, options, folder, model, context, batch)
-        yield Row(f"{kind}/{name}", settings, measured, first + token * context * batch, options.told())
+        yield Row(f"{kind}/{name}", settings, measured, first + token * context * batch, options.command_line())
 
 
 def _hashes(options: Options, folder: Path, model: str) -> dict[str, str]:
@@ -167,12 +169,12 @@ def _plans(options: Options, folder: Path, model: str) -> dict[str, Plan]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str, dtype: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(model: str, dtype: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return headsink.load(model, dtype=dtype, device=device)
 
 
 def _plan(options: Options, folder: Path, model: str, checkpoint: Path) -> dict[str, Any]:
-    loaded, tokenizer = _loaded(model, options.dtype, options.device)
+    loaded, tokenizer = _load(model, options.dtype, options.device)
     calibration, found = None, []
     for budget in options.budgets:
         file = plan_file(options, folder, model, budget)
@@ -185,8 +187,8 @@ def _plan(options: Options, folder: Path, model: str, checkpoint: Path) -> dict[
                 )
             made = calibration.plan(budget)
             made.save(file)
-        told = {key: made.calibration[key] for key in ("budget", "kept", "verified")}
-        found.append({**told, "patterns": made.counts(), "file": f"plans/{file.name}"})
+        command_line = {key: made.calibration[key] for key in ("budget", "kept", "verified")}
+        found.append({**command_line, "patterns": made.counts(), "file": f"plans/{file.name}"})
     return {"context": options.context, "dtype": _dtype(loaded), "plans": found}
 
 
@@ -196,13 +198,13 @@ def _dtype(model: PreTrainedModel) -> str:
 
 def _quality(options: Options, folder: Path, model: str, task: str, checkpoint: Path) -> dict[str, Any]:
     plans = _plans(options, folder, model)
-    loaded, tokenizer = _loaded(model, options.dtype, options.device)
+    loaded, tokenizer = _load(model, options.dtype, options.device)
     settings = {**options.of("items", "context", "seed"), "checkpoint": checkpoint, "progress": True}
     return quality.run(loaded, tokenizer, task, plans, **settings)
 
 
 def _families(options: Options, model: str, checkpoint: Path) -> dict[str, Any]:
-    loaded, tokenizer = _loaded(model, options.dtype, options.device)
+    loaded, tokenizer = _load(model, options.dtype, options.device)
     settings = options.of("context", "budget", "families", "documents", "texts", "seed")
     found = domains.run(loaded, tokenizer, **settings, checkpoint=checkpoint, progress=True)
     domains.clear(checkpoint)
@@ -221,8 +223,8 @@ def _memory(options: Options, folder: Path, model: str, context: int, batch: int
 
 def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> dict[str, Any]:
     """The options of speed and memory. The model that tasks ran on is released."""
-    _loaded.cache_clear()
-    plans = {name: stretched(plan, context) for name, plan in _plans(options, folder, model).items()}
+    _load.cache_clear()
+    plans = {name: rescale(plan, context) for name, plan in _plans(options, folder, model).items()}
     settings = options.of("llama_cpp", "vllm", "seed", "device") | {"dtype": options.dtype or SPEED_DTYPE}
     return {"contexts": [context], "batches": [batch], "plans": plans, **settings}
 

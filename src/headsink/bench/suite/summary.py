@@ -31,7 +31,9 @@ def summary(found: dict[str, Record], link: Link) -> list[str]:
     lines = []
     for model, tasks in of_kind(found, "quality").items():
         measured = [row["found"] for row in tasks.values()]
-        longest = max(_timed(found, model), key=lambda row: row["found"]["results"][0]["context"], default=None)
+        longest = max(
+            _single_sequence_rows(found, model), key=lambda row: row["found"]["results"][0]["context"], default=None
+        )
         results = {one["way"]: one for one in longest["found"]["results"]} if longest else {}
         for budget in dict.fromkeys(way["way"] for one in measured for way in one["ways"] if "change" in way):
             ways = [(one, way) for one in measured for way in one["ways"] if way["way"] == budget]
@@ -70,7 +72,7 @@ def plans(found: dict[str, Record], link: Link) -> list[str]:
     return [said, table(heads, lines)] if lines else [NOT_MEASURED]
 
 
-def _timed(found: dict[str, Record], model: str) -> list[Record]:
+def _single_sequence_rows(found: dict[str, Record], model: str) -> list[Record]:
     """Speed rows of one sequence."""
     rows = of_kind(found, "speed").get(model, {}).values()
     return [row for row in rows if row["found"]["results"][0]["batch"] == 1]

@@ -32,7 +32,7 @@ def of_kind(found: dict[str, Record], kind: str) -> dict[str, dict[str, Record]]
     return models
 
 
-def named(way: str) -> str:
+def emphasize(way: str) -> str:
     return f"**{way}**" if way.startswith(OURS) else way
 
 
@@ -51,7 +51,7 @@ def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def ranged(spread: Record, scale: float = 1, digits: int = 1) -> str:
+def format_range(spread: Record, scale: float = 1, digits: int = 1) -> str:
     """43.1 (43.0–43.7)"""
     median, least, most = (f"{scale * spread[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({least}–{most})"

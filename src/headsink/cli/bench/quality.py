@@ -115,16 +115,16 @@ def quality(options: QualityOptions) -> None:
 
 def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str, Plan]) -> dict[str, Any]:
     """What results begin with: the command, the machine, the model and the plans."""
-    from headsink.bench.heading import heading
+    from headsink.bench.heading import provenance
     from headsink.models.devices import dtype_name
 
-    return heading("scores of tasks under plans, and agreement with the full cache") | {
+    return provenance("scores of tasks under plans, and agreement with the full cache") | {
         "command": "headsink " + " ".join(sys.argv[1:]),
         "model": options.model,
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
         "plans": {
-            way: {"kept": round(plan.kept(options.context), 4), "patterns": plan.counts()}
+            way: {"kept": round(plan.kv_budget(options.context), 4), "patterns": plan.counts()}
             for way, plan in plans.items()
         },
     }

@@ -31,7 +31,7 @@ Vllm = Annotated[
 ]
 
 
-def listed(values: tuple[Any, ...]) -> str:
+def join_values(values: tuple[Any, ...]) -> str:
     """Values as one types them for an option: "0.5,0.25"."""
     return ",".join(map(str, values))
 

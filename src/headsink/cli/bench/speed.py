@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from headsink.bench.options import CONTEXTS, check_contexts
-from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, OutFile, Rounds, Vllm, deliver, listed, named_plans
+from headsink.cli.bench.shared import (
+    Batches,
+    LlamaCpp,
+    NewTokens,
+    OutFile,
+    Rounds,
+    Vllm,
+    deliver,
+    join_values,
+    named_plans,
+)
 from headsink.cli.options import (
     Device,
     Dtype,
@@ -34,7 +44,9 @@ class SpeedOptions:
     plan_files: PlanFiles = None
     contexts: Annotated[
         str | None,
-        typer.Option(help=f"Tokens of the prompts, with commas; of {listed(CONTEXTS)} what the model has room for."),
+        typer.Option(
+            help=f"Tokens of the prompts, with commas; of {join_values(CONTEXTS)} what the model has room for."
+        ),
     ] = None
     batches: Batches = "1"
     tokens: NewTokens = 33

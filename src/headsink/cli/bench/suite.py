@@ -14,7 +14,7 @@ import typer
 
 from headsink.bench.options import Options, check_contexts, check_families, model_names
 from headsink.bench.tasks.tasks import task as find_task
-from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, Rounds, Vllm, listed
+from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, Rounds, Vllm, join_values
 from headsink.cli.options import Device, Dtype, Force, Json, Seed, batch_sizes, names, numbers
 from headsink.errors import HeadsinkError
 from headsink.evaluation.options import check_budget
@@ -22,7 +22,7 @@ from headsink.utils.files import check_file
 from headsink.utils.terminal import resumable, write
 
 DEFAULT = Options()
-BATCHES = listed(DEFAULT.batches)
+BATCHES = join_values(DEFAULT.batches)
 Folder = Annotated[Path, typer.Argument(help="Folder that headsink bench all filled.")]
 
 
@@ -31,20 +31,20 @@ class AllOptions:
     """Options of `headsink bench all`."""
 
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the rows and plans; what is there is kept.")]
-    models: Annotated[str, typer.Option(help="Models, with commas.")] = listed(DEFAULT.models)
+    models: Annotated[str, typer.Option(help="Models, with commas.")] = join_values(DEFAULT.models)
     only: Annotated[
         list[str] | None,
         typer.Option(help="Rows to measure, as patterns: 'speed/*', '*/smollm2/gsm8k'; may be repeated."),
     ] = None
-    tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = listed(DEFAULT.tasks)
+    tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = join_values(DEFAULT.tasks)
     items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items
     context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and domains.")] = DEFAULT.context
-    budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = listed(DEFAULT.budgets)
-    families: Annotated[str, typer.Option("--domains", help="Domains to compare, separated by commas.")] = listed(
+    budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = join_values(DEFAULT.budgets)
+    families: Annotated[str, typer.Option("--domains", help="Domains to compare, separated by commas.")] = join_values(
         DEFAULT.families
     )
     documents: Annotated[int, typer.Option(min=1, help="Held-out documents of each family.")] = DEFAULT.documents
-    contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = listed(DEFAULT.contexts)
+    contexts: Annotated[str, typer.Option(help="Tokens of the prompts, with commas.")] = join_values(DEFAULT.contexts)
     batches: Batches = BATCHES
     tokens: NewTokens = DEFAULT.tokens
     rounds: Rounds = DEFAULT.rounds
@@ -116,7 +116,7 @@ class RerunOptions:
 
     folder: Folder
     row: Annotated[str, typer.Argument(help="Name of the row, such as quality/smollm2/gsm8k.")]
-    models: Annotated[str, typer.Option(help="Where models are that are not built in, with commas.")] = listed(
+    models: Annotated[str, typer.Option(help="Where models are that are not built in, with commas.")] = join_values(
         DEFAULT.models
     )
     llama_cpp: LlamaCpp = None

@@ -32,7 +32,7 @@ class Blocks:
         if self.back is None and self.sink:
             raise ValueError("sink must be 0 where all blocks are kept (back=None)")
 
-    def held(self, tokens: int, block: int) -> int:
+    def cached_tokens(self, tokens: int, block: int) -> int:
         """Return the peak number of blocks of a sequence of up to `tokens` tokens while it is decoded token by token."""
         blocks = -(-tokens // block)
         return blocks if self.back is None else min(blocks, self.sink + self.back + 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headsink.errors import HeadsinkError
-from headsink.models.fingerprint import Sampled, hash_of, hashed_names
+from headsink.models.fingerprint import WeightSample, hash_of, hashed_names
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 
@@ -31,13 +31,13 @@ class PassingWeights:
 
     def __init__(self, model: PreTrainedModel, quantised: bool = False) -> None:
         self._wanted = set(hashed_names(model, linears=not quantised))
-        self._samples: dict[str, Sampled] = {}
+        self._samples: dict[str, WeightSample] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights unchanged and sample those that belong to the hash."""
         for name, weight in weights:
             if name in self._wanted:
-                self._samples[name] = Sampled.of(name, weight)
+                self._samples[name] = WeightSample.of(name, weight)
             yield name, weight
 
     def hash(self) -> str:

@@ -116,7 +116,9 @@ def _fewest_bytes(
     that give few enough groups are tried, with the remainder at the narrow end as one run or spread over the last two or three.
     (vLLM does not pad specs with far fewer layers than others: it makes smaller groups.)
     """
-    order = sorted(range(len(needed)), key=lambda n: (needed[n].held(context, block), needed[n].sink), reverse=True)
+    order = sorted(
+        range(len(needed)), key=lambda n: (needed[n].cached_tokens(context, block), needed[n].sink), reverse=True
+    )
     if not needed:
         return [], 0, 0
     best: tuple[int, int, list[Blocks]] | None = None
@@ -132,7 +134,7 @@ def _fewest_bytes(
         size = group_size([count for _, count in kinds])
         groups = [(kind, -(-count // size)) for kind, count in kinds]
         number = sum(count for _, count in groups)
-        cost = sum(count * size * kind.held(context, block) for kind, count in groups)
+        cost = sum(count * size * kind.cached_tokens(context, block) for kind, count in groups)
         few = number <= max(MOST_GROUPS, len(sliding) + 1)
         if (few or len(runs) == 1) and (best is None or (cost, number) < best[:2]):
             best = cost, number, kept

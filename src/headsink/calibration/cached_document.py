@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from headsink.attention.eager import attend_rows
 from headsink.attention.output_norms import OutputNorms
 from headsink.attention.params import AttentionParams, Inputs
-from headsink.calibration.score_fit import Demand
+from headsink.calibration.score_fit import ImportanceScores
 from headsink.compression.continuations import Context, Continuations, read
 from headsink.data.documents import Document
 from headsink.eviction.lifetimes import best
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scoring import key_scores
-from headsink.eviction.selection import places
+from headsink.eviction.selection import kept_indices
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a sliding-window layer
 
@@ -46,7 +46,7 @@ class Marginals:
     error: Tensor
 
 
-class Replay(Context):
+class CachedDocument(Context):
     """A prefilled document and its continuations: the text that follows first, then the questions.
 
     forms: name of each continuation ("text" for the first). full: float32 [scored tokens, vocabulary], log-probabilities of the
@@ -59,11 +59,13 @@ class Replay(Context):
         self.document, self.prefill_compression = document, prefill_compression
         self._scores = [keys.new_zeros(keys.shape[:2]) for keys in self._keys]  # until `set_scores`
         device = model.device
-        self.forms = [form for form, _, _ in document.branches]
-        self._continuations = Continuations([tokens for _, tokens, _ in document.branches], self.length, device)
+        self.forms = [form for form, _, _ in document.continuations]
+        self._continuations = Continuations([tokens for _, tokens, _ in document.continuations], self.length, device)
         scored: list[int] = []
         branch: list[int] = []
-        for number, (rows, (_, _, count)) in enumerate(zip(self._continuations.rows, document.branches, strict=True)):
+        for number, (rows, (_, _, count)) in enumerate(
+            zip(self._continuations.rows, document.continuations, strict=True)
+        ):
             scored += range(rows.stop - count - 1, rows.stop - 1)  # predictions are made at the token before
             branch += [number] * count
         self.scored, self.branch = (torch.tensor(x, device=device) for x in (scored, branch))
@@ -76,7 +78,7 @@ class Replay(Context):
         layers = zip(self._keys, self._values, self._weights, strict=True)
         self._scores = [key_scores(keys, values, own) for keys, values, own in layers]
 
-    def set_importance(self, importance: Demand) -> None:
+    def set_importance(self, importance: ImportanceScores) -> None:
         """Score the keys by their importance in context reconstruction, of the whole document."""
         self._scores = [
             own.to(old.device) if window is None else old
@@ -159,7 +161,7 @@ class Replay(Context):
         query = inputs.query[0].unflatten(0, (-1, group))[heads]
         own = inputs.key[0, heads], inputs.value[0, heads]
         indices = None if pattern.full else self._kept(layer, heads, pattern)
-        context = [_take(cached[heads], indices).to(query.dtype) for cached in self.held(layer)]
+        context = [_take(cached[heads], indices).to(query.dtype) for cached in self.key_values(layer)]
         parts = []
         for rows in self._continuations.rows:
             keys, values = (torch.cat([old, new[:, rows]], 1) for old, new in zip(context, own, strict=True))
@@ -191,7 +193,7 @@ class Replay(Context):
     def _kept(self, layer: int, heads: list[int], pattern: Pattern) -> Tensor:
         """Indices of the keys that the first query after the document sees, int64 [heads, keys]: sinks, top-k keys, window."""
         sink = min(pattern.sink, self._keys[layer].shape[1])
-        return places(self._scores[layer][heads], sink, pattern.top_k, self._near(layer, pattern))
+        return kept_indices(self._scores[layer][heads], sink, pattern.top_k, self._near(layer, pattern))
 
     def _mask(
         self, layer: int, heads: list[int], pattern: Pattern, indices: Tensor | None, key: Tensor, value: Tensor

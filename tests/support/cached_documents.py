@@ -1,8 +1,8 @@
-"""Random documents, and replays of them on tiny models."""
+"""Random documents, and cached documents of them on tiny models."""
 
 import torch
 
-from headsink.calibration.replay import Replay
+from headsink.calibration.cached_document import CachedDocument
 from headsink.data.documents import Document, Question
 from headsink.eviction.pattern import FULL
 from headsink.eviction.scoring import n_features
@@ -32,8 +32,11 @@ def random_weights(shape, seed=0):
     return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
 
 
-def make_replay(model, seed=0, freeze=False):
-    """Return a replay with random scorer weights."""
-    replay, weights = Replay(model, random_document(seed), freeze), random_weights(describe(model), seed)
-    replay.set_scores(weights)
-    return replay, weights
+def make_cached_document(model, seed=0, freeze=False):
+    """Return a cached document with random scorer weights."""
+    cached, weights = (
+        CachedDocument(model, random_document(seed), freeze),
+        random_weights(describe(model), seed),
+    )
+    cached.set_scores(weights)
+    return cached, weights
