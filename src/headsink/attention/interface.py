@@ -6,8 +6,8 @@ transformers' `sdpa`, so an engaged model without a plan computes the same as be
 it is computed in blocks and differs by rounding.
 
 `observe_attention(model, callback)` passes every layer's queries, keys, values and output to a callback, which the census uses.
-`replace_attention(model, attend)` replaces the attention, which calibration uses to try patterns. Both process one whole text without
-padding, so they need no mask; layers without a causal `sdpa` kernel are computed in blocks (attention/chunked.py).
+`replace_attention(model, attend)` replaces the attention, which calibration uses to try patterns. Both process one whole text
+without padding, so they need no mask; layers without a causal `sdpa` kernel are computed in blocks (attention/chunked.py).
 """
 
 from __future__ import annotations

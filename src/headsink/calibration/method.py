@@ -38,8 +38,8 @@ class Method:
     prefill_compression: calibrate for prefill compression, not for online eviction. reconstruct: with context reconstruction
     (KVzip); head budgets are then proportional to importance (equal if `importance` is off) and refined by coordinate descent if
     there are few heads (allocation.py). refit_values: refit the kept values (least squares). positions: as in a plan;
-    "cache-relative" only works with windows. ranks: number of tensor-parallel ranks. Every rank reserves as much memory as the fullest one, so
-    heads at the same index of different ranks get the same pattern.
+    "cache-relative" only works with windows. ranks: number of tensor-parallel ranks. Every rank reserves as much memory as the
+    fullest one, so heads at the same index of different ranks get the same pattern.
     """
 
     policy: Policy = "headsink"
