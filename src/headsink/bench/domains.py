@@ -57,7 +57,7 @@ from headsink.bench.options import check_families
 from headsink.census.compare import COMPARED, compare
 from headsink.census.head_statistics import KEPT, windows
 from headsink.census.results import Census
-from headsink.census.roles import window_needed
+from headsink.census.roles import required_window
 from headsink.census.run import analyze, remove_checkpoint
 from headsink.data import corpus
 from headsink.data import documents as probes
@@ -262,7 +262,7 @@ def _domain_summary(census: Census, kind: Domain, length: int) -> dict[str, Any]
     full = [layer for layer, window in enumerate(census.settings["model"]["sliding"]) if window is None]
     counted = Counter(role for layer in full for role in census.roles(length, kind)[layer])
     errors = census.samples("group_errors", length, kind)[:, full][..., KEPT.index("secondary"), :]
-    needed = window_needed(errors, windows(length), length).flatten(1)  # [texts, heads]
+    needed = required_window(errors, windows(length), length).flatten(1)  # [texts, heads]
     sinks = [(census.arrays[f"{n}.{length}.secondary"][full] >= 0).double() for n in census.texts(length, kind)]
     secondary = torch.stack([one.sum(-1).flatten() for one in sinks])
     first = census.settings["limits"]["first"]
