@@ -1,4 +1,5 @@
 import os
+import zlib
 from importlib.util import find_spec
 
 import pytest
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def case_seed(request) -> int:
+    """A seed of its own for each case of a matrix, always the same."""
+    return zlib.crc32(request.node.name.encode()) % 1000
 
 
 @pytest.fixture

@@ -121,9 +121,13 @@ SOME = [Pattern(4, 9, 20), Pattern(0, 5, 0), Pattern(2, 0, 31), Pattern(4, 9, 20
 BELOW_CAPACITY = Pattern(10, 100, 20)  # it keeps the whole text
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    "patterns", [SOME, [FULL, *SOME, BELOW_CAPACITY], [SOME[2]] * 2, [SOME[0]], [BELOW_CAPACITY, FULL]], ids=len
+    ("dtype", "patterns"),
+    [
+        *((dtype, [FULL, *SOME[:3], BELOW_CAPACITY]) for dtype in TYPES),
+        *((torch.float32, some) for some in (SOME, [SOME[2]] * 2, [SOME[0]], [BELOW_CAPACITY, FULL])),
+    ],
+    ids=lambda value: len(value) if isinstance(value, list) else str(value),
 )
 def test_one_launch_for_all_heads_equals_one_per_group(device, dtype, patterns, monkeypatch):
     batch, tokens, dim, more, scaling = 2, 93, 32, 41, 0.2
