@@ -23,7 +23,7 @@ from headsink.attention.reference import reference_attention
 from headsink.attention.visibility import KeyVisibility
 from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply, new_cache
@@ -311,7 +311,7 @@ def _full_error(device: torch.device, dtype: torch.dtype, dim: int, name: str) -
     """Return the error of full attention whose queries are the last of the keys."""
     keys, values = torch.randn(2, 2, 2, 500, dim, device=device).to(dtype)
     query = torch.randn(2, 8, 77, dim, device=device).to(dtype)
-    weights = torch.zeros(2, n_features(dim), device=device)
+    weights = torch.zeros(2, LINEAR.n_features(dim), device=device)
     given = (t.double() for t in (query, keys, values))
     expected = reference_attention(next(given), next(given), next(given), [FULL] * 2, weights, dim**-0.5)
     return _relative(full.KERNELS[name](query, keys, values, dim**-0.5), expected)
@@ -332,7 +332,7 @@ def _model_error(device: torch.device, tokens: int) -> float:
     plan = Plan.of(
         model,
         [[Pattern(3, 5, 9), FULL], [Pattern(2, 0, 20), Pattern(1, 11, 4)]],
-        torch.randn(2, 2, n_features(64)),
+        torch.randn(2, 2, LINEAR.n_features(64)),
     )
     ids = torch.randint(3, 300, (2, tokens + 8), device=device)
     logits = {}

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from headsink import Plan, apply, new_cache
 from headsink.cache.cache import PlanCache, nbytes
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
 from headsink.generation.step_cuda import Decoder, Pass
 from headsink.models.transformers_names import cache_argument
@@ -105,7 +105,7 @@ class Rig:
             return Plan.full(self.model)
         layers, heads = self.model.config.num_hidden_layers, self.heads.kv
         row = patterns(budget, context, heads)
-        weights = torch.randn(layers, heads, n_features(self.heads.dim))
+        weights = torch.randn(layers, heads, LINEAR.n_features(self.heads.dim))
         return Plan.of(self.model, [row[n % heads :] + row[: n % heads] for n in range(layers)], weights)
 
     def random_cache(self, plan: Plan, context: int, batch: int) -> PlanCache:

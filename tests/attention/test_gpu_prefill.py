@@ -13,7 +13,7 @@ from headsink.attention.visibility import KeyVisibility
 from headsink.cache import prefill_cuda
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 
 TYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -133,7 +133,7 @@ def test_one_launch_for_all_heads_equals_one_per_group(device, dtype, patterns, 
     batch, tokens, dim, more, scaling = 2, 93, 32, 41, 0.2
     query = (torch.randn(batch, 2 * len(patterns), tokens + more, dim) * 2).to(device, dtype)
     keys, values = torch.randn(2, batch, len(patterns), tokens + more, dim).to(device, dtype)
-    weights = torch.randn(len(patterns), n_features(dim))
+    weights = torch.randn(len(patterns), LINEAR.n_features(dim))
     read, softmax, ran = (
         prefill_cuda.read,
         AttentionParams(scaling, 5.0, torch.randn(2 * len(patterns), device=device)),

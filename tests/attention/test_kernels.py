@@ -11,7 +11,7 @@ from numba import njit
 
 from headsink.attention.cpu import decode, vectors
 from headsink.attention.kv_table import KVField
-from headsink.eviction.scoring import key_scores, n_features
+from headsink.eviction.scorers import LINEAR
 
 RANDOM = np.random.default_rng(0)
 
@@ -65,9 +65,9 @@ def test_matrix_vector_products(shape, dtype, parts, texts):
 
 @pytest.mark.parametrize("dim", [2, 6, 64])
 def test_scores_of_keys(dim):
-    key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, n_features(dim))
+    key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, LINEAR.n_features(dim))
     found = decode._score(key.numpy(), value.numpy(), weights[0].numpy())
-    assert found == pytest.approx(float(key_scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
+    assert found == pytest.approx(float(LINEAR.scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache.cache import PlanCache
 from headsink.census.head_statistics import Thresholds
 from headsink.census.run import _read as census_pass
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.models import transformers_names
 from headsink.models.spec import describe
 from headsink.models.transformers_names import CACHE, cache_argument, returned_cache
@@ -454,7 +454,7 @@ def test_gradients_reach_every_weight_under_a_plan(model):
 
 def random_scores(model):
     shape = describe(model)
-    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim))
+    return torch.randn(shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim))
 
 
 # refusals

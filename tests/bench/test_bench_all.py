@@ -149,12 +149,12 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
 @pytest.mark.parametrize("top_k", [300, 0])
 def test_a_scaled_plan_keeps_its_budget(tiny_folder, top_k):
     import headsink
-    from headsink.eviction.scoring import n_features
+    from headsink.eviction.scorers import LINEAR
 
     model = headsink.load(tiny_folder, device="cpu")[0]
     shape = describe(model)
     pattern = headsink.Pattern(4, top_k, 32 if top_k else 400)
-    weights = torch.ones(shape.layers, shape.kv_heads, n_features(shape.head_dim))
+    weights = torch.ones(shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim))
     plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
     plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})
     for context in (500, 1000, 8000):

@@ -13,7 +13,7 @@ from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
-from headsink.eviction.scoring import key_scores, n_features
+from headsink.eviction.scorers import LINEAR
 
 SCALE, DIM = 0.5, 6
 PLAIN = AttentionParams(SCALE)
@@ -27,7 +27,7 @@ def text(batch, kv_heads, group, length, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, kv_heads * group, length, DIM, generator=generator, dtype=dtype)
     key, value = (torch.randn(batch, kv_heads, length, DIM, generator=generator, dtype=dtype) for _ in "kv")
-    return query, key, value, torch.randn(kv_heads, n_features(DIM), generator=generator)
+    return query, key, value, torch.randn(kv_heads, LINEAR.n_features(DIM), generator=generator)
 
 
 def attend(layer, query, key, value, padding, start, end, softmax=PLAIN):
@@ -126,7 +126,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
     layer = PlanLayer([pattern] * 2, weights)
     feed(layer, query, key, value, padding_of(pads), sizes)
-    (group,), scores = layer.groups, key_scores(key, value, weights)
+    (group,), scores = layer.groups, LINEAR.scores(key, value, weights)
     for row, pad in enumerate(pads):
         left = slice(pad + pattern.sink, 400 - pattern.window)
         for head in range(2):
@@ -285,7 +285,7 @@ def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden
 
     Before that they are visible tokens; after that they still occupy slots of the window.
     """
-    scores = key_scores(key[None, None], value[None, None], weights[None])[0, 0]
+    scores = LINEAR.scores(key[None, None], value[None, None], weights[None])[0, 0]
     window = len(key) if pattern.window is None else pattern.window
     sinks, top, ring, out = [], [], [], []
     for column in range(len(key)):

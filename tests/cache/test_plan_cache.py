@@ -16,7 +16,7 @@ import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.passes import engage
 from headsink.cache.cache import PlanCache
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.models.transformers_names import cache_argument, returned_cache
 from headsink.plan.schema import Quality
 
@@ -71,7 +71,7 @@ def test_top_k_keys_that_are_replaced(family, sizes, freeze):
     patterns = [Pattern(2, 5, 16), Pattern(0, 1, 0), Pattern(4, 2, 40), Pattern(1, 16, 1)]
     heads = model.config.num_key_value_heads
     rows = [[patterns[(layer + head) % 4] for head in range(heads)] for layer in range(3)]
-    plan = Plan.of(model, rows, torch.randn(3, heads, n_features(12)))
+    plan = Plan.of(model, rows, torch.randn(3, heads, LINEAR.n_features(12)))
     logits, cache = feed(model, plan, ids, sizes, mask, freeze)
     real = mask.bool()
     torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, freeze)[real], **TOLERANCE)
@@ -152,7 +152,7 @@ def test_bfloat16_error_is_that_of_the_model(freeze):
 def test_the_cache_has_exactly_the_plans_keys(freeze):
     model = tiny("llama")
     patterns = [[Pattern(4, 0, 16), Pattern(0, 30, 8)], [Pattern(4, 0, 16)] * 2, [Pattern(), Pattern(1, 0, 0)]]
-    plan = Plan.of(model, patterns, torch.randn(3, 2, n_features(12)))
+    plan = Plan.of(model, patterns, torch.randn(3, 2, LINEAR.n_features(12)))
     gc.collect()
     before = {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
     cache = feed(model, plan, torch.randint(3, 211, (1, 300)), [200, 1], freeze=freeze)[1]
@@ -203,7 +203,7 @@ def test_crop_while_recording_leaves_no_trace(padding):
 
 def test_a_short_sequence_allocates_few_top_k_slots():
     model = tiny("llama")
-    plan = Plan.of(model, [[Pattern(2, 400, 16)] * 2] * 3, torch.randn(3, 2, n_features(12)))
+    plan = Plan.of(model, [[Pattern(2, 400, 16)] * 2] * 3, torch.randn(3, 2, LINEAR.n_features(12)))
     for tokens, slots in ((10, 128), (128, 128), (140, 256), (410, 418), (500, 418)):
         cache = feed(model, plan, torch.randint(3, 211, (1, tokens)), [tokens - 2, 1])[1]
         assert [layer.groups[0].keys.shape[2] for layer in cache.layers] == [slots] * 3

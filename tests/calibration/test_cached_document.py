@@ -15,7 +15,7 @@ from headsink.attention.reference import masked_attention
 from headsink.calibration.cached_document import CachedDocument
 from headsink.data.documents import Document
 from headsink.eviction.pattern import FULL, Pattern, visible
-from headsink.eviction.scoring import key_scores
+from headsink.eviction.scorers import LINEAR
 from headsink.models.spec import attention_modules, describe
 
 OPTIONS = (Pattern(2, 0, 9), Pattern(1, 4, 17), Pattern(0, 3, 0), FULL)
@@ -75,7 +75,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     softmax = scaling, kwargs.get("softcap"), kwargs.get("s_aux")
     before = _masked(*(t[:, :, :LENGTH] for t in (query, key, value)), masks, *softmax)
     key, value = (torch.cat([t[:, :, :LENGTH].to(stored_as).to(t.dtype), t[:, :, LENGTH:]], 2) for t in (key, value))
-    scores = key_scores(key[0], value[0], weights[layer])
+    scores = LINEAR.scores(key[0], value[0], weights[layer])
     masks = [
         branch_mask(pattern, own, windows[layer] is not None, freeze)
         for pattern, own in zip(patterns[layer] or natural, scores, strict=True)

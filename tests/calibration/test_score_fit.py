@@ -21,7 +21,7 @@ from headsink.calibration.score_fit import (
     measure_importance,
 )
 from headsink.compression.reconstruction import LEAD, PROMPT, SPAN, prompt_tokens
-from headsink.eviction.scoring import key_features, key_scores
+from headsink.eviction.scorers import LINEAR
 from headsink.models.spec import attention_modules
 
 
@@ -125,7 +125,7 @@ def test_scorer_weights_are_least_squares_over_all_documents(family):
         cached = [
             [t[:, one.positions] for t in r.key_values(layer)] for r, one in zip(documents, importance, strict=True)
         ]
-        features = torch.cat([key_features(*kept).double() for kept in cached], 1)
+        features = torch.cat([LINEAR.features(*kept).double() for kept in cached], 1)
         targets = torch.cat([one.attention[layer].double() for one in importance], 1)
         for head in range(documents[0].shape.kv_heads):
             expected = slow_ridge(features[head], targets[head])
@@ -153,11 +153,11 @@ def test_a_linear_rule_is_recovered(family):
         attention = torch.zeros(cached.shape.layers, cached.shape.kv_heads, len(positions))
         for layer in planned:
             keys, values = cached.key_values(layer)
-            attention[layer] = 0.3 * key_scores(keys, values, planted[layer])[:, positions] - 7
+            attention[layer] = 0.3 * LINEAR.scores(keys, values, planted[layer])[:, positions] - 7
         importance.append(ImportanceScores(positions, attention))
     weights = fit(documents, importance)
     for layer in planned:
-        found, right = (key_scores(*other.key_values(layer), w[layer]) for w in (weights, planted))
+        found, right = (LINEAR.scores(*other.key_values(layer), w[layer]) for w in (weights, planted))
         for a, b in zip(found, right, strict=True):
             assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.999
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from headsink import HeadsinkError, Pattern
 from headsink.attention.reference import reference_attention
 from headsink.eviction.pattern import visible
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 
 patterns = st.one_of(st.just(Pattern()), st.builds(Pattern, st.integers(0, 6), st.integers(0, 6), st.integers(0, 20)))
 texts = st.lists(st.floats(-9, 9, width=32), unique=True, min_size=1, max_size=40)  # the scores of their keys
@@ -102,7 +102,7 @@ def test_invalid_patterns_are_refused(values):
 
 def test_full_attention_is_softmax_attention():
     query, key, value = (torch.randn(2, heads, 30, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    weights = torch.zeros(2, n_features(8))
+    weights = torch.zeros(2, LINEAR.n_features(8))
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=True, scale=0.3
     )
@@ -111,5 +111,5 @@ def test_full_attention_is_softmax_attention():
 
 def test_no_key_at_all_gives_zero():
     query, key, value = (torch.randn(1, 1, 10, 8) for _ in range(3))
-    output = reference_attention(query, key, value, [Pattern(0, 0, 0)], torch.zeros(1, n_features(8)), 1.0)
+    output = reference_attention(query, key, value, [Pattern(0, 0, 0)], torch.zeros(1, LINEAR.n_features(8)), 1.0)
     assert torch.equal(output, torch.zeros_like(output))

@@ -8,24 +8,24 @@ from hypothesis import strategies as st
 
 from headsink.eviction import lifetimes as lifetimes_module
 from headsink.eviction.lifetimes import best, lifetimes
-from headsink.eviction.scoring import key_features, key_scores, n_features
+from headsink.eviction.scorers import LINEAR
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [6, 64])
 def test_a_score_does_not_depend_on_its_batch(dim, dtype):
     key, value = torch.randn(2, 2, 3, 70, dim).to(dtype)
-    weights = torch.randn(3, n_features(dim))
-    scores = key_scores(key, value, weights)
+    weights = torch.randn(3, LINEAR.n_features(dim))
+    scores = LINEAR.scores(key, value, weights)
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for n in range(70):
-        alone = key_scores(key[:, :, n : n + 1], value[:, :, n : n + 1], weights)
+        alone = LINEAR.scores(key[:, :, n : n + 1], value[:, :, n : n + 1], weights)
         assert torch.equal(alone, scores[:, :, n : n + 1])
 
 
 def test_feature_pairs_are_those_of_rotary_embedding():
     key, value = torch.tensor([3.0, 0.0, 4.0, 2.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
-    assert key_features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
+    assert LINEAR.features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
 
 
 def slow_best(earlier, leaving, counts, top_k):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from plans import QUALITY, RETRIEVAL, random_plan
 
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 
 MODEL = tiny("llama")
-FEATURES = n_features(12)
+FEATURES = LINEAR.n_features(12)
 
 
 @given(st.integers(0, 10_000))

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache.cache import nbytes
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.runtime.prefix import prefix_text
 
 LENGTH = 61
@@ -331,7 +331,7 @@ def damaged():
     """A model, and a file of a padded batch."""
     model, mask = tiny("llama"), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :7] = 0
-    weights = torch.randn(3, 2, n_features(12), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 2, LINEAR.n_features(12), generator=torch.Generator().manual_seed(0))
     ids = text(rows=2)
     cache = read(model, Plan.of(model, PATTERNS, weights), ids, mask)
     with TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import torch
 from headsink.calibration.cached_document import CachedDocument
 from headsink.data.documents import Document, Question
 from headsink.eviction.pattern import FULL
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.models.spec import describe
 
 LENGTH, BRANCH = 150, 40
@@ -29,7 +29,7 @@ def everything(shape):
 
 def random_weights(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
+    return torch.randn(shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim), generator=generator)
 
 
 def make_cached_document(model, seed=0, freeze=False):

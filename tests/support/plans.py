@@ -5,7 +5,7 @@ import random
 import torch
 
 from headsink import Pattern, Plan
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR
 from headsink.models.spec import describe
 
 RETRIEVAL = {"form": "quote", "asked": 4, "right_full": 4, "right_plan": 3, "nll_full": 0.1, "nll_plan": 0.4}
@@ -32,13 +32,13 @@ def random_pattern(rng: random.Random) -> Pattern:
     return Pattern(rng.choice([0, 1, 3, 5]), rng.choice([0, 0, 2, 5]), rng.choice([0, 1, 2, 5, 8, 17, 300]))
 
 
-def random_plan(model, seed: int, draw=random_pattern) -> Plan:
+def random_plan(model, seed: int, draw=random_pattern, scorer=LINEAR) -> Plan:
     """A plan with all kinds of patterns, or with those of `draw`, and random scorer weights."""
     rng, shape = random.Random(seed), describe(model)
     patterns = [None if window else [draw(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(shape.layers, shape.kv_heads, n_features(shape.head_dim), generator=generator)
-    return Plan.of(model, patterns, weights)
+    weights = torch.randn(shape.layers, shape.kv_heads, scorer.n_features(shape.head_dim), generator=generator)
+    return Plan.of(model, patterns, weights, scorer=scorer.name)
 
 
 def window_pattern(rng: random.Random) -> Pattern:

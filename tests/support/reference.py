@@ -11,7 +11,7 @@ from transformers.masking_utils import eager_mask
 from headsink import Plan
 from headsink.attention.reference import masked_attention, reference_attention
 from headsink.eviction.pattern import FULL, visible
-from headsink.eviction.scoring import key_scores
+from headsink.eviction.scorers import LINEAR, SCORERS
 
 _running: list[tuple[Plan, torch.Tensor | None, int | None, bool]] = []
 
@@ -28,6 +28,7 @@ def frozen_attention(
     prefill_compression=False,
     softcap=None,
     sink_logits=None,
+    scorer=LINEAR,
 ):
     """Reference attention without eviction from column `freeze` on: later queries see the keys kept at it and all since.
 
@@ -35,8 +36,8 @@ def frozen_attention(
     """
     head = [t[:, :, :freeze] for t in (query, key, value)]
     reading = [FULL] * len(patterns) if prefill_compression else patterns
-    before = reference_attention(*head, reading, weights, scaling, padding, softcap, sink_logits)
-    columns, scores = torch.arange(key.shape[2]), key_scores(key, value, weights)
+    before = reference_attention(*head, reading, weights, scaling, padding, softcap, sink_logits, scorer)
+    columns, scores = torch.arange(key.shape[2]), scorer.scores(key, value, weights)
     positions = columns - (torch.zeros(len(key), dtype=torch.long) if padding is None else padding)[:, None]
     since = (columns[freeze:] <= columns[freeze:, None]) & (positions[:, None, freeze:] >= 0)
     output, group = torch.empty_like(query[:, :, freeze:]), query.shape[1] // key.shape[1]
@@ -67,7 +68,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
     given = query, key, value, patterns, plan.scores(module.layer_idx), scaling, padding
-    more = {"softcap": kwargs.get("softcap"), "sink_logits": kwargs.get("s_aux")}
+    more = {"softcap": kwargs.get("softcap"), "sink_logits": kwargs.get("s_aux"), "scorer": SCORERS[plan.scorer]}
     output = (
         reference_attention(*given, **more)
         if freeze is None

@@ -26,11 +26,12 @@ class Backend(Protocol):
     """Attention of the KV heads of a layer by kernels for one kind of device.
 
     query: [batch, KV heads x group, tokens, dim] everywhere. reads_layers: whether all heads of a layer read a prompt in one
-    launch (cache/prefill_cuda.py). decodes_padding: whether `step` takes rows that hold nothing but padding so far. statistics: a
-    module with the kernels of the census, or None.
+    launch (cache/prefill_cuda.py). scorers: names of the scorers that `step` computes (eviction/scorers). decodes_padding:
+    whether `step` takes rows that hold nothing but padding so far. statistics: a module with the kernels of the census, or None.
     """
 
     reads_layers: bool
+    scorers: frozenset[str]
     decodes_padding: bool
     statistics: Any
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headsink.eviction.pattern import Pattern, visible
-from headsink.eviction.scoring import key_scores
+from headsink.eviction.scorers import LINEAR, Scorer
 
 
 def reference_attention(
@@ -21,11 +21,12 @@ def reference_attention(
     padding: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    scorer: Scorer = LINEAR,
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
     query: [batch, query heads, keys or fewer, dim], the last queries of the text. key, value: [batch, KV heads, keys, dim].
-    weights: scorer weights, [KV heads, features] (eviction/scoring.py). padding: int [batch], tokens of left padding. softcap,
+    weights: scorer weights, [KV heads, features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap,
     sink_logits: as for `masked_attention`. Returns [batch, query heads, queries, dim] in the query's dtype; zero where a query
     sees no key.
     """
@@ -34,7 +35,7 @@ def reference_attention(
     columns = torch.arange(n_keys, device=key.device)
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = columns - offsets[:, None]  # [batch, keys]
-    scores = key_scores(key, value, weights)  # [batch, KV heads, keys]
+    scores = scorer.scores(key, value, weights)  # [batch, KV heads, keys]
     output = torch.zeros_like(query)
     for head, pattern in enumerate(patterns):
         mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, scores[:, head])[:, None]

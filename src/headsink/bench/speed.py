@@ -217,7 +217,7 @@ def _configurations(
     ]
     for name, plan in {"full": Plan.full(model), **plans}.items():
         configurations.append(Configuration(f"headsink, {name}, model.generate", model, plan))
-        if refusal(model) is None:
+        if refusal(model, plan) is None:
             configurations.append(Configuration(f"headsink, {name}", model, plan, True))
     return configurations
 

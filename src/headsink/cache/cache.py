@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from headsink.attention.params import Padding
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
+from headsink.eviction.scorers import SCORERS
 from headsink.plan.plan import Plan
 
 
@@ -35,7 +36,7 @@ class PlanCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
                 patterns = [head.pattern for head in heads]
-                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact))
+                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer]))
         super().__init__(layers=layers)
         self.plan, self.exact = plan, exact
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for

@@ -18,7 +18,7 @@ from headsink.attention.visibility import KeyVisibility
 from headsink.cache.slots import Slots
 from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.pattern import FOREVER
-from headsink.eviction.scoring import NONE, key_scores
+from headsink.eviction.scorers import NONE
 from headsink.models.rope import rotate_back
 
 
@@ -190,7 +190,7 @@ class HeadGroup(Slots):
         leaving, scores = max(0, end - window - first), None  # columns that have left at the last query
         if self.pattern.top_k and leaving:
             new = slice(prefix_slots, prefix_slots + leaving)
-            scores = self._eligible_scores(key_scores(keys[:, :, new], values[:, :, new], self.weights), first)
+            scores = self._eligible_scores(self.scorer.scores(keys[:, :, new], values[:, :, new], self.weights), first)
             scores = scores if seen is None else scores.masked_fill(~seen[:, :, :leaving], NONE)
             ends = lifetimes(self.scores, scores, self.pattern.top_k) + (first + window - 1)
             slots = self.scores.shape[2]

@@ -13,7 +13,6 @@ from headsink.attention.kv_table import KVField, advance
 from headsink.cache.slots import Slots
 from headsink.errors import must_be
 from headsink.eviction.pattern import FOREVER
-from headsink.eviction.scoring import n_features
 
 
 class KVTable:
@@ -68,7 +67,7 @@ def _check(group: Slots, first: Slots) -> None:
     if group.scores.shape[2]:
         weights = group.weights
         actual = tuple(weights.shape), weights.dtype, weights.device, weights.is_contiguous()
-        expected = (len(group.heads), n_features(dim)), torch.float32, first.keys.device, True
+        expected = (len(group.heads), group.scorer.n_features(dim)), torch.float32, first.keys.device, True
         must_be(f"cache: scorer weights of KV heads {group.heads}", actual, expected)
     must_be("cache: cached tokens", group.length, first.length)
     ring, prefix_slots = group.keys.shape[2] - group.prefix_slots, group.pattern.sink + group.scores.shape[2]

@@ -23,7 +23,7 @@ from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import LINEAR, Scorer
 from headsink.utils import device
 
 
@@ -32,9 +32,16 @@ class PlanLayer(CacheLayerMixin):
 
     is_compileable, is_croppable = False, True
 
-    def __init__(self, patterns: list[Pattern], weights: Tensor, inverse: Tensor | None = None, exact: bool = True):
+    def __init__(
+        self,
+        patterns: list[Pattern],
+        weights: Tensor,
+        inverse: Tensor | None = None,
+        exact: bool = True,
+        scorer: Scorer = LINEAR,
+    ):
         super().__init__()
-        self.patterns, self.weights, self.inverse, self.exact = patterns, weights, inverse, exact
+        self.patterns, self.weights, self.inverse, self.exact, self.scorer = patterns, weights, inverse, exact, scorer
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -83,7 +90,7 @@ class PlanLayer(CacheLayerMixin):
                 "dtype": cached.dtype,
                 "device": cached.device,
             }
-        if n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
+        if self.scorer.n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
             raise HeadsinkError(
                 f"this cache is for another model: it got keys {list(key.shape)} and values {list(value.shape)}, "
                 f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} scorer weights for "
@@ -150,6 +157,7 @@ class PlanLayer(CacheLayerMixin):
             # not where the output must equal the full cache's bit for bit
             and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
             and not any(g.recording or g.inverse is not None for g in groups)
+            and (self.scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
         )
 
     def _at_once(self, query: Tensor) -> list[HeadGroup]:
@@ -217,7 +225,7 @@ class PlanLayer(CacheLayerMixin):
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
-            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact)
+            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer)
             for pattern, heads in by_pattern.items()
         ]
         for group in self.groups:

@@ -16,7 +16,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import HeadVisibility, KeyVisibility
 from headsink.cache.slots import Slots
 from headsink.eviction.lifetimes import batched_lifetimes
-from headsink.eviction.scoring import NONE, key_scores
+from headsink.eviction.scorers import NONE
 from headsink.utils.device import index, on_card
 
 KEYS_PER_BLOCK = 2**18  # keys scored at once: their features take five times the memory of the keys
@@ -41,10 +41,11 @@ def read(
     columns = torch.arange(tokens, device=key.device)
     until = torch.where(columns < sink, tokens, columns + window).expand(batch, -1, -1)
     scores, best = until.new_zeros(0), until.new_zeros(0)
+    scorer = groups[0].scorer
     if some := sum(p.top_k > 0 for p in patterns):
         weights, step = torch.cat([group.weights for group in groups]), max(1, KEYS_PER_BLOCK // (batch * tokens))
         parts = [slice(begin, min(begin + step, some)) for begin in range(0, some, step)]
-        scores = torch.cat([key_scores(key[:, part], value[:, part], weights[part]) for part in parts], 1)
+        scores = torch.cat([scorer.scores(key[:, part], value[:, part], weights[part]) for part in parts], 1)
         leave = (columns >= sink) & (columns < tokens - window)
         scores = scores.masked_fill(~leave[:some], NONE)
         ends, best = batched_lifetimes(scores[..., :0], scores, top_k[:some, 0].expand(batch, some))

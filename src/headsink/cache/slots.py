@@ -5,10 +5,10 @@ One buffer of keys and one of values, [batch, heads, slots, dim]:
     | sink tokens | top-k keys |  the last `window` tokens, as a ring: column c in slot c % window  |
 
 A new token goes into the ring buffer. A key that it overwrites has left the window. If it is a sink token, it moves to its sink
-slot. If its importance score (eviction/scoring.py) is above the lowest score of the top-k keys, it replaces that key. Otherwise
-it is evicted. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached keys.
-While a text is no longer than what a head keeps (`below_capacity`), the ring does not wrap either, and nothing is scored. The
-order of the slots does not matter, because the keys are already rotated.
+slot. If its importance score (eviction/scorers/linear.py) is above the lowest score of the top-k keys, it replaces that key.
+Otherwise it is evicted. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached
+keys. While a text is no longer than what a head keeps (`below_capacity`), the ring does not wrap either, and nothing is scored.
+The order of the slots does not matter, because the keys are already rotated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headsink.attention.params import Padding
 from headsink.cache.inference_mode import outside_inference_mode
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FOREVER, Pattern
-from headsink.eviction.scoring import NONE, key_scores
+from headsink.eviction.scorers import LINEAR, NONE, Scorer
 from headsink.utils import device
 
 GROWTH = 128  # slots by which a ring grows until it is as long as its window
@@ -35,7 +35,8 @@ class Slots:
 
     weights: scorer weights, [KV heads of the layer, features]. inverse: the inverse rotary frequencies for cache-relative
     positions (models/rope.py), else None. exact: heads with full attention use the same call as transformers where `sdpa` can
-    express it, even if a kernel is faster. Columns count from the start of the batch, positions from a row's first real token.
+    express it, even if a kernel is faster. scorer: of the weights. Columns count from the start of the batch, positions from a
+    row's first real token.
     """
 
     @outside_inference_mode
@@ -48,8 +49,9 @@ class Slots:
         padding: Padding | None,
         inverse: Tensor | None = None,
         exact: bool = True,
+        scorer: Scorer = LINEAR,
     ):
-        self.pattern, self.heads, self.exact = pattern, heads, exact
+        self.pattern, self.heads, self.exact, self.scorer = pattern, heads, exact, scorer
         self.inverse = inverse if pattern.sink else None
         self.below_capacity = not pattern.full and self.inverse is None
         self.window = None if self.below_capacity else pattern.window  # None: nothing is evicted
@@ -111,7 +113,7 @@ class Slots:
         if not self.holes:
             self.append_keys(keys, values)
             return
-        scores = key_scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.top_k else None
+        scores = self.scorer.scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.top_k else None
         self.append_keys(keys, values, scores)
         pads = (
             torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
@@ -224,7 +226,7 @@ class Slots:
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
         if self.pattern.top_k:
-            scores = key_scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
+            scores = self.scorer.scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
             scores = scores if seen is None else scores.masked_fill(~seen, NONE)
             self._choose(keys, values, self._eligible_scores(scores, first))
 

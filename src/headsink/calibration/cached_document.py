@@ -27,7 +27,7 @@ from headsink.compression.continuations import Context, Continuations, read
 from headsink.data.documents import Document
 from headsink.eviction.lifetimes import best
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import key_scores
+from headsink.eviction.scorers import LINEAR, Scorer
 from headsink.eviction.selection import kept_indices
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a sliding-window layer
@@ -72,11 +72,11 @@ class CachedDocument(Context):
         self.targets = self._continuations.ids[self.scored + 1]
         self.full = self.log_probs([None if window else [FULL] * self.shape.kv_heads for window in self.shape.windows])
 
-    def set_scores(self, weights: Tensor) -> None:
+    def set_scores(self, weights: Tensor, scorer: Scorer = LINEAR) -> None:
         """Score the keys by scorer weights, [layers, KV heads, features]."""
-        self._weights = weights.to(self.model.device)
+        self._weights, self._scorer = weights.to(self.model.device), scorer
         layers = zip(self._keys, self._values, self._weights, strict=True)
-        self._scores = [key_scores(keys, values, own) for keys, values, own in layers]
+        self._scores = [scorer.scores(keys, values, own) for keys, values, own in layers]
 
     def set_importance(self, importance: ImportanceScores) -> None:
         """Score the keys by their importance in context reconstruction, of the whole document."""
@@ -215,7 +215,7 @@ class CachedDocument(Context):
         if not pattern.top_k:
             return mask[None]
         scores, sinks = self._scores[layer][heads], min(pattern.sink, size)
-        new = key_scores(key.detach(), value.detach(), self._weights[layer, heads])
+        new = self._scorer.scores(key.detach(), value.detach(), self._weights[layer, heads])
         # At query n, keys at a distance of `window` or more have left the window.
         evicted = (steps + size - window - near.start + 1).clamp(min=0)
         leaving = torch.cat([scores[:, near.start : near.stop], new], 1)[:, : int(evicted[-1])]

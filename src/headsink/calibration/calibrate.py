@@ -33,6 +33,7 @@ from headsink.errors import HeadsinkError
 from headsink.evaluation.options import LEAST_QUALITY, TAIL, check_budget, check_context, check_max_kl, check_quality
 from headsink.evaluation.quality import measure
 from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.scorers import find_scorer
 from headsink.models import timing
 from headsink.models.devices import dtype_name
 from headsink.models.distributed import rank_heads
@@ -142,6 +143,7 @@ class Calibration:
         check_plannable(shape)
         self.model, self.method, self.seed = model, method or Method(), seed
         rank_heads(shape.kv_heads, self.method.ranks)  # raises if they cannot be split
+        self.scorer = find_scorer(self.method.scorer)
         self.checkpoint, self.progress = checkpoint, progress
         self.domains = check_domains(domains)
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
@@ -158,10 +160,10 @@ class Calibration:
                 shown.advance(shown.task_ids[0])
                 demands.append(measure_importance(self.cached[-1], self.prompt))
                 shown.advance(shown.task_ids[0])
-        self.weights = fit(self.cached, demands)
+        self.weights = fit(self.cached, demands, self.scorer)
         self.importance = torch.cat([one.attention for one in demands], -1)
         for cached in self.cached:
-            cached.set_scores(self.weights)
+            cached.set_scores(self.weights, self.scorer)
 
     def plan(self, budget: float) -> Plan:
         """The plan for a budget, verified once on its own cache; without quality on held-out text."""
@@ -182,6 +184,7 @@ class Calibration:
         options: dict[str, Any] = {
             "prefill_compression": self.method.prefill_compression,
             "positions": self.method.positions,
+            "scorer": self.method.scorer,
         }
         if self.method.reconstruct:
             options |= {"reconstruction_prompt": self.prompt, "refit_values": self.method.refit_values}
@@ -301,7 +304,7 @@ class Calibration:
             allocation = coordinate_descent(allocation, loss, report)
         step(allocation, done[-1].loss, "done")
         for cached in self.cached:  # for other budgets
-            cached.set_scores(self.weights)
+            cached.set_scores(self.weights, self.scorer)
         return allocation
 
     def _restore(self, step: Step) -> Allocation:

@@ -37,7 +37,7 @@ class Method:
 
     prefill_compression: calibrate for prefill compression, not for online eviction. reconstruct: with context reconstruction
     (KVzip); head budgets are then proportional to importance (equal if `importance` is off) and refined by coordinate descent if
-    there are few heads (allocation.py). refit_values: refit the kept values (least squares). positions: as in a plan;
+    there are few heads (allocation.py). refit_values: refit the kept values (least squares). positions, scorer: as in a plan;
     "cache-relative" only works with windows. ranks: number of tensor-parallel ranks. Every rank reserves as much memory as the
     fullest one, so heads at the same index of different ranks get the same pattern.
     """
@@ -55,6 +55,7 @@ class Method:
     reconstruct: bool = False
     refit_values: bool = True
     positions: Positions = "absolute"
+    scorer: str = "linear"
     ranks: int = 1
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Scorer weights: fit a linear scorer of keys to their importance in context reconstruction.
+"""Scorer weights: fit a scorer of keys to their importance in context reconstruction.
 
 The target of a key is its importance score (compression/reconstruction.py, KVzip, arXiv 2505.23416): the log of the largest
 attention that it receives while its span of the document is reconstructed. Ridge regression of the targets on features of the key
-(eviction/scoring.py), per KV head, gives a rule that scores new keys as they arrive. Keys with more attention have more weight
+(eviction/scorers), per KV head, gives a rule that scores new keys as they arrive. Keys with more attention have more weight
 in the regression, since keys that are never kept need no exact order.
 """
 
@@ -18,7 +18,7 @@ from headsink.attention.params import Inputs
 from headsink.compression.continuations import Context
 from headsink.compression.reconstruction import LEAD, SPAN, Reconstruction
 from headsink.errors import HeadsinkError
-from headsink.eviction.scoring import key_features, n_features
+from headsink.eviction.scorers import LINEAR, Scorer
 
 TOKENS = 1536  # reconstructed tokens of a document at most, in evenly spaced spans
 LEAST = -14.0  # smallest target: attention below e^-14 does not matter, and it may be 0
@@ -61,10 +61,10 @@ def _starts(length: int) -> list[int]:
     return [LEAD + round(n * room / (count - 1)) for n in range(count)]
 
 
-def fit(contexts: Sequence[Context], demands: Sequence[ImportanceScores]) -> Tensor:
+def fit(contexts: Sequence[Context], demands: Sequence[ImportanceScores], scorer: Scorer = LINEAR) -> Tensor:
     """Scorer weights, float32 [layers, KV heads, features], scaled so that the largest of each head is 1, with four decimals."""
     shape = contexts[0].shape
-    weights = torch.zeros(shape.layers, shape.kv_heads, n_features(shape.head_dim))
+    weights = torch.zeros(shape.layers, shape.kv_heads, scorer.n_features(shape.head_dim))
     for layer, window in enumerate(shape.windows):
         if window is not None:
             continue
@@ -72,7 +72,7 @@ def fit(contexts: Sequence[Context], demands: Sequence[ImportanceScores]) -> Ten
         for context, importance in zip(contexts, demands, strict=True):
             keys, values = context.key_values(layer)
             positions = importance.positions.to(keys.device)
-            features.append(key_features(keys[:, positions], values[:, positions]).cpu())
+            features.append(scorer.features(keys[:, positions], values[:, positions]).cpu())
             targets.append(importance.attention[layer])
         x, y = torch.cat(features, 1).double(), torch.cat(targets, 1).double()
         if not (x.isfinite().all() and y.isfinite().all()):

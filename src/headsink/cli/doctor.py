@@ -104,12 +104,12 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     from headsink.attention.reference import reference_attention
     from headsink.cache.head_group import HeadGroup
     from headsink.eviction.pattern import Pattern
-    from headsink.eviction.scoring import n_features
+    from headsink.eviction.scorers import LINEAR
     from headsink.models.devices import dtype_name
 
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
-    weights, scaling, worst = torch.randn(2, n_features(64), generator=generator), 0.125, 0.0
+    weights, scaling, worst = torch.randn(2, LINEAR.n_features(64), generator=generator), 0.125, 0.0
     module: Any = torch.nn.Identity()
     module.num_key_value_groups = 2
     for pattern in (Pattern(*numbers) for numbers in PATTERNS):

@@ -27,6 +27,6 @@ def compile_step(model: PreTrainedModel, plan: Plan | None) -> None:
     """Compile the decode step under a plan, where there is one, before the clock starts."""
     from headsink.generation.decode import prepare, refusal
 
-    if plan is not None and refusal(model) is None:
+    if plan is not None and refusal(model, plan) is None:
         with err.status("compiling: half a minute, once on a machine"):
             prepare(model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headsink.errors import must_be
-from headsink.eviction.scoring import NONE
+from headsink.eviction.scorers import NONE
 from headsink.utils import device
 
 

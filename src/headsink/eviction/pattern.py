@@ -5,9 +5,9 @@ Query i (0-based position in its text) of a KV head with `Pattern(sink=s, top_k=
     j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's top-k keys at i )
 
 The top-k keys at i are the f keys at s <= j <= i - w with the highest importance scores; all of them if there are fewer than f.
-The score is a fixed function of the key and its value (eviction/scoring.py). Therefore an evicted key never returns, the result
-does not depend on how the text is divided into chunks, and no query sees more than s + f + w keys. Which of several keys with
-equal scores is kept is unspecified.
+The score is a fixed function of the key and its value (eviction/scorers/linear.py). Therefore an evicted key never returns, the
+result does not depend on how the text is divided into chunks, and no query sees more than s + f + w keys. Which of several keys
+with equal scores is kept is unspecified.
 
 This module is the slow reference that the cache, the kernels and the serving plugin are tested against.
 """

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headsink.attention.backends import backend_of
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.generation.prompt import Prompt, cached_padding, check_call
 from headsink.models.transformers_names import generate_argument, given_cache, returned_cache
+from headsink.plan.plan import Plan
 from headsink.utils import device
 
 
@@ -49,9 +51,12 @@ def _backend(model: PreTrainedModel) -> Any:
     return step_cpu
 
 
-def refusal(model: PreTrainedModel) -> str | None:
-    """Why a model has no compiled decode step on this machine; None if it has one."""
+def refusal(model: PreTrainedModel, plan: Plan | None = None) -> str | None:
+    """Why a model has no compiled decode step on this machine, or no plan of this kind; None if it has one."""
     kind = model.device.type
+    backend = backend_of(kind)
+    if plan is not None and plan.has_top_k and backend is not None and plan.scorer not in backend.scorers:
+        return f"the plan's scorer {plan.scorer!r} has no kernel"
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
         return "it does not support torch.autocast; convert the model with model.to(dtype) instead"
     reason: str | None = _backend(model).refusal(model)
@@ -65,7 +70,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 def decoder(model: PreTrainedModel, cache: PlanCache) -> Decoder:
     """A decode step for a model and a filled cache. Raises HeadsinkError with the reason if there is none (`refusal`)."""
-    if reason := refusal(model):
+    if reason := refusal(model, cache.plan):
         raise HeadsinkError(f"decode: {reason}")
     step: Decoder = _backend(model).Decoder(model, cache)
     return step
@@ -101,9 +106,9 @@ def decode(
     search, assisted generation, `return_dict_in_generate`, `inputs_embeds`, right padding, and a model without an applied plan.
     """
     check_call("decode", generation_config, model_kwargs)
-    if reason := refusal(model):
-        raise HeadsinkError(f"decode: {reason}")
     cache = given_cache(model_kwargs)
+    if reason := refusal(model, cache.plan if isinstance(cache, PlanCache) else None):
+        raise HeadsinkError(f"decode: {reason}")
     prompt = Prompt.of(model, input_ids, cache, generation_config, model_kwargs)
     if prompt.positions.dim() > 2:
         raise HeadsinkError("decode: positions of this model have several axes; leave out custom_generate")

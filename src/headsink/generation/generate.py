@@ -126,7 +126,7 @@ def generate(
         if plan is None or cache.get_seq_length():
             raise HeadsinkError("lossless: give a plan for the draft, and no cache")
         return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
-    if compiled and isinstance(cache, PlanCache) and refusal(model) is None:
+    if compiled and isinstance(cache, PlanCache) and refusal(model, cache.plan) is None:
         options = {"custom_generate": decode, **options}
         prepare(model)
     start = time.perf_counter()

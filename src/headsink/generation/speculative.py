@@ -163,7 +163,7 @@ class SpeculativeDecoder:
         self.rows = list(range(len(input_ids)))  # unfinished sequences
         self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
-        self.compiled = position.dim() == 1 and refusal(model) is None
+        self.compiled = position.dim() == 1 and refusal(model, draft.plan) is None
         if self.compiled:
             prepare(model)  # not part of the measured times
         # Columns cannot be hidden in a sliding-window layer: there all rows accept as many tokens as the row with the fewest.

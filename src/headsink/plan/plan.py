@@ -26,7 +26,7 @@ from torch import nn
 
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import n_features
+from headsink.eviction.scorers import SCORERS
 from headsink.models.fingerprint import ALLOWED, Fingerprint, Hashed, Part
 from headsink.models.rope import inverse_frequencies
 from headsink.models.spec import Architecture, check_plannable, describe, vocabulary
@@ -43,15 +43,17 @@ class Plan(Part):
 
     prefill_compression: the plan was calibrated and measured for prefill compression (evict once, after the prompt, as
     `headsink.compress` does), not for online eviction. positions: "absolute", or "cache-relative", where positions count the
-    cached keys (models/rope.py); texts may then have any length, and every head needs a window and no top-k keys.
-    reconstruction_prompt: token ids of the prompt of context reconstruction (compression/reconstruction.py); empty: keys are
-    chosen by the linear scorer. refit_values: refit the kept values by least squares after context reconstruction.
+    cached keys (models/rope.py); texts may then have any length, and every head needs a window and no top-k keys. scorer: the
+    name of the scorer of the heads' `scorer_weights` (eviction/scorers). reconstruction_prompt: token ids of the prompt of
+    context reconstruction (compression/reconstruction.py); empty: keys are chosen by the linear scorer. refit_values: refit the
+    kept values by least squares after context reconstruction.
     """
 
     schema_version: Literal[4] = SCHEMA
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
     positions: Positions = "absolute"
+    scorer: str = "linear"
     prefill_compression: bool = False
     reconstruction_prompt: tuple[Tokens, ...] = ()
     refit_values: bool = True
@@ -63,6 +65,8 @@ class Plan(Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
+        if self.scorer not in SCORERS:
+            raise ValueError(f"scorer: {self.scorer!r} is unknown; one of {', '.join(SCORERS)}")
         if self.reconstruction_prompt and not self.prefill_compression:
             raise ValueError(
                 "reconstruction_prompt: context reconstruction needs prefill compression; prefill_compression must be true"
@@ -81,10 +85,12 @@ class Plan(Part):
                     f"layers.{index}: {len(heads)} heads given, the model has {self.model.kv_heads} KV heads"
                 )
             for head, found in enumerate(heads or ()):
-                if found.scorer_weights is not None and len(found.scorer_weights) != n_features(self.model.head_dim):
+                if found.scorer_weights is not None and len(found.scorer_weights) != SCORERS[self.scorer].n_features(
+                    self.model.head_dim
+                ):
                     raise ValueError(
                         f"layers.{index}.{head}.scorer_weights: {len(found.scorer_weights)} weights given, heads of "
-                        f"size {self.model.head_dim} need {n_features(self.model.head_dim)}"
+                        f"size {self.model.head_dim} need {SCORERS[self.scorer].n_features(self.model.head_dim)}"
                     )
         return self
 
@@ -269,11 +275,16 @@ class Plan(Part):
 
     def scores(self, layer: int) -> torch.Tensor:
         """Return the scorer weights of a layer: float32 [KV heads, features], 0 for heads without top-k keys."""
-        weights = torch.zeros(self.model.kv_heads, n_features(self.model.head_dim))
+        weights = torch.zeros(self.model.kv_heads, SCORERS[self.scorer].n_features(self.model.head_dim))
         for head, found in enumerate(self.layers[layer] or ()):
             if found.scorer_weights is not None:
                 weights[head] = torch.tensor(found.scorer_weights)
         return weights
+
+    @property
+    def has_top_k(self) -> bool:
+        """Whether any head has top-k keys."""
+        return any(head.top_k for heads in self.layers for head in heads or ())
 
     @property
     def verified(self) -> int | None:

@@ -27,7 +27,7 @@ from headsink.cache.head_group import HeadGroup
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scoring import NONE
+from headsink.eviction.scorers import NONE
 from headsink.models.devices import dtype_name
 from headsink.models.spec import vocabulary
 from headsink.plan.plan import Plan

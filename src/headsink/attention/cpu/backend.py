@@ -21,6 +21,7 @@ class CPUBackend:
     """See `backends.Backend`. Logits are neither capped nor shared with sink logits."""
 
     reads_layers = False
+    scorers = frozenset({"linear"})
     decodes_padding = False
     statistics: Any = None
 

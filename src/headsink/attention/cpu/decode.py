@@ -102,7 +102,7 @@ def _rotate(x: Any, cos: Any, sin: Any) -> None:
 
 @njit(fastmath=FAST)
 def _score(key: Any, value: Any, weights: Any) -> Any:
-    """Return the importance score of a key (eviction/scoring.py): float32. key, value: [dim]; weights: float32 [features]."""
+    """Return the linear importance score of a key (eviction/scorers): float32. key, value: [dim]; weights: float32 [features]."""
     dim = key.shape[0]
     half, total = dim // 2, np.float32(0)
     for n in range(dim):

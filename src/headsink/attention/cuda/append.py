@@ -36,7 +36,7 @@ _FOREVER = tl.constexpr(FOREVER)
 
 @triton.jit
 def _score(key_first, key_second, value, weights, column, pair, dim: tl.constexpr):
-    """Return the importance score of a key (eviction/scoring.py). key_first, key_second: its halves, which form rotary pairs."""
+    """Return the linear importance score of a key (eviction/scorers). key_first, key_second: halves that form rotary pairs."""
     half: tl.constexpr = dim // 2
     of_first = tl.load(weights + pair, pair < half, other=0.0)
     of_second = tl.load(weights + half + pair, pair < half, other=0.0)

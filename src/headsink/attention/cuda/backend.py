@@ -20,6 +20,7 @@ class CUDABackend:
     """See `backends.Backend`."""
 
     reads_layers = True
+    scorers = frozenset({"linear"})
     decodes_padding = True
     statistics: Any = census
 
