@@ -83,11 +83,14 @@ def tokenizer(smollm2):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tokenizer):
-    """A tiny random Llama saved by transformers, with the built-in model's tokenizer."""
+    """A tiny random Llama saved by transformers, with a tokenizer like the built-in model's and a vocabulary of 2,048 tokens."""
+    from pydoc_data.topics import topics
+
     from families import CONFIGS
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tokenizer.train_new_from_iterator(topics.values(), 2048)
     config = CONFIGS["llama"]()
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 2048
     torch.manual_seed(0)

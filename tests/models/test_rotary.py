@@ -22,15 +22,19 @@ from headsink.models.transformers_names import cache_argument
 ROTARY = [name for name in FAMILIES if name != "mistral-sliding"]
 
 
-def rotate(model, vectors, positions, sign=1):
-    """Rotate vectors by transformers' cos and sin. vectors: [..., tokens, dim]; positions: [tokens]."""
+def cos_and_sin(model, positions):
+    """Return transformers' cos and sin of positions [tokens]: [tokens, dim]."""
     rotary = decoder(model).rotary_emb
     kind = ("full_attention",) if hasattr(rotary, "layer_types") else ()
     cos, sin = rotary(torch.empty(0, dtype=torch.float64), positions[None], *kind)
     if cos.shape[-1] == len(inverse_frequencies(model)):  # gpt-oss has one value per pair
         cos, sin = (torch.cat([t, t], -1) for t in (cos, sin))
     size = getattr(rotary, "attention_scaling", 1.0)  # yarn's extra scaling of keys and queries
-    cos, sin = cos[0] / size, sin[0] / size * sign
+    return cos[0] / size, sin[0] / size
+
+
+def rotate(vectors, cos, sin):
+    """Rotate vectors [..., tokens, dim] by cos and sin [tokens, dim]."""
     rotated, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, -1)
     return torch.cat([rotated * cos + torch.cat([-b, a], -1) * sin, rest], -1)
@@ -38,6 +42,8 @@ def rotate(model, vectors, positions, sign=1):
 
 def streaming(model, plan, ids, mask):
     """Return logits by the definition: every query and its visible keys are rotated by their index among those keys."""
+
+    cos, sin = cos_and_sin(model, torch.arange(ids.shape[1]))
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         heads = plan.layers[module.layer_idx]
@@ -47,9 +53,9 @@ def streaming(model, plan, ids, mask):
         output, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
         for row in range(len(query)):
             first = 0 if mask is None else int(mask[row].int().argmax())
-            positions = torch.arange(query.shape[2] - first)
-            q, k = (rotate(model, t[row, :, first:], positions, -1) for t in (query, key))  # undo the rotation
-            for i in range(len(positions)):
+            tokens = query.shape[2] - first
+            q, k = (rotate(t[row, :, first:], cos[:tokens], -sin[:tokens]) for t in (query, key))  # undo the rotation
+            for i in range(tokens):
                 for n, pattern in enumerate(head.pattern for head in heads):
                     seen = torch.tensor(
                         [j for j in range(i + 1) if j < pattern.sink or i - j < pattern.window], dtype=torch.long
@@ -57,10 +63,10 @@ def streaming(model, plan, ids, mask):
                     if len(seen):
                         rows = slice(n * group, (n + 1) * group)
                         # A head without a window has its query one past the sink tokens, if it does not attend to itself.
-                        at = torch.tensor([len(seen) - 1])
+                        at, all_seen = slice(len(seen) - 1, len(seen)), slice(len(seen))
                         own, keys = (
-                            rotate(model, q[rows, i : i + 1], at),
-                            rotate(model, k[n, seen], torch.arange(len(seen))),
+                            rotate(q[rows, i : i + 1], cos[at], sin[at]),
+                            rotate(k[n, seen], cos[all_seen], sin[all_seen]),
                         )
                         given = own[None], keys[None, None], value[row : row + 1, n : n + 1, first + seen]
                         softmax = scaling, kwargs.get("softcap"), None if sink_logits is None else sink_logits[rows]
@@ -161,7 +167,7 @@ def test_no_distance_exceeds_the_cache():
 def test_inverse_rotation_undoes_a_rotation():
     model, positions = tiny("phi3"), torch.tensor([3, 700, 12345])
     vectors = torch.randn(2, 4, 3, 12, dtype=torch.float64)
-    there = rotate(model, vectors, positions)
+    there = rotate(vectors, *cos_and_sin(model, positions))
     torch.testing.assert_close(rotate_back(there, positions, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
     torch.testing.assert_close(rotate_back(there, positions - positions, inverse_frequencies(model)), there)
 

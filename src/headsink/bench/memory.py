@@ -162,7 +162,8 @@ def _answer(name: str, model_name: str, dtype: str, device: str, plan: str | Non
     os.dup2(2, 1)  # other output goes to standard error
     model, _ = headsink.load(model_name, dtype=dtype, device=device)
     loaded = None if plan is None else Plan.load(plan)
-    configuration = Configuration(name, model, loaded, plan is not None and refusal(model, plan) is None)
+    compiled = loaded is not None and refusal(model, loaded) is None
+    configuration = Configuration(name, model, loaded, compiled)
     configuration.run([[1] * 16], 3)  # warm-up: kernels are compiled here
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
