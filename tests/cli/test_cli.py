@@ -690,7 +690,7 @@ def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
+def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how, run):
     words = [
         "analyze",
         tiny_folder,
@@ -705,7 +705,8 @@ def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
     ]
     # A shell that starts tests in the background makes them and their children ignore ctrl-C.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from headsink.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *map(str, words), "--out", str(tmp_path / "census"), "--json"]
+    words += ["--out", tmp_path / "census", "--json"]
+    command = [sys.executable, "-c", code, *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = tmp_path / ".census.partial"
     while len(list(kept.glob("*.safetensors"))) < 2:  # wait for some finished texts; the run ends if there are none
@@ -720,7 +721,8 @@ def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how):
         assert "start it again to go on" in err
     done = list(kept.glob("*.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == [".census.partial"]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"continuing: {len(done)} of 8 texts are done" in again.stderr
-    assert json.loads(again.stdout)["folder"] == str(tmp_path / "census")
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert f"continuing: {len(done)} of 8 texts are done" in err
+    assert json.loads(out)["folder"] == str(tmp_path / "census")
     assert [path.name for path in tmp_path.iterdir()] == ["census"]
