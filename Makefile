@@ -44,9 +44,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Convert the built-in model once, before the tests. Each of the two processes has one thread, so that they do not compete for cores.
+# Before the tests: convert the built-in model and compile the CPU kernels once, which every process would do otherwise. Each of
+# the two processes has one thread, so that they do not compete for cores.
 test: lint
-	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
+	@$(BIN)/python -c 'import headsink; from headsink.generation.decode import prepare; prepare(headsink.load("smollm2")[0])'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The core of every package: what a contributor runs after each change.

@@ -165,10 +165,9 @@ def test_windows_can_use_cache_relative_positions(budget, make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
-def test_budgets_of_few_heads_are_tuned_by_local_search(family, small, tmp_path, monkeypatch):
+def test_budgets_of_few_heads_are_tuned_by_local_search(small, tmp_path, monkeypatch):
     """Not worse on the documents than allocation by importance, with the scores of context reconstruction; resumes if stopped."""
-    model, file = tiny(family), tmp_path / "steps.json"
+    model, file = tiny("gemma3"), tmp_path / "steps.json"
 
     def made(method, checkpoint=None):
         return Calibration(model, small, context=CONTEXT, method=method, checkpoint=checkpoint, progress=False)
@@ -406,7 +405,7 @@ def test_broken_steps_of_the_same_arguments_are_refused(make, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_max_kl_takes_the_smallest_budget_within_it(family, small, monkeypatch):
-    calibration = Calibration(tiny(family), small, context=CONTEXT, method=Method(refine=False), progress=False)
+    calibration = Calibration(tiny(family), small, context=CONTEXT, method=Method(steps=False), progress=False)
     monkeypatch.setattr(calibration, "plan", cache(calibration.plan))
     plans = {budget: calibration.plan(budget) for budget in BUDGETS if budget * CONTEXT >= SINK + WINDOWS[0]}
     kl = {budget: plan.calibration["verified"]["kl_text"] for budget, plan in plans.items()}

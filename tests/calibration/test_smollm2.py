@@ -38,8 +38,17 @@ def test_the_half_plan_answers_what_the_full_cache_answers(smollm2):
 
 
 def test_calibration_meets_the_budget_and_finds_secondary_sinks(smollm2):
+    """In one step of the search; the committed plans were made by all steps, which take minutes."""
     model, tokenizer = smollm2
-    plan = headsink.calibrate(model, tokenizer, budget=0.5, context=LEAST_CONTEXT, quality_contexts=(), progress=False)
+    plan = headsink.calibrate(
+        model,
+        tokenizer,
+        budget=0.5,
+        context=LEAST_CONTEXT,
+        method=Method(steps=False),
+        quality_contexts=(),
+        progress=False,
+    )
     assert 0.4 < plan.kv_budget(LEAST_CONTEXT) <= 0.5
     assert any(head.top_k for layer in plan.layers for head in layer)
     text, *_ = score(model, plan, documents.document(tokenizer, LEAST_CONTEXT, split="heldout", seed=5))
@@ -51,7 +60,7 @@ def test_with_context_reconstruction_an_eighth_of_the_cache_is_enough(smollm2):
     model, tokenizer = smollm2
     method = Method(prefill_compression=True, reconstruct=True)
     plan = headsink.calibrate(
-        model, tokenizer, budget=0.125, context=600, method=method, quality_contexts=(), progress=False
+        model, tokenizer, budget=0.125, context=1000, method=method, quality_contexts=(), progress=False
     )
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
     reconstructed, scored = (
