@@ -44,7 +44,8 @@ def test_any_plan_equals_the_reference_with_kernels(family, way, padding, case_s
     ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
     real = slice(None) if mask is None else mask.bool()
     drawn = random_plan(model, case_seed)
-    for plan, freeze in ((drawn, None), (drawn, 45), (Plan.full(model), None if case_seed % 2 else 45)):
+    freezes = (None, 45) if case_seed % 2 else (45, None)
+    for plan, freeze in zip((drawn, Plan.full(model)), freezes, strict=True):
         expected = reference_logits(exact, plan, ids, mask, freeze)
         logits, _ = feed(model, plan, ids, WAYS[way], mask, freeze, exact=False)
         torch.testing.assert_close(logits[real].double(), expected[real], rtol=0, atol=3e-5)

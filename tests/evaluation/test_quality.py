@@ -33,26 +33,25 @@ def continuations(document):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "held"])
-def test_quality_equals_one_pass_over_everything(family, freeze):
+def test_quality_equals_one_pass_over_everything(family, freeze, case_seed):
     model, document = tiny(family, dtype=torch.float64), random_document()
-    for seed in range(3):
-        plan = random_plan(model, seed).model_copy(update={"prefill_compression": freeze})
-        found = score(model, plan, document)
-        assert [branch.form for branch in found] == ["text", "first", "second"]
-        for branch, (ids, scored) in zip(found, continuations(document), strict=True):
-            text = torch.tensor([document.ids + ids])
-            with torch.no_grad():
-                since = len(document.ids) if freeze else None
-                both = model(text).logits, reference_logits(model, plan, text, freeze=since, prefill_compression=freeze)
-            full, lossy = (logits[0, -scored - 1 : -1].log_softmax(-1) for logits in both)
-            targets, rows = torch.tensor(ids[-scored:]), torch.arange(scored)
-            close = {"rtol": 0, "atol": 1e-5}
-            torch.testing.assert_close(branch.kl, (full.exp() * (full - lossy)).sum(-1), **close)
-            torch.testing.assert_close(branch.nll_full, -full[rows, targets], **close)
-            torch.testing.assert_close(branch.nll_plan, -lossy[rows, targets], **close)
-            assert torch.equal(branch.agree, full.argmax(-1) == lossy.argmax(-1))
-            assert branch.right_full == bool((full.argmax(-1) == targets).all())
-            assert branch.right_plan == bool((lossy.argmax(-1) == targets).all())
+    plan = random_plan(model, case_seed).model_copy(update={"prefill_compression": freeze})
+    found = score(model, plan, document)
+    assert [branch.form for branch in found] == ["text", "first", "second"]
+    for branch, (ids, scored) in zip(found, continuations(document), strict=True):
+        text = torch.tensor([document.ids + ids])
+        with torch.no_grad():
+            since = len(document.ids) if freeze else None
+            both = model(text).logits, reference_logits(model, plan, text, freeze=since, prefill_compression=freeze)
+        full, lossy = (logits[0, -scored - 1 : -1].log_softmax(-1) for logits in both)
+        targets, rows = torch.tensor(ids[-scored:]), torch.arange(scored)
+        close = {"rtol": 0, "atol": 1e-5}
+        torch.testing.assert_close(branch.kl, (full.exp() * (full - lossy)).sum(-1), **close)
+        torch.testing.assert_close(branch.nll_full, -full[rows, targets], **close)
+        torch.testing.assert_close(branch.nll_plan, -lossy[rows, targets], **close)
+        assert torch.equal(branch.agree, full.argmax(-1) == lossy.argmax(-1))
+        assert branch.right_full == bool((full.argmax(-1) == targets).all())
+        assert branch.right_plan == bool((lossy.argmax(-1) == targets).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
