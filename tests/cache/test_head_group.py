@@ -60,6 +60,7 @@ def padding_of(pads):
 WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 
 
+@pytest.mark.slow
 @given(
     st.lists(windowed, min_size=1, max_size=3),
     st.sampled_from([1, 2]),
@@ -78,6 +79,7 @@ def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, si
     close(output, expected, pads)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 0, 13, 70]), min_size=1, max_size=2),
@@ -139,6 +141,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes
     assert group.keys.shape[2] == pattern.sink + pattern.top_k + pattern.window
 
 
+@pytest.mark.slow
 @given(
     st.lists(windowed, min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 0, 13]), min_size=1, max_size=2),
@@ -204,6 +207,7 @@ def test_reordered_rows_keep_their_scores():
 # freeze
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 0, 13, 70]), min_size=1, max_size=2),
@@ -306,6 +310,7 @@ def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden
     return torch.stack(out)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
     st.sampled_from([0, 3]),

@@ -64,6 +64,7 @@ def test_any_frozen_plan_equals_the_reference(family, way, padding, case_seed):
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
 @pytest.mark.parametrize("sizes", [[1000], [200, 131, 1, 1, 9], [1]], ids=["one pass", "chunks", "token by token"])
 @pytest.mark.parametrize("freeze", [None, 150])
@@ -80,6 +81,7 @@ def test_top_k_keys_that_are_replaced(family, sizes, freeze):
         assert (group.scores > float("-inf")).all()
 
 
+@pytest.mark.slow
 def test_long_prefill_is_computed_in_blocks():
     model = tiny("llama")
     ids = torch.randint(3, 211, (1, 411))
@@ -483,6 +485,7 @@ def test_a_text_beyond_the_verified_length_warns_once(recwarn):
         model(inputs_embeds=model.get_input_embeddings()(torch.cat([ids, ids], 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plan", "full", "endless"])
 def test_200_calls_leak_nothing(kind):
     """No tensor and no other Python object is leaked, from the twentieth call on."""

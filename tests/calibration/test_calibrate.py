@@ -154,6 +154,7 @@ def test_a_plan_for_context_reconstruction_allocates_by_importance(family, make,
         calibration.plan(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_windows_can_use_cache_relative_positions(budget, make):
     method = Method(policy="streaming-llm", positions="cache-relative")
@@ -264,6 +265,7 @@ def test_every_policy_makes_plans_that_run(policy, family, make):
         assert torch.isfinite(model(torch.randint(3, 211, (1, 580))).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_budget_1_gives_the_models_outputs(family, make):
     plan = make(model=tiny(family, dtype=torch.float64), budget=1.0)
@@ -281,6 +283,7 @@ def test_plans_of_long_contexts_run_over_fewer_documents(make, monkeypatch):
     assert [one["verified"] for one in make(budget=0.5).calibration["documents"]] == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_quality_is_measured_at_the_given_contexts(make):
     for contexts in [(600, 512), ()]:
         assert [quality.context for quality in make("gemma3", quality_contexts=contexts).quality] == list(contexts)
@@ -403,6 +406,7 @@ def test_broken_steps_of_the_same_arguments_are_refused(make, tmp_path):
 # max_kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_max_kl_takes_the_smallest_budget_within_it(family, small, monkeypatch):
     calibration = Calibration(tiny(family), small, context=CONTEXT, method=Method(steps=False), progress=False)
@@ -419,6 +423,7 @@ def test_max_kl_takes_the_smallest_budget_within_it(family, small, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_max_kl_of_calibrate(make):
     plan = make(max_kl=100.0)
     assert plan.calibration["max_kl"] == 100

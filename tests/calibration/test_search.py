@@ -147,6 +147,7 @@ def test_an_impossible_budget_is_refused():
 # the search
 
 
+@pytest.mark.slow
 @every_family
 @every_method
 def test_every_step_is_within_the_budget_and_reports_its_cost(family, method, case_seed):
@@ -168,6 +169,7 @@ def test_every_step_is_within_the_budget_and_reports_its_cost(family, method, ca
             assert {pattern for step in steps for pattern in heads(step)} <= set(method.options(CONTEXT))
 
 
+@pytest.mark.slow
 def test_patterns_of_baseline_policies():
     for budget in (0.3, 0.55, 0.9):
         for family in SOME:
@@ -308,6 +310,7 @@ def test_a_plan_for_prefill_compression_is_scored_with_it():
 # steps
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("policy", ["headsink", "on-off", "layer-wise"])
 def test_in_forward_steps_no_head_loses_keys(family, policy):
@@ -322,6 +325,7 @@ def test_in_forward_steps_no_head_loses_keys(family, policy):
         assert after.loss == pytest.approx(made.loss(made._pick(before)), abs=1e-6)
 
 
+@pytest.mark.slow
 @every_family
 def test_swaps_never_raise_the_loss(family):
     swapped = False
@@ -337,6 +341,7 @@ def test_swaps_never_raise_the_loss(family):
     assert swapped
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_search_resumes_from_any_step(family, policy):

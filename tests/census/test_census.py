@@ -102,6 +102,7 @@ def whole_matrix(weights, seen, n):
     return scores, errors, group_errors, weights[:, list(rows)].mean(1), profile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_the_eager_matrix(family, monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2**11)

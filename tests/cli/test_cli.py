@@ -87,6 +87,7 @@ def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tm
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_compare_prints_the_differences(census, run):
     (a, _), (b, _), (c, _) = census("a"), census("b", "--seed", "1"), census("c", "--domains", "maths")
     status, out, _ = run("compare", a, b, "--json")
@@ -110,6 +111,7 @@ def test_compare_prints_the_differences(census, run):
     assert {path.suffix for path in (a.parent / "figures").iterdir()} == {".png", ".svg", ".json"}
 
 
+@pytest.mark.slow
 def test_incomparable_runs_are_refused(census, run, tmp_path):
     (a, _), (b, _) = census("a", "--domains", "prose"), census("b", "--domains", "maths")
     status, _, err = run("compare", a, b)
@@ -120,6 +122,7 @@ def test_incomparable_runs_are_refused(census, run, tmp_path):
     assert "nothing: no such folder" in err
 
 
+@pytest.mark.slow
 def test_analyze_on_texts_of_the_user(census, run, tiny_folder, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("<script>alert('x')</script> & so on " * 60)
@@ -133,6 +136,7 @@ def test_analyze_on_texts_of_the_user(census, run, tiny_folder, tmp_path):
     assert "fewer than the shortest length" in err
 
 
+@pytest.mark.slow
 def test_analyze_on_prompts_of_the_user(census, run, tiny_folder, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text(
@@ -150,6 +154,7 @@ def test_analyze_on_prompts_of_the_user(census, run, tiny_folder, tmp_path):
     assert f"line 2 of {records} has no text" in err
 
 
+@pytest.mark.slow
 def test_a_census_is_rerun_from_its_folder(census):
     (a, first), (_, again) = census("a", "--seed", "3", "--domains", "maths,random", "--tau", "0.5"), ({}, {})
     _, again = census("b", "--rerun", a)
@@ -177,6 +182,7 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
     assert "http" not in (tmp_path / "f" / "frontier.svg").read_text().replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_a_plan_within_a_maximum_kl(run, tiny_folder, tmp_path):
     words = ("--context", "600", "--quality", "none", "--device", "cpu", "--out", tmp_path / "plan.json", "--json")
     status, out, err = run("plan", tiny_folder, *words, "--max-kl", "0.5")
@@ -186,6 +192,7 @@ def test_a_plan_within_a_maximum_kl(run, tiny_folder, tmp_path):
     assert calibration["verified"]["kl_text"] <= 0.5
 
 
+@pytest.mark.slow
 def test_a_plan_for_prefill_compression(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--prefill-compression")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
@@ -193,6 +200,7 @@ def test_a_plan_for_prefill_compression(run, tiny_folder, tmp_path):
     assert Plan.load(tmp_path / "plan.json").prefill_compression
 
 
+@pytest.mark.slow
 def test_a_plan_for_context_reconstruction(run, tiny_folder, tmp_path):
     words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--reconstruct")
     status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
@@ -247,6 +255,7 @@ def test_plan_then_generate(run, tiny_folder, tmp_path):
     assert "KV cache" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [(), ("--raw",)])
 @pytest.mark.parametrize(
     "way", [{}, {"prefill_compression": True}, {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}]
@@ -291,6 +300,7 @@ def test_chat_uses_one_cache(run, tiny_folder):
     assert run(*words, stdin="hi\n")[0] == 0
 
 
+@pytest.mark.slow
 def test_bench_census(run, tiny_folder, tmp_path):
     words = (
         "bench",
@@ -317,6 +327,7 @@ def test_bench_census(run, tiny_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_bench_speed(run, tiny_folder, tmp_path):
     model = headsink.load(tiny_folder, device="cpu")[0]
     random_plan(model, 1).save(tmp_path / "plan.json")
@@ -504,6 +515,7 @@ def test_help_and_bad_arguments_do_not_wait_for_torch(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_package_has_its_public_names_before_and_after_a_module_of_the_name_is_imported():
     code = (
         "import headsink, importlib\n"
@@ -563,6 +575,7 @@ class _Hub(BaseHTTPRequestHandler):
         """Do not log, because standard error is tested."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_a_download_is_announced_before_the_hub_is_contacted(there):
     server = HTTPServer(("127.0.0.1", 0), _Hub)
@@ -609,6 +622,7 @@ def test_doctor_reports_the_tested_transformers(run, monkeypatch):
     assert json.loads(out)["transformers"]["warning"] == err.strip()
 
 
+@pytest.mark.slow
 def test_the_expected_time_is_printed_at_the_start(run, tiny_folder, tmp_path):
     words = (
         "analyze",
@@ -633,6 +647,7 @@ def test_the_expected_time_is_printed_at_the_start(run, tiny_folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["models", "--help", "plan --help"])
 def test_an_unwritable_output_gives_no_traceback(words):
     command = [sys.executable, "-m", "headsink", *words.split()]
@@ -689,6 +704,7 @@ def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_census_command_resumes(tiny_folder, tmp_path, how, run):
     words = [

@@ -61,6 +61,7 @@ def test_a_plan_with_it_equals_the_reference(family, way, padding, case_seed):
         torch.testing.assert_close(found[real].double(), expected[real], rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_calibration_fits_it_and_the_plan_names_it(tokenizer, tmp_path):
     model = tiny("llama", dtype=torch.float64)
     model.config.max_position_embeddings = 1024

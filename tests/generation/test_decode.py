@@ -69,6 +69,7 @@ def test_steps_equal_the_model(family, length, case_seed):
     torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", [2, 3, 6])
 @pytest.mark.parametrize("family", DECODED)
 def test_batches_of_sequences(family, texts, case_seed):

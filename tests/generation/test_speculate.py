@@ -38,6 +38,7 @@ def lossless(model, plan, ids, **options):
     return generate_lossless(model, plan, ids, **{"max_new_tokens": NEW, "do_sample": False} | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafted", [0, 1, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_the_models(family, drafted, case_seed):
@@ -78,6 +79,7 @@ def test_options_of_generate_are_kept(options):
         assert torch.equal(found, own(model, ids, attention_mask=mask, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafted", [1, 2])
 def test_samples_have_the_models_distribution(drafted):
     """All 27 continuations of three tokens, each with three choices, against the model's probabilities."""
@@ -122,6 +124,7 @@ def test_a_batch_without_a_padding_token_ends_like_the_models():
     assert torch.equal(lossless(model, random_plan(model, 1), ids, **options), own(model, ids, **options))
 
 
+@pytest.mark.slow
 def test_under_autocast_in_inference_mode_and_in_a_thread_next_to_a_plan():
     model, (ids, mask) = tiny("llama"), padded()
     plan, options = random_plan(model, 1), {"attention_mask": mask}
@@ -161,6 +164,7 @@ def test_the_draft_length_is_adapted_to_measured_times():
     assert slow.choose() == 0
 
 
+@pytest.mark.slow
 def test_text_streams_and_stops(smollm2):
     model, tokenizer = smollm2
     plan, ids = (

@@ -150,6 +150,7 @@ def test_a_sequence_within_its_window_equals_the_model():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_distance_exceeds_the_cache():
     """A text that repeats one token has the same logits at any length."""
     model = tiny("llama", dtype=torch.float64)
