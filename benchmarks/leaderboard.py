@@ -21,7 +21,7 @@ from headsink.report.charts import BLUE, CONFIG, GREY
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-NAMES = {  # methods as plans.py calls them, in words
+NAMES = {  # methods of plans.py by their names in the committed records, which are older
     "headsink": "headsink, online eviction",
     "headsink, once": "headsink, prefill compression",
     "headsink, retold": "headsink, reconstruction",

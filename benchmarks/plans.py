@@ -7,10 +7,10 @@ A plan is calibrated at the context of the cases. A case is read before any cont
 scored on its own.
 
 - "headsink": online eviction. The case is read under the plan, and keys are evicted while continuations run.
-- "headsink, once": prefill compression, like the presses of peers.py. The case is read in full attention and compressed; all
-  later keys stay.
-- "headsink, retold": prefill compression with context reconstruction. In models with many heads its budgets are allocated by
-  importance only, without local search.
+- "headsink, prefill compression": like the presses of peers.py. The case is read in full attention and compressed; all later
+  keys stay.
+- "headsink, reconstruction": prefill compression with context reconstruction. In models with many heads its budgets are
+  allocated by importance only, without local search.
 
 Records have the form of peers.py. Bytes are those of the layers without a sliding window.
 """
@@ -47,22 +47,24 @@ POLICIES = {
 PARTS = {
     "without top-k keys": Method(top_k=(0.0,), windows=(32, 128, 512)),
     "one number of top-k keys": Method(top_k=(0.0, 1 / 8)),
-    "squared errors, not slopes": Method(gradient=False),
+    "squared errors in place of loss gradients": Method(gradient=False),
     "one step": Method(steps=False, refine=False),
-    "without a start by importance": Method(importance=False),
+    "without a start from importance": Method(importance=False),
     "without correction": Method(correction=False),
-    "without swaps": Method(refine=False),
-    "without questions": Method(retrieval_weight=0.0),
+    "without local search": Method(refine=False),
+    "without needles": Method(retrieval_weight=0.0),
 }
 RECONSTRUCTION_PARTS = {
-    "retold, values as they are": Method(prefill_compression=True, reconstruct=True, refit_values=False),
-    "retold, equal numbers": Method(prefill_compression=True, reconstruct=True, importance=False, refine=False),
-    "retold, numbers by importance only": Method(prefill_compression=True, reconstruct=True, refine=False),
+    "reconstruction without value refitting": Method(prefill_compression=True, reconstruct=True, refit_values=False),
+    "reconstruction with equal head budgets": Method(
+        prefill_compression=True, reconstruct=True, importance=False, refine=False
+    ),
+    "reconstruction with budgets by importance only": Method(prefill_compression=True, reconstruct=True, refine=False),
 }
 METHODS = {
     "headsink": Method(),
-    "headsink, once": Method(prefill_compression=True),
-    "headsink, retold": Method(prefill_compression=True, reconstruct=True),
+    "headsink, prefill compression": Method(prefill_compression=True),
+    "headsink, reconstruction": Method(prefill_compression=True, reconstruct=True),
     **POLICIES,
     **PARTS,
     **RECONSTRUCTION_PARTS,

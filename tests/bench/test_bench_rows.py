@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
@@ -328,3 +329,13 @@ def test_the_committed_page_matches_the_committed_rows(monkeypatch):
 def test_a_folder_without_rows_makes_no_page(tmp_path):
     with pytest.raises(HeadsinkError, match=r"no row in it was measured; headsink bench all --out"):
         results.write(tmp_path, tmp_path / "results.md")
+
+
+def test_the_leaderboard_knows_every_method_by_its_name_of_today():
+    """Committed records have older names, which the leaderboard translates to those of `benchmarks/plans.py`."""
+    leaderboard, plans = (runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")) for name in ("leaderboard", "plans"))
+    today = set(plans["METHODS"]) | {leaderboard["NAMES"]["headsink"]}
+    assert set(leaderboard["NAMES"].values()) <= today
+    runs = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("plans-*.json")]
+    methods = {record["method"] for run in runs for record in run["records"]} - {"full"}
+    assert {leaderboard["NAMES"].get(method, method) for method in methods} <= today

@@ -84,14 +84,14 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     return torch.cat([before, after], 2).transpose(1, 2), None
 
 
-AttentionInterface.register("replay_reference", _attention)
-AttentionMaskInterface.register("replay_reference", sdpa_mask)
+AttentionInterface.register("cached_document_reference", _attention)
+AttentionMaskInterface.register("cached_document_reference", sdpa_mask)
 
 
 @contextmanager
 def reference(model, *how):
     before = model.config._attn_implementation
-    model.set_attn_implementation("replay_reference")
+    model.set_attn_implementation("cached_document_reference")
     _running.append(how)
     try:
         yield
@@ -119,7 +119,7 @@ def slow_log_probs(model, document, patterns, weights, stored_as, freeze=False):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_replay_with_full_heads_equals_the_model(family, precise):
+def test_a_cached_document_with_full_heads_equals_the_model(family, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     cached = CachedDocument(model, document)
     expected = plain_log_probs(model, document)
@@ -150,7 +150,7 @@ every_hold = pytest.mark.parametrize("freeze", [False, True])
 
 @every_hold
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_replay_equals_masked_attention(family, freeze, precise):
+def test_a_cached_document_equals_masked_attention(family, freeze, precise):
     model, document = tiny(family, dtype=torch.float64), random_document()
     cached, weights = make_cached_document(model, freeze=freeze)
     for seed in range(4):

@@ -32,7 +32,7 @@ def continuations(document):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("freeze", [False, True], ids=["", "held"])
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
 def test_quality_equals_one_pass_over_everything(family, freeze, case_seed):
     model, document = tiny(family, dtype=torch.float64), random_document()
     plan = random_plan(model, case_seed).model_copy(update={"prefill_compression": freeze})

@@ -45,7 +45,7 @@ class Plan(Part):
     `headsink.compress` does), not for online eviction. positions: "absolute", or "cache-relative", where positions count the
     cached keys (models/rope.py); texts may then have any length, and every head needs a window and no top-k keys. scorer: the
     name of the scorer of the heads' `scorer_weights` (eviction/scorers). reconstruction_prompt: token ids of the prompt of
-    context reconstruction (compression/reconstruction.py); empty: keys are chosen by the linear scorer. refit_values: refit the
+    context reconstruction (compression/reconstruction.py); empty: keys are chosen by the scorer. refit_values: refit the
     kept values by least squares after context reconstruction.
     """
 

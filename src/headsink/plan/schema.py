@@ -46,7 +46,7 @@ Interval = Annotated[tuple[Finite, Finite], AfterValidator(_ordered)]  # low, hi
 
 
 class Head(Part):
-    """The pattern of one KV head, and the scorer weights that choose its top-k keys (eviction/scorers/linear.py)."""
+    """The pattern of one KV head, and the scorer weights that choose its top-k keys (eviction/scorers)."""
 
     sink: Tokens = 0
     top_k: Tokens = 0
