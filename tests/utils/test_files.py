@@ -104,7 +104,7 @@ def test_unwritable_outputs_are_refused_before_the_work():
 
 
 OWN = {
-    "plan": '{\n "schema_version": 4,\n "headsink": "0.1.0",\n "model": {}}',
+    "plan": '{\n "schema_version": 5,\n "headsink": "0.1.0",\n "model": {}}',
     "with a byte order mark": '\ufeff{"headsink": "0.1.0"}',
     "results": json.dumps({"what": "x", "command": "python x", "versions": {"headsink": "0.1.0"}}),
     "from sources": json.dumps({"what": "x", "versions": {"headsink": None}}),

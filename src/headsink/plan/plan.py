@@ -35,28 +35,24 @@ from headsink.plan.summary import as_html, as_text, summary
 from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
-SCHEMA: Literal[4] = 4
+SCHEMA: Literal[5] = 5
 
 
 class Plan(Part):
     """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which headsink does not change.
 
-    prefill_compression: the plan was calibrated and measured for prefill compression (evict once, after the prompt, as
-    `headsink.compress` does), not for online eviction. positions: "absolute", or "cache-relative", where positions count the
-    cached keys (models/rope.py); texts may then have any length, and every head needs a window and no top-k keys. scorer: the
-    name of the scorer of the heads' `scorer_weights` (eviction/scorers). reconstruction_prompt: token ids of the prompt of
-    context reconstruction (compression/reconstruction.py); empty: keys are chosen by the scorer. refit_values: refit the
-    kept values by least squares after context reconstruction.
+    positions: "absolute", or "cache-relative", where positions count the cached keys (models/rope.py); texts may then have any
+    length, and every head needs a window and no top-k keys. scorer: the name of the scorer of the heads' `scorer_weights`
+    (eviction/scorers). reconstruction_prompt: token ids of the prompt of context reconstruction
+    (compression/reconstruction.py), which asks the model to repeat the context.
     """
 
-    schema_version: Literal[4] = SCHEMA
+    schema_version: Literal[5] = SCHEMA
     headsink: str = Field(default_factory=lambda: version("headsink"))
     model: Fingerprint
     positions: Positions = "absolute"
     scorer: str = "linear"
-    prefill_compression: bool = False
     reconstruction_prompt: tuple[Tokens, ...] = ()
-    refit_values: bool = True
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = Field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
@@ -67,12 +63,6 @@ class Plan(Part):
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer: {self.scorer!r} is unknown; one of {', '.join(SCORERS)}")
-        if self.reconstruction_prompt and not self.prefill_compression:
-            raise ValueError(
-                "reconstruction_prompt: context reconstruction needs prefill compression; prefill_compression must be true"
-            )
-        if self.positions == "cache-relative" and self.prefill_compression:
-            raise ValueError("positions: prefill compression supports 'absolute' only")
         for index, heads in enumerate(self.layers):
             for head, found in enumerate(heads or ()):
                 if self.positions == "cache-relative" and (found.window is None or found.top_k):

@@ -23,7 +23,7 @@ def summary(plan: Plan) -> dict[str, str]:
     return {
         "model": f"{harmless(model.architecture)}, {model.layers} layers, {model.kv_heads} KV heads of size {model.head_dim}, "
         f"weights {harmless(model.weights, 12)}",
-        "mode": _mode(plan),
+        "positions": plan.positions,
         "patterns": _patterns(plan),
         "keeps": "; ".join(_keeps(plan, context) for context in contexts(plan)),
         "quality": _quality(plan),
@@ -35,14 +35,6 @@ def contexts(plan: Plan) -> list[int]:
     made = plan.calibration.get("context")
     found = [n for n in made if type(n) is int and n > 0] if isinstance(made, list | tuple) else []
     return sorted(set(found or [quality.context for quality in plan.quality])) or [NO_CONTEXT]
-
-
-def _mode(plan: Plan) -> str:
-    if plan.reconstruction_prompt:
-        return "prefill compression, with context reconstruction"
-    if plan.prefill_compression:
-        return "prefill compression"
-    return "online eviction" + (", cache-relative positions" if plan.positions == "cache-relative" else "")
 
 
 def _patterns(plan: Plan) -> str:
