@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from families import EAGER, FAMILIES, tiny
-from feeding import TOLERANCE, WAYS, feed, padded
+from feeding import TOLERANCE, WAYS, feed, padded, split
 from plans import QUALITY, random_plan
 from reference import reference_logits
 from transformers import DynamicCache, StaticCache
@@ -29,7 +29,7 @@ def test_any_plan_equals_the_reference(family, way, padding, case_seed):
     model = tiny(family, dtype=torch.float64)
     ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
     plan = random_plan(model, case_seed)
-    expected = reference_logits(model, plan, ids, mask)
+    expected = reference_logits(model, plan, ids, mask, split(ids.shape[1], WAYS[way]))
     logits, _ = feed(model, plan, ids, WAYS[way], mask)
     real = slice(None) if mask is None else mask.bool()
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
@@ -46,7 +46,7 @@ def test_any_plan_equals_the_reference_with_kernels(family, way, padding, case_s
     drawn = random_plan(model, case_seed)
     freezes = (None, 45) if case_seed % 2 else (45, None)
     for plan, freeze in zip((drawn, Plan.full(model)), freezes, strict=True):
-        expected = reference_logits(exact, plan, ids, mask, freeze)
+        expected = reference_logits(exact, plan, ids, mask, split(ids.shape[1], WAYS[way], freeze), freeze)
         logits, _ = feed(model, plan, ids, WAYS[way], mask, freeze, exact=False)
         torch.testing.assert_close(logits[real].double(), expected[real], rtol=0, atol=3e-5)
 
@@ -58,7 +58,7 @@ def test_any_frozen_plan_equals_the_reference(family, way, padding, case_seed):
     model, freeze = tiny(family, dtype=torch.float64), (1, 30, 45)[case_seed % 3]
     ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
     plan = random_plan(model, case_seed)
-    expected = reference_logits(model, plan, ids, mask, freeze)
+    expected = reference_logits(model, plan, ids, mask, split(ids.shape[1], WAYS[way], freeze), freeze)
     logits, _ = feed(model, plan, ids, WAYS[way], mask, freeze)
     real = slice(None) if mask is None else mask.bool()
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
@@ -76,7 +76,7 @@ def test_top_k_keys_that_are_replaced(family, sizes, freeze):
     plan = Plan.of(model, rows, torch.randn(3, heads, LINEAR.n_features(12)))
     logits, cache = feed(model, plan, ids, sizes, mask, freeze)
     real = mask.bool()
-    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, freeze)[real], **TOLERANCE)
+    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, split(250, sizes, freeze), freeze)[real], **TOLERANCE)
     for group in (group for layer in cache.layers for group in layer.groups):
         assert (group.scores > float("-inf")).all()
 
@@ -144,7 +144,7 @@ def test_bfloat16_error_is_that_of_the_model(freeze):
     half, whole, ids = tiny("llama", dtype=torch.bfloat16), tiny("llama"), torch.randint(3, 211, (1, 90))
     plan = Plan.uniform(whole, Pattern(2, 0, 9))
     logits, _ = feed(half, plan, ids, [60, 1], freeze=freeze)
-    error = (logits.float() - reference_logits(whole, plan, ids, freeze=freeze)).abs().mean()
+    error = (logits.float() - reference_logits(whole, plan, ids, None, split(90, [60, 1], freeze), freeze)).abs().mean()
     assert error < 1.5 * (half(ids).logits.float() - whole(ids).logits).abs().mean()
 
 
@@ -180,7 +180,7 @@ def test_window_only_cache_stays_the_same_size():
 def test_crop_while_recording_leaves_no_trace(padding):
     model, plan = tiny("llama"), random_plan(tiny("llama"), 3)
     ids, mask = padded() if padding else (torch.randint(3, 211, (3, 61)), None)
-    expected = reference_logits(model, plan, ids, mask)
+    expected = reference_logits(model, plan, ids, mask, 30)
     cache, wrong = headsink.new_cache(model, plan), torch.randint(3, 211, (3, 200))
 
     def step(tokens, start):
@@ -218,7 +218,10 @@ def test_a_copy_of_a_cache_is_independent(tokens):
     model, plan = tiny("llama"), random_plan(tiny("llama"), 7)
     ids, other = torch.randint(3, 211, (1, 60)), torch.randint(3, 211, (1, 30))
     rests = other, ids[:, 30:]
-    expected = [reference_logits(model, plan, torch.cat([ids[:, :30], rest], 1))[:, 30:] for rest in rests]
+    segments = [20] + [1] * 10 + [tokens] * (30 // tokens)
+    expected = [
+        reference_logits(model, plan, torch.cat([ids[:, :30], rest], 1), None, segments)[:, 30:] for rest in rests
+    ]
     _, cache = feed(model, plan, ids[:, :30], [20, 1])
     copied = copy.deepcopy(cache)
     for one, rest, wanted in zip((copied, cache), rests, expected, strict=True):
@@ -240,7 +243,8 @@ def test_crop_inside_the_window_needs_no_recording(freeze):
         logits = torch.cat(
             [model(part, **cache_argument(cache)).logits for part in ids[:, 30:].split([1, 49, 20], 1)], 1
         )
-    torch.testing.assert_close(logits, reference_logits(model, plan, ids, freeze=freeze)[:, 30:], **TOLERANCE)
+    expected = reference_logits(model, plan, ids, None, [30, 1, 49, 20], freeze)
+    torch.testing.assert_close(logits, expected[:, 30:], **TOLERANCE)
 
 
 def test_crop_to_evicted_tokens_is_refused():
@@ -263,7 +267,8 @@ def test_freeze_includes_recorded_tokens_and_later_ones_can_be_cropped():
             cache.crop(-tokens)
         logits = model(ids[:, 40:], **cache_argument(cache)).logits
     assert cache.get_seq_length() == 80
-    torch.testing.assert_close(logits, reference_logits(model, plan, ids, freeze=40)[:, 40:], **TOLERANCE)
+    expected = reference_logits(model, plan, ids, None, [30, *[1] * 10, 40], 40)
+    torch.testing.assert_close(logits, expected[:, 40:], **TOLERANCE)
 
 
 def test_reorder_repeat_and_select_rows():
@@ -278,7 +283,7 @@ def test_reorder_repeat_and_select_rows():
     positions = (full_mask.cumsum(1) - 1)[:, 61:]
     with headsink.apply(model, plan), torch.no_grad():
         logits = model(new, **cache_argument(cache), attention_mask=full_mask, position_ids=positions).logits
-    torch.testing.assert_close(logits, reference_logits(model, plan, full, full_mask)[:, 61:], **TOLERANCE)
+    torch.testing.assert_close(logits, reference_logits(model, plan, full, full_mask, [61, 4])[:, 61:], **TOLERANCE)
 
 
 # generate
@@ -327,7 +332,8 @@ def test_generate_with_a_plan_equals_the_reference(how):
         return  # its logits are per beam and step; beams with their caches are tested with the full plan
     new = len(result.logits)
     full_mask = torch.cat([mask, torch.ones(3, new, dtype=mask.dtype)], 1)
-    expected = reference_logits(model, plan, result.sequences, full_mask)[:, 60:-1]
+    prompt = [16, 16, 16, 13] + [1] * new if how == "chunked prefill" else 61
+    expected = reference_logits(model, plan, result.sequences, full_mask, prompt)[:, 60:-1]
     torch.testing.assert_close(torch.stack(result.logits, 1), expected, **TOLERANCE)
 
 
@@ -338,7 +344,7 @@ def test_each_beam_keeps_its_cache():
     options = {"max_new_tokens": 10, "num_beams": 4, "do_sample": False}
     from reference import masked
 
-    with masked(model, plan):
+    with masked(model, plan, segments=30):
         expected = model.generate(ids, use_cache=False, **options)
     with headsink.apply(model, plan):
         assert torch.equal(model.generate(ids, **options), expected)

@@ -8,22 +8,30 @@ from headsink.models.transformers_names import cache_argument
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def feed(model, plan, ids, sizes, mask=None, freeze=None, exact=True):
-    """Return the logits of `ids` fed in chunks of `sizes` (the last size repeats), frozen from a column on."""
-    cache, parts, start = headsink.new_cache(model, plan, exact), [], 0
-    sizes = list(sizes)
+def split(tokens, sizes, freeze=None):
+    """Return the sizes of the calls that feed `tokens` tokens in chunks of `sizes`; the last size repeats. One begins at `freeze`."""
+    sizes, calls = list(sizes), []
+    while (begin := sum(calls)) < tokens:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        calls.append(min(size, tokens - begin, freeze - begin if freeze and begin < freeze else tokens))
+    return calls
+
+
+def feed(model, plan, ids, sizes, mask=None, freeze=None, **options):
+    """Return the logits of `ids` fed in chunks of `sizes` (`split`), and the cache, frozen from a column on.
+
+    options: of `headsink.new_cache`.
+    """
+    cache, parts, start = headsink.new_cache(model, plan, **options), [], 0
     with headsink.apply(model, plan), torch.no_grad():
-        while start < ids.shape[1]:
-            end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), ids.shape[1])
+        for size in split(ids.shape[1], sizes, freeze):
             if start == freeze:
                 cache.freeze()
-            elif freeze is not None and start < freeze:
-                end = min(end, freeze)
-            options = {}
+            end, given = start + size, {}
             if mask is not None:
-                options["attention_mask"] = mask[:, :end]
-                options["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
-            parts.append(model(ids[:, start:end], **cache_argument(cache), **options).logits)
+                given["attention_mask"] = mask[:, :end]
+                given["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
+            parts.append(model(ids[:, start:end], **cache_argument(cache), **given).logits)
             start = end
     return torch.cat(parts, 1), cache
 
@@ -36,4 +44,4 @@ def padded(batch=3, length=61):
     return ids, mask
 
 
-WAYS = {"one pass": [1000], "chunks": [17, 5, 1, 9], "token by token": [1], "prefill then decode": [40, 1]}
+WAYS = {"one pass": [1000], "chunks": [35, 5, 1, 9], "token by token": [1], "prefill then decode": [40, 1]}

@@ -1,14 +1,22 @@
-"""Reference attention: a masked softmax over the keys that a pattern makes visible. Every backend is tested against it."""
+"""Reference attention: a plan's rule as a mask and plain softmax attention. Every backend is tested against it.
+
+A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each KV
+head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the `top_k` with the
+highest importance scores. While decoding a segment is one token, and the head evicts before that token attends, so that it never
+holds more than the pattern.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from headsink.eviction.pattern import Pattern, visible
-from headsink.eviction.scorers import LINEAR, Scorer
+from headsink.eviction.pattern import Pattern
+from headsink.eviction.scorers import LINEAR, NONE, Scorer
+from headsink.eviction.scorers.prompt import segment_scores
 
 
 def reference_attention(
@@ -22,28 +30,81 @@ def reference_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     scorer: Scorer = LINEAR,
+    segments: Sequence[int] | None = None,
+    inverse: Tensor | None = None,
+    frozen: int | None = None,
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
-    query: [batch, query heads, keys or fewer, dim], the last queries of the text. key, value: [batch, KV heads, keys, dim].
-    weights: scorer weights, [KV heads, features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap,
-    sink_logits: as for `masked_attention`. Returns [batch, query heads, queries, dim] in the query's dtype; zero where a query
-    sees no key.
+    query: [batch, query heads, tokens, dim]. key, value: [batch, KV heads, tokens, dim]. weights: scorer weights, [KV heads,
+    features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap, sink_logits: as for `masked_attention`.
+    segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. inverse: rotary
+    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. Returns [batch, query heads, tokens, dim] in the query's dtype; zero
+    where a query sees no key.
     """
-    batch, n_keys = key.shape[0], key.shape[2]
-    group = query.shape[1] // key.shape[1]
-    columns = torch.arange(n_keys, device=key.device)
+    batch, kv_heads, tokens, _ = key.shape
+    group = query.shape[1] // kv_heads
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
-    positions = columns - offsets[:, None]  # [batch, keys]
-    scores = scorer.scores(key, value, weights)  # [batch, KV heads, keys]
+    positions = torch.arange(tokens, device=key.device) - offsets[:, None]
+    linear = scorer.scores(key, value, weights)
+    sizes = [1] * tokens if segments is None else list(segments)
+    ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    own = linear.clone()  # scores by which a key is ranked at the end of its segment
+    for begin, end in pairwise(ends):
+        part = slice(begin, end)
+        found = segment_scores(
+            query[:, :, part],
+            key[:, :, part],
+            linear[:, :, part],
+            (offsets - begin).clamp(0, end - begin),
+            scaling,
+            softcap,
+            sink_logits,
+            inverse,
+        )
+        own[:, :, part] = linear[:, :, part] if found is None else found
     output = torch.zeros_like(query)
     for head, pattern in enumerate(patterns):
-        mask = visible(pattern, positions[:, n_keys - query.shape[2] :], positions, scores[:, head])[:, None]
-        rows = slice(head * group, (head + 1) * group)
-        own = slice(head, head + 1)
+        mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen)[:, None]
+        rows, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
         extra = None if sink_logits is None else sink_logits[rows]
-        output[:, rows] = masked_attention(query[:, rows], key[:, own], value[:, own], mask, scaling, softcap, extra)
+        output[:, rows] = masked_attention(query[:, rows], key[:, one], value[:, one], mask, scaling, softcap, extra)
     return output
+
+
+def segment_mask(
+    pattern: Pattern,
+    positions: Tensor,
+    scores: Tensor,
+    own: Tensor,
+    ends: Sequence[int],
+    frozen: int | None = None,
+) -> Tensor:
+    """Return which keys each query sees: bool [batch, tokens, tokens].
+
+    positions: int [batch, tokens], negative for padding. ends: columns where segments begin and end. scores, own: float [batch,
+    tokens]; a key is ranked by `own` if it leaves the window at the end of its own segment, otherwise by `scores`. frozen: as for
+    `reference_attention`; a segment begins there.
+    """
+    batch, tokens = positions.shape
+    seen = torch.zeros(batch, tokens, tokens, dtype=torch.bool, device=positions.device)
+    held = torch.zeros(batch, tokens, dtype=torch.bool, device=positions.device)
+    ranks = scores.clone()
+    for begin, end in pairwise(ends):
+        held[:, begin:end] = positions[:, begin:end] >= 0
+        evicts = pattern.window is not None and (frozen is None or begin < frozen)
+        if end - begin > 1 or not evicts:
+            causal = torch.arange(tokens, device=held.device) <= torch.arange(begin, end, device=held.device)[:, None]
+            seen[:, begin:end] = held[:, None] & causal
+        if pattern.window is not None and evicts:
+            safe = (positions < pattern.sink) | (positions > positions[:, end - 1 : end] - pattern.window)
+            ranks[:, begin:end] = torch.where(safe, scores, own)[:, begin:end]
+            candidates = held & ~safe
+            order = ranks.masked_fill(~candidates, NONE).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            held &= safe | (order < pattern.top_k)
+            if end - begin == 1:
+                seen[:, begin] = held
+    return seen
 
 
 def masked_attention(

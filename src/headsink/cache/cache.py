@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headsink.attention.params import Padding
-from headsink.cache.layer import PlanLayer
+from headsink.cache.layer import DENSE, PlanLayer, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
 from headsink.plan.plan import Plan
@@ -29,6 +29,7 @@ class PlanCache(Cache):
         windows: tuple[int | None, ...],
         inverse: Tensor | None = None,
         exact: bool = True,
+        prefill: PrefillOptions = DENSE,
     ):
         layers: list[CacheLayerMixin] = []
         for index, (heads, window) in enumerate(zip(plan.layers, windows, strict=True)):
@@ -36,9 +37,9 @@ class PlanCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
                 patterns = [head.pattern for head in heads]
-                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer]))
+                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer], prefill))
         super().__init__(layers=layers)
-        self.plan, self.exact = plan, exact
+        self.plan, self.exact, self.prefill = plan, exact, prefill
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for
 
     def __getstate__(self) -> dict[str, Any]:

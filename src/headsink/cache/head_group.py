@@ -13,17 +13,83 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headsink.attention import backends
 from headsink.attention.eager import attend_rows
-from headsink.attention.params import QUERY_BLOCK, AttentionParams
+from headsink.attention.params import QUERY_BLOCK, AttentionParams, Padding
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.slots import Slots
 from headsink.eviction.lifetimes import lifetimes
-from headsink.eviction.pattern import FOREVER
+from headsink.eviction.pattern import FOREVER, FULL
 from headsink.eviction.scorers import NONE
 from headsink.models.rope import rotate_back
 
 
 class HeadGroup(Slots):
     """The KV heads of one layer with the same pattern."""
+
+    @classmethod
+    def over(cls, key: Tensor, value: Tensor, padding: Padding | None, exact: bool) -> HeadGroup:
+        """All heads with full attention over given keys and values, [batch, heads, tokens, dim], which are not copied."""
+        group = cls(FULL, list(range(key.shape[1])), key.new_zeros(key.shape[1], 0), key[:, :, :0], padding, exact=exact)
+        group.keys, group.values, group.length = key, value, key.shape[2]
+        real = group._positions(torch.arange(key.shape[2], device=key.device)) >= 0
+        group.visible = real.expand(*key.shape[:2], -1).contiguous()
+        return group
+
+    def attend_held(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
+        """Attention of the last tokens of a group that does not evict: [batch, heads x group, tokens, dim]."""
+        backend, length = self._backend(query, softmax), self.length
+        if softmax.plain and not (backend and not self.exact and self._beats_sdpa(backend, query)):
+            return self._attend_full(module, query, softmax)
+        if backend:
+            return self._attend_buffer(query, softmax)
+        output = torch.empty_like(query)
+        for start in range(0, query.shape[2], QUERY_BLOCK):
+            block = query[:, :, start : start + QUERY_BLOCK]
+            self.length = length - query.shape[2] + start + block.shape[2]
+            output[:, :, start : start + QUERY_BLOCK] = self._attend_buffer(block, softmax)
+        return output
+
+    def attend_all(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
+        """Attention of new tokens over all cached keys and their own; does not append them. Arguments as for `attend`."""
+        ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
+        slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
+        keys, values = torch.cat([self.keys[:, :, slots], key], 2), torch.cat([self.values[:, :, slots], value], 2)
+        columns = torch.arange(self.length, self.length + key.shape[2], device=key.device)
+        new = (self._positions(columns) >= 0).expand(*key.shape[:2], -1)
+        visible = torch.cat([self.visible[:, :, slots], new], 2)
+        if backend := self._backend(query, softmax):
+            start, cached = self.length - len(ring), self.prefix_slots
+            first = self.length + key.shape[2] - query.shape[2]
+            until = torch.where(visible, FOREVER, 0).flatten(0, 1)
+            sight = KeyVisibility(until, first, cached, start, None, True, cached, cached)
+            return backend.prefill(query, keys.flatten(0, 1), values.flatten(0, 1), sight, softmax)
+        output, count = torch.empty_like(query), keys.shape[2]
+        indices = torch.arange(count, device=key.device)
+        for begin in range(0, query.shape[2], QUERY_BLOCK):
+            block = query[:, :, begin : begin + QUERY_BLOCK]
+            end = count - query.shape[2] + begin + block.shape[2]
+            mask = visible[:, :, None, :end] & (indices[:end] <= indices[end - block.shape[2] : end, None])
+            found = attend_rows(block, keys[:, :, :end], values[:, :, :end], mask, softmax)
+            output[:, :, begin : begin + QUERY_BLOCK] = found
+        return output
+
+    def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
+        """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
+        if self.recording:  # `crop` decides which tokens are appended
+            self.recent, self.recent_scores = (key, value), scores
+            return
+        if not self.length and self.padding is None:
+            kept = None
+            if self.pattern.top_k:
+                scores = self.scorer.scores(key, value, self.weights) if scores is None else scores
+                between = scores[..., self.pattern.sink : key.shape[2] - (self.pattern.window or 0)]
+                kept = between.topk(self.pattern.top_k).indices + self.pattern.sink
+            self.take(key, value, scores, kept)
+            return
+        if self.below_capacity:
+            self._start_evicting()
+        if self.pattern.top_k and scores is not None:
+            scores = torch.cat([self.scorer.scores(*self._in_order(), self.weights), scores.to(self.scores)], 2)
+        self.append_keys(key, value, scores)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Append new tokens to the cache and return their attention output.

@@ -72,6 +72,7 @@ class Slots:
         self.recording = False
         self.holes = False  # whether columns were hidden from a row (`hide`)
         self.recent: tuple[Tensor, Tensor] | None = None  # while recording: keys and values that `crop` may remove
+        self.recent_scores: Tensor | None = None  # importance scores of a prompt among them
 
     # contents
 
@@ -97,9 +98,18 @@ class Slots:
         """Whether keys are evicted, now or later."""
         return self.below_capacity or self.window is not None
 
+    @property
+    def columns(self) -> int:
+        """The number of columns appended so far, with those that `crop` may remove."""
+        return self.length + (0 if self.recent is None else self.recent[0].shape[2])
+
+    def must_evict(self, tokens: int) -> bool:
+        """Whether `tokens` more tokens make keys leave the window."""
+        return self.evicts and (not self.below_capacity or self.recent is not None or self.exceeds_capacity(tokens))
+
     def exceeds_capacity(self, tokens: int) -> bool:
         """Whether `tokens` more tokens are more than the pattern keeps."""
-        return self.pattern.size(self.length + tokens) < self.length + tokens
+        return self.pattern.size(self.columns + tokens) < self.columns + tokens
 
     @outside_inference_mode
     def _start_evicting(self) -> None:
@@ -334,8 +344,10 @@ class Slots:
             key, value = self.recent
             left = key.shape[2] - tokens
             if left >= 0:
-                self.recent = None
-                self.append_keys(key[:, :, :left], value[:, :, :left])
+                scores, self.recent, self.recent_scores = self.recent_scores, None, None
+                if scores is not None and self.below_capacity and self.exceeds_capacity(left):
+                    self._start_evicting()
+                self.append_keys(key[:, :, :left], value[:, :, :left], scores)
                 return
             self.recent, tokens = None, -left
         self.length -= tokens
@@ -387,6 +399,8 @@ class Slots:
         self.scores = apply(self.scores)
         if self.recent is not None:
             self.recent = change(self.recent[0]), change(self.recent[1])
+        if self.recent_scores is not None:
+            self.recent_scores = change(self.recent_scores)
         if self.padding is not None:
             self.padding = self.padding.map_rows(change)
 

@@ -34,11 +34,24 @@ def inverse_frequencies(model: nn.Module) -> Tensor:
     return inverse.float()
 
 
+def rotary_frequencies(model: nn.Module) -> Tensor | None:
+    """As `inverse_frequencies`; None where they are not known, or where they change with the length of the text."""
+    try:
+        return inverse_frequencies(model)
+    except HeadsinkError:
+        return None
+
+
+def rotate(vectors: Tensor, distance: int, inverse: Tensor) -> Tensor:
+    """Move rotated vectors, [..., dim], to a position `distance` tokens later. inverse: float32 [pairs]."""
+    return rotate_back(vectors, torch.tensor(-distance, device=vectors.device), inverse)
+
+
 def rotate_back(vectors: Tensor, distance: Tensor, inverse: Tensor) -> Tensor:
     """Move rotated vectors to a position `distance` tokens earlier.
 
-    vectors: [batch, heads, tokens, dim]; distance: int [tokens] or [batch, 1, tokens]; inverse: float32 [pairs]. Returns float32
-    or better.
+    vectors: [batch, heads, tokens, dim]; distance: int [tokens], [batch, 1, tokens] or a number; inverse: float32 [pairs]. Returns
+    float32 or better.
     """
     kind = torch.promote_types(vectors.dtype, torch.float32)
     angles = distance[..., None].to(kind) * inverse.to(device=vectors.device, dtype=kind)

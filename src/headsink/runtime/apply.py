@@ -7,11 +7,10 @@ with the plan's shape; a cache from `new_cache` keeps its own plan.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,27 +18,53 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headsink.attention.passes import enter_scope
 from headsink.cache.cache import PlanCache
+from headsink.cache.layer import PrefillOptions
 from headsink.errors import HeadsinkError
-from headsink.models.rope import inverse_frequencies
+from headsink.models.rope import inverse_frequencies, rotary_frequencies
 from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
 
 
-def new_cache(model: PreTrainedModel, plan: Plan, exact: bool = True) -> PlanCache:
+Prefill = Literal["dense", "sparse"]
+
+
+def new_cache(
+    model: PreTrainedModel,
+    plan: Plan,
+    exact: bool = True,
+    *,
+    prefill: Prefill = "dense",
+    chunk_size: int | None = None,
+) -> PlanCache:
     """An empty KV cache that keeps what `plan` keeps. Use it inside `apply(model, ...)`.
+
+    prefill: "dense" reads a call of several tokens in full attention to all cached keys and to the call; then every head evicts,
+    layer by layer, so the peak is the plan and the full keys of one layer. "sparse" evicts while it reads, token by token: the
+    first token comes earlier, at a price in quality. Plans with cache-relative positions are always read sparsely. chunk_size:
+    with dense prefill, also evict at columns that are multiples of it, in long prompts; None: only at the end of a call.
 
     exact: compute layers with full attention by the same call as transformers, so that outputs are equal bit for bit. Models with
     soft-capped logits (Gemma 2) or learned sink logits (gpt-oss), which `sdpa` cannot compute, differ by rounding. If False, use
     the fastest kernel: on a CPU headsink's own, which are faster in prefill and decoding and differ by rounding. Raises
-    HeadsinkError if the plan was made for another model.
+    HeadsinkError if the plan was made for another model, and for a chunk_size below 1 or another `prefill`.
     """
-    return _cache(model, plan, plan.check(model), exact)
+    return _cache(model, plan, plan.check(model), exact, prefill, chunk_size)
 
 
-def _cache(model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool) -> PlanCache:
-    inverse = inverse_frequencies(model) if plan.positions == "cache-relative" else None
-    cache = PlanCache(plan, shape.windows, inverse, exact)
+def _cache(
+    model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool, prefill: Prefill, chunk_size: int | None
+) -> PlanCache:
+    if prefill not in ("dense", "sparse"):
+        raise HeadsinkError(f"prefill: {prefill!r} is neither 'dense' nor 'sparse'")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise HeadsinkError(f"chunk_size: {chunk_size!r} is not a whole number of tokens, 1 or more")
+    if chunk_size is not None and prefill == "sparse":
+        raise HeadsinkError("chunk_size: sparse prefill evicts at every token; leave chunk_size out")
+    streaming = plan.positions == "cache-relative"
+    inverse = inverse_frequencies(model) if streaming else None
+    options = PrefillOptions(prefill == "dense" and not streaming, chunk_size, rotary_frequencies(model))
+    cache = PlanCache(plan, shape.windows, inverse, exact, options)
     cache.model = weakref.ref(unwrap(model))
     return cache
 
@@ -54,26 +79,32 @@ def check_mask(mask: Tensor | None, rows: int, tokens: int, columns: int | None 
 
 
 @contextmanager
-def apply(model: PreTrainedModel, plan: Plan, exact: bool = True) -> Iterator[PreTrainedModel]:
+def apply(
+    model: PreTrainedModel,
+    plan: Plan,
+    exact: bool = True,
+    *,
+    prefill: Prefill = "dense",
+    chunk_size: int | None = None,
+) -> Iterator[PreTrainedModel]:
     """Inside the block, `generate` and plain forward passes of the model use `plan`, in every thread.
 
     A call without a cache gets a new one with the plan's shape. An empty `DynamicCache` is converted to one in place. A cache
-    from `new_cache` uses its own plan. A thread that enters an `apply` block of its own uses that block's plan. exact: as for
-    `new_cache`.
+    from `new_cache` uses its own plan. A thread that enters an `apply` block of its own uses that block's plan. exact, prefill,
+    chunk_size: as for `new_cache`.
 
-    Warns once if a sequence grows longer than the contexts that the plan's quality was measured at, and once if a plan that was
-    calibrated for prefill compression (`headsink.compress`) evicts during the prefill. Raises HeadsinkError if the plan was made
-    for another model; inside the block, for sequences over the model's maximum (unless the plan's positions are cache-relative),
+    Warns once if a sequence grows longer than the contexts that the plan's quality was measured at. Raises HeadsinkError if the
+    plan was made for another model, and for invalid options; inside the block, for sequences over the model's maximum (unless the plan's positions are cache-relative),
     for calls that do not work under a plan, and if a layer's attention did not go through the plan.
     """
-    with enter_scope(model, plan, _Calls(model, plan, exact).prepare):
+    with enter_scope(model, plan, _Calls(model, plan, exact, prefill, chunk_size).prepare):
         yield model
 
 
 @contextmanager
 def apply_here(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """As `apply`, but for calls from this block only; other threads keep the plan that is applied to the model elsewhere."""
-    with enter_scope(model, plan, _Calls(model, plan, True).prepare, private=True):
+    with enter_scope(model, plan, _Calls(model, plan).prepare, private=True):
         yield
 
 
@@ -87,9 +118,18 @@ def full_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 class _Calls:
     """The forward passes inside an `apply` block: makes and checks their caches."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, exact: bool):
-        self.model, self.plan, self.shape, self.exact = model, plan, plan.check(model), exact
-        self.warned: set[str] = set()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        exact: bool = True,
+        prefill: Prefill = "dense",
+        chunk_size: int | None = None,
+    ):
+        self.model, self.plan, self.shape = model, plan, plan.check(model)
+        self.options = exact, prefill, chunk_size
+        self._new()  # raises for invalid options
+        self.warned = False
 
     def prepare(self, given: dict[str, Any], returned: bool) -> PlanCache:
         """The cache for a forward pass. given: its arguments. kept: whether the cache is returned to the caller. Raises
@@ -128,17 +168,8 @@ class _Calls:
         _check_columns(given, cache)
         length = cache.get_seq_length() + count
         cache.plan.check_length(length, self.shape.max_context)
-        if "length" not in self.warned and cache.plan.warn_beyond_verified(length):
-            self.warned.add("length")
-        evicts = cache.plan.prefill_compression and not cache.frozen and not cache.get_seq_length() and count > 1
-        if evicts and "once" not in self.warned:
-            self.warned.add("once")
-            warnings.warn(
-                "this plan was calibrated for prefill compression: prefill with the full cache and call "
-                "headsink.compress(model, plan, cache), as `headsink generate` does. Here it evicts during the prefill, "
-                "which costs more quality",
-                stacklevel=2,
-            )
+        if not self.warned:
+            self.warned = cache.plan.warn_beyond_verified(length)
         return cache
 
     def _owns(self, cache: PlanCache) -> bool:
@@ -147,7 +178,7 @@ class _Calls:
         return made_here or cache.plan is self.plan or cache.plan.model == self.plan.model
 
     def _new(self) -> PlanCache:
-        return _cache(self.model, self.plan, self.shape, self.exact)
+        return _cache(self.model, self.plan, self.shape, *self.options)
 
     def _adopt(self, cache: DynamicCache) -> None:
         """Convert an empty `DynamicCache` in place, so that the caller's reference to it is filled."""
