@@ -26,8 +26,7 @@ model, tokenizer = headsink.load(arguments.model)
 if arguments.plan:
     plan = headsink.Plan.load(arguments.plan)
 else:
-    method = headsink.Method(prefill_compression=True)
-    plan = headsink.calibrate(model, tokenizer, context=2000, budget=0.25, method=method)
+    plan = headsink.calibrate(model, tokenizer, context=2000, budget=0.25)
 
 text, document = document_prompt(tokenizer, arguments.file.read_text(encoding="utf-8"))
 compressed = prefill(model, plan, torch.tensor([document], device=model.device))

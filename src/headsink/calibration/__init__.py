@@ -1,1 +1,1 @@
-"""Calibration: scorer weights, budget allocation and local search that turn documents into a plan."""
+"""Calibration: scorer weights and a budget allocation that turn documents into a plan."""

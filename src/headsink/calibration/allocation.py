@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SINK, WINDOW = 4, 32  # sink tokens and recent tokens of every head that is not full
 FEW = 16  # heads at most for coordinate descent
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the budget of each head
 RECENT = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried as the share of a head's keys that are recent

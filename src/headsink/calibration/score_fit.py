@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headsink.attention.params import Inputs
@@ -19,6 +20,7 @@ from headsink.compression.continuations import Context
 from headsink.compression.reconstruction import LEAD, SPAN, Reconstruction
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import LINEAR, Scorer
+from headsink.models.spec import Architecture
 
 TOKENS = 1536  # reconstructed tokens of a document at most, in evenly spaced spans
 LEAST = -14.0  # smallest target: attention below e^-14 does not matter, and it may be 0
@@ -33,6 +35,11 @@ class ImportanceScores:
 
     positions: Tensor
     attention: Tensor
+
+    def without_lead(self) -> ImportanceScores:
+        """Without the first `LEAD` tokens of the document, which are sinks and unlike all other keys."""
+        chosen = self.positions >= LEAD
+        return ImportanceScores(self.positions[chosen], self.attention[..., chosen])
 
 
 def measure_importance(context: Context, prompt: Sequence[int], whole: bool = False) -> ImportanceScores:
@@ -61,37 +68,53 @@ def _starts(length: int) -> list[int]:
     return [LEAD + round(n * room / (count - 1)) for n in range(count)]
 
 
-def fit(contexts: Sequence[Context], demands: Sequence[ImportanceScores], scorer: Scorer = LINEAR) -> Tensor:
-    """Scorer weights, float32 [layers, KV heads, features], scaled so that the largest of each head is 1, with four decimals."""
-    shape = contexts[0].shape
-    weights = torch.zeros(shape.layers, shape.kv_heads, scorer.n_features(shape.head_dim))
-    for layer, window in enumerate(shape.windows):
-        if window is not None:
-            continue
-        features, targets = [], []
-        for context, importance in zip(contexts, demands, strict=True):
+class ScorerFit:
+    """Ridge regression of importance on features, which adds up its sums document by document.
+
+    With features x, targets y and weights w of the keys, it keeps the sums of w z z^T and w z y, where z is x and a 1.
+    """
+
+    def __init__(self, shape: Architecture, scorer: Scorer = LINEAR):
+        self.shape, self.scorer = shape, scorer
+        size = scorer.n_features(shape.head_dim) + 1
+        self._gram = torch.zeros(shape.layers, shape.kv_heads, size, size, dtype=torch.float64)
+        self._moment = torch.zeros(shape.layers, shape.kv_heads, size, dtype=torch.float64)
+
+    def add(self, context: Context, importance: ImportanceScores) -> None:
+        """Add a document. Raises HeadsinkError if its keys, values or importance are not finite."""
+        for layer, window in enumerate(self.shape.windows):
+            if window is not None:
+                continue
             keys, values = context.key_values(layer)
             positions = importance.positions.to(keys.device)
-            features.append(scorer.features(keys[:, positions], values[:, positions]).cpu())
-            targets.append(importance.attention[layer])
-        x, y = torch.cat(features, 1).double(), torch.cat(targets, 1).double()
-        if not (x.isfinite().all() and y.isfinite().all()):
-            raise HeadsinkError("the model's attention is not finite here; try --dtype float32 or bfloat16")
-        weights[layer] = _ridge(x, y)
-    return weights
+            features = self.scorer.features(keys[:, positions], values[:, positions]).double().cpu()
+            targets = importance.attention[layer].double()
+            if not (features.isfinite().all() and targets.isfinite().all()):
+                raise HeadsinkError("the model's attention is not finite here; try --dtype float32 or bfloat16")
+            features = F.pad(features, (0, 1), value=1.0)
+            weighted = ((WEIGHT * targets).exp()[..., None] * features).transpose(-1, -2)  # [heads, features, keys]
+            self._gram[layer] += weighted @ features
+            self._moment[layer] += (weighted @ targets[..., None])[..., 0]
+
+    def weights(self) -> Tensor:
+        """Scorer weights, float32 [layers, KV heads, features], scaled so that the largest of each head is 1, with four decimals;
+        0 in sliding-window layers."""
+        planned = [layer for layer, window in enumerate(self.shape.windows) if window is None]
+        weights = torch.zeros(self._moment[..., 1:].shape)
+        weights[planned] = _ridge(self._gram[planned], self._moment[planned])
+        return weights
 
 
-def _ridge(features: Tensor, targets: Tensor) -> Tensor:
-    """Ridge regression without the intercept: [heads, samples, features] and targets [heads, samples] -> [heads, features]."""
-    weight = (WEIGHT * targets).exp()
-    weight = (weight / weight.sum(1, keepdim=True))[..., None]
-    features = features - (weight * features).sum(1, keepdim=True)
-    targets = targets - (weight[..., 0] * targets).sum(1, keepdim=True)
-    weighted = (weight * features).transpose(-1, -2)
-    gram = weighted @ features
-    variance = gram.diagonal(dim1=-2, dim2=-1)
-    gram = gram + torch.diag_embed(RIDGE * variance + 1e-6 * variance.mean(-1, keepdim=True))
-    solution = torch.cholesky_solve(weighted @ targets[..., None], torch.linalg.cholesky(gram))[..., 0]
+def _ridge(gram: Tensor, moment: Tensor) -> Tensor:
+    """Ridge regression without the intercept, from sums [..., features + 1, features + 1] and [..., features + 1]."""
+    total = gram[..., -1, -1]
+    gram, moment = gram / total[..., None, None], moment / total[..., None]
+    mean = gram[..., :-1, -1]
+    covariance = gram[..., :-1, :-1] - mean[..., :, None] * mean[..., None, :]
+    moment = moment[..., :-1] - mean * moment[..., -1:]
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    covariance = covariance + torch.diag_embed(RIDGE * variance + 1e-6 * variance.mean(-1, keepdim=True))
+    solution = torch.cholesky_solve(moment[..., None], torch.linalg.cholesky(covariance))[..., 0]
     weights = (solution / solution.abs().amax(-1, keepdim=True).clamp(min=1e-12)).float().round(decimals=4)
     weights[~weights.any(-1), 0] = 1.0  # a head that needs no key: any weights will do
     return weights

@@ -1,6 +1,6 @@
 """`headsink plan`: calibrate which keys each KV head keeps, or draw the frontier of several budgets.
 
-Goes in: a model, and a budget or a largest KL. Comes out: a plan file, or a folder with the plans of several budgets and their
+Goes in: a model, and if wanted a budget or a largest KL. Comes out: a plan file, or a folder with the plans of several budgets and their
 chart; and what they keep and cost, on the terminal or as one JSON object.
 """
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headsink
-from headsink.calibration.method import POLICIES, SEVERAL_WINDOWS, TOP_K, WINDOWS, Method
+from headsink.calibration.method import POLICIES, Method
 from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, context_range, names, numbers
 from headsink.cli.output import print_file
 from headsink.data import corpus
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from headsink.plan.plan import Plan
     from headsink.plan.schema import Quality
 
-BUDGET = 0.25  # if neither a budget nor a largest KL is given
 MOST_PATTERNS = 10  # of a plan, that are listed one by one
 
 
@@ -52,11 +51,16 @@ class PlanOptions:
 
     model: Model = "smollm2"
     budget: Annotated[
-        float | None, typer.Option(help="Fraction of the KV cache to keep, above 0, at most 1; 0.25 if not given.")
+        float | None,
+        typer.Option(
+            help="Fraction of the KV cache to keep, above 0, at most 1; the smallest one without visible loss if not given."
+        ),
     ] = None
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Instead of a budget: the KL of text, in nats a token, not to be exceeded; 0.02 is little."),
+        typer.Option(
+            help="Instead of a budget: the largest KL of text, in nats per token, that is allowed; 0.02 is little."
+        ),
     ] = None
     context: Annotated[
         str | None,
@@ -76,31 +80,18 @@ class PlanOptions:
     domains: Annotated[str, typer.Option(help=f"Domains to calibrate on, separated by commas: {', '.join(KINDS)}.")] = (
         ",".join(corpus.DOMAINS)
     )
-    prefill_compression: Annotated[
-        bool,
-        typer.Option(
-            "--prefill-compression", help="For contexts that are read in full and compressed once, before an answer."
-        ),
-    ] = False
-    reconstruct: Annotated[
-        bool,
-        typer.Option(
-            "--reconstruct",
-            help="As --prefill-compression, with context reconstruction: the best quality, for a second reading of the prompt.",
-        ),
-    ] = False
     no_top_k: Annotated[
         bool,
         typer.Option(
             "--no-top-k",
-            help="Sink tokens and windows only, of several sizes: what vLLM can serve (headsink serve).",
+            help="Sink tokens and windows of several sizes only, which is what vLLM can serve (headsink serve).",
         ),
     ] = False
     tensor_parallel: Annotated[
         int,
         typer.Option(
             min=1,
-            help="For serving on so many GPUs: heads at the same index of different ranks keep equally many keys.",
+            help="GPUs to serve on: heads at the same index of different GPUs keep equally many keys. Needs --no-top-k.",
         ),
     ] = 1
     positions: Annotated[
@@ -115,7 +106,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.max_kl is not None:
-            raise HeadsinkError("max-kl: give a budget or --max-kl, one of the two")
+            raise HeadsinkError("max-kl: give --budget or --max-kl, one of the two, or neither")
         if self.budget is not None:
             check_budget(self.budget)
         if self.max_kl is not None:
@@ -138,12 +129,9 @@ class PlanOptions:
             )
         return Method(
             policy=self.policy,  # type: ignore[arg-type]
-            prefill_compression=self.prefill_compression or self.reconstruct,
-            reconstruct=self.reconstruct,
             positions=self.positions,  # type: ignore[arg-type]
             ranks=self.tensor_parallel,
-            windows=SEVERAL_WINDOWS if self.no_top_k else WINDOWS,
-            top_k=(0.0,) if self.no_top_k else TOP_K,
+            top_k=not self.no_top_k,
         )
 
     def measured(self) -> list[int] | None:
@@ -170,9 +158,10 @@ class PlanOptions:
 
 
 def plan(options: PlanOptions) -> None:
-    """Choose which keys each KV head keeps, under a budget, and measure what that costs. Takes minutes.
+    """Choose how many keys each KV head keeps, and measure what that costs. Takes minutes.
 
-    An interrupted run continues when it is started again with the same options.
+    Without --budget and --max-kl the smallest budget without visible loss is found. For models with few KV heads, which take
+    longest, an interrupted run continues when it is started again with the same options.
     """
     arguments, measured = options.arguments(), options.measured()
     options.check_out()
@@ -190,11 +179,11 @@ def plan(options: PlanOptions) -> None:
 def _make_plan(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PlanOptions, **arguments: Any
 ) -> None:
-    file, max_kl = options.out_file, options.max_kl
-    budget = BUDGET if options.budget is None and max_kl is None else options.budget
+    file = options.out_file
     checkpoint = file.with_name(f".{file.name}.partial")
+    limits = {"budget": options.budget, "max_kl": options.max_kl}
     with resumable(checkpoint):
-        made = headsink.calibrate(model, tokenizer, budget=budget, max_kl=max_kl, checkpoint=checkpoint, **arguments)
+        made = headsink.calibrate(model, tokenizer, **limits, checkpoint=checkpoint, **arguments)
     made.save(file, force=options.force)
     checkpoint.unlink(missing_ok=True)
     if options.as_json:
