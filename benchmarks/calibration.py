@@ -28,7 +28,7 @@ LOAD = (
     "import sys, torch, headsink; model, _ = headsink.load(sys.argv[1]); torch.set_grad_enabled(False); "
     "model(torch.arange(1000, 1000 + int(sys.argv[2]))[None], logits_to_keep=1)"
 )
-METHODS = {"running": (), "prefill_compression": ("--prefill-compression",), "retold": ("--reconstruct",)}
+METHODS = {"budget": ("--budget", "0.25"), "no_budget": (), "no_top_k": ("--budget", "0.25", "--no-top-k")}
 
 
 def measure(command: list[str]) -> dict[str, Any]:
@@ -45,7 +45,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", default="2000,6000")
-    parser.add_argument("--budget", default="0.25")
     parser.add_argument("--ways", default=",".join(METHODS), help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -60,7 +59,6 @@ def main() -> None:
         "model": arguments.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_bytes": sum(p.nbytes for p in model.parameters()),
-        "budget": float(arguments.budget),
         "runs": [],
     }
     del model
@@ -68,7 +66,7 @@ def main() -> None:
         commands = {"load": [sys.executable, "-c", LOAD, arguments.model, context]}
         with tempfile.TemporaryDirectory() as folder:
             plan = [str(Path(sys.executable).with_name("headsink")), "plan", arguments.model, "--context", context]
-            plan += ["--budget", arguments.budget, "--quality", "none", "--out", f"{folder}/plan.json"]
+            plan += ["--quality", "none", "--out", f"{folder}/plan.json"]
             commands |= {method: [*plan, *METHODS[method]] for method in arguments.ways.split(",")}
             for method, command in commands.items():
                 run = {"way": method, "context": int(context)} | measure(command)

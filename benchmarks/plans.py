@@ -1,16 +1,13 @@
-"""Quality of plans on held-out cases: headsink's methods, baseline policies, and ablations.
+"""Quality of plans on held-out cases: headsink, with context reconstruction and without, and baseline policies.
 
 python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2.json
 python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all --out benchmarks/results/ablation-smollm2.json
 
-A plan is calibrated at the context of the cases. A case is read before any continuation is known; then every continuation is
-scored on its own.
+A plan is calibrated at the context of the cases. Like the presses of peers.py, a case is read in full attention and compressed
+before any continuation is known; then every continuation is scored on its own.
 
-- "headsink": online eviction. The case is read under the plan, and keys are evicted while continuations run.
-- "headsink, prefill compression": like the presses of peers.py. The case is read in full attention and compressed; all later
-  keys stay.
-- "headsink, reconstruction": prefill compression with context reconstruction. In models with many heads its budgets are
-  allocated by importance only, without local search.
+- "headsink": the default.
+- "headsink, reconstruction": the same plan; the case is compressed with context reconstruction.
 
 Records have the form of peers.py. Bytes are those of the layers without a sliding window.
 """
@@ -35,45 +32,28 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import headsink
 from headsink.cache.cache import nbytes
 from headsink.calibration.calibrate import Calibration
-from headsink.calibration.method import Method
+from headsink.calibration.method import POLICIES, Method
 from headsink.errors import HeadsinkError
 from headsink.plan.plan import Plan
 from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.utils.files import write_text
 
-POLICIES = {
-    policy: Method(policy=policy) for policy in ("streaming-llm", "random", "copy-first-layer", "layer-wise", "on-off")
-}
-PARTS = {
-    "without top-k keys": Method(top_k=(0.0,), windows=(32, 128, 512)),
-    "one number of top-k keys": Method(top_k=(0.0, 1 / 8)),
-    "squared errors in place of loss gradients": Method(gradient=False),
-    "one step": Method(steps=False, refine=False),
-    "without a start from importance": Method(importance=False),
-    "without correction": Method(correction=False),
-    "without local search": Method(refine=False),
-    "without needles": Method(retrieval_weight=0.0),
-}
-RECONSTRUCTION_PARTS = {
-    "reconstruction without value refitting": Method(prefill_compression=True, reconstruct=True, refit_values=False),
-    "reconstruction with equal head budgets": Method(
-        prefill_compression=True, reconstruct=True, importance=False, refine=False
-    ),
-    "reconstruction with budgets by importance only": Method(prefill_compression=True, reconstruct=True, refine=False),
-}
+SCHEMA = 2  # of the records; in those without, "headsink" is online eviction (leaderboard.py)
+RECONSTRUCTION = "headsink, reconstruction"
 METHODS = {
     "headsink": Method(),
-    "headsink, prefill compression": Method(prefill_compression=True),
-    "headsink, reconstruction": Method(prefill_compression=True, reconstruct=True),
-    **POLICIES,
-    **PARTS,
-    **RECONSTRUCTION_PARTS,
+    RECONSTRUCTION: Method(),
+    "without top-k keys": Method(top_k=False),
+    "equal head budgets": Method(importance=False),
+    **{policy: Method(policy=policy) for policy in POLICIES if policy != "headsink"},
 }
 
 
-def score(model: PreTrainedModel, plan: Plan | None, case: dict[str, Any]) -> list[dict[str, Any]]:
+def score(
+    model: PreTrainedModel, plan: Plan | None, case: dict[str, Any], reconstruct: bool = False
+) -> list[dict[str, Any]]:
     """Return a record for every continuation of a case."""
-    cache = read(model, plan, case["ids"])
+    cache = read(model, plan, case["ids"], reconstruct=reconstruct)
     compressible = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
     kv_bytes, records = nbytes(compressible), []  # type: ignore[arg-type]
     for part in case["continuations"]:
@@ -106,6 +86,7 @@ def main() -> None:
     if arguments.contexts:
         contexts = [int(context) for context in arguments.contexts.split(",")]
     found: dict[str, Any] = {
+        "schema": SCHEMA,
         "what": "plans on held-out cases: NLL, and correct answers after the context was read under the plan",
         "command": "python " + " ".join(sys.argv),
         "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
@@ -122,12 +103,15 @@ def main() -> None:
             records = score(model, None, case)
             full_bytes[case["name"]] = records[0]["kv_bytes"]
             _add(found, "full", 1.0, case, records, full_bytes)
-        start = time.perf_counter()
         shortest = min(len(case["ids"]) for case in cases)  # so that every case meets the budget
-        calibration = Calibration(model, tokenizer, context=shortest)
-        reading_seconds = time.perf_counter() - start
+        made: dict[Method, tuple[Calibration, float]] = {}
         for name in methods:
-            calibration.method = METHODS[name]
+            method = METHODS[name]
+            if method not in made:
+                start = time.perf_counter()
+                calibration = Calibration(model, tokenizer, context=shortest, method=method)
+                made = {method: (calibration, time.perf_counter() - start)}  # of one method at a time
+            calibration, reading_seconds = made[method]
             for budget in (float(budget) for budget in arguments.budgets.split(",")):
                 start = time.perf_counter()
                 try:
@@ -139,7 +123,7 @@ def main() -> None:
                 settings = {"method": name, "budget": budget, "context": context, "seconds": seconds + reading_seconds}
                 found["plans"].append(settings | {"patterns": plan.counts(), "calibration": plan.calibration})
                 for case in cases:
-                    _add(found, name, budget, case, score(model, plan, case), full_bytes)
+                    _add(found, name, budget, case, score(model, plan, case, name == RECONSTRUCTION), full_bytes)
                 write_text(arguments.out, json.dumps(found, indent=1))
                 print(
                     f"{context} {name} {budget}: {seconds:.0f} s, {_summary(found, name, budget, context)}",

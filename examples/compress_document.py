@@ -23,10 +23,8 @@ parser.add_argument("--tokens", type=int, default=60, help="tokens of an answer"
 arguments = parser.parse_args()
 
 model, tokenizer = headsink.load(arguments.model)
-if arguments.plan:
-    plan = headsink.Plan.load(arguments.plan)
-else:
-    plan = headsink.calibrate(model, tokenizer, context=2000, budget=0.25)
+given = arguments.plan
+plan = headsink.Plan.load(given) if given else headsink.calibrate(model, tokenizer, context=2000, budget=0.25)
 
 text, document = document_prompt(tokenizer, arguments.file.read_text(encoding="utf-8"))
 compressed = prefill(model, plan, torch.tensor([document], device=model.device))

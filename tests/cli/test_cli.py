@@ -185,29 +185,21 @@ def test_plan_draws_the_frontier(run, tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_a_plan_within_a_maximum_kl(run, tiny_folder, tmp_path):
     words = ("--context", "600", "--quality", "none", "--device", "cpu", "--out", tmp_path / "plan.json", "--json")
-    status, out, err = run("plan", tiny_folder, *words, "--max-kl", "0.5")
+    status, out, err = run("plan", tiny_folder, *words, "--no-top-k", "--max-kl", "0.5")
     assert status == 0, err
     calibration = json.loads(out)["calibration"]
-    assert calibration["max_kl"] == 0.5
+    assert calibration["criterion"] == {"max_kl": 0.5}
     assert calibration["verified"]["kl_text"] <= 0.5
 
 
 @pytest.mark.slow
-def test_a_plan_for_prefill_compression(run, tiny_folder, tmp_path):
-    words = ("--budget", "0.3", "--context", "600", "--quality", "none", "--device", "cpu", "--prefill-compression")
-    status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
-    assert status == 0, err
-    assert Plan.load(tmp_path / "plan.json").prefill_compression
-
-
-@pytest.mark.slow
-def test_a_plan_for_context_reconstruction(run, tiny_folder, tmp_path):
-    words = ("--budget", "0.3", "--context", "600", "--quality", "512", "--device", "cpu", "--reconstruct")
-    status, _, err = run("plan", tiny_folder, *words, "--out", tmp_path / "plan.json", "--json")
+def test_a_plan_without_a_budget_says_why_it_has_its_budget(run, tiny_folder, tmp_path):
+    words = ("--context", "600", "--quality", "512", "--device", "cpu", "--out", tmp_path / "plan.json", "--no-top-k")
+    status, _, err = run("plan", tiny_folder, *words)
     assert status == 0, err
     made = Plan.load(tmp_path / "plan.json")
-    assert made.prefill_compression
-    assert made.reconstruction_prompt
+    assert made.calibration["criterion"] == {"delta_nll": 0.01, "answers": "all"}
+    assert err.splitlines()[-1].startswith(f"{made.calibration['budget']:.1%} of the KV cache is the smallest budget without visible")
     assert made.quality
     status, _, err = run(
         "generate", tiny_folder, "--prompt", "a box " * 200, "--plan", tmp_path / "plan.json", "--max-new-tokens", "5"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsink.eviction import lifetimes as lifetimes_module
-from headsink.eviction.lifetimes import best, lifetimes
+from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.scorers import LINEAR
 
 
@@ -28,7 +28,14 @@ def test_feature_pairs_are_those_of_rotary_embedding():
     assert LINEAR.features(key, value).tolist() == [3, 0, 4, 2, 5, 2, 5, 6, 7, 8]
 
 
-def slow_best(earlier, leaving, counts, top_k):
+def top_k_keys(earlier, leaving, counts, top_k):
+    """Return which keys are top-k keys once `counts` of the leaving keys have left: bool [..., counts, keys]."""
+    found = counts[:, None] < lifetimes(earlier, leaving, top_k)[..., None, :]
+    found[..., earlier.shape[-1] :] &= torch.arange(leaving.shape[-1]) < counts[:, None]
+    return found
+
+
+def slow_top_k_keys(earlier, leaving, counts, top_k):
     """Find the top-k keys query by query."""
     rows = []
     for left in counts.tolist():
@@ -54,12 +61,12 @@ def test_top_k_keys_equal_a_query_by_query_search(shape, before, later, top_k, c
     for scores, empty in ((earlier, 0.3), (leaving, 0.2)):
         scores[torch.rand(scores.shape, generator=generator) < empty] = float("-inf")
     counts = torch.tensor(sorted(min(n, later) for n in counts))
-    assert torch.equal(best(earlier, leaving, counts, top_k), slow_best(earlier, leaving, counts, top_k))
+    assert torch.equal(top_k_keys(earlier, leaving, counts, top_k), slow_top_k_keys(earlier, leaving, counts, top_k))
 
 
 def test_equal_scores_do_not_exceed_the_capacity():
     counts = torch.arange(6)
-    found = best(torch.zeros(3), torch.zeros(5), counts, 3)
+    found = top_k_keys(torch.zeros(3), torch.zeros(5), counts, 3)
     assert found.sum(-1).tolist() == [3] * 6
     assert not (found[:, 3:] & (torch.arange(5) >= counts[:, None])).any()
 

@@ -19,7 +19,7 @@ from headsink.plan.plan import Plan
 from headsink.runtime.scoring import continuation_log_probs, read
 
 if TYPE_CHECKING:
-    from headsink.utils.progress import Progress
+    from rich.progress import Progress
 
 RETRIEVAL_WEIGHT = 0.25  # weight of the mean KL of answers in the loss, relative to that of text
 VISIBLE = 0.01  # nats per token of text: a smaller delta NLL is not visible

@@ -1,7 +1,7 @@
 """`headsink plan`: calibrate which keys each KV head keeps, or draw the frontier of several budgets.
 
-Goes in: a model, and if wanted a budget or a largest KL. Comes out: a plan file, or a folder with the plans of several budgets and their
-chart; and what they keep and cost, on the terminal or as one JSON object.
+Goes in: a model, and if wanted a budget or a largest KL. Comes out: a plan file, or a folder with the plans of several budgets
+and their chart; and what they keep and cost, on the terminal or as one JSON object.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _make_plan(
 ) -> None:
     file = options.out_file
     checkpoint = file.with_name(f".{file.name}.partial")
-    limits = {"budget": options.budget, "max_kl": options.max_kl}
+    limits: dict[str, Any] = {"budget": options.budget, "max_kl": options.max_kl}
     with resumable(checkpoint):
         made = headsink.calibrate(model, tokenizer, **limits, checkpoint=checkpoint, **arguments)
     made.save(file, force=options.force)

@@ -79,15 +79,3 @@ def _compiled() -> Callable[..., None]:
 
     found: Callable[..., None] = njit(cache=True, nogil=True)(_lifetimes)
     return found
-
-
-def best(cached: Tensor, leaving: Tensor, steps: Tensor, top_k: int) -> Tensor:
-    """Return which keys are top-k keys at each query: bool [..., queries, f' + c].
-
-    cached, leaving, top_k: as for `lifetimes`. steps: int64 [queries], how many of `leaving` have left the window at each query.
-    """
-    if cached.dim() == 1:
-        return best(cached[None], leaving[None], steps, top_k)[0]
-    found = steps[:, None] < lifetimes(cached, leaving, top_k)[..., None, :]
-    found[..., cached.shape[-1] :] &= torch.arange(leaving.shape[-1], device=steps.device) < steps[:, None]
-    return found
