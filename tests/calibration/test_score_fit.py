@@ -16,8 +16,8 @@ from headsink.calibration.score_fit import (
     TOKENS,
     WEIGHT,
     ImportanceScores,
+    ScorerFit,
     _starts,
-    fit,
     measure_importance,
 )
 from headsink.compression.reconstruction import LEAD, PROMPT, SPAN, prompt_tokens
@@ -33,6 +33,14 @@ def letters(text, add_special_tokens=True):
 
 def spans(length):
     return [range(start, min(start + SPAN, length)) for start in _starts(length)]
+
+
+def fit(contexts, importance):
+    """Return the scorer weights of documents."""
+    made = ScorerFit(contexts[0].shape)
+    for context, scores in zip(contexts, importance, strict=True):
+        made.add(context, scores)
+    return made.weights()
 
 
 def cache_and_measure(model, seed=0):
@@ -59,10 +67,24 @@ def reference_importance(family, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_importance_is_the_maximum_attention_of_a_full_pass(family, precise):
     cached, importance = cache_and_measure(tiny(family, dtype=torch.float64))
-    expected = reference_importance(family, cached.document.ids).clamp(min=LEAST).float()
+    expected = reference_importance(family, cached.ids).clamp(min=LEAST).float()
     expected[[window is not None for window in cached.shape.windows]] = 0
     torch.testing.assert_close(importance.attention.double(), expected, rtol=0, atol=2e-5)
     assert importance.positions.tolist() == list(range(LEAD, LENGTH))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_whole_document_has_the_importance_of_its_spans(family, precise):
+    """Spans begin elsewhere, so other queries count, but keys are the same."""
+    cached, sampled = cache_and_measure(tiny(family, dtype=torch.float64))
+    whole = measure_importance(cached, prompt_tokens(letters), whole=True)
+    assert whole.positions.tolist() == list(range(LENGTH))
+    rest = whole.without_lead()
+    assert torch.equal(rest.positions, sampled.positions)
+    assert torch.equal(rest.attention, whole.attention[..., LEAD:])
+    planned = [window is None for window in cached.shape.windows]
+    both = torch.stack([rest.attention[planned].flatten(), sampled.attention[planned].flatten()])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.8
 
 
 def test_importance_without_attention_is_bounded(monkeypatch):

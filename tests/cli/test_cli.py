@@ -199,7 +199,9 @@ def test_a_plan_without_a_budget_says_why_it_has_its_budget(run, tiny_folder, tm
     assert status == 0, err
     made = Plan.load(tmp_path / "plan.json")
     assert made.calibration["criterion"] == {"delta_nll": 0.01, "answers": "all"}
-    assert err.splitlines()[-1].startswith(f"{made.calibration['budget']:.1%} of the KV cache is the smallest budget without visible")
+    assert err.splitlines()[-1].startswith(
+        f"{made.calibration['budget']:.1%} of the KV cache is the smallest budget without visible"
+    )
     assert made.quality
     status, _, err = run(
         "generate", tiny_folder, "--prompt", "a box " * 200, "--plan", tmp_path / "plan.json", "--max-new-tokens", "5"

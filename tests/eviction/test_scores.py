@@ -30,7 +30,8 @@ def test_feature_pairs_are_those_of_rotary_embedding():
 
 def top_k_keys(earlier, leaving, counts, top_k):
     """Return which keys are top-k keys once `counts` of the leaving keys have left: bool [..., counts, keys]."""
-    found = counts[:, None] < lifetimes(earlier, leaving, top_k)[..., None, :]
+    ends = lifetimes(earlier[None], leaving[None], top_k)[0]
+    found = counts[:, None] < ends[..., None, :]
     found[..., earlier.shape[-1] :] &= torch.arange(leaving.shape[-1]) < counts[:, None]
     return found
 

@@ -6,7 +6,6 @@ from headsink.calibration.cached_document import CachedDocument
 from headsink.data.documents import Document, Question
 from headsink.eviction.pattern import FULL
 from headsink.eviction.scorers import LINEAR
-from headsink.models.spec import describe
 
 LENGTH, BRANCH = 150, 40
 
@@ -32,11 +31,9 @@ def random_weights(shape, seed=0):
     return torch.randn(shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim), generator=generator)
 
 
-def make_cached_document(model, seed=0, freeze=False):
-    """Return a cached document with random scorer weights."""
-    cached, weights = (
-        CachedDocument(model, random_document(seed), freeze),
-        random_weights(describe(model), seed),
-    )
-    cached.set_scores(weights)
-    return cached, weights
+def make_cached_document(model, seed=0):
+    """Return a cached document with random importance of its keys."""
+    cached = CachedDocument(model, random_document(seed))
+    generator = torch.Generator().manual_seed(seed)
+    cached.importance = torch.randn(cached.importance.shape, generator=generator)
+    return cached

@@ -73,14 +73,16 @@ def choose_patterns(
 def tied_heads(method: Method, layers: Sequence[int], errors: Tensor) -> list[list[Head]]:
     """Groups of equally many heads that get the same pattern.
 
-    A layer's heads, the heads at one index of all layers, or, with several ranks, the head with the largest error of each rank,
-    then the next of each, and so on.
+    Single heads; or a layer's heads; or the heads at one index of all layers; or, with several ranks, the head with the largest
+    error of each rank, then the next of each, and so on.
     """
     kv_heads = errors.shape[1]
     if method.policy == "layer-wise":
         return [[(layer, head) for head in range(kv_heads)] for layer in layers]
     if method.policy == "copy-first-layer":
         return [[(layer, head) for layer in layers] for head in range(kv_heads)]
+    if method.ranks == 1:
+        return [[(layer, head)] for layer in layers for head in range(kv_heads)]
     ranks = dict.fromkeys(tuple(heads) for heads in rank_heads(kv_heads, method.ranks))
     tied = []
     for layer in layers:
