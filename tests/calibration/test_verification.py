@@ -95,11 +95,11 @@ def plan_with(budget=0.25, criterion=None, next_smaller=None, **figures):
 def test_a_budget_that_costs_much_is_warned_about():
     assert remark(plan_with(delta_nll=0.1, right_both=14)) is None
     assert remark(plan_with(delta_nll=0.257, right_both=20)) == (
-        "warning: at 25.0% of the KV cache this model loses much: delta NLL +0.257 nats per token of text, 20 of the 20 answers "
+        "warning: at 25.0% of the KV cache this model loses much: delta NLL +0.2570 nats per token of text, 20 of the 20 answers "
         "that the full cache gives; without a budget the smallest one without visible loss is found"
     )
     assert remark(plan_with(right_both=13)).startswith(
-        "warning: at 25.0% of the KV cache this model loses much: delta NLL +0.000"
+        "warning: at 25.0% of the KV cache this model loses much: delta NLL +0.0000"
     )
 
 
@@ -107,8 +107,8 @@ def test_a_plan_says_why_it_has_its_budget():
     smaller = {"budget": 0.125} | verified(0.03, 19)
     criterion = {"delta_nll": 0.01, "answers": "all"}
     assert remark(plan_with(criterion=criterion, next_smaller=smaller, delta_nll=0.005)) == (
-        "25.0% of the KV cache is the smallest budget without visible loss: delta NLL +0.005 nats per token of text, "
-        "20 of the 20 answers that the full cache gives; 12.5% has delta NLL +0.030 nats per token of text, "
+        "25.0% of the KV cache is the smallest budget without visible loss: delta NLL +0.0050 nats per token of text, "
+        "20 of the 20 answers that the full cache gives; 12.5% has delta NLL +0.0300 nats per token of text, "
         "19 of the 20 answers that the full cache gives, KL 0.5000"
     )
     assert "smallest budget with a KL of text up to 0.6: " in remark(plan_with(criterion={"max_kl": 0.6}))

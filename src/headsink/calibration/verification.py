@@ -60,7 +60,9 @@ class FullCacheScores:
     def right(self, log_probs: Tensor) -> Tensor:
         """Which questions are answered right by greedy decoding: bool [questions]."""
         right = log_probs.argmax(-1) == self.targets
-        return torch.tensor([bool(right[self.branch == number].all()) for number in range(1, self._count)])
+        return torch.tensor(
+            [bool(right[self.branch == number].all()) for number in range(1, self._count)], dtype=torch.bool
+        )
 
     @property
     def _count(self) -> int:
@@ -106,7 +108,7 @@ def is_lossless(verified: dict[str, Any]) -> bool:
 def figures(verified: dict[str, Any]) -> str:
     """The figures of a verification in words."""
     return (
-        f"delta NLL {verified['delta_nll']:+.3f} nats per token of text, {verified['right_both']} of the "
+        f"delta NLL {verified['delta_nll']:+.4f} nats per token of text, {verified['right_both']} of the "
         f"{verified['right_full']} answers that the full cache gives"
     )
 
