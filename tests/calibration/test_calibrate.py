@@ -12,6 +12,7 @@ from small_tokenizer import Small
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan, calibrate
+from headsink.calibration import allocation
 from headsink.calibration import calibrate as calibrate_module
 from headsink.calibration.allocation import SINK, WINDOW
 from headsink.calibration.cached_document import CachedDocument, mean_loss
@@ -30,7 +31,7 @@ from headsink.eviction.pattern import FULL
 from headsink.models.spec import describe
 
 CONTEXT = 600
-FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt-oss")
+FAMILIES = ("llama", "gemma3", "gpt-oss")
 WINDOWS = Method(top_k=False)
 
 
@@ -164,12 +165,13 @@ def test_windows_are_chosen_by_squared_errors(small):
 def test_budgets_of_few_heads_are_tuned_on_the_measured_loss(small, tmp_path, monkeypatch):
     """Not worse on the documents than allocation by importance; resumes if stopped."""
     model, file = tiny("gemma3"), tmp_path / "steps" / "steps.json"
-    calibration = Calibration(model, small, context=CONTEXT, checkpoint=file, progress=False)
+    monkeypatch.setattr(allocation, "SWEEPS", 1)
+    calibration = Calibration(model, small, context=LEAST_CONTEXT, checkpoint=file, progress=False)
     plan = calibration.plan(0.3)
     steps = json.loads(file.read_text())["steps"]
     step = Step(**steps["0.3"])
     assert step.done
-    assert 0.28 < plan.kv_budget(CONTEXT) <= 0.3
+    assert 0.28 < plan.kv_budget(LEAST_CONTEXT) <= 0.3
     assert step.loss == pytest.approx(mean_loss(calibration.cached, patterns(plan)), rel=1e-5)
     monkeypatch.setattr(calibrate_module, "coordinate_descent", lambda allocation, loss, report: allocation)
     assert calibration.plan(0.3) == plan  # from the checkpoint
@@ -288,7 +290,7 @@ def test_an_interrupted_descent_resumes(make, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate_module, "coordinate_descent", resumed)
     make("gemma3", checkpoint=file)
     assert (starts[0].shares.tolist(), starts[0].recent.tolist()) == (step.shares, step.recent)
-    for other in ({"seed": 1}, {"context": CONTEXT + 10}, {"budget": 0.3}, {"model": tiny("gemma3", seed=1)}):
+    for other in ({"seed": 1}, {"context": LEAST_CONTEXT}, {"budget": 0.3}):
         make(**{"family": "gemma3", "checkpoint": file} | other)  # starts again
         assert starts[-1].shares.tolist() != step.shares
         assert not starts[-1].recent.any()
