@@ -12,7 +12,6 @@ import torch
 import headsink
 from headsink.generation.templates import document_prompt, question_prompt
 from headsink.models.transformers_names import cache_argument
-from headsink.runtime.prefill import prefill
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("questions", nargs="+")
@@ -27,7 +26,7 @@ given = arguments.plan
 plan = headsink.Plan.load(given) if given else headsink.calibrate(model, tokenizer, context=2000, budget=0.25)
 
 text, document = document_prompt(tokenizer, arguments.file.read_text(encoding="utf-8"))
-compressed = prefill(model, plan, torch.tensor([document], device=model.device))
+compressed = headsink.compress(model, plan, torch.tensor([document], device=model.device))
 print(f"{len(document)} tokens are read; the KV cache holds {compressed.nbytes() / 1e6:.2f} MB")
 
 for question in arguments.questions:

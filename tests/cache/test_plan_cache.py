@@ -76,7 +76,9 @@ def test_top_k_keys_that_are_replaced(family, sizes, freeze):
     plan = Plan.of(model, rows, torch.randn(3, heads, LINEAR.n_features(12)))
     logits, cache = feed(model, plan, ids, sizes, mask, freeze)
     real = mask.bool()
-    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, split(250, sizes, freeze), freeze)[real], **TOLERANCE)
+    torch.testing.assert_close(
+        logits[real], reference_logits(model, plan, ids, mask, split(250, sizes, freeze), freeze)[real], **TOLERANCE
+    )
     for group in (group for layer in cache.layers for group in layer.groups):
         assert (group.scores > float("-inf")).all()
 

@@ -11,7 +11,9 @@ def has_kernel(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype != torch.float16 and not torch.is_grad_enabled()
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, pads: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Return the attention of texts, [batch, query heads, tokens, dim], and the log-sum-exp of the logits, without the last axis.
 
     query: [batch, query heads, tokens, dim]; key, value: [batch, KV heads, tokens, dim]. pads: tokens of left padding, int [batch],

@@ -35,7 +35,7 @@ from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
-from headsink.runtime.prefill import CHUNK, empty_cache, prefill
+from headsink.runtime.prefill import empty_cache
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
@@ -77,15 +77,9 @@ class Configuration:
         if self.compiled:
             options = {"custom_generate": partial(decode, streamer=clock)}
             prepare(self.model)
-        if self.plan is not None and ids.shape[1] > CHUNK:
-            options["prefill_chunk_size"] = CHUNK
-        start = time.perf_counter()
-        if isinstance(cache, PlanCache) and cache.plan.prefill_compression:
-            prefill(self.model, cache.plan, ids[:, :-1], cache=cache)
-        compression_seconds = time.perf_counter() - start
         with nullcontext() if self.plan is None else apply(self.model, self.plan):
             # Excludes `apply`, which checks the plan against the model: a user does that once, not for every prompt.
-            start = time.perf_counter() - compression_seconds
+            start = time.perf_counter()
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

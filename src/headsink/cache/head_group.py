@@ -28,7 +28,9 @@ class HeadGroup(Slots):
     @classmethod
     def over(cls, key: Tensor, value: Tensor, padding: Padding | None, exact: bool) -> HeadGroup:
         """All heads with full attention over given keys and values, [batch, heads, tokens, dim], which are not copied."""
-        group = cls(FULL, list(range(key.shape[1])), key.new_zeros(key.shape[1], 0), key[:, :, :0], padding, exact=exact)
+        group = cls(
+            FULL, list(range(key.shape[1])), key.new_zeros(key.shape[1], 0), key[:, :, :0], padding, exact=exact
+        )
         group.keys, group.values, group.length = key, value, key.shape[2]
         real = group._positions(torch.arange(key.shape[2], device=key.device)) >= 0
         group.visible = real.expand(*key.shape[:2], -1).contiguous()
@@ -48,7 +50,9 @@ class HeadGroup(Slots):
             output[:, :, start : start + QUERY_BLOCK] = self._attend_buffer(block, softmax)
         return output
 
-    def attend_all(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
+    def attend_all(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
+    ) -> Tensor:
         """Attention of new tokens over all cached keys and their own; does not append them. Arguments as for `attend`."""
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])

@@ -25,7 +25,7 @@ from headsink.cache.head_group import HeadGroup
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR, Scorer
-from headsink.eviction.scorers.prompt import segment_scores
+from headsink.eviction.scorers.prompt import match_scale, segment_scores
 from headsink.utils import device
 
 
@@ -350,9 +350,13 @@ class PlanLayer(CacheLayerMixin):
     def fill(self, key: Tensor, value: Tensor, padding: Padding | None, scores: Tensor | None = None) -> None:
         """Fill the empty layer with a whole text, [batch, KV heads, tokens, dim], without computing attention.
 
-        scores: [batch, KV heads, tokens], importance scores that replace those of the plan's scorer.
+        scores: [batch, KV heads, tokens], importance scores that replace those of the plan's scorer; they are mapped to its scale.
         """
         self._make_groups(key, padding)
+        if scores is not None:
+            linear, scores = self.scorer.scores(key, value, self.weights), scores.clone()
+            for row, first in enumerate([0] * len(key) if padding is None else padding.tokens.tolist()):
+                scores[row, :, first:] = match_scale(scores[row, :, first:], linear[row, :, first:])
         for group in self.groups:
             group.append_keys(
                 key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads]

@@ -18,6 +18,7 @@ from headsink.cli.options import (
     OtherWeights,
     PlanFile,
     Raw,
+    Reconstruct,
     Seed,
     Temperature,
     check_other_weights,
@@ -49,6 +50,7 @@ class GenerateOptions:
         typer.Option(help="A document that `headsink prefill` has read; the prompt comes after it.", callback=readable),
     ] = None
     plan_file: PlanFile = None
+    reconstruct: Reconstruct = False
     raw: Raw = False
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200
     temperature: Temperature = 0.0
@@ -70,6 +72,8 @@ class GenerateOptions:
             raise HeadsinkError(
                 "prefix: it has a plan, a document and a format of its own; leave out --plan, --file, --raw"
             )
+        if self.reconstruct and (self.plan_file is None or self.lossless):
+            raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE")
         if self.lossless and self.plan_file is None:
             raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE")
         check_other_weights(self.other_weights, self.plan_file)
@@ -118,6 +122,7 @@ def generate(options: GenerateOptions) -> None:
         temperature=options.temperature,
         show=None if options.as_json else write,
         lossless=options.lossless,
+        reconstruct=options.reconstruct,
     )
     if options.as_json:
         files = {"plan": options.plan_file, "prefix": options.prefix}

@@ -83,6 +83,13 @@ PlanFile = Annotated[
     typer.Option("--plan", help="Plan file; without one, the full cache.", callback=plan_path),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat format.")]
+Reconstruct = Annotated[
+    bool,
+    typer.Option(
+        "--reconstruct",
+        help="Read the document twice (context reconstruction): the best quality, for many questions about it.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random choices: texts, shuffles, sampling.")]

@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 
 import headsink
-from headsink.cli.options import Device, Dtype, Force, Json, Model, OtherWeights, Raw, plan_path, standard_input
+from headsink.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    OtherWeights,
+    Raw,
+    Reconstruct,
+    plan_path,
+    standard_input,
+)
 from headsink.errors import HeadsinkError, printable
 from headsink.utils.files import check_file, read_text
 from headsink.utils.terminal import MEGABYTE, emit, out
@@ -26,6 +37,7 @@ class PrefillOptions:
     out_file: Annotated[Path, typer.Option("--out", help="File for the compressed cache (safetensors).")] = Path(
         "prefix.safetensors"
     )
+    reconstruct: Reconstruct = False
     raw: Raw = False
     other_weights: OtherWeights = False
     dtype: Dtype = None
@@ -60,7 +72,9 @@ def prefill(options: PrefillOptions) -> None:
     plan = plan.for_model(model) if options.other_weights else plan
     text, ids = templates.document_prompt(tokenizer, document, options.raw)
     start = time.perf_counter()
-    cache = runtime.prefill(model, plan, torch.tensor([ids], device=model.device))
+    cache = runtime.prefill(
+        model, plan, torch.tensor([ids], device=model.device), exact=False, reconstruct=options.reconstruct
+    )
     seconds = time.perf_counter() - start
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(options.out_file)}

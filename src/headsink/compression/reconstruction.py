@@ -115,9 +115,8 @@ def kept_keys(pattern: Pattern, scores: Tensor) -> Tensor:
 def reconstruct(
     model: PreTrainedModel, plan: Plan, cache: Cache, ids: Tensor, padding: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """Importance scores of all keys in `cache` by context reconstruction.
-
-    With `plan.refit_values` the values of the keys that will be kept are changed in the cache.
+    """Importance scores of all keys in `cache` by context reconstruction. Refits the values of the keys that will be kept, in
+    the cache.
 
     ids: of the contexts, int64 [batch, tokens]. padding: left padding of each row, int64 [batch]. Returns, for each layer
     without a sliding window, float32 or float64 [batch, KV heads, tokens], -inf for padding.
@@ -154,7 +153,7 @@ def _reconstruct_row(context: Context, plan: Plan) -> dict[int, Tensor]:
             scores[inputs.layer] = largest
             _, values = context.key_values(inputs.layer)
             for head, pattern in enumerate(one.pattern for one in row):
-                if plan.refit_values and pattern.size(context.length) < context.length:
+                if pattern.size(context.length) < context.length:
                     indices = kept_keys(pattern, largest[head])
                     indices = indices[largest[head, indices].argsort()]
                     fixed = max(len(indices) - FITTED, 0)

@@ -92,16 +92,15 @@ def generate(
     show: Callable[[str], None] | None = None,
     compiled: bool = True,
     lossless: bool = False,
+    reconstruct: bool = False,
     **options: Any,
 ) -> Generation:
     """Continue `ids`, greedily or by sampling, under a plan or without.
 
-    With `plan.prefill_compression` the prompt (in a conversation the first one) is prefilled in full attention and then
-    compressed (runtime/compress.py).
-
     cache: continue a cache that holds a prefix of `ids`; its own plan applies. temperature: 0 for greedy decoding. show: called
     with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step (decode.py) if they
-    support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). options: passed on to
+    support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). reconstruct: compress the
+    prompt by context reconstruction, as `headsink.compress` does. options: passed on to
     `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
     if not ids:
@@ -130,8 +129,8 @@ def generate(
         options = {"custom_generate": decode, **options}
         prepare(model)
     start = time.perf_counter()
-    if isinstance(cache, PlanCache) and cache.plan.prefill_compression and not cache.get_seq_length():
-        prefill(model, cache.plan, text[:, :-1], cache=cache)
+    if reconstruct and isinstance(cache, PlanCache) and not cache.get_seq_length():
+        prefill(model, cache.plan, text[:, :-1], cache=cache, reconstruct=True)
     reading = time.perf_counter() - start
     with nullcontext() if plan is None else apply(model, plan):
         start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text

@@ -20,14 +20,12 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from headsink.errors import HeadsinkError
 from headsink.models import loading
-from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import apply
+from headsink.runtime.apply import Prefill, apply
 from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import forward
 from headsink.utils.progress import bar
@@ -77,18 +75,10 @@ class HeadsinkLM(HFLM):
         plan = self.plan and {"patterns": self.plan.counts(), "calibration": self.plan.calibration}
         return super().get_model_info() | {"plan": plan}
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        if self.plan is not None and self.plan.prefill_compression:
-            raise HeadsinkError(
-                "plan: it is for prefill compression, but loglikelihood_rolling scores texts without a prompt; use a plan "
-                "without --prefill-compression"
-            )
-        return list(super().loglikelihood_rolling(requests, disable_tqdm))
-
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        if self.plan is None or not self.plan.prefill_compression:
+        if self.plan is None or not any(context for _, context, _ in requests):
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, **options))
         found: list[tuple[float, bool]] = []
         before: list[int] | None = None
@@ -111,33 +101,24 @@ class HeadsinkLM(HFLM):
         return found
 
     def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
-        with self._plan_applied(inps.shape[1]):
+        with self._plan_applied(inps.shape[1], "sparse"):  # a text without a prompt, in one pass
             return super()._model_call(inps, **options)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        if self.plan is None or not self.plan.prefill_compression:
-            with self._plan_applied(max_length):
-                return super()._model_generate(context, max_length, stop, **options)
-        rows = []
-        for row, mask in zip(context, options.pop("attention_mask"), strict=True):
-            text = row[mask.bool()]
-            cache, longest = self._prefill(text[:-1].tolist()), max_length - len(row) + len(text)
-            with self._plan_applied(longest):
-                whole = super()._model_generate(text[None], longest, stop, **cache_argument(cache), **options)
-            rows.append(torch.cat([row, whole[0, len(text) :]]))
-        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        with self._plan_applied(max_length):
+            return super()._model_generate(context, max_length, stop, **options)
 
     def _prefill(self, ids: list[int]) -> Cache:
         return prefill(self.model, self.plan, torch.tensor([ids], device=self.device))
 
     @contextmanager
-    def _plan_applied(self, tokens: int) -> Iterator[None]:
+    def _plan_applied(self, tokens: int, prefill: Prefill = "dense") -> Iterator[None]:
         """Apply the plan, if there is one, for sequences of `tokens` tokens."""
         if self.plan is None:
             yield
             return
         self._warn(tokens)
-        with apply(self.model, self.plan):
+        with apply(self.model, self.plan, prefill=prefill):
             yield
 
     def _warn(self, tokens: int) -> None:

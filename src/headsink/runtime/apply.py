@@ -243,8 +243,8 @@ def _check_columns(given: dict[str, Any], cache: PlanCache) -> None:
 def _refusal(cache: Any) -> str:
     if type(cache) is DynamicCache and cache.get_seq_length():
         return (
-            "this cache was filled without the plan (as prefix tuning does): compress it with "
-            "headsink.compress(model, plan, cache), or start with headsink.new_cache(model, plan)"
+            "this cache was filled without the plan (as prefix tuning does): start with headsink.new_cache(model, plan), or "
+            "read the text with headsink.compress(model, plan, input_ids)"
         )
     what = "an offloaded DynamicCache" if type(cache) is DynamicCache else type(cache).__name__
     return f"{what} cannot hold a plan: use headsink.new_cache(model, plan) or leave the cache out"

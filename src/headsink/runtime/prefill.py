@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from headsink.attention.interface import left_padding
 from headsink.cache.cache import PlanCache
+from headsink.compression.reconstruction import reconstruct as reconstruct_context
 from headsink.errors import HeadsinkError
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, full_cache, new_cache
-from headsink.runtime.compress import compress_into
 
-CHUNK = (
-    8192  # tokens per forward pass under online eviction: a streaming head never holds more than its window and these
-)
+CHUNK = 8192  # tokens per forward pass where keys are evicted while they are read: bounds the memory of the pass
 
 
 def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -> Cache:
@@ -26,44 +27,70 @@ def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -
 
 
 def prefill(
-    model: PreTrainedModel, plan: Plan | None, ids: Tensor, *, exact: bool = True, cache: Cache | None = None
+    model: PreTrainedModel,
+    plan: Plan | None,
+    ids: Tensor,
+    *,
+    exact: bool = True,
+    cache: Cache | None = None,
+    reconstruct: bool = False,
 ) -> Cache:
-    """Read prompts into a KV cache and evict as the plan says.
+    """Read prompts into a KV cache and evict as the plan says. Without a plan the cache is full.
 
-    With `plan.prefill_compression` the prompts are read with the full cache and compressed after that; otherwise keys are
-    evicted while they are read. Without a plan the cache is full.
-
-    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the
-    same plan to read into. Raises HeadsinkError for prompts that are longer than the model's maximum, if the plan does not count
-    positions in the cache.
+    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the same plan
+    to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are longer than the model's maximum, if the
+    plan does not count positions in the cache.
     """
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     if ids.shape[1] > longest and (plan is None or plan.positions == "absolute"):
         raise HeadsinkError(f"prompt: {ids.shape[1]} tokens are over the model's maximum of {longest}")
     cache = empty_cache(model, plan, exact) if cache is None else cache
-    if isinstance(cache, PlanCache) and plan is not None and plan.prefill_compression:
-        if ids.shape[1]:
-            full = empty_cache(model, None)
-            _read(model, None, full, ids, ids.shape[1])
-            compress_into(cache, model, full, input_ids=ids)
-        else:
-            cache.freeze()
-    elif ids.shape[1]:
-        _read(model, plan, cache, ids, ids.shape[1] if plan is None else CHUNK)
+    if not ids.shape[1]:
+        return cache
+    if reconstruct and isinstance(cache, PlanCache):
+        read_with_reconstruction(model, cache, ids)
+    else:
+        read(model, cache, ids)
     return cache
+
+
+def read(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> None:
+    """Read texts into an empty cache, in one forward pass; in chunks where keys are evicted while they are read.
+
+    ids: int64 [batch, tokens]; mask: int [batch, tokens], 0 for left padding.
+    """
+    planned = isinstance(cache, PlanCache)
+    scope = apply_here(model, cache.plan) if planned else full_cache(model)
+    chunk = CHUNK if planned and not cache.prefill.dense else ids.shape[1]
+    begin = 0
+    with torch.no_grad(), scope:
+        for part in ids.split(chunk, 1):
+            given: dict[str, Any] = {}
+            if mask is not None:
+                positions = (mask[:, : begin + part.shape[1]].cumsum(1) - 1).clamp(min=0)
+                given = {"attention_mask": mask[:, : begin + part.shape[1]], "position_ids": positions[:, begin:]}
+            model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1, **given)
+            begin += part.shape[1]
+
+
+def read_with_reconstruction(model: PreTrainedModel, cache: PlanCache, ids: Tensor, mask: Tensor | None = None) -> None:
+    """Read texts with the full cache, choose keys by context reconstruction, and move them into an empty cache of a plan."""
+    if cache.plan.positions == "cache-relative":
+        raise HeadsinkError("reconstruct: it needs 'absolute' positions")
+    full, padding = empty_cache(model, None), left_padding(mask)
+    read(model, full, ids, mask)
+    scores = reconstruct_context(model, cache.plan, full, ids, None if padding is None else padding.tokens)
+    cache.fill(full, padding, scores)
 
 
 def prefill_chunks(model: PreTrainedModel, cache: Cache, ids: Tensor) -> None:
     """Read what a cache does not hold yet of a long prompt, in chunks, but for the last chunk, which `generate` reads.
 
-    transformers' own `prefill_chunk_size` forgets what a cache holds.
+    Only where keys are evicted while they are read: chunks end segments of dense prefill. transformers' own
+    `prefill_chunk_size` forgets what a cache holds.
     """
+    if isinstance(cache, PlanCache) and cache.prefill.dense:
+        return
     with torch.no_grad():
         for part in ids[:, cache.get_seq_length() :].split(CHUNK, 1)[:-1]:
-            model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-
-
-def _read(model: PreTrainedModel, plan: Plan | None, cache: Cache, ids: Tensor, chunk: int) -> None:
-    with torch.no_grad(), full_cache(model) if plan is None else apply_here(model, plan):
-        for part in ids.split(chunk, 1):
             model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1)

@@ -18,10 +18,16 @@ from headsink.runtime.prefill import prefill
 BLOCK = 32  # consecutive tokens that the bootstrap resamples together
 
 
-def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int]) -> Cache:
-    """The cache of a document under a plan, or the full cache, ready for continuations that are taken back."""
+def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int], reconstruct: bool = False) -> Cache:
+    """The cache of a document under a plan, or the full cache, ready for continuations that are taken back.
+
+    Each continuation is a segment, as a turn of a conversation. reconstruct: as for `headsink.compress`.
+    """
     quiet = plan if plan is None else plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
-    cache = prefill(model, quiet, torch.tensor([list(ids)], device=model.device))
+    tokens = torch.tensor([list(ids)], device=model.device)
+    cache = prefill(model, quiet, tokens, exact=False, reconstruct=reconstruct)
+    if isinstance(cache, PlanCache) and cache.plan.positions == "absolute":
+        cache.freeze()  # so that a continuation, which attends to every cached key, can be cropped
     cache.activate_past_recording()
     return cache
 

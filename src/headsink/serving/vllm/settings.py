@@ -35,8 +35,6 @@ def check_servable(plan: Plan) -> None:
             "the plan has top-k keys, but vLLM's scheduler chooses blocks by position, before keys are computed; "
             f"{ANOTHER_PLAN}"
         )
-    if plan.prefill_compression:
-        raise HeadsinkError(f"the plan is for prefill compression, but vLLM evicts keys online; {ANOTHER_PLAN}")
     if plan.positions == "cache-relative":
         raise HeadsinkError(
             "the plan has cache-relative positions, but vLLM supports absolute ones only; use --positions absolute"
