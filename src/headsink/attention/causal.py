@@ -16,8 +16,8 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the attention of texts, [batch, query heads, tokens, dim], and the log-sum-exp of the logits, without the last axis.
 
-    query: [batch, query heads, tokens, dim]; key, value: [batch, KV heads, tokens, dim]. pads: tokens of left padding, int [batch],
-    None if there is none; output and log-sum-exp of padding are 0.
+    query: [batch, query heads, tokens, dim]; key, value: [batch, KV heads, tokens, dim]. pads: tokens of left padding, int
+    [batch], None if there is none; output and log-sum-exp of padding are 0.
     """
     output = torch.zeros_like(query)
     lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))

@@ -1,9 +1,9 @@
 """Reference attention: a plan's rule as a mask and plain softmax attention. Every backend is tested against it.
 
 A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each KV
-head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the `top_k` with the
-highest importance scores. While decoding a segment is one token, and the head evicts before that token attends, so that it never
-holds more than the pattern.
+head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the `top_k` with
+the highest importance scores. While decoding a segment is one token, and the head evicts before that token attends, so that it
+never holds more than the pattern.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def reference_attention(
     query: [batch, query heads, tokens, dim]. key, value: [batch, KV heads, tokens, dim]. weights: scorer weights, [KV heads,
     features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap, sink_logits: as for `masked_attention`.
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. inverse: rotary
-    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. Returns [batch, query heads, tokens, dim] in the query's dtype; zero
-    where a query sees no key.
+    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. Returns [batch,
+    query heads, tokens, dim] in the query's dtype; zero where a query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
     group = query.shape[1] // kv_heads

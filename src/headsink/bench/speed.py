@@ -27,7 +27,7 @@ from headsink.bench.heading import machine, versions
 from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, summarize_times
-from headsink.cache.cache import PlanCache, nbytes
+from headsink.cache.cache import nbytes
 from headsink.data import corpus
 from headsink.generation.decode import decode, prepare, refusal
 from headsink.models.devices import dtype_name

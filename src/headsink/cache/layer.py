@@ -187,8 +187,8 @@ class PlanLayer(CacheLayerMixin):
         output, begin = torch.empty_like(query), 0
         while begin < tokens:
             end = min(begin + chunk - self.groups[0].columns % chunk, tokens)
-            part = (t[:, :, begin:end] for t in (query, key, value))
-            output[:, :, begin:end] = self._attend_segment(module, *part, softmax)
+            own_query, own_key, own_value = (t[:, :, begin:end] for t in (query, key, value))
+            output[:, :, begin:end] = self._attend_segment(module, own_query, own_key, own_value, softmax)
             begin = end
         return output
 
@@ -350,7 +350,8 @@ class PlanLayer(CacheLayerMixin):
     def fill(self, key: Tensor, value: Tensor, padding: Padding | None, scores: Tensor | None = None) -> None:
         """Fill the empty layer with a whole text, [batch, KV heads, tokens, dim], without computing attention.
 
-        scores: [batch, KV heads, tokens], importance scores that replace those of the plan's scorer; they are mapped to its scale.
+        scores: [batch, KV heads, tokens], importance scores that replace those of the plan's scorer; they are mapped to its
+        scale.
         """
         self._make_groups(key, padding)
         if scores is not None:

@@ -50,8 +50,8 @@ def rotate(vectors: Tensor, distance: int, inverse: Tensor) -> Tensor:
 def rotate_back(vectors: Tensor, distance: Tensor, inverse: Tensor) -> Tensor:
     """Move rotated vectors to a position `distance` tokens earlier.
 
-    vectors: [batch, heads, tokens, dim]; distance: int [tokens], [batch, 1, tokens] or a number; inverse: float32 [pairs]. Returns
-    float32 or better.
+    vectors: [batch, heads, tokens, dim]; distance: int [tokens], [batch, 1, tokens] or a number; inverse: float32 [pairs].
+    Returns float32 or better.
     """
     kind = torch.promote_types(vectors.dtype, torch.float32)
     angles = distance[..., None].to(kind) * inverse.to(device=vectors.device, dtype=kind)

@@ -25,7 +25,6 @@ from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
 
-
 Prefill = Literal["dense", "sparse"]
 
 
@@ -94,8 +93,9 @@ def apply(
     chunk_size: as for `new_cache`.
 
     Warns once if a sequence grows longer than the contexts that the plan's quality was measured at. Raises HeadsinkError if the
-    plan was made for another model, and for invalid options; inside the block, for sequences over the model's maximum (unless the plan's positions are cache-relative),
-    for calls that do not work under a plan, and if a layer's attention did not go through the plan.
+    plan was made for another model, and for invalid options; inside the block, for sequences over the model's maximum (unless the
+    plan's positions are cache-relative), for calls that do not work under a plan, and if a layer's attention did not go through
+    the plan.
     """
     with enter_scope(model, plan, _Calls(model, plan, exact, prefill, chunk_size).prepare):
         yield model

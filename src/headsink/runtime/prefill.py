@@ -37,9 +37,9 @@ def prefill(
 ) -> Cache:
     """Read prompts into a KV cache and evict as the plan says. Without a plan the cache is full.
 
-    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the same plan
-    to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are longer than the model's maximum, if the
-    plan does not count positions in the cache.
+    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the same
+    plan to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are longer than the model's maximum,
+    if the plan does not count positions in the cache.
     """
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     if ids.shape[1] > longest and (plan is None or plan.positions == "absolute"):

@@ -2,11 +2,11 @@
 
 Context reconstruction (compression/reconstruction.py, KVzip, arXiv 2505.23416) lets the model repeat the prompt, and ranks a key
 by the largest attention that it receives meanwhile. Rotary embeddings compose, so the query of a repeated token is about the
-prompt's own query, rotated on to where the repeat would stand. The score of a key is the largest logit that such queries of tokens
-near it give to the key, relative to the log-sum-exp of the prompt's own queries.
+prompt's own query, rotated on to where the repeat would stand. The score of a key is the largest logit that such queries of
+tokens near it give to the key, relative to the log-sum-exp of the prompt's own queries.
 
-These scores and those of the plan's scorer are standardised and added. The sums are then mapped, rank by rank, to the scale of the
-plan's scorer, so that they compare with the scores of later keys.
+These scores and those of the plan's scorer are standardised and added. The sums are then mapped, rank by rank, to the scale of
+the plan's scorer, so that they compare with the scores of later keys.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def segment_scores(
 ) -> Tensor | None:
     """Return the importance scores of the keys of a segment: [batch, KV heads, tokens], on the scale of `scores`.
 
-    query: [batch, query heads, tokens, dim]; key: [batch, KV heads, tokens, dim], both rotated. scores: of the plan's scorer, float
-    [batch, KV heads, tokens]. pads: tokens of left padding in the segment, int [batch], None if there is none. scaling, softcap,
-    sink_logits: of the softmax (attention/params.py). inverse: inverse frequencies of the rotary embedding, None if the model has
-    none that is known. lse: log-sum-exp of the segment's causal logits, [batch, query heads, tokens], if it is known. Returns None where the plan's scorer decides alone. Scores of padding are undefined.
+    query: [batch, query heads, tokens, dim]; key: [batch, KV heads, tokens, dim], both rotated. scores: of the plan's scorer,
+    float [batch, KV heads, tokens]. pads: tokens of left padding in the segment, int [batch], None if there is none. scaling,
+    softcap, sink_logits: of the softmax (attention/params.py). inverse: inverse frequencies of the rotary embedding, None if the
+    model has none that is known. lse: log-sum-exp of the segment's causal logits, [batch, query heads, tokens], if it is known.
+    Returns None where the plan's scorer decides alone. Scores of padding are undefined.
     """
     tokens = key.shape[2]
     if inverse is None or tokens < LEAST:
@@ -65,7 +66,8 @@ def largest_shares(
 ) -> Tensor:
     """Return the log of the largest attention that each key gets from a repeat of the text: [KV heads, tokens].
 
-    query: [query heads, tokens, dim], key: [KV heads, tokens, dim], both rotated. lse: [query heads, tokens], or None. Memory is linear in the tokens.
+    query: [query heads, tokens, dim], key: [KV heads, tokens, dim], both rotated. lse: [query heads, tokens], or None. Memory is
+    linear in the tokens.
     """
     kind = torch.promote_types(key.dtype, torch.float32)
     tokens, columns = key.shape[1], torch.arange(key.shape[1], device=key.device)
@@ -100,8 +102,8 @@ def largest_shares(
 def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
     """Return values on the scale of `scale` in the order of `scores`, both [heads, keys].
 
-    The key with the n-th highest score gets a value between the n-th highest of `scale` and the next higher one, so that it is not
-    the score of another key.
+    The key with the n-th highest score gets a value between the n-th highest of `scale` and the next higher one, so that it is
+    not the score of another key.
     """
     values = scale.sort(-1).values
     steps = values.diff(dim=-1)
