@@ -39,9 +39,11 @@ class HeadGroup(Slots):
     def attend_held(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
         """Attention of the last tokens of a group that does not evict: [batch, heads x group, tokens, dim]."""
         backend, length = self._backend(query, softmax), self.length
-        if softmax.plain and not (backend and not self.exact and self._beats_sdpa(backend, query)):
+        whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes
+        inexact = backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query)
+        if whole and not inexact:
             return self._attend_full(module, query, softmax)
-        if backend:
+        if backend or query.shape[2] == 1:
             return self._attend_buffer(query, softmax)
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
@@ -57,24 +59,13 @@ class HeadGroup(Slots):
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
         keys, values = torch.cat([self.keys[:, :, slots], key], 2), torch.cat([self.values[:, :, slots], value], 2)
+        everything = HeadGroup.over(keys, values, self.padding, exact=False)
         columns = torch.arange(self.length, self.length + key.shape[2], device=key.device)
         new = (self._positions(columns) >= 0).expand(*key.shape[:2], -1)
-        visible = torch.cat([self.visible[:, :, slots], new], 2)
-        if backend := self._backend(query, softmax):
-            start, cached = self.length - len(ring), self.prefix_slots
-            first = self.length + key.shape[2] - query.shape[2]
-            until = torch.where(visible, FOREVER, 0).flatten(0, 1)
-            sight = KeyVisibility(until, first, cached, start, None, True, cached, cached)
-            return backend.prefill(query, keys.flatten(0, 1), values.flatten(0, 1), sight, softmax)
-        output, count = torch.empty_like(query), keys.shape[2]
-        indices = torch.arange(count, device=key.device)
-        for begin in range(0, query.shape[2], QUERY_BLOCK):
-            block = query[:, :, begin : begin + QUERY_BLOCK]
-            end = count - query.shape[2] + begin + block.shape[2]
-            mask = visible[:, :, None, :end] & (indices[:end] <= indices[end - block.shape[2] : end, None])
-            found = attend_rows(block, keys[:, :, :end], values[:, :, :end], mask, softmax)
-            output[:, :, begin : begin + QUERY_BLOCK] = found
-        return output
+        everything.visible, everything.holes = torch.cat([self.visible[:, :, slots], new], 2), True
+        everything.prefix_slots, everything.start = self.prefix_slots, self.length - len(ring)
+        everything.length = self.length + key.shape[2]
+        return everything.attend_held(module, query, softmax)
 
     def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
@@ -103,41 +94,16 @@ class HeadGroup(Slots):
         """
         if self.below_capacity and self.exceeds_capacity(query.shape[2]):
             self._start_evicting()
-        backend = self._backend(query, softmax)
-        whole = softmax.plain and (self.pattern.full or self.below_capacity)
-        if (
-            whole
-            and not self.holes
-            and not (backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query))
-        ):
+        if self.window is None:
             self.append_keys(key, value)
-            return self._attend_full(module, query, softmax)
-        if self.recording and self.window is not None:
+            return self.attend_held(module, query, softmax)
+        if self.recording:
             return self._attend_recording(query, key, value, softmax)
-        if query.shape[2] == 1 or (backend and self.window is None):
+        if query.shape[2] == 1:
             self.append_keys(key, value)
             return self._attend_buffer(query, softmax)
-        output, start = torch.empty_like(query), 0
-        first = not self.length and self.padding is None
-        if first and self.window is not None and backend is None and softmax.plain:
-            # The first queries of a text see all keys before them.
-            start = self.pattern.size(query.shape[2])
-            new = query[:, :, :start], key[:, :, :start], value[:, :, :start]
-            if start:
-                output[:, :, :start] = sdpa_attention_forward(module, *new, None, scaling=softmax.scaling)[0].transpose(
-                    1, 2
-                )
-                self.append_keys(*new[1:])
-        if self.window is not None:
-            if start < query.shape[2]:
-                rest = query[:, :, start:], key[:, :, start:], value[:, :, start:]
-                output[:, :, start:], scores = self._attend_tokens(*rest, softmax)
-                self.append_keys(*rest[1:], scores)
-            return output
-        for start in range(0, query.shape[2], QUERY_BLOCK):
-            block = slice(start, start + QUERY_BLOCK)
-            self.append_keys(key[:, :, block], value[:, :, block])
-            output[:, :, block] = self._attend_buffer(query[:, :, block], softmax)
+        output, scores = self._attend_tokens(query, key, value, softmax)
+        self.append_keys(key, value, scores)
         return output
 
     def _backend(self, query: Tensor, softmax: AttentionParams) -> backends.Backend | None:
