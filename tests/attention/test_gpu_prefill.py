@@ -11,7 +11,7 @@ from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache import prefill_cuda
-from headsink.cache.layer import PlanLayer
+from headsink.cache.layer import PlanLayer, PrefillOptions
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR
 
@@ -121,6 +121,7 @@ SOME = [Pattern(4, 9, 20), Pattern(0, 5, 0), Pattern(2, 0, 31), Pattern(4, 9, 20
 BELOW_CAPACITY = Pattern(10, 100, 20)  # it keeps the whole text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "patterns"),
     [
@@ -146,7 +147,7 @@ def test_one_launch_for_all_heads_equals_one_per_group(device, dtype, patterns, 
             read(*given)
 
     monkeypatch.setattr(prefill_cuda, "read", watched)
-    one, other = (PlanLayer(patterns, weights, exact=False) for _ in range(2))
+    one, other = (PlanLayer(patterns, weights, exact=False, prefill=PrefillOptions(dense=False)) for _ in range(2))
     monkeypatch.setattr(other, "_at_once", lambda query: [])
     error = TYPES[dtype]
     for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and further chunks

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import frozen_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
@@ -12,11 +11,20 @@ from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention
 from headsink.cache.head_group import QUERY_BLOCK
-from headsink.cache.layer import PlanLayer
+from headsink.cache.layer import PlanLayer, PrefillOptions
 from headsink.eviction.scorers import LINEAR
+from headsink.eviction.scorers.prompt import segment_scores
 
 SCALE, DIM = 0.5, 6
 PLAIN = AttentionParams(SCALE)
+SPARSE = PrefillOptions(dense=False)
+ROTARY = torch.tensor([0.9, 0.2, 0.05], dtype=torch.float64)  # inverse frequencies for prompt scores
+PREFILLS = {
+    "dense": PrefillOptions(),
+    "dense with prompt scores": PrefillOptions(rotary=ROTARY),
+    "dense in chunks": PrefillOptions(chunk_size=48, rotary=ROTARY),
+    "sparse": SPARSE,
+}
 windowed = st.builds(
     Pattern, st.sampled_from([0, 1, 3]), st.sampled_from([0, 1, 2, 5, 16, 200]), st.sampled_from([0, 1, 2, 7, 20, 90])
 )
@@ -57,6 +65,40 @@ def padding_of(pads):
     return Padding(torch.tensor(pads), max(pads)) if any(pads) else None
 
 
+def segments_of(sizes, length, prefill=PREFILLS["dense"], begin=0):
+    """Return the tokens of each segment of a text that is fed in calls of `sizes`, the last of which repeats."""
+    calls, sizes, segments = [], list(sizes), []
+    while sum(calls) < length:
+        calls.append(min(sizes.pop(0) if len(sizes) > 1 else sizes[0], length - sum(calls)))
+    for call in calls:
+        while call:
+            at = begin + sum(segments)
+            chunk = prefill.chunk_size or call
+            segments.append(min(call, chunk - at % chunk if prefill.chunk_size else call) if prefill.dense else 1)
+            call -= segments[-1]
+    return segments
+
+
+def expected_attention(
+    query, key, value, patterns, weights, pads, sizes, prefill=PREFILLS["dense"], frozen=None, softmax=PLAIN
+):
+    """The reference for a text that is fed in calls of `sizes`."""
+    return reference_attention(
+        query,
+        key,
+        value,
+        patterns,
+        weights,
+        softmax.scaling,
+        torch.tensor(pads),
+        softmax.softcap,
+        softmax.sink_logits,
+        segments=segments_of(sizes, query.shape[2], prefill),
+        inverse=prefill.rotary if prefill.dense else None,
+        frozen=frozen,
+    )
+
+
 WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 
 
@@ -66,17 +108,17 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
     st.sampled_from([1, 2]),
     st.lists(st.sampled_from([0, 0, 1, 13, 70]), min_size=1, max_size=3),
     st.sampled_from(WAYS),
+    st.sampled_from(list(PREFILLS.values())),
     st.integers(1, 280),
     st.integers(0, 10_000),
 )
-@settings(max_examples=200, deadline=None)
-def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, length, seed):
+@settings(max_examples=250, deadline=None)
+def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, prefill, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
-    layer = PlanLayer(patterns, weights)
+    layer = PlanLayer(patterns, weights, prefill=prefill)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
-    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
-    close(output, expected, pads)
+    close(output, expected_attention(query, key, value, patterns, weights, pads, sizes, prefill), pads)
 
 
 @pytest.mark.slow
@@ -84,21 +126,22 @@ def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, si
     st.lists(st.one_of(windowed, st.just(Pattern())), min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 0, 13, 70]), min_size=1, max_size=2),
     st.sampled_from(WAYS),
+    st.sampled_from(list(PREFILLS.values())),
     st.sampled_from([None, 0.7, 20.0]),
     st.booleans(),
     st.sampled_from([torch.float64, torch.float32]),
     st.integers(1, 600),
     st.integers(0, 10_000),
 )
-@settings(max_examples=100, deadline=None)
-def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, softcap, some, dtype, length, seed):
+@settings(max_examples=150, deadline=None)
+def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, prefill, softcap, some, dtype, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
     sink_logits = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
-    layer = PlanLayer(patterns, weights)
-    output = feed(layer, query, key, value, padding_of(pads), sizes, AttentionParams(SCALE, softcap, sink_logits))
-    exact = (t.double() for t in (query, key, value))
-    expected = reference_attention(*exact, patterns, weights, SCALE, torch.tensor(pads), softcap, sink_logits)
+    softmax = AttentionParams(SCALE, softcap, sink_logits)
+    output = feed(PlanLayer(patterns, weights, prefill=prefill), query, key, value, padding_of(pads), sizes, softmax)
+    exact = [t.double() for t in (query, key, value)]
+    expected = expected_attention(*exact, patterns, weights, pads, sizes, prefill, softmax=softmax)
     close(output.double(), expected, pads, atol=1e-12 if dtype == torch.float64 else 1e-4)
 
 
@@ -113,28 +156,41 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 16, 100)], ids=str)
-def test_capped_logits_of_a_long_text_are_not_made_at_once(pattern):
+def test_logits_of_a_long_text_are_not_made_at_once(pattern, prefill, softcap):
     query, key, value, weights = text(1, 2, 1, 2000, 1)
-    with Largest() as largest:
-        feed(PlanLayer([pattern] * 2, weights), query, key, value, None, [2000], AttentionParams(SCALE, 5.0))
+    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
+    with torch.no_grad(), Largest() as largest:
+        feed(layer, query, key, value, None, [1500, 500], AttentionParams(SCALE, softcap))
     assert largest.elements <= 2 * QUERY_BLOCK * 2000
 
 
-@pytest.mark.parametrize("sizes", WAYS)
+@pytest.mark.parametrize(
+    ("prefill", "sizes"),
+    [
+        *(("dense", sizes) for sizes in WAYS),
+        *(("sparse", sizes) for sizes in WAYS[:1] + WAYS[2:4]),
+        ("dense with prompt scores", [400]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("pads", [[0], [0, 40]], ids=["whole", "padded"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes):
+def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefill, sizes):
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
-    layer = PlanLayer([pattern] * 2, weights)
+    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
     feed(layer, query, key, value, padding_of(pads), sizes)
     (group,), scores = layer.groups, LINEAR.scores(key, value, weights)
+    if PREFILLS[prefill].rotary is not None:
+        scores = segment_scores(query, key, scores, torch.tensor(pads), SCALE, inverse=ROTARY)
     for row, pad in enumerate(pads):
         left = slice(pad + pattern.sink, 400 - pattern.window)
         for head in range(2):
             kept, slots = group.scores[row, head].sort(descending=True)
             best, columns = scores[row, head, left].topk(pattern.top_k)
-            assert torch.equal(kept, best)
+            torch.testing.assert_close(kept, best, rtol=0, atol=1e-9)
             slots, columns = slots + pattern.sink, columns + pad + pattern.sink
             assert torch.equal(group.keys[row, head, slots], key[row, head, columns])
             assert torch.equal(group.values[row, head, slots], value[row, head, columns])
@@ -146,14 +202,15 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, sizes
     st.lists(windowed, min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 0, 13]), min_size=1, max_size=2),
     st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1)), min_size=1, max_size=5),
+    st.sampled_from(list(PREFILLS.values())),
     st.integers(0, 10_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_cropped_tokens_leave_no_trace(patterns, pads, steps, seed):
+def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, seed):
     """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
-    length = 25 + sum(tokens for tokens, _ in steps)
+    length = 65 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
-    layer, padding, start = PlanLayer(patterns, weights), padding_of(pads), 20
+    layer, padding, start = PlanLayer(patterns, weights, prefill=prefill), padding_of(pads), 60
     outputs = [attend(layer, query, key, value, padding, 0, start)]
     layer.activate_past_recording()
     for n, (tokens, share) in enumerate(steps):
@@ -168,8 +225,27 @@ def test_cropped_tokens_leave_no_trace(patterns, pads, steps, seed):
         start += right
     layer.record_past = False
     outputs.append(attend(layer, query, key, value, padding, start, length))
-    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))
+    sizes = [60, *[1] * (start - 60), length - start]
+    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill)
     close(torch.cat(outputs, 2), expected, pads)
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_a_recorded_prompt_is_one_segment(prefill):
+    """Of a cache that records from the start; later calls are read token by token."""
+    patterns, length, prefill = [Pattern(1, 5, 9), Pattern(0, 30, 0), Pattern(2, 0, 20)], 150, PREFILLS[prefill]
+    query, key, value, weights = text(2, 3, 2, length, 1)
+    layer, padding = PlanLayer(patterns, weights, prefill=prefill), padding_of([0, 13])
+    layer.activate_past_recording()
+    outputs = [feed(layer, *(t[:, :, :111] for t in (query, key, value)), padding, [100, 1, 10])]
+    wrong = text(2, 3, 2, 150, 2)[:3]
+    attend(layer, *wrong, padding, 111, 118)
+    layer.crop(-7)
+    outputs.append(attend(layer, query, key, value, padding, 111, length))
+    one_segment = PrefillOptions(prefill.dense, None, prefill.rotary)
+    sizes = [100, *[1] * (length - 100)]
+    expected = expected_attention(query, key, value, patterns, weights, [0, 13], sizes, one_segment)
+    close(torch.cat(outputs, 2), expected, [0, 13])
 
 
 class Writes(TorchDispatchMode):
@@ -182,25 +258,31 @@ class Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sizes", [[400], [1], [3, 129, 1, 150]])
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("sizes", [[400], [1], [3, 129, 1, 150]], ids=str)
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
-def test_no_slot_is_written_twice_in_one_write(pattern, sizes):
+def test_no_slot_is_written_twice_in_one_write(pattern, sizes, prefill):
     query, key, value, weights = text(2, 2, 1, 400, 1)
+    if sizes == [1]:
+        query, key, value = (t[:, :, :60] for t in (query, key, value))
+    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
     with Writes():
-        feed(PlanLayer([pattern] * 2, weights), query, key, value, padding_of([0, 40]), sizes)
+        feed(layer, query, key, value, padding_of([0, 40]), sizes)
 
 
-def test_reordered_rows_keep_their_scores():
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_reordered_rows_keep_their_scores(prefill):
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0)], [0, 13, 30]
     query, key, value, weights = text(3, 2, 2, 130, 5)
-    layer = PlanLayer(patterns, weights)
+    layer = PlanLayer(patterns, weights, prefill=PREFILLS[prefill])
     feed(layer, *(t[:, :, :100] for t in (query, key, value)), padding_of(pads), [100])
     rows = torch.tensor([2, 0, 1, 2])
     layer.reorder_cache(rows)
     query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
     output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
     output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
-    expected = reference_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads))[:, :, 100:]
+    sizes = [100, 20, *[1] * 10]
+    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, PREFILLS[prefill])[:, :, 100:]
     close(torch.cat(output, 2), expected, pads, 100)
 
 
@@ -215,15 +297,22 @@ def test_reordered_rows_keep_their_scores():
     st.integers(0, 250),
     st.booleans(),
     st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1)), min_size=1, max_size=5),
+    st.sampled_from(list(PREFILLS.values())),
     st.sampled_from([torch.float64, torch.float32]),
     st.integers(0, 10_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_frozen_layer_evicts_only_cropped_tokens(patterns, pads, sizes, freeze, recording, steps, dtype, seed):
+def test_a_frozen_layer_evicts_only_cropped_tokens(
+    patterns, pads, sizes, freeze, recording, steps, prefill, dtype, seed
+):
     length = freeze + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    layer, padding, start, outputs = PlanLayer(patterns, weights), padding_of(pads), freeze, []
+    layer, padding, start, outputs = PlanLayer(patterns, weights, prefill=prefill), padding_of(pads), freeze, []
+    before = segments_of(sizes, freeze, prefill)
+    if recording and prefill.dense:  # after the first call, token by token
+        first = [min(sizes[0], freeze)]
+        before = first + [1] * (freeze - sum(first))
     if freeze:
         if recording:
             layer.activate_past_recording()
@@ -241,7 +330,10 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(patterns, pads, sizes, freeze
         layer.freeze()  # a second call changes nothing
     outputs += [attend(layer, query, key, value, padding, n, n + 1) for n in range(start, start + 3)]
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
-    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), freeze)
+    rest = PrefillOptions(rotary=prefill.rotary if prefill.dense else None)
+    expected = expected_attention(
+        query, key, value, patterns, weights, pads, [*before, start + 3 - freeze], rest, freeze
+    )
     close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
 
 
@@ -257,10 +349,11 @@ def test_tokens_cached_before_freeze_cannot_be_cropped(pattern):
         layer.crop(-8)
 
 
-def test_rows_reordered_after_freeze_keep_everything():
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_rows_reordered_after_freeze_keep_everything(prefill):
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0), Pattern()], [0, 13, 30]
     query, key, value, weights = text(3, 3, 2, 130, 5)
-    layer = PlanLayer(patterns, weights)
+    layer, prefill = PlanLayer(patterns, weights, prefill=PREFILLS[prefill]), PREFILLS[prefill]
     feed(layer, *(t[:, :, :60] for t in (query, key, value)), padding_of(pads), [50, 1])
     layer.freeze()
     attend(layer, query, key, value, padding_of(pads), 60, 100)
@@ -269,7 +362,8 @@ def test_rows_reordered_after_freeze_keep_everything():
     query, key, value, pads = query[rows], key[rows], value[rows], [pads[row] for row in rows.tolist()]
     output = [attend(layer, query, key, value, padding_of(pads), 100, 120)]
     output += [attend(layer, query, key, value, padding_of(pads), n, n + 1) for n in range(120, 130)]
-    expected = frozen_attention(query, key, value, patterns, weights, SCALE, torch.tensor(pads), 60)[:, :, 100:]
+    sizes = [50, *[1] * 10, 40, 20, *[1] * 10]
+    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill, 60)[:, :, 100:]
     close(torch.cat(output, 2), expected, pads, 100)
 
 
@@ -284,29 +378,38 @@ def test_a_reset_layer_evicts_again():
     assert layer.groups[0].keys.shape[2] == 8
 
 
-def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden):
+def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden, start_hidden):
     """Simulate one head of a row key by key: attention without the columns `hidden` from column `start_hidden` on.
 
-    Before that they are visible tokens; after that they still occupy slots of the window.
+    Before that they are visible tokens; after that they still occupy slots of the window. scores, own: importance of the keys,
+    and that by which they are ranked if they leave the window at the end of their segment.
     """
-    scores = LINEAR.scores(key[None, None], value[None, None], weights[None])[0, 0]
     window = len(key) if pattern.window is None else pattern.window
-    sinks, top, ring, out = [], [], [], []
-    for column in range(len(key)):
-        hidden_now = set(hidden) if column >= start_hidden else set()
-        if column >= pad:
-            ring.append(column)
-        while ring and ring[0] <= column - window:
+    sinks, top, ring, out, begin = [], [], [], [], 0
+
+    def evict(begin, end):
+        while ring and ring[0] < end - window:
             left = ring.pop(0)
             if left - pad < pattern.sink:
                 sinks.append(left)
             elif pattern.top_k and left not in hidden_now:
-                top = sorted([*(t for t in top if t not in hidden_now), left], key=lambda t: -scores[t])[
-                    : pattern.top_k
-                ]
-        seen = [t for t in sinks + top + ring if t not in hidden_now]
-        logits = key[seen] @ query[column] * SCALE
-        out.append(logits.softmax(0) @ value[seen] if seen else torch.zeros_like(query[column]))
+                kept = [(rank, t) for rank, t in top if t not in hidden_now]
+                rank = (own if left >= begin and pattern.size(end) < end else scores)[left]
+                top[:] = sorted([*kept, (float(rank), left)])[-pattern.top_k :]
+
+    for size in segments:
+        end = begin + size
+        hidden_now = set(hidden) if begin >= start_hidden else set()
+        ring += range(max(begin, pad), end)
+        if size == 1:
+            evict(begin, end)
+        for column in range(begin, end):
+            held = [t for t in sinks + [t for _, t in top] + ring if t not in hidden_now and t <= column]
+            logits = key[held] @ query[column] * SCALE
+            out.append(logits.softmax(0) @ value[held] if held else torch.zeros_like(query[column]))
+        if size > 1:
+            evict(begin, end)
+        begin = end
     return torch.stack(out)
 
 
@@ -317,21 +420,23 @@ def simulate_head(query, key, value, pattern, weights, pad, hidden, start_hidden
     st.integers(1, 30),
     st.integers(1, 12),
     st.sampled_from([[1], [5, 1], [40, 1, 30]]),
+    st.sampled_from(list(PREFILLS.values())),
     st.sampled_from([torch.float64, torch.float32]),
     st.integers(0, 10_000),
 )
-@settings(max_examples=150, deadline=None)
-def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, dtype, seed):
+@settings(max_examples=200, deadline=None)
+def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, prefill, dtype, seed):
     """A row of a batch whose turn ended early: the tokens appended after its end are hidden when the next turn starts."""
     start_hidden = end + count + 2
     length, pad = start_hidden + 60, min(pad, end - 1)
     query, key, value, weights = text(2, len(patterns), 1, length, seed, dtype)
-    layer, pads = PlanLayer(patterns, weights), torch.tensor([0, pad])
+    layer, pads = PlanLayer(patterns, weights, prefill=prefill), torch.tensor([0, pad])
     before = Padding(pads, pad) if pad else None
     outputs = [attend(layer, query, key, value, before, 0, start_hidden)]
     hidden = torch.zeros(2, length, dtype=torch.bool)
     hidden[1, end : end + count] = True
-    start, sizes = start_hidden, list(sizes)
+    start, segments = start_hidden, segments_of([start_hidden, *sizes], length, prefill)
+    sizes = list(sizes)
     late = [
         p
         for p in patterns
@@ -357,11 +462,21 @@ def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, 
         outputs.append(attend(layer, query, key, value, mask, start, start + size))
         start += size
     output = torch.cat(outputs, 2).double()
+    query, key, value = (t.double() for t in (query, key, value))
+    scores = LINEAR.scores(key, value, weights)
+    own, begin = scores.clone(), 0
+    for size in segments:
+        part = slice(begin, begin + size)
+        found = None
+        if prefill.dense:
+            given = query[:, :, part], key[:, :, part], scores[:, :, part], (pads - begin).clamp(0, size), SCALE
+            found = segment_scores(*given, inverse=prefill.rotary)
+        own[:, :, part], begin = scores[:, :, part] if found is None else found, begin + size
     for row in range(2):
         columns = range(end, end + count) if row else []
         for head, pattern in enumerate(patterns):
-            exact = (t[row, head].double() for t in (query, key, value))
-            expected = simulate_head(*exact, pattern, weights[head].double(), int(pads[row]), columns, start_hidden)
+            one = [t[row, head] for t in (query, key, value, scores, own)]
+            expected = simulate_head(*one, pattern, segments, int(pads[row]), columns, start_hidden)
             found = output[row, head, int(pads[row]) :]
             atol = 1e-12 if dtype == torch.float64 else 1e-4
             torch.testing.assert_close(found, expected[int(pads[row]) :], rtol=0, atol=atol)

@@ -86,6 +86,7 @@ def test_kernels_equal_the_blockwise_statistics(name, device, monkeypatch):
             )
 
 
+@pytest.mark.slow
 def test_runs_are_repeatable(device):
     layer = seen(device, 24)
     one, other = (head_statistics(layer, 24, LIMITS) for _ in range(2))
@@ -108,6 +109,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.mark.slow
 def test_kernels_fit_a_multiprocessor(tmp_path):
     kernels = offline.compiled(SCRIPT, tmp_path)
     assert [kernel["name"] for kernel in kernels] == 2 * ["_sum_bands", "_sum_rows", "_sum_bands"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import tiny
-from feeding import TOLERANCE, WAYS, feed, padded
+from feeding import TOLERANCE, WAYS, feed, padded, split
 from plans import random_plan
 from reference import reference_logits
 from small_tokenizer import Small
@@ -53,7 +53,7 @@ def test_a_plan_with_it_equals_the_reference(family, way, padding, case_seed):
     real = slice(None) if mask is None else mask.bool()
     plan = random_plan(exact, case_seed, top_k_pattern, EXAMPLE)
     for freeze in (None, 45):
-        expected = reference_logits(exact, plan, ids, mask, freeze)
+        expected = reference_logits(exact, plan, ids, mask, split(61, WAYS[way], freeze), freeze)
         found, _ = feed(exact, plan, ids, WAYS[way], mask, freeze)
         torch.testing.assert_close(found[real], expected[real], **TOLERANCE)
         found, _ = feed(

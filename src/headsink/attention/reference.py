@@ -83,8 +83,8 @@ def segment_mask(
     """Return which keys each query sees: bool [batch, tokens, tokens].
 
     positions: int [batch, tokens], negative for padding. ends: columns where segments begin and end. scores, own: float [batch,
-    tokens]; a key is ranked by `own` if it leaves the window at the end of its own segment, otherwise by `scores`. frozen: as for
-    `reference_attention`; a segment begins there.
+    tokens]; a key is ranked by `own` if it leaves the window at the end of its own segment, and the head then holds less than all
+    columns; otherwise by `scores`. frozen: as for `reference_attention`; a segment begins there.
     """
     batch, tokens = positions.shape
     seen = torch.zeros(batch, tokens, tokens, dtype=torch.bool, device=positions.device)
@@ -98,7 +98,8 @@ def segment_mask(
             seen[:, begin:end] = held[:, None] & causal
         if pattern.window is not None and evicts:
             safe = (positions < pattern.sink) | (positions > positions[:, end - 1 : end] - pattern.window)
-            ranks[:, begin:end] = torch.where(safe, scores, own)[:, begin:end]
+            if pattern.size(end) < end:
+                ranks[:, begin:end] = torch.where(safe, scores, own)[:, begin:end]
             candidates = held & ~safe
             order = ranks.masked_fill(~candidates, NONE).argsort(dim=-1, descending=True, stable=True).argsort(-1)
             held &= safe | (order < pattern.top_k)

@@ -70,7 +70,7 @@ class HeadGroup(Slots):
     def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
         if self.recording:  # `crop` decides which tokens are appended
-            self.recent, self.recent_scores = (key, value), scores
+            self.recent, self.recent_scores = (key, value), scores if self.pattern.top_k else None
             return
         if not self.length and self.padding is None:
             kept = None
@@ -236,6 +236,8 @@ class HeadGroup(Slots):
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Attend without appending the tokens: `crop` decides which of them are kept."""
+        if self.recent_scores is not None:  # a prompt, whose keys have scores of their own
+            self.crop(0)
         if self.recent is not None:
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
         self.recent = key.contiguous(), value.contiguous()

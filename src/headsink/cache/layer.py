@@ -182,7 +182,7 @@ class PlanLayer(CacheLayerMixin):
     ) -> Tensor:
         """Dense prefill: attend from each segment to all cached keys and to the segment, then evict."""
         tokens, chunk = key.shape[2], self.prefill.chunk_size
-        if chunk is None:
+        if chunk is None or self.recording:  # a recorded segment is evicted by `crop`
             return self._attend_segment(module, query, key, value, softmax)
         output, begin = torch.empty_like(query), 0
         while begin < tokens:
@@ -195,10 +195,12 @@ class PlanLayer(CacheLayerMixin):
     def _attend_segment(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
     ) -> Tensor:
+        """Attend from one segment. A segment of one token, at the end of a chunk, evicts first, as in decoding."""
         batch, kv_heads, tokens, _ = key.shape
         groups, before = self.groups, self.groups[0].columns
-        evicting, padding, lse = [group for group in groups if group.must_evict(tokens)], groups[0].padding, None
-        if before:
+        evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
+        apart, padding, lse = before > 0 or tokens == 1, groups[0].padding, None
+        if apart:
             grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
             output = torch.empty_like(grouped)
         elif softmax.plain and evicting and causal.has_kernel(query):
@@ -211,16 +213,16 @@ class PlanLayer(CacheLayerMixin):
             scores = self._segment_scores(query, key, value, softmax, lse)
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
-            if before:
+            if apart:
                 part = grouped[:, group.index].flatten(1, 2)
                 attend = group.attend_all if group in evicting else group.attend
                 found = attend(module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
                 group.append_segment(own_key, own_value, None if scores is None else scores[:, group.index])
-            elif not before:
+            elif not apart:
                 group.append_keys(own_key, own_value)
-        return output.flatten(1, 2) if before else whole
+        return output.flatten(1, 2) if apart else whole
 
     def _segment_scores(
         self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams, lse: Tensor | None
