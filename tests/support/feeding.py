@@ -9,7 +9,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 def split(tokens, sizes, freeze=None):
-    """Return the sizes of calls that feed `tokens` tokens in chunks of `sizes`, the last of which repeats. One begins at `freeze`."""
+    """Return the sizes of calls that feed `tokens` tokens in chunks of `sizes`; the last repeats, one begins at `freeze`."""
     sizes, calls = list(sizes), []
     while (begin := sum(calls)) < tokens:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
