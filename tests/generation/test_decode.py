@@ -17,7 +17,6 @@ from headsink.generation.decode import decode, open_decoder, prepare, refusal
 from headsink.generation.step_cpu import AHEAD
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.schema import Quality
-from headsink.runtime.prefill import empty_cache
 
 DECODE = {"custom_generate": decode}
 
@@ -128,11 +127,7 @@ def test_a_compressed_cache_keeps_growing():
     model = tiny("llama")
     plan, ids = random_plan(model, 5), prompt(200)
     with torch.no_grad():
-        caches = []
-        for _ in range(2):
-            full = empty_cache(model, None)
-            model(ids[:, :100], **cache_argument(full))
-            caches.append(headsink.compress(model, plan, full))
+        caches = [headsink.compress(model, plan, ids[:, :100]) for _ in range(2)]
         with headsink.apply(model, plan), open_decoder(model, caches[0]) as step:
             for token in ids[0, 100:].tolist():
                 expected = model(torch.tensor([[token]]), **cache_argument(caches[1])).logits[:, -1]
@@ -146,7 +141,9 @@ def test_steps_and_forward_passes_alternate():
     plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
-        expected = model(ids, **cache_argument(theirs)).logits[0]
+        expected = torch.cat(
+            [model(part, **cache_argument(theirs)).logits[0] for part in ids.split([100, *[1] * 60], 1)]
+        )
         found = [model(ids[:, :100], **cache_argument(ours)).logits[0]]
         for start in range(100, 160, 10):
             found += [model(ids[:, n : n + 1], **cache_argument(ours)).logits[0] for n in range(start, start + 5)]
@@ -294,6 +291,18 @@ def test_a_batch_without_a_padding_token_ends_like_the_models():
     assert (found[0][:, -9:] == 3).any()  # ended sequences are padded with the first end token
 
 
+def continued(model, cache, ids, begin, chunk):
+    """Return 20 greedy tokens after the rest of `ids`, which is read from column `begin` on in calls of `chunk` tokens."""
+    if cache.rows < len(ids):
+        cache.batch_repeat_interleave(len(ids))
+    for part in ids[:, begin:].split(chunk, 1):
+        logits = model(part, **cache_argument(cache)).logits[:, -1]
+    for _ in range(20):
+        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+        logits = model(ids[:, -1:], **cache_argument(cache)).logits[:, -1]
+    return ids
+
+
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row for the batch", "as many rows"])
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_a_sequence_continues_from_its_cache(rows, chunk):
@@ -302,8 +311,8 @@ def test_a_sequence_continues_from_its_cache(rows, chunk):
     ids[1, 30:] = prompt(10, 1)
     cache, given = headsink.new_cache(model, plan), {"max_new_tokens": 20, "do_sample": False}
     with headsink.apply(model, plan), torch.no_grad():
-        expected = model.generate(ids, **given)
         model(ids[:rows, :30], **cache_argument(cache))
+        expected = continued(model, copy.deepcopy(cache), ids, 30, chunk or 10)
         copies = [copy.deepcopy(cache) for _ in range(2)]
         found = model.generate(ids, **cache_argument(copies[0]), **given, **DECODE, prefill_chunk_size=chunk)
         after = {"attention_mask": torch.ones(2, 40, dtype=torch.int64), "prefill_chunk_size": chunk}

@@ -1,11 +1,12 @@
-"""Generation under plans for prefill compression."""
+"""Generation and conversations under plans."""
+
+from functools import partial
 
 import pytest
 import torch
 from families import tiny
 from plans import random_plan
 from reference import reference_logits
-from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError
@@ -15,51 +16,57 @@ from headsink.generation.templates import MARK, document_prompt, encode
 from headsink.models.transformers_names import cache_argument
 
 
-def is_greedy(model, plan, ids, answer, freeze):
-    """Return whether the answer at the end of `ids` is the reference's greedy one, without eviction from column `freeze` on."""
-    logits = reference_logits(model, plan, torch.tensor([ids]), freeze=freeze, prefill_compression=freeze is not None)[
-        0, -len(answer) - 1 : -1
-    ]
+def is_greedy(model, plan, ids, answer, segments):
+    """Return whether the answer at the end of `ids` is the reference's greedy one. segments: as for `reference_logits`."""
+    logits = reference_logits(model, plan, torch.tensor([ids]), None, segments)[0, -len(answer) - 1 : -1]
     return logits.argmax(-1).tolist() == answer
 
 
+def turns(*answers):
+    """Return the segments of a conversation: the new tokens of each prompt, and the single tokens of each answer.
+
+    answers: what `ask` returned. The last token of an answer is read with the next prompt.
+    """
+    segments = []
+    for answer in answers:
+        segments += [answer.prompt_tokens - sum(segments), *[1] * (len(answer.ids) - 1)]
+    return [*segments, 1]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 50])
-@pytest.mark.parametrize("freeze", [False, True])
-def test_prefill_compression_covers_all_but_the_last_prompt_token(tokenizer, tokens, freeze):
-    model = tiny("llama", dtype=torch.float64)
-    plan = random_plan(model, 4).model_copy(update={"prefill_compression": freeze})
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_prompt_is_one_segment_and_every_new_token_another(tokenizer, tokens, dtype):
+    model = tiny("llama", dtype=dtype)
+    plan = random_plan(model, 4)
     ids = torch.randint(3, 211, (tokens,)).tolist()
     done = generate(model, tokenizer, ids, plan, max_new_tokens=30)
     assert done.prompt_tokens == tokens
     assert len(done.ids) == 30
-    assert is_greedy(model, plan, ids + done.ids, done.ids, tokens - 1 if freeze else None)
+    assert is_greedy(tiny("llama", dtype=torch.float64), plan, ids + done.ids, done.ids, tokens)
 
 
 def test_a_prompt_is_reconstructed(tokenizer):
     model = tiny("llama", dtype=torch.float64)
-    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)})
+    plan = random_plan(model, 4).model_copy(update={"reconstruction_prompt": (7, 8, 9)})
     ids = torch.randint(3, 211, (50,)).tolist()
-    done = generate(model, tokenizer, ids, plan, max_new_tokens=12)
-    before, full = torch.tensor([ids[:-1]]), DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(before, **cache_argument(full))
-    cache = headsink.compress(model, plan, full, input_ids=before)
+    done = generate(model, tokenizer, ids, plan, max_new_tokens=12, reconstruct=True)
+    cache = headsink.compress(model, plan, torch.tensor([ids[:-1]]), reconstruct=True)
     with headsink.apply(model, plan), torch.no_grad():
-        logits = model(torch.tensor([ids[-1:] + done.ids[:-1]]), **cache_argument(cache)).logits
-    assert logits[0].argmax(-1).tolist() == done.ids
-    other = generate(model, tokenizer, ids, plan.model_copy(update={"reconstruction_prompt": ()}), max_new_tokens=12)
-    assert other.ids != done.ids
+        for token, expected in zip(ids[-1:] + done.ids[:-1], done.ids, strict=True):
+            assert int(model(torch.tensor([[token]]), **cache_argument(cache)).logits.argmax()) == expected
+    assert generate(model, tokenizer, ids, plan, max_new_tokens=12).ids != done.ids
 
 
-def test_the_first_prompt_of_a_conversation_is_compressed(tiny_folder):
+@pytest.mark.parametrize("question", ["And what else?", "And what else is there? " * 20], ids=["short", "long"])
+def test_every_prompt_of_a_conversation_is_one_segment(tiny_folder, question):
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
-    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
+    plan = random_plan(model, 4)
     talk = Conversation(model, tokenizer, plan, max_new_tokens=8)
     first = talk.ask("What is in the box? " * 20)
     cache = talk.cache
-    second = talk.ask("And what else?")
+    second = talk.ask(question)
     assert talk.cache is cache
-    assert is_greedy(model, plan, talk.ids, second.ids, first.prompt_tokens - 1)
+    assert is_greedy(model, plan, talk.ids, second.ids, turns(first, second))
 
 
 def test_lossless_generation_equals_the_model(tiny_folder):
@@ -75,16 +82,27 @@ def test_lossless_generation_equals_the_model(tiny_folder):
         generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)
 
 
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_long_conversation_is_read_in_chunks_and_only_once(tiny_folder, compiled, monkeypatch):
+def test_a_long_conversation_is_read_only_once_and_in_chunks_if_sparsely(tiny_folder, compiled, prefill, monkeypatch):
     monkeypatch.setattr("headsink.runtime.prefill.CHUNK", 16)
     model, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
     plan = random_plan(model, 4)
-    talk = Conversation(model, tokenizer, plan, max_new_tokens=8, compiled=compiled)
+    talk, read = Conversation(model, tokenizer, plan, max_new_tokens=8, compiled=compiled), []
+    new_cache = partial(headsink.new_cache, model, plan, not compiled, prefill=prefill)
+    monkeypatch.setattr(talk, "_empty_cache", new_cache)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, output: read.append(given[0].shape[1]))
+    answers = []
     for question in ("What is in the box? " * 9, "And what else is there? " * 9):
-        answer = talk.ask(question)
+        answers.append(talk.ask(question))
         assert talk.cache.get_seq_length() == len(talk.ids) - 1
-        assert is_greedy(model, plan, talk.ids, answer.ids, None)
+    hook.remove()
+    segments = turns(*answers) if prefill == "dense" else [1] * len(talk.ids)
+    assert is_greedy(model, plan, talk.ids, answers[-1].ids, segments)
+    if compiled:
+        return  # its steps do not call the embedding
+    assert sum(read) == len(talk.ids) - 1
+    assert (max(read) <= 16) == (prefill == "sparse")
 
 
 def test_ctrl_c_restores_a_conversation(tiny_folder):
@@ -104,7 +122,7 @@ def test_ctrl_c_restores_a_conversation(tiny_folder):
     assert talk.messages == said
     assert model.config._attn_implementation == "sdpa"
     answer = talk.ask("And what else?")
-    assert is_greedy(model, plan, talk.ids, answer.ids, None)
+    assert is_greedy(model, plan, talk.ids, answer.ids, turns(answer))  # read again from the start
     assert len(talk.messages) == 4
 
 

@@ -138,7 +138,7 @@ def test_decode_step_equals_the_reference(device, family, seed):
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu())
+        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), [17, 9, 1, 1, 1, 1])
         model.to(device)
         with torch.no_grad(), apply(model, plan):
             cache = new_cache(model, plan)
@@ -172,7 +172,7 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), freeze=28)
+        expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), [17, 9, 1, 1, 3], freeze=28)
         model.to(device)
         with torch.no_grad(), apply(model, plan):
             cache = new_cache(model, plan)

@@ -287,15 +287,13 @@ def test_a_model_of_another_shape_is_still_refused(family, reason):
 
 
 def test_a_plans_requirements_are_checked():
-    plan = Plan.uniform(tiny("llama"), Pattern(), prefill_compression=True, reconstruction_prompt=(5, 211))
+    plan = Plan.uniform(tiny("llama"), Pattern(), reconstruction_prompt=(5, 211))
     for use in (plan.check, plan.for_model):
         with pytest.raises(
             HeadsinkError, match="reconstruction_prompt: 211 is no token of this model, which has 0 to 210"
         ):
             use(tiny("llama"))
-    assert Plan.uniform(tiny("llama"), Pattern(), prefill_compression=True, reconstruction_prompt=(5, 210)).check(
-        tiny("llama")
-    )
+    assert Plan.uniform(tiny("llama"), Pattern(), reconstruction_prompt=(5, 210)).check(tiny("llama"))
     assert (
         Plan.uniform(tiny("llama"), Pattern(1, 0, 4), positions="cache-relative").for_model(tiny("mistral")).positions
         == "cache-relative"
