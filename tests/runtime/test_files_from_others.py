@@ -26,7 +26,6 @@ from plans import QUALITY, random_plan, window_plan
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
@@ -109,14 +108,10 @@ def tokens(rows, count, seed=0):
 
 
 @torch.no_grad()
-def read(family, dtype, plan, ids, mask=None, exact=True, frozen=False):
+def read(family, dtype, plan, ids, mask=None, exact=True, frozen=False, prefill="dense"):
     """Return a model, the cache of a text, and the text."""
     loaded = model(family, dtype)
-    if plan.prefill_compression:
-        full = DynamicCache(config=loaded.config)
-        loaded(ids, past_key_values=full)
-        return loaded, headsink.compress(loaded, plan, full), ids
-    cache = headsink.new_cache(loaded, plan, exact)
+    cache = headsink.new_cache(loaded, plan, exact, prefill=prefill)
     if frozen:
         cache.freeze()
     with headsink.apply(loaded, plan):
@@ -134,7 +129,7 @@ def prefixes():
     bases = [
         *(read("llama", dtype, random_plan(llama, seed), tokens(1, 61)) for seed, dtype in ((1, wide), (2, half))),
         read("llama", wide, random_plan(llama, 3), tokens(3, 61), mask),
-        read("llama", half, random_plan(llama, 4).model_copy(update={"prefill_compression": True}), tokens(2, 61)),
+        read("llama", half, random_plan(llama, 4), tokens(2, 61), prefill="sparse"),
         read("llama", wide, random_plan(llama, 5), tokens(1, 9)),
         read("llama", half, window_plan(llama, 1), tokens(2, 61)),
         read("llama", wide, random_plan(llama, 6), tokens(1, 20), frozen=True),
@@ -159,7 +154,7 @@ def plans():
     found = [
         (llama, random_plan(llama, 1), fields),
         (model("llama", torch.bfloat16), random_plan(llama, 2), {}),
-        (llama, random_plan(llama, 3), {**fields, "prefill_compression": True, "reconstruction_prompt": (7, 8, 9)}),
+        (llama, random_plan(llama, 3), {**fields, "reconstruction_prompt": (7, 8, 9)}),
         (llama, window_plan(llama, 4), fields),
         (gemma, random_plan(gemma, 5), {}),
     ]
@@ -365,10 +360,8 @@ def try_plan(rng, folder):
         cache = headsink.new_cache(loaded, plan)
         loaded(tokens(2, 40), past_key_values=cache)
         run(loaded, cache, 2)
-    if plan.prefill_compression:
-        full = DynamicCache(config=loaded.config)
-        loaded(tokens(1, 40), past_key_values=full)
-        run(loaded, headsink.compress(loaded, plan, full, input_ids=tokens(1, 40)), 1)
+    if plan.reconstruction_prompt:
+        run(loaded, headsink.compress(loaded, plan, tokens(1, 40), reconstruct=True), 1)
 
 
 TRY = {"prefix": try_prefix, "plan": try_plan}

@@ -12,7 +12,6 @@ from families import FAMILIES, tiny
 from plans import random_plan, window_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
@@ -28,14 +27,10 @@ def text(seed=0, tokens=LENGTH, rows=1):
 
 
 @torch.no_grad()
-def read(model, plan, ids, mask=None):
-    """Prefill a text under the plan, or in full attention with prefill compression."""
+def read(model, plan, ids, mask=None, prefill="dense"):
+    """Prefill a text under the plan."""
     options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if plan.prefill_compression:
-        full = DynamicCache(config=model.config)
-        model(ids, past_key_values=full, **options)
-        return headsink.compress(model, plan, full, mask, ids)
-    cache = headsink.new_cache(model, plan)
+    cache = headsink.new_cache(model, plan, prefill=prefill)
     with headsink.apply(model, plan):
         model(ids, past_key_values=cache, **options)
     return cache
@@ -54,11 +49,11 @@ def test_the_exact_flag_is_saved(exact, tmp_path):
 
 
 @torch.no_grad()
-def continue_from(model, cache, tokens, mask=None):
-    """Return the logits of a continuation: some tokens in one pass, then one by one."""
+def continue_from(model, cache, tokens, mask=None, first=9):
+    """Return the logits of a continuation: `first` tokens in one pass, then one by one."""
     found = []
     with headsink.apply(model, cache.plan):
-        for part in (tokens[:, :9], *tokens[:, 9:].split(1, 1)):
+        for part in (tokens[:, :first], *tokens[:, first:].split(1, 1)):
             options = {}
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(part)], 1)
@@ -75,18 +70,16 @@ def edit(file, change):
     save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"headsink": json.dumps(header)})
 
 
-@pytest.mark.parametrize("way", ["online", "prefill compression", "reconstruction"])
+@pytest.mark.parametrize("way", ["dense", "sparse", "compress", "reconstruct"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_prefix_continues_like_the_original(family, way, tmp_path):
     model, ids, file = tiny(family), text(), tmp_path / "prefix.safetensors"
-    ways = {
-        "online": {},
-        "prefill compression": {"prefill_compression": True},
-        "reconstruction": {"prefill_compression": True, "reconstruction_prompt": (7, 8, 9)},
-    }
     for seed in (1, 2):
-        plan = random_plan(model, seed).model_copy(update=ways[way])
-        cache = read(model, plan, ids)
+        plan = random_plan(model, seed).model_copy(update={"reconstruction_prompt": (7, 8, 9)})
+        if way in ("dense", "sparse"):
+            cache = read(model, plan, ids, prefill=way)
+        else:
+            cache = headsink.compress(model, plan, ids, reconstruct=way == "reconstruct")
         headsink.save_prefix(file, cache, ids, text="once upon")
         loaded, tokens = headsink.load_prefix(file, model)
         assert loaded.plan == plan
@@ -98,18 +91,22 @@ def test_a_saved_prefix_continues_like_the_original(family, way, tmp_path):
             head.pattern.full for layer in plan.layers for head in layer or ()
         )  # slots by which such heads grow
         assert not spare or nbytes(loaded) < nbytes(cache)
-        after = text(9, 30)
-        assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
+        after, first = text(9, 30), 1 if way == "sparse" else 9
+        found, expected = (continue_from(model, one, after, first=first) for one in (loaded, cache))
+        assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("way", ["dense", "compress"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_padded_batch_in_bfloat16(family, once, tmp_path):
+def test_a_padded_batch_in_bfloat16(family, way, tmp_path):
     model, file = tiny(family, dtype=torch.bfloat16), tmp_path / "prefix.safetensors"
-    plan = random_plan(model, 3).model_copy(update={"prefill_compression": once})
+    plan = random_plan(model, 3)
     ids, mask = text(rows=3), torch.ones(3, LENGTH, dtype=torch.long)
     mask[1, :7] = mask[2, :40] = 0
-    cache = read(model, plan, ids, mask)
+    if way == "dense":
+        cache = read(model, plan, ids, mask)
+    else:
+        cache = headsink.compress(model, plan, ids, attention_mask=mask)
     headsink.save_prefix(file, cache, ids)
     loaded, tokens = headsink.load_prefix(file, model)
     assert torch.equal(tokens, ids)
@@ -119,10 +116,10 @@ def test_a_padded_batch_in_bfloat16(family, once, tmp_path):
 
 def test_generate_continues_from_a_file(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    plan = random_plan(model, 4).model_copy(update={"prefill_compression": True})
-    headsink.save_prefix(file, read(model, plan, ids), ids)
+    plan = random_plan(model, 4)
+    headsink.save_prefix(file, headsink.compress(model, plan, ids), ids)
     longer, answers = torch.cat([ids, text(5, 12)], 1), []
-    for cache in (read(model, plan, ids), headsink.load_prefix(file, model)[0]):
+    for cache in (headsink.compress(model, plan, ids), headsink.load_prefix(file, model)[0]):
         with headsink.apply(model, plan):
             answers.append(model.generate(longer, past_key_values=cache, max_new_tokens=20, do_sample=False))
     assert torch.equal(*answers)
@@ -452,7 +449,8 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
 
 def test_tokens_that_are_hidden_stay_hidden(tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    cache = read(model, random_plan(model, 4).model_copy(update={"prefill_compression": True}), ids)
+    cache = read(model, random_plan(model, 4), ids)
+    cache.freeze()  # only caches that do not evict hide columns
     with headsink.apply(model, cache.plan), torch.no_grad():
         model(text(2, 6), past_key_values=cache)
     hidden = torch.tensor([[False, True, True, False]])

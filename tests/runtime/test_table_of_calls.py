@@ -49,7 +49,8 @@ VISION = {
 class Setting:
     """A tiny model under a plan, and its input: two sequences of 40 tokens."""
 
-    def __init__(self, model=None):
+    def __init__(self, model=None, prefill="dense"):
+        self.prefill = prefill
         self.model = tiny("llama") if model is None else model
         self.model.generation_config.pad_token_id = 0
         self.plan, self.other_plan = random_plan(self.model, 3), random_plan(self.model, 9)
@@ -73,13 +74,29 @@ class Setting:
         return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | options)
 
     def text(self, ids=None, padding=None, **options):
-        """Return the output of `generate` under the reference mask, with a pass over the whole text for every token."""
-        decoder = self.model.get_decoder()
-        with masked(decoder, self.plan, padding):
+        """Return the output of `generate` under the reference mask, with a pass over the whole text for every token.
+
+        The prompt is one segment, every later token is one, as in the cache."""
+        decoder, prompt = self.model.get_decoder(), (self.ids if ids is None else ids).shape[1]
+        with masked(decoder, self.plan, padding, prompt if self.prefill == "dense" else 1):
             return self.generate(ids, use_cache=False, **options)
 
+    def text_of(self, segments, ids=None):
+        """Return the greedy text under the reference mask of a prompt that was read in segments."""
+        text = self.ids if ids is None else ids
+        assert sum(segments) == text.shape[1]
+        for new in range(NEW):
+            logits = reference_logits(self.model, self.plan, text, None, [*segments, *[1] * new])
+            text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
+        return text
+
+    def reread_text(self):
+        """Return the text where every call reads the whole text."""
+        return self.own_text() if self.prefill == "dense" else self.text()
+
     def logits(self, ids=None, mask=None):
-        return reference_logits(self.model, self.plan, self.ids if ids is None else ids, mask)
+        ids = self.ids if ids is None else ids
+        return reference_logits(self.model, self.plan, ids, mask, ids.shape[1] if self.prefill == "dense" else 1)
 
     def own_text(self, ids=None, **options):
         """Return the model's output with the full cache."""
@@ -157,7 +174,7 @@ def in_executor(here):
 def steps(here, plan):
     """A generator that enters its own block and yields one token at a time."""
     with headsink.apply(here.model, plan):
-        new, cache = here.ids, headsink.new_cache(here.model, plan)
+        new, cache = here.ids, headsink.new_cache(here.model, plan, prefill=here.prefill)
         for _ in range(NEW):
             new = here.forward(new, **cache_argument(cache))[:, -1:].argmax(-1)
             yield new
@@ -220,7 +237,7 @@ def shared_prefix(here):
 
 
 def shared_prefix_text(here):
-    return here.text(torch.cat([here.ids[:1].repeat(2, 1), here.more], 1))
+    return here.text_of([40, 12], torch.cat([here.ids[:1].repeat(2, 1), here.more], 1))
 
 
 def saved_prefix(here):
@@ -236,7 +253,7 @@ def pickled_cache(here):
 
 
 def longer_text(here):
-    return here.text(torch.cat([here.ids, here.more], 1))
+    return here.text_of([40, 12], torch.cat([here.ids, here.more], 1))
 
 
 def filled_outside(here):
@@ -367,6 +384,8 @@ def types(here):
 
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20}
 DECODE = {"custom_generate": headsink.decode}
+REREAD = "every call reads the whole text, in full attention"
+SPARSE = ("forward passes", "threads")  # groups of calls that are also tested with sparse prefill
 
 
 @dataclass(frozen=True)
@@ -392,9 +411,14 @@ CALLS = {
             lambda h: h.generate(**SAMPLED, num_return_sequences=2),
             lambda h: h.text(**SAMPLED, num_return_sequences=2),
         ),
-        Call("`use_cache=False`", lambda h: h.generate(use_cache=False), Setting.text),
-        Call("`model.generation_config.use_cache = False`", own_config, Setting.text),
-        Call("`prefill_chunk_size=7`", lambda h: h.generate(prefill_chunk_size=7), Setting.text),
+        Call("`use_cache=False`", lambda h: h.generate(use_cache=False), Setting.reread_text, note=REREAD),
+        Call("`model.generation_config.use_cache = False`", own_config, Setting.reread_text, note=REREAD),
+        Call(
+            "`prefill_chunk_size=7`",
+            lambda h: h.generate(prefill_chunk_size=7),
+            lambda h: h.text_of([7, 7, 7, 7, 7, 5]),
+            note="a chunk is a call, after which heads evict",
+        ),
         Call(
             "`return_dict_in_generate=True`",
             lambda h: h.generate(return_dict_in_generate=True, output_scores=True).sequences,
@@ -533,7 +557,7 @@ CALLS = {
         Call("a pickled model", lambda h: torch.save(h.model, io.BytesIO()), "a model cannot be copied or pickled"),
     ],
     "caches": [
-        Call("a loop without a cache", Setting.loop_without_cache, Setting.text),
+        Call("a loop without a cache", Setting.loop_without_cache, Setting.reread_text, note=REREAD),
         Call(
             "a loop with an empty `DynamicCache()`", lambda h: h.loop(DynamicCache(config=h.model.config)), Setting.text
         ),
@@ -554,7 +578,11 @@ CALLS = {
             lambda h: h.forward(h.more[:1], **cache_argument(h.read())),
             "this cache holds 2 sequences",
         ),
-        Call("a saved and loaded prefix", saved_prefix, lambda h: h.text(torch.cat([h.ids[:1], h.more[:1]], 1))),
+        Call(
+            "a saved and loaded prefix",
+            saved_prefix,
+            lambda h: h.text_of([40, 12], torch.cat([h.ids[:1], h.more[:1]], 1)),
+        ),
         Call("a pickled cache", pickled_cache, longer_text),
         Call(
             "a cache that holds the whole prompt", lambda h: h.generate(**cache_argument(h.read())), "the cache holds"
@@ -632,13 +660,19 @@ CALLS = {
         ),
     ],
 }
-ALL = [(f"{group}: {call.name}", call) for group, calls in CALLS.items() for call in calls]
+ALL = [(f"{group}: {call.name}", call, "dense") for group, calls in CALLS.items() for call in calls]
+ALL += [
+    (f"{group}: {call.name}, sparse prefill", call, "sparse")
+    for group in SPARSE
+    for call in CALLS[group]
+    if not isinstance(call.right, str)
+]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("call", [call for _, call in ALL], ids=[name for name, _ in ALL])
-def test_a_call_is_correct_or_refused_in_one_line(call):
-    here = Setting(call.model and call.model())
+@pytest.mark.parametrize(("call", "prefill"), [case[1:] for case in ALL], ids=[case[0] for case in ALL])
+def test_a_call_is_correct_or_refused_in_one_line(call, prefill):
+    here = Setting(call.model and call.model(), prefill)
     before = here.model.get_decoder().config._attn_implementation
     if isinstance(call.right, str):
         with pytest.raises(HeadsinkError) as caught, headsink.apply(here.model, here.plan):
@@ -647,7 +681,7 @@ def test_a_call_is_correct_or_refused_in_one_line(call):
         assert "\n" not in str(caught.value)
     else:
         torch.manual_seed(0)
-        with headsink.apply(here.model, here.plan):
+        with headsink.apply(here.model, here.plan, prefill=prefill):
             found = call.run(here)
         here.model.generation_config.use_cache = True
         torch.manual_seed(0)
@@ -663,7 +697,11 @@ def test_a_call_is_correct_or_refused_in_one_line(call):
 def test_without_the_plan_texts_and_logits_differ():
     here = Setting()
     assert not torch.equal(here.own_text(), here.text())
-    assert (here.forward() - here.logits()).norm() > 0.2 * here.logits().norm()
+    sparse = Setting(prefill="sparse")
+    assert (sparse.forward() - sparse.logits()).norm() > 0.2 * sparse.logits().norm()
+    assert not torch.equal(here.text(), sparse.text())
+    assert not torch.equal(here.text_of([7, 7, 7, 7, 7, 5]), here.text())
+    assert not torch.equal(longer_text(here), here.text(torch.cat([here.ids, here.more], 1)))
     here = Setting(llava())
     own, under = (each(pictured(here), **here.pixels) for each in (here.own_text, here.text))
     assert not torch.equal(own, under)
@@ -677,8 +715,9 @@ def page():
         "",
         "Inside `with headsink.apply(model, plan):` the calls below give what the plan's definition gives, or raise a",
         "`HeadsinkError` of one line. Each row is a test in `tests/runtime/test_table_of_calls.py`. *right* means that the",
-        "text or the logits equal those of a pass over the whole text in which every head is masked by its pattern. This",
-        "page is the output of `PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py`.",
+        "text or the logits equal those of a pass over the whole text in which every head is masked by its pattern; a call",
+        "of several tokens attends in full to the keys that are held and to itself. This page is the output of",
+        "`PYTHONPATH=tests/support python tests/runtime/test_table_of_calls.py`.",
     ]
     for group, calls in CALLS.items():
         lines += ["", f"## {group.capitalize()}", "", "| Call | Under a plan |", "|---|---|"]

@@ -26,6 +26,7 @@ from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR, Scorer
 from headsink.eviction.scorers.prompt import match_scale, segment_scores
+from headsink.models.transformers_names import drafted
 from headsink.utils import device
 
 
@@ -127,6 +128,10 @@ class PlanLayer(CacheLayerMixin):
         self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor:
         """Append the tokens of `update`, and return the attention of all heads: [batch, tokens, query heads, dim]."""
+        plain = padding is None or padding.hidden is None
+        drafts = drafted() if self.prefill.dense and self.recording and not self.seen and plain else 0
+        if drafts:
+            return self._attend_drafts(module, query, update, padding, softmax, drafts)
         self.attended += 1
         if not self.groups:
             self._make_groups(update.key, padding)
@@ -171,6 +176,25 @@ class PlanLayer(CacheLayerMixin):
             part = group.attend(module, part, key[:, group.index], value[:, group.index], own)
             output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
         return output.flatten(1, 2).transpose(1, 2)
+
+    def _attend_drafts(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        update: Update,
+        padding: Padding | None,
+        softmax: AttentionParams,
+        drafts: int,
+    ) -> Tensor:
+        """Attend from a prompt, which is not cropped, and from drafts after it, as if they came in two calls."""
+        sizes = [query.shape[2] - drafts, drafts]
+        parts = zip(*(t.split(sizes, 2) for t in (query, update.key, update.value)), strict=True)
+        output, self.record_past = [], False
+        for own_query, key, value in parts:
+            output.append(self.attend(module, own_query, Update(self, key, value), padding, softmax))
+            self.record_past = True
+        self.attended -= 1  # one call of the model
+        return torch.cat(output, 1)
 
     def _reads_densely(self, tokens: int) -> bool:
         """Whether new tokens are a segment. Tokens that may be cropped, as in assisted decoding, are read one by one."""

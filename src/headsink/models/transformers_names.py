@@ -73,6 +73,16 @@ def assists() -> bool:
     return False
 
 
+def drafted() -> int:
+    """How many tokens of the running call are drafts. Assisted generation gives the first ones together with the prompt."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "generate":  # `generate` of the assistant is none of these calls
+        if frame.f_code.co_name == "_assisted_decoding":
+            return int(frame.f_locals.get("candidate_length", 0))
+        frame = frame.f_back  # type: ignore[assignment]
+    return 0
+
+
 def generate_argument(name: str) -> Any:
     """Return an argument of the `generate` call that runs the current decoding loop, or None.
 
