@@ -64,6 +64,60 @@ def test_any_frozen_plan_equals_the_reference(family, way, padding, case_seed):
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_sparse_prefill_is_the_same_for_any_division(family, way, padding, case_seed):
+    model = tiny(family, dtype=torch.float64)
+    ids, mask = padded() if padding else (torch.randint(3, 211, (2, 61)), None)
+    plan = random_plan(model, case_seed)
+    logits, _ = feed(model, plan, ids, WAYS[way], mask, prefill="sparse")
+    real = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(logits[real], reference_logits(model, plan, ids, mask, [1] * 61)[real], **TOLERANCE)
+
+
+def many_top_k(model, seed):
+    """A plan whose heads keep few of 100 keys, most of them by score."""
+    return random_plan(model, seed, lambda rng: Pattern(rng.choice([0, 2]), rng.choice([3, 12]), rng.choice([0, 5, 9])))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("chunk", [16, 48])
+def test_chunks_end_segments(family, chunk):
+    model, ids = tiny(family, dtype=torch.float64), torch.randint(3, 211, (2, 121))
+    plan = many_top_k(model, 1)
+    segments = [chunk] * (120 // chunk) + [120 % chunk] * (120 % chunk > 0) + [1]
+    if segments[-2] != chunk:
+        segments[-2:] = [121 % chunk]
+    expected = reference_logits(model, plan, ids, None, segments)
+    for sizes in ([121], [48, 73], [96, 25]):
+        logits, _ = feed(model, plan, ids, sizes, chunk_size=chunk)
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+    with headsink.apply(model, plan, chunk_size=chunk), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
+    logits, _ = feed(model, plan, ids, [20, 101], chunk_size=chunk)  # a call ends a segment, too
+    first = [16, 4, 12] if chunk == 16 else [20, 28]
+    rest = 121 - sum(first)
+    segments = first + [chunk] * (rest // chunk) + [rest % chunk]
+    torch.testing.assert_close(logits, reference_logits(model, plan, ids, None, segments), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_a_second_turn_is_another_segment(family, padding):
+    model = tiny(family, dtype=torch.float64)
+    ids, mask = padded(length=108) if padding else (torch.randint(3, 211, (2, 108)), None)
+    real = slice(None) if mask is None else mask.bool()
+    sizes = [50, *[1] * 10, 40, *[1] * 8]
+    for seed in range(2):
+        plan = many_top_k(model, seed)
+        logits, _ = feed(model, plan, ids, [*sizes, 1], mask)
+        expected = reference_logits(model, plan, ids, mask, sizes)
+        torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+        other = reference_logits(model, plan, ids, mask, [50] + [1] * 58)
+        assert (other[real] - expected[real]).abs().max() > 1e-3  # the test tells them apart
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
 @pytest.mark.parametrize("sizes", [[1000], [200, 131, 1, 1, 9], [1]], ids=["one pass", "chunks", "token by token"])
@@ -168,6 +222,32 @@ def test_the_cache_has_exactly_the_plans_keys(freeze):
     slots = [group.keys.shape[1] * group.keys.shape[2] for layer in cache.layers for group in layer.groups]
     more = 0 if freeze is None else 128  # for the 50 tokens after
     assert slots == [20 + more, 38 + more, 2 * (20 + more), 384, 1 + more]
+
+
+@pytest.mark.parametrize("chunk", [None, 128])
+def test_every_layer_evicts_before_the_next_one_reads(chunk):
+    """The peak of dense prefill is the plan and the full keys of one layer."""
+    model, sizes, own = tiny("llama"), [], []
+    plan = Plan.of(model, [[Pattern(4, 20, 16), Pattern(0, 0, 8)]] * 3, torch.randn(3, 2, LINEAR.n_features(12)))
+    cache = headsink.new_cache(model, plan, chunk_size=chunk)
+
+    def record(*_):
+        sizes.append(
+            [sum(t.untyped_storage().nbytes() for g in layer.groups for t in g.tensors()) for layer in cache.layers]
+        )
+
+    hooks = [layer.self_attn.register_forward_hook(record) for layer in model.model.layers]
+    with headsink.apply(model, plan), torch.no_grad():
+        model(torch.randint(3, 211, (1, 400)), **cache_argument(cache))
+    for hook in hooks:
+        hook.remove()
+    own = sizes[-1]
+    assert sizes == [[own[0], 0, 0], [own[0], own[1], 0], own]
+    token = 2 * 12 * 4  # bytes of a key and a value of one head
+    for layer, found in zip(cache.layers, own, strict=True):
+        assert [group.keys.shape[2] for group in layer.groups] == [40, 8]
+        assert 48 * token <= found < 60 * token + 2 * 4 * LINEAR.n_features(12)
+    assert cache.nbytes() < 400 * 2 * token  # less than the full keys of one layer
 
 
 def test_window_only_cache_stays_the_same_size():
@@ -436,6 +516,32 @@ def test_a_plan_for_another_model_is_refused():
         pass
     with pytest.raises(HeadsinkError, match="another model: kv_heads"):
         headsink.new_cache(tiny("llama-mha"), plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size: 0 is not a whole number of tokens, 1 or more"),
+        ({"chunk_size": -16}, "chunk_size: -16 is not a whole number of tokens, 1 or more"),
+        ({"chunk_size": True}, "chunk_size: True is not a whole number of tokens, 1 or more"),
+        ({"chunk_size": 16.0}, "chunk_size: 16.0 is not a whole number of tokens, 1 or more"),
+        ({"prefill": "lazy"}, "prefill: 'lazy' is neither 'dense' nor 'sparse'"),
+        ({"prefill": None}, "prefill: None is neither 'dense' nor 'sparse'"),
+        (
+            {"prefill": "sparse", "chunk_size": 16},
+            "chunk_size: sparse prefill evicts at every token; leave chunk_size out",
+        ),
+    ],
+    ids=str,
+)
+def test_invalid_options_of_prefill_are_refused(options, message):
+    model = tiny("llama")
+    plan = Plan.full(model)
+    for call in (headsink.new_cache, lambda *given, **options: headsink.apply(*given, **options).__enter__()):
+        with pytest.raises(HeadsinkError) as error:
+            call(model, plan, **options)
+        assert str(error.value) == message
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_fingerprint_is_the_same_in_bfloat16():
