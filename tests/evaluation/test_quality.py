@@ -32,17 +32,16 @@ def continuations(document):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
-def test_quality_equals_one_pass_over_everything(family, freeze, case_seed):
+def test_quality_equals_one_pass_over_everything(family, case_seed):
     model, document = tiny(family, dtype=torch.float64), random_document()
-    plan = random_plan(model, case_seed).model_copy(update={"prefill_compression": freeze})
+    plan = random_plan(model, case_seed)
     found = score(model, plan, document)
     assert [branch.form for branch in found] == ["text", "first", "second"]
     for branch, (ids, scored) in zip(found, continuations(document), strict=True):
         text = torch.tensor([document.ids + ids])
         with torch.no_grad():
-            since = len(document.ids) if freeze else None
-            both = model(text).logits, reference_logits(model, plan, text, freeze=since, prefill_compression=freeze)
+            segments = [len(document.ids), len(ids)]  # the continuation attends to every key that the document leaves
+            both = model(text).logits, reference_logits(model, plan, text, None, segments)
         full, lossy = (logits[0, -scored - 1 : -1].log_softmax(-1) for logits in both)
         targets, rows = torch.tensor(ids[-scored:]), torch.arange(scored)
         close = {"rtol": 0, "atol": 1e-5}
@@ -72,8 +71,8 @@ def test_a_plan_that_keeps_everything_costs_nothing(family):
 def test_cropping_a_branch_restores_the_cache(family, length):
     model, document = tiny(family), random_document(length=length)
     lossy = random_plan(model, 1)
-    for plan in (None, lossy, lossy.model_copy(update={"prefill_compression": True})):
-        cache = read(model, plan, document.ids)
+    for plan, reconstruct in ((None, False), (lossy, False), (lossy, True)):
+        cache = read(model, plan, document.ids, reconstruct)
         first = [continuation_log_probs(model, cache, *branch) for branch in continuations(document)]
         assert cache.get_seq_length() == length
         again = [continuation_log_probs(model, cache, *branch) for branch in reversed(continuations(document))]

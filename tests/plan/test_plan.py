@@ -81,12 +81,9 @@ def with_retrieval(fields, **changes):
         (lambda f: f.update(schema_version=99), "schema_version"),
         (lambda f: f.update(schema_version=0), "schema_version"),
         (lambda f: f.update(tau=0.4), "tau"),
-        (lambda f: f.update(prefill_compression="perhaps"), "prefill_compression"),
-        (
-            lambda f: f.update(reconstruction_prompt=[5]),
-            "reconstruction_prompt: context reconstruction needs prefill compression",
-        ),
-        (lambda f: f.update(prefill_compression=True, reconstruction_prompt=[5, -1]), "reconstruction_prompt.1"),
+        (lambda f: f.update(prefill_compression=True), "prefill_compression"),
+        (lambda f: f.update(refit_values=True), "refit_values"),
+        (lambda f: f.update(reconstruction_prompt=[5, -1]), "reconstruction_prompt.1"),
         (lambda f: f.update(positions="cache-relative"), "positions"),
         (lambda f: f["model"].pop("weights"), "model.weights"),
         (lambda f: f.pop("layers"), "layers"),
@@ -191,9 +188,9 @@ def refused(tmp_path, text):
     [
         ('"window": ', '"window": 8, "window": ', "window is there twice"),
         (
-            '"prefill_compression": ',
-            '"prefill_compression": false, "prefill_compression": ',
-            "prefill_compression is there twice",
+            '"positions": ',
+            '"positions": "absolute", "positions": ',
+            "positions is there twice",
         ),
         ('"calibration": {', '"calibration": {"a\\u001b": 1, "a\\u001b": 1', r"'a\\x1b' is there twice"),
     ],
@@ -204,12 +201,12 @@ def test_duplicate_names_are_refused(tmp_path, once, twice, field):
     assert field.replace("\\\\", "\\") in refused(tmp_path, text.replace(once, twice, 1))
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_a_plan_of_an_older_schema_is_refused_with_the_command_that_makes_a_new_one(tmp_path, schema):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"schema_version": schema, "model": {}, "layers": []}), encoding="utf-8")
     again = f"make it again: headsink plan MODEL --budget BUDGET --context CONTEXT --out {path}"
-    with pytest.raises(HeadsinkError, match=f"a plan of schema {schema}, and this headsink reads 4") as error:
+    with pytest.raises(HeadsinkError, match=f"a plan of schema {schema}, and this headsink reads 5") as error:
         Plan.load(path)
     assert str(error.value).endswith(again)
 
@@ -279,10 +276,10 @@ def test_a_plan_is_described_in_five_lines():
     calibration = {"context": [512, 2048]}
     plan = Plan.model_validate({**plan.model_dump(), "quality": [QUALITY], "calibration": calibration})
     lines = repr(plan).split("\n")
-    assert [line.split()[0] for line in lines] == ["Plan", "model", "mode", "patterns", "keeps", "quality"]
+    assert [line.split()[0] for line in lines] == ["Plan", "model", "positions", "patterns", "keeps", "quality"]
     assert str(plan) == repr(plan) == f"{plan}"
     assert f"LlamaForCausalLM, 3 layers, 2 KV heads of size 12, weights {plan.model.weights[:12]}" in lines[1]
-    assert lines[2].split(maxsplit=1)[1] == "online eviction"
+    assert lines[2].split(maxsplit=1)[1] == "absolute"
     for pattern, count in list(plan.counts().items())[:4]:
         assert f"{count} x {pattern}" in lines[3]
     for context in (512, 2048):
@@ -292,7 +289,6 @@ def test_a_plan_is_described_in_five_lines():
     html = plan._repr_html_()
     assert all(f"<th>{line.split()[0]}</th>" in html for line in lines[1:])
     assert "not measured" in repr(Plan.full(MODEL))
-    assert "prefill compression" in repr(Plan.full(MODEL).model_copy(update={"prefill_compression": True}))
 
 
 @pytest.mark.parametrize("context", [None, "x", 512, [], [0, -5], ["512"], [True], {"a": 1}])
@@ -311,5 +307,5 @@ def test_html_of_a_plan_is_escaped():
 def test_plans_can_be_compared_and_copied():
     plan = random_plan(MODEL, 1)
     assert plan.model_copy() == plan
-    assert plan.model_copy(update={"prefill_compression": True}) != plan
+    assert plan.model_copy(update={"reconstruction_prompt": (5,)}) != plan
     assert Plan.model_validate(plan.model_dump()) == plan

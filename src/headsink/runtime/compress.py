@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from headsink.attention.interface import GAPS, left_padding
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
+from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import check_mask, new_cache
 from headsink.runtime.prefill import read, read_with_reconstruction
@@ -37,6 +38,7 @@ def compress(
             f"input_ids: {list(input_ids.shape)} given; compress takes [batch, tokens], one token or more"
         )
     cache = new_cache(model, plan, exact=False)
+    plan.check_length(input_ids.shape[1], describe(model).max_context)
     check_mask(attention_mask, *input_ids.shape)
     padding = left_padding(attention_mask)
     if padding is not None and padding.hidden is not None:
