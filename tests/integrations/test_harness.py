@@ -50,6 +50,15 @@ def answers(lm, pairs=PAIRS, texts=TEXTS, prompts=PROMPTS):
     return likelihoods, rolling, lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
 
 
+def same(found, own):
+    """Check that results are equal, log-likelihoods to rounding: under a plan a context is read once for its continuations."""
+    (likelihoods, *rest), (expected, *others) = found, own
+    assert [greedy for _, greedy in likelihoods] == [greedy for _, greedy in expected]
+    assert [one for one, _ in likelihoods] == pytest.approx([one for one, _ in expected], rel=1e-5)
+    assert rest[0] == pytest.approx(others[0], rel=1e-5)
+    assert rest[1] == others[1]
+
+
 def encoded(lm, context, continuation):
     if not context:
         return [lm.prefix_token_id], lm.tok_encode(continuation)
@@ -58,8 +67,9 @@ def encoded(lm, context, continuation):
 
 def by_definition(lm, context, continuation):
     """Return a continuation's log-likelihood and whether it is greedy, with every head masked by its pattern."""
-    once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
-    logits = reference_logits(lm.model, lm.plan, torch.tensor([context + continuation]), **once)
+    prompt = len(context) - 1  # is read at once; the last token of the context predicts the continuation, as in decoding
+    segments = [prompt] * (prompt > 0) + [1] * (1 + len(continuation))
+    logits = reference_logits(lm.model, lm.plan, torch.tensor([context + continuation]), None, segments)
     log_probs = logits[0, len(context) - 1 : -1].float().log_softmax(-1)
     targets = torch.tensor(continuation)
     return float(log_probs.gather(1, targets[:, None]).sum()), bool((log_probs.argmax(-1) == targets).all())
@@ -67,10 +77,9 @@ def by_definition(lm, context, continuation):
 
 def greedy_by_definition(lm, prompt, tokens):
     ids = lm.tok_encode(prompt)
-    once = {"freeze": len(ids) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
     found = []
     for _ in range(tokens):
-        logits = reference_logits(lm.model, lm.plan, torch.tensor([ids + found]), **once)
+        logits = reference_logits(lm.model, lm.plan, torch.tensor([ids + found]), None, len(ids))
         found.append(int(logits[0, -1].argmax()))
         if found[-1] == lm.eot_token_id:
             break
@@ -79,27 +88,22 @@ def greedy_by_definition(lm, prompt, tokens):
 
 @pytest.fixture(scope="module")
 def plans(tiny_folder, tmp_path_factory):
-    """Plan files for the tiny model: full heads, random patterns, and the same for prefill compression."""
+    """Plan files for the tiny model: full heads, and random patterns."""
     model, folder = HFLM(str(tiny_folder), device="cpu").model, tmp_path_factory.mktemp("plans")
-    drawn = random_plan(model, 3)
-    made = {
-        "full": Plan.full(model),
-        "drawn": drawn,
-        "prefill_compression": drawn.model_copy(update={"prefill_compression": True}),
-    }
+    made = {"full": Plan.full(model), "drawn": random_plan(model, 3)}
     return {name: str(plan.save(folder / f"{name}.json")) for name, plan in made.items()}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_without_a_plan_or_with_full_heads_it_equals_hflm(batch, tiny_folder, plans):
     own = answers(HFLM(str(tiny_folder), device="cpu", batch_size=batch))
-    for plan in (None, plans["full"]):
-        assert answers(HeadsinkLM(str(tiny_folder), plan, device="cpu", batch_size=batch)) == own
+    assert answers(HeadsinkLM(str(tiny_folder), None, device="cpu", batch_size=batch)) == own
+    same(answers(HeadsinkLM(str(tiny_folder), plans["full"], device="cpu", batch_size=batch)), own)
 
 
-@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("prefill_compression", 3)])
-def test_continuations_are_scored_by_the_definition(which, batch, tiny_folder, plans):
-    lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_continuations_are_scored_by_the_definition(batch, tiny_folder, plans):
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu", batch_size=batch)
     own = HFLM(str(tiny_folder), device="cpu")
     found = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     for pair, (likelihood, is_greedy) in zip(PAIRS, found, strict=True):
@@ -118,7 +122,7 @@ def test_logits_of_a_batch_padded_on_the_right_are_those_of_each_text(tiny_folde
         ids[row, length:] = lm.tokenizer.pad_token_id or 0
     logits = lm._model_call(ids)
     for row, length in enumerate((50, 31, 8)):
-        expected = reference_logits(lm.model, lm.plan, ids[row : row + 1, :length])[0]
+        expected = reference_logits(lm.model, lm.plan, ids[row : row + 1, :length], None, 1)[0]
         torch.testing.assert_close(logits[row, :length], expected, rtol=2e-4, atol=2e-4)
 
 
@@ -134,13 +138,12 @@ def test_scores_without_the_plan_are_never_given(tiny_folder, plans):
 
 
 def test_the_full_caches_greedy_continuation_is_greedy(tiny_folder, plans):
-    for which in ("drawn", "prefill_compression"):
-        lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu")
-        context = lm.tok_encode(PROMPTS[0])
-        once = {"freeze": len(context) - 1, "prefill_compression": True} if lm.plan.prefill_compression else {}
-        said = int(reference_logits(lm.model, lm.plan, torch.tensor([context]), **once)[0, -1].argmax())
-        likely, unlikely = lm._loglikelihood_tokens([(None, context, [said]), (None, context, [said ^ 1])])
-        assert (likely[1], unlikely[1]) == (True, False)
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu")
+    context = lm.tok_encode(PROMPTS[0])
+    segments = [len(context) - 1, 1]
+    said = int(reference_logits(lm.model, lm.plan, torch.tensor([context]), None, segments)[0, -1].argmax())
+    likely, unlikely = lm._loglikelihood_tokens([(None, context, [said]), (None, context, [said ^ 1])])
+    assert (likely[1], unlikely[1]) == (True, False)
 
 
 def test_whole_texts_are_scored_by_the_definition_in_windows(tiny_folder, plans):
@@ -157,9 +160,8 @@ def test_whole_texts_are_scored_by_the_definition_in_windows(tiny_folder, plans)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("which", ["drawn", "prefill_compression"])
-def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, plans):
-    lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", max_length=32)
+def test_contexts_that_are_too_long_lose_their_beginning(tiny_folder, plans):
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu", max_length=32)
     lm.model.config.max_position_embeddings = 32  # so that one more token is an error
     context, continuation = encoded(lm, *PAIRS[0])
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)[0][0]
@@ -167,9 +169,9 @@ def test_contexts_that_are_too_long_lose_their_beginning(which, tiny_folder, pla
     assert found == pytest.approx(by_definition(lm, rest, continuation)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("which", "batch"), [("drawn", 1), ("drawn", 3), ("prefill_compression", 3)])
-def test_it_generates_by_the_definition_up_to_a_stop(which, batch, tiny_folder, plans):
-    lm = HeadsinkLM(str(tiny_folder), plans[which], device="cpu", batch_size=batch)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_generates_by_the_definition_up_to_a_stop(batch, tiny_folder, plans):
+    lm = HeadsinkLM(str(tiny_folder), plans["drawn"], device="cpu", batch_size=batch)
     asked = [(prompt, {"until": [], "max_gen_toks": 4}) for prompt in PROMPTS]
     found = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert found == [greedy_by_definition(lm, prompt, 4) for prompt in PROMPTS]
@@ -186,7 +188,7 @@ def test_a_real_model_with_full_heads_and_under_a_plan(smollm2, tmp_path):
     Plan.full(model).save(tmp_path / "full.json")
     asked = PAIRS[2:4], TEXTS[1:], PROMPTS[1:2]
     lm = HeadsinkLM("smollm2", str(tmp_path / "full.json"), device="cpu", batch_size=3)
-    assert answers(lm, *asked) == answers(own, *asked)
+    same(answers(lm, *asked), answers(own, *asked))
     lm.plan = random_plan(model, 1)
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[2:3]), disable_tqdm=True)
     expected = [by_definition(lm, *encoded(lm, *pair))[0] for pair in PAIRS[2:3]]
@@ -202,14 +204,10 @@ def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
         HeadsinkLM(str(tiny_folder), plans["drawn"], peft="adapter")
     with pytest.raises(HeadsinkError, match=r"cannot read plan nosuch\.json"):
         HeadsinkLM(str(tiny_folder), "nosuch.json")
-    lm = HeadsinkLM(str(tiny_folder), plans["prefill_compression"], device="cpu")
-    with pytest.raises(HeadsinkError, match="use a plan without --prefill-compression"):
-        lm.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS))
 
 
-@pytest.mark.parametrize("which", ["drawn", "prefill_compression"])
-def test_a_sequence_beyond_the_measured_lengths_warns_once(which, tiny_folder, plans, tmp_path):
-    plan = Plan.load(plans[which]).model_dump() | {"quality": [QUALITY | {"context": 20}]}
+def test_a_sequence_beyond_the_measured_lengths_warns_once(tiny_folder, plans, tmp_path):
+    plan = Plan.load(plans["drawn"]).model_dump() | {"quality": [QUALITY | {"context": 20}]}
     Plan.model_validate(plan).save(tmp_path / "measured.json")
     lm = HeadsinkLM(str(tiny_folder), str(tmp_path / "measured.json"), device="cpu")
     asked = [(PROMPTS[0], {"until": [], "max_gen_toks": 2})]

@@ -25,7 +25,7 @@ from transformers import Cache
 from headsink.errors import HeadsinkError
 from headsink.models import loading
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import Prefill, apply
+from headsink.runtime.apply import Prefill, apply, new_cache
 from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import forward
 from headsink.utils.progress import bar
@@ -109,6 +109,8 @@ class HeadsinkLM(HFLM):
             return super()._model_generate(context, max_length, stop, **options)
 
     def _prefill(self, ids: list[int]) -> Cache:
+        if not ids and self.plan is not None:  # the whole text is a continuation
+            return new_cache(self.model, self.plan, prefill="sparse")
         return prefill(self.model, self.plan, torch.tensor([ids], device=self.device))
 
     @contextmanager
