@@ -16,10 +16,10 @@ TEXT = "The lighthouse keeper counted ships. On Monday there were seven of them,
 
 @pytest.fixture(scope="module")
 def files(tiny_folder, tmp_path_factory):
-    """A text, and a plan for prefill compression of the tiny model."""
+    """A text, and a plan of windows for the tiny model."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    plan = Plan.uniform(load(str(tiny_folder))[0], Pattern(4, 0, 28), prefill_compression=True)
+    plan = Plan.uniform(load(str(tiny_folder))[0], Pattern(4, 0, 28))
     plan.save(folder / "plan.json")
     return folder
 

@@ -139,10 +139,6 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
     ("make", "message"),
     [
         (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "top-k keys.*--no-top-k"),
-        (
-            lambda model: Plan.uniform(model, Pattern(4, 0, 64), prefill_compression=True),
-            "prefill compression.*--no-top-k",
-        ),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
     ],
 )
