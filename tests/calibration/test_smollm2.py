@@ -43,7 +43,7 @@ def test_a_quarter_of_the_cache_answers_what_the_full_cache_answers(smollm2):
     assert plan.calibration["verified"]["right_full"] > 8
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
     scored = score(model, plan, document)
-    assert scored[0].bytes_plan < 0.28 * scored[0].bytes_full
+    assert scored[0].bytes_plan < 0.26 * 1000 / len(document.ids) * scored[0].bytes_full  # the plan is for 1,000 tokens
     assert any(answer.right_full for answer in scored[1:])
     assert all(answer.right_plan or not answer.right_full for answer in scored[1:])
     assert float(scored[0].kl.mean()) < 0.05
