@@ -244,7 +244,7 @@ def test_kl_and_nll_are_those_of_masked_attention(tiny):
     for item, record in zip(task("perplexity").items(tokenizer, 1, 450, 0), found["records"], strict=True):
         text, scored = torch.tensor([item.ids + item.target]), len(item.target)
         with torch.no_grad():
-            both = (model(text, use_cache=False).logits, reference_logits(model, plan, text, None, [len(item.ids), scored]))
+            both = (model(text, use_cache=False).logits, reference_logits(model, plan, text, None, len(item.ids) - 1))
         full, lossy = (logits[0, -scored - 1 : -1].double().log_softmax(-1) for logits in both)
         kl = (full.exp() * (full - lossy)).sum(-1).mean()
         nll = -lossy.gather(1, torch.tensor(item.target)[:, None]).mean()

@@ -125,7 +125,10 @@ def test_other_inputs_are_refused(reconstruct):
     for ids, said in (
         (torch.zeros(1, 0, dtype=torch.int64), r"input_ids: \[1, 0\] given; compress takes \[batch, tokens\]"),
         (torch.ones(9, dtype=torch.int64), r"input_ids: \[9\] given; compress takes \[batch, tokens\]"),
-        (torch.ones(1, longest + 1, dtype=torch.int64), f"a text has {longest + 1} tokens, over the model's maximum of {longest}"),
+        (
+            torch.ones(1, longest + 1, dtype=torch.int64),
+            f"a text has {longest + 1} tokens, over the model's maximum of {longest}",
+        ),
     ):
         with pytest.raises(HeadsinkError, match=said) as refused:
             headsink.compress(model, Plan.full(model), ids, reconstruct=reconstruct)

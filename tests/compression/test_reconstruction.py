@@ -42,9 +42,7 @@ def read(model, ids, mask=None):
 
 
 def plan_for(model, seed=1, **fields):
-    return random_plan(model, seed).model_copy(
-        update={"reconstruction_prompt": PROMPT} | fields
-    )
+    return random_plan(model, seed).model_copy(update={"reconstruction_prompt": PROMPT} | fields)
 
 
 @torch.no_grad()

@@ -67,7 +67,9 @@ def encoded(lm, context, continuation):
 
 def by_definition(lm, context, continuation):
     """Return a continuation's log-likelihood and whether it is greedy, with every head masked by its pattern."""
-    prompt = len(context) - 1  # is read at once; the last token of the context predicts the continuation, as in decoding
+    prompt = (
+        len(context) - 1
+    )  # is read at once; the last token of the context predicts the continuation, as in decoding
     segments = [prompt] * (prompt > 0) + [1] * (1 + len(continuation))
     logits = reference_logits(lm.model, lm.plan, torch.tensor([context + continuation]), None, segments)
     log_probs = logits[0, len(context) - 1 : -1].float().log_softmax(-1)
