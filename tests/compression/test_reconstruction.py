@@ -259,5 +259,5 @@ def test_the_cache_equals_one_filled_with_the_scores_at_the_scorers_scale(family
 def test_cache_relative_positions_are_refused():
     model = tiny("llama")
     plan = Plan.uniform(model, Pattern(4, 0, 16), positions="cache-relative")
-    with pytest.raises(HeadsinkError, match="^reconstruct: it needs 'absolute' positions$"):
+    with pytest.raises(HeadsinkError, match=r"^reconstruct: it needs 'absolute' positions$"):
         headsink.compress(model, plan, text(), reconstruct=True)

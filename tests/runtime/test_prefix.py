@@ -103,10 +103,8 @@ def test_a_padded_batch_in_bfloat16(family, way, tmp_path):
     plan = random_plan(model, 3)
     ids, mask = text(rows=3), torch.ones(3, LENGTH, dtype=torch.long)
     mask[1, :7] = mask[2, :40] = 0
-    if way == "dense":
-        cache = read(model, plan, ids, mask)
-    else:
-        cache = headsink.compress(model, plan, ids, attention_mask=mask)
+    dense = way == "dense"
+    cache = read(model, plan, ids, mask) if dense else headsink.compress(model, plan, ids, attention_mask=mask)
     headsink.save_prefix(file, cache, ids)
     loaded, tokens = headsink.load_prefix(file, model)
     assert torch.equal(tokens, ids)

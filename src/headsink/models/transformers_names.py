@@ -76,7 +76,9 @@ def assists() -> bool:
 def drafted() -> int:
     """How many tokens of the running call are drafts. Assisted generation gives the first ones together with the prompt."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "generate":  # `generate` of the assistant is none of these calls
+    while (
+        frame is not None and frame.f_code.co_name != "generate"
+    ):  # `generate` of the assistant is none of these calls
         if frame.f_code.co_name == "_assisted_decoding":
             return int(frame.f_locals.get("candidate_length", 0))
         frame = frame.f_back  # type: ignore[assignment]
