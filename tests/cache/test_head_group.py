@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -205,6 +205,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
     st.sampled_from(list(PREFILLS.values())),
     st.integers(0, 10_000),
 )
+@example([Pattern(0, 200, 0)], [0], [(26, 0.0), (150, 0.0)], PREFILLS["dense in chunks"], 0)  # eviction had begun
 @settings(max_examples=200, deadline=None)
 def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, seed):
     """While recording: after each forward pass some of its tokens are cropped and replaced by others."""

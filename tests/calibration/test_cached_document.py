@@ -7,13 +7,14 @@ import pytest
 import torch
 from cached_documents import BRANCH, LENGTH, SOME, everything, make_cached_document, random_document
 from families import FAMILIES, tiny
+from masks import visible
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from headsink.attention.interface import observe_attention
 from headsink.attention.reference import masked_attention
 from headsink.calibration.cached_document import CachedDocument
-from headsink.eviction.pattern import FULL, Pattern, visible
+from headsink.eviction.pattern import FULL, Pattern
 from headsink.models.spec import attention_modules, describe
 
 OPTIONS = (Pattern(2, 0, 9), Pattern(1, 4, 17), Pattern(0, 3, 0), FULL)

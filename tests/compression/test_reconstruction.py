@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny
 from feeding import padded
+from masks import visible
 from plans import random_plan
 from transformers import DynamicCache
 
@@ -13,7 +14,6 @@ from headsink.attention.interface import left_padding, observe_attention
 from headsink.attention.reference import masked_attention
 from headsink.compression import reconstruction
 from headsink.compression.reconstruction import LEAD, RIDGE, kept_keys
-from headsink.eviction.pattern import visible
 from headsink.eviction.scorers import SCORERS
 from headsink.eviction.scorers.prompt import match_scale
 from headsink.models.spec import describe

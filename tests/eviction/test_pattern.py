@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import visible
 
 from headsink import HeadsinkError, Pattern
 from headsink.attention.reference import reference_attention
-from headsink.eviction.pattern import visible
 from headsink.eviction.scorers import LINEAR
 
 patterns = st.one_of(st.just(Pattern()), st.builds(Pattern, st.integers(0, 6), st.integers(0, 6), st.integers(0, 20)))

@@ -10,11 +10,11 @@ import torch
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import visible
 from plans import random_plan
 
 import headsink.serving.vllm.settings
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.eviction.pattern import visible
 from headsink.models.distributed import rank_heads
 from headsink.serving.vllm import blocks, groups, launch
 from headsink.serving.vllm import settings as vllm_settings

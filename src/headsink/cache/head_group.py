@@ -70,7 +70,7 @@ class HeadGroup(Slots):
     def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
         if self.recording:  # `crop` decides which tokens are appended
-            self.recent, self.recent_scores = (key, value), scores if self.pattern.top_k else None
+            self.recent, self.recent_scores = (key, value), scores
             return
         if not self.length and self.padding is None:
             kept = None
@@ -82,7 +82,7 @@ class HeadGroup(Slots):
             return
         if self.below_capacity:
             self._start_evicting()
-        if self.pattern.top_k and scores is not None:
+        if scores is not None:
             scores = torch.cat([self.scorer.scores(*self._in_order(), self.weights), scores.to(self.scores)], 2)
         self.append_keys(key, value, scores)
 

@@ -232,8 +232,9 @@ class PlanLayer(CacheLayerMixin):
             whole, lse = causal.causal_attention(query, key, value, pads, softmax.scaling)
         else:
             whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(module, query, softmax)
-        scores = None
-        if any(group.pattern.top_k for group in evicting):
+        # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
+        scored, scores = [g for g in evicting if g.pattern.top_k and g.exceeds_capacity(tokens)], None
+        if scored:
             scores = self._segment_scores(query, key, value, softmax, lse)
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
@@ -243,7 +244,8 @@ class PlanLayer(CacheLayerMixin):
                 found = attend(module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
-                group.append_segment(own_key, own_value, None if scores is None else scores[:, group.index])
+                own = scores[:, group.index] if scores is not None and group in scored else None
+                group.append_segment(own_key, own_value, own)
             elif not apart:
                 group.append_keys(own_key, own_value)
         return output.flatten(1, 2) if apart else whole

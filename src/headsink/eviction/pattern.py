@@ -1,23 +1,8 @@
-"""The definition of a pattern: which keys a query sees. Attention is the softmax over these keys only.
-
-Query i (0-based position in its text) of a KV head with `Pattern(sink=s, top_k=f, window=w)` sees key j iff
-
-    j <= i  and  ( j < s  or  i - j < w  or  j is one of the head's top-k keys at i )
-
-The top-k keys at i are the f keys at s <= j <= i - w with the highest importance scores; all of them if there are fewer than f.
-The score is a fixed function of the key and its value (eviction/scorers/linear.py). Therefore an evicted key never returns, the
-result does not depend on how the text is divided into chunks, and no query sees more than s + f + w keys. Which of several keys
-with equal scores is kept is unspecified.
-
-This module is the slow reference that the cache, the kernels and the serving plugin are tested against.
-"""
+"""The pattern of a KV head: how many keys it keeps. attention/reference.py has the rule that says which, as a mask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from headsink.errors import HeadsinkError
 
@@ -69,29 +54,6 @@ class Pattern:
 
 
 FULL = Pattern()
-
-
-def top_k_keys(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
-    """Return which keys are top-k keys at each query: bool [..., queries, keys]. Arguments as for `visible`."""
-    i, j = queries[..., :, None], keys[..., None, :]
-    candidates = (j >= pattern.sink) & (j <= i - (pattern.window or 0))
-    masked = scores[..., None, :].masked_fill(~candidates, float("-inf"))
-    rank = masked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return candidates & (rank < pattern.top_k)
-
-
-def visible(pattern: Pattern, queries: Tensor, keys: Tensor, scores: Tensor) -> Tensor:
-    """Return the attention mask of a pattern: bool [..., queries, keys], True where the query sees the key.
-
-    queries: int [..., queries], positions. keys: int [..., keys], ascending positions from the text's first token, negative for
-    padding, which no query sees. scores: float [..., keys].
-    """
-    i, j = queries[..., :, None], keys[..., None, :]
-    causal = (j <= i) & (j >= 0)
-    if pattern.window is None:
-        return causal.expand(*torch.broadcast_shapes(causal.shape[:-2], scores.shape[:-1]), *causal.shape[-2:])
-    in_window = i - j < pattern.window
-    return causal & ((j < pattern.sink) | in_window | top_k_keys(pattern, queries, keys, scores))
 
 
 FOREVER = 2**31 - 1  # larger than every column; fits into int32
