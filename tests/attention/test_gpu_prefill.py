@@ -11,7 +11,8 @@ from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache import prefill_cuda
-from headsink.cache.layer import PlanLayer, PrefillOptions
+from headsink.cache.layer import PlanLayer
+from headsink.cache.segments import PrefillOptions
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR
 

@@ -11,7 +11,8 @@ from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention
 from headsink.cache.head_group import QUERY_BLOCK
-from headsink.cache.layer import PlanLayer, PrefillOptions
+from headsink.cache.layer import PlanLayer
+from headsink.cache.segments import PrefillOptions
 from headsink.eviction.scorers import LINEAR
 from headsink.eviction.scorers.prompt import segment_scores
 

@@ -14,7 +14,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headsink.attention.params import Padding
-from headsink.cache.layer import DENSE, PlanLayer, PrefillOptions
+from headsink.cache.layer import PlanLayer
+from headsink.cache.segments import DENSE, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
 from headsink.plan.plan import Plan

@@ -9,42 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from headsink.attention import backends, causal
+from headsink.attention import backends
 from headsink.attention.cuda.table import DeviceTable
 from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup
+from headsink.cache.segments import DENSE, PrefillOptions, attend_segments
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR, Scorer
-from headsink.eviction.scorers.prompt import match_scale, segment_scores
+from headsink.eviction.scorers.prompt import match_scale
 from headsink.models.transformers_names import drafted
 from headsink.utils import device
-
-
-@dataclass(frozen=True)
-class PrefillOptions:
-    """How calls of several tokens are read.
-
-    dense: in full attention to all cached keys and to the call, after which each head evicts; otherwise keys are evicted while
-    they are read, token by token. chunk_size: a dense segment ends at columns that are multiples of it; None: at the end of the
-    call. rotary: inverse rotary frequencies for prompt scores (eviction/scorers/prompt.py), None for a model without known ones.
-    """
-
-    dense: bool = True
-    chunk_size: int | None = None
-    rotary: Tensor | None = None
-
-
-DENSE = PrefillOptions()
 
 
 class PlanLayer(CacheLayerMixin):
@@ -154,7 +137,8 @@ class PlanLayer(CacheLayerMixin):
         self.seen += key.shape[2]
         if self._reads_densely(key.shape[2]):
             self.layout = None
-            return self._attend_segments(module, query, key, value, softmax).transpose(1, 2)
+            given = module, query, key, value, softmax
+            return attend_segments(self.groups, self.weights, self.prefill, *given).transpose(1, 2)
         backend = backends.backend_for(query, softmax)
         if backend and self._steps(backend, query, softmax):
             return self._step(backend, query, key, value, softmax).transpose(1, 2)
@@ -200,68 +184,6 @@ class PlanLayer(CacheLayerMixin):
         """Whether new tokens are a segment. Tokens that may be cropped, as in assisted decoding, are read one by one."""
         cropped = self.recording and self.groups[0].columns > 0
         return self.prefill.dense and tokens > 1 and not cropped and any(group.evicts for group in self.groups)
-
-    def _attend_segments(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
-    ) -> Tensor:
-        """Dense prefill: attend from each segment to all cached keys and to the segment, then evict."""
-        tokens, chunk = key.shape[2], self.prefill.chunk_size
-        if chunk is None or self.recording:  # a recorded segment is evicted by `crop`
-            return self._attend_segment(module, query, key, value, softmax)
-        output, begin = torch.empty_like(query), 0
-        while begin < tokens:
-            end = min(begin + chunk - self.groups[0].columns % chunk, tokens)
-            own_query, own_key, own_value = (t[:, :, begin:end] for t in (query, key, value))
-            output[:, :, begin:end] = self._attend_segment(module, own_query, own_key, own_value, softmax)
-            begin = end
-        return output
-
-    def _attend_segment(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
-    ) -> Tensor:
-        """Attend from one segment. A segment of one token, at the end of a chunk, evicts first, as in decoding."""
-        batch, kv_heads, tokens, _ = key.shape
-        groups, before = self.groups, self.groups[0].columns
-        evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
-        apart, padding, lse = before > 0 or tokens == 1, groups[0].padding, None
-        if apart:
-            grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
-            output = torch.empty_like(grouped)
-        elif softmax.plain and evicting and causal.has_kernel(query):
-            pads = None if padding is None else padding.tokens
-            whole, lse = causal.causal_attention(query, key, value, pads, softmax.scaling)
-        else:
-            whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(module, query, softmax)
-        # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
-        scored, scores = [g for g in evicting if g.pattern.top_k and g.exceeds_capacity(tokens)], None
-        if scored:
-            scores = self._segment_scores(query, key, value, softmax, lse)
-        for group in groups:
-            own_key, own_value = key[:, group.index], value[:, group.index]
-            if apart:
-                part = grouped[:, group.index].flatten(1, 2)
-                attend = group.attend_all if group in evicting else group.attend
-                found = attend(module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
-                output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
-            if group in evicting:
-                own = scores[:, group.index] if scores is not None and group in scored else None
-                group.append_segment(own_key, own_value, own)
-            elif not apart:
-                group.append_keys(own_key, own_value)
-        return output.flatten(1, 2) if apart else whole
-
-    def _segment_scores(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams, lse: Tensor | None
-    ) -> Tensor | None:
-        """Return the prompt scores of the keys of a segment, [batch, KV heads, tokens], or None (eviction/scorers/prompt.py).
-
-        lse: log-sum-exp of the causal attention, [batch, query heads, tokens], if it is known.
-        """
-        padding, before = self.groups[0].padding, self.groups[0].columns
-        pads = None if padding is None else (padding.tokens - before).clamp(0, key.shape[2])
-        with torch.no_grad():
-            scores = self.scorer.scores(key, value, self.weights)
-            return segment_scores(query, key, scores, pads, *softmax, self.prefill.rotary, lse)
 
     def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
         """Whether the decode kernel can run: one token, all heads in one call."""

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headsink.attention.passes import enter_scope
 from headsink.cache.cache import PlanCache
-from headsink.cache.layer import PrefillOptions
+from headsink.cache.segments import PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.models.rope import inverse_frequencies, rotary_frequencies
 from headsink.models.spec import Architecture, decoder, unwrap

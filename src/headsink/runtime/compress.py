@@ -11,7 +11,7 @@ from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import check_mask, new_cache
-from headsink.runtime.prefill import read, read_with_reconstruction
+from headsink.runtime.prefill import prefill
 
 
 def compress(
@@ -43,5 +43,5 @@ def compress(
     padding = left_padding(attention_mask)
     if padding is not None and padding.hidden is not None:
         raise HeadsinkError(GAPS)
-    (read_with_reconstruction if reconstruct else read)(model, cache, input_ids, attention_mask)
+    prefill(model, plan, input_ids, mask=attention_mask, cache=cache, reconstruct=reconstruct)
     return cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -32,14 +30,15 @@ def prefill(
     ids: Tensor,
     *,
     exact: bool = True,
+    mask: Tensor | None = None,
     cache: Cache | None = None,
     reconstruct: bool = False,
 ) -> Cache:
     """Read prompts into a KV cache and evict as the plan says. Without a plan the cache is full.
 
-    ids: int64 [batch, tokens], without padding; they may be empty. exact: as for `new_cache`. cache: an empty one of the same
-    plan to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are longer than the model's maximum,
-    if the plan does not count positions in the cache.
+    ids: int64 [batch, tokens]; they may be empty. mask: int [batch, tokens], 0 for left padding. exact: as for `new_cache`.
+    cache: an empty one of the same plan to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are
+    longer than the model's maximum, if the plan does not count positions in the cache.
     """
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     if ids.shape[1] > longest and (plan is None or plan.positions == "absolute"):
@@ -48,13 +47,13 @@ def prefill(
     if not ids.shape[1]:
         return cache
     if reconstruct and isinstance(cache, PlanCache):
-        read_with_reconstruction(model, cache, ids)
+        _read_with_reconstruction(model, cache, ids, mask)
     else:
-        read(model, cache, ids)
+        _read(model, cache, ids, mask)
     return cache
 
 
-def read(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> None:
+def _read(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None) -> None:
     """Read texts into an empty cache, in one forward pass; in chunks where keys are evicted while they are read.
 
     ids: int64 [batch, tokens]; mask: int [batch, tokens], 0 for left padding.
@@ -65,20 +64,20 @@ def read(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None 
     begin = 0
     with torch.no_grad(), scope:
         for part in ids.split(chunk, 1):
-            given: dict[str, Any] = {}
+            end, given = begin + part.shape[1], {}
             if mask is not None:
-                positions = (mask[:, : begin + part.shape[1]].cumsum(1) - 1).clamp(min=0)
-                given = {"attention_mask": mask[:, : begin + part.shape[1]], "position_ids": positions[:, begin:]}
+                positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)
+                given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:]}
             model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1, **given)
-            begin += part.shape[1]
+            begin = end
 
 
-def read_with_reconstruction(model: PreTrainedModel, cache: PlanCache, ids: Tensor, mask: Tensor | None = None) -> None:
+def _read_with_reconstruction(model: PreTrainedModel, cache: PlanCache, ids: Tensor, mask: Tensor | None) -> None:
     """Read texts with the full cache, choose keys by context reconstruction, and move them into an empty cache of a plan."""
     if cache.plan.positions == "cache-relative":
         raise HeadsinkError("reconstruct: it needs 'absolute' positions")
     full, padding = empty_cache(model, None), left_padding(mask)
-    read(model, full, ids, mask)
+    _read(model, full, ids, mask)
     scores = reconstruct_context(model, cache.plan, full, ids, None if padding is None else padding.tokens)
     cache.fill(full, padding, scores)
 
