@@ -13,7 +13,7 @@ from headsink import HeadsinkError, Plan
 from headsink.cli.plan import print_plan
 from headsink.data.documents import Document, Question
 from headsink.evaluation import quality
-from headsink.evaluation.quality import intervals, measure, score, summary
+from headsink.evaluation.quality import compare, intervals, measure, score, summary
 from headsink.runtime.scoring import continuation_log_probs, read
 
 
@@ -51,6 +51,16 @@ def test_quality_equals_one_pass_over_everything(family, case_seed):
         assert torch.equal(branch.agree, full.argmax(-1) == lossy.argmax(-1))
         assert branch.right_full == bool((full.argmax(-1) == targets).all())
         assert branch.right_plan == bool((lossy.argmax(-1) == targets).all())
+
+
+def test_an_answer_is_right_if_all_its_tokens_are():
+    targets = torch.tensor([7, 8, 9, 7])
+    right = torch.zeros(4, 20).scatter(1, targets[:, None], 1.0)
+    wrong = right.clone()
+    wrong[2, 5] = 2.0
+    found = compare("quote", right.log_softmax(-1), wrong.log_softmax(-1), targets)
+    assert (found.right_full, found.right_plan) == (True, False)
+    assert found.agree.tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.data.documents import Document
+from headsink.evaluation.quality import compare
 from headsink.plan.plan import Plan
 from headsink.runtime.scoring import continuation_log_probs, read
 
@@ -50,20 +51,6 @@ class FullCacheScores:
         kl = self.divergences(log_probs)
         return float(kl[0] + RETRIEVAL_WEIGHT * kl[1:].mean() if len(kl) > 1 else kl[0])
 
-    def delta_nll(self, log_probs: Tensor) -> float:
-        """Change of the negative log-likelihood of the text, nats per token."""
-        full, given = (
-            of.gather(1, self.targets[:, None])[self.branch == 0].double() for of in (self.log_probs, log_probs)
-        )
-        return float((full - given).mean())
-
-    def right(self, log_probs: Tensor) -> Tensor:
-        """Which questions are answered right by greedy decoding: bool [questions]."""
-        right = log_probs.argmax(-1) == self.targets
-        return torch.tensor(
-            [bool(right[self.branch == number].all()) for number in range(1, self._count)], dtype=torch.bool
-        )
-
     @property
     def _count(self) -> int:
         return len(self.document.continuations)
@@ -77,26 +64,26 @@ def verify(
     Returns kl_text, kl_answers and delta_nll in nats per token, and numbers of questions: asked, right_full with the full cache,
     right_both with the full cache and with the plan too.
     """
-    kl, delta_nll, asked, right_full, right_both = torch.zeros(2), 0.0, 0, 0, 0
+    texts, answers, kl_answers = [], [], 0.0
     for full in documents:
         cache = read(model, plan, full.document.ids)
-        continuations = full.document.continuations
-        log_probs = torch.cat([continuation_log_probs(model, cache, ids, scored) for _, ids, scored in continuations])
-        own = full.divergences(log_probs)
-        kl += torch.stack([own[0], own[1:].mean() if len(own) > 1 else own.new_zeros(())]).cpu() / len(documents)
-        delta_nll += full.delta_nll(log_probs) / len(documents)
-        expected, found = full.right(full.log_probs), full.right(log_probs)
-        asked, right_full = asked + len(expected), right_full + int(expected.sum())
-        right_both += int((expected & found).sum())
+        scores = []
+        for number, (form, ids, scored) in enumerate(full.document.continuations):
+            own = full.branch == number
+            log_probs = continuation_log_probs(model, cache, ids, scored)
+            scores.append(compare(form, full.log_probs[own], log_probs, full.targets[own]))
+        texts.append(scores[0])
+        answers += scores[1:]
+        kl_answers += sum(float(one.kl.mean()) for one in scores[1:]) / max(len(scores) - 1, 1) / len(documents)
         if progress is not None:
             progress.advance(progress.task_ids[0])
     return {
-        "kl_text": round(float(kl[0]), 5),
-        "kl_answers": round(float(kl[1]), 5),
-        "delta_nll": round(delta_nll, 5),
-        "asked": asked,
-        "right_full": right_full,
-        "right_both": right_both,
+        "kl_text": round(sum(float(one.kl.mean()) for one in texts) / len(texts), 5),
+        "kl_answers": round(kl_answers, 5),
+        "delta_nll": round(sum(float((one.nll_plan - one.nll_full).mean()) for one in texts) / len(texts), 5),
+        "asked": len(answers),
+        "right_full": sum(one.right_full for one in answers),
+        "right_both": sum(one.right_full and one.right_plan for one in answers),
     }
 
 

@@ -65,7 +65,7 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
         sizes = full_bytes, nbytes(lossy)
         results.append(
             [
-                _compare(
+                compare(
                     form,
                     expected,
                     continuation_log_probs(model, lossy, ids, scored),
@@ -78,8 +78,13 @@ def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document
     return results
 
 
-def _compare(form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int]) -> ContinuationScore:
-    """full, plan: log-probabilities [tokens, vocabulary]; targets: [tokens]."""
+def compare(
+    form: str, full: Tensor, plan: Tensor, targets: Tensor, sizes: tuple[int, int] = (0, 0)
+) -> ContinuationScore:
+    """Compare a continuation with the full cache and under a plan.
+
+    full, plan: log-probabilities, float32 [tokens, vocabulary]; targets: int64 [tokens]; sizes: bytes of both caches.
+    """
     kl = (full.exp() * (full - plan)).sum(-1).clamp(min=0)
     nll_full, nll_plan = (-which.gather(1, targets[:, None])[:, 0].double().cpu() for which in (full, plan))
     best_full, best_plan = full.argmax(-1), plan.argmax(-1)
