@@ -18,6 +18,7 @@ _MODULES = {
     "generation.decode": ("decode",),
     "generation.speculative": ("generate_lossless",),
     "models.loading": ("load",),
+    "plan.packaged": ("packaged_plan",),
     "plan.plan": ("Plan",),
     "report.page": ("write_report",),
     "runtime.apply": ("apply", "new_cache"),

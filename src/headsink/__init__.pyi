@@ -8,6 +8,7 @@ from headsink.eviction.pattern import Pattern
 from headsink.generation.decode import decode
 from headsink.generation.speculative import generate_lossless
 from headsink.models.loading import load
+from headsink.plan.packaged import packaged_plan
 from headsink.plan.plan import Plan
 from headsink.report.page import write_report
 from headsink.runtime.apply import apply, new_cache
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "load_prefix",
     "new_cache",
+    "packaged_plan",
     "save_prefix",
     "write_report",
 ]

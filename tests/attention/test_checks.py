@@ -62,7 +62,7 @@ WRONG_TILES = {
     "fewer values": {"values": torch.randn(6, 4, 8)},
     "fewer ends": {"visibility": KeyVisibility(UNTIL[:, :4], 1, 0, 0, None, False, 0, 0)},
     "ends of fewer heads": {"visibility": KeyVisibility(UNTIL[:3], 1, 0, 0, None, False, 0, 0)},
-    "more anchors than keys": {"visibility": KeyVisibility(UNTIL, 1, 6, 0, None, False, 0, 0)},
+    "more prefix slots than keys": {"visibility": KeyVisibility(UNTIL, 1, 6, 0, None, False, 0, 0)},
 }
 
 

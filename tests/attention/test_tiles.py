@@ -37,7 +37,7 @@ def paired(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("dtype", TYPES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 5, 300, 400))),
     dim=st.sampled_from([2, 6, 8, 16, 40, 64, 80, 128]),

@@ -5,17 +5,14 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
-from headsink import HeadsinkError, Plan
+from headsink import HeadsinkError
 from headsink.bench.options import Options, label, model_names
 from headsink.bench.suite import records
 from headsink.bench.suite import run as everything
-from headsink.bench.suite.run import rescale
 from headsink.bench.tasks import datasets
 from headsink.cli import main
 from headsink.models.builtin import BUILT_IN
-from headsink.models.spec import describe
 
 pytestmark = pytest.mark.slow
 
@@ -144,21 +141,6 @@ def test_a_model_that_is_not_installed_makes_missing_rows(tmp_path, monkeypatch)
     states = everything.run(options, tmp_path, ["quality/*"])
     assert states == {"plan/gemma3-270m": "missing", "quality/gemma3-270m/retrieval": "missing"}
     assert gemma.install in records.read_rows(tmp_path)["plan/gemma3-270m"]["missing"]
-
-
-@pytest.mark.parametrize("top_k", [300, 0])
-def test_a_scaled_plan_keeps_its_budget(tiny_folder, top_k):
-    import headsink
-    from headsink.eviction.scorers import LINEAR
-
-    model = headsink.load(tiny_folder, device="cpu")[0]
-    shape = describe(model)
-    pattern = headsink.Pattern(4, top_k, 32 if top_k else 400)
-    weights = torch.ones(shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim))
-    plan = Plan.of(model, [[pattern] * (shape.kv_heads - 1) + [headsink.Pattern()]] * shape.layers, weights)
-    plan = plan.model_copy(update={"calibration": {"context": [1000, 1000]}})
-    for context in (500, 1000, 8000):
-        assert rescale(plan, context).kv_budget(context) == pytest.approx(plan.kv_budget(1000), abs=0.01)
 
 
 def test_model_labels_have_no_folders(tmp_path):

@@ -113,7 +113,7 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
     st.integers(1, 280),
     st.integers(0, 10_000),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, prefill, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
@@ -134,7 +134,7 @@ def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, si
     st.integers(1, 600),
     st.integers(0, 10_000),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, prefill, softcap, some, dtype, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
@@ -207,7 +207,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
     st.integers(0, 10_000),
 )
 @example([Pattern(0, 200, 0)], [0], [(26, 0.0), (150, 0.0)], PREFILLS["dense in chunks"], 0)  # eviction had begun
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, seed):
     """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
     length = 65 + sum(tokens for tokens, _ in steps)
@@ -303,7 +303,7 @@ def test_reordered_rows_keep_their_scores(prefill):
     st.sampled_from([torch.float64, torch.float32]),
     st.integers(0, 10_000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_frozen_layer_evicts_only_cropped_tokens(
     patterns, pads, sizes, freeze, recording, steps, prefill, dtype, seed
 ):
@@ -426,7 +426,7 @@ def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden
     st.sampled_from([torch.float64, torch.float32]),
     st.integers(0, 10_000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, prefill, dtype, seed):
     """A row of a batch whose turn ended early: the tokens appended after its end are hidden when the next turn starts."""
     start_hidden = end + count + 2

@@ -10,9 +10,7 @@ from headsink.calibration.allocation import (
     FEW,
     LEAST,
     NONE,
-    RECENT,
     SWEEPS,
-    Allocation,
     allocate,
     coordinate_descent,
     transfer,
@@ -53,9 +51,8 @@ def test_a_move_changes_one_head_and_scales_the_others(shares, head, factor):
     assert all(shares[n] * ratios[0] >= 1 - 1e-6 for n in rest if found[n] >= 1 - 1e-9 and partly)
 
 
-def make_allocation(*shares, recent=0.0):
-    shares = torch.tensor(shares, dtype=torch.float64)
-    return Allocation(shares, torch.full_like(shares, recent))
+def make_shares(*shares):
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,42 +60,24 @@ def test_local_search_finds_the_minimum_of_the_loss(seed):
     """Each head's loss falls with its keys, at different rates: the best shares are known in closed form."""
     weights = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(1.5).exp()
     best = weights.sqrt() / weights.sqrt().sum() * 0.8
-    start, calls, steps = make_allocation(0.2, 0.2, 0.2, 0.2), [], []
+    start, calls, steps = make_shares(0.2, 0.2, 0.2, 0.2), [], []
 
-    def loss(allocation):
-        assert float(allocation.shares.sum()) == pytest.approx(0.8)
-        calls.append(float((weights / (allocation.shares + 1e-3)).sum()))
+    def loss(shares):
+        assert float(shares.sum()) == pytest.approx(0.8)
+        calls.append(float((weights / (shares + 1e-3)).sum()))
         return calls[-1]
 
     found = coordinate_descent(start, loss, lambda reached, low: steps.append((reached, low)))
-    low, least, first = loss(found), loss(Allocation(best, start.recent)), calls[0]
+    low, least, first = loss(found), loss(best), calls[0]
     assert low == min(calls[:-2])
     assert low - least < 0.1 * (first - least) + 0.02 * least
-    assert len(calls) <= 1 + SWEEPS * 4 * (len(FACTORS) + len(RECENT)) + 2
-    assert torch.equal(steps[-1][0].shares, found.shares)
+    assert len(calls) <= 1 + SWEEPS * 4 * len(FACTORS) + 2
+    assert torch.equal(steps[-1][0], found)
     assert [low for _, low in steps] == sorted((low for _, low in steps), reverse=True)
 
 
-def test_heads_get_windows_where_recent_keys_matter():
-    """The best window shares of three heads are a half, all and none, and the first head needs more keys."""
-    wanted = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64)
-
-    def loss(allocation):
-        return float(((allocation.recent - wanted) ** 2).sum() + (allocation.shares[0] - 0.4).abs())
-
-    found = coordinate_descent(make_allocation(0.2, 0.2, 0.2), loss, lambda reached, low: None)
-    assert torch.equal(found.recent, wanted)
-    assert float(found.shares[0]) == pytest.approx(0.4)
-    assert float(found.shares.sum()) == pytest.approx(0.6)
-
-
 def test_optimal_budgets_are_unchanged():
-    start = make_allocation(0.3, 0.1, 0.2, recent=0.5)
-
-    def loss(allocation):
-        return float((allocation.shares - start.shares).abs().sum() + (allocation.recent - start.recent).abs().sum())
-
-    found = coordinate_descent(start, loss, lambda reached, low: None)
-    assert torch.equal(found.shares, start.shares)
-    assert torch.equal(found.recent, start.recent)
-    assert len(start.shares) <= FEW
+    start = make_shares(0.3, 0.1, 0.2)
+    found = coordinate_descent(start, lambda shares: float((shares - start).abs().sum()), lambda reached, low: None)
+    assert torch.equal(found, start)
+    assert len(start) <= FEW

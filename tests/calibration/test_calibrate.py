@@ -97,7 +97,7 @@ def test_a_plan_meets_its_budget_and_records_its_calibration(family, make, small
 
     # The verified quality is that of running the plan on the same documents.
     documents = _documents(small, CONTEXT, CONTEXT, corpus.DOMAINS, 3)
-    scored = [score(model, plan, document) for document in documents]
+    scored = [score(model, [plan], document)[0] for document in documents]
     text = sum(float(continuations[0].kl.mean()) for continuations in scored) / len(scored)
     assert made["verified"]["kl_text"] == pytest.approx(text, abs=2e-5)
     assert made["verified"]["asked"] == sum(len(continuations) - 1 for continuations in scored)
@@ -269,12 +269,12 @@ class Interrupted(Exception):
 def test_an_interrupted_descent_resumes(make, tmp_path, monkeypatch):
     file, original = tmp_path / "steps.json", calibrate_module.coordinate_descent
 
-    def interrupted(allocation, loss, report):
+    def interrupted(shares, loss, report):
         def stop(reached, lowest):
             report(reached, lowest)
             raise Interrupted
 
-        return original(allocation, loss, stop)
+        return original(shares, loss, stop)
 
     monkeypatch.setattr(calibrate_module, "coordinate_descent", interrupted)
     with pytest.raises(Interrupted):
@@ -283,17 +283,16 @@ def test_an_interrupted_descent_resumes(make, tmp_path, monkeypatch):
     assert not step.done
     starts = []
 
-    def resumed(allocation, loss, report):
-        starts.append(allocation)
-        return allocation
+    def resumed(shares, loss, report):
+        starts.append(shares)
+        return shares
 
     monkeypatch.setattr(calibrate_module, "coordinate_descent", resumed)
     make("gemma3", checkpoint=file)
-    assert (starts[0].shares.tolist(), starts[0].recent.tolist()) == (step.shares, step.recent)
+    assert starts[0].tolist() == step.shares
     for other in ({"seed": 1}, {"context": LEAST_CONTEXT}, {"budget": 0.3}):
         make(**{"family": "gemma3", "checkpoint": file} | other)  # starts again
-        assert starts[-1].shares.tolist() != step.shares
-        assert not starts[-1].recent.any()
+        assert starts[-1].tolist() != step.shares
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "[]", "{}", b"\xff\xfe"])

@@ -57,7 +57,7 @@ def total(cost, pick):
 
 
 @given(st.integers(0, 10_000), st.floats(0.2, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_choice_fits_and_is_close_to_the_best(seed, budget):
     cost, allowed = random_costs(seed), budget * 400
     pick = choose(cost, SIZES, allowed)

@@ -28,7 +28,7 @@ def test_the_half_plan_answers_what_the_full_cache_answers(smollm2):
     document = documents.document(tokenizer, TOKENS - 256, split="heldout", seed=5)
     questions = [q for q in document.questions if q.form in ("locker", "flower")]
     assert len(questions) == 2
-    text, *answers = score(model, plan, replace(document, questions=questions))
+    text, *answers = score(model, [plan], replace(document, questions=questions))[0]
     assert any(answer.right_full for answer in answers)
     for answer in answers:
         assert answer.right_plan or not answer.right_full
@@ -42,7 +42,7 @@ def test_a_quarter_of_the_cache_answers_what_the_full_cache_answers(smollm2):
     plan = headsink.calibrate(model, tokenizer, budget=0.25, context=1000, quality_contexts=(), progress=False)
     assert plan.calibration["verified"]["right_full"] > 8
     document = documents.document(tokenizer, 900, split="heldout", seed=5)
-    scored = score(model, plan, document)
+    scored = score(model, [plan], document)[0]
     assert scored[0].bytes_plan < 0.26 * 1000 / len(document.ids) * scored[0].bytes_full  # the plan is for 1,000 tokens
     assert any(answer.right_full for answer in scored[1:])
     assert all(answer.right_plan or not answer.right_full for answer in scored[1:])

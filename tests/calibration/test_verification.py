@@ -46,7 +46,7 @@ def test_a_plan_is_verified_on_its_own_cache(family):
         document.questions[1].ids[-1] = int(scores.log_probs[-1].argmax())  # a question that the full cache answers
         full.append(CachedDocument(model, document).full)
     found = verify(model, plan, full)
-    scored = [score(model, plan, one.document) for one in full]
+    scored = [score(model, [plan], one.document)[0] for one in full]
     texts, answers = [one[0] for one in scored], [answer for one in scored for answer in one[1:]]
     assert found["kl_text"] == pytest.approx(sum(float(t.kl.mean()) for t in texts) / 2, abs=2e-5)
     assert found["kl_answers"] == pytest.approx(sum(float(a.kl.mean()) for a in answers) / 4, abs=2e-5)

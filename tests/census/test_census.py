@@ -267,7 +267,7 @@ def test_head_indices_that_carry_over_are_found():
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_chance_is_the_mean_of_the_shuffles(seed):
     generator = torch.Generator().manual_seed(seed)
     sinks = torch.rand(4, 7, generator=generator) < 0.5

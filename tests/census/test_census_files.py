@@ -258,7 +258,7 @@ def use(folder):
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_folder_works_or_is_refused(data, census, folder, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("headsink.census.first_layer.PERMUTATIONS", 10)  # fewer permutations, for speed
     monkeypatch.setattr("headsink.census.first_layer.AT_ONCE", 10)

@@ -309,33 +309,6 @@ def test_chat_uses_one_cache(run, tiny_folder):
 
 
 @pytest.mark.slow
-def test_bench_census(run, tiny_folder, tmp_path):
-    words = (
-        "bench",
-        "census",
-        tiny_folder,
-        "--tokens",
-        "512",
-        "--rounds",
-        "2",
-        "--long-tokens",
-        "0",
-        "--device",
-        "cpu",
-    )
-    status, out, err = run(*words, "--json", "--out", tmp_path / "bench.json")
-    assert status == 0, err
-    found = json.loads(out)
-    assert json.loads((tmp_path / "bench.json").read_text()) == found
-    assert [len(found["seconds"][way]["all"]) for way in ("plain", "census")] == [2, 2]
-    assert found["ratio"]["min"] > 0
-    assert [row["tokens"] for row in found["eager"]] == [512]
-    assert all(
-        size > 10**8 for size in found["peak_bytes"].values() if size != found["peak_bytes"]["census_above_plain"]
-    )
-
-
-@pytest.mark.slow
 def test_bench_speed(run, tiny_folder, tmp_path):
     model = headsink.load(tiny_folder, device="cpu")[0]
     random_plan(model, 1).save(tmp_path / "plan.json")
@@ -378,7 +351,20 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prefix", "nosuch.kv", "--prompt", "x"], "cannot read nosuch.kv: No such file"),
         (["generate", "TINY", "--prefix", "file", "--prompt", "x"], "file: not a prefix that headsink has"),
         (["generate", "TINY", "--prompt", "x", "--lossless"], "lossless: it needs a plan that drafts: --plan FILE"),
-        (["prefill", "TINY", "--file", "file"], "Missing option '--plan'"),
+        (["prefill", "TINY", "--file", "file"], "plan: give --plan FILE, or --budget for a plan that comes with"),
+        (["generate", "TINY", "--prompt", "x", "--budget", "0.25"], "the package has plans for smollm2 only"),
+        (["generate", "smollm2", "--prompt", "x", "--budget", "0.3"], "0.3 is not packaged for smollm2; one of 0.125"),
+        (["chat", "smollm2", "--budget", "0.25", "--plan", "PLAN"], "give --plan FILE or --budget, one of the two"),
+        (["generate", "TINY", "--prompt", "x", "--prefill", "thin"], "prefill: 'thin' is neither dense nor sparse"),
+        (
+            ["generate", "TINY", "--prompt", "x", "--prefill", "sparse"],
+            "prefill: --prefill sparse and --chunk-size need",
+        ),
+        (["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "0"], "chunk-size"),
+        (
+            ["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "9", "--prefill", "sparse"],
+            "chunk-size: sparse prefill evicts at every token",
+        ),
         (["prefill", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
         (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["plan", "TINY", "--budget", "0"], "outside (0, 1]"),
@@ -421,7 +407,6 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--out", "file"], "it is a file"),
         (["compare", "a", "b", "--out", "."], "it is a folder"),
         (["compare", "a", "b", "--out", "file/c.html"], "cannot write file/c.html"),
-        (["bench", "census", "TINY", "--out", "."], "it is a folder"),
         (["bench", "speed", "TINY", "--contexts", "a"], "contexts: 'a' is not a list of whole numbers"),
         (["bench", "speed", "TINY", "--contexts", "5"], "contexts: 5 tokens are too few to measure; give 16 or more"),
         (["plan", "TINY", "--context", "256"], "256 tokens are too few: a plan is calibrated on documents of 256"),

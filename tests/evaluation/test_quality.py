@@ -35,7 +35,7 @@ def continuations(document):
 def test_quality_equals_one_pass_over_everything(family, case_seed):
     model, document = tiny(family, dtype=torch.float64), random_document()
     plan = random_plan(model, case_seed)
-    found = score(model, plan, document)
+    found = score(model, [plan], document)[0]
     assert [branch.form for branch in found] == ["text", "first", "second"]
     for branch, (ids, scored) in zip(found, continuations(document), strict=True):
         text = torch.tensor([document.ids + ids])
@@ -66,7 +66,7 @@ def test_an_answer_is_right_if_all_its_tokens_are():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_that_keeps_everything_costs_nothing(family):
     model = tiny(family)
-    found = summary(200, [score(model, Plan.full(model), random_document(seed)) for seed in range(2)])
+    found = summary(200, [score(model, [Plan.full(model)], random_document(seed))[0] for seed in range(2)])
     assert found.kl < 1e-6
     assert found.top1 == 1
     assert found.top1_interval == (1, 1)

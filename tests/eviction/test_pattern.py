@@ -25,7 +25,7 @@ def sees(pattern: Pattern, i: int, j: int, scores: list[float]) -> bool:
 
 
 @given(patterns, texts)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_mask_is_the_definition(pattern, scores):
     n = torch.arange(len(scores))
     expected = [[sees(pattern, i, j, scores) for j in n.tolist()] for i in n.tolist()]
@@ -33,7 +33,7 @@ def test_mask_is_the_definition(pattern, scores):
 
 
 @given(patterns, texts, st.integers(1, 10))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_padding_shifts_positions_and_hides_only_itself(pattern, scores, pad):
     n = torch.arange(len(scores))
     alone = visible(pattern, n, n, torch.tensor(scores))
@@ -44,7 +44,7 @@ def test_padding_shifts_positions_and_hides_only_itself(pattern, scores, pad):
 
 
 @given(patterns, texts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_prefix_has_the_same_mask_as_the_whole_text(pattern, scores):
     n, half = torch.arange(len(scores)), len(scores) // 2
     whole = visible(pattern, n, n, torch.tensor(scores))
@@ -55,7 +55,7 @@ def test_a_prefix_has_the_same_mask_as_the_whole_text(pattern, scores):
 @given(
     patterns, st.lists(texts, min_size=2, max_size=2), st.lists(st.integers(0, 9), min_size=2, max_size=2), st.data()
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_mask_of_some_queries_of_a_padded_batch(pattern, scores, pads, data):
     length = max(map(len, scores))
     scores = [row + [10.0 + n for n in range(length - len(row))] for row in scores]
@@ -69,7 +69,7 @@ def test_mask_of_some_queries_of_a_padded_batch(pattern, scores, pads, data):
 
 
 @given(patterns, texts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_query_sees_more_keys_than_are_cached(pattern, scores):
     n = torch.arange(len(scores))
     seen = visible(pattern, n, n, torch.tensor(scores)).sum(-1)

@@ -55,7 +55,7 @@ def slow_top_k_keys(earlier, leaving, counts, top_k):
     st.lists(st.integers(0, 12), min_size=1, max_size=6),
     st.integers(0, 10_000),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_top_k_keys_equal_a_query_by_query_search(shape, before, later, top_k, counts, seed):
     generator = torch.Generator().manual_seed(seed)
     earlier, leaving = (torch.randn(*shape, keys, generator=generator) for keys in (before, later))

@@ -17,7 +17,7 @@ FEATURES = LINEAR.n_features(12)
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_saved_plans_load_equal(tmp_path_factory, seed):
     plan = random_plan(MODEL, seed)
     path = plan.save(tmp_path_factory.mktemp("plan") / "plan.json")
@@ -309,3 +309,30 @@ def test_plans_can_be_compared_and_copied():
     assert plan.model_copy() == plan
     assert plan.model_copy(update={"reconstruction_prompt": (5,)}) != plan
     assert Plan.model_validate(plan.model_dump()) == plan
+
+
+@pytest.mark.parametrize("context", [400, 1000, 1700, 8000])
+@pytest.mark.parametrize("top_k", [300, 0])
+def test_a_scaled_plan_keeps_its_budget(top_k, context):
+    patterns = [[Pattern(4, top_k, 32 if top_k else 400), Pattern()]] * 2 + [
+        [Pattern(4, 2 * top_k, 32), Pattern(4, 0, 32)]
+    ]
+    plan = Plan.of(MODEL, patterns, torch.ones(3, 2, FEATURES)).model_copy(
+        update={"calibration": {"context": [1000, 1000]}}
+    )
+    scaled = plan.scale(context)
+    assert plan.kv_budget(1000) - 0.002 <= scaled.kv_budget(context) <= plan.kv_budget(1000) + (0 if top_k else 0.002)
+    assert scaled.layers[0][1].pattern.full
+    if top_k:
+        assert scaled.layers[2][0].top_k == pytest.approx(2 * scaled.layers[0][0].top_k, abs=1)
+        assert scaled.layers[2][1] == plan.layers[2][1]
+    assert scaled.calibration["context"] == [context, context]
+    assert plan.scale(1000).layers == plan.layers
+
+
+def test_a_plan_scaled_to_a_short_text_keeps_sinks_and_window():
+    weights = torch.ones(3, 2, FEATURES)
+    plan = Plan.of(MODEL, [[Pattern(4, 300, 32)] * 2] * 3, weights).model_copy(
+        update={"calibration": {"context": [1000, 1000]}}
+    )
+    assert {head.pattern for layer in plan.scale(50).layers for head in layer} == {Pattern(4, 0, 32)}

@@ -108,12 +108,10 @@ def tokens(rows, count, seed=0):
 
 
 @torch.no_grad()
-def read(family, dtype, plan, ids, mask=None, exact=True, frozen=False, prefill="dense"):
+def read(family, dtype, plan, ids, mask=None, exact=True, prefill="dense"):
     """Return a model, the cache of a text, and the text."""
     loaded = model(family, dtype)
     cache = headsink.new_cache(loaded, plan, exact, prefill=prefill)
-    if frozen:
-        cache.freeze()
     with headsink.apply(loaded, plan):
         options = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         loaded(ids, past_key_values=cache, **options)
@@ -132,7 +130,6 @@ def prefixes():
         read("llama", half, random_plan(llama, 4), tokens(2, 61), prefill="sparse"),
         read("llama", wide, random_plan(llama, 5), tokens(1, 9)),
         read("llama", half, window_plan(llama, 1), tokens(2, 61)),
-        read("llama", wide, random_plan(llama, 6), tokens(1, 20), frozen=True),
         read("llama", half, Plan.full(llama), tokens(2, 140), exact=False),
         read("gemma3", wide, random_plan(model("gemma3", wide), 7), tokens(1, 61)),
         read("qwen3", half, random_plan(model("qwen3", wide), 8, lambda rng: Pattern(2, 5, 8)), tokens(1, 200)),
@@ -287,9 +284,7 @@ def prefix_case(rng, file):
     loaded, header, tensors = rng.choice(prefixes())
     header, tensors = json.loads(header), dict(tensors)
     for _ in range(rng.choice([0, 0, 1, 1, 1, 2])):
-        part = rng.choice(
-            [("seen",), ("frozen",), ("anchors",), ("anchors",), ("plan", "layers"), ("plan", "layers"), ()]
-        )
+        part = rng.choice([("seen",), ("prefix_slots",), ("prefix_slots",), ("plan", "layers"), ("plan", "layers"), ()])
         change_json(header, rng, lambda path, part=part: path[: len(part)] == part)
     text = as_text(header, rng)
     if rng.random() < 0.5:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from families import FAMILIES, tiny
-from plans import random_plan, window_plan
+from plans import random_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -204,31 +204,25 @@ DAMAGE = {
     "other lengths": (lambda h, t: h.update(seen=161), r"input_ids is \[2, 61\] and must be rows of 161 tokens"),
     "a length of 2**62": (lambda h, t: h.update(seen=2**62), "must be rows of 4611686018427387904 tokens"),
     "a length of 2**70": (lambda h, t: h.update(seen=2**70), "must be rows of 1180591620717411303424"),
-    "frozen after the end": (lambda h, t: h.update(frozen=62), "frozen: 62, of 61 tokens"),
-    "frozen though it evicts": (lambda h, t: h.update(frozen=61), "layers.0.0.scores' does not belong there"),
-    "frozen when empty": (
-        lambda h, t: h.update(frozen=0),
-        r"prefix_slots.0.0: 6 slots after 0 tokens under full",
-    ),
     "fewer layers": (lambda h, t: h["prefix_slots"].pop(), "prefix_slots: of 2 layers, the model has 3"),
     "fewer groups": (lambda h, t: h["prefix_slots"][1].pop(), "prefix_slots.1: .6,., of a layer with 2 patterns"),
     "a layer without groups": (
         lambda h, t: h["prefix_slots"].__setitem__(1, None),
         "prefix_slots.1: None, of a layer with 2",
     ),
-    "no anchors": (
+    "no prefix slots": (
         lambda h, t: h["prefix_slots"][0].__setitem__(0, 0),
         "prefix_slots.0.0: 0 slots after 61 tokens under 2.4k.8",
     ),
-    "too many anchors": (
+    "too many prefix slots": (
         lambda h, t: h["prefix_slots"][0].__setitem__(0, 2**62),
         "prefix_slots.0.0: 4611686018427387904 slots",
     ),
-    "anchors of full attention": (
+    "prefix slots of full attention": (
         lambda h, t: h["prefix_slots"][1].__setitem__(1, 4),
         "prefix_slots.1.1: 4 slots .* under full",
     ),
-    "more anchors than slots": (
+    "more prefix slots than slots": (
         lambda h, t: h["prefix_slots"][2].__setitem__(1, 3),
         "tensor 'layers.2.1.scores' is missing",
     ),
@@ -286,18 +280,6 @@ DAMAGE = {
         lambda h, t: t["layers.2.0.values"].fill_(float("inf")),
         "layers.2.0.values: it holds",
     ),
-    "visible in int64": (
-        lambda h, t: t.update({"layers.1.1.visible": t["layers.1.1.visible"].long()}),
-        "layers.1.1.visible is int64",
-    ),
-    "visible of 255": (
-        lambda h, t: t["layers.1.1.visible"].view(torch.uint8).fill_(255),
-        "layers.1.1.visible: numbers from 255 to 255, outside 0 to 1",
-    ),
-    "padding that is visible": (
-        lambda h, t: t["layers.1.1.visible"].fill_(True),
-        "layers.1.1.visible: it shows padding",
-    ),
     "padding that is negative": (
         lambda h, t: t["padding"].fill_(-5),
         "padding: numbers from -5 to -5, outside 0 to 61",
@@ -309,7 +291,7 @@ DAMAGE = {
         r"padding is int64 \[0\] and must be int64 \[2\]",
     ),
     "padding of nearly everything": (
-        lambda h, t: (t["padding"].fill_(60), t["layers.1.1.visible"].fill_(False)),
+        lambda h, t: t["padding"].fill_(60),
         "layers.0.0.scores: of more top-k keys than have left the window",
     ),
     "a tensor too many": (lambda h, t: t.update(other=torch.zeros(1)), "tensor 'other' does not belong there"),
@@ -353,13 +335,14 @@ def test_a_file_whose_parts_disagree_is_refused(case, damaged, tmp_path):
         ({"seen": 0}, "'seen'"),
         ({"seen": 61.0}, "'seen'"),
         ({"exact": 1}, "'exact'"),
-        ({"frozen": -1}, "'frozen'"),
+        ({"prefill": "thin"}, "'prefill'"),
+        ({"chunk_size": 0}, "'chunk_size'"),
         ({"prefix_slots": [[-1], [6, 0], [1, 0]]}, "'prefix_slots.0.0'"),
         ({"dtype": "int8"}, "'dtype'"),
         ({"window": 8}, "'window'"),
         ({"\x1b[2J\n": 8}, r"'\\x1b\[2J\\n'"),
         ({"plan": {}}, "'plan.model'"),
-        ({"format": "headsink prefix 4"}, "'format'"),
+        ({"format": "headsink prefix 5"}, "'format'"),
     ],
 )
 def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):
@@ -374,21 +357,12 @@ def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):
 def test_a_file_of_an_older_headsink_is_refused_with_the_command_that_makes_a_new_one(damaged, tmp_path):
     model, original = damaged
     file = shutil.copy(original, tmp_path)
-    edit(file, lambda header, tensors: header.update(format="headsink prefix 1"))
+    edit(file, lambda header, tensors: header.update(format="headsink prefix 3"))
     for use in (prefix_text, lambda file: headsink.load_prefix(file, model)):
         with pytest.raises(
             HeadsinkError, match=r"older headsink; .*: headsink prefill MODEL --plan PLAN .* --out .*prefix"
         ):
             use(file)
-
-
-def test_a_frozen_cache_of_a_streaming_plan_is_refused(tmp_path):
-    model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    headsink.save_prefix(file, read(model, window_plan(model, 1), ids), ids)
-    headsink.load_prefix(file, model)
-    edit(file, lambda header, tensors: header.update(frozen=5))
-    with pytest.raises(HeadsinkError, match="frozen: 5, of 61 tokens with cache-relative positions"):
-        headsink.load_prefix(file, model)
 
 
 def test_a_sliding_layer_of_other_tokens_is_refused(tmp_path):
@@ -445,31 +419,33 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
 # saved states
 
 
-def test_tokens_that_are_hidden_stay_hidden(tmp_path):
-    model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
-    cache = read(model, random_plan(model, 4), ids)
-    cache.freeze()  # only caches that do not evict hide columns
-    with headsink.apply(model, cache.plan), torch.no_grad():
-        model(text(2, 6), past_key_values=cache)
-    hidden = torch.tensor([[False, True, True, False]])
-    cache.hide(hidden)
-    headsink.save_prefix(file, cache, torch.cat([ids, text(2, 6)], 1))
-    loaded, _ = headsink.load_prefix(file, model)
-    after = text(9, 20)
-    assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
-
-
-def test_a_cache_frozen_while_empty(tmp_path):
+@pytest.mark.parametrize("how", [{}, {"prefill": "sparse"}, {"chunk_size": 16}])
+def test_a_loaded_prefix_reads_later_turns_as_the_cache_does(how, tmp_path):
     model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
     plan = random_plan(model, 4)
-    cache = headsink.new_cache(model, plan)
-    cache.freeze()
+    cache = headsink.new_cache(model, plan, **how)
     with headsink.apply(model, plan), torch.no_grad():
         model(ids, past_key_values=cache)
     headsink.save_prefix(file, cache, ids)
     loaded, _ = headsink.load_prefix(file, model)
-    after = text(9, 20)
-    assert torch.equal(continue_from(model, loaded, after), continue_from(model, cache, after))
+    after = text(9, 60)
+    found = continue_from(model, loaded, after, first=50)
+    assert torch.equal(found, continue_from(model, cache, after, first=50))
+    others = [headsink.compress(model, plan, ids)] if how else []
+    assert not any(torch.equal(found, continue_from(model, other, after, first=50)) for other in others)
+
+
+def test_a_frozen_cache_and_one_that_hides_tokens_are_not_saved(tmp_path):
+    model, ids, file = tiny("llama"), text(), tmp_path / "prefix.safetensors"
+    cache = read(model, Plan.full(model), ids)
+    cache.hide(torch.tensor([[False, True, True, False]]))
+    with pytest.raises(HeadsinkError, match="hides tokens between visible ones"):
+        headsink.save_prefix(file, cache, ids)
+    cache = read(model, random_plan(model, 4), ids)
+    cache.freeze()
+    with pytest.raises(HeadsinkError, match="this cache is frozen"):
+        headsink.save_prefix(file, cache, ids)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_of_padding_only(tmp_path):

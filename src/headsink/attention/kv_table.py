@@ -18,8 +18,8 @@ class KVField(IntEnum):
 
     KEYS, VALUES: address of [slots, dim]. VISIBLE: address of bool [slots]. SCORES: address of float32 [top-k keys]. WEIGHTS:
     address of the scorer weights, float32 [features]. SINK, TOP_K: number of slots of sink tokens, and of top-k keys after them.
-    ANCHORS: number of slots before the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots of the
-    ring, FOREVER if it never wraps. PAD: tokens of left padding.
+    PREFIX_SLOTS: number of slots before the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots
+    of the ring, FOREVER if it never wraps. PAD: tokens of left padding.
 
     `advance` computes these for the next token: END: slots in use after it is appended. SLOT: its slot, -1 for none. LEAVING: the
     position of the token that leaves the window, negative for none.
@@ -32,7 +32,7 @@ class KVField(IntEnum):
     WEIGHTS = 4
     SINK = 5
     TOP_K = 6
-    ANCHORS = 7
+    PREFIX_SLOTS = 7
     START = 8
     WINDOW = 9
     PAD = 10
@@ -44,7 +44,7 @@ class KVField(IntEnum):
 def advance(table: Any, length: int) -> Any:
     """Write END, SLOT and LEAVING of a token in column `length` into a table, int64 [..., len(KVField)]."""
     prefix_slots, start, window, pad = (
-        table[..., field] for field in (KVField.ANCHORS, KVField.START, KVField.WINDOW, KVField.PAD)
+        table[..., field] for field in (KVField.PREFIX_SLOTS, KVField.START, KVField.WINDOW, KVField.PAD)
     )
     ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
     table[..., KVField.SLOT] = np.where(window > 0, prefix_slots + ring, -1)

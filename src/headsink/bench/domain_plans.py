@@ -16,7 +16,7 @@ from headsink.calibration.calibrate import Calibration
 from headsink.data import corpus
 from headsink.data.documents import TEXT, Document
 from headsink.data.domains import check_domains
-from headsink.evaluation.quality import ContinuationScore, intervals, score_each
+from headsink.evaluation.quality import ContinuationScore, intervals, score
 from headsink.plan.plan import Plan
 from headsink.utils.files import write_text
 from headsink.utils.progress import bar
@@ -88,7 +88,7 @@ def measure_plan(
             for number, document in enumerate(of_kind):
                 path = folder / "tested" / f"{kind}-{number}.json"
                 if not path.is_file():
-                    scored = score_each(model, list(plans.values()), document)
+                    scored = score(model, list(plans.values()), document)
                     records = {plan_name(*key): quality_record(one) for key, one in zip(plans, scored, strict=True)}
                     write_text(path, json.dumps(records))
                 records = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ class KVTable:
             self.table[:, own, KVField.WEIGHTS] = weights.data_ptr() + 4 * weights.shape[-1] * np.arange(len(own))
             self.table[:, own, KVField.SINK] = group.pattern.sink
             self.table[:, own, KVField.TOP_K] = group.scores.shape[-1]
-            self.table[:, own, KVField.ANCHORS] = group.prefix_slots
+            self.table[:, own, KVField.PREFIX_SLOTS] = group.prefix_slots
             self.table[:, own, KVField.START] = group.start
             self.table[:, own, KVField.WINDOW] = FOREVER if group.window is None else group.window
         padding = groups[0].padding

@@ -21,7 +21,7 @@ from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup
-from headsink.cache.segments import DENSE, PrefillOptions, attend_segments
+from headsink.cache.segments import DENSE, DensePrefill, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR, Scorer
@@ -137,8 +137,8 @@ class PlanLayer(CacheLayerMixin):
         self.seen += key.shape[2]
         if self._reads_densely(key.shape[2]):
             self.layout = None
-            given = module, query, key, value, softmax
-            return attend_segments(self.groups, self.weights, self.prefill, *given).transpose(1, 2)
+            dense = DensePrefill(self.groups, self.weights, self.prefill, module, softmax)
+            return dense.attend(query, key, value).transpose(1, 2)
         backend = backends.backend_for(query, softmax)
         if backend and self._steps(backend, query, softmax):
             return self._step(backend, query, key, value, softmax).transpose(1, 2)

@@ -31,93 +31,70 @@ class PrefillOptions:
 DENSE = PrefillOptions()
 
 
-def attend_segments(
-    groups: Sequence[HeadGroup],
-    weights: Tensor,
-    options: PrefillOptions,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softmax: AttentionParams,
-) -> Tensor:
-    """Attend from each segment of a call to all cached keys and to the segment, then evict: [batch, query heads, tokens, dim].
+@dataclass(frozen=True)
+class DensePrefill:
+    """Dense prefill of one layer.
 
-    groups: all head groups of the layer. weights: scorer weights, [KV heads, features]. query: [batch, query heads, tokens, dim];
-    key, value: [batch, KV heads, tokens, dim].
+    groups: all head groups of the layer. weights: scorer weights, [KV heads, features]. Queries are [batch, query heads, tokens,
+    dim]; keys and values [batch, KV heads, tokens, dim].
     """
-    tokens, chunk = key.shape[2], options.chunk_size
-    if chunk is None or groups[0].recording:  # a recorded segment is evicted by `crop`
-        return _attend_segment(groups, weights, options, module, query, key, value, softmax)
-    output, begin = torch.empty_like(query), 0
-    while begin < tokens:
-        end = min(begin + chunk - groups[0].columns % chunk, tokens)
-        own_query, own_key, own_value = (t[:, :, begin:end] for t in (query, key, value))
-        output[:, :, begin:end] = _attend_segment(
-            groups, weights, options, module, own_query, own_key, own_value, softmax
-        )
-        begin = end
-    return output
 
+    groups: Sequence[HeadGroup]
+    weights: Tensor
+    options: PrefillOptions
+    module: nn.Module
+    softmax: AttentionParams
 
-def _attend_segment(
-    groups: Sequence[HeadGroup],
-    weights: Tensor,
-    options: PrefillOptions,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softmax: AttentionParams,
-) -> Tensor:
-    """Attend from one segment. A segment of one token, at the end of a chunk, evicts first, as in decoding."""
-    batch, kv_heads, tokens, _ = key.shape
-    before = groups[0].columns
-    evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
-    apart, padding, lse = before > 0 or tokens == 1, groups[0].padding, None
-    if apart:
-        grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
-        output = torch.empty_like(grouped)
-    elif softmax.plain and evicting and causal.has_kernel(query):
-        pads = None if padding is None else padding.tokens
-        whole, lse = causal.causal_attention(query, key, value, pads, softmax.scaling)
-    else:
-        whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(module, query, softmax)
-    # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
-    scored, scores = [g for g in evicting if g.pattern.top_k and g.exceeds_capacity(tokens)], None
-    if scored:
-        scores = _segment_scores(groups[0], weights, options, query, key, value, softmax, lse)
-    for group in groups:
-        own_key, own_value = key[:, group.index], value[:, group.index]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from each segment of a call to all cached keys and to the segment, then evict. Returns the query's shape."""
+        tokens, chunk, first = key.shape[2], self.options.chunk_size, self.groups[0]
+        if chunk is None or first.recording:  # a recorded segment is evicted by `crop`
+            return self._attend_segment(query, key, value)
+        output, begin = torch.empty_like(query), 0
+        while begin < tokens:
+            end = min(begin + chunk - first.columns % chunk, tokens)
+            output[:, :, begin:end] = self._attend_segment(*(t[:, :, begin:end] for t in (query, key, value)))
+            begin = end
+        return output
+
+    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from one segment. A segment of one token, at the end of a chunk, evicts first, as in decoding."""
+        batch, kv_heads, tokens, _ = key.shape
+        groups, softmax, padding, lse = self.groups, self.softmax, self.groups[0].padding, None
+        evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
+        apart = groups[0].columns > 0 or tokens == 1
         if apart:
-            part = grouped[:, group.index].flatten(1, 2)
-            attend = group.attend_all if group in evicting else group.attend
-            found = attend(module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
-            output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
-        if group in evicting:
-            own = scores[:, group.index] if scores is not None and group in scored else None
-            group.append_segment(own_key, own_value, own)
-        elif not apart:
-            group.append_keys(own_key, own_value)
-    return output.flatten(1, 2) if apart else whole
+            grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
+            output = torch.empty_like(grouped)
+        elif softmax.plain and evicting and causal.has_kernel(query):
+            pads = None if padding is None else padding.tokens
+            whole, lse = causal.causal_attention(query, key, value, pads, softmax.scaling)
+        else:
+            whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(self.module, query, softmax)
+        # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
+        scored = [group for group in evicting if group.pattern.top_k and group.exceeds_capacity(tokens)]
+        scores = self._scores(query, key, value, lse) if scored else None
+        for group in groups:
+            own_key, own_value = key[:, group.index], value[:, group.index]
+            if apart:
+                part = grouped[:, group.index].flatten(1, 2)
+                attend = group.attend_all if group in evicting else group.attend
+                found = attend(self.module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
+                output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
+            if group in evicting:
+                own = scores[:, group.index] if scores is not None and group in scored else None
+                group.append_segment(own_key, own_value, own)
+            elif not apart:
+                group.append_keys(own_key, own_value)
+        return output.flatten(1, 2) if apart else whole
 
+    @torch.no_grad()
+    def _scores(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None) -> Tensor | None:
+        """Return the prompt scores of the keys of a segment, [batch, KV heads, tokens], or None (eviction/scorers/prompt.py).
 
-def _segment_scores(
-    first: HeadGroup,
-    weights: Tensor,
-    options: PrefillOptions,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softmax: AttentionParams,
-    lse: Tensor | None,
-) -> Tensor | None:
-    """Return the prompt scores of the keys of a segment, [batch, KV heads, tokens], or None (eviction/scorers/prompt.py).
-
-    lse: log-sum-exp of the causal attention, [batch, query heads, tokens], if it is known.
-    """
-    padding = first.padding
-    pads = None if padding is None else (padding.tokens - first.columns).clamp(0, key.shape[2])
-    with torch.no_grad():
-        scores = first.scorer.scores(key, value, weights)
-        return segment_scores(query, key, scores, pads, *softmax, options.rotary, lse)
+        lse: log-sum-exp of the causal attention, [batch, query heads, tokens], if it is known.
+        """
+        first, padding = self.groups[0], self.groups[0].padding
+        pads = None if padding is None else (padding.tokens - first.columns).clamp(0, key.shape[2])
+        scores = first.scorer.scores(key, value, self.weights)
+        return segment_scores(query, key, scores, pads, *self.softmax, self.options.rotary, lse)

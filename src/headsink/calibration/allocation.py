@@ -10,7 +10,6 @@ while the loss of the cached documents decreases.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 SINK, WINDOW = 4, 32  # sink tokens and recent tokens of every head that is not full
 FEW = 16  # heads at most for coordinate descent
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the budget of each head
-RECENT = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried as the share of a head's keys that are recent
 NONE = 1e-9  # share of the context: a head with less has no keys
 LEAST = 1 / 128  # of the mean share: assumed for a head without keys, so that a factor can give it some
 GAIN = 0.02  # relative decrease of the loss per sweep over the heads, below which the descent stops
@@ -54,39 +52,23 @@ def transfer(shares: Tensor, head: int, factor: float) -> Tensor | None:
     return others
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """Head budgets. shares: float64 [heads], share of the context kept in addition to the smallest pattern. recent: float64
-    [heads], which part of that, from 0 to 1, is the window; the rest are top-k keys."""
-
-    shares: Tensor
-    recent: Tensor
-
-    def trials(self, head: int) -> tuple[list[Allocation], list[Allocation]]:
-        """Neighbours that differ in one head: by the part of its window, and by its share."""
-        recent = [self.recent.clone().index_fill(0, torch.tensor(head), part) for part in RECENT]
-        shares = [changed for factor in FACTORS if (changed := transfer(self.shares, head, factor)) is not None]
-        return (
-            [Allocation(self.shares, one) for one in recent if one[head] != self.recent[head]],
-            [Allocation(one, self.recent) for one in shares],
-        )
-
-
 def coordinate_descent(
-    allocation: Allocation, loss: Callable[[Allocation], float], report: Callable[[Allocation, float], None]
-) -> Allocation:
-    """Lower the loss of an allocation at the same total budget. `report` is called after each head, with the current loss."""
-    best = loss(allocation)
+    shares: Tensor, loss: Callable[[Tensor], float], report: Callable[[Tensor, float], None]
+) -> Tensor:
+    """Lower the loss of head budgets at the same sum. `report` is called after each head, with the current loss.
+
+    shares: float64 [heads], of the context, kept in addition to the smallest pattern.
+    """
+    best = loss(shares)
     for _ in range(SWEEPS):
         before = best
-        for head in range(len(allocation.shares)):
-            for kind in range(2):
-                trials = allocation.trials(head)[kind]
-                losses = [loss(trial) for trial in trials]
-                if losses and min(losses) < best:
-                    best = min(losses)
-                    allocation = trials[losses.index(best)]
-            report(allocation, best)
+        for head in range(len(shares)):
+            trials = [changed for factor in FACTORS if (changed := transfer(shares, head, factor)) is not None]
+            losses = [loss(trial) for trial in trials]
+            if losses and min(losses) < best:
+                best = min(losses)
+                shares = trials[losses.index(best)]
+            report(shares, best)
         if best > (1 - GAIN) * before:
             break
-    return allocation
+    return shares

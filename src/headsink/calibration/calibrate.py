@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.calibration.allocation import FEW, SINK, SWEEPS, WINDOW, Allocation, allocate, coordinate_descent
+from headsink.calibration.allocation import FEW, SINK, SWEEPS, WINDOW, allocate, coordinate_descent
 from headsink.calibration.cached_document import CachedDocument, mean_loss
 from headsink.calibration.checkpoint import Checkpoint, Step, check_checkpoint
 from headsink.calibration.method import Method
@@ -269,56 +270,51 @@ class Calibration:
         found = plan.calibration | {"criterion": criterion, "next_smaller": smaller}
         return plan.model_copy(update={"calibration": found})
 
-    def _allocate(self, budget: float) -> Allocation:
-        """Head budgets by importance, then by coordinate descent if there are few heads (allocation.py)."""
+    def _allocate(self, budget: float) -> Tensor:
+        """Head budgets by importance, then by coordinate descent if there are few heads (allocation.py): float64 [heads]."""
         assert self.importance is not None
         share = budget - self.least if budget < 1 else 1.0
         shares = allocate(self.importance[self.planned], share).flatten()
         if budget == 1 or not self.method.importance:
-            shares = torch.full_like(shares, share)
-        allocation = Allocation(shares, torch.zeros_like(shares))
-        if self.cached and self.method.importance and budget < 1:
-            allocation = self._descend(allocation, budget)
-        return allocation
+            return torch.full_like(shares, share)
+        return self._descend(shares, budget) if self.cached else shares
 
-    def _patterns(self, allocation: Allocation) -> list[list[Pattern] | None]:
-        rest = iter(zip(allocation.shares.tolist(), allocation.recent.tolist(), strict=True))
+    def _patterns(self, shares: Tensor) -> list[list[Pattern] | None]:
+        rest = iter(shares.tolist())
 
         def pattern() -> Pattern:
-            share, recent = next(rest)
-            keys = int(share * self.shortest + 1e-6)
-            result = Pattern(SINK, keys - round(keys * recent), WINDOW + round(keys * recent))
+            result = Pattern(SINK, int(next(rest) * self.shortest + 1e-6), WINDOW)
             return result if result.size(self.shortest) < self.shortest else FULL
 
         return [[pattern() for _ in range(self.shape.kv_heads)] if own else None for own in self.planned]
 
-    def _descend(self, allocation: Allocation, budget: float) -> Allocation:
+    def _descend(self, shares: Tensor, budget: float) -> Tensor:
         """Coordinate descent on the loss of the cached documents, from the checkpoint's last step if there is one."""
         last = self.checkpoint.step(budget)
         if last is not None:
-            allocation = Allocation(*(torch.tensor(x, dtype=torch.float64) for x in (last.shares, last.recent)))
+            shares = torch.tensor(last.shares, dtype=torch.float64)
         if last is not None and last.done:
-            return allocation
+            return shares
 
         @cache  # trials of a head with few keys often give the same patterns
         def measured(patterns: tuple[tuple[Pattern, ...] | None, ...]) -> float:
             return mean_loss(self.cached, patterns)
 
-        def loss(trial: Allocation) -> float:
+        def loss(trial: Tensor) -> float:
             return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
 
-        def save(reached: Allocation, lowest: float, done: bool = False) -> None:
-            self.checkpoint.save(budget, Step(reached.shares.tolist(), reached.recent.tolist(), lowest, done))
+        def save(reached: Tensor, lowest: float, done: bool = False) -> None:
+            self.checkpoint.save(budget, Step(reached.tolist(), lowest, done))
 
-        with bar("tuning", SWEEPS * len(allocation.shares), self.progress) as shown:
+        with bar("tuning", SWEEPS * len(shares), self.progress) as shown:
 
-            def report(reached: Allocation, lowest: float) -> None:
+            def report(reached: Tensor, lowest: float) -> None:
                 save(reached, lowest)
                 shown.update(shown.task_ids[0], advance=1, description=f"tuning: loss {lowest:.4f}")
 
-            allocation = coordinate_descent(allocation, loss, report)
-        save(allocation, loss(allocation), done=True)
-        return allocation
+            shares = coordinate_descent(shares, loss, report)
+        save(shares, loss(shares), done=True)
+        return shares
 
 
 def _kinds(domains: Sequence[Domain]) -> list[tuple[Domain, int]]:

@@ -1,4 +1,4 @@
-"""The checkpoint of coordinate descent: the allocation that was reached for every budget, in one JSON file."""
+"""The checkpoint of coordinate descent: the head budgets that were reached for every KV budget, in one JSON file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from headsink.utils.files import check_file, write_text
 
 @dataclass(frozen=True)
 class Step:
-    """An allocation that coordinate descent reached. shares, recent: as in `Allocation`. loss: measured. done: whether it is
-    the last."""
+    """Head budgets that coordinate descent reached, as shares of the context. loss: measured. done: whether it is the last."""
 
     shares: list[float]
-    recent: list[float]
     loss: float
     done: bool
 

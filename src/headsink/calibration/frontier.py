@@ -16,7 +16,7 @@ from headsink.data import corpus
 from headsink.data.corpus import Domain
 from headsink.errors import HeadsinkError
 from headsink.evaluation.options import FRONTIER, FRONTIER_BUDGETS, check_budget
-from headsink.evaluation.quality import measure
+from headsink.evaluation.quality import measure_each
 from headsink.plan.plan import Plan
 from headsink.plan.schema import Quality
 
@@ -97,9 +97,7 @@ def frontier(
     possible = [budget for budget in sorted(budgets) if budget >= calibration.least]
     if not possible:
         raise HeadsinkError(f"budgets: all are less than the smallest plan, {calibration.least:.3f}")
-    plans = []
-    for budget in possible:
-        plan = calibration.plan(budget)
-        quality = measure(model, tokenizer, plan, calibration.longest, seed=seed, progress=progress)
-        plans.append(plan.model_copy(update={"quality": (quality,)}))
-    return Frontier(tuple(plans))
+    plans = [calibration.plan(budget) for budget in possible]
+    measured = measure_each(model, tokenizer, plans, calibration.longest, seed=seed, progress=progress)
+    pairs = zip(plans, measured, strict=True)
+    return Frontier(tuple(plan.model_copy(update={"quality": (quality,)}) for plan, quality in pairs))

@@ -14,7 +14,16 @@ import typer
 
 import headsink
 from headsink.census.options import CENSUS, QUERIES, TAU, check_census, check_lengths, check_tau
-from headsink.cli.options import MODEL_HELP, Device, Dtype, Force, Json, Seed, known_model, memory, names, numbers
+from headsink.cli.options import (
+    MODEL_HELP,
+    Force,
+    RunOptions,
+    Seed,
+    known_model,
+    memory,
+    names,
+    numbers,
+)
 from headsink.cli.output import print_file
 from headsink.data import corpus
 from headsink.data import prompts as prompt_files
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AnalyzeOptions:
+class AnalyzeOptions(RunOptions):
     """Options of `headsink analyze`."""
 
     model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} smollm2 if not given.", callback=known_model)] = (
@@ -81,10 +90,7 @@ class AnalyzeOptions:
         bool, typer.Option("--tensor-parallel", help="Under torchrun: split every layer over its processes.")
     ] = False
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
 
     def arguments(self) -> dict[str, Any]:
         """What `headsink.analyze` takes, read and checked, but for the thresholds."""

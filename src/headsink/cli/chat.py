@@ -10,36 +10,36 @@ import typer
 
 from headsink.cli.loading import compile_step, load_with_plan
 from headsink.cli.options import (
-    Device,
-    Dtype,
-    Json,
+    Budget,
     Model,
     OtherWeights,
     PlanFile,
+    RunOptions,
     Seed,
     Temperature,
     check_other_weights,
+    check_plan_choice,
 )
 from headsink.cli.output import generated_json, summarize_generation
+from headsink.plan.packaged import packaged_plan
 from headsink.utils.terminal import emit, err, write
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(RunOptions):
     """Options of `headsink chat`."""
 
     model: Model = "smollm2"
     plan_file: PlanFile = None
+    budget: Budget = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 500
     temperature: Temperature = 0.0
     other_weights: OtherWeights = False
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
-    as_json: Json = False
 
     def __post_init__(self) -> None:
         check_other_weights(self.other_weights, self.plan_file)
+        check_plan_choice(self.model, self.plan_file, self.budget)
 
 
 def chat(options: ChatOptions) -> None:
@@ -47,10 +47,13 @@ def chat(options: ChatOptions) -> None:
     import torch
 
     from headsink.generation.chat import Conversation
+    from headsink.models.spec import describe
 
     model, tokenizer, plan = load_with_plan(
         options.model, options.plan_file, options.other_weights, dtype=options.dtype, device=options.device
     )
+    if options.budget is not None:  # of the longest conversation
+        plan = packaged_plan(options.model, options.budget, describe(model).max_context)
     compile_step(model, plan)
     torch.manual_seed(options.seed)
     talk = Conversation(model, tokenizer, plan, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
@@ -62,7 +65,7 @@ def chat(options: ChatOptions) -> None:
             write("\n")
             err.print(summarize_generation(done), style="dim", highlight=False)
     if options.as_json:
-        emit({"turns": turns, "plan": str(options.plan_file) if options.plan_file else None})
+        emit({"turns": turns, "plan": str(options.plan_file) if options.plan_file else None, "budget": options.budget})
 
 
 def _line() -> str:

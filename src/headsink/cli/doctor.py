@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from headsink.cli.models import list_models
-from headsink.cli.options import Device, Dtype, Json, Seed
+from headsink.cli.options import RunOptions, Seed
 from headsink.models.builtin import cache_folder
 from headsink.utils.terminal import emit, new_table, note, out
 from headsink.utils.versions import NEWEST, OLDEST
@@ -41,13 +41,10 @@ PATTERNS = ((4, 0, 16), (2, 3, 9), (1, 0, 0))
 
 
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(RunOptions):
     """Options of `headsink doctor`."""
 
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
-    as_json: Json = False
 
 
 def doctor(options: DoctorOptions) -> None:

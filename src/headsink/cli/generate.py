@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import headsink
 from headsink.cli.loading import compile_step, load_with_plan
 from headsink.cli.options import (
-    Device,
-    Dtype,
-    Json,
+    Budget,
     Model,
     OtherWeights,
     PlanFile,
     Raw,
     Reconstruct,
+    RunOptions,
     Seed,
     Temperature,
     check_other_weights,
+    check_plan_choice,
     readable,
     standard_input,
 )
 from headsink.cli.output import generated_json, summarize_generation
 from headsink.errors import HeadsinkError
+from headsink.plan.packaged import packaged_plan
 from headsink.utils.files import check_text, read_text
 from headsink.utils.terminal import emit, err, write
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(RunOptions):
     """Options of `headsink generate`."""
 
     model: Model = "smollm2"
@@ -50,7 +51,17 @@ class GenerateOptions:
         typer.Option(help="A document that `headsink prefill` has read; the prompt comes after it.", callback=readable),
     ] = None
     plan_file: PlanFile = None
+    budget: Budget = None
     reconstruct: Reconstruct = False
+    prefill: Annotated[
+        str,
+        typer.Option(
+            help="dense reads the prompt in full attention, then evicts; sparse evicts while it reads: lower TTFT, less quality."
+        ),
+    ] = "dense"
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="With dense prefill, also evict after every so many tokens of the prompt.")
+    ] = None
     raw: Raw = False
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200
     temperature: Temperature = 0.0
@@ -63,20 +74,33 @@ class GenerateOptions:
     ] = False
     other_weights: OtherWeights = False
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
-    as_json: Json = False
 
     def __post_init__(self) -> None:
-        if self.prefix is not None and (self.file is not None or self.plan_file is not None or self.raw):
+        if self.prefix is not None and (self.file is not None or self.planned or self.raw):
             raise HeadsinkError(
-                "prefix: it has a plan, a document and a format of its own; leave out --plan, --file, --raw"
+                "prefix: it has a plan, a document and a format of its own; leave out --plan, --budget, --file, --raw"
             )
-        if self.reconstruct and (self.plan_file is None or self.lossless):
-            raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE")
-        if self.lossless and self.plan_file is None:
-            raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE")
+        check_plan_choice(self.model, self.plan_file, self.budget)
+        if self.reconstruct and (not self.planned or self.lossless):
+            raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE, or --budget")
+        if self.lossless and not self.planned:
+            raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE, or --budget")
+        if self.prefill not in ("dense", "sparse"):
+            raise HeadsinkError(f"prefill: {self.prefill!r} is neither dense nor sparse")
+        changed = self.prefill == "sparse" or self.chunk_size is not None
+        if changed and (not self.planned or self.lossless or self.reconstruct):
+            raise HeadsinkError(
+                "prefill: --prefill sparse and --chunk-size need a plan, --plan FILE or --budget, without --lossless and "
+                "--reconstruct"
+            )
+        if self.prefill == "sparse" and self.chunk_size is not None:
+            raise HeadsinkError("chunk-size: sparse prefill evicts at every token; leave one of the two out")
         check_other_weights(self.other_weights, self.plan_file)
+
+    @property
+    def planned(self) -> bool:
+        """Whether the prompt is read under a plan."""
+        return self.plan_file is not None or self.budget is not None
 
     def text(self) -> str:
         """The text of the file and the prompt, or of standard input."""
@@ -110,6 +134,11 @@ def generate(options: GenerateOptions) -> None:
         plan = cache.plan
     else:
         ids = _prompt(tokenizer, text, options.raw)
+    if options.budget is not None:
+        plan = packaged_plan(options.model, options.budget, len(ids))
+    if plan is not None and cache is None and not options.lossless:
+        how: dict[str, Any] = {"prefill": options.prefill, "chunk_size": options.chunk_size}
+        cache = headsink.new_cache(model, plan, exact=False, **how)
     compile_step(model, plan)
     torch.manual_seed(options.seed)
     done = generate_text(
@@ -126,7 +155,8 @@ def generate(options: GenerateOptions) -> None:
     )
     if options.as_json:
         files = {"plan": options.plan_file, "prefix": options.prefix}
-        emit(generated_json(done) | {name: str(file) if file else None for name, file in files.items()})
+        named = {name: str(file) if file else None for name, file in files.items()}
+        emit(generated_json(done) | named | {"budget": options.budget})
     else:
         write("\n")
         err.print(summarize_generation(done), style="dim", highlight=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def load_with_plan(
     model: str, plan_file: Path | None, other_weights: bool, *, dtype: str | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Plan | None]:
-    """A model, its tokenizer and the plan of a file, if one is given: read first, for that takes no time."""
+    """A model, its tokenizer and the plan of a file, if one is given. The plan is read first, which takes no time."""
     plan = headsink.Plan.load(plan_file) if plan_file else None
     loaded, tokenizer = headsink.load(model, dtype=dtype, device=device)
     return loaded, tokenizer, plan.for_model(loaded) if plan is not None and other_weights else plan

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import check_device, check_dtype, check_name, check_tokenizer
+from headsink.plan.packaged import check_packaged
 from headsink.utils.files import read_input
 from headsink.utils.terminal import err
 
@@ -82,6 +84,12 @@ PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", help="Plan file; without one, the full cache.", callback=plan_path),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the KV cache to keep, with a plan that comes with the package (built-in models): 0.5, 0.25, 0.125."
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat format.")]
 Reconstruct = Annotated[
     bool,
@@ -108,6 +116,16 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.", callback=known_device)
 ]
 
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of every command that runs a model."""
+
+    dtype: Dtype = None
+    device: Device = None
+    as_json: Json = False
+
+
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out even if headsink did not write it.")]
 
 
@@ -115,6 +133,15 @@ def check_other_weights(other_weights: bool, plans: Path | list[Path] | None) ->
     """Raise if `--other-weights` is given without a plan."""
     if other_weights and not plans:
         raise HeadsinkError("other-weights: it needs a plan that was made for other weights: --plan FILE")
+
+
+def check_plan_choice(model: str, plan_file: Path | None, budget: float | None) -> None:
+    """Raise if `--plan` and `--budget` are both given, or no plan of that budget comes with the package."""
+    if budget is None:
+        return
+    if plan_file is not None:
+        raise HeadsinkError("budget: give --plan FILE or --budget, one of the two")
+    check_packaged(model, budget)
 
 
 def names(text: str) -> list[str]:

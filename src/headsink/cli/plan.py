@@ -17,7 +17,7 @@ from rich.table import Table
 
 import headsink
 from headsink.calibration.method import POLICIES, Method
-from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, context_range, names, numbers
+from headsink.cli.options import Force, Model, RunOptions, Seed, context_range, names, numbers
 from headsink.cli.output import print_file
 from headsink.data import corpus
 from headsink.data.domains import KINDS, check_domains
@@ -46,7 +46,7 @@ MOST_PATTERNS = 10  # of a plan, that are listed one by one
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(RunOptions):
     """Options of `headsink plan`."""
 
     model: Model = "smollm2"
@@ -99,10 +99,7 @@ class PlanOptions:
         typer.Option(help="absolute, or cache-relative for streaming generation, which needs --policy streaming-llm."),
     ] = "absolute"
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.max_kl is not None:

@@ -10,29 +10,33 @@ from typing import Annotated, Any
 import typer
 
 import headsink
+from headsink.cli.loading import load_with_plan
 from headsink.cli.options import (
-    Device,
-    Dtype,
+    Budget,
     Force,
-    Json,
     Model,
     OtherWeights,
     Raw,
     Reconstruct,
+    RunOptions,
+    check_other_weights,
+    check_plan_choice,
     plan_path,
     standard_input,
 )
 from headsink.errors import HeadsinkError, printable
+from headsink.plan.packaged import packaged_plan
 from headsink.utils.files import check_file, read_text
 from headsink.utils.terminal import MEGABYTE, emit, out
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PrefillOptions(RunOptions):
     """The options of `headsink prefill`."""
 
-    plan_file: Annotated[Path, typer.Option("--plan", help="Plan file.", callback=plan_path)]
     model: Model = "smollm2"
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan file.", callback=plan_path)] = None
+    budget: Budget = None
     file: Annotated[Path | None, typer.Option(help="A file with the document; standard input if not given.")] = None
     out_file: Annotated[Path, typer.Option("--out", help="File for the compressed cache (safetensors).")] = Path(
         "prefix.safetensors"
@@ -40,10 +44,13 @@ class PrefillOptions:
     reconstruct: Reconstruct = False
     raw: Raw = False
     other_weights: OtherWeights = False
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        check_plan_choice(self.model, self.plan_file, self.budget)
+        if self.plan_file is None and self.budget is None:
+            raise HeadsinkError("plan: give --plan FILE, or --budget for a plan that comes with the package")
+        check_other_weights(self.other_weights, self.plan_file)
 
     def document(self) -> str:
         """The text of the file, or of standard input."""
@@ -67,10 +74,12 @@ def prefill(options: PrefillOptions) -> None:
     from headsink.generation import templates
     from headsink.runtime import prefill as runtime
 
-    plan = headsink.Plan.load(options.plan_file)
-    model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
-    plan = plan.for_model(model) if options.other_weights else plan
+    model, tokenizer, plan = load_with_plan(
+        options.model, options.plan_file, options.other_weights, dtype=options.dtype, device=options.device
+    )
     text, ids = templates.document_prompt(tokenizer, document, options.raw)
+    if options.budget is not None:
+        plan = packaged_plan(options.model, options.budget, len(ids))
     start = time.perf_counter()
     cache = runtime.prefill(
         model, plan, torch.tensor([ids], device=model.device), exact=False, reconstruct=options.reconstruct
@@ -79,7 +88,7 @@ def prefill(options: PrefillOptions) -> None:
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(options.out_file)}
     if options.as_json:
-        emit(found | {"plan": str(options.plan_file)})
+        emit(found | {"plan": str(options.plan_file) if options.plan_file else None, "budget": options.budget})
     else:
         out.print(document_read(found), markup=False, highlight=False)
 

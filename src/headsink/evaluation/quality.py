@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,11 @@ class ContinuationScore:
     bytes_plan: int
 
 
-def score(model: PreTrainedModel, plan: Plan, document: Document) -> list[ContinuationScore]:
-    """Score every continuation of a document: first the text that follows, then the questions."""
-    return score_each(model, [plan], document)[0]
+def score(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[ContinuationScore]]:
+    """Score every continuation of a document under each plan: first the text that follows, then the questions.
 
-
-def score_each(model: PreTrainedModel, plans: Sequence[Plan], document: Document) -> list[list[ContinuationScore]]:
-    """As `score`, for each plan, with one prefill of the full cache. Returns a list per plan."""
+    The full cache is prefilled once. Returns a list per plan.
+    """
     full = read(model, None, document.ids)
     full_bytes = nbytes(full)
     full_log_probs = [continuation_log_probs(model, full, ids, scored) for _, ids, scored in document.continuations]
@@ -94,17 +93,24 @@ def compare(
 
 
 def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, context: int, **options: Any
+) -> Quality:
+    """Measure a plan on documents of `context` tokens, continuation included. Options as for `measure_each`."""
+    return measure_each(model, tokenizer, [plan], context, **options)[0]
+
+
+def measure_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    plans: Sequence[Plan],
     context: int,
     *,
     documents: int = 1,
     seed: int = 0,
     split: Split = "heldout",
     progress: bool = True,
-) -> Quality:
-    """Measure a plan on documents of `context` tokens, continuation included.
+) -> list[Quality]:
+    """Measure plans on the same documents of `context` tokens, continuation included.
 
     Parameters
     ----------
@@ -131,9 +137,9 @@ def measure(
     scored = []
     with bar(f"quality at {context}", len(made), progress) as shown:
         for document in made:
-            scored.append(score(model, plan, document))
+            scored.append(score(model, plans, document))
             shown.advance(shown.task_ids[0])
-    return summary(context, scored)
+    return [summary(context, documents) for documents in zip(*scored, strict=True)]
 
 
 def summary(context: int, documents: Sequence[Sequence[ContinuationScore]]) -> Quality:

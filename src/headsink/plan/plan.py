@@ -31,7 +31,7 @@ from headsink.models.fingerprint import ALLOWED, Fingerprint, Hashed, Part
 from headsink.models.rope import inverse_frequencies
 from headsink.models.spec import Architecture, check_plannable, describe, vocabulary
 from headsink.plan.schema import Head, Positions, Quality, Tokens, unique
-from headsink.plan.summary import as_html, as_text, summary
+from headsink.plan.summary import as_html, as_text, contexts, summary
 from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
@@ -202,6 +202,29 @@ class Plan(Part):
             return self
         origin = {"weights_of": self.model.weights} | self.calibration
         return self.model_copy(update={"model": Fingerprint.of(model), "quality": (), "calibration": origin})
+
+    def scale(self, context: int) -> Plan:
+        """Return this plan for another context, in tokens: with the same KV budget there, shared by the heads in the same way.
+
+        The numbers of top-k keys change; in a plan without any, the windows. `quality` stays as measured at its own context.
+        """
+        base = contexts(self)[0]
+        heads = [head for layer in self.layers for head in layer or () if head.window is not None]
+        top_k = sum(head.top_k for head in heads)
+        fixed = sum(head.sink + (head.window or 0) for head in heads)
+        factor = max(0.0, ((fixed + top_k) * context / base - fixed) / top_k) if top_k else context / base
+
+        def scaled(head: Head) -> Head:
+            if head.window is None:
+                return head
+            if not top_k:
+                return head.model_copy(update={"window": max(1, round((head.sink + head.window) * factor) - head.sink)})
+            keys = int(head.top_k * factor)
+            return head.model_copy(update={"top_k": keys, "scorer_weights": head.scorer_weights if keys else None})
+
+        layers = tuple(heads if heads is None else tuple(map(scaled, heads)) for heads in self.layers)
+        made = self.calibration | {"context": [context, context], "scaled_from": base}
+        return self.model_copy(update={"layers": layers, "calibration": made})
 
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Return the model's architecture."""

@@ -62,7 +62,8 @@ def _cache(
         raise HeadsinkError("chunk_size: sparse prefill evicts at every token; leave chunk_size out")
     streaming = plan.positions == "cache-relative"
     inverse = inverse_frequencies(model) if streaming else None
-    options = PrefillOptions(prefill == "dense" and not streaming, chunk_size, rotary_frequencies(model))
+    dense = prefill == "dense" and not streaming
+    options = PrefillOptions(dense, chunk_size if dense else None, rotary_frequencies(model))
     cache = PlanCache(plan, shape.windows, inverse, exact, options)
     cache.model = weakref.ref(unwrap(model))
     return cache

@@ -2,8 +2,8 @@
 
 A prefix is one safetensors file. Its header holds the plan and a few numbers, which determine the state of every head group and
 the dtype and shape of every tensor (`_expected`). A file with other tensors is refused before a kernel reads it. The tensors are
-the keys and values in use, in their order in memory (cache/slots.py), so that sums are equal bit for bit after loading. A
-visibility mask is stored only for groups that evict nothing; for others it follows from the header.
+the keys and values in use, in their order in memory (cache/slots.py), so that sums are equal bit for bit after loading. Which
+slots are visible follows from the header.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from headsink.cache.cache import PlanCache
 from headsink.cache.head_group import HeadGroup
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
-from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers import NONE
 from headsink.models.devices import dtype_name
 from headsink.models.spec import vocabulary
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import new_cache
+from headsink.runtime.apply import Prefill, new_cache
 from headsink.utils.files import new_file
 
-OLD = ("headsink prefix 1", "headsink prefix 2")
+OLD = ("headsink prefix 1", "headsink prefix 2", "headsink prefix 3")
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 
@@ -42,19 +42,20 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class _Header(BaseModel):
     """Metadata of a prefix file.
 
-    dtype: of keys and values. seen: tokens of every row, padding included. frozen: number of tokens seen when `freeze` was
-    called, None if it was not. prefix_slots: for every group of every layer, slots in front of its ring (before `freeze`, if
-    that was called); None for sliding-window layers of the model. text, exact: as for `save_prefix` and `new_cache`.
+    dtype: of keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
+    front of its ring; None for sliding-window layers of the model. text, exact, prefill, chunk_size: as for `save_prefix` and
+    `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["headsink prefix 3"] = "headsink prefix 3"
+    format: Literal["headsink prefix 4"] = "headsink prefix 4"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     exact: Annotated[bool, Field(strict=True)]
     seen: Annotated[int, Field(gt=0, strict=True)]
-    frozen: Count | None
+    prefill: Prefill
+    chunk_size: Annotated[int, Field(gt=0, strict=True)] | None
     prefix_slots: tuple[tuple[Count, ...] | None, ...]
     text: str
 
@@ -62,8 +63,8 @@ class _Header(BaseModel):
 class _Group(NamedTuple):
     """State of a head group, derived from the header.
 
-    name: prefix of its tensors' names. evicts: whether its slots are sink slots, top-k slots and a ring of the pattern's window
-    (before `freeze`, if that was called); otherwise they are a ring with every token. slots: number in use. stored: its tensors.
+    name: prefix of its tensors' names. evicts: whether its slots are sink slots, top-k slots and a ring of the pattern's window;
+    otherwise they are a ring with every token. slots: number in use. stored: its tensors.
     """
 
     name: str
@@ -82,16 +83,22 @@ def save_prefix(
 
     cache: filled under a plan, or compressed by `headsink.compress`. input_ids: int [batch, tokens], all tokens that the cache
     has seen, left padding included. text: the same as a string, for `prefix_text`. force: also replace a file that headsink did
-    not write. Raises HeadsinkError if cache and input_ids differ in length, and if the cache is empty, records tokens for `crop`,
-    hides tokens between others, or contains NaN.
+    not write. Raises HeadsinkError if cache and input_ids differ in length, and if the cache is empty or frozen, records tokens
+    for `crop`, hides tokens between others, or contains NaN.
     """
     rows, seen = _count_tokens(cache)
     if not seen or tuple(input_ids.shape) != (rows, seen):
         given, cached = (" x ".join(map(str, shape)) for shape in (input_ids.shape, (rows, seen)))
         raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {cached}")
+    if cache.frozen:
+        raise HeadsinkError("this cache is frozen, so it would grow without end: save it before freeze()")
     if any(group.recent is not None for group in _cache_groups(cache)):
         raise HeadsinkError("this cache records tokens so that they can be cropped: set its record_past to False")
-    if any(group.padding is not None and group.padding.hidden is not None for group in _cache_groups(cache)):
+    hidden = [
+        group.holes or (group.padding is not None and group.padding.hidden is not None)
+        for group in _cache_groups(cache)
+    ]
+    if any(hidden):
         raise HeadsinkError(
             "this cache hides tokens between visible ones: save it before the second turn of its conversations"
         )
@@ -118,7 +125,7 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
     header, tensors = _read(path)
     if header.dtype != dtype_name(model.dtype):
         raise HeadsinkError(f"{path}: its keys and values are {header.dtype}, the model is {dtype_name(model.dtype)}")
-    cache = new_cache(model, header.plan, header.exact)
+    cache = new_cache(model, header.plan, header.exact, prefill=header.prefill, chunk_size=header.chunk_size)
     try:
         _check(header, tensors, cache, vocabulary(model) - 1)
     except ValueError as error:
@@ -156,16 +163,10 @@ def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[_Header, 
 
 
 def _header(cache: PlanCache, seen: int, text: str) -> _Header:
-    """The header for a cache. Raises ValueError if its layers differ in tokens or in when they were frozen."""
-    frozen: set[int | None] = set()
+    """The header for a cache. Raises ValueError if its layers differ in tokens."""
     for index, layer in enumerate(cache.layers):
         if layer.get_seq_length() != seen:
             raise ValueError(f"layer {index} has seen {layer.get_seq_length()} tokens, layer 0 has seen {seen}")
-        for group in layer.groups if isinstance(layer, PlanLayer) else ():
-            if any(not layer.patterns[head].full for head in group.heads):  # for the others `freeze` changes nothing
-                frozen.add(None if group.evicts else group.start)
-    if len(frozen) > 1:
-        raise ValueError("freeze was called for some of its layers, or at different times")
     first = cache.layers[0]
     keys = first.groups[0].keys if isinstance(first, PlanLayer) else first.keys
     return _Header.model_validate(
@@ -174,9 +175,10 @@ def _header(cache: PlanCache, seen: int, text: str) -> _Header:
             "dtype": dtype_name(keys.dtype),
             "exact": cache.exact,
             "seen": seen,
-            "frozen": frozen.pop() if frozen else None,
+            "prefill": "dense" if cache.prefill.dense else "sparse",
+            "chunk_size": cache.prefill.chunk_size,
             "prefix_slots": [
-                tuple(map(_prefix_slots, layer.groups)) if isinstance(layer, PlanLayer) else None
+                tuple(group.prefix_slots for group in layer.groups) if isinstance(layer, PlanLayer) else None
                 for layer in cache.layers
             ],
             "text": text,
@@ -184,45 +186,29 @@ def _header(cache: PlanCache, seen: int, text: str) -> _Header:
     )
 
 
-def _prefix_slots(group: HeadGroup) -> int:
-    """Slots in front of the ring (before `freeze`, if that was called)."""
-    if group.evicts or group.pattern.window is None:
-        return group.prefix_slots
-    below_capacity = group.prefix_slots == group.start == group.pattern.size(group.start)
-    return 0 if below_capacity else group.prefix_slots - min(group.start, group.pattern.window)
-
-
 def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
     """The head groups of all layers. Raises ValueError for a header that no cache can have."""
     seen, streaming = header.seen, header.plan.positions == "cache-relative"
-    at = seen if header.frozen is None else header.frozen  # tokens seen when the state of a group was last updated
-    if at > seen or (streaming and header.frozen is not None):
-        raise ValueError(f"frozen: {at}, of {seen} tokens with {header.plan.positions} positions")
     if len(header.prefix_slots) != len(cache.layers):
         raise ValueError(f"prefix_slots: of {len(header.prefix_slots)} layers, the model has {len(cache.layers)}")
     for index, (layer, numbers) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
         patterns: dict[Pattern, int] = {}
         for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
-            pattern = FULL if header.frozen == 0 else pattern
             patterns[pattern] = patterns.get(pattern, 0) + 1
         if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
             raise ValueError(f"prefix_slots.{index}: {numbers}, of a layer with {len(patterns)} patterns")
         for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), numbers or (), strict=True)):
             window, most = pattern.window or 0, pattern.top_k
-            below_capacity = prefix_slots == 0 and pattern.size(at) == at and not (streaming and pattern.sink)
-            top_k = range(min(max(at - window, 0), most), most + 1)  # possible numbers of top-k slots
+            below_capacity = prefix_slots == 0 and pattern.size(seen) == seen and not (streaming and pattern.sink)
+            top_k = range(min(max(seen - window, 0), most), most + 1)  # possible numbers of top-k slots
             if not below_capacity and (pattern.full or prefix_slots - pattern.sink not in top_k):
                 raise ValueError(
-                    f"prefix_slots.{index}.{number}: {prefix_slots} slots after {at} tokens under {pattern}"
+                    f"prefix_slots.{index}.{number}: {prefix_slots} slots after {seen} tokens under {pattern}"
                 )
-            slots = prefix_slots + (at if below_capacity else min(at, window)) + seen - at
-            stored = ["keys", "values"]
-            if header.frozen is not None or pattern.full:
-                stored.append("visible")
-            elif not below_capacity and most:
-                stored.append("scores")
+            slots = prefix_slots + (seen if below_capacity else min(seen, window))
+            stored = ("keys", "values") if below_capacity or not most else ("keys", "values", "scores")
             name = f"layers.{index}.{number}."
-            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, tuple(stored))
+            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, stored)
 
 
 def _count_tokens(cache: PlanCache) -> tuple[int, int]:
@@ -281,18 +267,12 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     if "padding" in tensors:
         _check_range("padding", tensors["padding"], header.seen)
     for name, tensor in tensors.items():
-        if name.endswith(".visible"):
-            _check_range(name, tensor.contiguous().view(torch.uint8), 1)
-        elif tensor.is_floating_point():
+        if tensor.is_floating_point():
             finite = tensor.isfinite()
             if not (finite | (tensor == NONE) if name.endswith(".scores") else finite).all():
                 raise ValueError(f"{name}: it holds NaN or infinite numbers")
     for group in _groups(header, cache):
-        if "visible" in group.stored:
-            ring, real = _read_ring(header, tensors, group)
-            if (ring & ~real).any():
-                raise ValueError(f"{group.name}visible: it shows padding")
-        elif "scores" in group.stored:
+        if "scores" in group.stored:
             evicted = header.seen - (group.pattern.window or 0) - group.pattern.sink - _read_padding(tensors)
             if ((tensors[group.name + "scores"] > NONE).sum(-1) > evicted.clamp(min=0)[:, None]).any():
                 raise ValueError(f"{group.name}scores: of more top-k keys than have left the window")
@@ -311,7 +291,6 @@ def _expected_tensors(header: _Header, cache: PlanCache, rows: int) -> dict[str,
         kinds = {
             "keys": (dtype, (*layout, dim)),
             "values": (dtype, (*layout, dim)),
-            "visible": (torch.bool, layout),
             "scores": (
                 torch.promote_types(dtype, torch.float32),
                 (*layout[:2], group.prefix_slots - group.pattern.sink),
@@ -336,17 +315,6 @@ def _read_padding(tensors: dict[str, Tensor]) -> Tensor:
     return tensors.get("padding", ids.new_zeros(len(ids)))
 
 
-def _read_ring(header: _Header, tensors: dict[str, Tensor], group: _Group) -> tuple[Tensor, Tensor]:
-    """For a group that evicts nothing: which tokens in its ring are visible, and which are not padding.
-
-    Both are bool [rows, heads, tokens].
-    """
-    visible, start = tensors[group.name + "visible"], header.frozen or 0
-    columns = torch.arange(start, header.seen, device=visible.device)
-    real = columns >= _read_padding(tensors)[:, None, None].to(visible.device)
-    return visible[:, :, group.slots - len(columns) :], real.expand(-1, group.heads, -1)
-
-
 # loading
 
 
@@ -359,10 +327,8 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
         if isinstance(layer, PlanLayer):
             none = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, dtype=getattr(torch, header.dtype))
             none = none.to(tensors["input_ids"].device)
-            if header.frozen == 0:
-                layer.freeze()
             layer.fill(none, none, padding)
-            layer.frozen, layer.seen = header.frozen is not None, header.seen
+            layer.seen = header.seen
         else:
             keys, values = (tensors[f"layers.{index}.{name}"] for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
@@ -372,19 +338,11 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             setattr(live, name, tensors[group.name + name])
         if group.evicts:
             live.below_capacity, live.window, live.prefix_slots = False, group.pattern.window, group.prefix_slots
-        if header.frozen is not None:
-            live.length = header.frozen
-            live.freeze()
-        live.length = header.seen
-        if "visible" in group.stored:
-            ring, real = _read_ring(header, tensors, group)
-            live.holes = not torch.equal(ring, real)
-        else:
-            live.visible = _visible(header, tensors, group, live.scores)
+        live.length, live.visible = header.seen, _visible(header, tensors, group, live.scores)
 
 
 def _visible(header: _Header, tensors: dict[str, Tensor], group: _Group, scores: Tensor) -> Tensor:
-    """Visible slots of a group that may evict: bool [rows, heads, slots]. scores: of its top-k keys."""
+    """Visible slots of a group: bool [rows, heads, slots]. scores: of its top-k keys."""
     seen, sinks = header.seen, group.pattern.sink if group.evicts else 0
     recent = min(seen, group.pattern.window or 0) if group.evicts else seen
     padding = _read_padding(tensors)[:, None, None]

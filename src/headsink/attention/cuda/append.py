@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.attention.cuda.decode import (
-    ANCHORS,
     FIELDS,
     KEYS,
     PAD,
+    PREFIX_SLOTS,
     SCORES,
     SINK,
     START,
@@ -58,7 +58,7 @@ def _enter(
     keys = tl.load(own + KEYS).to(tl.pointer_type(kind))
     values = tl.load(own + VALUES).to(tl.pointer_type(kind))
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
-    sink, top_k, prefix_slots = tl.load(own + SINK), tl.load(own + TOP_K), tl.load(own + ANCHORS)
+    sink, top_k, prefix_slots = tl.load(own + SINK), tl.load(own + TOP_K), tl.load(own + PREFIX_SLOTS)
     start, window, pad = tl.load(own + START), tl.load(own + WINDOW), tl.load(own + PAD)
     offset = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
     slot = prefix_slots + offset
@@ -134,7 +134,7 @@ def _hide(
     own = table + head.to(tl.int64) * FIELDS
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
     column = tl.arange(0, SOME)
-    slot = tl.load(own + ANCHORS) + tl.load(length_at) - COLUMNS + column - tl.load(own + START)
+    slot = tl.load(own + PREFIX_SLOTS) + tl.load(length_at) - COLUMNS + column - tl.load(own + START)
     sequence = head // HEADS % SEQUENCES
     hide_it = tl.load(hidden + sequence * COLUMNS + column, column < COLUMNS, other=0) != 0
     tl.store(visible + slot, 0, hide_it)

@@ -24,7 +24,7 @@ from headsink.errors import must_be
 
 TILE_BYTES = 2**14  # of the keys in a tile; the same for the values
 FIELDS = tl.constexpr(len(KVField))
-KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, TOP_K, ANCHORS, START, WINDOW, PAD = (
+KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, TOP_K, PREFIX_SLOTS, START, WINDOW, PAD = (
     tl.constexpr(int(field)) for field in list(KVField)[: KVField.END]
 )
 
@@ -38,7 +38,7 @@ def _spans(table, length, heads: tl.constexpr, HEADS: tl.constexpr, TILE: tl.con
     head = tl.arange(0, HEADS)
     real = head < heads
     own = table + head * FIELDS
-    prefix_slots, start = tl.load(own + ANCHORS, real, other=0), tl.load(own + START, real, other=0)
+    prefix_slots, start = tl.load(own + PREFIX_SLOTS, real, other=0), tl.load(own + START, real, other=0)
     window, pad = tl.load(own + WINDOW, real, other=0), tl.load(own + PAD, real, other=0)
     ends = tl.where(real, prefix_slots + tl.minimum(length - start, window), 0).to(tl.int32)
     unseen = tl.where((window >= length) & (prefix_slots == 0), tl.maximum(pad - start, 0), 0).to(tl.int32)

@@ -2,9 +2,8 @@
 
 The plans of a model come first, whatever else is asked for; then what they cost on tasks (quality.py), what kinds of prompts
 differ in (families.py), and, once for every context and batch, speed and memory. Plans are made for one context. For speed and
-memory at another one they are stretched: every head keeps the same share of the context as it did of its own, by more or fewer
-top-k keys, or a longer or shorter window where it has none. How long a plan runs depends on those shares, not on which keys
-they are.
+memory at another one they are scaled (`Plan.scale`). How long a plan runs depends on how many keys each head keeps, not on which
+keys they are.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from headsink.calibration.calibrate import Calibration
 from headsink.errors import HeadsinkError
 from headsink.models.devices import dtype_name
 from headsink.plan.plan import Plan
-from headsink.plan.schema import Head
 from headsink.utils.files import sha256
 from headsink.utils.progress import console
 
@@ -110,20 +108,9 @@ def again(options: Options, folder: Path, name: str) -> list[Compared]:
         return records.compare(before, records.measure(row, Path(temporary) / "row.partial"))
 
 
-def rescale(plan: Plan, context: int) -> Plan:
-    """A plan for another context than it was made for: each head keeps the same share of it."""
-    made = plan.calibration["context"][0]
-
-    def head(one: Head) -> Head:
-        keys = round(one.pattern.size(made) / made * context)
-        if one.window is None or context == made:
-            return one
-        if one.top_k:
-            return one.model_copy(update={"top_k": max(1, keys - one.sink - one.window)})
-        return one.model_copy(update={"window": max(1, keys - one.sink)})
-
-    layers = tuple(None if layer is None else tuple(map(head, layer)) for layer in plan.layers)
-    return plan.model_copy(update={"layers": layers, "quality": ()})
+def _scale(plan: Plan, context: int) -> Plan:
+    """A plan for another context, without the quality that it has at its own (`Plan.scale`)."""
+    return plan.scale(context).model_copy(update={"quality": ()})
 
 
 def plan_file(options: Options, folder: Path, model: str, budget: float) -> Path:
@@ -224,7 +211,7 @@ def _memory(options: Options, folder: Path, model: str, context: int, batch: int
 def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> dict[str, Any]:
     """The options of speed and memory. The model that tasks ran on is released."""
     _load.cache_clear()
-    plans = {name: rescale(plan, context) for name, plan in _plans(options, folder, model).items()}
+    plans = {name: _scale(plan, context) for name, plan in _plans(options, folder, model).items()}
     settings = options.of("llama_cpp", "vllm", "seed", "device") | {"dtype": options.dtype or SPEED_DTYPE}
     return {"contexts": [context], "batches": [batch], "plans": plans, **settings}
 

@@ -2,7 +2,6 @@
 
 import typer
 
-from headsink.cli.bench.census import census
 from headsink.cli.bench.domains import domains
 from headsink.cli.bench.memory import memory
 from headsink.cli.bench.quality import quality
@@ -15,7 +14,6 @@ bench = typer.Typer(
 )
 add_command(bench, domains)
 add_command(bench, quality)
-add_command(bench, census)
 add_command(bench, speed)
 add_command(bench, memory)
 add_command(bench, everything, name="all")

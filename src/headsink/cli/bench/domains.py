@@ -12,14 +12,14 @@ import typer
 import headsink
 from headsink.bench.options import check_families
 from headsink.cli.bench.shared import OutFile, deliver
-from headsink.cli.options import Device, Dtype, Force, Json, Model, Seed, names
+from headsink.cli.options import Force, Model, RunOptions, Seed, names
 from headsink.data.domains import KINDS
 from headsink.utils.files import check_file
 from headsink.utils.terminal import resumable
 
 
 @dataclass(frozen=True)
-class DomainsOptions:
+class DomainsOptions(RunOptions):
     """Options of `headsink bench domains`."""
 
     model: Model = "smollm2"
@@ -35,10 +35,7 @@ class DomainsOptions:
     ] = Path("runs/domains")
     out_file: OutFile = None
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
 
 
 def domains(options: DomainsOptions) -> None:

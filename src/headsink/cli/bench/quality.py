@@ -14,13 +14,11 @@ import headsink
 from headsink.bench.tasks.tasks import TASKS
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cli.options import (
-    Device,
-    Dtype,
     Force,
-    Json,
     Model,
     OtherWeights,
     PlanFiles,
+    RunOptions,
     Seed,
     check_other_weights,
     names,
@@ -42,7 +40,7 @@ BUDGETS = "0.5,0.25,0.125"
 
 
 @dataclass(frozen=True)
-class QualityOptions:
+class QualityOptions(RunOptions):
     """Options of `headsink bench quality`."""
 
     model: Model = "smollm2"
@@ -57,10 +55,7 @@ class QualityOptions:
     out_file: Annotated[Path, typer.Option("--out", help="Where the JSON goes.")] = Path("quality.json")
     other_weights: OtherWeights = False
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
 
     def __post_init__(self) -> None:
         if self.plan_files and self.budgets is not None:

@@ -21,13 +21,11 @@ from headsink.cli.bench.shared import (
     named_plans,
 )
 from headsink.cli.options import (
-    Device,
-    Dtype,
     Force,
-    Json,
     Model,
     OtherWeights,
     PlanFiles,
+    RunOptions,
     Seed,
     batch_sizes,
     numbers,
@@ -37,7 +35,7 @@ from headsink.utils.progress import console
 
 
 @dataclass(frozen=True)
-class SpeedOptions:
+class SpeedOptions(RunOptions):
     """Options of `headsink bench speed`."""
 
     model: Model = "smollm2"
@@ -56,10 +54,7 @@ class SpeedOptions:
     other_weights: OtherWeights = False
     out_file: OutFile = None
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
     force: Force = False
-    as_json: Json = False
 
     def arguments(self) -> dict[str, Any]:
         """What `run` of bench/speed.py or bench/memory.py takes, read and checked."""

@@ -15,7 +15,7 @@ import typer
 from headsink.bench.options import Options, check_contexts, check_families, model_names
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, Rounds, Vllm, join_values
-from headsink.cli.options import Device, Dtype, Force, Json, Seed, batch_sizes, names, numbers
+from headsink.cli.options import Device, Force, Json, RunOptions, Seed, batch_sizes, names, numbers
 from headsink.errors import HeadsinkError
 from headsink.evaluation.options import check_budget
 from headsink.utils.files import check_file
@@ -27,7 +27,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that headsink bench all fil
 
 
 @dataclass(frozen=True)
-class AllOptions:
+class AllOptions(RunOptions):
     """Options of `headsink bench all`."""
 
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the rows and plans; what is there is kept.")]
@@ -54,9 +54,6 @@ class AllOptions:
         bool, typer.Option("--list", help="Measure nothing: say which rows there are, and their state.")
     ] = False
     seed: Seed = 0
-    dtype: Dtype = None
-    device: Device = None
-    as_json: Json = False
 
     def measured(self) -> Options:
         """What is measured, read and checked."""

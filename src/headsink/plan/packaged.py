@@ -1,0 +1,55 @@
+"""Plans that come with the package, for built-in models. `benchmarks/packaged_plans.py` makes them. Does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headsink.errors import HeadsinkError
+from headsink.models.builtin import builtin_name
+
+if TYPE_CHECKING:
+    from headsink.plan.plan import Plan
+
+FOLDER = Path(__file__).parent / "packaged"
+
+
+def packaged_plan(model: str, budget: float, context: int) -> Plan:
+    """Return a packaged plan with a KV budget for texts of `context` tokens.
+
+    model: name of a built-in model. The plan with the nearest longer context is used, or the one with the longest, and scaled to
+    `context` (`Plan.scale`). Raises HeadsinkError if there is no packaged plan for the model or the budget.
+    """
+    from headsink.plan.plan import Plan
+
+    found = _contexts(model, budget)
+    nearest = min((n for n in found if n >= context), default=max(found))
+    return Plan.load(packaged_file(model, nearest, budget)).scale(context)
+
+
+def check_packaged(model: str, budget: float) -> None:
+    """Raise HeadsinkError unless there is a packaged plan for a model and a KV budget."""
+    _contexts(model, budget)
+
+
+def packaged_file(model: str, context: int, budget: float) -> Path:
+    """The file of the packaged plan for a context in tokens and a KV budget."""
+    return FOLDER / f"{builtin_name(model)}-{context}-{budget}.json"
+
+
+def _contexts(model: str, budget: float) -> list[int]:
+    """The contexts of the packaged plans for a model and a KV budget."""
+    names = [path.stem.rsplit("-", 2) for path in FOLDER.glob("*.json")]
+    own = [(int(context), float(kept)) for name, context, kept in names if name == builtin_name(model)]
+    if not own:
+        packaged = ", ".join(sorted({name for name, *_ in names}))
+        raise HeadsinkError(
+            f"budget: the package has plans for {packaged} only; make one for {model} with `headsink plan` and give "
+            "--plan FILE"
+        )
+    if found := [context for context, kept in own if kept == budget]:
+        return found
+    raise HeadsinkError(
+        f"budget: {budget} is not packaged for {model}; one of {', '.join(str(b) for b in sorted({b for _, b in own}))}, or make "
+        f"a plan with `headsink plan {model} --budget {budget}` and give --plan FILE"
+    )
