@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 import headsink
+from headsink.bench.heading import provenance
 from headsink.cache.layer import PlanLayer
 from headsink.data import corpus
 from headsink.data import documents as probes
@@ -80,14 +80,10 @@ def main() -> None:
         mean, half = interval(own.double())
         names = ("delta_nll_first", "delta_nll_last", "added")
         summary[budget] = {name: [float(m), float(h)] for name, m, h in zip(names, mean, half, strict=True)}
-    found = {
-        "what": "delta NLL of the first and last 256 of 768 decoded tokens, and what was added; mean, half of the 95 % interval",
-        "command": "python " + " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
-        "context": arguments.context,
-        "summary": summary,
-        "records": records,
-    }
+    what = (
+        "delta NLL of the first and last 256 of 768 decoded tokens, and what was added; mean, half of the 95 % interval"
+    )
+    found = provenance(what) | {"context": arguments.context, "summary": summary, "records": records}
     write_text(arguments.out, json.dumps(found, indent=1))
     print(json.dumps(summary, indent=1))
 

@@ -2,7 +2,7 @@
 
 python examples/demo.py [--out runs/demo] [--model smollm2]
 
-Takes at most 10 minutes on 2 cores. All printed numbers are measured during the run; all files are written under --out.
+Takes about 4 minutes on 2 cores. All printed numbers are measured during the run; all files are written under --out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
+from headsink.calibration.verification import figures
 from headsink.cli.analyze_output import print_census
 from headsink.cli.compare import print_comparison
 from headsink.cli.output import generated_json
@@ -27,10 +28,11 @@ from headsink.plan.plan import Plan
 from headsink.report.comparison import write_comparison
 from headsink.utils.files import write_text
 
-LENGTHS = (256, 1024, 4096)
+LENGTHS = (256, 1024, 2048)
 BUDGET = 0.25
-DOCUMENT_TOKENS = 3000
-NEEDLE = "Note: the locker in the hall opens with 48213."
+DOCUMENT_TOKENS = 2000
+CODE = "48213"
+NEEDLE = f"Note: the locker in the hall opens with {CODE}."
 QUESTION = "Question: Which number opens the locker?\nAnswer: The locker in the hall opens with"
 
 console = Console(soft_wrap=True)
@@ -78,22 +80,22 @@ def main() -> None:
     print_census(console, census)
 
     console.rule(f"3. A plan that keeps {BUDGET:.0%} of the KV cache at {DOCUMENT_TOKENS} tokens")
-    plan = headsink.calibrate(
-        model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=(DOCUMENT_TOKENS + 64,)
-    )
+    plan = headsink.calibrate(model, tokenizer, budget=BUDGET, context=DOCUMENT_TOKENS, quality_contexts=())
     plan.save(out / "plan.json")
     print_plan(console, plan)
+    console.print(f"On the calibration documents: {figures(plan.calibration['verified'])}.", highlight=False)
 
     console.rule(f"4. A question about a document of {DOCUMENT_TOKENS} tokens")
     console.print(f"The document says, a third of the way in: {NEEDLE}\nThe question: {QUESTION}", highlight=False)
     results = answer_both(model, tokenizer, plan)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "prompt tokens", "time to first token", "ms per token", "KV cache"):
+    for column in ("", "answer", "prompt tokens", "time to first token", "ms per token", "KV cache"):
         table.add_column(column)
     for name, done in results:
         per_token = f"{1000 * done.token_s:.1f}" if done.token_s else "-"
         kv = f"{done.kv_bytes / 1e6:.1f} MB"
-        table.add_row(name, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
+        right = "right" if done.text.strip().startswith(CODE) else "wrong"
+        table.add_row(name, right, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
     console.print(table)
     write_text(
         out / "answers.json", json.dumps({name: generated_json(done) for name, done in results}, indent=1) + "\n"
@@ -108,7 +110,13 @@ def main() -> None:
 
     console.rule()
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Results:", highlight=False)
-    for path in ("census/report.html", "census/figure-roles-4096.png", "plan.json", "answers.json", "comparison.html"):
+    for path in (
+        "census/report.html",
+        f"census/figure-roles-{LENGTHS[-1]}.png",
+        "plan.json",
+        "answers.json",
+        "comparison.html",
+    ):
         console.print(f"  {out / path}", highlight=False)
 
 

@@ -13,8 +13,10 @@ from headsink.calibration.allocation import (
     SWEEPS,
     allocate,
     coordinate_descent,
+    smallest,
     transfer,
 )
+from headsink.eviction.pattern import Pattern
 
 some_shares = st.lists(st.floats(0, 1), min_size=2, max_size=8).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -27,6 +29,23 @@ def test_allocation_keeps_the_most_important_keys_of_all_heads(share):
     stay = ranks < importance.numel() - 1 - int((1 - share) * (importance.numel() - 1))
     assert torch.equal(found, stay.double().mean(-1))
     assert found.mean() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(("share", "floor"), [(0.25, 0.05), (0.03, 0.02), (0.03, 0.5)])
+def test_every_head_has_its_floor(share, floor):
+    spread = torch.linspace(0, 8, 6).view(3, 2, 1)  # of six heads, the last ones have all of the most important keys
+    importance = torch.randn(3, 2, 1000, generator=torch.Generator().manual_seed(1)) + spread
+    found, free, least = allocate(importance, share, floor), allocate(importance, share), min(floor, share / 2)
+    assert found.mean() == pytest.approx(share, abs=0.001)
+    assert found.min() == pytest.approx(least, abs=0.001)
+    assert free.min() == 0
+    above = found > least + 0.001  # these compete as before, for what is left
+    assert torch.equal(found[above].argsort(), free[above].argsort())
+
+
+@pytest.mark.parametrize(("keys", "window"), [(0, 8), (60, 10), (109, 18), (200, 32), (5000, 32)])
+def test_the_window_of_a_small_plan_is_a_part_of_its_keys(keys, window):
+    assert smallest(keys) == Pattern(4, 0, window)
 
 
 @example(torch.tensor([0.5, 2.2251e-309], dtype=torch.float64), 0, 0.0)  # division by it is not finite

@@ -14,7 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SINK, WINDOW = 4, 32  # sink tokens and recent tokens of every head that is not full
+from headsink.eviction.pattern import Pattern
+
+SINK = 4  # sink tokens of every head that is not full
+WINDOW, LEAST_WINDOW, PART = (
+    32,
+    8,
+    6,
+)  # its recent tokens: one in 6 of the keys that a head keeps on average, from 8 to 32
+FLOOR = 8  # top-k keys of every head at least, as in the safeguard of Ada-KV (arXiv 2407.11550)
 FEW = 16  # heads at most for coordinate descent
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the budget of each head
 NONE = 1e-9  # share of the context: a head with less has no keys
@@ -23,14 +31,22 @@ GAIN = 0.02  # relative decrease of the loss per sweep over the heads, below whi
 SWEEPS = 4  # at most
 
 
-def allocate(importance: Tensor, share: float) -> Tensor:
+def smallest(keys: int) -> Pattern:
+    """The pattern of a head without top-k keys, in a plan whose heads keep `keys` keys on average."""
+    return Pattern(SINK, 0, min(WINDOW, max(LEAST_WINDOW, keys // PART)))
+
+
+def allocate(importance: Tensor, share: float, floor: float = 0.0) -> Tensor:
     """Head budgets: the share of each head's keys among the most important keys of all heads, float64 [layers, KV heads].
 
     importance: importance scores [layers, KV heads, samples], of layers without a sliding window. share: budget, the share of all
-    keys that is kept.
+    keys that is kept. floor: every head has at least this share, or half of `share` if that is less.
     """
-    rest = int((1 - share) * (importance.numel() - 1))  # quantile() fails for more than 2^24 numbers
-    return (importance > importance.flatten().kthvalue(1 + rest).values).double().mean(-1)
+    samples = importance.shape[-1]
+    own = importance.topk(int(min(floor, share / 2) * samples), -1).indices
+    ranked = importance.scatter(-1, own, float("inf"))
+    rest = int((1 - share) * (ranked.numel() - 1))  # quantile() fails for more than 2^24 numbers
+    return (ranked > ranked.flatten().kthvalue(1 + rest).values).double().mean(-1)
 
 
 def transfer(shares: Tensor, head: int, factor: float) -> Tensor | None:

@@ -9,7 +9,7 @@ over held-out documents (evaluation/quality.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import accumulate, cycle
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.calibration.allocation import FEW, SINK, SWEEPS, WINDOW, allocate, coordinate_descent
+from headsink.calibration.allocation import FEW, FLOOR, SWEEPS, allocate, coordinate_descent, smallest
 from headsink.calibration.cached_document import CachedDocument, mean_loss
 from headsink.calibration.checkpoint import Checkpoint, Step, check_checkpoint
 from headsink.calibration.method import Method
@@ -174,8 +174,8 @@ class Calibration:
             "method": asdict(self.method),
         }
         self.checkpoint = Checkpoint(checkpoint, self.settings | _identity(model))
-        smallest = (Pattern(SINK, 0, WINDOW),) if self.method.allocates else candidates(self.method, self.shortest)
-        self.least = min(pattern.size(self.shortest) for pattern in smallest) / self.shortest
+        options = (smallest(0),) if self.method.allocates else candidates(self.method, self.shortest)
+        self.least = min(pattern.size(self.shortest) for pattern in options) / self.shortest
         self._read()
 
     def _read(self) -> None:
@@ -217,7 +217,7 @@ class Calibration:
                 f"budget: {budget} of {self.shortest} tokens is less than the smallest plan, {self.least:.3f}"
             )
         if self.method.allocates:
-            patterns = self._patterns(self._allocate(budget))
+            patterns = self._patterns(self._allocate(budget), budget)
         else:
             patterns = choose_patterns(self.method, self.planned, self.errors, self.shortest, budget, self.seed)
         plan = Plan.of(
@@ -273,17 +273,19 @@ class Calibration:
     def _allocate(self, budget: float) -> Tensor:
         """Head budgets by importance, then by coordinate descent if there are few heads (allocation.py): float64 [heads]."""
         assert self.importance is not None
-        share = budget - self.least if budget < 1 else 1.0
-        shares = allocate(self.importance[self.planned], share).flatten()
+        least = smallest(int(budget * self.shortest)).size(self.shortest) / self.shortest
+        share = budget - least if budget < 1 else 1.0
+        shares = allocate(self.importance[self.planned], share, FLOOR / self.shortest).flatten()
         if budget == 1 or not self.method.importance:
             return torch.full_like(shares, share)
         return self._descend(shares, budget) if self.cached else shares
 
-    def _patterns(self, shares: Tensor) -> list[list[Pattern] | None]:
-        rest = iter(shares.tolist())
+    def _patterns(self, shares: Tensor, budget: float) -> list[list[Pattern] | None]:
+        """The patterns of head budgets, float64 [heads]: shares of the context that are top-k keys."""
+        least, rest = smallest(int(budget * self.shortest)), iter(shares.tolist())
 
         def pattern() -> Pattern:
-            result = Pattern(SINK, int(next(rest) * self.shortest + 1e-6), WINDOW)
+            result = replace(least, top_k=int(next(rest) * self.shortest + 1e-6))
             return result if result.size(self.shortest) < self.shortest else FULL
 
         return [[pattern() for _ in range(self.shape.kv_heads)] if own else None for own in self.planned]
@@ -301,7 +303,7 @@ class Calibration:
             return mean_loss(self.cached, patterns)
 
         def loss(trial: Tensor) -> float:
-            return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial)))
+            return measured(tuple(None if row is None else tuple(row) for row in self._patterns(trial, budget)))
 
         def save(reached: Tensor, lowest: float, done: bool = False) -> None:
             self.checkpoint.save(budget, Step(reached.tolist(), lowest, done))
