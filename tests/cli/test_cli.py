@@ -309,6 +309,26 @@ def test_chat_uses_one_cache(run, tiny_folder):
 
 
 @pytest.mark.slow
+def test_a_budget_needs_no_plan_file(run, tmp_path):
+    text = "The lighthouse keeper counted ships. On Monday there were seven of them, and on Tuesday none came by. " * 9
+    (tmp_path / "text.txt").write_text(text)
+    words = ("smollm2", "--budget", "0.25", "--file", tmp_path / "text.txt", "--device", "cpu", "--json")
+    status, out, err = run("generate", *words, "--prompt", "How many?", "--max-new-tokens", "4")
+    found = json.loads(out)
+    assert (status, found["budget"], found["plan"]) == (0, 0.25, None), err
+    token = 2 * 30 * 3 * 64 * 4  # bytes in float32
+    assert found["kv_bytes"] < 0.5 * found["prompt_tokens"] * token  # buffers of short texts have spare room
+    for how in (("--prefill", "sparse"), ("--chunk-size", "64")):
+        assert run("generate", *words, "--prompt", "How many?", "--max-new-tokens", "4", *how)[0] == 0
+    status, out, err = run("prefill", *words, "--out", tmp_path / "text.kv")
+    assert (status, json.loads(out)["budget"]) == (0, 0.25), err
+    assert json.loads(out)["kv_bytes"] < 0.5 * json.loads(out)["prompt_tokens"] * token
+    words = ("smollm2", "--prefix", tmp_path / "text.kv", "--prompt", "How many?", "--max-new-tokens", "4")
+    assert run("generate", *words, "--device", "cpu")[0] == 0
+    assert run("chat", "smollm2", "--budget", "0.5", "--max-new-tokens", "2", "--device", "cpu", stdin="hi\n")[0] == 0
+
+
+@pytest.mark.slow
 def test_bench_speed(run, tiny_folder, tmp_path):
     model = headsink.load(tiny_folder, device="cpu")[0]
     random_plan(model, 1).save(tmp_path / "plan.json")

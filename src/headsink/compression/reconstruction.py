@@ -96,8 +96,8 @@ class Reconstruction:
             attention = self._attention(inputs, head, rows, keys, stride)
             output = attention @ torch.cat([values, inputs.value[0, head, rows].to(values.dtype)])
             weights = attention[:, fixed : len(indices)]
-            gram += weights.T @ weights
-            residual += weights.T @ (outputs[head, :, rows].flatten(0, 1)[::stride] - output)
+            gram.addmm_(weights.T, weights)  # in place: the matrix is larger than the processor's cache
+            residual.addmm_(weights.T, outputs[head, :, rows].flatten(0, 1)[::stride] - output)
         diagonal = gram.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
         return values[fixed:] + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
