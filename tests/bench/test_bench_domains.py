@@ -73,7 +73,7 @@ def test_a_cell_equals_running_the_plans(result, model, small, folder):
     cells = {(c["calibrated_on"], c["tested_on"]): c for c in result["cells"]}
     assert list(cells) == [(a, b) for a in (DEFAULT, *KINDS) for b in KINDS]
     first = document(small, CONTEXT - 256, split="heldout", seed=0, domains=("code",), continuation=256)
-    scored = score(model, Plan.load(folder / "maths-0.json"), first)
+    scored = score(model, [Plan.load(folder / "maths-0.json")], first)[0]
     kept = [json.loads(path.read_text()) for path in sorted((folder / "tested").glob("code-*.json"))]
     record = kept[0]["maths-0"]
     assert record["kl"] == pytest.approx(scored[0].kl.tolist(), abs=1e-6)

@@ -91,7 +91,7 @@ def save_prefix(
         given, cached = (" x ".join(map(str, shape)) for shape in (input_ids.shape, (rows, seen)))
         raise HeadsinkError(f"input_ids: {given} tokens given, the cache has seen {cached}")
     if cache.frozen:
-        raise HeadsinkError("this cache is frozen, so it would grow without end: save it before freeze()")
+        raise HeadsinkError("this cache is frozen and no longer evicts: save it before freeze()")
     if any(group.recent is not None for group in _cache_groups(cache)):
         raise HeadsinkError("this cache records tokens so that they can be cropped: set its record_past to False")
     hidden = [
