@@ -109,7 +109,7 @@ def _secondary(census: Census, length: int) -> str:
     found, tau = stability(census, length), suggested_tau(census, length)
     overlap = "" if found["overlap"] is None else f", the same tokens in two texts by {found['overlap']:.0%}"
     return (
-        f"Floating sinks in every text: {found['heads_with']} KV heads, {found['mean_count']:.0f} a text{overlap}; tau by the "
+        f"Secondary sinks in every text: {found['heads_with']} KV heads, {found['mean_count']:.0f} a text{overlap}; tau by the "
         f"rule: {tau if tau is not None else 'none, there are no secondary sinks'} (used: {census.settings['limits']['tau']})."
     )
 

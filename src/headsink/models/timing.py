@@ -19,17 +19,24 @@ PLAN = 70.0  # cost of a calibration per token of the context, relative to a tok
 
 
 def seconds_per_token(model: PreTrainedModel) -> float:
-    """Return the seconds per prompt token. Passes double in length, so the first ones warm up the last."""
+    """Return the seconds per prompt token, after a warm-up. Passes double in length until one takes long enough."""
     tokens, most = SHORTEST, min(LONGEST, model.config.get_text_config(decoder=True).max_position_embeddings)
+    _seconds(model, min(tokens, most))
     while True:
-        ids = torch.zeros(1, min(tokens, most), dtype=torch.int64, device=input_device(model))
-        start = time.perf_counter()
-        with torch.no_grad():
-            float(model(ids, use_cache=False, logits_to_keep=1).logits.sum())  # waits for a GPU
-        seconds = time.perf_counter() - start
-        if seconds >= ENOUGH or tokens >= most:
-            return seconds / ids.shape[1]
+        tokens = min(tokens, most)
+        seconds = _seconds(model, tokens)
+        if seconds >= ENOUGH or tokens == most:
+            return seconds / tokens
         tokens *= 2
+
+
+def _seconds(model: PreTrainedModel, tokens: int) -> float:
+    """Time one forward pass over a prompt."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=input_device(model))
+    start = time.perf_counter()
+    with torch.no_grad():
+        float(model(ids, use_cache=False, logits_to_keep=1).logits.sum())  # waits for a GPU
+    return time.perf_counter() - start
 
 
 def print_estimate(what: str, model: PreTrainedModel, tokens: float, factor: float) -> None:
