@@ -2,7 +2,7 @@
 
 python examples/demo.py [--out runs/demo] [--model smollm2]
 
-Takes about 4 minutes on 2 cores. All printed numbers are measured during the run; all files are written under --out.
+Takes about 6 minutes on 2 cores. All printed numbers are measured during the run; all files are written under --out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
         interpreter.replace_once_a_launch()
 
 
-CASES = 6  # of a parametrized test, at most, that `--fast` keeps: evenly spaced over its matrix
+CASES = 3  # of a parametrized test, at most, that `--fast` keeps: evenly spaced over its matrix
 
 
 def pytest_addoption(parser) -> None:
