@@ -24,6 +24,7 @@ from headsink.bench.heading import machine, provenance
 from headsink.cache.cache import nbytes
 from headsink.data import corpus
 from headsink.models.spec import decoder, describe
+from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import prefill
 from headsink.utils.files import write_text
@@ -35,7 +36,8 @@ METHODS = ("transformers", "dense", "sparse", "reconstruction")
 def read(model: PreTrainedModel, plan: Plan, ids: Tensor, method: str) -> None:
     if method == "transformers":
         with torch.no_grad():
-            model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+            cache = DynamicCache(config=model.config)
+            model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         return
     cache = headsink.new_cache(model, plan, exact=False, prefill="sparse" if method == "sparse" else "dense")
     prefill(model, plan, ids, cache=cache, reconstruct=method == "reconstruction")

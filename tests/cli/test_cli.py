@@ -375,7 +375,7 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prompt", "x", "--budget", "0.25"], "the package has plans for smollm2 only"),
         (["generate", "smollm2", "--prompt", "x", "--budget", "0.3"], "0.3 is not packaged for smollm2; one of 0.125"),
         (["chat", "smollm2", "--budget", "0.25", "--plan", "PLAN"], "give --plan FILE or --budget, one of the two"),
-        (["generate", "TINY", "--prompt", "x", "--prefill", "thin"], "prefill: 'thin' is neither dense nor sparse"),
+        (["generate", "TINY", "--prompt", "x", "--prefill", "thin"], "prefill: 'thin' is neither 'dense' nor 'sparse'"),
         (
             ["generate", "TINY", "--prompt", "x", "--prefill", "sparse"],
             "prefill: --prefill sparse and --chunk-size need",
@@ -383,7 +383,7 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "0"], "chunk-size"),
         (
             ["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "9", "--prefill", "sparse"],
-            "chunk-size: sparse prefill evicts at every token",
+            "chunk_size: sparse prefill evicts at every token",
         ),
         (["prefill", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
         (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
@@ -633,6 +633,13 @@ def test_doctor_reports_the_tested_transformers(run, monkeypatch):
     assert status == 0
     assert err == warning + 'pip install "transformers>=5.4,<5.10"\n'
     assert json.loads(out)["transformers"]["warning"] == err.strip()
+
+
+def test_the_estimate_leaves_the_first_pass_out(monkeypatch):
+    """The first pass of a process is slow."""
+    model, passes = headsink.load("smollm2", device="cpu")[0], iter([9.0, 0.1, 0.2, 0.4])
+    monkeypatch.setattr(timing, "_seconds", lambda model, tokens: next(passes))
+    assert timing.seconds_per_token(model) == pytest.approx(0.4 / 128)
 
 
 @pytest.mark.slow

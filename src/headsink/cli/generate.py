@@ -28,6 +28,7 @@ from headsink.cli.options import (
 from headsink.cli.output import generated_json, summarize_generation
 from headsink.errors import HeadsinkError
 from headsink.plan.packaged import packaged_plan
+from headsink.runtime.options import check_prefill
 from headsink.utils.files import check_text, read_text
 from headsink.utils.terminal import emit, err, write
 
@@ -85,16 +86,13 @@ class GenerateOptions(RunOptions):
             raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE, or --budget")
         if self.lossless and not self.planned:
             raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE, or --budget")
-        if self.prefill not in ("dense", "sparse"):
-            raise HeadsinkError(f"prefill: {self.prefill!r} is neither dense nor sparse")
+        check_prefill(self.prefill, self.chunk_size)
         changed = self.prefill == "sparse" or self.chunk_size is not None
         if changed and (not self.planned or self.lossless or self.reconstruct):
             raise HeadsinkError(
                 "prefill: --prefill sparse and --chunk-size need a plan, --plan FILE or --budget, without --lossless and "
                 "--reconstruct"
             )
-        if self.prefill == "sparse" and self.chunk_size is not None:
-            raise HeadsinkError("chunk-size: sparse prefill evicts at every token; leave one of the two out")
         check_other_weights(self.other_weights, self.plan_file)
 
     @property

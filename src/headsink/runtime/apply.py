@@ -24,6 +24,7 @@ from headsink.models.rope import inverse_frequencies, rotary_frequencies
 from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
+from headsink.runtime.options import check_prefill
 
 Prefill = Literal["dense", "sparse"]
 
@@ -54,12 +55,7 @@ def new_cache(
 def _cache(
     model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool, prefill: Prefill, chunk_size: int | None
 ) -> PlanCache:
-    if prefill not in ("dense", "sparse"):
-        raise HeadsinkError(f"prefill: {prefill!r} is neither 'dense' nor 'sparse'")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise HeadsinkError(f"chunk_size: {chunk_size!r} is not a whole number of tokens, 1 or more")
-    if chunk_size is not None and prefill == "sparse":
-        raise HeadsinkError("chunk_size: sparse prefill evicts at every token; leave chunk_size out")
+    check_prefill(prefill, chunk_size)
     streaming = plan.positions == "cache-relative"
     inverse = inverse_frequencies(model) if streaming else None
     dense = prefill == "dense" and not streaming

@@ -108,11 +108,6 @@ def again(options: Options, folder: Path, name: str) -> list[Compared]:
         return records.compare(before, records.measure(row, Path(temporary) / "row.partial"))
 
 
-def _scale(plan: Plan, context: int) -> Plan:
-    """A plan for another context, without the quality that it has at its own (`Plan.scale`)."""
-    return plan.scale(context).model_copy(update={"quality": ()})
-
-
 def plan_file(options: Options, folder: Path, model: str, budget: float) -> Path:
     return folder / "plans" / f"{label(model)}-{options.context}-{budget}.json"
 
@@ -211,7 +206,10 @@ def _memory(options: Options, folder: Path, model: str, context: int, batch: int
 def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> dict[str, Any]:
     """The options of speed and memory. The model that tasks ran on is released."""
     _load.cache_clear()
-    plans = {name: _scale(plan, context) for name, plan in _plans(options, folder, model).items()}
+    plans = {
+        name: plan.scale(context).model_copy(update={"quality": ()})
+        for name, plan in _plans(options, folder, model).items()
+    }
     settings = options.of("llama_cpp", "vllm", "seed", "device") | {"dtype": options.dtype or SPEED_DTYPE}
     return {"contexts": [context], "batches": [batch], "plans": plans, **settings}
 

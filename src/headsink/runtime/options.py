@@ -1,0 +1,15 @@
+"""How prompts are read: the check of `prefill` and `chunk_size`. Does not import torch."""
+
+from __future__ import annotations
+
+from headsink.errors import HeadsinkError
+
+
+def check_prefill(prefill: str, chunk_size: int | None) -> None:
+    """Raise HeadsinkError for values that `headsink.new_cache` does not take."""
+    if prefill not in ("dense", "sparse"):
+        raise HeadsinkError(f"prefill: {prefill!r} is neither 'dense' nor 'sparse'")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise HeadsinkError(f"chunk_size: {chunk_size!r} is not a whole number of tokens, 1 or more")
+    if chunk_size is not None and prefill == "sparse":
+        raise HeadsinkError("chunk_size: sparse prefill evicts at every token; leave chunk_size out")
