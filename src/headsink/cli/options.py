@@ -16,7 +16,7 @@ import typer
 
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import check_device, check_dtype, check_name, check_tokenizer
-from headsink.plan.packaged import check_packaged
+from headsink.plan.packaged import packaged_contexts
 from headsink.utils.files import read_input
 from headsink.utils.terminal import err
 
@@ -141,7 +141,7 @@ def check_plan_choice(model: str, plan_file: Path | None, budget: float | None) 
         return
     if plan_file is not None:
         raise HeadsinkError("budget: give --plan FILE or --budget, one of the two")
-    check_packaged(model, budget)
+    packaged_contexts(model, budget)  # raises if there is none
 
 
 def names(text: str) -> list[str]:

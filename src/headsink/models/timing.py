@@ -20,14 +20,12 @@ PLAN = 70.0  # cost of a calibration per token of the context, relative to a tok
 
 def seconds_per_token(model: PreTrainedModel) -> float:
     """Return the seconds per prompt token, after a warm-up. Passes double in length until one takes long enough."""
-    tokens, most = SHORTEST, min(LONGEST, model.config.get_text_config(decoder=True).max_position_embeddings)
-    _seconds(model, min(tokens, most))
-    while True:
-        tokens = min(tokens, most)
-        seconds = _seconds(model, tokens)
-        if seconds >= ENOUGH or tokens == most:
-            return seconds / tokens
-        tokens *= 2
+    most = min(LONGEST, model.config.get_text_config(decoder=True).max_position_embeddings)
+    tokens = min(SHORTEST, most)
+    _seconds(model, tokens)
+    while (seconds := _seconds(model, tokens)) < ENOUGH and tokens < most:
+        tokens = min(2 * tokens, most)
+    return seconds / tokens
 
 
 def _seconds(model: PreTrainedModel, tokens: int) -> float:

@@ -22,14 +22,9 @@ def packaged_plan(model: str, budget: float, context: int) -> Plan:
     """
     from headsink.plan.plan import Plan
 
-    found = _contexts(model, budget)
+    found = packaged_contexts(model, budget)
     nearest = min((n for n in found if n >= context), default=max(found))
     return Plan.load(packaged_file(model, nearest, budget)).scale(context)
-
-
-def check_packaged(model: str, budget: float) -> None:
-    """Raise HeadsinkError unless there is a packaged plan for a model and a KV budget."""
-    _contexts(model, budget)
 
 
 def packaged_file(model: str, context: int, budget: float) -> Path:
@@ -37,8 +32,8 @@ def packaged_file(model: str, context: int, budget: float) -> Path:
     return FOLDER / f"{builtin_name(model)}-{context}-{budget}.json"
 
 
-def _contexts(model: str, budget: float) -> list[int]:
-    """The contexts of the packaged plans for a model and a KV budget."""
+def packaged_contexts(model: str, budget: float) -> list[int]:
+    """The contexts of the packaged plans for a model and a KV budget. Raises HeadsinkError if there are none."""
     names = [path.stem.rsplit("-", 2) for path in FOLDER.glob("*.json")]
     own = [(int(context), float(kept)) for name, context, kept in names if name == builtin_name(model)]
     if not own:
