@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
         import interpreter
 
         interpreter.replace_once_a_launch()
+        interpreter.make_types_once()
 
 
 CASES = 3  # of a parametrized test, at most, that `--fast` keeps: evenly spaced over its matrix

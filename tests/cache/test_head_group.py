@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headsink import HeadsinkError, Pattern
 from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
-from headsink.attention.reference import reference_attention
+from headsink.attention.reference import reference_attention, refitted
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import PrefillOptions
 from headsink.eviction.scorers import LINEAR
-from headsink.eviction.scorers.prompt import segment_scores
+from headsink.eviction.scorers.prompt import LEAST, segment_scores
 
 SCALE, DIM = 0.5, 6
 PLAIN = AttentionParams(SCALE)
@@ -185,7 +185,7 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
     feed(layer, query, key, value, padding_of(pads), sizes)
     (group,), scores = layer.groups, LINEAR.scores(key, value, weights)
     if PREFILLS[prefill].rotary is not None:
-        scores = segment_scores(query, key, scores, torch.tensor(pads), SCALE, inverse=ROTARY)
+        scores = segment_scores(query, key, scores, torch.tensor(pads), (SCALE, None, None), ROTARY)
     for row, pad in enumerate(pads):
         left = slice(pad + pattern.sink, 400 - pattern.window)
         for head in range(2):
@@ -194,7 +194,12 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
             torch.testing.assert_close(kept, best, rtol=0, atol=1e-9)
             slots, columns = slots + pattern.sink, columns + pad + pattern.sink
             assert torch.equal(group.keys[row, head, slots], key[row, head, columns])
-            assert torch.equal(group.values[row, head, slots], value[row, head, columns])
+            if PREFILLS[prefill].rotary is None:
+                assert torch.equal(group.values[row, head, slots], value[row, head, columns])
+            else:
+                some = query[row].unflatten(0, (2, -1))[head]
+                expected = refit(some, *(t[row, head] for t in (key, value, scores)), pattern, pad, 400, ROTARY)
+                torch.testing.assert_close(group.values[row, head, slots], expected[columns], rtol=0, atol=1e-9)
     assert group.keys.shape[2] == pattern.sink + pattern.top_k + pattern.window
 
 
@@ -380,11 +385,12 @@ def test_a_reset_layer_evicts_again():
     assert layer.groups[0].keys.shape[2] == 8
 
 
-def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden, start_hidden):
+def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden, start_hidden, rotary):
     """Simulate one head of a row key by key: attention without the columns `hidden` from column `start_hidden` on.
 
     Before that they are visible tokens; after that they still occupy slots of the window. scores, own: importance of the keys,
-    and that by which they are ranked if they leave the window at the end of their segment.
+    and that by which they are ranked if they leave the window at the end of their segment. rotary: of prompt scores, after which
+    values are refitted.
     """
     window = len(key) if pattern.window is None else pattern.window
     sinks, top, ring, out, begin = [], [], [], [], 0
@@ -411,8 +417,19 @@ def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden
             out.append(logits.softmax(0) @ value[held] if held else torch.zeros_like(query[column]))
         if size > 1:
             evict(begin, end)
+        if begin == 0 and rotary is not None and size - pad >= LEAST and pattern.size(size - pad) < size - pad:
+            value = refit(query[None], key, value, own, pattern, pad, end, rotary)
         begin = end
     return torch.stack(out)
+
+
+def refit(query, key, value, scores, pattern, pad, end, rotary):
+    """Return the values of a row after value refitting of its columns from `pad` to `end`."""
+    own = slice(pad, end)
+    if not pattern.top_k:
+        return value
+    found = refitted(query[:, own], key[own], value[own], scores[own], pattern, (SCALE, None, None), rotary)
+    return torch.cat([value[:pad], found, value[end:]])
 
 
 @pytest.mark.slow
@@ -471,14 +488,14 @@ def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, 
         part = slice(begin, begin + size)
         found = None
         if prefill.dense:
-            given = query[:, :, part], key[:, :, part], scores[:, :, part], (pads - begin).clamp(0, size), SCALE
-            found = segment_scores(*given, inverse=prefill.rotary)
+            given = query[:, :, part], key[:, :, part], scores[:, :, part], (pads - begin).clamp(0, size)
+            found = segment_scores(*given, (SCALE, None, None), prefill.rotary)
         own[:, :, part], begin = scores[:, :, part] if found is None else found, begin + size
     for row in range(2):
         columns = range(end, end + count) if row else []
         for head, pattern in enumerate(patterns):
             one = [t[row, head] for t in (query, key, value, scores, own)]
-            expected = simulate_head(*one, pattern, segments, int(pads[row]), columns, start_hidden)
+            expected = simulate_head(*one, pattern, segments, int(pads[row]), columns, start_hidden, prefill.rotary)
             found = output[row, head, int(pads[row]) :]
             atol = 1e-12 if dtype == torch.float64 else 1e-4
             torch.testing.assert_close(found, expected[int(pads[row]) :], rtol=0, atol=atol)

@@ -52,7 +52,7 @@ def test_the_largest_shares_equal_a_slow_loop(tokens, group, dtype, softcap, som
         slow_shares(query[0], key[0], softcap, sink_logits),
         1e-9 if dtype == torch.float64 else 1e-4,
     )  # of angles
-    given = query[0], key[0], SCALE, softcap, sink_logits, INVERSE
+    given = query[0], key[0], (SCALE, softcap, sink_logits), INVERSE
     found = largest_shares(*given)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
@@ -88,14 +88,14 @@ def test_a_padded_row_has_the_scores_of_its_text_alone(known):
     query, key, value = text(2, 2, tokens, batch=len(pads))
     scores = torch.randn(len(pads), 2, tokens, dtype=torch.float64)
     lse = causal_attention(query, key, value, pads, SCALE)[1] if known else None
-    found = segment_scores(query, key, scores, pads, SCALE, inverse=INVERSE, lse=lse)
+    found = segment_scores(query, key, scores, pads, (SCALE, None, None), INVERSE, lse)
     for row, first in enumerate(pads.tolist()):
         own = slice(first, None)
         expected = scores[row, :, own]
         if tokens - first >= LEAST:
             expected = expected_scores(query[row, :, own], key[row, :, own], scores[row, :, own])
             one = query[row : row + 1, :, own], key[row : row + 1, :, own], scores[row : row + 1, :, own]
-            alone = segment_scores(*one, None, SCALE, inverse=INVERSE)
+            alone = segment_scores(*one, None, (SCALE, None, None), INVERSE)
             torch.testing.assert_close(found[row, :, own], alone[0])
         torch.testing.assert_close(found[row, :, own], expected)
 
@@ -103,7 +103,7 @@ def test_a_padded_row_has_the_scores_of_its_text_alone(known):
 def test_short_segments_and_unknown_embeddings_leave_the_choice_to_the_scorer():
     query, key, _ = text(2, 2, LEAST)
     scores = torch.randn(1, 2, LEAST)
-    assert segment_scores(query, key, scores, None, SCALE, inverse=None) is None
-    assert segment_scores(query, key, scores, None, SCALE, inverse=INVERSE) is not None
+    assert segment_scores(query, key, scores, None, (SCALE, None, None), None) is None
+    assert segment_scores(query, key, scores, None, (SCALE, None, None), INVERSE) is not None
     short = query[:, :, 1:], key[:, :, 1:], scores[..., 1:]
-    assert segment_scores(*short, None, SCALE, inverse=INVERSE) is None
+    assert segment_scores(*short, None, (SCALE, None, None), INVERSE) is None

@@ -124,7 +124,7 @@ def small(rng: random.Random) -> Pattern:
 
 @contextmanager
 def on(device: torch.device, family: str, seed: int, draw=small, dtype=torch.float32):
-    model = tiny(family, seed, dtype)
+    model = tiny(family, seed, dtype, layers=2)  # the interpreter is slow
     plan = random_plan(model, seed, draw)
     yield model.to(device), plan
 
@@ -187,7 +187,7 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
 
 @pytest.mark.usefixtures("not_waiting")
 def test_the_step_uses_cache_relative_positions(device):
-    model = tiny("llama", seed=1).to(device)
+    model = tiny("llama", seed=1, layers=2).to(device)
     plan, ids = window_plan(model, 1), torch.randint(3, 200, (2, 37), device=device)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -266,7 +266,7 @@ def test_refusals_give_the_reason(device, monkeypatch):
 
 
 def test_an_all_full_plan_runs_by_the_step(device):
-    model = tiny("llama")
+    model = tiny("llama", layers=2)
     plan = Plan.full(model)
     ids = torch.randint(3, 200, (1, 28), device=device)
     with torch.no_grad(), apply(model.to(device), plan):
@@ -278,7 +278,7 @@ def test_an_all_full_plan_runs_by_the_step(device):
                 torch.testing.assert_close(step.run(ids[:, token]), expected[:, token], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llama", 7), ("gemma3", 8)])
+@pytest.mark.parametrize(("family", "seed"), [("llama", 13), ("gemma3", 8)])
 def test_lossless_text_equals_the_models(device, family, seed):
     """Drafts by the decode step where it supports the model, verified by passes over several tokens."""
     with on(device, family, seed) as (model, plan):

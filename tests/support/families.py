@@ -79,11 +79,20 @@ EAGER = (
 )  # `sdpa` cannot express their attention: with an all-full plan they are the model up to rounding
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def tiny(
+    family: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    layers: int = SHAPE["num_hidden_layers"],
+) -> PreTrainedModel:
     """A random model whose attention is far from uniform, so that a wrong mask changes its outputs."""
     torch.manual_seed(seed)
-    attention = "eager" if family in EAGER else attention
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).eval()
+    config, attention = CONFIGS[family](), "eager" if family in EAGER else attention
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(parameter, std=0.25)

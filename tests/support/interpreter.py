@@ -1,11 +1,14 @@
-"""Triton's interpreter, with less overhead: it replaces the functions of `triton.language` once a launch."""
+"""Triton's interpreter, with less overhead: functions of `triton.language` are replaced once a launch, types are made once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+from triton.language import core
 from triton.runtime import interpreter
 
 
@@ -34,3 +37,33 @@ def replace_once_a_launch() -> None:
     # Overflow of small tensors needs no check at every operation, which would take a third of the time that is left.
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, run
+
+
+def make_types_once() -> None:
+    """Keep the type and the shape of every kind of tensor, which the interpreter makes anew for each operation."""
+    new_block, numpy_type = core.block_type.__init__, interpreter._get_np_dtype
+    blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    numpy_types: dict[str, Any] = {}
+
+    @cache
+    def size(shape: tuple[int, ...]) -> tuple[core.constexpr, core.tuple]:
+        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(one) for one in shape])
+
+    def init_block(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(one, "value", one) for one in shape)
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        self.__dict__.update(blocks[key])
+
+    def init_tensor(self: core.tensor, handle: Any, type: core.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = size(tuple(type.shape) if type.is_block() else ())
+
+    def get_numpy_type(kind: core.dtype) -> Any:
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = numpy_type(kind)
+        return numpy_types[kind.name]
+
+    core.block_type.__init__, core.tensor.__init__ = init_block, init_tensor
+    interpreter._get_np_dtype = get_numpy_type

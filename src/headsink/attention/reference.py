@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from headsink.eviction.pattern import Pattern
+from headsink.eviction.refitting import RIDGE, ROWS
 from headsink.eviction.scorers import LINEAR, NONE, Scorer
-from headsink.eviction.scorers.prompt import segment_scores
+from headsink.eviction.scorers.prompt import AHEAD, LEAST, Softmax, segment_scores
+from headsink.models.rope import rotate
 
 
 def reference_attention(
@@ -43,6 +45,7 @@ def reference_attention(
     query heads, tokens, dim] in the query's dtype; zero where a query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
+    softmax = scaling, softcap, sink_logits
     group = query.shape[1] // kv_heads
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = torch.arange(tokens, device=key.device) - offsets[:, None]
@@ -52,24 +55,49 @@ def reference_attention(
     own = linear.clone()  # scores by which a key is ranked at the end of its segment
     for begin, end in pairwise(ends):
         part = slice(begin, end)
-        found = segment_scores(
-            query[:, :, part],
-            key[:, :, part],
-            linear[:, :, part],
-            (offsets - begin).clamp(0, end - begin),
-            scaling,
-            softcap,
-            sink_logits,
-            inverse,
-        )
+        pads = (offsets - begin).clamp(0, end - begin)
+        given = query[:, :, part], key[:, :, part], linear[:, :, part]
+        found = segment_scores(*given, pads, softmax, inverse)
         own[:, :, part] = linear[:, :, part] if found is None else found
-    output = torch.zeros_like(query)
+    output, whole = torch.zeros_like(query), ends[1]
     for head, pattern in enumerate(patterns):
         mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen)[:, None]
         rows, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
         extra = None if sink_logits is None else sink_logits[rows]
-        output[:, rows] = masked_attention(query[:, rows], key[:, one], value[:, one], mask, scaling, softcap, extra)
+        values = value[:, one].clone()
+        for row, pad in enumerate(offsets.tolist()):
+            evicts = pattern.top_k and frozen != 0 and pattern.size(whole - pad) < whole - pad
+            if evicts and inverse is not None and whole - pad >= LEAST:
+                real = slice(pad, whole)
+                prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
+                values[row, 0, real] = refitted(*prompt, pattern, (scaling, softcap, extra), inverse)
+        output[:, rows] = masked_attention(query[:, rows], key[:, one], values, mask, scaling, softcap, extra)
+        first = query[:, rows, :whole], key[:, one, :whole], value[:, one, :whole], mask[:, :, :whole, :whole]
+        output[:, rows, :whole] = masked_attention(*first, scaling, softcap, extra)
     return output
+
+
+def refitted(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
+) -> Tensor:
+    """Return the values of a prompt after value refitting, [tokens, dim]. Arguments as for `refitting.refit_values`."""
+    tokens = torch.arange(len(key))
+    between = (tokens >= pattern.sink) & (tokens < len(key) - (pattern.window or 0))
+    best = scores.masked_fill(~between, NONE).argsort(descending=True, stable=True)[: pattern.top_k]
+    kept = ~between
+    kept[best] = True
+    stride = -(-len(query) * len(key) // ROWS)
+    again = rotate(query[:, ::stride], len(key) + AHEAD, inverse)[None].to(key)
+    every, one = torch.ones_like(kept), torch.eye(len(key), dtype=key.dtype)[None, None]
+    full, few = (
+        masked_attention(again, key[None, None], one, seen, *softmax)[0].flatten(0, 1) for seen in (every, kept)
+    )
+    weights, missed = few[:, best], (full - few) @ value
+    ridge = (RIDGE * weights.square().sum() / len(best)).sqrt() * torch.eye(len(best), dtype=key.dtype)
+    change = torch.linalg.lstsq(
+        torch.cat([weights, ridge]), torch.cat([missed, missed.new_zeros(len(best), missed.shape[1])])
+    )
+    return value.index_add(0, best, change.solution)
 
 
 def segment_mask(

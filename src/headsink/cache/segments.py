@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from headsink.attention import causal
 from headsink.attention.params import AttentionParams
 from headsink.cache.head_group import HeadGroup
-from headsink.eviction.scorers.prompt import segment_scores
+from headsink.eviction.refitting import refit_values
+from headsink.eviction.scorers.prompt import LEAST, segment_scores
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class DensePrefill:
         groups, softmax, padding, lse = self.groups, self.softmax, self.groups[0].padding, None
         evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
         apart = groups[0].columns > 0 or tokens == 1
+        grouped = query.unflatten(1, (kv_heads, -1))
         if apart:
-            grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
             output = torch.empty_like(grouped)
         elif softmax.plain and evicting and causal.has_kernel(query):
             pads = None if padding is None else padding.tokens
@@ -83,6 +84,8 @@ class DensePrefill:
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
                 own = scores[:, group.index] if scores is not None and group in scored else None
+                if own is not None and not apart:
+                    own_value = self._refit(group, grouped[:, group.index], own_key, own_value, own)
                 group.append_segment(own_key, own_value, own)
             elif not apart:
                 group.append_keys(own_key, own_value)
@@ -97,4 +100,23 @@ class DensePrefill:
         first, padding = self.groups[0], self.groups[0].padding
         pads = None if padding is None else (padding.tokens - first.columns).clamp(0, key.shape[2])
         scores = first.scorer.scores(key, value, self.weights)
-        return segment_scores(query, key, scores, pads, *self.softmax, self.options.rotary, lse)
+        return segment_scores(query, key, scores, pads, self.softmax, self.options.rotary, lse)
+
+    @torch.no_grad()
+    def _refit(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        """Return the values of a first segment with those of the top-k keys refitted (eviction/refitting.py).
+
+        query: [batch, heads, group, tokens, dim]; key, value: [batch, heads, tokens, dim]. Rows without prompt scores, and those
+        that evict nothing, keep their values.
+        """
+        value, tokens, rotary = value.clone(), key.shape[2], self.options.rotary
+        for row, first in enumerate([0] * len(key) if group.padding is None else group.padding.tokens.tolist()):
+            length = tokens - first
+            if rotary is None or length < LEAST or group.pattern.size(length) == length:
+                continue
+            for n, head in enumerate(group.heads):
+                own = query[row, n, :, first:], key[row, n, first:], value[row, n, first:], scores[row, n, first:]
+                softmax = self.softmax.of([head], self.weights.shape[0])
+                kept, found = refit_values(*own, group.pattern, softmax, rotary)
+                value[row, n, first + kept] = found.to(value)
+        return value

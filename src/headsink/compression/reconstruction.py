@@ -9,23 +9,25 @@ so that the head's outputs come close to those of full attention. Refitting chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from headsink.attention import causal
 from headsink.attention.params import AttentionParams, Inputs, shares
 from headsink.compression.continuations import Context, Continuations
 from headsink.eviction.pattern import Pattern
+from headsink.eviction.refitting import ridge_regression
 from headsink.eviction.selection import kept_indices
 from headsink.plan.plan import Plan
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that mark where it begins; tokens of a span
-ROWS = 8192  # queries per KV head in the refit at most, evenly spaced
-FITTED = 2048  # values refitted per KV head at most: those of the keys with the highest scores
-RIDGE = 0.01  # ridge penalty, as a fraction of the mean squared attention to a kept key
+ROWS = 1024  # queries per KV head in the refit at most, evenly spaced
+RIDGE = 0.1  # ridge penalty, as in eviction/refitting.py
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -48,6 +50,8 @@ class Reconstruction:
         the largest attention that a key receives from its own span (undefined in a sliding-window layer). Both are float32 or
         float64.
         """
+        if inputs.sliding is None and inputs.params.plain and causal.has_kernel(inputs.query):
+            return self._attend_by_kernel(inputs)
         kind = torch.promote_types(inputs.query.dtype, torch.float32)
         keys, values = self.context.key_values(inputs.layer)
         query = inputs.query[0].unflatten(0, (len(keys), -1))
@@ -64,6 +68,30 @@ class Reconstruction:
                     largest[head, start : start + len(span)] = most.clamp(min=torch.finfo(kind).tiny).log()
                 start += len(span)
         return output, largest
+
+    def _attend_by_kernel(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As `attend`: attention to the context and to the continuations, joined by their log-sum-exps."""
+        kind = torch.promote_types(inputs.query.dtype, torch.float32)
+        keys, values = (cached.to(kind) for cached in self.context.key_values(inputs.layer))
+        query, key, value = (given.to(kind) for given in (inputs.query, inputs.key, inputs.value))
+        grouped = query[0].unflatten(0, (len(keys), -1))
+        seen, lse = (
+            found[0].view(*grouped.shape[:3], *found.shape[3:])
+            for found in causal.attend(grouped.flatten(1, 2)[None], keys[None], values[None], inputs.scaling, False)
+        )
+        largest, start = seen.new_empty(len(keys), sum(map(len, self.spans))), 0
+        for rows, span in zip(self.continuations.rows, self.spans, strict=True):
+            own, own_lse = (
+                found[0].view(*grouped[:, :, rows].shape[:3], *found.shape[3:])
+                for found in causal.attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], inputs.scaling)
+            )
+            share = (own_lse - lse[:, :, rows]).sigmoid_()[..., None]
+            seen[:, :, rows].lerp_(own, share)
+            logits = grouped[:, :, rows].flatten(1, 2) @ keys[:, span.start : span.stop].mT * inputs.scaling
+            logits -= torch.logaddexp(own_lse, lse[:, :, rows]).flatten(1, 2)[..., None]
+            largest[:, start : start + len(span)] = logits.amax(1).clamp(min=math.log(torch.finfo(kind).tiny))
+            start += len(span)
+        return seen, largest
 
     def _attention(self, inputs: Inputs, head: int, rows: slice, keys: Tensor, stride: int = 1) -> Tensor:
         """Attention of one KV head's queries of one continuation, every `stride`th, to `keys` [keys, dim] of the context and
@@ -82,25 +110,21 @@ class Reconstruction:
         )
         return shares(logits, sink_logits)
 
-    def refit_values(self, inputs: Inputs, outputs: Tensor, head: int, indices: Tensor, fixed: int) -> Tensor:
-        """Least-squares values for the kept keys of a KV head.
+    def refit_values(self, inputs: Inputs, outputs: Tensor, head: int, indices: Tensor) -> Tensor:
+        """Least-squares values for the kept keys of a KV head, [kept, dim].
 
         outputs: of full attention, [KV heads, group, tokens, dim], the target. indices: of the kept keys in the context, int64
-        [kept]; the values of the first `fixed` of them are not changed. Returns [kept - fixed, dim].
+        [kept].
         """
         keys, values = (cached[head, indices].to(outputs.dtype) for cached in self.context.key_values(inputs.layer))
-        stride = max(1, outputs[0, :, :, 0].numel() // ROWS)
-        count = len(indices) - fixed
-        gram, residual = values.new_zeros(count, count), torch.zeros_like(values[fixed:])
+        stride = -(-outputs[0, :, :, 0].numel() // ROWS)
+        weights, residual = [], []
         for rows in self.continuations.rows:
             attention = self._attention(inputs, head, rows, keys, stride)
             output = attention @ torch.cat([values, inputs.value[0, head, rows].to(values.dtype)])
-            weights = attention[:, fixed : len(indices)]
-            gram.addmm_(weights.T, weights)  # in place: the matrix is larger than the processor's cache
-            residual.addmm_(weights.T, outputs[head, :, rows].flatten(0, 1)[::stride] - output)
-        diagonal = gram.diagonal()
-        diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        return values[fixed:] + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
+            weights.append(attention[:, : len(indices)])
+            residual.append(outputs[head, :, rows].flatten(0, 1)[::stride] - output)
+        return values + ridge_regression(torch.cat(weights), torch.cat(residual), RIDGE)
 
 
 def kept_keys(pattern: Pattern, scores: Tensor) -> Tensor:
@@ -155,10 +179,8 @@ def _reconstruct_row(context: Context, plan: Plan) -> dict[int, Tensor]:
             for head, pattern in enumerate(one.pattern for one in row):
                 if pattern.size(context.length) < context.length:
                     indices = kept_keys(pattern, largest[head])
-                    indices = indices[largest[head, indices].argsort()]
-                    fixed = max(len(indices) - FITTED, 0)
-                    refit = reconstruction.refit_values(inputs, outputs, head, indices, fixed)
-                    values[head, indices[fixed:]] = refit.to(values.dtype)
+                    refit = reconstruction.refit_values(inputs, outputs, head, indices)
+                    values[head, indices] = refit.to(values.dtype)
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     context.run(reconstruction.continuations, attend)

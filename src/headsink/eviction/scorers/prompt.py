@@ -21,6 +21,9 @@ AHEAD = 8  # tokens of a request to repeat, which would stand between the segmen
 BEFORE, AFTER = 8, 128  # queries around a key that score it: from the 8th before it to the 128th after it
 STRIDE = 2  # of the queries, one in so many is used
 BLOCK = 128  # tokens of a segment at once
+Softmax = tuple[
+    float, float | None, Tensor | None
+]  # scaling, softcap, sink_logits: `AttentionParams` (attention/params.py)
 
 
 def segment_scores(
@@ -28,18 +31,16 @@ def segment_scores(
     key: Tensor,
     scores: Tensor,
     pads: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    inverse: Tensor | None = None,
+    softmax: Softmax,
+    inverse: Tensor | None,
     lse: Tensor | None = None,
 ) -> Tensor | None:
     """Return the importance scores of the keys of a segment: [batch, KV heads, tokens], on the scale of `scores`.
 
-    query: [batch, query heads, tokens, dim]; key: [batch, KV heads, tokens, dim], both rotated. scores: of the plan's scorer,
-    float [batch, KV heads, tokens]. pads: tokens of left padding in the segment, int [batch], None if there is none. scaling,
-    softcap, sink_logits: of the softmax (attention/params.py). inverse: inverse frequencies of the rotary embedding, None if the
-    model has none that is known. lse: log-sum-exp of the segment's causal logits, [batch, query heads, tokens], if it is known.
+    query: [batch, query heads, tokens, dim]; key: [batch, KV heads, tokens, dim], both rotated. scores: of the plan's
+    scorer, float [batch, KV heads, tokens]. pads: tokens of left padding in the segment, int [batch], None if there is none.
+    inverse: inverse frequencies of the rotary embedding, None if the model has none that is known. lse: log-sum-exp of the
+    segment's causal logits, [batch, query heads, tokens], if it is known.
     Returns None where the plan's scorer decides alone. Scores of padding are undefined.
     """
     tokens = key.shape[2]
@@ -50,26 +51,18 @@ def segment_scores(
         if tokens - first >= LEAST:
             own = slice(first, tokens)
             total = None if lse is None else lse[row, :, own]
-            shares = largest_shares(query[row, :, own], key[row, :, own], scaling, softcap, sink_logits, inverse, total)
+            shares = largest_shares(query[row, :, own], key[row, :, own], softmax, inverse, total)
             found[row, :, own] = match_scale(_standard(shares) + _standard(scores[row, :, own]), scores[row, :, own])
     return found
 
 
-def largest_shares(
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-    inverse: Tensor,
-    lse: Tensor | None = None,
-) -> Tensor:
+def largest_shares(query: Tensor, key: Tensor, softmax: Softmax, inverse: Tensor, lse: Tensor | None = None) -> Tensor:
     """Return the log of the largest attention that each key gets from a repeat of the text: [KV heads, tokens].
 
     query: [query heads, tokens, dim], key: [KV heads, tokens, dim], both rotated. lse: [query heads, tokens], or None. Memory is
     linear in the tokens.
     """
-    kind = torch.promote_types(key.dtype, torch.float32)
+    kind, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), softmax
     tokens, columns = key.shape[1], torch.arange(key.shape[1], device=key.device)
     keys = key.to(kind).transpose(-1, -2)
     own = query[:, ::STRIDE].unflatten(0, (len(key), -1)).to(kind) * scaling  # [KV heads, group, queries, dim]

@@ -1,0 +1,61 @@
+"""Value refitting equals an ordinary least-squares solution, and brings the head's output closer to full attention."""
+
+import pytest
+import torch
+
+from headsink import Pattern
+from headsink.attention.reference import masked_attention, refitted
+from headsink.eviction import refitting
+from headsink.eviction.refitting import refit_values, ridge_regression
+from headsink.eviction.scorers.prompt import AHEAD
+from headsink.models.rope import rotate
+
+INVERSE = 10000 ** -(torch.arange(8) / 8)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 10.0])
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5)])
+def test_the_dual_form_is_ridge_regression(shape, ridge):
+    weights, residual = torch.rand(shape, dtype=torch.float64), torch.randn(shape[0], 16, dtype=torch.float64)
+    penalty = ridge * weights.square().sum(0).mean()
+    primal = torch.linalg.solve(weights.T @ weights + penalty * torch.eye(shape[1]), weights.T @ residual)
+    torch.testing.assert_close(ridge_regression(weights, residual, ridge), primal)
+
+
+def test_no_attention_to_a_kept_key_changes_nothing():
+    assert torch.equal(ridge_regression(torch.zeros(4, 3), torch.randn(4, 2), 10.0), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(("softcap", "learned"), [(None, False), (5.0, False), (None, True)])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("pattern", [Pattern(4, 8, 16), Pattern(0, 1, 0), Pattern(2, 60, 5)], ids=str)
+def test_values_equal_the_reference(pattern, group, softcap, learned, monkeypatch):
+    monkeypatch.setattr(refitting, "ROWS", 50)
+    monkeypatch.setattr("headsink.attention.reference.ROWS", 50)
+    tokens = 101
+    query, (key, value) = torch.randn(group, tokens, 16).double(), torch.randn(2, tokens, 16).double()
+    scores, sink_logits = torch.randn(tokens).double(), torch.randn(group).double() if learned else None
+    given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), INVERSE
+    best, found = refit_values(*given)
+    assert len(best) == pattern.top_k
+    torch.testing.assert_close(value.index_copy(0, best, found), refitted(*given))
+
+
+def test_outputs_come_closer_to_full_attention():
+    """For queries that nothing was fitted to: the odd ones, while the even ones are the reference queries."""
+    tokens, pattern = 600, Pattern(4, 60, 16)
+    query, (key, value) = torch.randn(1, tokens, 16).double() * 2, torch.randn(2, tokens, 16).double()
+    value += key.roll(1, 0)
+    scores = torch.randn(tokens).double()
+    best, found = refit_values(query, key, value, scores, pattern, (0.25, None, None), INVERSE)
+    kept = torch.zeros(tokens, dtype=torch.bool)
+    kept[torch.cat([best, torch.arange(4), torch.arange(tokens - 16, tokens)])] = True
+    again = rotate(query[:, 1::2], tokens + AHEAD, INVERSE)[None]
+
+    def output(values, seen):
+        return masked_attention(again, key[None, None], values[None, None], seen, 0.25)
+
+    full = output(value, torch.ones(tokens, dtype=torch.bool))
+    before = (output(value, kept) - full).norm()
+    after = (output(value.index_copy(0, best, found), kept) - full).norm()
+    assert after < 0.97 * before
