@@ -1,5 +1,5 @@
 # make demo: run examples/demo.py on the built-in model.   make test: lint, types and all tests.   Both set up .venv first.
-# make test-oldest: tests with the oldest supported transformers, in .venv-oldest.
+# make test-oldest: fast tests with the oldest supported transformers, in .venv-oldest.
 # make docs: build the documentation site, in .venv-docs.
 # make test-vllm: tests of serving with vLLM, in .venv-vllm.   make test-harness: tests of the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
@@ -55,7 +55,7 @@ test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --fast
 
 test-oldest: $(OLDEST_READY)
-	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal --fast -p no:cacheprovider $(OLDEST_TESTS)
 
 # Uses the packages of .venv, except transformers.
 $(OLDEST_READY): $(READY)
@@ -66,8 +66,9 @@ $(OLDEST_READY): $(READY)
 	@$(OLDEST)/python -m pip install --quiet --no-deps --ignore-installed transformers==$(OLDEST_VERSION)
 	@touch $(OLDEST_READY)
 
+# Files in this order: after test_refused.py no engine starts in its process.
 test-vllm: $(VLLM_READY)
-	$(VLLM)/pytest --config-file tests_vllm/pytest.ini tests_vllm
+	$(VLLM)/pytest --config-file tests_vllm/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests_vllm
 
 $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 	@echo "Setting up .venv-vllm (once; about 2 minutes)"
