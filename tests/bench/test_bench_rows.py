@@ -172,6 +172,7 @@ def test_times_overlap_within_a_tenth_on_one_machine(done, decode, verdict):
     assert verdicts(before, now)["results[transformers]"] == "not compared"
 
 
+@pytest.mark.slow
 def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
     text = results.write(folder, tmp_path / "docs" / "results.md").read_text()
     for figure in (
@@ -196,6 +197,7 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
     squad["found"]["ways"][1] |= {"change_interval": [-0.12, 0.01], "kl": 0.5, "same_tokens": 0.25}

@@ -35,6 +35,7 @@ def test_printed_output_is_not_a_verdict():
     assert quickly("print('passed')\n", "assert False\n").reason == "failed: AssertionError"
 
 
+@pytest.mark.slow
 def test_loops_and_sleep_end():
     assert quickly("while True: pass\n").reason == "timed out"
     start = time.monotonic()
@@ -47,6 +48,7 @@ def test_memory_and_files_are_limited():
     assert quickly("open('x', 'wb').write(bytes(1 << 26))\n").reason.startswith("failed: OSError")
 
 
+@pytest.mark.slow
 def test_processes_are_limited():
     bomb = "import os\nn = 1\ntry:\n  while os.fork(): n += 1\n  os._exit(0) if n else 0\nexcept OSError: pass\n"
     slow = bomb.replace("os._exit(0) if n else 0", "import time; time.sleep(100)")

@@ -47,6 +47,7 @@ def slow_top_k_keys(earlier, leaving, counts, top_k):
     return torch.stack(rows, -2)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([(), (2,), (2, 3)]),
     st.integers(0, 12),

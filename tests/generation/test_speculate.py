@@ -63,6 +63,7 @@ def test_the_draft_of_an_all_full_plan_is_always_accepted(family):
     assert speculation.acceptance < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

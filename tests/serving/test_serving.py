@@ -43,6 +43,7 @@ def vllm_of(tmp_path, monkeypatch):
     return install
 
 
+@pytest.mark.slow
 @given(patterns, st.sampled_from([1, 16, 32, 128]), st.integers(0, 300), st.integers(1, 200))
 @settings(max_examples=200)
 def test_blocks_are_the_fewest_that_contain_the_pattern(pattern, block, start, length):
