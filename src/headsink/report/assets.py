@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jinja2
 import vl_convert
@@ -13,9 +13,6 @@ from markupsafe import Markup
 
 from headsink.report import charts, first_view
 from headsink.utils.format import capital, figures, p_value, percent, share, visible
-
-if TYPE_CHECKING:
-    pass
 
 
 PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
