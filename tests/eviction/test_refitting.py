@@ -22,7 +22,8 @@ def test_the_dual_form_is_ridge_regression(shape, ridge):
     torch.testing.assert_close(ridge_regression(weights, residual, ridge), primal)
 
 
-def test_no_attention_to_a_kept_key_changes_nothing():
+def test_without_kept_keys_or_attention_to_them_nothing_changes():
+    assert ridge_regression(torch.zeros(4, 0), torch.randn(4, 2), 10.0).shape == (0, 2)
     assert torch.equal(ridge_regression(torch.zeros(4, 3), torch.randn(4, 2), 10.0), torch.zeros(3, 2))
 
 

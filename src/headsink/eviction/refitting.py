@@ -54,7 +54,7 @@ def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:
     queries.
     """
     products = weights @ weights.T
-    penalty = (ridge / weights.shape[1] * products.trace()).clamp(min=torch.finfo(products.dtype).tiny)
+    penalty = (ridge / max(weights.shape[1], 1) * products.trace()).clamp(min=torch.finfo(products.dtype).tiny)
     products.diagonal().add_(penalty)
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host
     return weights.T @ torch.cholesky_solve(residual, factor)
