@@ -14,7 +14,6 @@ from markupsafe import Markup
 from headsink.report import charts, first_view
 from headsink.utils.format import capital, figures, p_value, percent, share, visible
 
-
 PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
 
 
