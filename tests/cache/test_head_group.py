@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headsink import HeadsinkError, Pattern
 from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
-from headsink.attention.reference import reference_attention, refitted
+from headsink.attention.reference import reference_attention, reference_values
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import PrefillOptions
@@ -428,7 +428,7 @@ def refit(query, key, value, scores, pattern, pad, end, rotary):
     own = slice(pad, end)
     if not pattern.top_k:
         return value
-    found = refitted(query[:, own], key[own], value[own], scores[own], pattern, (SCALE, None, None), rotary)
+    found = reference_values(query[:, own], key[own], value[own], scores[own], pattern, (SCALE, None, None), rotary)
     return torch.cat([value[:pad], found, value[end:]])
 
 

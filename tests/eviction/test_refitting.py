@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headsink import Pattern
-from headsink.attention.reference import masked_attention, refitted
+from headsink.attention.reference import masked_attention, reference_values
 from headsink.eviction import refitting
 from headsink.eviction.refitting import refit_values, ridge_regression
 from headsink.eviction.scorers.prompt import AHEAD
@@ -39,7 +39,7 @@ def test_values_equal_the_reference(pattern, group, softcap, learned, monkeypatc
     given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), INVERSE
     best, found = refit_values(*given)
     assert len(best) == pattern.top_k
-    torch.testing.assert_close(value.index_copy(0, best, found), refitted(*given))
+    torch.testing.assert_close(value.index_copy(0, best, found), reference_values(*given))
 
 
 def test_outputs_come_closer_to_full_attention():

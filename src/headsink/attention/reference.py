@@ -2,8 +2,8 @@
 
 A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each KV
 head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the `top_k` with
-the highest importance scores. While decoding a segment is one token, and the head evicts before that token attends, so that it
-never holds more than the pattern.
+the highest importance scores. After the first segment, if it has prompt scores, the values of its top-k keys are refitted. While
+decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the pattern.
 """
 
 from __future__ import annotations
@@ -70,30 +70,30 @@ def reference_attention(
             if evicts and inverse is not None and whole - pad >= LEAST:
                 real = slice(pad, whole)
                 prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
-                values[row, 0, real] = refitted(*prompt, pattern, (scaling, softcap, extra), inverse)
+                values[row, 0, real] = reference_values(*prompt, pattern, (scaling, softcap, extra), inverse)
         output[:, rows] = masked_attention(query[:, rows], key[:, one], values, mask, scaling, softcap, extra)
         first = query[:, rows, :whole], key[:, one, :whole], value[:, one, :whole], mask[:, :, :whole, :whole]
         output[:, rows, :whole] = masked_attention(*first, scaling, softcap, extra)
     return output
 
 
-def refitted(
+def reference_values(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
 ) -> Tensor:
     """Return the values of a prompt after value refitting, [tokens, dim]. Arguments as for `refitting.refit_values`."""
-    tokens = torch.arange(len(key))
+    tokens = torch.arange(len(key), device=key.device)
     between = (tokens >= pattern.sink) & (tokens < len(key) - (pattern.window or 0))
     best = scores.masked_fill(~between, NONE).argsort(descending=True, stable=True)[: pattern.top_k]
     kept = ~between
     kept[best] = True
     stride = -(-len(query) * len(key) // ROWS)
     again = rotate(query[:, ::stride], len(key) + AHEAD, inverse)[None].to(key)
-    every, one = torch.ones_like(kept), torch.eye(len(key), dtype=key.dtype)[None, None]
+    every, one = torch.ones_like(kept), torch.eye(len(key)).to(key)[None, None]
     full, few = (
         masked_attention(again, key[None, None], one, seen, *softmax)[0].flatten(0, 1) for seen in (every, kept)
     )
     weights, missed = few[:, best], (full - few) @ value
-    ridge = (RIDGE * weights.square().sum() / len(best)).sqrt() * torch.eye(len(best), dtype=key.dtype)
+    ridge = (RIDGE * weights.square().sum() / len(best)).sqrt() * torch.eye(len(best)).to(key)
     change = torch.linalg.lstsq(
         torch.cat([weights, ridge]), torch.cat([missed, missed.new_zeros(len(best), missed.shape[1])])
     )
