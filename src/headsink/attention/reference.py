@@ -1,9 +1,10 @@
 """Reference attention: a plan's rule as a mask and plain softmax attention. Every backend is tested against it.
 
-A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each KV
-head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the `top_k` with
-the highest importance scores. After the first segment, if it has prompt scores, the values of its top-k keys are refitted. While
-decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the pattern.
+A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each
+KV head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the
+`top_k` with the highest importance scores. After the first segment, if it has prompt scores, the values of its top-k keys
+are refitted. While decoding a segment is one token, and the head evicts before that token attends, so that it never holds
+more than the pattern.
 """
 
 from __future__ import annotations
