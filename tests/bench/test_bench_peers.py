@@ -10,6 +10,7 @@ from plans import random_plan
 import headsink
 from headsink import HeadsinkError
 from headsink.bench import memory, speed
+from headsink.bench.comparison import Comparison
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, Process
 from headsink.cli.bench.shared import named_plans
@@ -96,7 +97,7 @@ def test_a_peer_that_fails_is_left_out_and_recorded(tiny_folder, monkeypatch):
             )
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Fails("other", "1", (), {})], []))
-    found = speed.run(str(tiny_folder), contexts=[24], tokens=4, rounds=2, device="cpu")
+    found = speed.run(Comparison(str(tiny_folder), contexts=[24], tokens=4, rounds=2, device="cpu"))
     assert found["peers"] == [
         {"peer": "other", "version": "1", "missing": "ended with status 1: file.py: no text was given"}
     ]
@@ -110,7 +111,7 @@ def test_a_peer_is_measured_in_every_round(tiny_folder, monkeypatch):
             return echo()
 
     monkeypatch.setattr(peers, "find", lambda *_: ([Answers("other", "1", (), {})], []))
-    found = speed.run(str(tiny_folder), contexts=[24], batches=[1, 2], tokens=4, rounds=2, device="cpu")
+    found = speed.run(Comparison(str(tiny_folder), contexts=[24], batches=[1, 2], tokens=4, rounds=2, device="cpu"))
     mine = [row for row in found["results"] if row["way"] == "other"]
     assert [(row["batch"], row["prefill_s"]["all"], row["decode_s"]["median"]) for row in mine] == [
         (1, [1.0, 1.0], 0.5),
@@ -122,7 +123,7 @@ def test_a_peer_is_measured_in_every_round(tiny_folder, monkeypatch):
 def test_speed_of_batches_under_several_plans(tiny_folder, plans):
     named = named_plans(list(plans.values()))
     found = speed.run(
-        str(tiny_folder), contexts=[24, 90], batches=[1, 3], tokens=4, rounds=1, plans=named, device="cpu"
+        Comparison(str(tiny_folder), contexts=[24, 90], batches=[1, 3], tokens=4, rounds=1, plans=named, device="cpu")
     )
     json.dumps(found)
     cases = {(row["context"], row["batch"]): [] for row in found["results"]}
@@ -139,7 +140,7 @@ def test_speed_of_batches_under_several_plans(tiny_folder, plans):
 
 def test_memory_of_a_process_for_each_configuration(tiny_folder, plans):
     named = named_plans([plans["a"]])
-    found = memory.run(str(tiny_folder), contexts=[300], batches=[2], rounds=1, plans=named, device="cpu")
+    found = memory.run(Comparison(str(tiny_folder), contexts=[300], batches=[2], rounds=1, plans=named, device="cpu"))
     json.dumps(found)
     rows = {row["way"]: row for row in found["results"]}
     assert list(rows) == ["transformers", "headsink, full", "headsink, a"]

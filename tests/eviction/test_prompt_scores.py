@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headsink.attention.causal import causal_attention
+from headsink.attention.flash import causal_attention
 from headsink.eviction.scorers.prompt import AHEAD, LEAST, largest_shares, match_scale, segment_scores
 from headsink.models.rope import rotate
 

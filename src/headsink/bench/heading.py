@@ -12,15 +12,10 @@ from typing import Any
 
 
 def provenance(what: str) -> dict[str, Any]:
-    """Return the provenance of a script's results. what: one line that says what it measures."""
-    import torch
-
-    return {
-        "what": what,
-        "command": "python " + " ".join(sys.argv),
-        "versions": {name: _version(name) for name in ("headsink", "torch", "transformers", "numba", "triton")},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": platform.machine()},
-    }
+    """Return the provenance of results. what: one line that says what they measure."""
+    script = sys.argv[0] if sys.argv[0].startswith("benchmarks") else None
+    command = " ".join([*(["headsink"] if script is None else ["python", script]), *sys.argv[1:]])
+    return {"what": what, "command": command, "versions": versions(), "machine": machine()}
 
 
 def _version(package: str) -> str | None:
@@ -31,16 +26,19 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    return dict(provenance("")["versions"]) | {"python": platform.python_version()}
+    packages = ("headsink", "torch", "transformers", "numba", "triton")
+    return {name: _version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:
     """Return the hardware that times depend on: cores, threads, CPU name, memory in bytes."""
+    import torch
+
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    name = named.group(1) if named else platform.processor()
-    return dict(provenance("")["machine"]) | {"cpu": f"{name} ({platform.machine()})", "memory_bytes": memory}
+    cpu = f"{named.group(1) if named else platform.processor()} ({platform.machine()})"
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": cpu, "memory_bytes": memory}
 
 
 def without_paths(text: str) -> str:

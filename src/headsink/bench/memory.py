@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,96 +19,47 @@ from typing import Any
 import torch
 
 import headsink
-from headsink.bench.heading import machine, versions
-from headsink.bench.options import check_contexts, contexts_for
-from headsink.bench.peers import process as peers
+from headsink.bench.comparison import BASE, Cases, Comparison, format_kv, kv_token_bytes
 from headsink.bench.peers.process import Failed, Process
-from headsink.bench.speed import BASE, Configuration, heldout_prompts, kv_token_bytes
+from headsink.bench.speed import Configuration
 from headsink.generation.decode import refusal
-from headsink.models.devices import dtype_name
-from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
 
-def run(
-    model_name: str,
-    *,
-    contexts: Sequence[int] | None,
-    rounds: int,
-    tokens: int = 4,
-    batches: Sequence[int] = (1,),
-    plans: Mapping[str, Plan] | None = None,
-    other_weights: bool = False,
-    llama_cpp: Path | None = None,
-    vllm: Path | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    device: str | None = None,
-    report: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Run all measurements, in bytes.
-
-    other_weights: accept plans calibrated with other weights of the same shape. `report` is called with the table of each
-    finished context and batch size.
-    """
-    peers.check(llama_cpp, vllm)
-    model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
-    if other_weights:
-        plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
-    most = describe(model).max_context
-    contexts = contexts_for(most, tokens) if contexts is None else contexts
-    check_contexts(contexts, tokens, most)
-    installed, missing = peers.find(model_name, model, llama_cpp, vllm)
-    found: dict[str, Any] = {
-        "what": "bytes of the KV cache, and peak memory of a process",
-        "command": "headsink " + " ".join(sys.argv[1:]),
-        "versions": versions(),
-        "machine": machine(),
-        "model": model_name,
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
-        "plans": {name: plan.counts() for name, plan in (plans or {}).items()},
-        "peers": [{"peer": peer.name, "version": peer.version} for peer in installed]
-        + [peer.to_dict() for peer in missing],
-        "tokens": tokens,
-        "rounds": rounds,
-        "results": [],
-    }
-    plan_of = {f"headsink, {name}": plan for name, plan in {"full": Plan.full(model), **(plans or {})}.items()}
-    token_bytes = kv_token_bytes(model)
-    request = {"model_name": model_name, "dtype": dtype_name(model.dtype), "device": str(model.device)}
-    del model
+def run(options: Comparison) -> dict[str, Any]:
+    """Run all measurements, in bytes."""
+    cases = Cases(options, "bytes of the KV cache, and peak memory of a process")
+    options, found, tokens = cases.options, cases.found, options.tokens
+    full = Plan.full(cases.model)
+    plan_of = {f"headsink, {name}": plan for name, plan in {"full": full, **options.plans}.items()}
+    token_bytes = kv_token_bytes(cases.model)
+    request = {"model_name": options.model_name, "dtype": found["dtype"], "device": found["device"]}
+    del cases.model
     with tempfile.TemporaryDirectory() as folder:
         starts: dict[str, Callable[[int, int], Process]] = {BASE: partial(_start, BASE, request, None)}
         for number, (name, plan) in enumerate(plan_of.items()):
             file = plan.save(Path(folder) / f"{number}.json")
             starts[name] = partial(_start, name, request, file)
-        for peer in installed:
+        for peer in cases.installed:
             starts[peer.name] = partial(peer.start, token_bytes=token_bytes)
-        for context in contexts:
-            for batch in batches:
-                prompts = heldout_prompts(tokenizer, context, batch, seed)
-                measured: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
-                with bar(f"{context} tokens x {batch}", rounds * len(starts), True) as shown:
-                    for _ in range(rounds):
-                        for name in list(starts):
-                            try:
-                                with starts[name](context + tokens, batch) as process:
-                                    measured[name].append(_measure(process, prompts, tokens))
-                            except Failed as error:
-                                if name in plan_of or name == BASE:
-                                    raise
-                                del starts[name]
-                                found["peers"] += [{"peer": name, "missing": str(error)}]
-                            shown.advance(shown.task_ids[0])
-                for name in starts:
-                    row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": plan_of[name].kv_budget(context)} if name in plan_of else {}
-                    found["results"].append(row | _summary(measured[name], measured[BASE]))
-                if report is not None:
-                    report(table(found, context, batch))
+        for context, batch, prompts in cases:
+            measured: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
+            with bar(f"{context} tokens x {batch}", options.rounds * len(starts), True) as shown:
+                for _ in range(options.rounds):
+                    for name in list(starts):
+                        try:
+                            with starts[name](context + tokens, batch) as process:
+                                measured[name].append(_measure(process, prompts, tokens))
+                        except Failed as error:
+                            if name in plan_of or name == BASE:
+                                raise
+                            del starts[name]
+                            cases.lose(name, error)
+                        shown.advance(shown.task_ids[0])
+            summaries = {name: _summary(measured[name], measured[BASE]) for name in starts}
+            cases.add(context, batch, summaries, plan_of, table)
     return found
 
 
@@ -117,16 +68,11 @@ def table(found: dict[str, Any], context: int, batch: int) -> str:
     lines = [f"{context} tokens x {batch}, {found['model']}, {found['dtype']}"]
     for row in found["results"]:
         if (row["context"], row["batch"]) == (context, batch):
-            kv = (
-                "KV unknown"
-                if row["kv_bytes"] is None
-                else f"KV {row['kv_bytes'] / 1e6:7.1f} MB, {row['kv_ratio']:.3f}"
-            )
             bytes_ = row["peak_bytes"]
             peak = (
                 "" if bytes_ is None else f"; peak {bytes_['median'] / 1e6:7.0f} MB, {row['peak_ratio']['median']:.3f}"
             )
-            lines.append(f"  {row['way']:<24} {kv}{peak}")
+            lines.append(f"  {row['way']:<24} {format_kv(row, 7)}{peak}")
     lines += [f"  {one['peer']}: {one['missing']}" for one in found["peers"] if "missing" in one]
     return "\n".join(lines)
 

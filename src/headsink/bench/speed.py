@@ -8,30 +8,24 @@ run in separate processes (peers/process.py).
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import headsink
-from headsink.bench.heading import machine, versions
-from headsink.bench.options import check_contexts, contexts_for
+from headsink.bench.comparison import BASE, Cases, Comparison, Prompts, format_kv, kv_token_bytes
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, summarize_times
 from headsink.cache.cache import nbytes
-from headsink.data import corpus
 from headsink.generation.decode import decode, prepare, refusal
-from headsink.models.devices import dtype_name
-from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
@@ -39,8 +33,6 @@ from headsink.runtime.prefill import empty_cache
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
-BASE = "transformers"  # the baseline of all ratios, in the requested dtype
-Prompts = list[list[int]]  # token ids of a batch, all of one length
 Run = Callable[[Prompts, int], dict[str, Any]]  # prompts and number of new tokens -> {"times", "kv_bytes"}
 
 
@@ -93,93 +85,36 @@ class Configuration:
         return {"times": [times] * len(prompts), "kv_bytes": nbytes(cache)}
 
 
-def run(
-    model_name: str,
-    *,
-    contexts: Sequence[int] | None,
-    tokens: int,
-    rounds: int,
-    batches: Sequence[int] = (1,),
-    plans: Mapping[str, Plan] | None = None,
-    other_weights: bool = False,
-    llama_cpp: Path | None = None,
-    vllm: Path | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    device: str | None = None,
-    report: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Run all measurements. Times are in seconds; kv_bytes is the cache of the whole batch at the end.
-
-    batches: batch sizes. other_weights: accept plans calibrated with other weights of the same shape. llama_cpp, vllm: where the
-    peers are installed (peers/process.py). `report` is called with the table of each finished context and batch size.
-    """
-    peers.check(llama_cpp, vllm)
-    model, tokenizer = headsink.load(model_name, dtype=dtype, device=device)
-    if other_weights:
-        plans = {name: plan.for_model(model) for name, plan in (plans or {}).items()}
-    most = describe(model).max_context
-    contexts = contexts_for(most, tokens) if contexts is None else contexts
-    check_contexts(contexts, tokens, most)
-    installed, missing = peers.find(model_name, model, llama_cpp, vllm)
-    found: dict[str, Any] = {
-        "what": "time to the first token and per token, and bytes of the KV cache",
-        "command": "headsink " + " ".join(sys.argv[1:]),
-        "versions": versions(),
-        "machine": machine(),
-        "model": model_name,
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
-        "compiled_step": refusal(model) or "used",
-        "plans": {name: plan.counts() for name, plan in (plans or {}).items()},
-        "peers": [{"peer": peer.name, "version": peer.version} for peer in installed]
-        + [peer.to_dict() for peer in missing],
-        "tokens": tokens,
-        "rounds": rounds,
-        "results": [],
-    }
-    configurations = _configurations(model_name, model, plans or {}, device)
+def run(options: Comparison) -> dict[str, Any]:
+    """Run all measurements. Times are in seconds; kv_bytes is the cache of the whole batch at the end."""
+    cases = Cases(options, "time to the first token and per token, and bytes of the KV cache")
+    options, found, model = cases.options, cases.found, cases.model
+    found["compiled_step"] = refusal(model) or "used"
+    configurations = _configurations(options, model)
     runs: dict[str, Run] = {one.name: one.run for one in configurations}
     plan_of = {one.name: one.plan for one in configurations if one.plan is not None}
+    longest, most = max(cases.contexts) + options.tokens, max(options.batches)
     with ExitStack() as stack:
-        for peer in installed:
+        for peer in cases.installed:
             try:
-                process = stack.enter_context(peer.start(max(contexts) + tokens, max(batches), kv_token_bytes(model)))
+                process = stack.enter_context(peer.start(longest, most, kv_token_bytes(model)))
             except Failed as error:
-                _record(found, peer.name, error)
+                cases.lose(peer.name, error)
             else:
                 runs[peer.name] = partial(_run_peer, process)
-        for batch in batches:
+        for batch in options.batches:
             for name in list(runs):  # warm-up: kernels are compiled here
-                _measure(found, runs, name, heldout_prompts(tokenizer, min(contexts), batch, seed), 3)
-        for context in contexts:
-            for batch in batches:
-                prompts = heldout_prompts(tokenizer, context, batch, seed)
-                measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-                with bar(f"{context} tokens x {batch}", rounds * len(runs), True) as shown:
-                    for number in range(rounds):
-                        for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
-                            if name in runs and (one := _measure(found, runs, name, prompts, tokens)):
-                                measured[name].append(one)
-                            shown.advance(shown.task_ids[0])
-                for name in runs:
-                    row: dict[str, Any] = {"context": context, "batch": batch, "way": name}
-                    row |= {"kept": plan_of[name].kv_budget(context)} if name in plan_of else {}
-                    found["results"].append(row | _summary(measured[name], measured[BASE]))
-                if report is not None:
-                    report(table(found, context, batch))
+                _measure(cases, runs, name, cases.prompts(min(cases.contexts), batch), 3)
+        for context, batch, prompts in cases:
+            measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+            with bar(f"{context} tokens x {batch}", options.rounds * len(runs), True) as shown:
+                for number in range(options.rounds):
+                    for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
+                        if name in runs and (one := _measure(cases, runs, name, prompts, options.tokens)):
+                            measured[name].append(one)
+                        shown.advance(shown.task_ids[0])
+            cases.add(context, batch, {name: _summary(measured[name], measured[BASE]) for name in runs}, plan_of, table)
     return found
-
-
-def heldout_prompts(tokenizer: PreTrainedTokenizerBase, context: int, batch: int, seed: int) -> Prompts:
-    """Return `batch` different prompts of `context` tokens from the held-out split."""
-    return [corpus.tokens("prose", tokenizer, context, seed=seed + n, split="heldout") for n in range(batch)]
-
-
-def kv_token_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes that the full KV cache takes per token of one sequence, sliding-window layers counted as full."""
-    shape = describe(model)
-    return int(2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize)
 
 
 def table(found: dict[str, Any], context: int, batch: int = 1) -> str:
@@ -190,26 +125,23 @@ def table(found: dict[str, Any], context: int, batch: int = 1) -> str:
         if (row["context"], row["batch"]) == (context, batch):
             decode, prefill = row["decode_s"], row["prefill_s"]["median"]
             between = f"({1e3 * decode['min']:.1f} to {1e3 * decode['max']:.1f})"
-            kv = (
-                "KV unknown" if row["kv_bytes"] is None else f"KV {row['kv_bytes'] / 1e6:.1f} MB, {row['kv_ratio']:.3f}"
-            )
             lines.append(
                 f"  {row['way']:<32} decode {1e3 * decode['median']:6.1f} ms {between}, {row['decode_ratio']['median']:5.2f} x; "
-                f"prefill {prefill:6.2f} s, {row['prefill_ratio']['median']:5.2f} x; {kv}"
+                f"prefill {prefill:6.2f} s, {row['prefill_ratio']['median']:5.2f} x; {format_kv(row)}"
             )
     lines += [f"  {one['peer']}: {one['missing']}" for one in found["peers"] if "missing" in one]
     return "\n".join(lines)
 
 
-def _configurations(
-    model_name: str, model: PreTrainedModel, plans: Mapping[str, Plan], device: str | None
-) -> list[Configuration]:
+def _configurations(options: Comparison, model: PreTrainedModel) -> list[Configuration]:
     other = "float32" if model.dtype == torch.bfloat16 else "bfloat16"
     configurations = [
         Configuration(BASE, model, None),
-        Configuration(f"{BASE}, {other}", headsink.load(model_name, dtype=other, device=device)[0], None),
+        Configuration(
+            f"{BASE}, {other}", headsink.load(options.model_name, dtype=other, device=options.device)[0], None
+        ),
     ]
-    for name, plan in {"full": Plan.full(model), **plans}.items():
+    for name, plan in {"full": Plan.full(model), **options.plans}.items():
         configurations.append(Configuration(f"headsink, {name}, model.generate", model, plan))
         if refusal(model, plan) is None:
             configurations.append(Configuration(f"headsink, {name}", model, plan, True))
@@ -220,23 +152,15 @@ def _run_peer(process: peers.Process, prompts: Prompts, tokens: int) -> dict[str
     return process.ask(ids=prompts, tokens=tokens)
 
 
-def _measure(
-    found: dict[str, Any], runs: dict[str, Run], name: str, prompts: Prompts, tokens: int
-) -> dict[str, float] | None:
+def _measure(cases: Cases, runs: dict[str, Run], name: str, prompts: Prompts, tokens: int) -> dict[str, float] | None:
     """Measure once. A peer that fails is recorded as missing and dropped from all later rounds."""
     try:
         done = runs[name](prompts, tokens)
     except Failed as error:
-        _record(found, name, error)
+        cases.lose(name, error)
         del runs[name]
         return None
     return summarize_times(done["times"]) | {"kv_bytes": done["kv_bytes"]}
-
-
-def _record(found: dict[str, Any], peer: str, error: Failed) -> None:
-    for one in found["peers"]:
-        if one["peer"] == peer:
-            one["missing"] = str(error)
 
 
 def _summary(own: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headsink.attention import causal
+from headsink.attention import flash
 from headsink.attention.params import AttentionParams
 from headsink.cache.head_group import HeadGroup
 from headsink.eviction.refitting import refit_values
@@ -67,9 +67,9 @@ class DensePrefill:
         grouped = query.unflatten(1, (kv_heads, -1))
         if apart:
             output = torch.empty_like(grouped)
-        elif softmax.plain and evicting and causal.has_kernel(query):
+        elif softmax.plain and evicting and flash.has_kernel(query):
             pads = None if padding is None else padding.tokens
-            whole, lse = causal.causal_attention(query, key, value, pads, softmax.scaling)
+            whole, lse = flash.causal_attention(query, key, value, pads, softmax.scaling)
         else:
             whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(self.module, query, softmax)
         # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.

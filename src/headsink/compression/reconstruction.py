@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.attention import causal
+from headsink.attention import flash
 from headsink.attention.params import AttentionParams, Inputs, shares
 from headsink.compression.continuations import Context, Continuations
 from headsink.eviction.pattern import Pattern
@@ -50,7 +50,7 @@ class Reconstruction:
         the largest attention that a key receives from its own span (undefined in a sliding-window layer). Both are float32 or
         float64.
         """
-        if inputs.sliding is None and inputs.params.plain and causal.has_kernel(inputs.query):
+        if inputs.sliding is None and inputs.params.plain and flash.has_kernel(inputs.query):
             return self._attend_by_kernel(inputs)
         kind = torch.promote_types(inputs.query.dtype, torch.float32)
         keys, values = self.context.key_values(inputs.layer)
@@ -77,13 +77,13 @@ class Reconstruction:
         grouped = query[0].unflatten(0, (len(keys), -1))
         seen, lse = (
             found[0].view(*grouped.shape[:3], *found.shape[3:])
-            for found in causal.attend(grouped.flatten(1, 2)[None], keys[None], values[None], inputs.scaling, False)
+            for found in flash.attend(grouped.flatten(1, 2)[None], keys[None], values[None], inputs.scaling, False)
         )
         largest, start = seen.new_empty(len(keys), sum(map(len, self.spans))), 0
         for rows, span in zip(self.continuations.rows, self.spans, strict=True):
             own, own_lse = (
                 found[0].view(*grouped[:, :, rows].shape[:3], *found.shape[3:])
-                for found in causal.attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], inputs.scaling)
+                for found in flash.attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], inputs.scaling)
             )
             share = (own_lse - lse[:, :, rows]).sigmoid_()[..., None]
             seen[:, :, rows].lerp_(own, share)

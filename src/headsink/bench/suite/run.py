@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink.bench import domains, memory, quality, speed
+from headsink.bench.comparison import Comparison
 from headsink.bench.options import Options, label
 from headsink.bench.peers import process
 from headsink.bench.suite import records
@@ -195,15 +196,14 @@ def _families(options: Options, model: str, checkpoint: Path) -> dict[str, Any]:
 
 def _speed(options: Options, folder: Path, model: str, context: int, batch: int, _: Path) -> dict[str, Any]:
     settings = _cost(options, folder, model, context, batch)
-    return speed.run(model, tokens=options.tokens, rounds=options.rounds, **settings) | {"model": label(model)}
+    return speed.run(replace(settings, tokens=options.tokens, rounds=options.rounds)) | {"model": label(model)}
 
 
 def _memory(options: Options, folder: Path, model: str, context: int, batch: int, _: Path) -> dict[str, Any]:
-    settings = _cost(options, folder, model, context, batch)
-    return memory.run(model, rounds=MEMORY_ROUNDS, **settings) | {"model": label(model)}
+    return memory.run(_cost(options, folder, model, context, batch)) | {"model": label(model)}
 
 
-def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> dict[str, Any]:
+def _cost(options: Options, folder: Path, model: str, context: int, batch: int) -> Comparison:
     """The options of speed and memory. The model that tasks ran on is released."""
     _load.cache_clear()
     plans = {
@@ -211,7 +211,7 @@ def _cost(options: Options, folder: Path, model: str, context: int, batch: int) 
         for name, plan in _plans(options, folder, model).items()
     }
     settings = options.of("llama_cpp", "vllm", "seed", "device") | {"dtype": options.dtype or SPEED_DTYPE}
-    return {"contexts": [context], "batches": [batch], "plans": plans, **settings}
+    return Comparison(model, [context], MEMORY_ROUNDS, batches=[batch], plans=plans, **settings)
 
 
 def _time_left(wanted: list[Row], done: dict[str, dict[str, Any]], name: str) -> str:

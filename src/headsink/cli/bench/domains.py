@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +61,7 @@ def domains(options: DomainsOptions) -> None:
             texts=options.texts,
             seed=options.seed,
             checkpoint=options.checkpoint,
-        ) | {"command": "headsink " + " ".join(sys.argv[1:])}
+        )
     deliver(result, table(result), options.out_file, options.force, options.as_json)
 
 

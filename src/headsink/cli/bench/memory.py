@@ -21,8 +21,8 @@ def memory(options: MemoryOptions) -> None:
 
     Takes about 10 minutes on 2 cores for one plan and one text at a time.
     """
-    arguments = options.arguments()
+    comparison = options.comparison()
 
     from headsink.bench import memory as memory_bench
 
-    deliver_tables(memory_bench.run(**arguments), memory_bench.table, options)
+    deliver_tables(memory_bench.run(comparison), memory_bench.table, options)

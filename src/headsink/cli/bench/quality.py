@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,7 +113,6 @@ def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str,
     from headsink.models.devices import dtype_name
 
     return provenance("scores of tasks under plans, and agreement with the full cache") | {
-        "command": "headsink " + " ".join(sys.argv[1:]),
         "model": options.model,
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ from headsink.cli.options import (
 from headsink.utils.files import check_file
 from headsink.utils.progress import console
 
+if TYPE_CHECKING:
+    from headsink.bench.comparison import Comparison
+
 
 @dataclass(frozen=True)
 class SpeedOptions(RunOptions):
@@ -56,28 +59,31 @@ class SpeedOptions(RunOptions):
     seed: Seed = 0
     force: Force = False
 
-    def arguments(self) -> dict[str, Any]:
+    def comparison(self) -> Comparison:
         """What `run` of bench/speed.py or bench/memory.py takes, read and checked."""
         if self.out_file is not None:
             check_file(self.out_file, self.force)
         contexts = None if self.contexts is None else numbers("contexts", self.contexts)
         batches = batch_sizes(self.batches)
         check_contexts(contexts or (), self.tokens)
-        return {
-            "model_name": self.model,
-            "contexts": contexts,
-            "batches": batches,
-            "tokens": self.tokens,
-            "rounds": self.rounds,
-            "plans": named_plans(self.plan_files or []),
-            "other_weights": self.other_weights,
-            "llama_cpp": self.llama_cpp,
-            "vllm": self.vllm,
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "device": self.device,
-            "report": lambda line: console.print(line, highlight=False),
-        }
+
+        from headsink.bench.comparison import Comparison
+
+        return Comparison(
+            self.model,
+            contexts=contexts,
+            rounds=self.rounds,
+            tokens=self.tokens,
+            batches=batches,
+            plans=named_plans(self.plan_files or []),
+            other_weights=self.other_weights,
+            llama_cpp=self.llama_cpp,
+            vllm=self.vllm,
+            seed=self.seed,
+            dtype=self.dtype,
+            device=self.device,
+            report=lambda line: console.print(line, highlight=False),
+        )
 
 
 def speed(options: SpeedOptions) -> None:
@@ -85,11 +91,11 @@ def speed(options: SpeedOptions) -> None:
 
     Do nothing else on the machine. Takes about 15 minutes on 2 cores for one plan and one text at a time.
     """
-    arguments = options.arguments()
+    comparison = options.comparison()
 
     from headsink.bench import speed as speed_bench
 
-    deliver_tables(speed_bench.run(**arguments), speed_bench.table, options)
+    deliver_tables(speed_bench.run(comparison), speed_bench.table, options)
 
 
 def deliver_tables(
