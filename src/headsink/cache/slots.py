@@ -55,9 +55,8 @@ class Slots:
         self.inverse = inverse if pattern.sink else None
         self.below_capacity = not pattern.full and self.inverse is None
         self.window = None if self.below_capacity else pattern.window  # None: nothing is evicted
-        self.prefix_slots = (
-            0 if self.below_capacity else pattern.sink
-        )  # slots before the ring; grows by those of top-k keys
+        # slots before the ring; grows by those of top-k keys
+        self.prefix_slots = 0 if self.below_capacity else pattern.sink
         self.start = 0  # column in the first slot of a ring that never wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.prefix_slots, key.shape[3])
@@ -88,10 +87,8 @@ class Slots:
             None,
             False,
         )
-        self.scores, self.weights = (
-            self.scores[..., :0].clone(),
-            self.weights[:0].clone(),
-        )  # no top-k keys are chosen any more
+        # no top-k keys are chosen any more
+        self.scores, self.weights = self.scores[..., :0].clone(), self.weights[:0].clone()
 
     @property
     def evicts(self) -> bool:

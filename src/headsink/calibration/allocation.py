@@ -17,11 +17,8 @@ from torch import Tensor
 from headsink.eviction.pattern import Pattern
 
 SINK = 4  # sink tokens of every head that is not full
-WINDOW, LEAST_WINDOW, PART = (
-    32,
-    8,
-    6,
-)  # its recent tokens: one in 6 of the keys that a head keeps on average, from 8 to 32
+# recent tokens of such a head: one in 6 of the keys that a head keeps on average, from 8 to 32
+WINDOW, LEAST_WINDOW, PART = 32, 8, 6
 FLOOR = 8  # top-k keys of every head at least, as in the safeguard of Ada-KV (arXiv 2407.11550)
 FEW = 16  # heads at most for coordinate descent
 FACTORS = (0.0, 0.5, 2**-0.5, 2**0.5, 2.0)  # tried on the budget of each head

@@ -25,9 +25,8 @@ from headsink.census.options import QUERIES, TAU
 from headsink.models.distributed import gather_heads
 
 LEAST_WINDOW = 16  # the smallest window above 0 whose output error is measured
-TAUS = tuple(
-    round(0.1 * n, 1) for n in range(1, 11)
-)  # relative value norms below which keys and their attention are counted
+# relative value norms below which keys and their attention are counted
+TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -352,9 +351,8 @@ def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dic
     outputs, full: [query heads, queries, dim], under each window and with all keys.
     """
     layer = norms.layer(full).clamp(min=TINY)
-    errors = torch.cat(
-        [full - output for output in outputs.values()], 1
-    )  # one large product is faster than many small ones
+    # one large product is faster than many small ones
+    errors = torch.cat([full - output for output in outputs.values()], 1)
     sizes = {"": norms.heads(errors), "_group": norms.groups(errors)}
     return {
         name + suffix: of_window / layer

@@ -47,9 +47,8 @@ def batched_lifetimes(cached: Tensor, leaving: Tensor, top_k: Tensor) -> tuple[T
     from headsink.eviction.lifetimes_cuda import better_ones
 
     scores, first = torch.cat([cached, leaving], -1), cached.shape[-1]
-    start = (torch.arange(scores.shape[-1], device=scores.device) - first + 1).clamp(
-        min=0
-    )  # step at which they are cached
+    # step at which they are cached
+    start = (torch.arange(scores.shape[-1], device=scores.device) - first + 1).clamp(min=0)
     end, order = (found.view(scores.shape) for found in better_ones(scores.flatten(0, -2), top_k.flatten()))
     end = (end.long() - first).clamp(max=leaving.shape[-1] + 1).maximum(start)
     return torch.where(scores == NONE, start, end), order

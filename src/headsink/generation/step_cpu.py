@@ -215,9 +215,8 @@ class Decoder:
         for layer in self.layers:
             layer.layout = None  # it has the addresses of buffers that may move now
         layouts = [KVTable(layer.groups, AHEAD) for layer in self.layers]
-        self.cache_check = CacheCheck(
-            self.shape, self.layers, self.embedding.dtype
-        )  # buffers may have been reallocated
+        # buffers may have been reallocated
+        self.cache_check = CacheCheck(self.shape, self.layers, self.embedding.dtype)
         self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
         self.heads = np.stack([layout.table for layout in layouts])
         self.pads = self.heads[0, :, :1, KVField.PAD]

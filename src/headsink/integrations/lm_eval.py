@@ -62,9 +62,8 @@ class HeadsinkLM(HFLM):
             known = ", ".join(("pretrained", "plan", "dtype", "device", *OPTIONS))
             raise HeadsinkError(f"model_args: {unknown[0]} is not an option of the model headsink, which has {known}")
         self.measured = None if plan is None else Plan.load(plan)
-        self.plan = self.measured and self.measured.model_copy(
-            update={"quality": ()}
-        )  # `_warn` warns instead of `apply`
+        # `_warn` warns instead of `apply`
+        self.plan = self.measured and self.measured.model_copy(update={"quality": ()})
         model, tokenizer = loading.load(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
         if self.plan is not None:
             self.plan.check(model)

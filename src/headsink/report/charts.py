@@ -50,9 +50,8 @@ def spec(chart: Drawn, title: str | list[str] | None = None) -> dict[str, Any]:
     """The Vega-Lite specification of a chart."""
     if title is not None:
         chart = chart.properties(title=title)
-    return drawable(
-        chart.configure(**CONFIG).to_dict(validate=False)
-    )  # validation is slow, and Vega-Lite validates too
+    # validation is slow, and Vega-Lite validates too
+    return drawable(chart.configure(**CONFIG).to_dict(validate=False))
 
 
 def drawable(value: Any) -> Any:

@@ -23,9 +23,8 @@ def _flash(module: str) -> Kernel:
     def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         by_token = (t.transpose(1, 2) for t in (query, keys, values))
         found = import_module(module).flash_attn_func(*by_token, softmax_scale=scaling, causal=True)
-        output: Tensor = (
-            found[0] if isinstance(found, tuple) else found
-        )  # early versions of 3 also return the log-sum-exp
+        # early versions of 3 also return the log-sum-exp
+        output: Tensor = found[0] if isinstance(found, tuple) else found
         return output.transpose(1, 2)
 
     return attend

