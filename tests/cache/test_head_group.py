@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headsink import HeadsinkError, Pattern
 from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
-from headsink.attention.reference import reference_attention, reference_values
+from headsink.attention.reference import reference_attention, reference_refit
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import PrefillOptions
-from headsink.eviction.scorers import LINEAR
+from headsink.eviction.scorers import ALWAYS, LINEAR
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
 
 SCALE, DIM = 0.5, 6
@@ -191,15 +191,19 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
         for head in range(2):
             kept, slots = group.scores[row, head].sort(descending=True)
             best, columns = scores[row, head, left].topk(pattern.top_k)
-            torch.testing.assert_close(kept, best, rtol=0, atol=1e-9)
-            slots, columns = slots + pattern.sink, columns + pad + pattern.sink
-            assert torch.equal(group.keys[row, head, slots], key[row, head, columns])
-            if PREFILLS[prefill].rotary is None:
-                assert torch.equal(group.values[row, head, slots], value[row, head, columns])
-            else:
+            columns, expected = columns + pad + pattern.sink, (key[row, head], value[row, head])
+            if PREFILLS[prefill].rotary is not None:
                 some = query[row].unflatten(0, (2, -1))[head]
-                expected = refit(some, *(t[row, head] for t in (key, value, scores)), pattern, pad, 400, ROTARY)
-                torch.testing.assert_close(group.values[row, head, slots], expected[columns], rtol=0, atol=1e-9)
+                expected = refit(some, *expected, scores[row, head], pattern, pad, 400, ROTARY)
+                if pattern.top_k > 1:  # the last of the top-k keys is synthetic, and never evicted
+                    best, columns = best.roll(1), columns.roll(1)
+                    best[0] = ALWAYS
+            torch.testing.assert_close(kept, best, rtol=0, atol=1e-9)
+            for found, right in zip((group.keys, group.values), expected, strict=True):
+                found, right = found[row, head, slots + pattern.sink], right[columns]
+                torch.testing.assert_close(
+                    found, right, rtol=0, atol=1e-9 if PREFILLS[prefill].rotary is not None else 0
+                )
     assert group.keys.shape[2] == pattern.sink + pattern.top_k + pattern.window
 
 
@@ -390,7 +394,7 @@ def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden
 
     Before that they are visible tokens; after that they still occupy slots of the window. scores, own: importance of the keys,
     and that by which they are ranked if they leave the window at the end of their segment. rotary: of prompt scores, after which
-    values are refitted.
+    top-k keys are refitted.
     """
     window = len(key) if pattern.window is None else pattern.window
     sinks, top, ring, out, begin = [], [], [], [], 0
@@ -418,18 +422,21 @@ def simulate_head(query, key, value, scores, own, pattern, segments, pad, hidden
         if size > 1:
             evict(begin, end)
         if begin == 0 and rotary is not None and size - pad >= LEAST and pattern.size(size - pad) < size - pad:
-            value = refit(query[None], key, value, own, pattern, pad, end, rotary)
+            key, value = refit(query[None], key, value, own, pattern, pad, end, rotary)
+            if len(top) > 1:  # the last of the top-k keys is synthetic, and never evicted
+                top[0] = ALWAYS, top[0][1]
+                top.sort()
         begin = end
     return torch.stack(out)
 
 
 def refit(query, key, value, scores, pattern, pad, end, rotary):
-    """Return the values of a row after value refitting of its columns from `pad` to `end`."""
+    """Return the keys and values of a row after refitting of its columns from `pad` to `end`."""
     own = slice(pad, end)
     if not pattern.top_k:
-        return value
-    found = reference_values(query[:, own], key[own], value[own], scores[own], pattern, (SCALE, None, None), rotary)
-    return torch.cat([value[:pad], found, value[end:]])
+        return key, value
+    found = reference_refit(query[:, own], key[own], value[own], scores[own], pattern, (SCALE, None, None), rotary)
+    return tuple(torch.cat([given[:pad], new, given[end:]]) for given, new in zip((key, value), found, strict=False))
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 A text is divided into segments. The queries of a segment attend, causally, to every cached key and to the segment. Then each
 KV head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the
-`top_k` with the highest importance scores. After the first segment, if it has prompt scores, the values of its top-k keys
-are refitted. While decoding a segment is one token, and the head evicts before that token attends, so that it never holds
-more than the pattern.
+`top_k` with the highest importance scores. After the first segment, if it has prompt scores, its top-k keys are refitted.
+While decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the
+pattern.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.refitting import RIDGE, ROWS
-from headsink.eviction.scorers import LINEAR, NONE, Scorer
+from headsink.eviction.refitting import KEY_RIDGE, RIDGE, ROWS
+from headsink.eviction.scorers import ALWAYS, LINEAR, NONE, Scorer
 from headsink.eviction.scorers.prompt import AHEAD, LEAST, Softmax, segment_scores
 from headsink.models.rope import rotate
 
@@ -62,43 +62,59 @@ def reference_attention(
         own[:, :, part] = linear[:, :, part] if found is None else found
     output, whole = torch.zeros_like(query), ends[1]
     for head, pattern in enumerate(patterns):
-        mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen)[:, None]
         rows, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
         extra = None if sink_logits is None else sink_logits[rows]
-        values = value[:, one].clone()
+        keys, values = key[:, one].clone(), value[:, one].clone()
         for row, pad in enumerate(offsets.tolist()):
             evicts = pattern.top_k and frozen != 0 and pattern.size(whole - pad) < whole - pad
             if evicts and inverse is not None and whole - pad >= LEAST:
                 real = slice(pad, whole)
                 prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
-                values[row, 0, real] = reference_values(*prompt, pattern, (scaling, softcap, extra), inverse)
-        output[:, rows] = masked_attention(query[:, rows], key[:, one], values, mask, scaling, softcap, extra)
+                refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), inverse)
+                keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
+        mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen)[:, None]
+        output[:, rows] = masked_attention(query[:, rows], keys, values, mask, scaling, softcap, extra)
         first = query[:, rows, :whole], key[:, one, :whole], value[:, one, :whole], mask[:, :, :whole, :whole]
         output[:, rows, :whole] = masked_attention(*first, scaling, softcap, extra)
     return output
 
 
-def reference_values(
+def reference_refit(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
-) -> Tensor:
-    """Return the values of a prompt after value refitting, [tokens, dim]. Arguments as for `refitting.refit_values`."""
-    tokens = torch.arange(len(key), device=key.device)
-    between = (tokens >= pattern.sink) & (tokens < len(key) - (pattern.window or 0))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys, values and scores of a prompt after refitting. Arguments as for `refitting.refit_keys`."""
+    (scaling, softcap, _), columns = softmax, torch.arange(len(key), device=key.device)
+    between = (columns >= pattern.sink) & (columns < len(key) - (pattern.window or 0))
     best = scores.masked_fill(~between, NONE).argsort(descending=True, stable=True)[: pattern.top_k]
     kept = ~between
     kept[best] = True
     stride = -(-len(query) * len(key) // ROWS)
     again = rotate(query[:, ::stride], len(key) + AHEAD, inverse)[None].to(key)
-    every, one = torch.ones_like(kept), torch.eye(len(key)).to(key)[None, None]
-    full, few = (
-        masked_attention(again, key[None, None], one, seen, *softmax)[0].flatten(0, 1) for seen in (every, kept)
-    )
-    weights, missed = few[:, best], (full - few) @ value
+    one = torch.eye(len(key)).to(key)[None, None]
+
+    def attention(keys: Tensor, seen: Tensor) -> Tensor:
+        return masked_attention(again, keys[None, None], one, seen, *softmax)[0].flatten(0, 1)
+
+    full, keys, values, scores = attention(key, torch.ones_like(kept)), key.clone(), value.clone(), scores.clone()
+    if len(best) > 1:
+        evicted = ~kept
+        evicted[best[-1]] = True
+        lost = full[:, evicted]
+        mean, values[best[-1]] = (lost.sum(0) @ given[evicted] / lost.sum() for given in (key, value))
+        queries, weight = again[0].flatten(0, 1) * scaling, (lost.sum(1) / lost.sum(1).mean()).sqrt()[:, None]
+        logits = queries @ key[evicted].T
+        target = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).logsumexp(-1)
+        ridge = (KEY_RIDGE * (queries * weight).square().sum() / key.shape[1]).sqrt() * torch.eye(key.shape[1]).to(key)
+        missing = weight * (target - queries @ mean)[:, None]
+        rows = torch.cat([queries * weight, ridge]), torch.cat([missing, missing.new_zeros(key.shape[1], 1)])
+        keys[best[-1]], scores[best[-1]] = mean + torch.linalg.lstsq(*rows).solution[:, 0], ALWAYS
+    few = attention(keys, kept)
+    weights, missed = few[:, best], full @ value - few @ values
     ridge = (RIDGE * weights.square().sum() / len(best)).sqrt() * torch.eye(len(best)).to(key)
     change = torch.linalg.lstsq(
         torch.cat([weights, ridge]), torch.cat([missed, missed.new_zeros(len(best), missed.shape[1])])
     )
-    return value.index_add(0, best, change.solution)
+    return keys, values.index_add(0, best, change.solution), scores
 
 
 def segment_mask(

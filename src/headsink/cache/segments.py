@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from headsink.attention import flash
 from headsink.attention.params import AttentionParams
 from headsink.cache.head_group import HeadGroup
-from headsink.eviction.refitting import refit_values
+from headsink.eviction.refitting import refit_keys
+from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
 
 
@@ -85,7 +86,7 @@ class DensePrefill:
             if group in evicting:
                 own = scores[:, group.index] if scores is not None and group in scored else None
                 if own is not None and not apart:
-                    own_value = self._refit(group, grouped[:, group.index], own_key, own_value, own)
+                    own_key, own_value, own = self._refit(group, grouped[:, group.index], own_key, own_value, own)
                 group.append_segment(own_key, own_value, own)
             elif not apart:
                 group.append_keys(own_key, own_value)
@@ -103,13 +104,17 @@ class DensePrefill:
         return segment_scores(query, key, scores, pads, self.softmax, self.options.rotary, lse)
 
     @torch.no_grad()
-    def _refit(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
-        """Return the values of a first segment with those of the top-k keys refitted (eviction/refitting.py).
+    def _refit(
+        self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, scores: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values and scores of a first segment with its top-k keys refitted (eviction/refitting.py).
 
-        query: [batch, heads, group, tokens, dim]; key, value: [batch, heads, tokens, dim]. Rows without prompt scores, and those
-        that evict nothing, keep their values.
+        A synthetic key is never evicted. query: [batch, heads, group, tokens, dim];
+        key, value: [batch, heads, tokens, dim]; scores: [batch, heads, tokens]. Rows without prompt scores, and those that evict
+        nothing, stay as they are.
         """
-        value, tokens, rotary = value.clone(), key.shape[2], self.options.rotary
+        tokens, rotary = key.shape[2], self.options.rotary
+        key, value, scores = key.clone(), value.clone(), scores.clone()
         for row, first in enumerate([0] * len(key) if group.padding is None else group.padding.tokens.tolist()):
             length = tokens - first
             if rotary is None or length < LEAST or group.pattern.size(length) == length:
@@ -117,6 +122,8 @@ class DensePrefill:
             for n, head in enumerate(group.heads):
                 own = query[row, n, :, first:], key[row, n, first:], value[row, n, first:], scores[row, n, first:]
                 softmax = self.softmax.of([head], self.weights.shape[0])
-                kept, found = refit_values(*own, group.pattern, softmax, rotary)
-                value[row, n, first + kept] = found.to(value)
-        return value
+                best, keys, values = refit_keys(*own, group.pattern, softmax, rotary)
+                key[row, n, first + best], value[row, n, first + best] = keys.to(key), values.to(value)
+                if len(best) > 1:
+                    scores[row, n, first + best[-1:]] = ALWAYS
+        return key, value, scores

@@ -17,17 +17,19 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.attention import flash
+from headsink.attention.chunked import normaliser
 from headsink.attention.params import AttentionParams, Inputs, shares
 from headsink.compression.continuations import Context, Continuations
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.refitting import ridge_regression
+from headsink.eviction.refitting import ridge_regression, synthetic_key
+from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.selection import kept_indices
 from headsink.plan.plan import Plan
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that mark where it begins; tokens of a span
 ROWS = 1024  # queries per KV head in the refit at most, evenly spaced
-RIDGE = 0.1  # ridge penalty, as in eviction/refitting.py
+RIDGE = 0.1  # ridge penalty of values, as in eviction/refitting.py
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ class Reconstruction:
         for head in range(len(keys)):  # one head at a time fits the processor's cache
             key, value, start = keys[head].to(kind), values[head].to(kind), 0
             for rows, span in zip(self.continuations.rows, self.spans, strict=True):
-                attention = self._attention(inputs, head, rows, key)
+                _, attention, _ = self._attention(inputs, head, rows, key)
                 own = inputs.value[0, head, rows].to(kind)
                 output[head, :, rows] = (attention @ torch.cat([value, own])).unflatten(0, (query.shape[1], -1))
                 if inputs.sliding is None:
@@ -93,14 +95,19 @@ class Reconstruction:
             start += len(span)
         return seen, largest
 
-    def _attention(self, inputs: Inputs, head: int, rows: slice, keys: Tensor, stride: int = 1) -> Tensor:
+    def _attention(
+        self, inputs: Inputs, head: int, rows: slice, keys: Tensor, stride: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of one KV head's queries of one continuation, every `stride`th, to `keys` [keys, dim] of the context and
-        to the continuation: [group x tokens, keys + tokens]. In a sliding-window layer `keys` is the whole cache."""
+        to the continuation. In a sliding-window layer `keys` is the whole cache.
+
+        Returns the queries, scaled, [group x tokens, dim], the attention, [group x tokens, keys + tokens], and its log-sum-exp.
+        """
         group = inputs.query.shape[1] // inputs.key.shape[1]
         query = inputs.query[0, head * group : (head + 1) * group, rows].flatten(0, 1)[::stride]
-        own = inputs.key[0, head, rows]
+        query, own = query.to(keys.dtype) * inputs.scaling, inputs.key[0, head, rows]
         softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of([head], len(inputs.key[0]))
-        logits = softmax.capped((query.to(keys.dtype) * inputs.scaling) @ torch.cat([keys, own.to(keys.dtype)]).T)
+        logits = softmax.capped(query @ torch.cat([keys, own.to(keys.dtype)]).T)
         columns = torch.arange(0 if inputs.sliding is None else -len(keys), len(own), device=keys.device)
         distance = torch.arange(len(own), device=keys.device)[:, None] - columns
         hidden = (distance < 0) if inputs.sliding is None else (distance < 0) | (distance >= inputs.sliding)
@@ -108,23 +115,34 @@ class Reconstruction:
         sink_logits = (
             None if softmax.sink_logits is None else softmax.sink_logits.repeat_interleave(len(own))[::stride, None]
         )
-        return shares(logits, sink_logits)
+        weights = shares(logits, sink_logits)
+        return query, weights, normaliser(logits, weights)
 
-    def refit_values(self, inputs: Inputs, outputs: Tensor, head: int, indices: Tensor) -> Tensor:
-        """Least-squares values for the kept keys of a KV head, [kept, dim].
+    def refit_keys(
+        self, inputs: Inputs, outputs: Tensor, head: int, indices: Tensor, last: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and least-squares values for the kept keys of a KV head, [kept, dim] each (eviction/refitting.py).
 
         outputs: of full attention, [KV heads, group, tokens, dim], the target. indices: of the kept keys in the context, int64
-        [kept].
+        [kept]. last: where in `indices` the key stands that the synthetic key replaces, None for none.
         """
-        keys, values = (cached[head, indices].to(outputs.dtype) for cached in self.context.key_values(inputs.layer))
+        key, value = (cached[head].to(outputs.dtype) for cached in self.context.key_values(inputs.layer))
+        keys, values = key[indices], value[indices]
         stride = -(-outputs[0, :, :, 0].numel() // ROWS)
+        if last is not None:
+            found = [self._attention(inputs, head, rows, key, stride) for rows in self.continuations.rows]
+            queries, total = (torch.cat([part[n] for part in found]) for n in (0, 2))
+            full = torch.cat([part[1][:, : len(key)] for part in found])
+            evicted = torch.ones_like(key[:, 0]).index_fill_(0, indices, 0)
+            evicted[indices[last]] = 1
+            keys[last], values[last] = synthetic_key(queries, full, total, key, value, evicted)
         weights, residual = [], []
         for rows in self.continuations.rows:
-            attention = self._attention(inputs, head, rows, keys, stride)
+            _, attention, _ = self._attention(inputs, head, rows, keys, stride)
             output = attention @ torch.cat([values, inputs.value[0, head, rows].to(values.dtype)])
             weights.append(attention[:, : len(indices)])
             residual.append(outputs[head, :, rows].flatten(0, 1)[::stride] - output)
-        return values + ridge_regression(torch.cat(weights), torch.cat(residual), RIDGE)
+        return keys, values + ridge_regression(torch.cat(weights), torch.cat(residual), RIDGE)
 
 
 def kept_keys(pattern: Pattern, scores: Tensor) -> Tensor:
@@ -175,12 +193,15 @@ def _reconstruct_row(context: Context, plan: Plan) -> dict[int, Tensor]:
         row = plan.layers[inputs.layer]
         if row is not None:
             scores[inputs.layer] = largest
-            _, values = context.key_values(inputs.layer)
+            keys, values = context.key_values(inputs.layer)
             for head, pattern in enumerate(one.pattern for one in row):
                 if pattern.size(context.length) < context.length:
                     indices = kept_keys(pattern, largest[head])
-                    refit = reconstruction.refit_values(inputs, outputs, head, indices)
-                    values[head, indices] = refit.to(values.dtype)
+                    last = pattern.sink + pattern.top_k - 1 if pattern.top_k > 1 else None
+                    new_keys, new_values = reconstruction.refit_keys(inputs, outputs, head, indices, last)
+                    keys[head, indices], values[head, indices] = new_keys.to(keys.dtype), new_values.to(values.dtype)
+                    if last is not None:
+                        largest[head, indices[last]] = ALWAYS
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     context.run(reconstruction.continuations, attend)

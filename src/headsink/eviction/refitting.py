@@ -1,8 +1,11 @@
-"""Value refitting: least-squares values for the keys that a head keeps (Attention Matching, arXiv 2602.16284).
+"""Refitting of the keys that a head keeps of a prompt: least-squares values, and one synthetic key (Attention Matching, arXiv
+2602.16284).
 
-After eviction, the output of a head lacks the values of the evicted keys. New values of the kept keys make up for some of it.
-They are fitted for reference queries: those of the prompt, rotated on to where a repeat of the prompt would stand, as for prompt
-scores (eviction/scorers/prompt.py). Refitting changes no shape and uses no extra memory.
+After eviction, the output of a head lacks the values of the evicted keys, and the attention to them goes to the kept keys. Two
+things make up for some of it. The last of the top-k keys is replaced by a synthetic key, which takes part of the attention that
+the evicted keys got. And the values of the top-k keys are refitted. Both are fitted for reference queries: those of the prompt,
+rotated on to where a repeat of the prompt would stand, as for prompt scores (eviction/scorers/prompt.py). Neither changes a shape
+or uses extra memory.
 """
 
 from __future__ import annotations
@@ -15,14 +18,20 @@ from headsink.eviction.scorers.prompt import AHEAD, Softmax
 from headsink.models.rope import rotate
 
 ROWS = 512  # reference queries of a KV head at most, evenly spaced
-RIDGE = 10.0  # ridge penalty, as a multiple of the mean squared attention to a kept key, summed over the queries
+RIDGE = (
+    10.0  # ridge penalty of values, as a multiple of the mean squared attention to a kept key, summed over the queries
+)
+KEY_RIDGE = (
+    10.0  # of the synthetic key, as a multiple of the mean squared coordinate of a weighted query, summed likewise
+)
 
 
-def refit_values(
+def refit_keys(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the top-k keys of a KV head, int64 [top_k], and new values for them, [top_k, dim].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top-k keys of a KV head, int64 [top_k], with new keys and new values for them, [top_k, dim].
 
+    Only the last of the new keys differs: it is the synthetic key, if there are two top-k keys or more.
     query: [group, tokens, dim]; key, value: [tokens, dim], of a prompt that is longer than what the pattern keeps; query and key
     are rotated. scores: importance scores, [tokens]. softmax, inverse: as for `prompt.segment_scores`, of this KV head.
     """
@@ -34,17 +43,53 @@ def refit_values(
     some = query[:, :: -(-query.shape[0] * tokens // ROWS)]
     again = rotate(some, tokens + AHEAD, inverse) * scaling  # [group, queries, dim]
     key, value = key.to(kind), value.to(kind)
+    extra = None if sink_logits is None else sink_logits.to(kind)[:, None, None]
 
-    def attention(keys: Tensor) -> Tensor:
+    def attention(keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention to each key, [queries, keys], and the log-sum-exp, [queries]."""
         logits = again @ keys.T
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        if sink_logits is not None:
-            logits = torch.cat([logits, sink_logits.to(kind)[:, None, None].expand(*logits.shape[:2], 1)], -1)
-        return logits.softmax(-1)[..., : len(keys)].flatten(0, 1)
+        if extra is not None:
+            logits = torch.cat([logits, extra.expand(*logits.shape[:2], 1)], -1)
+        total = logits.logsumexp(-1, keepdim=True)
+        return (logits - total).exp_()[..., : len(keys)].flatten(0, 1), total.flatten()
 
-    weights = attention(key[kept])
-    residual = attention(key) @ value - weights @ value[kept]
-    return best, value[best] + ridge_regression(weights[:, : len(best)], residual, RIDGE)
+    full, total = attention(key)
+    keys, values = key[kept], value[kept]
+    if pattern.top_k > 1:
+        evicted = torch.ones(tokens, dtype=kind, device=key.device).index_fill_(0, kept, 0)
+        evicted[best[-1]] = 1
+        mine = slice(len(best) - 1, len(best))
+        keys[mine], values[mine] = synthetic_key(again.flatten(0, 1), full, total, key, value, evicted)
+    weights, _ = attention(keys)
+    residual = full @ value - weights @ values
+    return best, keys[: len(best)], values[: len(best)] + ridge_regression(weights[:, : len(best)], residual, RIDGE)
+
+
+def synthetic_key(
+    queries: Tensor, full: Tensor, total: Tensor, key: Tensor, value: Tensor, evicted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a key and a value that stand for the evicted keys, [dim] each.
+
+    They are the means of the evicted keys and values, weighted by attention. Then ridge regression moves the key, so that its
+    logits come closer to the log-sum-exp of those of the evicted keys; a query counts by its attention to them.
+
+    queries: scaled, [queries, dim]; full, total: attention to all keys and its log-sum-exp, [queries, tokens] and [queries]; key,
+    value: [tokens, dim]. evicted: 1 for evicted keys, 0 for the others, [tokens].
+    """
+    tiny = torch.finfo(full.dtype).tiny
+    share = full @ evicted  # [queries]
+    mass = full.sum(0) * evicted
+    mass = mass / mass.sum().clamp(min=tiny)
+    mean = mass @ key
+    weight = share / share.mean().clamp(min=tiny)
+    rows = queries * weight[:, None]
+    products = rows.T @ queries
+    penalty = KEY_RIDGE / len(mean) * products.trace()
+    products.diagonal().add_(penalty.clamp(min=tiny))
+    missing = share.clamp(min=tiny).log() + total - queries @ mean
+    factor = torch.linalg.cholesky_ex(products).L  # does not block the host
+    return mean + torch.cholesky_solve((rows.T @ missing)[:, None], factor)[:, 0], mass @ value
 
 
 def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:

@@ -269,7 +269,7 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             finite = tensor.isfinite()
-            if not (finite | (tensor == NONE) if name.endswith(".scores") else finite).all():
+            if not (~tensor.isnan() if name.endswith(".scores") else finite).all():
                 raise ValueError(f"{name}: it holds NaN or infinite numbers")
     for group in _groups(header, cache):
         if "scores" in group.stored:

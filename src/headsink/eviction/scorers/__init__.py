@@ -2,7 +2,7 @@
 
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers.linear import LINEAR
-from headsink.eviction.scorers.scorer import NONE, Scorer
+from headsink.eviction.scorers.scorer import ALWAYS, NONE, Scorer
 
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (LINEAR,)}
 
@@ -14,4 +14,4 @@ def find_scorer(name: str) -> Scorer:
     return SCORERS[name]
 
 
-__all__ = ["LINEAR", "NONE", "SCORERS", "Scorer", "find_scorer"]
+__all__ = ["ALWAYS", "LINEAR", "NONE", "SCORERS", "Scorer", "find_scorer"]

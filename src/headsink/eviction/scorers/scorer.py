@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 NONE = float("-inf")  # the score of a key that cannot be a top-k key
+ALWAYS = float("inf")  # the score of a top-k key that is never evicted
 
 
 class Scorer(ABC):
