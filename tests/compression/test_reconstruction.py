@@ -1,4 +1,4 @@
-"""Context reconstruction at prefill: scores and refitted values equal reference computations."""
+"""Context reconstruction at prefill: scores and refitted keys equal reference computations."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from transformers import DynamicCache
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.interface import left_padding, observe_attention
-from headsink.attention.reference import masked_attention
+from headsink.attention.reference import masked_attention, reference_synthetic_key
 from headsink.compression import reconstruction
 from headsink.compression.reconstruction import LEAD, RIDGE, kept_keys
-from headsink.eviction.scorers import SCORERS
+from headsink.eviction.scorers import ALWAYS, SCORERS
 from headsink.eviction.scorers.prompt import match_scale
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
@@ -56,31 +56,46 @@ def passes(model, ids):
         yield span, seen
 
 
-def attention(inputs, head, group, hidden):
+def attention(inputs, head, group, hidden, keys=None):
     """Return the attention of a KV head's query heads, [group, tokens, tokens], zero on columns that are `hidden`."""
     rows, tokens = slice(head * group, (head + 1) * group), inputs.key.shape[2]
     seen = ~(hidden | torch.ones(tokens, tokens, dtype=torch.bool).triu(1))
     sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[rows]
-    given = inputs.query[:, rows], inputs.key[:, head : head + 1], torch.eye(tokens, dtype=inputs.key.dtype)[None, None]
+    keys = inputs.key[0, head] if keys is None else keys
+    given = inputs.query[:, rows], keys[None, None], torch.eye(tokens, dtype=inputs.key.dtype)[None, None]
     return masked_attention(*given, seen, inputs.scaling, inputs.softcap, sink_logits)[0]
+
+
+def synthetic_key(everything, head, group, evicted, stride):
+    """Return the key and the value that stand for the evicted keys of a KV head."""
+    queries, lost, target = [], [], []
+    for _, seen, full in everything:
+        rows = seen.query[0, head * group : (head + 1) * group, LENGTH:].flatten(0, 1)[::stride] * seen.scaling
+        key, value = (t[0, head, :LENGTH][evicted] for t in (seen.key, seen.value))
+        logits = rows @ key.T
+        queries.append(rows)
+        lost.append(full[:, LENGTH:, :LENGTH][..., evicted].flatten(0, 1)[::stride])
+        target.append((logits if seen.softcap is None else seen.softcap * (logits / seen.softcap).tanh()).logsumexp(-1))
+    return reference_synthetic_key(torch.cat(queries), torch.cat(lost), torch.cat(target), key, value)
 
 
 @pytest.mark.parametrize(
     ("family", "rows"),
     [*((family, 8192) for family in FAMILIES), ("gemma3", 50), ("llama-mha", 30)],
 )
-def test_scores_and_values_equal_masked_attention(family, rows, precise, monkeypatch):
+def test_scores_keys_and_values_equal_masked_attention(family, rows, precise, monkeypatch):
     monkeypatch.setattr(reconstruction, "ROWS", rows)
     model, ids = tiny(family, dtype=torch.float64), text()
     plan, shape = plan_for(model), describe(model)
     cache = read(model, ids)
-    before = [layer.values.clone() for layer in cache.layers]
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     scores = reconstruction.reconstruct(model, plan, cache, ids)
     reconstructions = list(passes(model, ids[0].tolist()))
     assert scores.keys() == {layer for layer, row in enumerate(plan.layers) if row}
     for layer, row in enumerate(plan.layers):
+        after = cache.layers[layer].keys, cache.layers[layer].values
         if row is None:
-            assert torch.equal(cache.layers[layer].values, before[layer])
+            assert all(map(torch.equal, after, before[layer]))
             continue
         for head, pattern in enumerate(h.pattern for h in row):
             everything = [
@@ -88,9 +103,13 @@ def test_scores_and_values_equal_masked_attention(family, rows, precise, monkeyp
             ]
             largest = torch.cat([a[:, LENGTH:, span.start : span.stop].amax((0, 1)) for span, _, a in everything])
             found = scores[layer][0, head]
+            (keys, values), (old_keys, old) = ([t[0, head] for t in part] for part in (after, before[layer]))
+            synthetic = (found == ALWAYS).nonzero()[:, 0]
+            assert len(synthetic) == (pattern.size(LENGTH) < LENGTH and pattern.top_k > 1)
+            found[synthetic] = largest[synthetic].log().to(found)
             torch.testing.assert_close(found.exp().double(), largest, rtol=1e-5, atol=1e-7)
-            values, old = cache.layers[layer].values[0, head], before[layer][0, head]
             if pattern.size(LENGTH) >= LENGTH:
+                assert torch.equal(keys, old_keys)
                 assert torch.equal(values, old)
                 continue
             kept_indices = kept_keys(pattern, found)
@@ -98,18 +117,28 @@ def test_scores_and_values_equal_masked_attention(family, rows, precise, monkeyp
             assert torch.equal(values[evicted], old[evicted])
             queries = shape.group * sum(a.shape[1] - LENGTH for _, _, a in everything)
             stride = -(-queries // rows)
+            new_keys, new_values = old_keys.clone(), old.clone()
+            if len(synthetic):
+                assert synthetic == kept_indices[pattern.sink + pattern.top_k - 1]
+                gone = evicted.index_fill(0, synthetic, True)
+                replaced = synthetic_key(everything, head, shape.group, gone, stride)
+                new_keys[synthetic], new_values[synthetic] = (given[None] for given in replaced)
+            torch.testing.assert_close(keys, new_keys, rtol=1e-4, atol=1e-6)
             known, missed = [], []
             for _, seen, a in everything:
-                left = attention(seen, head, shape.group, torch.nn.functional.pad(evicted, (0, a.shape[1] - LENGTH)))
-                full, own = (t[:, LENGTH:].flatten(0, 1) @ seen.value[0, head] for t in (a, left))
+                own_keys, own_values = (t[0, head].clone() for t in (seen.key, seen.value))
+                own_keys[:LENGTH], own_values[:LENGTH] = new_keys, new_values
+                hidden = torch.nn.functional.pad(evicted, (0, a.shape[1] - LENGTH))
+                left = attention(seen, head, shape.group, hidden, own_keys)
+                full = a[:, LENGTH:].flatten(0, 1) @ seen.value[0, head]
                 known.append(left[:, LENGTH:, kept_indices].flatten(0, 1)[::stride])
-                missed.append((full - own)[::stride])
+                missed.append((full - left[:, LENGTH:].flatten(0, 1) @ own_values)[::stride])
             known, missed = torch.cat(known), torch.cat(missed)
             ridge = (RIDGE * known.square().sum(0).mean()).sqrt()
             known = torch.cat([known, ridge * torch.eye(len(kept_indices))])
             missed = torch.cat([missed, missed.new_zeros(len(kept_indices), missed.shape[1])])
             change = torch.linalg.lstsq(known, missed).solution
-            torch.testing.assert_close(values[kept_indices] - old[kept_indices], change, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(values[kept_indices] - new_values[kept_indices], change, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -131,7 +160,7 @@ def test_kept_keys_match_the_definition(seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
-def test_the_cache_contains_the_refitted_values(family):
+def test_the_cache_contains_the_refitted_keys_and_values(family):
     model, ids = tiny(family), text(2)
     plan = plan_for(model, 3)
     full_cache = read(model, ids)
@@ -209,7 +238,8 @@ def test_scores_in_16_bits_are_close():
     )
     for layer, scores in exact.items():
         assert rounded[layer].dtype == torch.float32
-        assert float((rounded[layer] - scores).abs().mean()) < 0.1 * float(scores.std())
+        real = (scores != ALWAYS) & (rounded[layer] != ALWAYS)
+        assert float((rounded[layer] - scores)[real].abs().mean()) < 0.1 * float(scores[real].std())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -237,8 +267,12 @@ def test_the_cache_equals_one_filled_with_the_scores_at_the_scorers_scale(family
             for group in found.layers[index].groups:
                 if not group.pattern.top_k:
                     continue
-                largest = scaled[group.heads].amax()
-                assert (group.scores[n] <= largest + 1e-5).all()
+                largest = scaled[group.heads].masked_fill(scaled[group.heads] == ALWAYS, 0).amax()
+                assert ((group.scores[n] <= largest + 1e-5) | (group.scores[n] == ALWAYS)).all()
+                if group.pattern.top_k > 1 and group.pattern.size(LENGTH - first) < LENGTH - first:
+                    assert (
+                        (group.scores[n] == ALWAYS).sum(-1) == 1
+                    ).all()  # the synthetic key of a head is never evicted
     parts = []
     for cache in (found, expected):
         with headsink.apply(model, plan), torch.no_grad():

@@ -99,15 +99,11 @@ def reference_refit(
     if len(best) > 1:
         evicted = ~kept
         evicted[best[-1]] = True
-        lost = full[:, evicted]
-        mean, values[best[-1]] = (lost.sum(0) @ given[evicted] / lost.sum() for given in (key, value))
-        queries, weight = again[0].flatten(0, 1) * scaling, (lost.sum(1) / lost.sum(1).mean()).sqrt()[:, None]
+        queries = again[0].flatten(0, 1) * scaling
         logits = queries @ key[evicted].T
         target = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).logsumexp(-1)
-        ridge = (KEY_RIDGE * (queries * weight).square().sum() / key.shape[1]).sqrt() * torch.eye(key.shape[1]).to(key)
-        missing = weight * (target - queries @ mean)[:, None]
-        rows = torch.cat([queries * weight, ridge]), torch.cat([missing, missing.new_zeros(key.shape[1], 1)])
-        keys[best[-1]], scores[best[-1]] = mean + torch.linalg.lstsq(*rows).solution[:, 0], ALWAYS
+        synthetic = reference_synthetic_key(queries, full[:, evicted], target, key[evicted], value[evicted])
+        (keys[best[-1]], values[best[-1]]), scores[best[-1]] = synthetic, ALWAYS
     few = attention(keys, kept)
     weights, missed = few[:, best], full @ value - few @ values
     ridge = (RIDGE * weights.square().sum() / len(best)).sqrt() * torch.eye(len(best)).to(key)
@@ -115,6 +111,21 @@ def reference_refit(
         torch.cat([weights, ridge]), torch.cat([missed, missed.new_zeros(len(best), missed.shape[1])])
     )
     return keys, values.index_add(0, best, change.solution), scores
+
+
+def reference_synthetic_key(
+    queries: Tensor, lost: Tensor, target: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the key and the value that stand for evicted ones, [keys, dim].
+
+    queries: scaled, [queries, dim]. lost: attention to the evicted keys, [queries, keys]. target: log-sum-exp of their logits.
+    """
+    mean, mean_value = (lost.sum(0) @ given / lost.sum() for given in (key, value))
+    weight, dim = (lost.sum(1) / lost.sum(1).mean()).sqrt()[:, None], key.shape[1]
+    ridge = (KEY_RIDGE * (queries * weight).square().sum() / dim).sqrt() * torch.eye(dim).to(key)
+    missing = weight * (target - queries @ mean)[:, None]
+    rows = torch.cat([queries * weight, ridge]), torch.cat([missing, missing.new_zeros(dim, 1)])
+    return mean + torch.linalg.lstsq(*rows).solution[:, 0], mean_value
 
 
 def segment_mask(

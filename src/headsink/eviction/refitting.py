@@ -18,12 +18,9 @@ from headsink.eviction.scorers.prompt import AHEAD, Softmax
 from headsink.models.rope import rotate
 
 ROWS = 512  # reference queries of a KV head at most, evenly spaced
-RIDGE = (
-    10.0  # ridge penalty of values, as a multiple of the mean squared attention to a kept key, summed over the queries
-)
-KEY_RIDGE = (
-    10.0  # of the synthetic key, as a multiple of the mean squared coordinate of a weighted query, summed likewise
-)
+# Ridge penalties: of values, as a multiple of the mean squared attention to a kept key, summed over the queries; of the synthetic
+# key, as a multiple of the mean squared coordinate of a query, weighted, and summed likewise.
+RIDGE, KEY_RIDGE = 10.0, 10.0
 
 
 def refit_keys(

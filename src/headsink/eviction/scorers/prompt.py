@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headsink.eviction.scorers.scorer import ALWAYS
 from headsink.models.rope import rotate
 
 LEAST = 32  # tokens of a segment; the queries of a shorter one say too little
@@ -21,9 +22,8 @@ AHEAD = 8  # tokens of a request to repeat, which would stand between the segmen
 BEFORE, AFTER = 8, 128  # queries around a key that score it: from the 8th before it to the 128th after it
 STRIDE = 2  # of the queries, one in so many is used
 BLOCK = 128  # tokens of a segment at once
-Softmax = tuple[
-    float, float | None, Tensor | None
-]  # scaling, softcap, sink_logits: `AttentionParams` (attention/params.py)
+# scaling, softcap, sink_logits: `AttentionParams` (attention/params.py)
+Softmax = tuple[float, float | None, Tensor | None]
 
 
 def segment_scores(
@@ -96,12 +96,13 @@ def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
     """Return values on the scale of `scale` in the order of `scores`, both [heads, keys].
 
     The key with the n-th highest score gets a value between the n-th highest of `scale` and the next higher one, so that it is
-    not the score of another key.
+    not the score of another key. `ALWAYS` stays.
     """
     values = scale.sort(-1).values
     steps = values.diff(dim=-1)
     values = values + torch.cat([steps, steps[..., -1:]], -1) / 2
-    return torch.empty_like(scale).scatter_(-1, scores.argsort(-1), values)
+    found = torch.empty_like(scale).scatter_(-1, scores.argsort(-1), values)
+    return found.where(scores != ALWAYS, ALWAYS)
 
 
 def _standard(scores: Tensor) -> Tensor:
