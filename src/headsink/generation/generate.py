@@ -7,7 +7,7 @@ line needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -145,27 +145,16 @@ def generate(
             **sampling,
             **options,
         )
-    times = clock.times
-    return Generation(
-        text=clock.text(),
-        ids=clock.ids,
-        prompt_tokens=len(ids),
-        first_token_s=times[0] - start,
-        steps_s=[later - earlier for earlier, later in pairwise(times)],
-        kv_bytes=nbytes(cache),
-    )
+    return _measured(clock, ids, start, nbytes(cache))
 
 
 def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generation:
     counts, start = Speculation(), time.perf_counter()
     mask = torch.ones_like(text)
     generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=counts, **options)
-    return Generation(
-        text=clock.text(),
-        ids=clock.ids,
-        prompt_tokens=text.shape[1],
-        first_token_s=clock.times[0] - start,
-        steps_s=[later - earlier for earlier, later in pairwise(clock.times)],
-        kv_bytes=counts.kv_bytes,
-        acceptance=counts.acceptance,
-    )
+    return _measured(clock, text[0], start, counts.kv_bytes, counts.acceptance)
+
+
+def _measured(clock: _Clock, prompt: Sized, start: float, kv_bytes: int, acceptance: float | None = None) -> Generation:
+    steps = [later - earlier for earlier, later in pairwise(clock.times)]
+    return Generation(clock.text(), clock.ids, len(prompt), clock.times[0] - start, steps, kv_bytes, acceptance)

@@ -23,9 +23,9 @@ from headsink.bench import domains, memory, quality, speed
 from headsink.bench.comparison import Comparison
 from headsink.bench.options import Options, label
 from headsink.bench.peers import process
+from headsink.bench.plans import calibrate_plans
 from headsink.bench.suite import records
 from headsink.bench.suite.records import Compared, Row
-from headsink.calibration.calibrate import Calibration
 from headsink.errors import HeadsinkError
 from headsink.models.devices import dtype_name
 from headsink.plan.plan import Plan
@@ -155,25 +155,14 @@ def _load(model: str, dtype: str | None, device: str | None) -> tuple[PreTrained
 
 def _plan(options: Options, folder: Path, model: str, checkpoint: Path) -> dict[str, Any]:
     loaded, tokenizer = _load(model, options.dtype, options.device)
-    calibration, found = None, []
-    for budget in options.budgets:
-        file = plan_file(options, folder, model, budget)
-        wanted = {"budget": budget, "context": [options.context] * 2, "seed": options.seed, "dtype": _dtype(loaded)}
-        made = Plan.load(file) if file.is_file() else None
-        if made is None or any(made.calibration.get(key) != value for key, value in wanted.items()):
-            if calibration is None:  # documents are read once for all budgets
-                calibration = Calibration(
-                    loaded, tokenizer, context=options.context, seed=options.seed, checkpoint=checkpoint
-                )
-            made = calibration.plan(budget)
-            made.save(file)
-        command_line = {key: made.calibration[key] for key in ("budget", "kept", "verified")}
-        found.append({**command_line, "patterns": made.counts(), "file": f"plans/{file.name}"})
-    return {"context": options.context, "dtype": _dtype(loaded), "plans": found}
-
-
-def _dtype(model: PreTrainedModel) -> str:
-    return dtype_name(model.dtype)
+    files = {budget: plan_file(options, folder, model, budget) for budget in options.budgets}
+    plans = calibrate_plans(loaded, tokenizer, files, context=options.context, seed=options.seed, checkpoint=checkpoint)
+    found = [
+        {key: plan.calibration[key] for key in ("budget", "kept", "verified")}
+        | {"patterns": plan.counts(), "file": f"plans/{files[budget].name}"}
+        for budget, plan in plans.items()
+    ]
+    return {"context": options.context, "dtype": dtype_name(loaded.dtype), "plans": found}
 
 
 def _quality(options: Options, folder: Path, model: str, task: str, checkpoint: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from headsink.utils.progress import console
 from headsink.utils.terminal import resumable, write
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from headsink.plan.plan import Plan
 
@@ -84,6 +84,7 @@ def quality(options: QualityOptions) -> None:
     """
     tasks, shares = options.chosen_tasks(), options.shares()
 
+    from headsink.bench.plans import calibrate_plans
     from headsink.bench.quality import run, table
 
     plans = {file.stem: headsink.Plan.load(file) for file in options.plan_files or ()}
@@ -93,7 +94,10 @@ def quality(options: QualityOptions) -> None:
     file, context, seed = options.out_file, options.context, options.seed
     folder, checkpoint = file.with_name(f"{file.stem}-plans"), file.with_name(f".{file.name}.partial")
     with resumable(checkpoint, folder):
-        plans |= _made(model, tokenizer, shares, context, seed, folder)
+        files = {share: folder / f"{context}-{share:g}-{seed}.json" for share in shares}
+        partial = folder / "calibration.partial"
+        made = calibrate_plans(model, tokenizer, files, context=context, seed=seed, checkpoint=partial)
+        plans |= {f"{share:g}": plan for share, plan in made.items()}
         results = []
         for name in tasks:
             kept = checkpoint / f"{name}.jsonl"
@@ -121,31 +125,3 @@ def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str,
             for way, plan in plans.items()
         },
     }
-
-
-def _made(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    budgets: list[float],
-    context: int,
-    seed: int,
-    folder: Path,
-) -> dict[str, Plan]:
-    """A plan for each budget, from the folder if it was made there with the same settings."""
-    from headsink.calibration.calibrate import Calibration
-    from headsink.models.devices import dtype_name
-    from headsink.plan.plan import Plan
-
-    checkpoint, calibration, plans = folder / "calibration.partial", None, {}
-    for budget in budgets:
-        file = folder / f"{context}-{budget:g}-{seed}.json"
-        wanted = {"budget": budget, "context": [context, context], "seed": seed, "dtype": dtype_name(model.dtype)}
-        plan = Plan.load(file) if file.is_file() else None
-        if plan is None or any(plan.calibration.get(key) != value for key, value in wanted.items()):
-            if calibration is None:  # documents are read once for all budgets
-                calibration = Calibration(model, tokenizer, context=context, seed=seed, checkpoint=checkpoint)
-            plan = calibration.plan(budget)
-            plan.save(file)
-            checkpoint.unlink(missing_ok=True)
-        plans[f"{budget:g}"] = plan
-    return plans
