@@ -271,7 +271,10 @@ DAMAGE = {
         "tensor 'layers.2.0.scores' does not belong there",
     ),
     "a score that is NaN": (lambda h, t: t["layers.0.0.scores"].fill_(float("nan")), "layers.0.0.scores: it holds NaN"),
-    "an infinite score": (lambda h, t: t["layers.0.0.scores"].fill_(float("inf")), "layers.0.0.scores: it holds NaN"),
+    "several keys that are never evicted": (
+        lambda h, t: t["layers.0.0.scores"].fill_(float("inf")),
+        "layers.0.0.scores: several keys of a head are never evicted",
+    ),
     "a key that is NaN": (
         lambda h, t: t["layers.2.0.keys"].view(-1)[:1].fill_(float("nan")),
         "layers.2.0.keys: it holds",

@@ -27,7 +27,7 @@ from headsink.cache.head_group import HeadGroup
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.scorers import NONE
+from headsink.eviction.scorers import ALWAYS, NONE
 from headsink.models.devices import dtype_name
 from headsink.models.spec import vocabulary
 from headsink.plan.plan import Plan
@@ -274,7 +274,10 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
     for group in _groups(header, cache):
         if "scores" in group.stored:
             evicted = header.seen - (group.pattern.window or 0) - group.pattern.sink - _read_padding(tensors)
-            if ((tensors[group.name + "scores"] > NONE).sum(-1) > evicted.clamp(min=0)[:, None]).any():
+            scores = tensors[group.name + "scores"]
+            if ((scores == ALWAYS).sum(-1) > 1).any():
+                raise ValueError(f"{group.name}scores: several keys of a head are never evicted")
+            if ((scores > NONE).sum(-1) > evicted.clamp(min=0)[:, None]).any():
                 raise ValueError(f"{group.name}scores: of more top-k keys than have left the window")
 
 
