@@ -1,1 +1,1 @@
-"""Context reconstruction (KVzip) and value refitting for a cached prompt, and continuations on a cached prefix."""
+"""Context reconstruction (KVzip) of a cached prompt, and continuations on a cached prefix."""

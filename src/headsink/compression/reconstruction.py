@@ -1,10 +1,10 @@
-"""Query-agnostic KV importance by context reconstruction (KVzip, arXiv 2505.23416), and least-squares refitting of the kept
-values (Attention Matching, arXiv 2602.16284).
+"""Query-agnostic KV importance by context reconstruction (KVzip, arXiv 2505.23416), and refitting of the kept keys (Attention
+Matching, arXiv 2602.16284).
 
 The prompt "repeat the previous context" and then spans of the context are run over the cached context. The importance score of a
 key is the largest attention that it receives from the queries of its own span; it does not depend on later questions. Each head
-keeps as many of its top-scoring keys as its pattern says. Ridge regression in closed form, per head, then refits the kept values
-so that the head's outputs come close to those of full attention. Refitting changes no shape and uses no extra memory.
+keeps as many of its top-scoring keys as its pattern says. Then they are refitted as in eviction/refitting.py, for the queries of
+the second pass: a synthetic key for the evicted ones, and least-squares values of all kept keys.
 """
 
 from __future__ import annotations
