@@ -28,9 +28,8 @@ class Architecture:
     """The heads of a model.
 
     windows: the model's own sliding window per layer, None for full attention. softcap: attention logits are capped (Gemma 2).
-    uncapped: the model caps logits, but its attention implementation, `sdpa`, does not. has_sink_logits: the softmax includes a
-    learned sink logit (gpt-oss). prefix_free: the encoding of positions does not depend on the length of the text, so a prefix of
-    a long text gives the same states as the short text.
+    uncapped: the model caps logits, but its attention implementation, `sdpa`, does not. prefix_free: the encoding of positions
+    does not depend on the length of the text, so a prefix of a long text gives the same states as the short text.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Architecture:
     max_context: int
     softcap: bool = False
     uncapped: bool = False
-    has_sink_logits: bool = False
     prefix_free: bool = True
 
     @property
@@ -115,7 +113,6 @@ def describe(model: nn.Module) -> Architecture:
         max_context=config.max_position_embeddings,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
-        has_sink_logits=any(hasattr(m, "layer_idx") and hasattr(m, "sinks") for m in inside.modules()),
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
     )
 
