@@ -1,6 +1,6 @@
 """Quality of plans on held-out cases: headsink, with context reconstruction and without, and baseline policies.
 
-python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2.json
+python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2-default.json
 python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all --out benchmarks/results/ablation-smollm2.json
 
 A plan is calibrated at the context of the cases. Like the presses of peers.py, a case is read in full attention and compressed

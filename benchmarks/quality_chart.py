@@ -1,6 +1,6 @@
 r"""Quality against KV budget: a picture of plans and kvpress presses, from results of plans.py and peers.py.
 
-python benchmarks/quality_chart.py benchmarks/results/plans-smollm2.json benchmarks/results/peers-smollm2.json \
+python benchmarks/quality_chart.py benchmarks/results/{plans-smollm2-default,plans-smollm2-reconstruction,peers-smollm2}.json \
     --picture docs/pictures/quality
 
 Two panels: retrieval accuracy relative to the full cache, and the delta NLL per token of text. headsink and the best peers have a
