@@ -63,3 +63,19 @@ def test_outputs_come_closer_to_full_attention():
     before = (output(key, value, kept) - full).norm()
     after = (output(key.index_copy(0, best, keys), value.index_copy(0, best, values), kept) - full).norm()
     assert after < 0.93 * before
+
+
+def test_evicted_keys_without_attention_get_none():
+    """Also where attention to them is 0 in float32, and 0 would be a high logit."""
+    tokens, pattern = 300, Pattern(4, 8, 16)
+    query, value = torch.zeros(2, tokens, 16), torch.randn(tokens, 16)
+    query[..., 7] = 20.0  # the slowest rotary pair
+    key = torch.randn(tokens, 16) * 0.01
+    key[:, 7] = -40.0
+    key[[*range(4), *range(50, 57), *range(tokens - 16, tokens)], 7] = -1.0
+    scores = torch.zeros(tokens).index_fill(0, torch.arange(50, 57), 1.0).index_fill(0, torch.tensor(57), 0.5)
+    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), INVERSE)
+    assert sorted(best.tolist()) == list(range(50, 58))
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
+    assert keys[-1, 7] < -30

@@ -76,8 +76,8 @@ def synthetic_key(
     """
     tiny = torch.finfo(full.dtype).tiny
     share = full @ evicted  # [queries]
-    mass = full.sum(0) * evicted
-    mass = mass / mass.sum().clamp(min=tiny)
+    mass = (full.sum(0) + tiny) * evicted  # equal, if no query attends to any of them
+    mass = mass / mass.sum()
     mean = mass @ key
     weight = share / share.mean().clamp(min=tiny)
     rows = queries * weight[:, None]
