@@ -49,7 +49,8 @@ class Comparison:
 class Cases:
     """A comparison whose model is loaded, and its result.
 
-    options: with the contexts and plans of this model. installed: the peers that run here. found: the result, without rows.
+    options: with the plans for this model. contexts: tokens of its prompts. installed: the peers that run here. found: the
+    result, without rows.
     """
 
     def __init__(self, options: Comparison, what: str):
@@ -63,7 +64,7 @@ class Cases:
         contexts = contexts_for(most, options.tokens) if options.contexts is None else options.contexts
         check_contexts(contexts, options.tokens, most)
         self.contexts = contexts
-        self.options = replace(options, contexts=contexts, plans=plans)
+        self.options = replace(options, plans=plans)
         self.installed, missing = peers.find(options.model_name, self.model, options.llama_cpp, options.vllm)
         self.found: dict[str, Any] = provenance(what) | {
             "model": options.model_name,

@@ -13,8 +13,9 @@ from typing import Any
 
 def provenance(what: str) -> dict[str, Any]:
     """Return the provenance of results. what: one line that says what they measure."""
-    script = sys.argv[0] if sys.argv[0].startswith("benchmarks") else None
-    command = " ".join([*(["headsink"] if script is None else ["python", script]), *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    program = f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "headsink"
+    command = " ".join([program, *sys.argv[1:]])
     return {"what": what, "command": command, "versions": versions(), "machine": machine()}
 
 

@@ -109,9 +109,8 @@ class DensePrefill:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values and scores of a first segment with its top-k keys refitted (eviction/refitting.py).
 
-        A synthetic key is never evicted. query: [batch, heads, group, tokens, dim];
-        key, value: [batch, heads, tokens, dim]; scores: [batch, heads, tokens]. Rows without prompt scores, and those that evict
-        nothing, stay as they are.
+        A synthetic key is never evicted. Rows without prompt scores, and those that evict nothing, stay as they are.
+        query: [batch, heads, group, tokens, dim]; key, value: [batch, heads, tokens, dim]; scores: [batch, heads, tokens].
         """
         tokens, rotary = key.shape[2], self.options.rotary
         key, value, scores = key.clone(), value.clone(), scores.clone()

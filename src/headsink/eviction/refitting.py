@@ -29,6 +29,7 @@ def refit_keys(
     """Return the top-k keys of a KV head, int64 [top_k], with new keys and new values for them, [top_k, dim].
 
     Only the last of the new keys differs: it is the synthetic key, if there are two top-k keys or more.
+
     query: [group, tokens, dim]; key, value: [tokens, dim], of a prompt that is longer than what the pattern keeps; query and key
     are rotated. scores: importance scores, [tokens]. softmax, inverse: as for `prompt.segment_scores`, of this KV head.
     """

@@ -145,16 +145,18 @@ def generate(
             **sampling,
             **options,
         )
-    return _measured(clock, ids, start, nbytes(cache))
+    return _generation(clock, ids, start, nbytes(cache))
 
 
 def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generation:
     counts, start = Speculation(), time.perf_counter()
     mask = torch.ones_like(text)
     generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=counts, **options)
-    return _measured(clock, text[0], start, counts.kv_bytes, counts.acceptance)
+    return _generation(clock, text[0], start, counts.kv_bytes, counts.acceptance)
 
 
-def _measured(clock: _Clock, prompt: Sized, start: float, kv_bytes: int, acceptance: float | None = None) -> Generation:
+def _generation(
+    clock: _Clock, prompt: Sized, start: float, kv_bytes: int, acceptance: float | None = None
+) -> Generation:
     steps = [later - earlier for earlier, later in pairwise(clock.times)]
     return Generation(clock.text(), clock.ids, len(prompt), clock.times[0] - start, steps, kv_bytes, acceptance)

@@ -30,8 +30,8 @@ def compress(
     input_ids: int64 [batch, tokens]. attention_mask: int [batch, tokens], 0 for left padding. reconstruct: choose keys by
     context reconstruction, a second forward pass over the documents, and refit the kept keys
     (compression/reconstruction.py). It takes three to four times as long, needs the memory of the full cache meanwhile, and
-    keeps the most answers. Otherwise every layer evicts as soon as its own attention is done, and refits keys on the
-    prompt's own queries. Raises HeadsinkError if the plan was made for another model, for documents over the model's
+    keeps the most answers. Otherwise every layer evicts right after its own attention, and refits keys on the prompt's own
+    queries. Raises HeadsinkError if the plan was made for another model, for documents over the model's
     maximum, for an empty document, and for a mask of another shape or with right padding.
     """
     if input_ids.dim() != 2 or not input_ids.shape[1]:
