@@ -81,7 +81,17 @@ def segments_of(sizes, length, prefill=PREFILLS["dense"], begin=0):
 
 
 def expected_attention(
-    query, key, value, patterns, weights, pads, sizes, prefill=PREFILLS["dense"], frozen=None, softmax=PLAIN
+    query,
+    key,
+    value,
+    patterns,
+    weights,
+    pads,
+    sizes,
+    prefill=PREFILLS["dense"],
+    frozen=None,
+    softmax=PLAIN,
+    decode_window=0,
 ):
     """The reference for a text that is fed in calls of `sizes`."""
     return reference_attention(
@@ -97,9 +107,11 @@ def expected_attention(
         segments=segments_of(sizes, query.shape[2], prefill),
         inverse=prefill.rotary if prefill.dense else None,
         frozen=frozen,
+        decode_window=decode_window,
     )
 
 
+WINDOWS = st.sampled_from([0, 4, 25, 60])  # while decoding
 WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 
 
@@ -110,16 +122,20 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
     st.lists(st.sampled_from([0, 0, 1, 13, 70]), min_size=1, max_size=3),
     st.sampled_from(WAYS),
     st.sampled_from(list(PREFILLS.values())),
+    WINDOWS,
     st.integers(1, 280),
     st.integers(0, 10_000),
 )
 @settings(max_examples=250)
-def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, prefill, length, seed):
+def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, prefill, window, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
-    layer = PlanLayer(patterns, weights, prefill=prefill)
+    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
-    close(output, expected_attention(query, key, value, patterns, weights, pads, sizes, prefill), pads)
+    expected = expected_attention(
+        query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window
+    )
+    close(output, expected, pads)
 
 
 @pytest.mark.slow
@@ -213,15 +229,17 @@ def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefi
     st.lists(st.sampled_from([0, 0, 13]), min_size=1, max_size=2),
     st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1)), min_size=1, max_size=5),
     st.sampled_from(list(PREFILLS.values())),
+    WINDOWS,
     st.integers(0, 10_000),
 )
-@example([Pattern(0, 200, 0)], [0], [(26, 0.0), (150, 0.0)], PREFILLS["dense in chunks"], 0)  # eviction had begun
+@example([Pattern(0, 200, 0)], [0], [(26, 0.0), (150, 0.0)], PREFILLS["dense in chunks"], 0, 0)  # eviction had begun
 @settings(max_examples=200)
-def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, seed):
+def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, window, seed):
     """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
     length = 65 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
-    layer, padding, start = PlanLayer(patterns, weights, prefill=prefill), padding_of(pads), 60
+    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
+    padding, start = padding_of(pads), 60
     outputs = [attend(layer, query, key, value, padding, 0, start)]
     layer.activate_past_recording()
     for n, (tokens, share) in enumerate(steps):
@@ -237,16 +255,19 @@ def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, seed):
     layer.record_past = False
     outputs.append(attend(layer, query, key, value, padding, start, length))
     sizes = [60, *[1] * (start - 60), length - start]
-    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill)
+    expected = expected_attention(
+        query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window
+    )
     close(torch.cat(outputs, 2), expected, pads)
 
 
+@pytest.mark.parametrize("window", [0, 25])
 @pytest.mark.parametrize("prefill", PREFILLS)
-def test_a_recorded_prompt_is_one_segment(prefill):
+def test_a_recorded_prompt_is_one_segment(prefill, window):
     """Of a cache that records from the start; later calls are read token by token."""
     patterns, length, prefill = [Pattern(1, 5, 9), Pattern(0, 30, 0), Pattern(2, 0, 20)], 150, PREFILLS[prefill]
     query, key, value, weights = text(2, 3, 2, length, 1)
-    layer, padding = PlanLayer(patterns, weights, prefill=prefill), padding_of([0, 13])
+    layer, padding = PlanLayer(patterns, weights, prefill=prefill, decode_window=window), padding_of([0, 13])
     layer.activate_past_recording()
     outputs = [feed(layer, *(t[:, :, :111] for t in (query, key, value)), padding, [100, 1, 10])]
     wrong = text(2, 3, 2, 150, 2)[:3]
@@ -255,7 +276,9 @@ def test_a_recorded_prompt_is_one_segment(prefill):
     outputs.append(attend(layer, query, key, value, padding, 111, length))
     one_segment = PrefillOptions(prefill.dense, None, prefill.rotary)
     sizes = [100, *[1] * (length - 100)]
-    expected = expected_attention(query, key, value, patterns, weights, [0, 13], sizes, one_segment)
+    expected = expected_attention(
+        query, key, value, patterns, weights, [0, 13], sizes, one_segment, decode_window=window
+    )
     close(torch.cat(outputs, 2), expected, [0, 13])
 
 
@@ -310,16 +333,18 @@ def test_reordered_rows_keep_their_scores(prefill):
     st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1)), min_size=1, max_size=5),
     st.sampled_from(list(PREFILLS.values())),
     st.sampled_from([torch.float64, torch.float32]),
+    WINDOWS,
     st.integers(0, 10_000),
 )
 @settings(max_examples=200)
 def test_a_frozen_layer_evicts_only_cropped_tokens(
-    patterns, pads, sizes, freeze, recording, steps, prefill, dtype, seed
+    patterns, pads, sizes, freeze, recording, steps, prefill, dtype, window, seed
 ):
     length = freeze + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    layer, padding, start, outputs = PlanLayer(patterns, weights, prefill=prefill), padding_of(pads), freeze, []
+    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
+    padding, start, outputs = padding_of(pads), freeze, []
     before = segments_of(sizes, freeze, prefill)
     if recording and prefill.dense:  # after the first call, token by token
         first = [min(sizes[0], freeze)]
@@ -343,7 +368,7 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(
     query, key, value = (t[:, :, : start + 3] for t in (query, key, value))
     rest = PrefillOptions(rotary=prefill.rotary if prefill.dense else None)
     expected = expected_attention(
-        query, key, value, patterns, weights, pads, [*before, start + 3 - freeze], rest, freeze
+        query, key, value, patterns, weights, pads, [*before, start + 3 - freeze], rest, freeze, decode_window=window
     )
     close(torch.cat(outputs, 2), expected, pads, atol=1e-12 if dtype == torch.float64 else 2e-5)
 

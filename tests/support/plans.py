@@ -38,7 +38,7 @@ def random_plan(model, seed: int, draw=random_pattern, scorer=LINEAR) -> Plan:
     patterns = [None if window else [draw(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape.layers, shape.kv_heads, scorer.n_features(shape.head_dim), generator=generator)
-    return Plan.of(model, patterns, weights, scorer=scorer.name)
+    return Plan.of(model, patterns, weights, scorer=scorer.name, decode_window=rng.choice([0, 3, 40]))
 
 
 def window_pattern(rng: random.Random) -> Pattern:
@@ -47,4 +47,4 @@ def window_pattern(rng: random.Random) -> Pattern:
 
 def window_plan(model, seed):
     plan = random_plan(model, seed, window_pattern)
-    return plan.model_copy(update={"positions": "cache-relative"})
+    return plan.model_copy(update={"positions": "cache-relative", "decode_window": 0})

@@ -48,6 +48,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         segments,
         inverse,
         freeze,
+        plan.decode_window,
     )
     return output.transpose(1, 2), None
 

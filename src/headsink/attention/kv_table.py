@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from headsink.errors import must_be
-from headsink.eviction.pattern import FOREVER
 
 
 class KVField(IntEnum):
@@ -18,7 +17,7 @@ class KVField(IntEnum):
 
     KEYS, VALUES: address of [slots, dim]. VISIBLE: address of bool [slots]. SCORES: address of float32 [top-k keys]. WEIGHTS:
     address of the scorer weights, float32 [features]. SINK, TOP_K: number of slots of sink tokens, and of top-k keys after them.
-    PREFIX_SLOTS: number of slots before the ring. START: the column in the first slot of a ring that never wraps. WINDOW: slots
+    PREFIX_SLOTS: number of slots before the ring. START: the column in the first slot of the ring, before it wraps. WINDOW: slots
     of the ring, FOREVER if it never wraps. PAD: tokens of left padding.
 
     `advance` computes these for the next token: END: slots in use after it is appended. SLOT: its slot, -1 for none. LEAVING: the
@@ -46,10 +45,10 @@ def advance(table: Any, length: int) -> Any:
     prefix_slots, start, window, pad = (
         table[..., field] for field in (KVField.PREFIX_SLOTS, KVField.START, KVField.WINDOW, KVField.PAD)
     )
-    ring = np.where(window < FOREVER, length % np.maximum(window, 1), length - start)
+    ring = (length - start) % np.maximum(window, 1)
     table[..., KVField.SLOT] = np.where(window > 0, prefix_slots + ring, -1)
     table[..., KVField.END] = prefix_slots + np.minimum(length + 1 - start, window)
-    table[..., KVField.LEAVING] = np.where(length >= window, length - window - pad, -1)
+    table[..., KVField.LEAVING] = np.where(length - start >= window, length - window - pad, -1)
     return table
 
 

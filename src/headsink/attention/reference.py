@@ -4,7 +4,7 @@ A text is divided into segments. The queries of a segment attend, causally, to e
 KV head evicts: it keeps its `sink` initial tokens, the last `window` tokens and, of all other keys that it holds, the
 `top_k` with the highest importance scores. After the first segment, if it has prompt scores, its top-k keys are refitted.
 While decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the
-pattern.
+pattern, whose window is then at least the plan's `decode_window`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ def reference_attention(
     segments: Sequence[int] | None = None,
     inverse: Tensor | None = None,
     frozen: int | None = None,
+    decode_window: int = 0,
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
     query: [batch, query heads, tokens, dim]. key, value: [batch, KV heads, tokens, dim]. weights: scorer weights, [KV heads,
     features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap, sink_logits: as for `masked_attention`.
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. inverse: rotary
-    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. Returns [batch,
-    query heads, tokens, dim] in the query's dtype; zero where a query sees no key.
+    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
+    window at least after segments of one token. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
+    query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
     softmax = scaling, softcap, sink_logits
@@ -72,7 +74,7 @@ def reference_attention(
                 prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
                 refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), inverse)
                 keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
-        mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen)[:, None]
+        mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen, decode_window)[:, None]
         output[:, rows] = masked_attention(query[:, rows], keys, values, mask, scaling, softcap, extra)
         first = query[:, rows, :whole], key[:, one, :whole], value[:, one, :whole], mask[:, :, :whole, :whole]
         output[:, rows, :whole] = masked_attention(*first, scaling, softcap, extra)
@@ -135,12 +137,13 @@ def segment_mask(
     own: Tensor,
     ends: Sequence[int],
     frozen: int | None = None,
+    decode_window: int = 0,
 ) -> Tensor:
     """Return which keys each query sees: bool [batch, tokens, tokens].
 
     positions: int [batch, tokens], negative for padding. ends: columns where segments begin and end. scores, own: float [batch,
     tokens]; a key is ranked by `own` if it leaves the window at the end of its own segment, and the head then holds less than all
-    columns; otherwise by `scores`. frozen: as for `reference_attention`; a segment begins there.
+    columns; otherwise by `scores`. frozen, decode_window: as for `reference_attention`; a segment begins at `frozen`.
     """
     batch, tokens = positions.shape
     seen = torch.zeros(batch, tokens, tokens, dtype=torch.bool, device=positions.device)
@@ -152,9 +155,10 @@ def segment_mask(
         if end - begin > 1 or not evicts:
             causal = torch.arange(tokens, device=held.device) <= torch.arange(begin, end, device=held.device)[:, None]
             seen[:, begin:end] = held[:, None] & causal
-        if pattern.window is not None and evicts:
-            safe = (positions < pattern.sink) | (positions > positions[:, end - 1 : end] - pattern.window)
-            if pattern.size(end) < end:
+        if evicts:
+            own_pattern = pattern.widen(decode_window) if end - begin == 1 else pattern
+            safe = (positions < pattern.sink) | (positions > positions[:, end - 1 : end] - (own_pattern.window or 0))
+            if own_pattern.size(end) < end:
                 ranks[:, begin:end] = torch.where(safe, scores, own)[:, begin:end]
             candidates = held & ~safe
             order = ranks.masked_fill(~candidates, NONE).argsort(dim=-1, descending=True, stable=True).argsort(-1)

@@ -38,7 +38,8 @@ class PlanCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
                 patterns = [head.pattern for head in heads]
-                layers.append(PlanLayer(patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer], prefill))
+                own = patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer], prefill, plan.decode_window
+                layers.append(PlanLayer(*own))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill = plan, exact, prefill
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for

@@ -70,21 +70,9 @@ class HeadGroup(Slots):
     def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
         if self.recording:  # `crop` decides which tokens are appended
-            self.recent, self.recent_scores = (key, value), scores
-            return
-        if not self.length and self.padding is None:
-            kept = None
-            if self.pattern.top_k:
-                scores = self.scorer.scores(key, value, self.weights) if scores is None else scores
-                between = scores[..., self.pattern.sink : key.shape[2] - (self.pattern.window or 0)]
-                kept = between.topk(self.pattern.top_k).indices + self.pattern.sink
-            self.take(key, value, scores, kept)
-            return
-        if self.below_capacity:
-            self._start_evicting()
-        if scores is not None:
-            scores = torch.cat([self.scorer.scores(*self._in_order(), self.weights), scores.to(self.scores)], 2)
-        self.append_keys(key, value, scores)
+            self.recent, self.recent_scores, self.recent_segment = (key, value), scores, True
+        else:
+            self.end_segment(key, value, scores)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Append new tokens to the cache and return their attention output.
@@ -92,6 +80,8 @@ class HeadGroup(Slots):
         query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]; softmax: parameters of these heads.
         Returns [batch, heads x group, tokens, dim].
         """
+        if self.recent_segment:  # later tokens are read token by token, after its end
+            self.crop(0)
         if self.below_capacity and self.exceeds_capacity(query.shape[2]):
             self._start_evicting()
         if self.window is None:
@@ -236,8 +226,6 @@ class HeadGroup(Slots):
 
     def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
         """Attend without appending the tokens: `crop` decides which of them are kept."""
-        if self.recent_scores is not None:  # a prompt, whose keys have scores of their own
-            self.crop(0)
         if self.recent is not None:
             key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
         self.recent = key.contiguous(), value.contiguous()

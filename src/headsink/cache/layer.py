@@ -43,10 +43,11 @@ class PlanLayer(CacheLayerMixin):
         exact: bool = True,
         scorer: Scorer = LINEAR,
         prefill: PrefillOptions = DENSE,
+        decode_window: int = 0,
     ):
         super().__init__()
         self.patterns, self.weights, self.inverse, self.exact, self.scorer = patterns, weights, inverse, exact, scorer
-        self.prefill = prefill
+        self.prefill, self.decode_window = prefill, decode_window
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -262,7 +263,9 @@ class PlanLayer(CacheLayerMixin):
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
-            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer)
+            HeadGroup(
+                pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer, self.decode_window
+            )
             for pattern, heads in by_pattern.items()
         ]
         for group in self.groups:
@@ -309,9 +312,11 @@ class PlanLayer(CacheLayerMixin):
             for row, first in enumerate([0] * len(key) if padding is None else padding.tokens.tolist()):
                 scores[row, :, first:] = match_scale(scores[row, :, first:], linear[row, :, first:])
         for group in self.groups:
-            group.append_keys(
-                key[:, group.heads], value[:, group.heads], None if scores is None else scores[:, group.heads]
-            )
+            own = key[:, group.heads], value[:, group.heads]
+            if group.must_evict(key.shape[2]):
+                group.end_segment(*own, None if scores is None else scores[:, group.heads])
+            else:
+                group.append_keys(*own)
         self.seen, self.is_initialized = key.shape[2], True
 
     def append(self, key: Tensor, value: Tensor) -> None:

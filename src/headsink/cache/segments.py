@@ -74,7 +74,7 @@ class DensePrefill:
         else:
             whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(self.module, query, softmax)
         # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
-        scored = [group for group in evicting if group.pattern.top_k and group.exceeds_capacity(tokens)]
+        scored = [group for group in evicting if group.pattern.top_k and group.exceeds_capacity(tokens, group.segment_pattern)]
         scores = self._scores(query, key, value, lse) if scored else None
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
@@ -116,12 +116,12 @@ class DensePrefill:
         key, value, scores = key.clone(), value.clone(), scores.clone()
         for row, first in enumerate([0] * len(key) if group.padding is None else group.padding.tokens.tolist()):
             length = tokens - first
-            if rotary is None or length < LEAST or group.pattern.size(length) == length:
+            if rotary is None or length < LEAST or group.segment_pattern.size(length) == length:
                 continue
             for n, head in enumerate(group.heads):
                 own = query[row, n, :, first:], key[row, n, first:], value[row, n, first:], scores[row, n, first:]
                 softmax = self.softmax.of([head], self.weights.shape[0])
-                best, keys, values = refit_keys(*own, group.pattern, softmax, rotary)
+                best, keys, values = refit_keys(*own, group.segment_pattern, softmax, rotary)
                 key[row, n, first + best], value[row, n, first + best] = keys.to(key), values.to(value)
                 if len(best) > 1:
                     scores[row, n, first + best[-1:]] = ALWAYS

@@ -2,11 +2,12 @@
 
 One buffer of keys and one of values, [batch, heads, slots, dim]:
 
-    | sink tokens | top-k keys |  the last `window` tokens, as a ring: column c in slot c % window  |
+    | sink tokens | top-k keys |  the last `window` tokens, as a ring: column c in slot (c - start) % window  |
 
 A new token goes into the ring buffer. A key that it overwrites has left the window. If it is a sink token, it moves to its sink
 slot. If its importance score (eviction/scorers/linear.py) is above the lowest score of the top-k keys, it replaces that key.
-Otherwise it is evicted. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached
+Otherwise it is evicted. After a segment (dense prefill) the ring begins anew with the last tokens of the segment, and grows up to
+the window of decoding before it wraps. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached
 keys. While a text is no longer than what a head keeps (`below_capacity`), the ring does not wrap either, and nothing is scored.
 The order of the slots does not matter, because the keys are already rotated.
 """
@@ -31,8 +32,9 @@ GROWTH = 128  # slots by which a ring grows until it is as long as its window
 
 
 class Slots:
-    """Keys and values of the KV heads `heads` of one layer, all with `pattern`.
+    """Keys and values of the KV heads `heads` of one layer, all with `pattern`, which they keep at the end of a segment.
 
+    decode_window: the window at least while decoding; `self.pattern` has it.
     weights: scorer weights, [KV heads of the layer, features]. inverse: the inverse rotary frequencies for cache-relative
     positions (models/rope.py), else None. exact: heads with full attention use the same call as transformers where `sdpa` can
     express it, even if a kernel is faster. scorer: of the weights. Columns count from the start of the batch, positions from a
@@ -50,14 +52,16 @@ class Slots:
         inverse: Tensor | None = None,
         exact: bool = True,
         scorer: Scorer = LINEAR,
+        decode_window: int = 0,
     ):
-        self.pattern, self.heads, self.exact, self.scorer = pattern, heads, exact, scorer
+        self.segment_pattern, self.pattern = pattern, pattern.widen(decode_window)
+        self.heads, self.exact, self.scorer = heads, exact, scorer
         self.inverse = inverse if pattern.sink else None
         self.below_capacity = not pattern.full and self.inverse is None
         self.window = None if self.below_capacity else pattern.window  # None: nothing is evicted
         # slots before the ring; grows by those of top-k keys
         self.prefix_slots = 0 if self.below_capacity else pattern.sink
-        self.start = 0  # column in the first slot of a ring that never wraps
+        self.start = 0  # column in the first slot of the ring, before it wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.prefix_slots, key.shape[3])
         self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
@@ -72,6 +76,7 @@ class Slots:
         self.holes = False  # whether columns were hidden from a row (`hide`)
         self.recent: tuple[Tensor, Tensor] | None = None  # while recording: keys and values that `crop` may remove
         self.recent_scores: Tensor | None = None  # importance scores of a prompt among them
+        self.recent_segment = False  # whether they are a segment
 
     # contents
 
@@ -101,12 +106,12 @@ class Slots:
         return self.length + (0 if self.recent is None else self.recent[0].shape[2])
 
     def must_evict(self, tokens: int) -> bool:
-        """Whether `tokens` more tokens make keys leave the window."""
-        return self.evicts and (not self.below_capacity or self.recent is not None or self.exceeds_capacity(tokens))
+        """Whether the head evicts at the end of a segment of `tokens` tokens."""
+        return self.evicts and self.exceeds_capacity(tokens, self.segment_pattern)
 
-    def exceeds_capacity(self, tokens: int) -> bool:
-        """Whether `tokens` more tokens are more than the pattern keeps."""
-        return self.pattern.size(self.columns + tokens) < self.columns + tokens
+    def exceeds_capacity(self, tokens: int, pattern: Pattern | None = None) -> bool:
+        """Whether `tokens` more tokens are more than a pattern keeps, by default that of decoding."""
+        return (pattern or self.pattern).size(self.columns + tokens) < self.columns + tokens
 
     @outside_inference_mode
     def _start_evicting(self) -> None:
@@ -134,10 +139,12 @@ class Slots:
 
     def _held(self) -> int:
         """Return the number of columns in the ring."""
-        return self.length - self.start if self.window is None else min(self.length, self.window)
+        columns = self.length - self.start
+        return columns if self.window is None else min(columns, self.window)
 
     def _slots(self, columns: Tensor) -> Tensor:
-        return self.prefix_slots + (columns - self.start if self.window is None else columns % max(self.window, 1))
+        columns = columns - self.start
+        return self.prefix_slots + (columns if self.window is None else columns % max(self.window, 1))
 
     def _in_order(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the ring, oldest first."""
@@ -190,16 +197,17 @@ class Slots:
         self.length = end
 
     @outside_inference_mode
-    def take(self, key: Tensor, value: Tensor, scores: Tensor | None = None, kept: Tensor | None = None) -> None:
-        """Fill an empty group from a text without padding that is longer than what the pattern keeps.
+    def take(
+        self, key: Tensor, value: Tensor, window: int, scores: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
+        """Fill an empty group with the sink tokens, the top-k keys and the last `window` tokens of a longer text without padding.
 
         Does not block the host. With top-k keys, scores: float [batch, heads, columns]; kept: the columns of the top-k keys,
         int64 [batch, heads, top_k].
         """
-        end, sink, window = key.shape[2], self.pattern.sink, self.pattern.window or 0
+        end, sink = key.shape[2], self.pattern.sink
         columns = torch.arange(end, device=key.device).expand(*key.shape[:2], end)
-        wrapped = end - end % max(window, 1)  # the column in the ring's first slot
-        parts = [columns[..., :sink], columns[..., wrapped:], columns[..., end - window : wrapped]]
+        parts = [columns[..., :sink], columns[..., end - window :]]
         if scores is not None and kept is not None:
             parts.insert(1, kept)
             self.scores = scores.gather(2, kept)
@@ -207,7 +215,41 @@ class Slots:
         at = indices[..., None].expand(*indices.shape, key.shape[3])
         self.keys, self.values = key.gather(2, at), value.gather(2, at)
         self.visible = torch.ones_like(indices, dtype=torch.bool)
-        self.below_capacity, self.window, self.prefix_slots, self.length = False, window, indices.shape[2] - window, end
+        self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, indices.shape[2] - window
+        self.start, self.length = end - window, end
+
+    @outside_inference_mode
+    def end_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
+        """Append a segment and evict down to the pattern of segments.
+
+        scores: importance scores of its keys, [batch, heads, tokens]; None: those of the plan's scorer.
+        """
+        window, sink, top_k = self.segment_pattern.window or 0, self.pattern.sink, self.pattern.top_k
+        if not self.length and self.padding is None:
+            kept = None
+            if top_k:
+                scores = self.scorer.scores(key, value, self.weights) if scores is None else scores
+                kept = scores[..., sink : key.shape[2] - window].topk(top_k).indices + sink
+            self.take(key, value, window, scores, kept)
+            return
+        if self.below_capacity:
+            self._start_evicting()
+        begin, end = self.length - self._held(), self.length + key.shape[2]
+        columns = torch.arange(begin, end, device=key.device)
+        ring_keys, ring_values = self._in_order()
+        if scores is not None:
+            scores = torch.cat([self.scorer.scores(ring_keys, ring_values, self.weights), scores.to(self.scores)], 2)
+        old = self.visible[:, :, self._slots(columns[: self._held()])]
+        new = (self._positions(columns[self._held() :]) >= 0).expand(*key.shape[:3])
+        seen = torch.cat([old, new], 2)
+        if top_k:
+            self._grow_top_k(end - window)
+        self._evict(key, value, end - window, scores)
+        last = slice(end - window - begin, end - begin)
+        for name, ring in (("keys", torch.cat([ring_keys, key], 2)), ("values", torch.cat([ring_values, value], 2))):
+            setattr(self, name, torch.cat([getattr(self, name)[:, :, : self.prefix_slots], ring[:, :, last]], 2))
+        self.visible = torch.cat([self.visible[:, :, : self.prefix_slots], seen[:, :, last]], 2)
+        self.start, self.length = end - window, end
 
     def _evict(self, key: Tensor, value: Tensor, until: int, scores: Tensor | None) -> None:
         """Evict the columns before `until` from the window, except sink tokens and keys that become top-k keys."""
@@ -216,7 +258,7 @@ class Slots:
         if not self.pattern.top_k and not sinks:
             return
         if until - first == 1 and length:  # no copy
-            slot = self.prefix_slots + first % length  # the ring is full, or `first` is 0
+            slot = self.prefix_slots + (first - self.start) % length  # the ring is full, or `first` is its start
             keys, values = self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1]
         else:
             columns = torch.arange(first, until, device=key.device)
@@ -276,7 +318,7 @@ class Slots:
         end = self.length + tokens - self.start
         self._grow(end if self.window is None else min(self.window, end))
         if self.window is not None and self.pattern.top_k and end > self.window:
-            self._grow_top_k(end - self.window)
+            self._grow_top_k(self.length + tokens - self.window)
 
     @property
     def room(self) -> int:
@@ -285,9 +327,9 @@ class Slots:
         if self.window is None:
             return min(self.start + ring, self.pattern.size(FOREVER) if self.below_capacity else FOREVER)
         if ring < self.window:
-            until = ring
+            until = self.start + ring
         if self.scores.shape[2] < self.pattern.top_k:
-            until = min(until, self.window + self.scores.shape[2])
+            until = min(until, self.window + max(self.start, self.scores.shape[2]))
         return until
 
     def _grow(self, needed: int) -> None:
@@ -327,7 +369,7 @@ class Slots:
                 f"cannot take back {tokens} tokens: freeze() was called {self.length - self.start} tokens ago, and the "
                 "tokens before it are kept"
             )
-        if tokens and self.window is not None and self.length > self.window:
+        if tokens and self.window is not None and (self.start or self.length > self.window):
             raise HeadsinkError(
                 f"cannot take back {tokens} tokens: a window of {self.window} has evicted older ones; pass a "
                 "cache of your own (headsink.new_cache) and call its activate_past_recording() first"
@@ -342,9 +384,12 @@ class Slots:
             left = key.shape[2] - tokens
             if left >= 0:
                 scores, self.recent, self.recent_scores = self.recent_scores, None, None
-                if scores is not None and self.below_capacity and self.exceeds_capacity(left):
-                    self._start_evicting()
-                self.append_keys(key[:, :, :left], value[:, :, :left], scores)
+                segment, self.recent_segment = self.recent_segment and left > 1 and self.must_evict(left), False
+                if segment:
+                    scores = None if scores is None else scores[:, :, :left]
+                    self.end_segment(key[:, :, :left], value[:, :, :left], scores)
+                else:
+                    self.append_keys(key[:, :, :left], value[:, :, :left])
                 return
             self.recent, tokens = None, -left
         self.length -= tokens

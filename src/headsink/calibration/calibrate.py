@@ -228,6 +228,7 @@ class Calibration:
             scorer=self.method.scorer,
             reconstruction_prompt=self.prompt,
         )
+        plan = plan.with_decode_window() if plan.has_top_k else plan
         with bar("verifying", len(self.full), self.progress) as shown:
             verified = verify(self.model, plan, self.full, shown)
         made = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headsink.errors import HeadsinkError
 
@@ -46,6 +46,10 @@ class Pattern:
     def size(self, context: int) -> int:
         """Return the number of cached keys for a text of `context` tokens."""
         return context if self.window is None else min(context, self.sink + self.top_k + self.window)
+
+    def widen(self, window: int) -> Pattern:
+        """Return the pattern with a window of at least `window` tokens. Full attention stays full."""
+        return self if self.window is None else replace(self, window=max(self.window, window))
 
     def __str__(self) -> str:
         if self.window is None:

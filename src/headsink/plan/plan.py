@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 from torch import nn
 
 from headsink.errors import HeadsinkError
-from headsink.eviction.pattern import FULL, Pattern
+from headsink.eviction.pattern import FULL, LONGEST, Pattern
 from headsink.eviction.scorers import SCORERS
 from headsink.models.fingerprint import ALLOWED, Fingerprint, Hashed, Part
 from headsink.models.rope import inverse_frequencies
@@ -36,6 +36,7 @@ from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
 SCHEMA: Literal[5] = 5
+DECODE_SHARE, MOST_DECODE_WINDOW = 4, 512  # the window while decoding is one in 4 of a head's keys on average, at most 512
 
 
 class Plan(Part):
@@ -44,7 +45,8 @@ class Plan(Part):
     positions: "absolute", or "cache-relative", where positions count the cached keys (models/rope.py); texts may then have any
     length, and every head needs a window and no top-k keys. scorer: the name of the scorer of the heads' `scorer_weights`
     (eviction/scorers). reconstruction_prompt: token ids of the prompt of context reconstruction
-    (compression/reconstruction.py), which asks the model to repeat the context.
+    (compression/reconstruction.py), which asks the model to repeat the context. decode_window: window of every head while
+    decoding, in tokens, if its own is smaller; the text that was just written is needed most.
     """
 
     schema_version: Literal[5] = SCHEMA
@@ -53,6 +55,7 @@ class Plan(Part):
     positions: Positions = "absolute"
     scorer: str = "linear"
     reconstruction_prompt: tuple[Tokens, ...] = ()
+    decode_window: Annotated[int, Field(ge=0, le=LONGEST, strict=True)] = 0
     layers: tuple[tuple[Head, ...] | None, ...]
     calibration: dict[str, Any] = Field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
@@ -61,6 +64,8 @@ class Plan(Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
+        if self.positions == "cache-relative" and self.decode_window:
+            raise ValueError(f"decode_window: {self.decode_window}, and with positions 'cache-relative' it must be 0")
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer: {self.scorer!r} is unknown; one of {', '.join(SCORERS)}")
         for index, heads in enumerate(self.layers):
@@ -188,6 +193,12 @@ class Plan(Part):
 
     # use
 
+    def with_decode_window(self) -> Plan:
+        """Return this plan with the `decode_window` of its size: a quarter of the keys of a head on average, at most 512."""
+        sizes = [head.pattern.size(LONGEST) for layer in self.layers for head in layer or () if head.window is not None]
+        window = min(sum(sizes) // len(sizes) // DECODE_SHARE, MOST_DECODE_WINDOW) if sizes else 0
+        return self.model_copy(update={"decode_window": window})
+
     def for_model(self, model: nn.Module) -> Plan:
         """Return this plan for other weights, such as a fine-tune of its model, with or without an adapter.
 
@@ -224,7 +235,8 @@ class Plan(Part):
 
         layers = tuple(heads if heads is None else tuple(map(scaled, heads)) for heads in self.layers)
         made = self.calibration | {"context": [context, context], "scaled_from": base}
-        return self.model_copy(update={"layers": layers, "calibration": made})
+        plan = self.model_copy(update={"layers": layers, "calibration": made})
+        return plan.with_decode_window() if self.decode_window else plan
 
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Return the model's architecture."""

@@ -34,7 +34,7 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import Prefill, new_cache
 from headsink.utils.files import new_file
 
-OLD = ("headsink prefix 1", "headsink prefix 2", "headsink prefix 3")
+OLD = ("headsink prefix 1", "headsink prefix 2", "headsink prefix 3", "headsink prefix 4")
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 
@@ -43,13 +43,13 @@ class _Header(BaseModel):
     """Metadata of a prefix file.
 
     dtype: of keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
-    front of its ring; None for sliding-window layers of the model. text, exact, prefill, chunk_size: as for `save_prefix` and
-    `new_cache`.
+    front of its ring; None for sliding-window layers of the model. starts: the column in the first slot of that ring, before it
+    wraps. text, exact, prefill, chunk_size: as for `save_prefix` and `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["headsink prefix 4"] = "headsink prefix 4"
+    format: Literal["headsink prefix 5"] = "headsink prefix 5"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     exact: Annotated[bool, Field(strict=True)]
@@ -57,14 +57,16 @@ class _Header(BaseModel):
     prefill: Prefill
     chunk_size: Annotated[int, Field(gt=0, strict=True)] | None
     prefix_slots: tuple[tuple[Count, ...] | None, ...]
+    starts: tuple[tuple[Count, ...] | None, ...]
     text: str
 
 
 class _Group(NamedTuple):
     """State of a head group, derived from the header.
 
-    name: prefix of its tensors' names. evicts: whether its slots are sink slots, top-k slots and a ring of the pattern's window;
-    otherwise they are a ring with every token. slots: number in use. stored: its tensors.
+    name: prefix of its tensors' names. pattern: while decoding. evicts: whether its slots are sink slots, top-k slots and a ring of
+    the pattern's window; otherwise they are a ring with every token. recent: tokens in the ring. slots: number in use. stored: its
+    tensors.
     """
 
     name: str
@@ -72,6 +74,8 @@ class _Group(NamedTuple):
     pattern: Pattern
     evicts: bool
     prefix_slots: int
+    start: int
+    recent: int
     slots: int
     stored: tuple[str, ...]
 
@@ -177,10 +181,13 @@ def _header(cache: PlanCache, seen: int, text: str) -> _Header:
             "seen": seen,
             "prefill": "dense" if cache.prefill.dense else "sparse",
             "chunk_size": cache.prefill.chunk_size,
-            "prefix_slots": [
-                tuple(group.prefix_slots for group in layer.groups) if isinstance(layer, PlanLayer) else None
-                for layer in cache.layers
-            ],
+            **{
+                field: [
+                    tuple(getattr(group, name) for group in layer.groups) if isinstance(layer, PlanLayer) else None
+                    for layer in cache.layers
+                ]
+                for field, name in (("prefix_slots", "prefix_slots"), ("starts", "start"))
+            },
             "text": text,
         }
     )
@@ -189,26 +196,35 @@ def _header(cache: PlanCache, seen: int, text: str) -> _Header:
 def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
     """The head groups of all layers. Raises ValueError for a header that no cache can have."""
     seen, streaming = header.seen, header.plan.positions == "cache-relative"
-    if len(header.prefix_slots) != len(cache.layers):
-        raise ValueError(f"prefix_slots: of {len(header.prefix_slots)} layers, the model has {len(cache.layers)}")
-    for index, (layer, numbers) in enumerate(zip(cache.layers, header.prefix_slots, strict=True)):
+    for field in ("prefix_slots", "starts"):
+        if len(numbers := getattr(header, field)) != len(cache.layers):
+            raise ValueError(f"{field}: of {len(numbers)} layers, the model has {len(cache.layers)}")
+    for index, layer in enumerate(cache.layers):
         patterns: dict[Pattern, int] = {}
         for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
             patterns[pattern] = patterns.get(pattern, 0) + 1
-        if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
-            raise ValueError(f"prefix_slots.{index}: {numbers}, of a layer with {len(patterns)} patterns")
-        for number, ((pattern, heads), prefix_slots) in enumerate(zip(patterns.items(), numbers or (), strict=True)):
+        given = [(field, getattr(header, field)[index]) for field in ("prefix_slots", "starts")]
+        for field, numbers in given:
+            if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
+                raise ValueError(f"{field}.{index}: {numbers}, of a layer with {len(patterns)} patterns")
+        own = zip(patterns.items(), *(numbers or () for _, numbers in given), strict=True)
+        for number, ((segment_pattern, heads), prefix_slots, start) in enumerate(own):
+            pattern = segment_pattern.widen(header.plan.decode_window)
             window, most = pattern.window or 0, pattern.top_k
             below_capacity = prefix_slots == 0 and pattern.size(seen) == seen and not (streaming and pattern.sink)
-            top_k = range(min(max(seen - window, 0), most), most + 1)  # possible numbers of top-k slots
+            least = max(start, seen - window)  # columns that have left the ring
+            top_k = range(min(max(least, 0), most), most + 1)  # possible numbers of top-k slots
             if not below_capacity and (pattern.full or prefix_slots - pattern.sink not in top_k):
                 raise ValueError(
                     f"prefix_slots.{index}.{number}: {prefix_slots} slots after {seen} tokens under {pattern}"
                 )
-            slots = prefix_slots + (seen if below_capacity else min(seen, window))
+            last = 0 if below_capacity else seen - (segment_pattern.window or 0)
+            if start and not 0 < start <= last:
+                raise ValueError(f"starts.{index}.{number}: {start} after {seen} tokens under {segment_pattern}")
+            recent = seen if below_capacity else min(seen - start, window)
             stored = ("keys", "values") if below_capacity or not most else ("keys", "values", "scores")
-            name = f"layers.{index}.{number}."
-            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, slots, stored)
+            name, slots = f"layers.{index}.{number}.", prefix_slots + recent
+            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, start, recent, slots, stored)
 
 
 def _count_tokens(cache: PlanCache) -> tuple[int, int]:
@@ -273,7 +289,7 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
                 raise ValueError(f"{name}: it holds NaN or infinite numbers")
     for group in _groups(header, cache):
         if "scores" in group.stored:
-            evicted = header.seen - (group.pattern.window or 0) - group.pattern.sink - _read_padding(tensors)
+            evicted = header.seen - group.recent - group.pattern.sink - _read_padding(tensors)
             scores = tensors[group.name + "scores"]
             if ((scores == ALWAYS).sum(-1) > 1).any():
                 raise ValueError(f"{group.name}scores: several keys of a head are never evicted")
@@ -341,15 +357,15 @@ def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None
             setattr(live, name, tensors[group.name + name])
         if group.evicts:
             live.below_capacity, live.window, live.prefix_slots = False, group.pattern.window, group.prefix_slots
+            live.start = group.start
         live.length, live.visible = header.seen, _visible(header, tensors, group, live.scores)
 
 
 def _visible(header: _Header, tensors: dict[str, Tensor], group: _Group, scores: Tensor) -> Tensor:
     """Visible slots of a group: bool [rows, heads, slots]. scores: of its top-k keys."""
     seen, sinks = header.seen, group.pattern.sink if group.evicts else 0
-    recent = min(seen, group.pattern.window or 0) if group.evicts else seen
-    padding = _read_padding(tensors)[:, None, None]
-    columns = torch.arange(seen - recent, seen, device=scores.device).roll(seen % max(recent, 1))  # in ring order
-    evicted = seen - recent - padding
+    padding, first = _read_padding(tensors)[:, None, None], seen - group.recent
+    columns = torch.arange(first, seen, device=scores.device).roll((first - group.start) % max(group.recent, 1))
+    evicted = first - padding
     parts = torch.arange(sinks, device=scores.device) < evicted, scores > NONE, columns >= padding
     return torch.cat([part.expand(-1, group.heads, -1) for part in parts], 2)

@@ -28,10 +28,8 @@ from headsink.attention.cuda.decode import (
 )
 from headsink.attention.kv_table import KVField
 from headsink.errors import must_be
-from headsink.eviction.pattern import FOREVER
 
 SCAN = 1024  # scores per block of the search for the lowest
-_FOREVER = tl.constexpr(FOREVER)
 
 
 @triton.jit
@@ -60,9 +58,8 @@ def _enter(
     visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
     sink, top_k, prefix_slots = tl.load(own + SINK), tl.load(own + TOP_K), tl.load(own + PREFIX_SLOTS)
     start, window, pad = tl.load(own + START), tl.load(own + WINDOW), tl.load(own + PAD)
-    offset = tl.where(window == _FOREVER, length - start, length % tl.maximum(window, 1))
-    slot = prefix_slots + offset
-    leaving = tl.where(length >= window, length - window - pad, -1)
+    slot = prefix_slots + (length - start) % tl.maximum(window, 1)
+    leaving = tl.where(length - start >= window, length - window - pad, -1)
 
     column, pair = tl.arange(0, DIM), tl.arange(0, DIM // 2)
     inside = column < dim

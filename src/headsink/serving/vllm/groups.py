@@ -73,7 +73,7 @@ def choose(
         if heads is None:
             planned += len(rank[0]) * min(context, windows[layer] or context)
             continue
-        patterns = [head.pattern for head in heads]
+        patterns = [head.pattern.widen(plan.decode_window) for head in heads]
         planned += max(sum(patterns[head].size(context) for head in mine) for mine in rank)
         orders = [[mine[n] for n in widest_first(patterns, mine)] for mine in rank]
         for unit in range(len(rank[0])):

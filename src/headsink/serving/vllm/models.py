@@ -65,7 +65,7 @@ class Running:
         heads = self.plan.layers[layer]
         if heads is None:
             return list(range(len(self.heads)))
-        return widest_first([head.pattern for head in heads], self.heads)
+        return widest_first([head.pattern.widen(self.plan.decode_window) for head in heads], self.heads)
 
 
 class HeadAttention(Attention):
