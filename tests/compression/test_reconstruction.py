@@ -169,7 +169,7 @@ def test_the_cache_contains_the_refitted_keys_and_values(family):
     for index, row in enumerate(plan.layers):
         for group in cache.layers[index].groups if row else ():
             for n, head in enumerate(group.heads):
-                kept_indices = kept_keys(group.pattern, scores[index][0, head]).sort().values
+                kept_indices = kept_keys(group.segment_pattern, scores[index][0, head]).sort().values
                 frozen = group.visible[0, n]
                 layer = full_cache.layers[index]
                 for kind, whole in ((group.keys, layer.keys), (group.values, layer.values)):

@@ -345,7 +345,7 @@ def test_a_file_whose_parts_disagree_is_refused(case, damaged, tmp_path):
         ({"window": 8}, "'window'"),
         ({"\x1b[2J\n": 8}, r"'\\x1b\[2J\\n'"),
         ({"plan": {}}, "'plan.model'"),
-        ({"format": "headsink prefix 5"}, "'format'"),
+        ({"format": "headsink prefix 6"}, "'format'"),
     ],
 )
 def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):

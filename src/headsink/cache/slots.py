@@ -237,7 +237,7 @@ class Slots:
         begin, end = self.length - self._held(), self.length + key.shape[2]
         columns = torch.arange(begin, end, device=key.device)
         ring_keys, ring_values = self._in_order()
-        if scores is not None:
+        if top_k and scores is not None:
             scores = torch.cat([self.scorer.scores(ring_keys, ring_values, self.weights), scores.to(self.scores)], 2)
         old = self.visible[:, :, self._slots(columns[: self._held()])]
         new = (self._positions(columns[self._held() :]) >= 0).expand(*key.shape[:3])

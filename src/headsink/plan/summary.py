@@ -42,7 +42,8 @@ def _patterns(plan: Plan) -> str:
     found = [f"{count} x {name}" for name, count in counts[:MOST_PATTERNS]]
     if others := sum(count for _, count in counts[MOST_PATTERNS:]):
         found.append(f"{others} others")
-    return (", ".join(found) or "none") + " (sink + top-k + window)"
+    decoding = f"; while decoding a window of {plan.decode_window} or more" if plan.decode_window else ""
+    return (", ".join(found) or "none") + f" (sink + top-k + window){decoding}"
 
 
 def _keeps(plan: Plan, context: int) -> str:
