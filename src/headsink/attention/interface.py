@@ -39,6 +39,10 @@ class AttentionRecord(Inputs):
     output: Tensor
 
 
+class UnsupportedMask(str):
+    """A mask that a plan cannot express, as the reason. A layer with a plan that gets it raises."""
+
+
 class SlidingWindow(int):
     """The mask of an observed sliding-window layer: the window as a number instead of a square mask."""
 
@@ -98,6 +102,10 @@ def _check_layers(
         )
 
 
+COMPUTES = (
+    "a plan was not applied: this model computes with the keys or values that its cache returns, before attention; a plan "
+    "needs a model that passes them to its attention as they are"
+)
 GAPS = "attention_mask has gaps, or padding after the text: pad on the left (tokenizer.padding_side = 'left')"
 
 
@@ -107,7 +115,7 @@ def _attention(
     query: Tensor,
     key: Tensor | Update,
     value: Tensor | Update,
-    attention_mask: Tensor | Padding | SlidingWindow | None,
+    attention_mask: Tensor | Padding | SlidingWindow | UnsupportedMask | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -117,7 +125,11 @@ def _attention(
     softmax = AttentionParams(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
         if not isinstance(attention_mask, Padding | None):
-            raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
+            raise HeadsinkError(
+                str(attention_mask)
+                if isinstance(attention_mask, UnsupportedMask)
+                else "a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one"
+            )
         query = cast(query)
         with torch.autocast(query.device.type, enabled=False):
             return key.layer.attend(module, query, key, attention_mask, softmax).contiguous(), None
@@ -170,8 +182,8 @@ def _mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
-) -> Tensor | Padding | SlidingWindow | None:
-    """Return the mask of a layer: transformers' own, or `Padding` or `Sliding` for a plan's or an observed layer."""
+) -> Tensor | Padding | SlidingWindow | UnsupportedMask | None:
+    """Return the mask of a layer: transformers' own, or `Padding` or `SlidingWindow` for a plan's or an observed layer."""
     if _observer.get() is not None or _substitute.get() is not None:
         if attention_mask is not None and not attention_mask.all():
             raise HeadsinkError("observed attention takes one text at a time, without padding")
@@ -186,8 +198,8 @@ def _mask(
             local_size=local_size,
             **kwargs,
         )
-    if mask_function is not causal_mask_function:
-        raise HeadsinkError("a plan works on causal attention only, not on packed sequences or two-way blocks")
+    if mask_function is not causal_mask_function:  # some models make masks that none of their layers uses
+        return UnsupportedMask("a plan works on causal attention only, not on packed sequences or two-way blocks")
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, int(kv_length)):
         raise HeadsinkError(
             f"attention_mask: its shape is {list(attention_mask.shape)} and must be [{batch_size}, "
@@ -239,6 +251,15 @@ class Update:
     @property
     def shape(self) -> torch.Size:
         return self.key.shape
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise HeadsinkError(COMPUTES)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise HeadsinkError(COMPUTES)
 
 
 def cast(tensor: Tensor) -> Tensor:

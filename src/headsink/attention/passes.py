@@ -28,7 +28,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from headsink.errors import HeadsinkError
-from headsink.models.spec import unwrap
+from headsink.models.spec import decoder, unwrap
 from headsink.models.transformers_names import given_cache, named_arguments, with_cache, without_cache
 
 ATTENTION = "headsink"  # the name that attention/interface.py registers with transformers
@@ -74,7 +74,7 @@ class _State:
         self.text_config = model.config.get_text_config(decoder=True)  # cached, since the lookup is slow
         self.users = 0
         self.scopes: list[Scope] = []
-        inner = model.get_decoder()
+        inner = decoder(model)
         names = [name for name, module in model.named_modules() if module is inner][:1] or [""]
         parts = names[0].split(".") if names[0] else []
         path = {id(m): m for n in range(len(parts) + 1) for m in [model.get_submodule(".".join(parts[:n]))]}

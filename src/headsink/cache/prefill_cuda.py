@@ -57,5 +57,5 @@ def read(
     begin = 0
     for group in groups:
         part = slice(begin, begin := begin + len(group.heads))
-        count, own = group.pattern.top_k, (key[:, part], value[:, part], group.pattern.window or 0)
-        group.take(*own, *((scores[:, part], best[:, part, :count]) if count else ()))
+        count, filled = group.pattern.top_k, (key[:, part], value[:, part], group.pattern.window or 0)
+        group.take(*filled, *((scores[:, part], best[:, part, :count]) if count else ()))

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from headsink.errors import HeadsinkError
+from headsink.models.spec import output_projection
 
 
 @contextmanager
@@ -49,12 +51,15 @@ def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
     Returns the columns of those heads, and whether other processes have the rest. Some families (Phi-3, OLMo-2) split the
     projection although every process has all heads; then the parts are joined.
     """
-    projection, config = cast(Any, module).o_proj, cast(Any, module).config
+    projection: Any = output_projection(module)
+    config = cast(Any, module).config
     split = kv_heads < (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     with weights_here(projection):
         weight = _with_adapter(projection) if hasattr(projection, "base_layer") else projection.weight.detach()
         if isinstance(weight, DTensor):
             weight = weight.to_local() if split else weight.full_tensor()
+        if isinstance(projection, Conv1D):  # of GPT-2, [inputs, outputs]
+            weight = weight.T
         return weight.float(), split
 
 
@@ -78,6 +83,8 @@ def gather_heads(tensor: Tensor, heads: int) -> Tensor:
     """Join the shares of a tensor that is split by head along its first dimension. Returns it unchanged if it has all `heads`."""
     if len(tensor) == heads:
         return tensor
+    if not dist.is_initialized():
+        raise HeadsinkError(f"a layer has {len(tensor)} heads and others have {heads}; not supported")
     share = tensor.contiguous()
     if dist.get_backend() == "nccl":
         share = share.cuda()

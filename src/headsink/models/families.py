@@ -41,4 +41,6 @@ FAMILIES = {family.model_type: family for family in _RECORDS}
 ROTARY_HALVES = tuple(name for name, family in FAMILIES.items() if family.rotary_halves)
 COMPILED_DECODE = tuple(name for name, family in FAMILIES.items() if family.decode_layout)
 VLLM_CLASSES = tuple(sorted(family.vllm for family in _RECORDS if family.vllm))
+# Names of the output projection in an attention module, most common first.
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}

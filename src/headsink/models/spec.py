@@ -1,8 +1,8 @@
 """The architecture of a model as headsink needs it: its attention layers and the shape of their heads.
 
-A supported model is a causal decoder whose attention goes through transformers' `AttentionInterface` and whose output projection
-is called `o_proj`. Most families since Llama are; others raise an error with the reason. Wrappers of PEFT, torch.compile and
-DistributedDataParallel are unwrapped.
+A supported model is a causal decoder whose layers have full or sliding-window attention through transformers'
+`AttentionInterface`. Most families since Llama are; others raise an error with the reason (docs/families.md). Wrappers of PEFT,
+torch.compile and DistributedDataParallel are unwrapped.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
-from headsink.models.families import ENCODERS
+from headsink.models.families import ENCODERS, OUTPUT_PROJECTIONS
 
 # The attribute of the wrapped model in torch.compile, DistributedDataParallel, PEFT models and PEFT tuners.
 INSIDE = ("_orig_mod", "module", "base_model", "model")
+NO_MAXIMUM = 2**31 - 1  # tokens; the context of a model whose configuration names none
 # Parts of parameter names that wrappers add: compiled and checkpointed layers, and layers with a PEFT adapter.
 WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_module", "token_adapter"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The heads of a model.
+    """The heads of a model. Numbers of heads and their size are those of the layers with full attention.
 
-    windows: the model's own sliding window per layer, None for full attention. softcap: attention logits are capped (Gemma 2).
+    uniform: they are the same in all layers. latent: layers cache one vector per token for all heads, instead of keys and values
+    (multi-head latent attention). value_dim: size of the values of a head, None if it is `head_dim`. windows: the model's own sliding window per layer, None for full attention. softcap: attention logits are capped (Gemma 2).
     uncapped: the model caps logits, but its attention implementation, `sdpa`, does not. prefix_free: the encoding of positions
     does not depend on the length of the text, so a prefix of a long text gives the same states as the short text.
     """
@@ -42,6 +44,9 @@ class Architecture:
     softcap: bool = False
     uncapped: bool = False
     prefix_free: bool = True
+    uniform: bool = True
+    latent: bool = False
+    value_dim: int | None = None
 
     @property
     def group(self) -> int:
@@ -51,7 +56,7 @@ class Architecture:
 
 def check_class(model_class: type, name: str) -> None:
     """Raise if models of this class are not supported. Needs no weights."""
-    if not getattr(model_class, "_supports_attention_backend", False) or not model_class._can_set_attn_implementation():  # type: ignore[attr-defined]
+    if not model_class._can_set_attn_implementation():  # type: ignore[attr-defined]
         raise HeadsinkError(
             f"{name}: {model_class.__name__} does not compute attention through transformers' AttentionInterface; "
             "headsink cannot see its heads"
@@ -60,12 +65,21 @@ def check_class(model_class: type, name: str) -> None:
 
 def check_config(config: Any, name: str) -> None:
     """Raise unless the configuration describes a causal decoder with full and sliding-window attention only."""
+    encoder = config.is_encoder_decoder
     config = config.get_text_config(decoder=True)
-    if config.is_encoder_decoder or config.model_type in ENCODERS:
-        raise HeadsinkError(f"{name}: {config.model_type} is an encoder; headsink works on causal decoders only")
+    if encoder or config.is_encoder_decoder or config.model_type in ENCODERS:
+        what = "an encoder" if config.model_type in ENCODERS else "an encoder-decoder"
+        raise HeadsinkError(f"{name}: {config.model_type} is {what}; headsink works on causal decoders only")
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
+    if getattr(config, "kv_sharing_modes", None) is not None and "dummy" in kinds:
+        raise HeadsinkError(
+            f"{name}: {config.model_type} has layers that attend to the keys and values of other layers; not supported"
+        )
     if kinds:
-        raise HeadsinkError(f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; not supported")
+        raise HeadsinkError(
+            f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; headsink supports models whose "
+            "layers have full or sliding-window attention"
+        )
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
@@ -102,19 +116,34 @@ def describe(model: nn.Module) -> Architecture:
     check_config(config, name)
     config = config.get_text_config(decoder=True)
     kinds, arguments = get_layer_types_and_kwargs(config)
-    query_heads, softcap = config.num_attention_heads, bool(getattr(config, "attn_logit_softcapping", None))
+    heads = [_heads(layer) for layer in config.per_layer_config]
+    planned = {own for own, kind in zip(heads, kinds, strict=True) if kind == "full_attention"} or set(heads[:1])
+    if len(planned) > 1:
+        raise HeadsinkError(f"{name}: its layers with full attention have different numbers or sizes of heads; not supported")
+    ((query_heads, kv_heads, head_dim),) = planned
+    softcap = bool(getattr(config, "attn_logit_softcapping", None))
     return Architecture(
         name=name,
         layers=len(kinds),
         query_heads=query_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         windows=tuple(a.get("sliding_window") for a in arguments),
-        max_context=config.max_position_embeddings,
+        max_context=getattr(config, "max_position_embeddings", None) or NO_MAXIMUM,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
+        uniform=len(set(heads)) == 1,
+        latent=bool(getattr(config, "kv_lora_rank", None)),
+        value_dim=getattr(config, "v_head_dim", None),
     )
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Return query heads, KV heads and head size in the configuration of a layer."""
+    query_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    return query_heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // query_heads
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -126,7 +155,16 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 def check_plannable(shape: Architecture) -> None:
-    """Raise if the model without a plan computes other outputs than with a plan of full attention."""
+    """Raise if a plan cannot hold for the model."""
+    if shape.latent:
+        raise HeadsinkError(
+            f"{shape.name} caches one vector per token for all heads (multi-head latent attention); a plan needs the keys and "
+            "values of every KV head"
+        )
+    if shape.value_dim not in (None, shape.head_dim):
+        raise HeadsinkError(
+            f"{shape.name} has keys of size {shape.head_dim} and values of size {shape.value_dim}; a plan needs the same size"
+        )
     if shape.uncapped:
         raise HeadsinkError(
             f"{shape.name} caps its attention logits, but not with sdpa: call model.set_attn_implementation('eager')"
@@ -137,16 +175,32 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Return the attention module of every layer, in order."""
     shape = describe(model)
     found: dict[Any, nn.Module] = {
-        m.layer_idx: m for m in unwrap(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
+        m.layer_idx: m for m in unwrap(model).modules() if hasattr(m, "layer_idx") and _projection_name(m) is not None
     }
     if sorted(found) != list(range(shape.layers)):
-        raise HeadsinkError(f"{shape.name}: no output projection `o_proj` in every attention layer; not supported")
+        names = ", ".join(OUTPUT_PROJECTIONS)
+        raise HeadsinkError(f"{shape.name}: no output projection in every attention layer, under one of the names {names}")
     return [found[index] for index in range(shape.layers)]
+
+
+def output_projection(module: nn.Module) -> nn.Module:
+    """Return the output projection of an attention module."""
+    name = _projection_name(module)
+    if name is None:
+        raise HeadsinkError(f"{type(module).__name__}: no output projection named {', '.join(OUTPUT_PROJECTIONS)}")
+    return module.get_submodule(name)
+
+
+def _projection_name(module: nn.Module) -> str | None:
+    own = dict(module.named_children())
+    return next((name for name in OUTPUT_PROJECTIONS if name in own), None)
 
 
 def decoder(model: nn.Module) -> nn.Module:
     """Return the decoder inside a causal language model, which takes the cache and returns hidden states."""
-    return unwrap(model).get_decoder()
+    inside = unwrap(model)
+    found: nn.Module = inside.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else inside.base_model  # ModernBERT calls its head a decoder
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -1,0 +1,389 @@
+"""Tiny random models of the architectures in docs/families.md, and what headsink does with each.
+
+python tests/support/architectures.py    # writes docs/families.md
+
+A capability is "yes" if the outputs were right, else the reason of a `HeadsinkError`. Wrong outputs and other errors raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from reference import reference_logits
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import headsink
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.generation.decode import refusal
+from headsink.models.transformers_names import cache_argument
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+TOKENS, PADS, NEW = 48, 13, 10
+BASE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SIZED = BASE | {"head_dim": 16}
+KINDS = ["sliding_attention", "full_attention"] * 2
+SLIDING = SIZED | {"sliding_window": 11, "layer_types": KINDS}
+MOE = {"num_experts_per_tok": 2}
+EXPERTS = MOE | {"num_experts": 4, "moe_intermediate_size": 32}
+LOCAL = MOE | {"num_local_experts": 4}
+ROUTED = MOE | {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+OLD = {"vocab_size": 256, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+PIXELS = VISION | {"image_size": 16, "patch_size": 4}
+
+
+def without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+# Name in docs/families.md: configuration, and the implementation of attention where it is not `sdpa`.
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "AFMoE": lambda: hf.AfmoeConfig(**SLIDING, **EXPERTS, num_dense_layers=2),
+    "Apertus": lambda: hf.ApertusConfig(**SIZED),
+    "Arcee": lambda: hf.ArceeConfig(**SIZED),
+    "BioGPT": lambda: hf.BioGptConfig(**without(BASE, "num_key_value_heads")),
+    "BitNet": lambda: hf.BitNetConfig(**SIZED),
+    "CodeGen": lambda: hf.CodeGenConfig(**OLD, rotary_dim=8),
+    "Cohere": lambda: hf.CohereConfig(**BASE),
+    "Cohere 2": lambda: hf.Cohere2Config(**SLIDING),
+    "CWM": lambda: hf.CwmConfig(**SLIDING),
+    "dots.1": lambda: hf.Dots1Config(**SIZED, **ROUTED, n_shared_experts=1),
+    "ERNIE 4.5": lambda: hf.Ernie4_5Config(**SIZED),
+    "ERNIE 4.5 MoE": lambda: hf.Ernie4_5_MoeConfig(**SIZED, moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
+    "EXAONE 4": lambda: hf.Exaone4Config(**SLIDING, sliding_window_pattern=2),
+    "EXAONE MoE": lambda: hf.ExaoneMoeConfig(**SLIDING, **EXPERTS),
+    "FlexOlmo": lambda: hf.FlexOlmoConfig(**BASE, **MOE, num_experts=4),
+    "Gemma": lambda: hf.GemmaConfig(**SIZED),
+    "Gemma 2": lambda: hf.Gemma2Config(**SLIDING, query_pre_attn_scalar=16),
+    "Gemma 3": lambda: hf.Gemma3TextConfig(**SLIDING, query_pre_attn_scalar=16),
+    "Gemma 3 (images)": lambda: hf.Gemma3Config(
+        text_config=SLIDING | {"query_pre_attn_scalar": 16},
+        vision_config=PIXELS,
+        mm_tokens_per_image=4,
+        image_token_index=255,
+        boi_token_index=253,
+        eoi_token_index=254,
+    ),
+    "Gemma 3n": lambda: hf.Gemma3nTextConfig(
+        **SLIDING,
+        vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "Gemma 4": lambda: hf.Gemma4TextConfig(
+        **SLIDING,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        attention_k_eq_v=True,
+    ),
+    "Gemma 4 E": lambda: hf.Gemma4TextConfig(
+        **SLIDING,
+        global_head_dim=32,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=256,
+        num_kv_shared_layers=2,
+    ),
+    "GLM": lambda: hf.GlmConfig(**SIZED, partial_rotary_factor=0.5),
+    "GLM-4": lambda: hf.Glm4Config(**SIZED, partial_rotary_factor=0.5),
+    "GLM-4 MoE": lambda: hf.Glm4MoeConfig(**SIZED, **ROUTED),
+    "GPT-2": lambda: hf.GPT2Config(**OLD, bos_token_id=1, eos_token_id=2),
+    "GPT-BigCode": lambda: hf.GPTBigCodeConfig(**OLD),
+    "GPT-J": lambda: hf.GPTJConfig(**OLD, rotary_dim=8),
+    "GPT-NeoX": lambda: hf.GPTNeoXConfig(**without(BASE, "num_key_value_heads")),
+    "gpt-oss": lambda: hf.GptOssConfig(**SLIDING, **LOCAL),
+    "Granite": lambda: hf.GraniteConfig(**BASE, attention_multiplier=0.2),
+    "Granite MoE": lambda: hf.GraniteMoeConfig(**BASE, **LOCAL),
+    "Granite 4 (attention only)": lambda: hf.GraniteMoeHybridConfig(
+        **BASE, **LOCAL, layer_types=["attention"] * 4, shared_intermediate_size=32, position_embedding_type="rope"
+    ),
+    "Helium": lambda: hf.HeliumConfig(**SIZED),
+    "Hunyuan": lambda: hf.HunYuanDenseV1Config(**SIZED),
+    "Hunyuan MoE": lambda: hf.HunYuanMoEV1Config(**SIZED, num_experts=4, moe_topk=2),
+    "Llama": lambda: hf.LlamaConfig(**SIZED),
+    "LLaVA": lambda: hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**SIZED),
+        vision_config=hf.CLIPVisionConfig(**PIXELS),
+        image_token_index=255,
+        image_seq_length=16,
+    ),
+    "MiniMax-M2": lambda: hf.MiniMaxM2Config(**SIZED, **LOCAL),
+    "Ministral 3": lambda: hf.Ministral3Config(**SIZED),
+    "Mistral": lambda: hf.MistralConfig(**BASE, sliding_window=None),
+    "Mixtral": lambda: hf.MixtralConfig(**BASE, **LOCAL, sliding_window=None),
+    "ModernBERT decoder": lambda: hf.ModernBertDecoderConfig(
+        **without(BASE, "num_key_value_heads"), cls_token_id=1, sep_token_id=2
+    ),
+    "NanoChat": lambda: hf.NanoChatConfig(**SIZED),
+    "Nemotron": lambda: hf.NemotronConfig(**SIZED),
+    "OLMo": lambda: hf.OlmoConfig(**BASE),
+    "OLMo 2": lambda: hf.Olmo2Config(**BASE),
+    "OLMo 3": lambda: hf.Olmo3Config(**BASE, sliding_window=11, layer_types=KINDS),
+    "OLMo 3 (full attention)": lambda: hf.Olmo3Config(**BASE, layer_types=["full_attention"] * 4),
+    "OLMoE": lambda: hf.OlmoeConfig(**BASE, **MOE, num_experts=4),
+    "OPT": lambda: hf.OPTConfig(**without(BASE, "num_key_value_heads"), ffn_dim=96, word_embed_proj_dim=64),
+    "Persimmon": lambda: hf.PersimmonConfig(**without(BASE, "num_key_value_heads")),
+    "Phi": lambda: hf.PhiConfig(**BASE, partial_rotary_factor=0.5),
+    "Phi-3": lambda: hf.Phi3Config(**BASE),
+    "Phi-3.5 MoE": lambda: hf.PhimoeConfig(**BASE, **LOCAL, sliding_window=None),
+    "Qwen2": lambda: hf.Qwen2Config(**BASE),
+    "Qwen2 MoE": lambda: hf.Qwen2MoeConfig(**BASE, **EXPERTS, shared_expert_intermediate_size=32),
+    "Qwen2.5-VL": lambda: hf.Qwen2_5_VLConfig(
+        text_config=BASE
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 64,
+            "patch_size": 4,
+            "fullatt_block_indexes": [1],
+            "window_size": 16,
+        },
+    ),
+    "Qwen3": lambda: hf.Qwen3Config(**SIZED),
+    "Qwen3 MoE": lambda: hf.Qwen3MoeConfig(**SIZED, **EXPERTS),
+    "Seed-OSS": lambda: hf.SeedOssConfig(**SIZED),
+    "SmolLM3": lambda: hf.SmolLM3Config(**BASE, no_rope_layer_interval=2),
+    "StableLM": lambda: hf.StableLmConfig(**BASE, partial_rotary_factor=0.25),
+    "Starcoder2": lambda: hf.Starcoder2Config(**BASE, sliding_window=None),
+    "VaultGemma": lambda: hf.VaultGemmaConfig(**SLIDING, query_pre_attn_scalar=16),
+    # refused
+    "Bamba": lambda: hf.BambaConfig(**BASE, **MAMBA, attn_layer_indices=[1, 3], mamba_n_groups=1),
+    "BERT": lambda: hf.BertConfig(**without(BASE, "num_key_value_heads"), is_decoder=True),
+    "BLOOM": lambda: hf.BloomConfig(vocab_size=256, hidden_size=64, n_layer=3, n_head=4),
+    "DeepSeek V2": lambda: hf.DeepseekV2Config(**BASE | {"num_key_value_heads": 4}, **LATENT, **ROUTED),
+    "DeepSeek V3": lambda: hf.DeepseekV3Config(**BASE | {"num_key_value_heads": 4}, **LATENT, **ROUTED),
+    "DiffLlama": lambda: hf.DiffLlamaConfig(**BASE),
+    "Doge": lambda: hf.DogeConfig(**BASE),
+    "Falcon": lambda: hf.FalconConfig(vocab_size=256, hidden_size=64, num_hidden_layers=3, num_attention_heads=4),
+    "GPT-Neo": lambda: hf.GPTNeoConfig(
+        vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+    "Granite 4": lambda: hf.GraniteMoeHybridConfig(
+        **BASE, **LOCAL, **MAMBA, layer_types=["mamba", "attention"] * 2, shared_intermediate_size=32
+    ),
+    "Jamba": lambda: hf.JambaConfig(
+        **BASE, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_d_state=8
+    ),
+    "JetMoe": lambda: hf.JetMoeConfig(
+        **without(BASE, "num_attention_heads"), **LOCAL, kv_channels=16
+    ),
+    "LFM2": lambda: hf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3),
+    "Llama 4": lambda: hf.Llama4TextConfig(
+        **SIZED, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 1, 1, 0]
+    ),
+    "Mamba": lambda: hf.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=3, state_size=8),
+    "Mamba 2": lambda: hf.Mamba2Config(
+        vocab_size=256, hidden_size=64, num_hidden_layers=3, state_size=8, num_heads=8, head_dim=16, n_groups=1
+    ),
+    "MiMo-V2-Flash": lambda: hf.MiMoV2FlashConfig(**SIZED),
+    "MiniMax": lambda: hf.MiniMaxConfig(**SIZED, **LOCAL, block_size=16),
+    "MPT": lambda: hf.MptConfig(vocab_size=256, d_model=64, n_layers=3, n_heads=4, max_seq_len=512),
+    "Nemotron-H": lambda: hf.NemotronHConfig(**SIZED),
+    "Qwen3-Next": lambda: hf.Qwen3NextConfig(**SIZED, **EXPERTS, **LINEAR, shared_expert_intermediate_size=32),
+    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(**SIZED, **LINEAR),
+    "RecurrentGemma": lambda: hf.RecurrentGemmaConfig(**BASE, lru_width=64),
+    "T5": lambda: hf.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
+    "Whisper": lambda: hf.WhisperConfig(
+        vocab_size=256, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4
+    ),
+}
+EAGER = ("Gemma 2", "gpt-oss")  # `sdpa` cannot express their attention
+CLASSES = {
+    "Gemma 3 (images)": "Gemma3ForConditionalGeneration",
+    "LLaVA": "LlavaForConditionalGeneration",
+    "Qwen2.5-VL": "Qwen2_5_VLForConditionalGeneration",
+    "T5": "T5ForConditionalGeneration",
+    "Whisper": "WhisperForConditionalGeneration",
+}
+
+
+def make(name: str) -> PreTrainedModel:
+    """A random model whose attention is far from uniform, so that a wrong mask changes its outputs."""
+    torch.manual_seed(0)
+    config, attention = CONFIGS[name](), {"attn_implementation": "eager"} if name in EAGER else {}
+    owner = getattr(hf, CLASSES[name])._from_config if name in CLASSES else AutoModelForCausalLM.from_config
+    model = owner(config, **attention).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and not any(part in parameter_name for part in ("embed", "lm_head", "wte", "wpe")):
+            torch.nn.init.normal_(parameter, std=0.25)
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.1)
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, mean=1.0)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def tokens(number: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 250, (1, number), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def outcome(found: dict[str, str], name: str) -> Iterator[None]:
+    try:
+        yield
+        found[name] = "yes"
+    except HeadsinkError as error:
+        found[name] = str(error)
+
+
+def close(output: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-4 * float(expected.abs().max().clamp(min=1)))
+
+
+def generated(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)[:, ids.shape[1] :]
+
+
+COLUMNS = ("plan", "compress", "lossless", "analyze", "compiled step")
+
+
+@torch.no_grad()
+def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
+    """What headsink does with a model: "yes" or a reason for every one of `COLUMNS`."""
+    model, found = make(name), dict[str, str]()
+    with outcome(found, "plan"):
+        check_plans(model)
+    if found["plan"] == "yes":
+        plan, ids = Plan.uniform(model, Pattern(2, 0, 8)), tokens(TOKENS)
+        with outcome(found, "compress"):
+            check_compress(model, plan)
+        with outcome(found, "lossless"):
+            assert torch.equal(
+                headsink.generate_lossless(model, plan, ids, max_new_tokens=NEW)[:, TOKENS:], generated(model, ids)
+            )
+        found["compiled step"] = refusal(model) or "yes"
+        if found["compiled step"] == "yes":
+            with headsink.apply(model, plan):
+                assert torch.equal(generated(model, ids, custom_generate=headsink.decode), generated(model, ids))
+    with outcome(found, "analyze"):
+        headsink.analyze(model, tokenizer, lengths=(64,), texts=["The quick brown fox. " * 20], progress=False)
+    return found
+
+
+def check_plans(model: PreTrainedModel) -> None:
+    """Check plans against the full cache and the reference; padded batches against their rows; and that memory is freed."""
+    ids, full = tokens(TOKENS), Plan.full(model)
+    own = model(ids).logits
+    with headsink.apply(model, full):
+        close(model(ids).logits, own)
+        assert torch.equal(generated(model, ids), generated_without_plan(model, ids))
+    plan = Plan.uniform(model, Pattern(2, 0, 8))
+    expected = reference_logits(model, plan, ids, segments=[1] * TOKENS)
+    assert float((expected - own).abs().max()) > 1e-3
+    for calls in ([TOKENS], [17, 1, 13, 17], [1] * TOKENS):
+        with headsink.apply(model, plan):
+            cache, parts = headsink.new_cache(model, plan, prefill="sparse"), []
+            for part in ids.split(calls, 1):
+                parts.append(model(part, **cache_argument(cache), use_cache=True).logits)
+        close(torch.cat(parts, 1), expected)
+    with headsink.apply(model, plan):  # dense prefill: the prompt is the full cache's
+        close(model(ids).logits, own)
+    batch = torch.cat([ids, torch.cat([torch.zeros(1, PADS, dtype=torch.long), tokens(TOKENS - PADS, 2)], 1)])
+    mask = torch.ones_like(batch)
+    mask[1, :PADS] = 0
+    with headsink.apply(model, plan):
+        both = generated(model, batch, mask)
+        for row, alone in enumerate((batch[:1], batch[1:, PADS:])):
+            assert torch.equal(both[row : row + 1], generated(model, alone))
+
+
+def generated_without_plan(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    from headsink.runtime.apply import full_cache
+
+    with full_cache(model):
+        return generated(model, ids)
+
+
+def check_compress(model: PreTrainedModel, plan: Plan) -> None:
+    long = tokens(300)
+    with headsink.apply(model, Plan.full(model)):
+        full = headsink.new_cache(model, Plan.full(model))
+        model(long, **cache_argument(full), use_cache=True)
+    cache = headsink.compress(model, plan, long)
+    planned = sum(layer is not None for layer in plan.layers)
+    layer_bytes = full.nbytes() / len(plan.layers)
+    assert cache.nbytes() < full.nbytes() - 0.8 * planned * layer_bytes
+
+
+def page(tokenizer: Any) -> str:
+    """The page docs/families.md."""
+    rows = {name: capabilities(name, tokenizer) for name in sorted(CONFIGS, key=str.casefold)}
+    works = [name for name in rows if rows[name]["plan"] == "yes"]
+    lines = [HEAD, "| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in works:
+        cells = ("yes" if rows[name][column] == "yes" else "no" for column in COLUMNS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [REFUSED, "| family | analyze | reason |", "|---|---|---|"]
+    for name in rows:
+        if name not in works:
+            analyze = "yes" if rows[name]["analyze"] == "yes" else "no"
+            lines.append(f"| {name} | {analyze} | {rows[name]['plan']} |")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Model families
+
+After this page you know whether headsink works with your model. The tables are made by the tests
+(`tests/support/architectures.py`), on tiny random models of every family in float32 on a CPU.
+
+- **plan**: a plan of full attention gives the model's own logits and generated tokens; a plan of windows equals the
+  reference in one call, in chunks and token by token; rows of a left-padded batch equal the rows alone.
+- **compress**: `headsink.compress` works, and the memory of evicted keys is freed.
+- **lossless**: `headsink.generate_lossless` generates what the model generates.
+- **analyze**: the census runs.
+- **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU. Without it the model's
+  own forward pass decodes.
+
+A family that is not listed works if its layers have full or sliding-window attention that goes through transformers'
+`AttentionInterface`, and if it passes keys and values to its attention as the cache returns them. Otherwise the first
+call is refused with the reason. Sliding-window layers of a model keep their own cache.
+"""
+REFUSED = """
+## Refused
+
+Nothing runs under a plan with these models.
+"""
+
+if __name__ == "__main__":
+    from small_tokenizer import Small
+
+    hf.logging.set_verbosity_error()
+    PAGE.write_text(page(Small(headsink.load("smollm2")[1])), encoding="utf-8")
