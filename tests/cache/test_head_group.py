@@ -132,9 +132,7 @@ def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, si
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
     layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
-    expected = expected_attention(
-        query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window
-    )
+    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window)
     close(output, expected, pads)
 
 
@@ -255,9 +253,7 @@ def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, window, s
     layer.record_past = False
     outputs.append(attend(layer, query, key, value, padding, start, length))
     sizes = [60, *[1] * (start - 60), length - start]
-    expected = expected_attention(
-        query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window
-    )
+    expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window)
     close(torch.cat(outputs, 2), expected, pads)
 
 

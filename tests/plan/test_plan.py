@@ -167,7 +167,7 @@ def test_a_plan_for_a_sliding_layer_is_refused():
     sliding = tiny("gemma3")
     plan = Plan.full(sliding)
     assert plan.layers[0] is None
-    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model has its own sliding window"):
+    with pytest.raises(HeadsinkError, match=r"layers\.0: this layer of the model is of kind sliding_attention"):
         plan.model_copy(update={"layers": (plan.layers[1], *plan.layers[1:])}).check(sliding)
 
 

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 import transformers as hf
 from reference import reference_logits
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation.decode import refusal
+from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOKENS, PADS, NEW = 48, 13, 10
+SPREAD = 1e-4  # of a model's own logits, read in one call and in several; above it chunks are not compared
 BASE = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -182,7 +184,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "StableLM": lambda: hf.StableLmConfig(**BASE, partial_rotary_factor=0.25),
     "Starcoder2": lambda: hf.Starcoder2Config(**BASE, sliding_window=None),
     "VaultGemma": lambda: hf.VaultGemmaConfig(**SLIDING, query_pre_attn_scalar=16),
-    # refused
+    # with layers that are not attention, and refused
     "Bamba": lambda: hf.BambaConfig(**BASE, **MAMBA, attn_layer_indices=[1, 3], mamba_n_groups=1),
     "BERT": lambda: hf.BertConfig(**without(BASE, "num_key_value_heads"), is_decoder=True),
     "BLOOM": lambda: hf.BloomConfig(vocab_size=256, hidden_size=64, n_layer=3, n_head=4),
@@ -200,9 +202,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "Jamba": lambda: hf.JambaConfig(
         **BASE, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_d_state=8
     ),
-    "JetMoe": lambda: hf.JetMoeConfig(
-        **without(BASE, "num_attention_heads"), **LOCAL, kv_channels=16
-    ),
+    "JetMoe": lambda: hf.JetMoeConfig(**without(BASE, "num_attention_heads"), **LOCAL, kv_channels=16),
     "LFM2": lambda: hf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3),
     "Llama 4": lambda: hf.Llama4TextConfig(
         **SIZED, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 1, 1, 0]
@@ -220,7 +220,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "RecurrentGemma": lambda: hf.RecurrentGemmaConfig(**BASE, lru_width=64),
     "T5": lambda: hf.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
     "Whisper": lambda: hf.WhisperConfig(
-        vocab_size=256, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        vocab_size=256,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 EAGER = ("Gemma 2", "gpt-oss")  # `sdpa` cannot express their attention
@@ -267,12 +275,14 @@ def close(output: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-4 * float(expected.abs().max().clamp(min=1)))
 
 
-def generated(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def generated(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
     return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)[:, ids.shape[1] :]
 
 
-COLUMNS = ("plan", "compress", "lossless", "analyze", "compiled step")
+COLUMNS = ("plan", "chunks", "compress", "lossless", "analyze", "compiled step")
 
 
 @torch.no_grad()
@@ -280,7 +290,7 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
     """What headsink does with a model: "yes" or a reason for every one of `COLUMNS`."""
     model, found = make(name), dict[str, str]()
     with outcome(found, "plan"):
-        check_plans(model)
+        check_plans(model, found)
     if found["plan"] == "yes":
         plan, ids = Plan.uniform(model, Pattern(2, 0, 8)), tokens(TOKENS)
         with outcome(found, "compress"):
@@ -298,22 +308,32 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
     return found
 
 
-def check_plans(model: PreTrainedModel) -> None:
+def check_plans(model: PreTrainedModel, found: dict[str, str]) -> None:
     """Check plans against the full cache and the reference; padded batches against their rows; and that memory is freed."""
     ids, full = tokens(TOKENS), Plan.full(model)
     own = model(ids).logits
+    if not any(describe(model).planned):
+        raise HeadsinkError("no layer has full attention, so a plan changes nothing")
     with headsink.apply(model, full):
         close(model(ids).logits, own)
         assert torch.equal(generated(model, ids), generated_without_plan(model, ids))
     plan = Plan.uniform(model, Pattern(2, 0, 8))
     expected = reference_logits(model, plan, ids, segments=[1] * TOKENS)
     assert float((expected - own).abs().max()) > 1e-3
+    found["chunks"] = "yes"
     for calls in ([TOKENS], [17, 1, 13, 17], [1] * TOKENS):
+        if (
+            float(
+                (in_calls(model, DynamicCache(config=model.config.get_text_config(decoder=True)), calls) - own)
+                .abs()
+                .max()
+            )
+            > SPREAD
+        ):
+            found["chunks"] = "the model itself gives other logits in several calls"
+            continue
         with headsink.apply(model, plan):
-            cache, parts = headsink.new_cache(model, plan, prefill="sparse"), []
-            for part in ids.split(calls, 1):
-                parts.append(model(part, **cache_argument(cache), use_cache=True).logits)
-        close(torch.cat(parts, 1), expected)
+            close(in_calls(model, headsink.new_cache(model, plan, prefill="sparse"), calls), expected)
     with headsink.apply(model, plan):  # dense prefill: the prompt is the full cache's
         close(model(ids).logits, own)
     batch = torch.cat([ids, torch.cat([torch.zeros(1, PADS, dtype=torch.long), tokens(TOKENS - PADS, 2)], 1)])
@@ -323,6 +343,12 @@ def check_plans(model: PreTrainedModel) -> None:
         both = generated(model, batch, mask)
         for row, alone in enumerate((batch[:1], batch[1:, PADS:])):
             assert torch.equal(both[row : row + 1], generated(model, alone))
+
+
+def in_calls(model: PreTrainedModel, cache: Any, calls: list[int]) -> torch.Tensor:
+    """Logits of the tokens, read in calls of so many tokens."""
+    parts = tokens(TOKENS).split(calls, 1)
+    return torch.cat([model(part, **cache_argument(cache), use_cache=True).logits for part in parts], 1)
 
 
 def generated_without_plan(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -343,20 +369,26 @@ def check_compress(model: PreTrainedModel, plan: Plan) -> None:
     assert cache.nbytes() < full.nbytes() - 0.8 * planned * layer_bytes
 
 
+def rows(found: dict[str, dict[str, str]]) -> dict[str, str]:
+    """A line of the page for each architecture."""
+    lines = {}
+    for name, own in found.items():
+        if own["plan"] == "yes":
+            cells = ["yes" if own[column] == "yes" else "no" for column in COLUMNS]
+        else:
+            cells = ["yes" if own["analyze"] == "yes" else "no", own["plan"]]
+        lines[name] = " | ".join([f"| {name}", *cells]) + " |"
+    return lines
+
+
 def page(tokenizer: Any) -> str:
     """The page docs/families.md."""
-    rows = {name: capabilities(name, tokenizer) for name in sorted(CONFIGS, key=str.casefold)}
-    works = [name for name in rows if rows[name]["plan"] == "yes"]
-    lines = [HEAD, "| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in works:
-        cells = ("yes" if rows[name][column] == "yes" else "no" for column in COLUMNS)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [REFUSED, "| family | analyze | reason |", "|---|---|---|"]
-    for name in rows:
-        if name not in works:
-            analyze = "yes" if rows[name]["analyze"] == "yes" else "no"
-            lines.append(f"| {name} | {analyze} | {rows[name]['plan']} |")
-    return "\n".join(lines) + "\n"
+    found = {name: capabilities(name, tokenizer) for name in sorted(CONFIGS, key=str.casefold)}
+    lines, works = rows(found), {name: own["plan"] == "yes" for name, own in found.items()}
+    head = [HEAD, "| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    refused = [REFUSED, "| family | analyze | reason |", "|---|---|---|"]
+    parts = [*head, *(lines[n] for n in lines if works[n]), *refused, *(lines[n] for n in lines if not works[n])]
+    return "\n".join(parts) + "\n"
 
 
 HEAD = """# Model families
@@ -365,16 +397,21 @@ After this page you know whether headsink works with your model. The tables are 
 (`tests/support/architectures.py`), on tiny random models of every family in float32 on a CPU.
 
 - **plan**: a plan of full attention gives the model's own logits and generated tokens; a plan of windows equals the
-  reference in one call, in chunks and token by token; rows of a left-padded batch equal the rows alone.
+  reference; rows of a left-padded batch equal the rows alone.
+- **chunks**: a plan equals the reference in chunks and token by token too. "no" where the model itself, without a
+  plan, gives other logits in several calls than in one.
 - **compress**: `headsink.compress` works, and the memory of evicted keys is freed.
 - **lossless**: `headsink.generate_lossless` generates what the model generates.
 - **analyze**: the census runs.
 - **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU. Without it the model's
   own forward pass decodes.
 
-A family that is not listed works if its layers have full or sliding-window attention that goes through transformers'
-`AttentionInterface`, and if it passes keys and values to its attention as the cache returns them. Otherwise the first
-call is refused with the reason. Sliding-window layers of a model keep their own cache.
+A plan governs the layers with full attention. Others, such as sliding windows, linear attention and convolutions,
+run as they are. Models with linear attention or convolutions cannot be calibrated yet: make a plan of windows with
+`Plan.uniform`.
+
+A family that is not listed works if its attention goes through transformers' `AttentionInterface`, and if it passes
+keys and values to its attention as the cache returns them. Otherwise the first call is refused with the reason.
 """
 REFUSED = """
 ## Refused

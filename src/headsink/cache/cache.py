@@ -1,6 +1,6 @@
 """PlanCache, a transformers `Cache` that stores only the keys and values that a plan keeps.
 
-Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the model has a sliding window.
+Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the model has no full attention.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from headsink.attention.params import Padding
 from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import DENSE, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
+from headsink.models.spec import Architecture
 from headsink.plan.plan import Plan
 
 
@@ -27,15 +33,15 @@ class PlanCache(Cache):
     def __init__(
         self,
         plan: Plan,
-        windows: tuple[int | None, ...],
+        shape: Architecture,
         inverse: Tensor | None = None,
         exact: bool = True,
         prefill: PrefillOptions = DENSE,
     ):
         layers: list[CacheLayerMixin] = []
-        for index, (heads, window) in enumerate(zip(plan.layers, windows, strict=True)):
+        for index, heads in enumerate(plan.layers):
             if heads is None:
-                layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
                 patterns = [head.pattern for head in heads]
                 own = patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer], prefill, plan.decode_window
@@ -67,7 +73,13 @@ class PlanCache(Cache):
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PlanLayer):
                 layer.check_crop(tokens_to_remove)
-            elif not layer.record_past and layer.get_seq_length() >= layer.sliding_window:
+            elif isinstance(layer, LinearAttentionCacheLayerMixin):
+                raise HeadsinkError(f"crop: layer {number} has a recurrent state, which cannot be taken back")
+            elif (
+                isinstance(layer, DynamicSlidingWindowLayer)
+                and not layer.record_past
+                and layer.get_seq_length() >= layer.sliding_window
+            ):
                 raise HeadsinkError(
                     f"crop: layer {number} has a sliding window that is full; call the cache's activate_past_recording() first"
                 )
@@ -76,7 +88,7 @@ class PlanCache(Cache):
     @property
     def rows(self) -> int:
         """The number of cached sequences, 0 if the cache is empty."""
-        first = self.layers[0]
+        first = next(layer for layer in self.layers if isinstance(layer, CacheLayerMixin))  # with attention
         if isinstance(first, PlanLayer):
             return first.groups[0].keys.shape[0] if first.groups else 0
         return first.keys.shape[0] if first.is_initialized else 0
@@ -99,7 +111,7 @@ class PlanCache(Cache):
 
     def check_whole(self) -> None:
         """Raise if the layers have different numbers of tokens, which happens after an interrupted forward pass."""
-        lengths = {layer.get_seq_length() for layer in self.layers}
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         if len(lengths) > 1:
             raise HeadsinkError(
                 f"this cache is incomplete: its layers hold {min(lengths)} to {max(lengths)} tokens, since a pass "
@@ -142,7 +154,10 @@ def nbytes(cache: Cache) -> int:
         if isinstance(layer, PlanLayer):
             tensors = [layer.weights, *(t for group in layer.groups for t in group.tensors())]
         else:
-            tensors = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+            states = [
+                state for value in vars(layer).values() for state in (value if isinstance(value, list) else [value])
+            ]
+            tensors = [state for state in states if isinstance(state, Tensor)]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.nbytes():

@@ -263,9 +263,7 @@ class PlanLayer(CacheLayerMixin):
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
-            HeadGroup(
-                pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer, self.decode_window
-            )
+            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer, self.decode_window)
             for pattern, heads in by_pattern.items()
         ]
         for group in self.groups:

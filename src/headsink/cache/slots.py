@@ -6,10 +6,10 @@ One buffer of keys and one of values, [batch, heads, slots, dim]:
 
 A new token goes into the ring buffer. A key that it overwrites has left the window. If it is a sink token, it moves to its sink
 slot. If its importance score (eviction/scorers/linear.py) is above the lowest score of the top-k keys, it replaces that key.
-Otherwise it is evicted. After a segment (dense prefill) the ring begins anew with the last tokens of the segment, and grows up to
-the window of decoding before it wraps. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached
-keys. While a text is no longer than what a head keeps (`below_capacity`), the ring does not wrap either, and nothing is scored.
-The order of the slots does not matter, because the keys are already rotated.
+Otherwise it is evicted. After a segment (dense prefill) the ring begins anew with the last tokens of the segment, and grows up
+to the window of decoding before it wraps. The ring of a full head never wraps, nor does any ring after `freeze`, when it starts
+after all cached keys. While a text is no longer than what a head keeps (`below_capacity`), the ring does not wrap either, and
+nothing is scored. The order of the slots does not matter, because the keys are already rotated.
 """
 
 from __future__ import annotations

@@ -156,13 +156,14 @@ class Calibration:
     ):
         self.shape = describe(model)
         check_plannable(self.shape)
+        self.shape.check_attention("calibrate")
         self.model, self.method, self.seed, self.progress = model, method or Method(), seed, progress
         rank_heads(self.shape.kv_heads, self.method.ranks)  # raises if they cannot be split
         self.scorer = find_scorer(self.method.scorer)
         self.domains = check_domains(domains)
         self.shortest, self.longest = (context, context) if isinstance(context, int) else context
         check_context(self.shortest, self.longest, self.shape.max_context)
-        self.planned = [window is None for window in self.shape.windows]
+        self.planned = list(self.shape.planned)
         if not any(self.planned):
             raise HeadsinkError("every layer of this model has a sliding window: there is nothing to plan")
         self.documents = _documents(tokenizer, self.shortest, self.longest, self.domains, seed)

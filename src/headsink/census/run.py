@@ -92,8 +92,11 @@ def analyze(
     Raises HeadsinkError for invalid arguments, for lengths over the model's maximum, and for texts that are too short.
     """
     shape, limits = describe(model), limits or Thresholds()
+    shape.check_attention("analyze")
     if not shape.uniform:
-        raise HeadsinkError(f"analyze: the layers of {shape.name} have different numbers or sizes of heads; not supported")
+        raise HeadsinkError(
+            f"analyze: the layers of {shape.name} have different numbers or sizes of heads; not supported"
+        )
     if queries < 2:
         raise HeadsinkError(f"queries: {queries} is too few, give 2 or more")
     if not SEEDS[0] <= seed < SEEDS[1]:

@@ -84,7 +84,7 @@ def generate_lossless(
         )
     if options.pop("use_cache", True) is False:
         raise HeadsinkError("lossless: it needs two caches; leave out use_cache=False")
-    plan.check(model)
+    plan.check(model).check_attention("lossless")
     options = with_stop_strings(options)
     plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
     loop = partial(

@@ -36,8 +36,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     shape = describe(model)
     if not gpu.triton_installed():
         return "triton is not installed: pip install 'headsink[gpu]'"
-    if any(shape.windows):
-        return "this model has layers with a sliding window"
+    if not all(shape.planned):
+        return f"this model has layers of kind {', '.join(sorted(set(shape.kinds) - {'full_attention'}))}"
     if not shape.prefix_free:
         return "its rotary positions depend on the length of the sequence"
     if model.training:

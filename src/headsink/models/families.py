@@ -43,4 +43,5 @@ COMPILED_DECODE = tuple(name for name, family in FAMILIES.items() if family.deco
 VLLM_CLASSES = tuple(sorted(family.vllm for family in _RECORDS if family.vllm))
 # Names of the output projection in an attention module, most common first.
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
+OWN_CACHE = {"minimax"}  # refuse every cache but a class of their own
 ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "albert", "rembert", "modernbert"}

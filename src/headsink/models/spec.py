@@ -1,13 +1,13 @@
 """The architecture of a model as headsink needs it: its attention layers and the shape of their heads.
 
-A supported model is a causal decoder whose layers have full or sliding-window attention through transformers'
-`AttentionInterface`. Most families since Llama are; others raise an error with the reason (docs/families.md). Wrappers of PEFT,
-torch.compile and DistributedDataParallel are unwrapped.
+A supported model is a causal decoder with full attention in some layers, through transformers' `AttentionInterface`. A plan
+governs these layers; others (sliding windows, linear attention, convolutions) run as they are. Models that are not supported
+raise an error with the reason (docs/families.md). Wrappers of PEFT, torch.compile and DistributedDataParallel are unwrapped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from headsink.errors import HeadsinkError
-from headsink.models.families import ENCODERS, OUTPUT_PROJECTIONS
+from headsink.models.families import ENCODERS, OUTPUT_PROJECTIONS, OWN_CACHE
 
 # The attribute of the wrapped model in torch.compile, DistributedDataParallel, PEFT models and PEFT tuners.
 INSIDE = ("_orig_mod", "module", "base_model", "model")
 NO_MAXIMUM = 2**31 - 1  # tokens; the context of a model whose configuration names none
+# Kinds of layers, as transformers names them: with attention, and others that run under a plan.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+OTHERS = {"linear_attention", "conv", "dummy"}
 # Parts of parameter names that wrappers add: compiled and checkpointed layers, and layers with a PEFT adapter.
 WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_module", "token_adapter"}
 
@@ -28,10 +31,12 @@ WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_mod
 class Architecture:
     """The heads of a model. Numbers of heads and their size are those of the layers with full attention.
 
-    uniform: they are the same in all layers. latent: layers cache one vector per token for all heads, instead of keys and values
-    (multi-head latent attention). value_dim: size of the values of a head, None if it is `head_dim`. windows: the model's own sliding window per layer, None for full attention. softcap: attention logits are capped (Gemma 2).
-    uncapped: the model caps logits, but its attention implementation, `sdpa`, does not. prefix_free: the encoding of positions
-    does not depend on the length of the text, so a prefix of a long text gives the same states as the short text.
+    windows: the model's own sliding window per layer, None for others. softcap: attention logits are capped (Gemma 2). uncapped:
+    the model caps logits, but its attention implementation, `sdpa`, does not. prefix_free: the encoding of positions does not
+    depend on the length of the text, so a prefix of a long text gives the same states as the short text. uniform: heads are the
+    same in all layers with attention. latent: layers cache one vector per token for all heads, instead of keys and values
+    (multi-head latent attention). value_dim: size of the values of a head, None if it is `head_dim`. kinds, cache_arguments:
+    transformers' kind of every layer, and the arguments of its cache layer.
     """
 
     name: str
@@ -47,6 +52,26 @@ class Architecture:
     uniform: bool = True
     latent: bool = False
     value_dim: int | None = None
+    kinds: tuple[str, ...] = ()
+    cache_arguments: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def planned(self) -> tuple[bool, ...]:
+        """Whether a plan governs the layer: those with full attention."""
+        return tuple(kind == "full_attention" for kind in self.kinds)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers carry a state. Some of these models give other outputs in chunks than in one call."""
+        return not {"linear_attention", "conv"}.isdisjoint(self.kinds)
+
+    def check_attention(self, what: str) -> None:
+        """Raise if a layer has neither full nor sliding-window attention. what: the call that needs it."""
+        if others := set(self.kinds) - {"full_attention", "sliding_attention"}:
+            raise HeadsinkError(
+                f"{what}: {self.name} has layers of kind {', '.join(sorted(others))}; not supported (a plan of windows from "
+                "Plan.uniform is)"
+            )
 
     @property
     def group(self) -> int:
@@ -70,16 +95,19 @@ def check_config(config: Any, name: str) -> None:
     if encoder or config.is_encoder_decoder or config.model_type in ENCODERS:
         what = "an encoder" if config.model_type in ENCODERS else "an encoder-decoder"
         raise HeadsinkError(f"{name}: {config.model_type} is {what}; headsink works on causal decoders only")
-    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
+    if config.model_type in OWN_CACHE:
+        raise HeadsinkError(f"{name}: {config.model_type} accepts no cache but its own class; not supported")
+    kinds = set(get_layer_types_and_kwargs(config)[0])
     if getattr(config, "kv_sharing_modes", None) is not None and "dummy" in kinds:
         raise HeadsinkError(
             f"{name}: {config.model_type} has layers that attend to the keys and values of other layers; not supported"
         )
-    if kinds:
+    if unknown := kinds - ATTENTION - OTHERS:
         raise HeadsinkError(
-            f"{name}: {config.model_type} has layers of kind {', '.join(sorted(kinds))}; headsink supports models whose "
-            "layers have full or sliding-window attention"
+            f"{name}: {config.model_type} has layers of kind {', '.join(sorted(unknown))}; not supported"
         )
+    if not kinds & ATTENTION:
+        raise HeadsinkError(f"{name}: {config.model_type} has no attention layers")
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
@@ -119,7 +147,9 @@ def describe(model: nn.Module) -> Architecture:
     heads = [_heads(layer) for layer in config.per_layer_config]
     planned = {own for own, kind in zip(heads, kinds, strict=True) if kind == "full_attention"} or set(heads[:1])
     if len(planned) > 1:
-        raise HeadsinkError(f"{name}: its layers with full attention have different numbers or sizes of heads; not supported")
+        raise HeadsinkError(
+            f"{name}: its layers with full attention have different numbers or sizes of heads; not supported"
+        )
     ((query_heads, kv_heads, head_dim),) = planned
     softcap = bool(getattr(config, "attn_logit_softcapping", None))
     return Architecture(
@@ -128,14 +158,19 @@ def describe(model: nn.Module) -> Architecture:
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        windows=tuple(a.get("sliding_window") for a in arguments),
+        windows=tuple(
+            a.get("sliding_window") if kind == "sliding_attention" else None
+            for a, kind in zip(arguments, kinds, strict=True)
+        ),
         max_context=getattr(config, "max_position_embeddings", None) or NO_MAXIMUM,
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
-        uniform=len(set(heads)) == 1,
+        uniform=len({own for own, kind in zip(heads, kinds, strict=True) if kind in ATTENTION}) == 1,
         latent=bool(getattr(config, "kv_lora_rank", None)),
         value_dim=getattr(config, "v_head_dim", None),
+        kinds=tuple(kinds),
+        cache_arguments=tuple(arguments),
     )
 
 
@@ -179,7 +214,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     }
     if sorted(found) != list(range(shape.layers)):
         names = ", ".join(OUTPUT_PROJECTIONS)
-        raise HeadsinkError(f"{shape.name}: no output projection in every attention layer, under one of the names {names}")
+        raise HeadsinkError(
+            f"{shape.name}: no output projection in every attention layer, under one of the names {names}"
+        )
     return [found[index] for index in range(shape.layers)]
 
 

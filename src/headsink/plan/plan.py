@@ -36,11 +36,14 @@ from headsink.utils.files import write_text
 from headsink.utils.format import harmless
 
 SCHEMA: Literal[5] = 5
-DECODE_SHARE, MOST_DECODE_WINDOW = 4, 512  # the window while decoding is one in 4 of a head's keys on average, at most 512
+DECODE_SHARE, MOST_DECODE_WINDOW = (
+    4,
+    512,
+)  # the window while decoding is one in 4 of a head's keys on average, at most 512
 
 
 class Plan(Part):
-    """One pattern per KV head. `layers[l]` is None where the model has its own sliding window, which headsink does not change.
+    """One pattern per KV head. `layers[l]` is None where the model has no full attention; headsink does not change such a layer.
 
     positions: "absolute", or "cache-relative", where positions count the cached keys (models/rope.py); texts may then have any
     length, and every head needs a window and no top-k keys. scorer: the name of the scorer of the heads' `scorer_weights`
@@ -106,7 +109,7 @@ class Plan(Part):
         if pattern.top_k:
             raise HeadsinkError("top_k: a uniform plan has no scorer weights; use headsink.calibrate")
         shape = describe(model)
-        return cls.of(model, [None if window else [pattern] * shape.kv_heads for window in shape.windows], **fields)
+        return cls.of(model, [[pattern] * shape.kv_heads if own else None for own in shape.planned], **fields)
 
     @classmethod
     def of(
@@ -116,7 +119,7 @@ class Plan(Part):
         scores: torch.Tensor | None = None,
         **fields: Any,
     ) -> Plan:
-        """Return a plan from patterns [layers][KV heads], None for a layer with a sliding window.
+        """Return a plan from patterns [layers][KV heads], None for a layer without full attention.
 
         scores: scorer weights [layers, KV heads, features], needed for heads with top-k keys.
         """
@@ -278,10 +281,10 @@ class Plan(Part):
             planned = getattr(self.model, field)
             if planned != found and field != "architecture":
                 raise HeadsinkError(f"the plan is for another model: {field} is {found} here and {planned} in the plan")
-        for index, (heads, window) in enumerate(zip(self.layers, shape.windows, strict=True)):
-            if (heads is None) != (window is not None):
+        for index, (heads, kind) in enumerate(zip(self.layers, shape.kinds, strict=True)):
+            if (heads is None) != (kind != "full_attention"):
                 what = (
-                    "has its own sliding window and must be null" if window else "has full attention and needs patterns"
+                    "has full attention and needs patterns" if heads is None else f"is of kind {kind} and must be null"
                 )
                 raise HeadsinkError(f"layers.{index}: this layer of the model {what}")
 

@@ -60,7 +60,7 @@ def _cache(
     inverse = inverse_frequencies(model) if streaming else None
     dense = prefill == "dense" and not streaming
     options = PrefillOptions(dense, chunk_size if dense else None, rotary_frequencies(model))
-    cache = PlanCache(plan, shape.windows, inverse, exact, options)
+    cache = PlanCache(plan, shape, inverse, exact, options)
     cache.model = weakref.ref(unwrap(model))
     return cache
 

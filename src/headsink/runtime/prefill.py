@@ -10,6 +10,7 @@ from headsink.attention.interface import left_padding
 from headsink.cache.cache import PlanCache
 from headsink.compression.reconstruction import reconstruct as reconstruct_context
 from headsink.errors import HeadsinkError
+from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, full_cache, new_cache
@@ -40,7 +41,7 @@ def prefill(
     cache: an empty one of the same plan to read into. reconstruct: as for `compress`. Raises HeadsinkError for prompts that are
     longer than the model's maximum, if the plan does not count positions in the cache.
     """
-    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    longest = describe(model).max_context
     if ids.shape[1] > longest and (plan is None or plan.positions == "absolute"):
         raise HeadsinkError(f"prompt: {ids.shape[1]} tokens are over the model's maximum of {longest}")
     cache = empty_cache(model, plan, exact) if cache is None else cache
@@ -60,7 +61,8 @@ def _read(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None
     """
     planned = isinstance(cache, PlanCache)
     scope = apply_here(model, cache.plan) if planned else full_cache(model)
-    chunk = CHUNK if planned and not cache.prefill.dense else ids.shape[1]
+    chunks = planned and not cache.prefill.dense and not describe(model).recurrent
+    chunk = CHUNK if chunks else ids.shape[1]
     begin = 0
     with torch.no_grad(), scope:
         for part in ids.split(chunk, 1):
@@ -76,6 +78,7 @@ def _read_with_reconstruction(model: PreTrainedModel, cache: PlanCache, ids: Ten
     """Read texts with the full cache, choose keys by context reconstruction, and move them into an empty cache of a plan."""
     if cache.plan.positions == "cache-relative":
         raise HeadsinkError("reconstruct: it needs 'absolute' positions")
+    describe(model).check_attention("reconstruct")
     full, padding = empty_cache(model, None), left_padding(mask)
     _read(model, full, ids, mask)
     scores = reconstruct_context(model, cache.plan, full, ids, None if padding is None else padding.tokens)
@@ -88,7 +91,7 @@ def prefill_chunks(model: PreTrainedModel, cache: Cache, ids: Tensor) -> None:
     Only where keys are evicted while they are read: chunks end segments of dense prefill. transformers' own
     `prefill_chunk_size` forgets what a cache holds.
     """
-    if isinstance(cache, PlanCache) and cache.prefill.dense:
+    if (isinstance(cache, PlanCache) and cache.prefill.dense) or describe(model).recurrent:
         return
     with torch.no_grad():
         for part in ids[:, cache.get_seq_length() :].split(CHUNK, 1)[:-1]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from headsink.attention.params import Padding
 from headsink.cache.cache import PlanCache
@@ -64,9 +64,9 @@ class _Header(BaseModel):
 class _Group(NamedTuple):
     """State of a head group, derived from the header.
 
-    name: prefix of its tensors' names. pattern: while decoding. evicts: whether its slots are sink slots, top-k slots and a ring of
-    the pattern's window; otherwise they are a ring with every token. recent: tokens in the ring. slots: number in use. stored: its
-    tensors.
+    name: prefix of its tensors' names. pattern: while decoding. evicts: whether its slots are sink slots, top-k slots and a ring
+    of the pattern's window; otherwise they are a ring with every token. recent: tokens in the ring. slots: number in use. stored:
+    its tensors.
     """
 
     name: str
@@ -106,6 +106,8 @@ def save_prefix(
         raise HeadsinkError(
             "this cache hides tokens between visible ones: save it before the second turn of its conversations"
         )
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        raise HeadsinkError("this cache has layers with a recurrent state, which prefix files do not hold")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise HeadsinkError(f"input_ids: {dtype_name(input_ids.dtype)} given, token ids are whole numbers")
     try:
