@@ -275,7 +275,7 @@ def test_another_class_of_the_same_shape_is_named_and_allowed():
     [
         ("llama-mha", "the plan is for another model: kv_heads is 4 here and 2 in the plan"),
         ("qwen3", "the plan is for another model: head_dim is 16 here and 12 in the plan"),
-        ("mistral-sliding", "layers.0: this layer of the model has its own sliding window"),
+        ("mistral-sliding", "layers.0: this layer of the model is of kind sliding_attention"),
         ("gemma3", "head_dim is 16"),
     ],
 )

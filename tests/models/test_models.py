@@ -117,7 +117,7 @@ def save(folder, config):
         (GPTNeoXConfig(num_hidden_layers=1), "o_proj|tokenizer|loaded"),
         (AutoConfig.for_model("bloom"), "AttentionInterface"),
         (AutoConfig.for_model("mamba"), "layers|AttentionInterface|heads"),
-        (AutoConfig.for_model("qwen3_next"), "layers of kind"),
+        (AutoConfig.for_model("minimax"), "no cache but its own"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

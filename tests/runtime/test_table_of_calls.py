@@ -53,7 +53,8 @@ class Setting:
         self.prefill = prefill
         self.model = tiny("llama") if model is None else model
         self.model.generation_config.pad_token_id = 0
-        self.plan, self.other_plan = random_plan(self.model, 3), random_plan(self.model, 9)
+        plans = (random_plan(self.model, seed) for seed in (3, 9))
+        self.plan, self.other_plan = (plan.model_copy(update={"decode_window": 3}) for plan in plans)
         generator = torch.Generator().manual_seed(5)
         self.ids = torch.randint(3, 200, (2, 40), generator=generator)
         self.more = torch.randint(3, 200, (2, 12), generator=generator)

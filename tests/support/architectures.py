@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
+from headsink.attention.rotary import layer_rotations
+from headsink.eviction.scorers import LINEAR
 from headsink.generation.decode import refusal
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
@@ -52,7 +54,7 @@ ROUTED = MOE | {
     "first_k_dense_replace": 2,
 }
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
-LINEAR = {
+DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
@@ -215,8 +217,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "MiniMax": lambda: hf.MiniMaxConfig(**SIZED, **LOCAL, block_size=16),
     "MPT": lambda: hf.MptConfig(vocab_size=256, d_model=64, n_layers=3, n_heads=4, max_seq_len=512),
     "Nemotron-H": lambda: hf.NemotronHConfig(**SIZED),
-    "Qwen3-Next": lambda: hf.Qwen3NextConfig(**SIZED, **EXPERTS, **LINEAR, shared_expert_intermediate_size=32),
-    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(**SIZED, **LINEAR),
+    "Qwen3-Next": lambda: hf.Qwen3NextConfig(**SIZED, **EXPERTS, **DELTA_NET, shared_expert_intermediate_size=32),
+    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(**SIZED, **DELTA_NET),
     "RecurrentGemma": lambda: hf.RecurrentGemmaConfig(**BASE, lru_width=64),
     "T5": lambda: hf.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
     "Whisper": lambda: hf.WhisperConfig(
@@ -282,7 +284,7 @@ def generated(
     return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)[:, ids.shape[1] :]
 
 
-COLUMNS = ("plan", "chunks", "compress", "lossless", "analyze", "compiled step")
+COLUMNS = ("plan", "chunks", "prompt scores", "compress", "lossless", "analyze", "compiled step")
 
 
 @torch.no_grad()
@@ -293,6 +295,11 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
         check_plans(model, found)
     if found["plan"] == "yes":
         plan, ids = Plan.uniform(model, Pattern(2, 0, 8)), tokens(TOKENS)
+        rotations = zip(layer_rotations(model), describe(model).planned, strict=True)
+        known = all(rotation is not None for rotation, planned in rotations if planned)
+        found["prompt scores"] = "yes" if known else "its queries are not rotated by position in the usual way"
+        if found["chunks"] == "yes":
+            check_top_k(model)
         with outcome(found, "compress"):
             check_compress(model, plan)
         with outcome(found, "lossless"):
@@ -343,6 +350,19 @@ def check_plans(model: PreTrainedModel, found: dict[str, str]) -> None:
         both = generated(model, batch, mask)
         for row, alone in enumerate((batch[:1], batch[1:, PADS:])):
             assert torch.equal(both[row : row + 1], generated(model, alone))
+
+
+def check_top_k(model: PreTrainedModel) -> None:
+    """Check top-k keys against the reference: dense prefill of a prompt, with prompt scores where there are any, then tokens."""
+    shape, generator = describe(model), torch.Generator().manual_seed(1)
+    size = shape.layers, shape.kv_heads, LINEAR.n_features(shape.head_dim)
+    patterns = [[Pattern(2, 6, 8)] * shape.kv_heads if own else None for own in shape.planned]
+    plan = Plan.of(model, patterns, torch.randn(size, generator=generator), decode_window=12)
+    prompt, calls = TOKENS - 9, [TOKENS - 9] + [1] * 9
+    expected = reference_logits(model, plan, tokens(TOKENS), segments=calls)[:, prompt:]
+    with headsink.apply(model, plan):
+        found = in_calls(model, headsink.new_cache(model, plan), calls)[:, prompt:]
+    close(found, expected)
 
 
 def in_calls(model: PreTrainedModel, cache: Any, calls: list[int]) -> torch.Tensor:
@@ -400,6 +420,9 @@ After this page you know whether headsink works with your model. The tables are 
   reference; rows of a left-padded batch equal the rows alone.
 - **chunks**: a plan equals the reference in chunks and token by token too. "no" where the model itself, without a
   plan, gives other logits in several calls than in one.
+- **prompt scores**: the prompt's own queries score its keys, top-k keys are refitted, and cache-relative positions
+  work. Two passes over one token find out how a layer rotates its queries. Otherwise the plan's scorer ranks the keys
+  of prompts too.
 - **compress**: `headsink.compress` works, and the memory of evicted keys is freed.
 - **lossless**: `headsink.generate_lossless` generates what the model generates.
 - **analyze**: the census runs.

@@ -10,10 +10,12 @@ from transformers.masking_utils import eager_mask
 
 from headsink import Plan
 from headsink.attention.reference import reference_attention
+from headsink.attention.rotary import layer_rotations
 from headsink.eviction.scorers import SCORERS
-from headsink.models.rope import rotary_frequencies
 
-_running: list[tuple[Plan, torch.Tensor | None, list[int] | int | None, torch.Tensor | None, int | None]] = []
+_running: list[
+    tuple[Plan, torch.Tensor | None, list[int] | int | None, tuple[torch.Tensor | None, ...], int | None]
+] = []
 
 
 def own_attention(module, query, key, value, mask, **kwargs):
@@ -26,7 +28,7 @@ def own_attention(module, query, key, value, mask, **kwargs):
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    plan, padding, segments, inverse, freeze = _running[-1]
+    plan, padding, segments, rotations, freeze = _running[-1]
     tokens = key.shape[2]
     if isinstance(segments, int):
         segments = [min(segments, tokens)] + [1] * (tokens - segments)
@@ -46,7 +48,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         kwargs.get("s_aux"),
         SCORERS[plan.scorer],
         segments,
-        inverse,
+        rotations[module.layer_idx],
         freeze,
         plan.decode_window,
     )
@@ -59,9 +61,9 @@ AttentionMaskInterface.register("headsink_reference", eager_mask)
 
 @contextmanager
 def masked(model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, segments=None, freeze=None):
-    before = model.config._attn_implementation
+    before, rotations = model.config._attn_implementation, layer_rotations(model)
     model.set_attn_implementation("headsink_reference")
-    _running.append((plan, padding, segments, rotary_frequencies(model), freeze))
+    _running.append((plan, padding, segments, rotations, freeze))
     try:
         yield model
     finally:

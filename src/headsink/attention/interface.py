@@ -12,7 +12,7 @@ without padding, so they need no mask; layers without a causal `sdpa` kernel are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -52,10 +52,12 @@ _substitute: ContextVar[Callable[[Inputs], Tensor] | None] = ContextVar("headsin
 
 
 @contextmanager
-def observe_attention(model: PreTrainedModel, callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
+def observe_attention(
+    model: PreTrainedModel, callback: Callable[[AttentionRecord], None], required: Iterable[int] | None = None
+) -> Iterator[None]:
     """Call `callback` for every attention layer that the model runs in this thread.
 
-    Raises HeadsinkError at the end of the block if a layer did not run.
+    Raises HeadsinkError at the end of the block if a layer did not run. required: the layers that must; None: all.
     """
     layers_seen: set[int] = set()
 
@@ -63,7 +65,7 @@ def observe_attention(model: PreTrainedModel, callback: Callable[[AttentionRecor
         layers_seen.add(seen.layer)
         callback(seen)
 
-    with _check_layers(model, _observer, call, layers_seen):
+    with _check_layers(model, _observer, call, layers_seen, required):
         yield
 
 
@@ -86,7 +88,11 @@ def replace_attention(model: PreTrainedModel, attend: Callable[[Inputs], Tensor]
 
 @contextmanager
 def _check_layers(
-    model: PreTrainedModel, variable: ContextVar[Any], call: Callable[..., Any], layers_seen: set[int]
+    model: PreTrainedModel,
+    variable: ContextVar[Any],
+    call: Callable[..., Any],
+    layers_seen: set[int],
+    required: Iterable[int] | None = None,
 ) -> Iterator[None]:
     token = variable.set(call)
     try:
@@ -94,7 +100,7 @@ def _check_layers(
             yield
     finally:
         variable.reset(token)
-    missing = sorted(set(range(describe(model).layers)) - layers_seen)
+    missing = sorted(set(range(describe(model).layers) if required is None else required) - layers_seen)
     if missing:
         raise HeadsinkError(
             f"{type(model).__name__}: the attention of layer {missing[0]} was not seen; it must go through "

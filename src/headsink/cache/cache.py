@@ -6,7 +6,8 @@ Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the mod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,13 +29,16 @@ from headsink.plan.plan import Plan
 
 
 class PlanCache(Cache):
-    """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes."""
+    """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes.
+
+    rotations: of every layer (attention/rotary.py).
+    """
 
     def __init__(
         self,
         plan: Plan,
         shape: Architecture,
-        inverse: Tensor | None = None,
+        rotations: Sequence[Tensor | None] | None = None,
         exact: bool = True,
         prefill: PrefillOptions = DENSE,
     ):
@@ -44,7 +48,11 @@ class PlanCache(Cache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
                 patterns = [head.pattern for head in heads]
-                own = patterns, plan.scores(index), inverse, exact, SCORERS[plan.scorer], prefill, plan.decode_window
+                rotation = None if rotations is None else rotations[index]
+                inverse = rotation if plan.positions == "cache-relative" else None
+                options = replace(prefill, rotary=rotation)
+                scorer = SCORERS[plan.scorer]
+                own = patterns, plan.scores(index), inverse, exact, scorer, options, plan.decode_window
                 layers.append(PlanLayer(*own))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill = plan, exact, prefill

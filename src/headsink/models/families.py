@@ -1,7 +1,7 @@
 """Model families that need more than transformers' `AttentionInterface` and `Cache.update`: one record each, data only.
 
-A family without a record runs under a plan as well. It has no compiled CPU step, no cache-relative positions and is not served by
-vLLM. Light: nothing here imports torch, so that vLLM's plugin can read it.
+A family without a record runs under a plan as well. It has no compiled CPU step and is not served by vLLM. Light: nothing here
+imports torch, so that vLLM's plugin can read it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Literal
 class Family:
     """What is known of a family beyond its configuration.
 
-    model_type: as in the configuration of its text model. rotary_halves: rotary pairs are (n, n + half), as cache-relative
-    positions need them. decode_layout: how the weights of a layer lie, for the compiled CPU step; "llama" is q, k, v, o, gate, up
-    and down projections with RMS norms, with or without biases and norms of queries and keys. vllm: the class that vLLM serves.
+    model_type: as in the configuration of its text model. decode_layout: how the weights of a layer lie, for the compiled CPU
+    step; "llama" is q, k, v, o, gate, up and down projections with RMS norms, with or without biases and norms of queries and
+    keys. vllm: the class that vLLM serves.
     """
 
     model_type: str
-    rotary_halves: bool = True
     decode_layout: Literal["llama"] | None = None
     vllm: str | None = None
 
@@ -31,14 +30,8 @@ _RECORDS = (
     Family("qwen2", decode_layout="llama", vllm="Qwen2ForCausalLM"),
     Family("qwen3", decode_layout="llama", vllm="Qwen3ForCausalLM"),
     Family("gemma3_text", vllm="Gemma3ForCausalLM"),
-    Family("phi3"),
-    Family("olmo2"),
-    Family("granite"),
-    Family("gemma2"),
-    Family("gpt_oss"),
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
-ROTARY_HALVES = tuple(name for name, family in FAMILIES.items() if family.rotary_halves)
 COMPILED_DECODE = tuple(name for name, family in FAMILIES.items() if family.decode_layout)
 VLLM_CLASSES = tuple(sorted(family.vllm for family in _RECORDS if family.vllm))
 # Names of the output projection in an attention module, most common first.

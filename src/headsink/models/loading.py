@@ -25,7 +25,7 @@ from headsink.models.builtin import BUILT_IN, cache_folder, check_name, check_to
 from headsink.models.devices import parse_device, parse_dtype
 from headsink.models.gguf import convert
 from headsink.models.hf_logging import first_line, one_line, quiet
-from headsink.models.spec import attention_modules, check_class, check_config
+from headsink.models.spec import check_class, check_config, describe
 from headsink.utils.files import sha256
 from headsink.utils.terminal import note
 
@@ -105,7 +105,7 @@ def load(
             model = model.to(device)
     if own_folder is not None:
         weakref.finalize(model, own_folder.cleanup)
-    attention_modules(model)
+    describe(model)  # raises for a model that is not supported
     model.config.name_or_path = name
     return model.eval(), tokenizer
 

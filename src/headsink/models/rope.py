@@ -11,35 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headsink.errors import HeadsinkError
-from headsink.models.families import ROTARY_HALVES
-from headsink.models.spec import decoder, describe, unwrap
+from headsink.models.spec import decoder
 
 
-def inverse_frequencies(model: nn.Module) -> Tensor:
-    """Return the inverse frequencies of a full-attention layer, radians per position of each rotary pair: float32 [pairs].
+def inverse_frequencies(model: nn.Module) -> Tensor | None:
+    """Return the inverse rotary frequencies of the layers with full attention, radians per position: float32 [pairs].
 
-    Raises HeadsinkError if the model does not support cache-relative positions.
+    None if the model has none under transformers' usual names.
     """
-    kind, shape = unwrap(model).config.get_text_config(decoder=True).model_type, describe(model)
-    if kind not in ROTARY_HALVES:
-        raise HeadsinkError(
-            f"positions: {kind} does not support cache-relative ones; these do: {', '.join(ROTARY_HALVES)}"
-        )
-    if not shape.prefix_free:
-        raise HeadsinkError("positions: this model's rotary positions depend on the length of the text: use 'absolute'")
-    rotary = decoder(model).rotary_emb
+    rotary = getattr(decoder(model), "rotary_emb", None)
     found = getattr(rotary, "full_attention_inv_freq", None)  # Gemma 3 has one for each kind of layer
-    inverse: Tensor = rotary.inv_freq if found is None else found  # type: ignore[union-attr, assignment]
-    return inverse.float()
-
-
-def rotary_frequencies(model: nn.Module) -> Tensor | None:
-    """As `inverse_frequencies`; None where they are not known, or where they change with the length of the text."""
-    try:
-        return inverse_frequencies(model)
-    except HeadsinkError:
-        return None
+    found = getattr(rotary, "inv_freq", None) if found is None else found
+    return found.float() if isinstance(found, Tensor) else None
 
 
 def rotate(vectors: Tensor, distance: int, inverse: Tensor) -> Tensor:

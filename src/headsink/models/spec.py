@@ -207,17 +207,18 @@ def check_plannable(shape: Architecture) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the attention module of every layer, in order."""
+    """Return the attention modules of the layers that have attention, in order."""
     shape = describe(model)
     found: dict[Any, nn.Module] = {
         m.layer_idx: m for m in unwrap(model).modules() if hasattr(m, "layer_idx") and _projection_name(m) is not None
     }
-    if sorted(found) != list(range(shape.layers)):
+    wanted = [index for index, kind in enumerate(shape.kinds) if kind in ATTENTION]
+    if not found.keys() >= set(wanted):
         names = ", ".join(OUTPUT_PROJECTIONS)
         raise HeadsinkError(
             f"{shape.name}: no output projection in every attention layer, under one of the names {names}"
         )
-    return [found[index] for index in range(shape.layers)]
+    return [found[index] for index in wanted]
 
 
 def output_projection(module: nn.Module) -> nn.Module:

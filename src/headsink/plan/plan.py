@@ -28,7 +28,6 @@ from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, LONGEST, Pattern
 from headsink.eviction.scorers import SCORERS
 from headsink.models.fingerprint import ALLOWED, Fingerprint, Hashed, Part
-from headsink.models.rope import inverse_frequencies
 from headsink.models.spec import Architecture, check_plannable, describe, vocabulary
 from headsink.plan.schema import Head, Positions, Quality, Tokens, unique
 from headsink.plan.summary import as_html, as_text, contexts, summary
@@ -67,8 +66,6 @@ class Plan(Part):
     def _complete(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"layers: {len(self.layers)} given, the model has {self.model.layers}")
-        if self.positions == "cache-relative" and self.decode_window:
-            raise ValueError(f"decode_window: {self.decode_window}, and with positions 'cache-relative' it must be 0")
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer: {self.scorer!r} is unknown; one of {', '.join(SCORERS)}")
         for index, heads in enumerate(self.layers):
@@ -90,6 +87,8 @@ class Plan(Part):
                         f"layers.{index}.{head}.scorer_weights: {len(found.scorer_weights)} weights given, heads of "
                         f"size {self.model.head_dim} need {SCORERS[self.scorer].n_features(self.model.head_dim)}"
                     )
+        if self.positions == "cache-relative" and self.decode_window:
+            raise ValueError(f"decode_window: {self.decode_window}, and with positions 'cache-relative' it must be 0")
         return self
 
     # making plans
@@ -253,7 +252,6 @@ class Plan(Part):
     def _check_use(self, model: nn.Module, shape: Architecture) -> None:
         """Raise if the model does not support the plan's positions or reconstruction prompt."""
         if self.positions == "cache-relative":
-            inverse_frequencies(model)
             for index, heads in enumerate(self.layers):
                 for number, head in enumerate(heads or ()):
                     if head.sink + (head.window or 0) > shape.max_context:

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from headsink.attention.passes import enter_scope
+from headsink.attention.rotary import layer_rotations
 from headsink.cache.cache import PlanCache
 from headsink.cache.segments import PrefillOptions
 from headsink.errors import HeadsinkError
-from headsink.models.rope import inverse_frequencies, rotary_frequencies
 from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
@@ -57,10 +57,14 @@ def _cache(
 ) -> PlanCache:
     check_prefill(prefill, chunk_size)
     streaming = plan.positions == "cache-relative"
-    inverse = inverse_frequencies(model) if streaming else None
     dense = prefill == "dense" and not streaming
-    options = PrefillOptions(dense, chunk_size if dense else None, rotary_frequencies(model))
-    cache = PlanCache(plan, shape, inverse, exact, options)
+    rotations = layer_rotations(model) if streaming or (dense and plan.has_top_k) else None
+    if streaming and any(own and found is None for own, found in zip(shape.planned, rotations or (), strict=True)):
+        raise HeadsinkError(
+            f"positions: {shape.name} does not support cache-relative ones: its queries are not rotated by position in the usual "
+            "way, or the rotation depends on the length of the text; use 'absolute'"
+        )
+    cache = PlanCache(plan, shape, rotations, exact, PrefillOptions(dense, chunk_size if dense else None))
     cache.model = weakref.ref(unwrap(model))
     return cache
 
