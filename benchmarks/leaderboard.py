@@ -42,7 +42,7 @@ SECTIONS = [  # title, note, and the runs of each table
         "",
         [
             ["plans-smollm2-default", "plans-smollm2-reconstruction", "peers-smollm2"],
-            ["plans-smollm2-6000", "plans-smollm2-6000-half", "peers-smollm2"],
+            ["plans-smollm2-6000", "peers-smollm2"],
         ],
     ),
     (
@@ -61,7 +61,7 @@ OPENING = """# Leaderboard
 Made by `python benchmarks/leaderboard.py --page docs/leaderboard.md`. Do not edit.
 
 Look up here how headsink compares with sixteen presses of kvpress 0.5.5 at the same KV budget. [Calibration](calibration.md)
-says how it was measured. headsink at 6,000 tokens, in bfloat16 and with Gemma 3 was measured before a head kept a
+says how it was measured. headsink in bfloat16 and with Gemma 3 was measured before a head kept a
 synthetic key ([how it works](how-it-works.md#refitting)).
 
 Each cell has retrieval accuracy (of the answers that the full cache gets right), delta NLL of the text, delta NLL of the
