@@ -258,7 +258,7 @@ def first_layer(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_refusals_give_the_reason(device, monkeypatch):
     model = tiny("gemma3").to(device)
-    assert refusal(model) == "this model has layers with a sliding window"
+    assert refusal(model) == "this model has layers of kind sliding_attention"
     model = tiny("llama").to(device).train()
     assert refusal(model) == "it is in training mode: call model.eval()"
     monkeypatch.setattr("headsink.utils.device.triton_installed", lambda: False)
