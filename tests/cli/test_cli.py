@@ -674,6 +674,8 @@ def test_an_unwritable_output_gives_no_traceback(words):
     closed = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (closed.returncode, closed.stderr) == (1, "")
+    none = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (none.returncode, none.stderr) == (0, "")
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2

@@ -29,9 +29,10 @@ PIPE_CLOSED, WRONG, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
 def write(text: str) -> None:
-    """Write to standard output and flush."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Write to standard output and flush. A closed one (>&-) is None and gets nothing."""
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def emit(result: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def run(app: typer.Typer) -> NoReturn:
 def _run(app: typer.Typer) -> int:
     try:
         status = app(prog_name="headsink", standalone_mode=False)
-        sys.stdout.flush()
+        write("")
     except HeadsinkError as error:
         return _fail(str(error))
     except TyperException as error:
