@@ -50,6 +50,7 @@ from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.devices import dtype_name
 from headsink.models.fingerprint import Fingerprint
+from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import continuation_log_probs
@@ -91,7 +92,7 @@ def run(
         raise HeadsinkError(f"items: {items} is too few; give 1 or more")
     if FULL in plans:
         raise HeadsinkError(f"plan: {FULL!r} is the name of the full cache; give the plan another")
-    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    longest = describe(model).max_context
     if context > longest:
         raise HeadsinkError(f"context: {context} is over the model's maximum of {longest}")
     chosen = find_task(task)

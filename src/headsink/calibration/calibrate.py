@@ -106,7 +106,8 @@ def calibrate(
     check_quality(quality_contexts or (), most)
     longest = context if isinstance(context, int) else context[1]
     if progress and longest <= most:
-        timing.print_estimate("plan", model, longest, timing.PLAN)
+        measured = default_quality_contexts(longest) if quality_contexts is None else quality_contexts
+        timing.print_estimate("plan", model, longest + sum(measured), timing.PLAN)
     calibration = Calibration(
         model,
         tokenizer,

@@ -164,9 +164,11 @@ def plan(options: PlanOptions) -> None:
     options.check_out()
     shares = options.shares()
 
+    from headsink.models.spec import describe
+
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
     if arguments["context"] is None:
-        arguments["context"] = model.config.get_text_config(decoder=True).max_position_embeddings
+        arguments["context"] = describe(model).max_context
     if options.frontier_folder is not None:
         _draw_frontier(model, tokenizer, options.frontier_folder, options, budgets=shares, **arguments)
     else:

@@ -23,6 +23,7 @@ from headsink.errors import HeadsinkError
 from headsink.generation.decode import decode, prepare, refusal
 from headsink.generation.prompt import cached_padding
 from headsink.generation.speculative import Speculation, generate_lossless
+from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
@@ -107,7 +108,7 @@ def generate(
         raise HeadsinkError("prompt: it is empty")
     if max_new_tokens < 1:
         raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is below 1")
-    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    longest = describe(model).max_context
     cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
     streaming = isinstance(cache, PlanCache) and cache.plan.positions == "cache-relative"
     if len(ids) + max_new_tokens > longest and not streaming:

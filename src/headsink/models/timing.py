@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headsink.models.distributed import input_device
+from headsink.models.spec import describe
 from headsink.utils.terminal import note
 
 ENOUGH = 0.3  # seconds; a pass that takes as long is timed
@@ -15,12 +16,14 @@ SHORTEST, LONGEST = 32, 2048  # tokens of a timed pass
 CENSUS = (
     1.5  # cost of a census token relative to a token of a short pass: 1.1 at 1,024 tokens (SmolLM2, CPU), more at 4,096
 )
-PLAN = 70.0  # cost of a calibration per token of the context, relative to a token of a short pass (SmolLM2, 416 tokens, CPU)
+# Cost of a calibration per token of its context, and of the contexts at which quality is measured, relative to a token of a short
+# pass: 17 at 2,000 tokens, 10 at 7,500 (SmolLM2, CPU).
+PLAN = 20.0
 
 
 def seconds_per_token(model: PreTrainedModel) -> float:
     """Return the seconds per prompt token, after a warm-up. Passes double in length until one takes long enough."""
-    most = min(LONGEST, model.config.get_text_config(decoder=True).max_position_embeddings)
+    most = min(LONGEST, describe(model).max_context)
     tokens = min(SHORTEST, most)
     _seconds(model, tokens)
     while (seconds := _seconds(model, tokens)) < ENOUGH and tokens < most:
