@@ -3,8 +3,8 @@
 python benchmarks/plans.py --cases runs/cases.json --out benchmarks/results/plans-smollm2-default.json
 python benchmarks/plans.py --cases runs/cases.json --budgets 0.25 --methods all --out benchmarks/results/ablation-smollm2.json
 
-A plan is calibrated at the context of the cases. Like the presses of peers.py, a case is read in full attention and compressed
-before any continuation is known; then every continuation is scored on its own.
+A plan is calibrated at the context of the cases, or comes with the package (--packaged). Like the presses of peers.py, a case is
+read in full attention and compressed before any continuation is known; then every continuation is scored on its own.
 
 - "headsink": the default.
 - "headsink, reconstruction": the same plan; the case is compressed with context reconstruction.
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--limit", type=int, help="cases of each context")
     parser.add_argument("--contexts", help="only cases of these contexts")
+    parser.add_argument("--packaged", action="store_true", help="plans of the package, in place of calibration")
     arguments = parser.parse_args()
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(";")
     if unknown := set(methods) - set(METHODS):
@@ -107,15 +108,18 @@ def main() -> None:
         made: dict[Method, tuple[Calibration, float]] = {}
         for name in methods:
             method = METHODS[name]
-            if method not in made:
+            if method not in made and not arguments.packaged:
                 start = time.perf_counter()
                 calibration = Calibration(model, tokenizer, context=shortest, method=method)
                 made = {method: (calibration, time.perf_counter() - start)}  # of one method at a time
-            calibration, reading_seconds = made[method]
+            calibration, reading_seconds = made.get(method, (None, 0.0))
             for budget in (float(budget) for budget in arguments.budgets.split(",")):
                 start = time.perf_counter()
                 try:
-                    plan = calibration.plan(budget)
+                    if calibration is None:
+                        plan = headsink.packaged_plan(case_file["model"], budget, shortest)
+                    else:
+                        plan = calibration.plan(budget)
                 except HeadsinkError as error:
                     found["plans"].append({"method": name, "budget": budget, "context": context, "refused": str(error)})
                     continue
