@@ -98,7 +98,9 @@ def main() -> None:
         table.add_row(name, right, str(done.prompt_tokens), f"{done.first_token_s:.1f} s", per_token, kv)
     console.print(table)
     write_text(
-        out / "answers.json", json.dumps({name: generated_json(done) for name, done in results}, indent=1) + "\n"
+        out / "answers.json",
+        json.dumps({name: generated_json(done) for name, done in results}, indent=1) + "\n",
+        force=True,  # of an earlier demo
     )
 
     console.rule("5. Compare two runs: other texts of the same domains")
