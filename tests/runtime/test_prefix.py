@@ -222,6 +222,15 @@ DAMAGE = {
         lambda h, t: h["prefix_slots"][1].__setitem__(1, 4),
         "prefix_slots.1.1: 4 slots .* under full",
     ),
+    "fewer starts": (lambda h, t: h["starts"].pop(), "starts: of 2 layers, the model has 3"),
+    "a ring that begins in its window": (
+        lambda h, t: h["starts"][0].__setitem__(0, 54),
+        "starts.0.0: 54 after 61 tokens under 2.4k.8",
+    ),
+    "a ring of full attention that begins late": (
+        lambda h, t: h["starts"][1].__setitem__(1, 1),
+        "starts.1.1: 1 after 61 tokens under full",
+    ),
     "more prefix slots than slots": (
         lambda h, t: h["prefix_slots"][2].__setitem__(1, 3),
         "tensor 'layers.2.1.scores' is missing",

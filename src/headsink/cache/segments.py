@@ -73,10 +73,7 @@ class DensePrefill:
             whole, lse = flash.causal_attention(query, key, value, pads, softmax.scaling)
         else:
             whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(self.module, query, softmax)
-        # Below capacity the plan's scorer ranks the keys later, also where a crop has taken tokens back.
-        scored = [
-            group for group in evicting if group.pattern.top_k and group.exceeds_capacity(tokens, group.segment_pattern)
-        ]
+        scored = [group for group in evicting if group.pattern.top_k]
         scores = self._scores(query, key, value, lse) if scored else None
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]

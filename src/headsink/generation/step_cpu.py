@@ -38,8 +38,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "numba is not installed: pip install 'headsink[cpu]'"
     if config.model_type not in COMPILED_DECODE:
         return f"{config.model_type} is not one of {', '.join(COMPILED_DECODE)}"
-    if not all(shape.planned):
-        return f"this model has layers of kind {', '.join(sorted(set(shape.kinds) - {'full_attention'}))}"
+    if shape.other_kinds:
+        return f"this model has layers of kind {shape.other_kinds}"
     if not shape.prefix_free:
         return "its rotary positions depend on the length of the sequence"
     if config.hidden_act != "silu":

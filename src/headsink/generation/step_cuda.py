@@ -36,8 +36,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     shape = describe(model)
     if not gpu.triton_installed():
         return "triton is not installed: pip install 'headsink[gpu]'"
-    if not all(shape.planned):
-        return f"this model has layers of kind {', '.join(sorted(set(shape.kinds) - {'full_attention'}))}"
+    if shape.other_kinds:
+        return f"this model has layers of kind {shape.other_kinds}"
     if not shape.prefix_free:
         return "its rotary positions depend on the length of the sequence"
     if model.training:

@@ -61,6 +61,11 @@ class Architecture:
         return tuple(kind == "full_attention" for kind in self.kinds)
 
     @property
+    def other_kinds(self) -> str:
+        """The kinds of the layers without full attention, empty if there are none."""
+        return ", ".join(sorted(set(self.kinds) - {"full_attention"}))
+
+    @property
     def recurrent(self) -> bool:
         """Whether layers carry a state. Some of these models give other outputs in chunks than in one call."""
         return not {"linear_attention", "conv"}.isdisjoint(self.kinds)

@@ -214,14 +214,14 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
             pattern = segment_pattern.widen(header.plan.decode_window)
             window, most = pattern.window or 0, pattern.top_k
             below_capacity = prefix_slots == 0 and pattern.size(seen) == seen and not (streaming and pattern.sink)
-            least = max(start, seen - window)  # columns that have left the ring
-            top_k = range(min(max(least, 0), most), most + 1)  # possible numbers of top-k slots
+            left = max(start, seen - window)  # columns that have left the ring
+            top_k = range(min(left, most), most + 1)  # possible numbers of top-k slots
             if not below_capacity and (pattern.full or prefix_slots - pattern.sink not in top_k):
                 raise ValueError(
                     f"prefix_slots.{index}.{number}: {prefix_slots} slots after {seen} tokens under {pattern}"
                 )
-            last = 0 if below_capacity else seen - (segment_pattern.window or 0)
-            if start and not 0 < start <= last:
+            last = 0 if below_capacity else max(0, seen - (segment_pattern.window or 0))
+            if start > last:
                 raise ValueError(f"starts.{index}.{number}: {start} after {seen} tokens under {segment_pattern}")
             recent = seen if below_capacity else min(seen - start, window)
             stored = ("keys", "values") if below_capacity or not most else ("keys", "values", "scores")
