@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
+from headsink.models.rope import Rotary
 from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention, reference_refit
@@ -19,7 +20,7 @@ from headsink.eviction.scorers.prompt import LEAST, segment_scores
 SCALE, DIM = 0.5, 6
 PLAIN = AttentionParams(SCALE)
 SPARSE = PrefillOptions(dense=False)
-ROTARY = torch.tensor([0.9, 0.2, 0.05], dtype=torch.float64)  # inverse frequencies for prompt scores
+ROTARY = Rotary(torch.tensor([0.9, 0.2, 0.05], dtype=torch.float64))  # for prompt scores
 PREFILLS = {
     "dense": PrefillOptions(),
     "dense with prompt scores": PrefillOptions(rotary=ROTARY),
@@ -105,7 +106,7 @@ def expected_attention(
         softmax.softcap,
         softmax.sink_logits,
         segments=segments_of(sizes, query.shape[2], prefill),
-        inverse=prefill.rotary if prefill.dense else None,
+        rotary=prefill.rotary if prefill.dense else None,
         frozen=frozen,
         decode_window=decode_window,
     )

@@ -5,9 +5,9 @@ import torch
 
 from headsink.attention.flash import causal_attention
 from headsink.eviction.scorers.prompt import AHEAD, LEAST, largest_shares, match_scale, segment_scores
-from headsink.models.rope import rotate
+from headsink.models.rope import Rotary, rotate
 
-INVERSE = torch.tensor([0.9, 0.2, 0.03], dtype=torch.float64)
+ROTARY = Rotary(torch.tensor([0.9, 0.2, 0.03], dtype=torch.float64))
 SCALE = 0.7
 
 
@@ -22,7 +22,7 @@ def slow_shares(query, key, softcap, sink_logits):
     cap = (lambda x: x) if softcap is None else (lambda x: softcap * torch.tanh(x / softcap))
     query, key = query.double(), key.double()
     again, found = (
-        rotate(query, tokens + AHEAD, INVERSE),
+        rotate(query, tokens + AHEAD, ROTARY),
         torch.full((heads, tokens), float("-inf"), dtype=torch.float64),
     )
     for head in range(heads):
@@ -52,7 +52,7 @@ def test_the_largest_shares_equal_a_slow_loop(tokens, group, dtype, softcap, som
         slow_shares(query[0], key[0], softcap, sink_logits),
         1e-9 if dtype == torch.float64 else 1e-4,
     )  # of angles
-    given = query[0], key[0], (SCALE, softcap, sink_logits), INVERSE
+    given = query[0], key[0], (SCALE, softcap, sink_logits), ROTARY
     found = largest_shares(*given)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
@@ -88,14 +88,14 @@ def test_a_padded_row_has_the_scores_of_its_text_alone(known):
     query, key, value = text(2, 2, tokens, batch=len(pads))
     scores = torch.randn(len(pads), 2, tokens, dtype=torch.float64)
     lse = causal_attention(query, key, value, pads, SCALE)[1] if known else None
-    found = segment_scores(query, key, scores, pads, (SCALE, None, None), INVERSE, lse)
+    found = segment_scores(query, key, scores, pads, (SCALE, None, None), ROTARY, lse)
     for row, first in enumerate(pads.tolist()):
         own = slice(first, None)
         expected = scores[row, :, own]
         if tokens - first >= LEAST:
             expected = expected_scores(query[row, :, own], key[row, :, own], scores[row, :, own])
             one = query[row : row + 1, :, own], key[row : row + 1, :, own], scores[row : row + 1, :, own]
-            alone = segment_scores(*one, None, (SCALE, None, None), INVERSE)
+            alone = segment_scores(*one, None, (SCALE, None, None), ROTARY)
             torch.testing.assert_close(found[row, :, own], alone[0])
         torch.testing.assert_close(found[row, :, own], expected)
 
@@ -104,6 +104,6 @@ def test_short_segments_and_unknown_embeddings_leave_the_choice_to_the_scorer():
     query, key, _ = text(2, 2, LEAST)
     scores = torch.randn(1, 2, LEAST)
     assert segment_scores(query, key, scores, None, (SCALE, None, None), None) is None
-    assert segment_scores(query, key, scores, None, (SCALE, None, None), INVERSE) is not None
+    assert segment_scores(query, key, scores, None, (SCALE, None, None), ROTARY) is not None
     short = query[:, :, 1:], key[:, :, 1:], scores[..., 1:]
-    assert segment_scores(*short, None, (SCALE, None, None), INVERSE) is None
+    assert segment_scores(*short, None, (SCALE, None, None), ROTARY) is None

@@ -8,9 +8,9 @@ from headsink.attention.reference import masked_attention, reference_refit
 from headsink.eviction import refitting
 from headsink.eviction.refitting import refit_keys, ridge_regression
 from headsink.eviction.scorers.prompt import AHEAD
-from headsink.models.rope import rotate
+from headsink.models.rope import Rotary, rotate
 
-INVERSE = 10000 ** -(torch.arange(8) / 8)
+ROTARY = Rotary(10000 ** -(torch.arange(8) / 8))
 
 
 @pytest.mark.parametrize("ridge", [0.01, 10.0])
@@ -36,7 +36,7 @@ def test_keys_and_values_equal_the_reference(pattern, group, softcap, learned, m
     tokens = 101
     query, (key, value) = torch.randn(group, tokens, 16).double(), torch.randn(2, tokens, 16).double()
     scores, sink_logits = torch.randn(tokens).double(), torch.randn(group).double() if learned else None
-    given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), INVERSE
+    given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), ROTARY
     best, keys, values = refit_keys(*given)
     assert len(best) == pattern.top_k
     expected = reference_refit(*given)
@@ -51,10 +51,10 @@ def test_outputs_come_closer_to_full_attention():
     query, (key, value) = torch.randn(1, tokens, 16).double() * 2, torch.randn(2, tokens, 16).double()
     value += key.roll(1, 0)
     scores = torch.randn(tokens).double()
-    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), INVERSE)
+    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
     kept = torch.zeros(tokens, dtype=torch.bool)
     kept[torch.cat([best, torch.arange(4), torch.arange(tokens - 16, tokens)])] = True
-    again = rotate(query[:, 1::2], tokens + AHEAD, INVERSE)[None]
+    again = rotate(query[:, 1::2], tokens + AHEAD, ROTARY)[None]
 
     def output(keys, values, seen):
         return masked_attention(again, keys[None, None], values[None, None], seen, 0.25)
@@ -74,7 +74,7 @@ def test_evicted_keys_without_attention_get_none():
     key[:, 7] = -40.0
     key[[*range(4), *range(50, 57), *range(tokens - 16, tokens)], 7] = -1.0
     scores = torch.zeros(tokens).index_fill(0, torch.arange(50, 57), 1.0).index_fill(0, torch.tensor(57), 0.5)
-    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), INVERSE)
+    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
     assert sorted(best.tolist()) == list(range(50, 58))
     assert keys.isfinite().all()
     assert values.isfinite().all()

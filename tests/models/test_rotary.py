@@ -15,7 +15,7 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.reference import masked_attention
 from headsink.generation.decode import open_decoder
 from headsink.generation.generate import generate
-from headsink.models.rope import inverse_frequencies, rotate_back
+from headsink.models.rope import Rotary, inverse_frequencies, rotate_back
 from headsink.models.spec import decoder
 from headsink.models.transformers_names import cache_argument
 
@@ -168,9 +168,9 @@ def test_no_distance_exceeds_the_cache():
 def test_inverse_rotation_undoes_a_rotation():
     model, positions = tiny("phi3"), torch.tensor([3, 700, 12345])
     vectors = torch.randn(2, 4, 3, 12, dtype=torch.float64)
-    there = rotate(vectors, *cos_and_sin(model, positions))
-    torch.testing.assert_close(rotate_back(there, positions, inverse_frequencies(model)), vectors, rtol=0, atol=5e-3)
-    torch.testing.assert_close(rotate_back(there, positions - positions, inverse_frequencies(model)), there)
+    there, rotary = rotate(vectors, *cos_and_sin(model, positions)), Rotary(inverse_frequencies(model))
+    torch.testing.assert_close(rotate_back(there, positions, rotary), vectors, rtol=0, atol=5e-3)
+    torch.testing.assert_close(rotate_back(there, positions - positions, rotary), there)
 
 
 def test_cache_relative_positions_need_windows_only(tmp_path):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from headsink.attention import chunked
 from headsink.attention.eager import attend_rows
@@ -44,7 +44,9 @@ class UnsupportedMask(str):
 
 
 class SlidingWindow(int):
-    """The mask of an observed sliding-window layer: the window as a number instead of a square mask."""
+    """The mask of a sliding-window layer that is observed or has a plan's cache: the window as a number, and `padding`."""
+
+    padding: Padding | None = None
 
 
 _observer: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("headsink_observer", default=None)
@@ -130,15 +132,10 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softmax = AttentionParams(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Update):
-        if not isinstance(attention_mask, Padding | None):
-            raise HeadsinkError(
-                str(attention_mask)
-                if isinstance(attention_mask, UnsupportedMask)
-                else "a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one"
-            )
+        padding = _padding(attention_mask, key.layer.sliding)
         query = cast(query)
         with torch.autocast(query.device.type, enabled=False):
-            return key.layer.attend(module, query, key, attention_mask, softmax).contiguous(), None
+            return key.layer.attend(module, query, key, padding, softmax).contiguous(), None
     observer, substitute = _observer.get(), _substitute.get()
     if observer is None and substitute is None:
         check_uncached(module)
@@ -160,6 +157,19 @@ def _attention(
     assert observer is not None
     observer(AttentionRecord(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, output=output))
     return output.transpose(1, 2).contiguous(), None
+
+
+def _padding(mask: Any, sliding: int | None) -> Padding | None:
+    """Return the padding in the mask of a layer with a plan's cache. sliding: the layer's own window."""
+    if isinstance(mask, UnsupportedMask):
+        raise HeadsinkError(str(mask))
+    if not isinstance(mask, Padding | SlidingWindow | None):
+        raise HeadsinkError("a plan takes a 2-D attention mask (1 for tokens, 0 for left padding), not a 4-D one")
+    window = int(mask) if isinstance(mask, SlidingWindow) else None
+    if window != sliding:
+        own, given = ("full attention" if one is None else f"a window of {one}" for one in (sliding, window))
+        raise HeadsinkError(f"a plan was not applied: a layer with {own} in the configuration got a mask of {given}")
+    return mask.padding if isinstance(mask, SlidingWindow) else mask
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: AttentionParams) -> Tensor:
@@ -204,7 +214,10 @@ def _mask(
             local_size=local_size,
             **kwargs,
         )
-    if mask_function is not causal_mask_function:  # some models make masks that none of their layers uses
+    sliding = local_size is not None and _same(mask_function, sliding_window_causal_mask_function(local_size))
+    if (
+        mask_function is not causal_mask_function and not sliding
+    ):  # some models make masks that none of their layers uses
         return UnsupportedMask("a plan works on causal attention only, not on packed sequences or two-way blocks")
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, int(kv_length)):
         raise HeadsinkError(
@@ -212,11 +225,26 @@ def _mask(
             f"{int(kv_length)}], of all tokens in the cache and the new ones"
         )
     padding = left_padding(attention_mask)
-    if padding is None or padding.hidden is None or not padding.hidden[:, -q_length:].any():
+    if padding is not None and padding.hidden is not None and padding.hidden[:, -q_length:].any():
+        if q_length != kv_length or (attention_mask.int().diff(dim=1).ne(0).sum(1) > 1 + (padding.tokens > 0)).any():  # type: ignore[union-attr]
+            raise HeadsinkError(GAPS)
+        padding = replace(padding, hidden=None, right=True)
+    if local_size is None:
         return padding
-    if q_length == kv_length and (attention_mask.int().diff(dim=1).ne(0).sum(1) <= 1 + (padding.tokens > 0)).all():  # type: ignore[union-attr]
-        return replace(padding, hidden=None, right=True)
-    raise HeadsinkError(GAPS)
+    mask = SlidingWindow(local_size)
+    mask.padding = padding
+    return mask
+
+
+def _same(function: Any, other: Any) -> bool:
+    """Whether two mask functions of transformers, which are closures over numbers and functions, are the same."""
+    if isinstance(function, tuple) and isinstance(other, tuple):
+        return len(function) == len(other) and all(map(_same, function, other))
+    if not callable(function) or not callable(other) or function is other:
+        return bool(function == other)
+    inside, others = (getattr(one, "__closure__", None) or () for one in (function, other))
+    same_code = getattr(function, "__code__", function) is getattr(other, "__code__", other)
+    return same_code and _same(tuple(c.cell_contents for c in inside), tuple(c.cell_contents for c in others))
 
 
 def left_padding(mask: Tensor | None) -> Padding | None:
@@ -239,7 +267,9 @@ class PlanLength(int):
 
 
 class AttendingLayer(Protocol):
-    """A cache layer that computes attention (cache/layer.py)."""
+    """A cache layer that computes attention (cache/layer.py). sliding: the model's own window in this layer."""
+
+    sliding: int | None
 
     def attend(
         self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams

@@ -19,7 +19,7 @@ from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import KEY_RIDGE, RIDGE, ROWS
 from headsink.eviction.scorers import ALWAYS, LINEAR, NONE, Scorer
 from headsink.eviction.scorers.prompt import AHEAD, LEAST, Softmax, segment_scores
-from headsink.models.rope import rotate
+from headsink.models.rope import Rotary, rotate
 
 
 def reference_attention(
@@ -34,7 +34,7 @@ def reference_attention(
     sink_logits: Tensor | None = None,
     scorer: Scorer = LINEAR,
     segments: Sequence[int] | None = None,
-    inverse: Tensor | None = None,
+    rotary: Rotary | None = None,
     frozen: int | None = None,
     decode_window: int = 0,
 ) -> Tensor:
@@ -42,8 +42,8 @@ def reference_attention(
 
     query: [batch, query heads, tokens, dim]. key, value: [batch, KV heads, tokens, dim]. weights: scorer weights, [KV heads,
     features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap, sink_logits: as for `masked_attention`.
-    segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. inverse: rotary
-    frequencies for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
+    segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. rotary: how queries are
+    rotated, for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
     window at least after segments of one token. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
     query sees no key.
     """
@@ -60,7 +60,7 @@ def reference_attention(
         part = slice(begin, end)
         pads = (offsets - begin).clamp(0, end - begin)
         given = query[:, :, part], key[:, :, part], linear[:, :, part]
-        found = segment_scores(*given, pads, softmax, inverse)
+        found = segment_scores(*given, pads, softmax, rotary)
         own[:, :, part] = linear[:, :, part] if found is None else found
     output, whole = torch.zeros_like(query), ends[1]
     for head, pattern in enumerate(patterns):
@@ -69,10 +69,10 @@ def reference_attention(
         keys, values = key[:, one].clone(), value[:, one].clone()
         for row, pad in enumerate(offsets.tolist()):
             evicts = pattern.top_k and frozen != 0 and pattern.size(whole - pad) < whole - pad
-            if evicts and inverse is not None and whole - pad >= LEAST:
+            if evicts and rotary is not None and whole - pad >= LEAST:
                 real = slice(pad, whole)
                 prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
-                refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), inverse)
+                refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), rotary)
                 keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
         mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen, decode_window)[:, None]
         output[:, rows] = masked_attention(query[:, rows], keys, values, mask, scaling, softcap, extra)
@@ -82,7 +82,7 @@ def reference_attention(
 
 
 def reference_refit(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return keys, values and scores of a prompt after refitting. Arguments as for `refitting.refit_keys`."""
     (scaling, softcap, _), columns = softmax, torch.arange(len(key), device=key.device)
@@ -91,7 +91,7 @@ def reference_refit(
     kept = ~between
     kept[best] = True
     stride = -(-len(query) * len(key) // ROWS)
-    again = rotate(query[:, ::stride], len(key) + AHEAD, inverse)[None].to(key)
+    again = rotate(query[:, ::stride], len(key) + AHEAD, rotary)[None].to(key)
     one = torch.eye(len(key)).to(key)[None, None]
 
     def attention(keys: Tensor, seen: Tensor) -> Tensor:

@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 
 from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.errors import HeadsinkError
-from headsink.models.rope import inverse_frequencies, rotate
+from headsink.models.rope import Rotary, inverse_frequencies, rotate
 from headsink.models.spec import describe, unwrap, vocabulary
 
 FIRST, DISTANCE = 3, 7  # the first position, and tokens from there to the second
 CLOSE = 0.02  # relative difference of queries that are the same up to rounding in bfloat16
 
-_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Tensor | None, ...]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Rotary | None, ...]] = weakref.WeakKeyDictionary()
 
 
-def layer_rotations(model: nn.Module) -> tuple[Tensor | None, ...]:
-    """Return the inverse rotary frequencies of each layer, float32 [pairs]; zeros for a layer without positions.
+def layer_rotations(model: nn.Module) -> tuple[Rotary | None, ...]:
+    """Return how each layer rotates queries.
 
-    None for layers without full attention, and for those that rotate in another way or depend on the length of the text.
+    None for layers without full attention, and for those that encode positions in another way or depend on the length of the
+    text.
     """
     inside = unwrap(model)
     found = _found.get(inside)
@@ -40,13 +41,15 @@ def layer_rotations(model: nn.Module) -> tuple[Tensor | None, ...]:
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel) -> tuple[Tensor | None, ...]:
-    shape, rotations = describe(model), list[Tensor | None]()
+def _measure(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
+    shape, rotations = describe(model), list[Rotary | None]()
     if not shape.prefix_free or "position_ids" not in inspect.signature(model.forward).parameters:
         return (None,) * shape.layers
     none = torch.zeros(shape.head_dim // 2, device=model.device)
     inverse = inverse_frequencies(model)
-    candidates = [none] if inverse is None else [none, inverse, -inverse]
+    candidates = [Rotary(none)]
+    if inverse is not None:
+        candidates += [Rotary(inverse), Rotary(-inverse), Rotary(inverse, interleaved=True)]
     try:
         before, after = (_queries(model, position) for position in (FIRST, FIRST + DISTANCE))
     except HeadsinkError:  # a patched or compiled model; its first pass under a plan says why

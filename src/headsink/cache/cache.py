@@ -1,6 +1,6 @@
 """PlanCache, a transformers `Cache` that stores only the keys and values that a plan keeps.
 
-Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the model has no full attention.
+Its layers are `PlanLayer` (cache/layer.py), and transformers' own where the model has neither full nor sliding-window attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from transformers import Cache
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
-    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -24,6 +23,7 @@ from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import DENSE, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
+from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture
 from headsink.plan.plan import Plan
 
@@ -31,6 +31,7 @@ from headsink.plan.plan import Plan
 class PlanCache(Cache):
     """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes.
 
+    heads: query heads, KV heads and head size of every layer.
     rotations: of every layer (attention/rotary.py).
     """
 
@@ -38,24 +39,26 @@ class PlanCache(Cache):
         self,
         plan: Plan,
         shape: Architecture,
-        rotations: Sequence[Tensor | None] | None = None,
+        rotations: Sequence[Rotary | None] | None = None,
         exact: bool = True,
         prefill: PrefillOptions = DENSE,
     ):
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
-            if heads is None:
+            if (window := shape.windows[index]) is not None:
+                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact))
+            elif heads is None:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
                 patterns = [head.pattern for head in heads]
                 rotation = None if rotations is None else rotations[index]
-                inverse = rotation if plan.positions == "cache-relative" else None
+                rotary = rotation if plan.positions == "cache-relative" else None
                 options = replace(prefill, rotary=rotation)
                 scorer = SCORERS[plan.scorer]
-                own = patterns, plan.scores(index), inverse, exact, scorer, options, plan.decode_window
+                own = patterns, plan.scores(index), rotary, exact, scorer, options, plan.decode_window
                 layers.append(PlanLayer(*own))
         super().__init__(layers=layers)
-        self.plan, self.exact, self.prefill = plan, exact, prefill
+        self.plan, self.exact, self.prefill, self.heads = plan, exact, prefill, shape.heads
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,14 +86,6 @@ class PlanCache(Cache):
                 layer.check_crop(tokens_to_remove)
             elif isinstance(layer, LinearAttentionCacheLayerMixin):
                 raise HeadsinkError(f"crop: layer {number} has a recurrent state, which cannot be taken back")
-            elif (
-                isinstance(layer, DynamicSlidingWindowLayer)
-                and not layer.record_past
-                and layer.get_seq_length() >= layer.sliding_window
-            ):
-                raise HeadsinkError(
-                    f"crop: layer {number} has a sliding window that is full; call the cache's activate_past_recording() first"
-                )
         super().crop(tokens_to_remove)
 
     @property
@@ -139,12 +134,13 @@ class PlanCache(Cache):
         scores: {layer: importance scores [batch, KV heads, tokens]} that choose the top-k keys instead of the plan's scorer.
         """
         pairs = list(zip(self.layers, full.layers, strict=True))
-        if not all(isinstance(layer, PlanLayer) or type(layer) is type(before) for layer, before in pairs):
-            raise HeadsinkError(
-                "this model has sliding-window layers: make the cache with DynamicCache(config=model.config)"
-            )
         for index, (layer, before) in enumerate(pairs):
-            if isinstance(layer, PlanLayer):
+            if isinstance(layer, PlanLayer) and layer.sliding is not None:
+                tokens = slice(-layer.sliding, None)
+                layer.fill_window(
+                    before.keys[:, :, tokens], before.values[:, :, tokens], before.get_seq_length(), padding
+                )
+            elif isinstance(layer, PlanLayer):
                 layer.fill(before.keys, before.values, padding, None if scores is None else scores[index])
                 before.keys, before.values, before.is_initialized = None, None, False
             else:

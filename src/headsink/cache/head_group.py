@@ -98,7 +98,7 @@ class HeadGroup(Slots):
 
     def _backend(self, query: Tensor, softmax: AttentionParams) -> backends.Backend | None:
         """The kernels that can attend; none can rotate queries back for cache-relative positions."""
-        return None if self.inverse is not None else backends.backend_for(query, softmax)
+        return None if self.rotary is not None else backends.backend_for(query, softmax)
 
     def _beats_sdpa(self, backend: backends.Backend, query: Tensor) -> bool:
         return self.padding is not None or backend.beats_sdpa(query, len(self.heads))
@@ -194,11 +194,11 @@ class HeadGroup(Slots):
 
     def _rotated_queries(self, query: Tensor, first: int) -> Tensor | None:
         """Return the queries, from column `first` on, rotated for the sink tokens. None unless positions are cache-relative."""
-        if self.inverse is None:
+        if self.rotary is None:
             return None
         positions = self._positions(torch.arange(first, first + query.shape[2], device=query.device))
         most = self.pattern.sink + (self.pattern.window or 0) - 1
-        return rotate_back(query, (positions - most).clamp(min=0), self.inverse)
+        return rotate_back(query, (positions - most).clamp(min=0), self.rotary)
 
     def _until(self, keys: Tensor, values: Tensor, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Return the column from which on each key is invisible: int64 [batch, heads, keys].

@@ -26,12 +26,16 @@ from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR, Scorer
 from headsink.eviction.scorers.prompt import match_scale
+from headsink.models.rope import Rotary
 from headsink.models.transformers_names import drafted
 from headsink.utils import device
 
 
 class PlanLayer(CacheLayerMixin):
-    """One layer of a plan's cache: its KV heads, grouped by pattern."""
+    """One layer of a plan's cache: its KV heads, grouped by pattern.
+
+    sliding: the window in tokens of a layer that has one in the model; no plan changes such a layer.
+    """
 
     is_compileable, is_croppable = False, True
 
@@ -39,21 +43,29 @@ class PlanLayer(CacheLayerMixin):
         self,
         patterns: list[Pattern],
         weights: Tensor,
-        inverse: Tensor | None = None,
+        rotary: Rotary | None = None,
         exact: bool = True,
         scorer: Scorer = LINEAR,
         prefill: PrefillOptions = DENSE,
         decode_window: int = 0,
+        sliding: int | None = None,
     ):
         super().__init__()
-        self.patterns, self.weights, self.inverse, self.exact, self.scorer = patterns, weights, inverse, exact, scorer
-        self.prefill, self.decode_window = prefill, decode_window
+        self.patterns, self.weights, self.rotary, self.exact, self.scorer = patterns, weights, rotary, exact, scorer
+        self.prefill, self.decode_window, self.sliding = prefill, decode_window, sliding
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # KVTable of the groups; None after their buffers may have moved
         self.on_card: DeviceTable | None = None  # during a decode step on a GPU (generation/step_cuda.py)
         self.recording = self.frozen = False
+
+    @classmethod
+    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool) -> PlanLayer:
+        """A layer with a sliding window of the model."""
+        weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
+        options = PrefillOptions(dense=False)
+        return cls([Pattern(window=window)] * kv_heads, weights, exact=exact, prefill=options, sliding=window)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """Copy the layer without the tables of addresses."""
@@ -132,7 +144,7 @@ class PlanLayer(CacheLayerMixin):
             # The query decides whether kernels run, which have no gradients. An adapter may be on keys or values only.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
-            rotated = None if self.inverse is None else self.on_card.rotated(query, self.inverse)
+            rotated = None if self.rotary is None else self.on_card.rotated(query, self.rotary)
             return self.on_card.attend(query, key, value, softmax, rotated).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
@@ -194,7 +206,7 @@ class PlanLayer(CacheLayerMixin):
             and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not where the output must equal the full cache's bit for bit
             and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
-            and not any(g.recording or g.inverse is not None for g in groups)
+            and not any(g.recording or g.rotary is not None for g in groups)
             and (self.scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
         )
 
@@ -206,7 +218,7 @@ class PlanLayer(CacheLayerMixin):
         return [
             group
             for group in self.groups
-            if group.inverse is None and group.below_capacity and group.exceeds_capacity(tokens)
+            if group.rotary is None and group.below_capacity and group.exceeds_capacity(tokens)
         ]
 
     def _step(
@@ -263,7 +275,7 @@ class PlanLayer(CacheLayerMixin):
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
-            HeadGroup(pattern, heads, self.weights, key, padding, self.inverse, exact, self.scorer, self.decode_window)
+            HeadGroup(pattern, heads, self.weights, key, padding, self.rotary, exact, self.scorer, self.decode_window)
             for pattern, heads in by_pattern.items()
         ]
         for group in self.groups:
@@ -317,6 +329,14 @@ class PlanLayer(CacheLayerMixin):
                 group.append_keys(*own)
         self.seen, self.is_initialized = key.shape[2], True
 
+    def fill_window(self, key: Tensor, value: Tensor, seen: int, padding: Padding | None) -> None:
+        """Fill an empty layer with the last of `seen` tokens, at most its window: [batch, KV heads, tokens, dim]."""
+        self._make_groups(key, padding)
+        for group in self.groups if seen > key.shape[2] else ():
+            group.begin(seen - key.shape[2])
+        self.append(key, value)
+        self.seen = seen
+
     def append(self, key: Tensor, value: Tensor) -> None:
         """Append tokens, [batch, KV heads, tokens, dim], without computing attention."""
         if not self.groups:
@@ -327,7 +347,9 @@ class PlanLayer(CacheLayerMixin):
         self.seen, self.is_initialized = self.seen + key.shape[2], True
 
     def freeze(self) -> None:
-        """Stop evicting. An empty layer will never evict."""
+        """Stop evicting, but for a sliding window of the model. An empty layer will never evict."""
+        if self.sliding is not None:
+            return
         self.frozen, self.layout = True, None
         for group in self.groups:
             group.freeze()

@@ -14,6 +14,7 @@ from headsink.cache.head_group import HeadGroup
 from headsink.eviction.refitting import refit_keys
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
+from headsink.models.rope import Rotary
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class PrefillOptions:
 
     dense: in full attention to all cached keys and to the call, after which each head evicts; otherwise keys are evicted while
     they are read, token by token. chunk_size: a dense segment ends at columns that are multiples of it; None: at the end of the
-    call. rotary: inverse rotary frequencies for prompt scores (eviction/scorers/prompt.py), None for a model without known ones.
+    call. rotary: how the layer rotates queries, for prompt scores (eviction/scorers/prompt.py), None if that is not known.
     """
 
     dense: bool = True
     chunk_size: int | None = None
-    rotary: Tensor | None = None
+    rotary: Rotary | None = None
 
 
 DENSE = PrefillOptions()

@@ -26,6 +26,7 @@ from headsink.cache.inference_mode import outside_inference_mode
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FOREVER, Pattern
 from headsink.eviction.scorers import LINEAR, NONE, Scorer
+from headsink.models.rope import Rotary
 from headsink.utils import device
 
 GROWTH = 128  # slots by which a ring grows until it is as long as its window
@@ -35,7 +36,7 @@ class Slots:
     """Keys and values of the KV heads `heads` of one layer, all with `pattern`, which they keep at the end of a segment.
 
     decode_window: the window at least while decoding; `self.pattern` has it.
-    weights: scorer weights, [KV heads of the layer, features]. inverse: the inverse rotary frequencies for cache-relative
+    weights: scorer weights, [KV heads of the layer, features]. rotary: how the layer rotates queries, for cache-relative
     positions (models/rope.py), else None. exact: heads with full attention use the same call as transformers where `sdpa` can
     express it, even if a kernel is faster. scorer: of the weights. Columns count from the start of the batch, positions from a
     row's first real token.
@@ -49,15 +50,15 @@ class Slots:
         weights: Tensor,
         key: Tensor,
         padding: Padding | None,
-        inverse: Tensor | None = None,
+        rotary: Rotary | None = None,
         exact: bool = True,
         scorer: Scorer = LINEAR,
         decode_window: int = 0,
     ):
         self.segment_pattern, self.pattern = pattern, pattern.widen(decode_window)
         self.heads, self.exact, self.scorer = heads, exact, scorer
-        self.inverse = inverse if pattern.sink else None
-        self.below_capacity = not pattern.full and self.inverse is None
+        self.rotary = rotary if pattern.sink else None
+        self.below_capacity = not pattern.full and self.rotary is None
         self.window = None if self.below_capacity else pattern.window  # None: nothing is evicted
         # slots before the ring; grows by those of top-k keys
         self.prefix_slots = 0 if self.below_capacity else pattern.sink
@@ -136,6 +137,11 @@ class Slots:
         self.visible[:, :, : self.pattern.sink] &= seen.gather(2, first[:, None].expand(-1, len(self.heads), -1))
         columns = torch.arange(self.length - self._held(), self.length, device=keys.device)
         self.visible[:, :, self._slots(columns)] = seen[:, :, columns]
+
+    def begin(self, column: int) -> None:
+        """Start an empty window at a column, as if all before it had left."""
+        self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, self.pattern.sink
+        self.start = self.length = column
 
     def _held(self) -> int:
         """Return the number of columns in the ring."""

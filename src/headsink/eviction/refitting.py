@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers.prompt import AHEAD, Softmax
-from headsink.models.rope import rotate
+from headsink.models.rope import Rotary, rotate
 
 ROWS = 512  # reference queries of a KV head at most, evenly spaced
 # Ridge penalties: of values, as a multiple of the mean squared attention to a kept key, summed over the queries; of the synthetic
@@ -24,14 +24,14 @@ RIDGE, KEY_RIDGE = 10.0, 10.0
 
 
 def refit_keys(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, inverse: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the top-k keys of a KV head, int64 [top_k], with new keys and new values for them, [top_k, dim].
 
     Only the last of the new keys differs: it is the synthetic key, if there are two top-k keys or more.
 
     query: [group, tokens, dim]; key, value: [tokens, dim], of a prompt that is longer than what the pattern keeps; query and key
-    are rotated. scores: importance scores, [tokens]. softmax, inverse: as for `prompt.segment_scores`, of this KV head.
+    are rotated. scores: importance scores, [tokens]. softmax, rotary: as for `prompt.segment_scores`, of this KV head.
     """
     kind, tokens, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), len(key), softmax
     end = tokens - (pattern.window or 0)
@@ -39,7 +39,7 @@ def refit_keys(
     columns = torch.arange(tokens, device=key.device)
     kept = torch.cat([best, columns[: pattern.sink], columns[end:]])
     some = query[:, :: -(-query.shape[0] * tokens // ROWS)]
-    again = rotate(some, tokens + AHEAD, inverse) * scaling  # [group, queries, dim]
+    again = rotate(some, tokens + AHEAD, rotary) * scaling  # [group, queries, dim]
     key, value = key.to(kind), value.to(kind)
     extra = None if sink_logits is None else sink_logits.to(kind)[:, None, None]
 

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink.cache.cache import PlanCache
@@ -31,6 +32,7 @@ from headsink.errors import HeadsinkError
 from headsink.generation.acceptance import MOST, DraftLength, accept_greedy, accept_sampled
 from headsink.generation.decode import Decoder, decoder, prepare, refusal
 from headsink.generation.prompt import Prompt, check_call
+from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
@@ -163,11 +165,11 @@ class SpeculativeDecoder:
         self.rows = list(range(len(input_ids)))  # unfinished sequences
         self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
-        self.compiled = position.dim() == 1 and refusal(model, draft.plan) is None
+        # A compiled step cannot take tokens back from a window.
+        windows = any(window is not None for window in describe(model).windows)
+        self.compiled = position.dim() == 1 and not windows and refusal(model, draft.plan) is None
         if self.compiled:
             prepare(model)  # not part of the measured times
-        # Columns cannot be hidden in a sliding-window layer: there all rows accept as many tokens as the row with the fewest.
-        self.ragged = all(isinstance(layer, PlanLayer) for layer in full.layers)
 
     def run(
         self,
@@ -201,7 +203,6 @@ class SpeculativeDecoder:
                     for n in range(drafted + 1)
                 ]
                 picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
-            least = min(len(accepted) for accepted, _ in picks)
             pace.update(
                 drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks)
             )
@@ -209,11 +210,9 @@ class SpeculativeDecoder:
             told.lengths.append(drafted)
             unfinished = []
             for row, (accepted, last) in enumerate(picks):
-                if not self.ragged and len(accepted) > least:
-                    accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
                 unfinished.append(self._append(row, [*accepted, last], stop, streamer))
-            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in picks], unfinished)
+            self._update_caches(drafted, [len(accepted) for accepted, _ in picks], unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
@@ -268,9 +267,10 @@ class SpeculativeDecoder:
         counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
         _crop(self.draft, drafted)
+        recent = [_recent(layer, columns) for layer in self.full.layers]
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
-        self._copy_to_draft(columns, hidden)
+        self._copy_to_draft(columns, hidden, recent)
         self.position = self.position + counts + 1
         remaining = [row for row, goes_on in enumerate(unfinished) if goes_on]
         self.rows = [self.rows[row] for row in remaining]
@@ -280,8 +280,11 @@ class SpeculativeDecoder:
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
 
-    def _copy_to_draft(self, columns: int, hidden: Tensor) -> None:
-        """Append the last columns of the full cache to the draft's. hidden: bool [rows, columns], rejected tokens of a row."""
+    def _copy_to_draft(self, columns: int, hidden: Tensor, recent: list[tuple[Tensor, Tensor] | None]) -> None:
+        """Append the last columns of the full cache to the draft's.
+
+        hidden: bool [rows, columns], rejected tokens of a row. recent: keys and values of these columns in layers with a window.
+        """
         some = bool(hidden.any())
         if self.judge is not None and self.step is not None:
             both = self.judge, cast(Any, self.step)
@@ -292,11 +295,8 @@ class SpeculativeDecoder:
                 one.hide(hidden)
             both[1].start_evicting()
             return
-        for mine, theirs in zip(self.draft.layers, self.full.layers, strict=True):
-            if isinstance(mine, PlanLayer) and isinstance(theirs, PlanLayer):
-                mine.append(*theirs.groups[0].last(columns))
-            else:
-                mine.update(theirs.keys[:, :, -columns:], theirs.values[:, :, -columns:])  # type: ignore[index]
+        for mine, theirs, own in zip(_layers(self.draft), _layers(self.full), recent, strict=True):
+            mine.append(*(theirs.groups[0].last(columns) if own is None else own))
         for cache in (self.full, self.draft) if some else ():
             cache.hide(hidden)
 
@@ -310,10 +310,10 @@ def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: T
 def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
     """A frozen cache with the keys of the full cache that the plan keeps. Tokens of both caches can be cropped afterwards."""
     draft = new_cache(model, plan)
-    for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):
-        if not isinstance(mine, PlanLayer):
+    for index, (mine, theirs) in enumerate(zip(_layers(draft), _layers(full), strict=True)):
+        if mine.sliding is not None:
             draft.layers[index] = copy.deepcopy(theirs)
-        elif isinstance(theirs, PlanLayer) and theirs.groups:
+        elif theirs.groups:
             group = theirs.groups[0]
             group.holes = True  # rows will have hidden tokens; also makes short passes use the kernels
             mine.fill(*group.last(theirs.seen), group.padding)
@@ -323,11 +323,20 @@ def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCach
     return draft
 
 
+def _layers(cache: PlanCache) -> list[PlanLayer]:
+    return cast(list[PlanLayer], cache.layers)  # models with other kinds of layers are refused
+
+
 def _crop(cache: PlanCache, tokens: int) -> None:
-    """Remove the last tokens. A full sliding-window layer is cropped even by none, which ends its record."""
+    """Remove the last tokens, and append the others of a pass to the windows, also if there are none to remove."""
     for layer in cache.layers:
-        if tokens or (not isinstance(layer, PlanLayer) and layer.get_seq_length() >= layer.sliding_window):
-            layer.crop(-tokens)
+        layer.crop(-tokens)
+
+
+def _recent(layer: CacheLayerMixin, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Return keys and values of the first columns of the last pass, if they are not appended to the layer yet."""
+    recent = cast(PlanLayer, layer).groups[0].recent
+    return None if recent is None else (recent[0][:, :, :columns], recent[1][:, :, :columns])
 
 
 def _by_number(processor: Any) -> bool:

@@ -1,38 +1,38 @@
 """Model families that need more than transformers' `AttentionInterface` and `Cache.update`: one record each, data only.
 
-A family without a record runs under a plan as well. It has no compiled CPU step and is not served by vLLM. Light: nothing here
-imports torch, so that vLLM's plugin can read it.
+A family without a record runs under a plan as well, and has a compiled CPU step if it is made of the usual parts
+(generation/step_parts.py). vLLM does not serve it. Light: nothing here imports torch, so that vLLM's plugin can read it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a family beyond its configuration.
+    """What is known of a family beyond its configuration and its modules.
 
-    model_type: as in the configuration of its text model. decode_layout: how the weights of a layer lie, for the compiled CPU
-    step; "llama" is q, k, v, o, gate, up and down projections with RMS norms, with or without biases and norms of queries and
-    keys. vllm: the class that vLLM serves.
+    model_type: as in the configuration of its text model. late_norms: norms of queries and keys come after their rotation.
+    vllm: the class that vLLM serves.
     """
 
     model_type: str
-    decode_layout: Literal["llama"] | None = None
+    late_norms: bool = False
     vllm: str | None = None
 
 
 _RECORDS = (
-    Family("llama", decode_layout="llama", vllm="LlamaForCausalLM"),
-    Family("mistral", decode_layout="llama", vllm="MistralForCausalLM"),
-    Family("qwen2", decode_layout="llama", vllm="Qwen2ForCausalLM"),
-    Family("qwen3", decode_layout="llama", vllm="Qwen3ForCausalLM"),
+    Family("llama", vllm="LlamaForCausalLM"),
+    Family("mistral", vllm="MistralForCausalLM"),
+    Family("qwen2", vllm="Qwen2ForCausalLM"),
+    Family("qwen3", vllm="Qwen3ForCausalLM"),
     Family("gemma3_text", vllm="Gemma3ForCausalLM"),
+    Family("hunyuan_v1_dense", late_norms=True),
+    Family("hunyuan_v1_moe", late_norms=True),
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
-COMPILED_DECODE = tuple(name for name, family in FAMILIES.items() if family.decode_layout)
+LATE_NORMS = {name for name, family in FAMILIES.items() if family.late_norms}
 VLLM_CLASSES = tuple(sorted(family.vllm for family in _RECORDS if family.vllm))
 # Names of the output projection in an attention module, most common first.
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")

@@ -8,6 +8,8 @@ to that position for the sink tokens only. Thus no distance exceeds s + w, for t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -25,19 +27,36 @@ def inverse_frequencies(model: nn.Module) -> Tensor | None:
     return found.float() if isinstance(found, Tensor) else None
 
 
-def rotate(vectors: Tensor, distance: int, inverse: Tensor) -> Tensor:
-    """Move rotated vectors, [..., dim], to a position `distance` tokens later. inverse: float32 [pairs]."""
-    return rotate_back(vectors, torch.tensor(-distance, device=vectors.device), inverse)
+@dataclass(frozen=True)
+class Rotary:
+    """How a layer rotates queries and keys by position.
+
+    inverse: inverse rotary frequencies, radians per position, float32 [pairs]; zeros if the layer has no positions. interleaved:
+    coordinates 2n and 2n + 1 are a pair (GLM, Cohere), not n and n + pairs. Coordinates after the pairs stay as they are.
+    """
+
+    inverse: Tensor
+    interleaved: bool = False
+
+    @property
+    def pairs(self) -> int:
+        return len(self.inverse)
 
 
-def rotate_back(vectors: Tensor, distance: Tensor, inverse: Tensor) -> Tensor:
+def rotate(vectors: Tensor, distance: int, rotary: Rotary) -> Tensor:
+    """Move rotated vectors, [..., dim], to a position `distance` tokens later."""
+    return rotate_back(vectors, torch.tensor(-distance, device=vectors.device), rotary)
+
+
+def rotate_back(vectors: Tensor, distance: Tensor, rotary: Rotary) -> Tensor:
     """Move rotated vectors to a position `distance` tokens earlier.
 
-    vectors: [batch, heads, tokens, dim]; distance: int [tokens], [batch, 1, tokens] or a number; inverse: float32 [pairs].
-    Returns float32 or better.
+    vectors: [batch, heads, tokens, dim]; distance: int [tokens], [batch, 1, tokens] or a number. Returns float32 or better.
     """
     kind = torch.promote_types(vectors.dtype, torch.float32)
-    angles = distance[..., None].to(kind) * inverse.to(device=vectors.device, dtype=kind)
-    cos, sin, half = angles.cos(), angles.sin(), len(inverse)
-    a, b = vectors[..., :half].to(kind), vectors[..., half : 2 * half].to(kind)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, vectors[..., 2 * half :].to(kind)], -1)
+    angles = distance[..., None].to(kind) * rotary.inverse.to(device=vectors.device, dtype=kind)
+    cos, sin, pairs = angles.cos(), angles.sin(), rotary.pairs
+    rotated, rest = vectors[..., : 2 * pairs].to(kind), vectors[..., 2 * pairs :].to(kind)
+    a, b = (rotated[..., ::2], rotated[..., 1::2]) if rotary.interleaved else rotated.chunk(2, -1)
+    found = a * cos + b * sin, b * cos - a * sin
+    return torch.cat([torch.stack(found, -1).flatten(-2), rest] if rotary.interleaved else [*found, rest], -1)

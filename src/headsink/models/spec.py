@@ -33,10 +33,10 @@ class Architecture:
 
     windows: the model's own sliding window per layer, None for others. softcap: attention logits are capped (Gemma 2). uncapped:
     the model caps logits, but its attention implementation, `sdpa`, does not. prefix_free: the encoding of positions does not
-    depend on the length of the text, so a prefix of a long text gives the same states as the short text. uniform: heads are the
-    same in all layers with attention. latent: layers cache one vector per token for all heads, instead of keys and values
-    (multi-head latent attention). value_dim: size of the values of a head, None if it is `head_dim`. kinds, cache_arguments:
-    transformers' kind of every layer, and the arguments of its cache layer.
+    depend on the length of the text, so a prefix of a long text gives the same states as the short text. latent: layers cache one
+    vector per token for all heads, instead of keys and values (multi-head latent attention). value_dim: size of the values of a
+    head, None if it is `head_dim`. kinds, cache_arguments: transformers' kind of every layer, and the arguments of its cache
+    layer. heads: query heads, KV heads and head size of every layer.
     """
 
     name: str
@@ -49,16 +49,21 @@ class Architecture:
     softcap: bool = False
     uncapped: bool = False
     prefix_free: bool = True
-    uniform: bool = True
     latent: bool = False
     value_dim: int | None = None
     kinds: tuple[str, ...] = ()
     cache_arguments: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    heads: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def planned(self) -> tuple[bool, ...]:
         """Whether a plan governs the layer: those with full attention."""
         return tuple(kind == "full_attention" for kind in self.kinds)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether heads are the same in all layers with attention."""
+        return len({own for own, kind in zip(self.heads, self.kinds, strict=True) if kind in ATTENTION}) == 1
 
     @property
     def other_kinds(self) -> str:
@@ -171,11 +176,11 @@ def describe(model: nn.Module) -> Architecture:
         softcap=softcap,
         uncapped=softcap and config._attn_implementation == "sdpa",
         prefix_free=not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"},
-        uniform=len({own for own, kind in zip(heads, kinds, strict=True) if kind in ATTENTION}) == 1,
         latent=bool(getattr(config, "kv_lora_rank", None)),
         value_dim=getattr(config, "v_head_dim", None),
         kinds=tuple(kinds),
         cache_arguments=tuple(arguments),
+        heads=tuple(heads),
     )
 
 

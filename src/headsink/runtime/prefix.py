@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from headsink.attention.params import Padding
 from headsink.cache.cache import PlanCache
@@ -34,7 +33,7 @@ from headsink.plan.plan import Plan
 from headsink.runtime.apply import Prefill, new_cache
 from headsink.utils.files import new_file
 
-OLD = ("headsink prefix 1", "headsink prefix 2", "headsink prefix 3", "headsink prefix 4")
+OLD = ("headsink prefix 1", "headsink prefix 2", "headsink prefix 3", "headsink prefix 4", "headsink prefix 5")
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 
@@ -43,21 +42,21 @@ class _Header(BaseModel):
     """Metadata of a prefix file.
 
     dtype: of keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
-    front of its ring; None for sliding-window layers of the model. starts: the column in the first slot of that ring, before it
-    wraps. text, exact, prefill, chunk_size: as for `save_prefix` and `new_cache`.
+    front of its ring. starts: the column in the first slot of that ring, before it wraps. text, exact, prefill, chunk_size: as
+    for `save_prefix` and `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["headsink prefix 5"] = "headsink prefix 5"
+    format: Literal["headsink prefix 6"] = "headsink prefix 6"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     exact: Annotated[bool, Field(strict=True)]
     seen: Annotated[int, Field(gt=0, strict=True)]
     prefill: Prefill
     chunk_size: Annotated[int, Field(gt=0, strict=True)] | None
-    prefix_slots: tuple[tuple[Count, ...] | None, ...]
-    starts: tuple[tuple[Count, ...] | None, ...]
+    prefix_slots: tuple[tuple[Count, ...], ...]
+    starts: tuple[tuple[Count, ...], ...]
     text: str
 
 
@@ -71,6 +70,7 @@ class _Group(NamedTuple):
 
     name: str
     heads: int
+    head_dim: int
     pattern: Pattern
     evicts: bool
     prefix_slots: int
@@ -106,8 +106,10 @@ def save_prefix(
         raise HeadsinkError(
             "this cache hides tokens between visible ones: save it before the second turn of its conversations"
         )
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-        raise HeadsinkError("this cache has layers with a recurrent state, which prefix files do not hold")
+    if not all(isinstance(layer, PlanLayer) for layer in cache.layers):
+        raise HeadsinkError(
+            "this cache has layers without attention, or with chunked attention; prefix files do not hold them"
+        )
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise HeadsinkError(f"input_ids: {dtype_name(input_ids.dtype)} given, token ids are whole numbers")
     try:
@@ -173,21 +175,16 @@ def _header(cache: PlanCache, seen: int, text: str) -> _Header:
     for index, layer in enumerate(cache.layers):
         if layer.get_seq_length() != seen:
             raise ValueError(f"layer {index} has seen {layer.get_seq_length()} tokens, layer 0 has seen {seen}")
-    first = cache.layers[0]
-    keys = first.groups[0].keys if isinstance(first, PlanLayer) else first.keys
     return _Header.model_validate(
         {
             "plan": cache.plan,
-            "dtype": dtype_name(keys.dtype),
+            "dtype": dtype_name(_cache_groups(cache)[0].keys.dtype),
             "exact": cache.exact,
             "seen": seen,
             "prefill": "dense" if cache.prefill.dense else "sparse",
             "chunk_size": cache.prefill.chunk_size,
             **{
-                field: [
-                    tuple(getattr(group, name) for group in layer.groups) if isinstance(layer, PlanLayer) else None
-                    for layer in cache.layers
-                ]
+                field: [tuple(getattr(group, name) for group in layer.groups) for layer in _layers(cache)]
                 for field, name in (("prefix_slots", "prefix_slots"), ("starts", "start"))
             },
             "text": text,
@@ -201,17 +198,17 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
     for field in ("prefix_slots", "starts"):
         if len(numbers := getattr(header, field)) != len(cache.layers):
             raise ValueError(f"{field}: of {len(numbers)} layers, the model has {len(cache.layers)}")
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(_layers(cache)):
         patterns: dict[Pattern, int] = {}
-        for pattern in layer.patterns if isinstance(layer, PlanLayer) else ():
+        for pattern in layer.patterns:
             patterns[pattern] = patterns.get(pattern, 0) + 1
-        given = [(field, getattr(header, field)[index]) for field in ("prefix_slots", "starts")]
-        for field, numbers in given:
-            if (numbers is not None) != isinstance(layer, PlanLayer) or len(patterns) != len(numbers or ()):
+        given = {field: getattr(header, field)[index] for field in ("prefix_slots", "starts")}
+        for field, numbers in given.items():
+            if len(patterns) != len(numbers):
                 raise ValueError(f"{field}.{index}: {numbers}, of a layer with {len(patterns)} patterns")
-        own = zip(patterns.items(), *(numbers or () for _, numbers in given), strict=True)
+        own = zip(patterns.items(), *given.values(), strict=True)
         for number, ((segment_pattern, heads), prefix_slots, start) in enumerate(own):
-            pattern = segment_pattern.widen(header.plan.decode_window)
+            pattern = segment_pattern.widen(layer.decode_window)
             window, most = pattern.window or 0, pattern.top_k
             below_capacity = prefix_slots == 0 and pattern.size(seen) == seen and not (streaming and pattern.sink)
             left = max(start, seen - window)  # columns that have left the ring
@@ -226,15 +223,32 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
             recent = seen if below_capacity else min(seen - start, window)
             stored = ("keys", "values") if below_capacity or not most else ("keys", "values", "scores")
             name, slots = f"layers.{index}.{number}.", prefix_slots + recent
-            yield _Group(name, heads, pattern, not below_capacity, prefix_slots, start, recent, slots, stored)
+            yield _Group(
+                name,
+                heads,
+                cache.heads[index][2],
+                pattern,
+                not below_capacity,
+                prefix_slots,
+                start,
+                recent,
+                slots,
+                stored,
+            )
 
 
 def _count_tokens(cache: PlanCache) -> tuple[int, int]:
     """Rows and tokens of a cache; 0 and 0 if it is empty."""
-    first, tokens = cache.layers[0], cache.get_seq_length()
-    if not tokens:
-        return 0, 0
-    return first.batch_size if isinstance(first, PlanLayer) else first.keys.shape[0], tokens
+    tokens = cache.get_seq_length()
+    return (cache.rows, tokens) if tokens else (0, 0)
+
+
+def _layers(cache: PlanCache) -> list[PlanLayer]:
+    """The layers of a cache. Raises ValueError if it has others, which `save_prefix` refuses."""
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, PlanLayer):
+            raise ValueError(f"layer {index} of the model is of a kind that prefix files do not hold")
+    return cast(list[PlanLayer], cache.layers)
 
 
 def _cache_groups(cache: PlanCache) -> list[HeadGroup]:
@@ -244,20 +258,11 @@ def _cache_groups(cache: PlanCache) -> list[HeadGroup]:
 def _tensors(header: _Header, cache: PlanCache) -> dict[str, Tensor]:
     """The parts in use of a cache's buffers."""
     tensors: dict[str, Tensor] = {}
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, PlanLayer):
-            slots = _sliding_slots(header, layer)  # a recording layer may have more
-            tensors |= {f"layers.{index}.{name}": getattr(layer, name)[:, :, -slots:] for name in ("keys", "values")}
     for group, live in zip(_groups(header, cache), _cache_groups(cache), strict=True):
         tensors |= {group.name + name: getattr(live, name)[:, :, : group.slots] for name in group.stored}
         if live.padding is not None:
             tensors["padding"] = live.padding.tokens.clamp(max=header.seen)  # a row may be padding only so far
     return tensors
-
-
-def _sliding_slots(header: _Header, layer: CacheLayerMixin) -> int:
-    """Keys that transformers caches in a sliding-window layer."""
-    return min(header.seen, layer.sliding_window - 1)
 
 
 # checks
@@ -301,14 +306,10 @@ def _check(header: _Header, tensors: dict[str, Tensor], cache: PlanCache, last_i
 
 def _expected_tensors(header: _Header, cache: PlanCache, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor but the padding. Raises ValueError for a header that no cache can have."""
-    heads, dim, dtype = header.plan.model.kv_heads, header.plan.model.head_dim, getattr(torch, header.dtype)
+    dtype = getattr(torch, header.dtype)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, PlanLayer):
-            shape = rows, heads, _sliding_slots(header, layer), dim
-            expected |= {f"layers.{index}.{name}": (dtype, shape) for name in ("keys", "values")}
     for group in _groups(header, cache):
-        layout = rows, group.heads, group.slots
+        dim, layout = group.head_dim, (rows, group.heads, group.slots)
         kinds = {
             "keys": (dtype, (*layout, dim)),
             "values": (dtype, (*layout, dim)),
@@ -341,19 +342,13 @@ def _read_padding(tensors: dict[str, Tensor]) -> Tensor:
 
 def _fill(cache: PlanCache, header: _Header, tensors: dict[str, Tensor]) -> None:
     """Fill an empty cache with checked tensors."""
-    rows, shape = len(tensors["input_ids"]), header.plan.model
+    rows = len(tensors["input_ids"])
     tokens = tensors.get("padding")
     padding = None if tokens is None or not tokens.any() else Padding(tokens, int(tokens.max()))
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, PlanLayer):
-            none = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, dtype=getattr(torch, header.dtype))
-            none = none.to(tensors["input_ids"].device)
-            layer.fill(none, none, padding)
-            layer.seen = header.seen
-        else:
-            keys, values = (tensors[f"layers.{index}.{name}"] for name in ("keys", "values"))
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values, layer.cumulative_length = keys, values, header.seen
+    for layer, (_, heads, dim) in zip(_layers(cache), cache.heads, strict=True):
+        none = torch.empty(rows, heads, 0, dim, dtype=getattr(torch, header.dtype)).to(tensors["input_ids"].device)
+        layer.fill(none, none, padding)
+        layer.seen = header.seen
     for group, live in zip(_groups(header, cache), _cache_groups(cache), strict=True):
         for name in group.stored:
             setattr(live, name, tensors[group.name + name])

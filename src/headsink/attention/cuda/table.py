@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headsink.attention.params import AttentionParams
-from headsink.models.rope import rotate_back
+from headsink.models.rope import Rotary, rotate_back
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DeviceTable:
     def of(cls, table: Any, length: int, device: torch.device) -> DeviceTable:
         return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
 
-    def rotated(self, query: Tensor, inverse: Tensor) -> Tensor:
+    def rotated(self, query: Tensor, rotary: Rotary) -> Tensor:
         """Return the queries of a token rotated for the sink tokens, for cache-relative positions (models/rope.py)."""
         from headsink.attention.kv_table import KVField
 
@@ -31,7 +31,7 @@ class DeviceTable:
         last = self.table[..., KVField.SINK] + self.table[..., KVField.WINDOW] - 1
         group = query.shape[1] // positions.shape[1]
         distance = (positions - last).clamp(min=0).repeat_interleave(group, 1)
-        return rotate_back(query, distance[..., None], inverse).to(query.dtype)
+        return rotate_back(query, distance[..., None], rotary).to(query.dtype)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams, rotated: Tensor | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headsink.eviction.scorers.scorer import ALWAYS
-from headsink.models.rope import rotate
+from headsink.models.rope import Rotary, rotate
 
 LEAST = 32  # tokens of a segment; the queries of a shorter one say too little
 AHEAD = 8  # tokens of a request to repeat, which would stand between the segment and the repeat
@@ -32,31 +32,31 @@ def segment_scores(
     scores: Tensor,
     pads: Tensor | None,
     softmax: Softmax,
-    inverse: Tensor | None,
+    rotary: Rotary | None,
     lse: Tensor | None = None,
 ) -> Tensor | None:
     """Return the importance scores of the keys of a segment: [batch, KV heads, tokens], on the scale of `scores`.
 
     query: [batch, query heads, tokens, dim]; key: [batch, KV heads, tokens, dim], both rotated. scores: of the plan's
     scorer, float [batch, KV heads, tokens]. pads: tokens of left padding in the segment, int [batch], None if there is none.
-    inverse: inverse frequencies of the rotary embedding, None if the model has none that is known. lse: log-sum-exp of the
+    rotary: how the layer rotates queries, None if that is not known. lse: log-sum-exp of the
     segment's causal logits, [batch, query heads, tokens], if it is known.
     Returns None where the plan's scorer decides alone. Scores of padding are undefined.
     """
     tokens = key.shape[2]
-    if inverse is None or tokens < LEAST:
+    if rotary is None or tokens < LEAST:
         return None
     found = scores.clone()
     for row, first in enumerate([0] * len(key) if pads is None else pads.tolist()):
         if tokens - first >= LEAST:
             own = slice(first, tokens)
             total = None if lse is None else lse[row, :, own]
-            shares = largest_shares(query[row, :, own], key[row, :, own], softmax, inverse, total)
+            shares = largest_shares(query[row, :, own], key[row, :, own], softmax, rotary, total)
             found[row, :, own] = match_scale(_standard(shares) + _standard(scores[row, :, own]), scores[row, :, own])
     return found
 
 
-def largest_shares(query: Tensor, key: Tensor, softmax: Softmax, inverse: Tensor, lse: Tensor | None = None) -> Tensor:
+def largest_shares(query: Tensor, key: Tensor, softmax: Softmax, rotary: Rotary, lse: Tensor | None = None) -> Tensor:
     """Return the log of the largest attention that each key gets from a repeat of the text: [KV heads, tokens].
 
     query: [query heads, tokens, dim], key: [KV heads, tokens, dim], both rotated. lse: [query heads, tokens], or None. Memory is
@@ -66,7 +66,7 @@ def largest_shares(query: Tensor, key: Tensor, softmax: Softmax, inverse: Tensor
     tokens, columns = key.shape[1], torch.arange(key.shape[1], device=key.device)
     keys = key.to(kind).transpose(-1, -2)
     own = query[:, ::STRIDE].unflatten(0, (len(key), -1)).to(kind) * scaling  # [KV heads, group, queries, dim]
-    again = rotate(own, tokens + AHEAD, inverse)
+    again = rotate(own, tokens + AHEAD, rotary)
     known = None if lse is None else lse[:, ::STRIDE].unflatten(0, (len(key), -1))
     extra = None if sink_logits is None else sink_logits.to(kind).view(len(key), -1, 1)
 

@@ -1,0 +1,425 @@
+"""The kernel of the compiled decode step on a CPU: one token of every sequence through all layers.
+
+A decode step reads every weight and every cached key once, so memory bandwidth limits it if nothing else takes time. All layers
+are one call, because torch and Python would add about 300 calls of ten microseconds. What a layer computes is a list of
+operations, a row of a table each (`Op`, `Field`), so one kernel runs every family (generation/step_program.py makes the table).
+
+Weights, keys and values stay in torch's memory and are accessed by address. They are float32, or bfloat16 (as uint16, since numba
+has no bfloat16). Activations, sums, norms and biases are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum, IntEnum
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, prange
+
+from headsink.attention.cpu.decode import BLOCK, append, attend_part, cap, combine, share
+from headsink.attention.cpu.vectors import FAST, exp, pointer, products_in_order, wide
+
+
+class Op(IntEnum):
+    """An operation. Those from LINEAR on compute columns independently, so threads share several without waiting."""
+
+    NORM = 0  # output = norm(input), in groups of columns
+    ATTEND = 1  # append a token to the heads of a layer, and attend to them
+    ROUTE = 2  # choose the experts of a token
+    LINEAR = 3  # output = scale x (weight input + bias)
+    GATE = 4  # output *= activation(input)
+    ACTIVATE = 5  # output = activation(output)
+    ADD = 6  # output += scale x input
+    CAP = 7  # output = scale x tanh(output / scale)
+    EXPERTS_IN = 8  # output = activation(gate input) x (up input), of the experts of a token
+    EXPERTS_OUT = 9  # output = sum of their outputs
+
+
+class Field(IntEnum):
+    """A column of the table of operations. Addresses of buffers, float32 [sequences, columns], and of weights.
+
+    TOGETHER: operations in this parallel region. INPUT, OUTPUT: addresses of buffers. WIDTH: columns of the output. COLUMNS:
+    columns of the input, or of a group (NORM). STRIDE: columns of the output's buffer. WEIGHT, BIAS: addresses, 0 for none. KIND:
+    `Activation`, `NormKind` or `Scores`. PERIOD: rows of the weight of a norm; groups use them in turn.
+
+    ATTEND: QUERY, KEY, VALUE: addresses of buffers. FIRST: the row of the layer's first head in the table of heads. KV_HEADS,
+    GROUP, COLUMNS: KV heads, query heads per KV head, head size. COS, SIN: addresses, [sequences, PAIRS]. INTERLEAVED:
+    coordinates 2n and 2n + 1 rotate together, not n and n + pairs. QUERY_NORM, KEY_NORM: addresses of [PERIOD, head size], 0 for
+    none. LATE: norms come after the rotation. SINKS: address of a logit per query head, 0 for none. TURN: row of the layer in
+    `turns`, -1.
+
+    ROUTE, EXPERTS_*: CHOSEN, SHARES: addresses of int64 and float32 [sequences, TOP_K]. WIDTH of ROUTE: number of experts. BIAS
+    of ROUTE: added to the scores for the choice only. LATE of ROUTE: shares are divided by their sum.
+    """
+
+    OP = 0
+    TOGETHER = 1
+    INPUT = 2
+    OUTPUT = 3
+    WIDTH = 4
+    COLUMNS = 5
+    STRIDE = 6
+    WEIGHT = 7
+    BIAS = 8
+    KIND = 9
+    PERIOD = 10
+    QUERY = 11
+    KEY = 12
+    VALUE = 13
+    FIRST = 14
+    KV_HEADS = 15
+    GROUP = 16
+    COS = 17
+    SIN = 18
+    PAIRS = 19
+    INTERLEAVED = 20
+    QUERY_NORM = 21
+    KEY_NORM = 22
+    LATE = 23
+    SINKS = 24
+    TURN = 25
+    CHOSEN = 26
+    SHARES = 27
+    TOP_K = 28
+
+
+class Number(Enum):
+    """A column of the float32 numbers of operations. SCALE: a factor; EPS: of a norm; CAP: soft cap of attention, 0 for none."""
+
+    SCALE = 0
+    EPS = 1
+    CAP = 2
+
+
+class Activation(IntEnum):
+    SILU = 0
+    GELU_TANH = 1
+    GELU = 2
+    RELU = 3
+    RELU_SQUARED = 4
+    SIGMOID = 5
+
+
+class NormKind(IntEnum):
+    RMS = 0
+    LAYER = 1
+
+
+class Scores(IntEnum):
+    """Of experts, from the router's logits."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+
+
+# As numbers, because numba does not support enumerations as array indices.
+_OP, _TOGETHER, _INPUT, _OUTPUT, _WIDTH, _COLUMNS, _STRIDE, _WEIGHT, _BIAS, _KIND, _PERIOD, *_ATTEND = (
+    int(field) for field in Field
+)
+_QUERY, _KEY, _VALUE, _FIRST, _KV_HEADS, _GROUP, _COS, _SIN, _PAIRS, _INTERLEAVED, *_REST = _ATTEND
+_QUERY_NORM, _KEY_NORM, _LATE, _SINKS, _TURN, _CHOSEN, _SHARES, _TOP_K = _REST
+_SCALE, _EPS, _CAP_AT = (number.value for number in Number)
+_NORM, _ATTEND_OP, _ROUTE, _LINEAR, _GATE, _ACTIVATE, _ADD, _CAP, _EXPERTS_IN, _EXPERTS_OUT = (int(op) for op in Op)
+_SILU, _GELU_TANH, _GELU, _RELU, _RELU_SQUARED, _SIGMOID = (int(kind) for kind in Activation)
+_RMS, _LAYER = (int(kind) for kind in NormKind)
+_SOFTMAX, _ = (int(kind) for kind in Scores)
+_FLOATS = np.empty(0, np.float32)
+_INTEGERS = np.empty(0, np.int64)
+
+
+@njit
+def _floats(address: Any, shape: Any) -> Any:
+    return carray(pointer(address, _FLOATS), shape)
+
+
+@njit(fastmath=FAST)
+def _activation(x: Any, kind: Any) -> Any:
+    if kind == _SILU:
+        return x / (np.float32(1) + exp(-x))
+    if kind == _GELU_TANH:
+        inner = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)
+        return x / (np.float32(1) + exp(-inner))
+    if kind == _GELU:
+        return x * np.float32(0.5 * (1 + math.erf(x * 0.7071067811865476)))
+    if kind == _SIGMOID:
+        return np.float32(1) / (np.float32(1) + exp(-x))
+    positive = max(x, np.float32(0))
+    return positive if kind == _RELU else positive * positive
+
+
+@njit(fastmath=FAST)
+def _norm(x: Any, weight: Any, bias: Any, kind: Any, eps: Any, out: Any) -> None:
+    """RMS norm or layer norm of float32 [n]. weight, bias: addresses, 0 for none."""
+    size = x.shape[0]
+    mean, total = np.float32(0), np.float32(0)
+    if kind == _LAYER:
+        for n in range(size):
+            mean += x[n]
+        mean /= np.float32(size)
+    for n in range(size):
+        total += (x[n] - mean) * (x[n] - mean)
+    scale = np.float32(1) / np.sqrt(total / np.float32(size) + eps)
+    for n in range(size):
+        out[n] = (x[n] - mean) * scale
+    if weight:
+        factors = _floats(weight, size)
+        for n in range(size):
+            out[n] *= factors[n]
+    if bias:
+        added = _floats(bias, size)
+        for n in range(size):
+            out[n] += added[n]
+
+
+@njit(fastmath=FAST)
+def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any) -> None:
+    """Rotary position, in place. x: float32 [dim]; cos, sin: [pairs]; further coordinates stay."""
+    pairs = cos.shape[0]
+    if interleaved:
+        for n in range(pairs):
+            a, b = x[2 * n], x[2 * n + 1]
+            x[2 * n] = a * cos[n] - b * sin[n]
+            x[2 * n + 1] = b * cos[n] + a * sin[n]
+        return
+    for n in range(pairs):
+        a, b = x[n], x[n + pairs]
+        x[n] = a * cos[n] - b * sin[n]
+        x[n + pairs] = b * cos[n] + a * sin[n]
+
+
+@njit(fastmath=FAST)
+def _product(weight: Any, like: Any, columns: Any, x: Any) -> Any:
+    """Return the product of a row of a matrix, at an address, and float32 [columns]."""
+    row = carray(pointer(weight, like), columns)
+    total = np.float32(0)
+    for column in range(columns):
+        total += wide(row[column]) * x[column]
+    return total
+
+
+@njit(fastmath=FAST)
+def _linear(op: Any, scale: Any, like: Any, sequences: Any, start: Any, end: Any) -> None:
+    """Compute columns `start` to `end` of LINEAR."""
+    columns, stride = op[_COLUMNS], op[_STRIDE]
+    at = op[_WEIGHT] + start * columns * like.itemsize
+    if sequences > 1:
+        products_in_order(at, like, end - start, columns, op[_INPUT], sequences, op[_OUTPUT] + start * 4, stride)
+    else:
+        x, out = _floats(op[_INPUT], columns), _floats(op[_OUTPUT], op[_WIDTH])
+        weight = carray(pointer(at, like), (end - start, columns))
+        for row in range(end - start):  # in the order of memory, which is fastest
+            total = np.float32(0)
+            for column in range(columns):
+                total += wide(weight[row, column]) * x[column]
+            out[start + row] = total
+    if op[_BIAS] or scale != 1:
+        for sequence in range(sequences):
+            out = _floats(op[_OUTPUT] + sequence * stride * 4, op[_WIDTH])
+            if op[_BIAS]:
+                bias = _floats(op[_BIAS], op[_WIDTH])
+                for n in range(start, end):
+                    out[n] += bias[n]
+            for n in range(start, end):
+                out[n] *= scale
+
+
+@njit(fastmath=FAST)
+def _experts_in(op: Any, like: Any, sequences: Any, start: Any, end: Any) -> None:
+    """Compute columns `start` to `end` of the inner activations of every chosen expert."""
+    columns, width, top_k = op[_COLUMNS], op[_WIDTH], op[_TOP_K]
+    row_bytes = columns * like.itemsize
+    chosen = carray(pointer(op[_CHOSEN], _INTEGERS), (sequences, top_k))
+    x, out = _floats(op[_INPUT], (sequences, columns)), _floats(op[_OUTPUT], (sequences, top_k, width))
+    for sequence in range(sequences):
+        for n in range(top_k):
+            expert = op[_WEIGHT] + chosen[sequence, n] * 2 * width * row_bytes
+            for row in range(start, end):
+                gate = _product(expert + row * row_bytes, like, columns, x[sequence])
+                up = _product(expert + (width + row) * row_bytes, like, columns, x[sequence])
+                out[sequence, n, row] = _activation(gate, op[_KIND]) * up
+
+
+@njit(fastmath=FAST)
+def _experts_out(op: Any, like: Any, sequences: Any, start: Any, end: Any) -> None:
+    """Compute columns `start` to `end` of the weighted outputs of the chosen experts."""
+    columns, width, top_k = op[_COLUMNS], op[_WIDTH], op[_TOP_K]
+    row_bytes = columns * like.itemsize
+    chosen = carray(pointer(op[_CHOSEN], _INTEGERS), (sequences, top_k))
+    shares, out = _floats(op[_SHARES], (sequences, top_k)), _floats(op[_OUTPUT], (sequences, width))
+    x = _floats(op[_INPUT], (sequences, top_k, columns))
+    for sequence in range(sequences):
+        for row in range(start, end):
+            out[sequence, row] = 0
+        for n in range(top_k):
+            expert = op[_WEIGHT] + chosen[sequence, n] * width * row_bytes
+            for row in range(start, end):
+                found = _product(expert + row * row_bytes, like, columns, x[sequence, n])
+                out[sequence, row] += shares[sequence, n] * found
+
+
+@njit(fastmath=FAST)
+def _columns(op: Any, numbers: Any, like: Any, sequences: Any, part: Any, parts: Any) -> None:
+    """Compute part of the columns of an operation."""
+    code, scale, kind = op[_OP], numbers[_SCALE], op[_KIND]
+    start, end = share(op[_WIDTH], part, parts)
+    if code == _LINEAR:
+        _linear(op, scale, like, sequences, start, end)
+        return
+    if code == _EXPERTS_IN:
+        _experts_in(op, like, sequences, start, end)
+        return
+    if code == _EXPERTS_OUT:
+        _experts_out(op, like, sequences, start, end)
+        return
+    for sequence in range(sequences):
+        out = _floats(op[_OUTPUT] + sequence * op[_STRIDE] * 4, op[_WIDTH])
+        x = _floats(op[_INPUT] + sequence * op[_COLUMNS] * 4, op[_COLUMNS])
+        if code == _GATE and op[_COLUMNS] == 1:  # one gate for all columns
+            factor = _activation(x[0], kind)
+            for n in range(start, end):
+                out[n] *= factor
+        elif code == _GATE:
+            for n in range(start, end):
+                out[n] *= _activation(x[n], kind)
+        elif code == _ACTIVATE:
+            for n in range(start, end):
+                out[n] = _activation(out[n], kind)
+        elif code == _ADD:
+            for n in range(start, end):
+                out[n] += scale * x[n]
+        elif code == _CAP:
+            for n in range(start, end):
+                out[n] = cap(out[n], scale)
+
+
+@njit(fastmath=FAST)
+def _norm_groups(op: Any, eps: Any, sequences: Any) -> None:
+    width, columns, period = op[_WIDTH], op[_COLUMNS], max(op[_PERIOD], 1)
+    for sequence in range(sequences):
+        for group in range(width // columns):
+            begin = (sequence * width + group * columns) * 4
+            weight = op[_WEIGHT] + group % period * columns * 4 if op[_WEIGHT] else 0
+            x, out = _floats(op[_INPUT] + begin, columns), _floats(op[_OUTPUT] + begin, columns)
+            _norm(x, weight, op[_BIAS], op[_KIND], eps, out)
+
+
+@njit(fastmath=FAST)
+def _route(op: Any, scale: Any, sequences: Any) -> None:
+    """Choose the experts with the highest scores, and their shares of the output."""
+    experts, top_k = op[_WIDTH], op[_TOP_K]
+    chosen = carray(pointer(op[_CHOSEN], _INTEGERS), (sequences, top_k))
+    shares, logits = _floats(op[_SHARES], (sequences, top_k)), _floats(op[_INPUT], (sequences, experts))
+    scores, taken = np.empty(experts, np.float32), np.empty(experts, np.bool_)
+    for sequence in range(sequences):
+        if op[_KIND] == _SOFTMAX:
+            most, total = np.max(logits[sequence]), np.float32(0)
+            for n in range(experts):
+                scores[n] = exp(logits[sequence, n] - most)
+                total += scores[n]
+            for n in range(experts):
+                scores[n] /= total
+        else:
+            for n in range(experts):
+                scores[n] = np.float32(1) / (np.float32(1) + exp(-logits[sequence, n]))
+        taken[:] = False
+        total = np.float32(0)
+        for place in range(top_k):
+            best, highest = -1, np.float32(-np.inf)
+            for n in range(experts):
+                score = scores[n] + (_floats(op[_BIAS], experts)[n] if op[_BIAS] else np.float32(0))
+                if not taken[n] and (best < 0 or score > highest):
+                    best, highest = n, score
+            taken[best] = True
+            chosen[sequence, place], shares[sequence, place] = best, scores[best]
+            total += scores[best]
+        for place in range(top_k):
+            shares[sequence, place] *= scale / total if op[_LATE] else scale
+
+
+@njit(fastmath=FAST)
+def _turn_head(x: Any, op: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None:
+    """Normalise and rotate the query or the key of a head, in place. norm: address of its weight, 0 for none."""
+    if norm and not op[_LATE]:
+        _norm(x, norm, 0, op[_KIND], eps, x)
+    _rotate(x, cos, sin, op[_INTERLEAVED])
+    if norm and op[_LATE]:
+        _norm(x, norm, 0, op[_KIND], eps, x)
+
+
+@njit(fastmath=FAST)
+def _append_head(op: Any, numbers: Any, like: Any, head: Any, table: Any, query: Any, turned: Any, turns: Any) -> None:
+    """Finish the query, key and value of a head, and append them to its cache.
+
+    head: number of the head among all sequences. query: float32 [group, dim]. turned: output, the queries for the sink tokens.
+    """
+    kv_heads, group, dim, pairs = op[_KV_HEADS], op[_GROUP], op[_COLUMNS], op[_PAIRS]
+    sequence, number = head // kv_heads, head % kv_heads
+    eps, period = numbers[_EPS], max(op[_PERIOD], 1)
+    key, value = _floats(op[_KEY] + head * dim * 4, dim), _floats(op[_VALUE] + head * dim * 4, dim)
+    cos, sin = (_floats(op[_COS] + sequence * pairs * 4, pairs), _floats(op[_SIN] + sequence * pairs * 4, pairs))
+    norm = op[_KEY_NORM] + number % period * dim * 4 if op[_KEY_NORM] else 0
+    _turn_head(key, op, norm, eps, cos, sin)
+    for row in range(group):
+        norm = op[_QUERY_NORM] + (number * group + row) % period * dim * 4 if op[_QUERY_NORM] else 0
+        _turn_head(query[row], op, norm, eps, cos, sin)
+        for n in range(dim):
+            query[row, n] *= numbers[_SCALE]
+        if turned.shape[0]:
+            turned[row] = query[row]
+            _rotate(turned[row], turns[0, op[_TURN], head], turns[1, op[_TURN], head], op[_INTERLEAVED])
+    append(table, key, value, like)
+
+
+@njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
+def run(
+    operations: Any, numbers: Any, heads: Any, turns: Any, scratch: Any, like: Any, sequences: Any, threads: Any
+) -> None:
+    """Run a list of operations.
+
+    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)]. heads: int64 [heads of all layers,
+    len(KVField)], of every layer sequence by sequence. turns: float32 [2, layers, sequences x KV heads, pairs], cos and sin of
+    the angle by which queries are rotated for the sink tokens (cache-relative positions). scratch: float32, for the largest layer
+    threads x sequences x query heads x (head size + 2). like: an empty array of the weights' dtype.
+    """
+    number = 0
+    while number < operations.shape[0]:
+        op, together = operations[number], operations[number, _TOGETHER]
+        if op[_OP] == _NORM:
+            _norm_groups(op, numbers[number, _EPS], sequences)
+        elif op[_OP] == _ROUTE:
+            _route(op, numbers[number, _SCALE], sequences)
+        elif op[_OP] == _ATTEND_OP:
+            kv_heads, group, dim, first = op[_KV_HEADS], op[_GROUP], op[_COLUMNS], op[_FIRST]
+            count = sequences * kv_heads
+            rows = count * threads * group
+            top, total = (
+                scratch[:rows].reshape((count, threads, group)),
+                scratch[rows : 2 * rows].reshape((count, threads, group)),
+            )
+            parts = scratch[2 * rows : (2 + dim) * rows].reshape((count, threads, group, dim))
+            query = _floats(op[_QUERY], (count, group, dim))
+            attended = _floats(op[_OUTPUT], (count, group, dim))
+            turned = np.empty((count, group if op[_TURN] >= 0 else 0, dim), np.float32)
+            softcap = numbers[number, _CAP_AT]
+            for part in prange(threads):
+                for head in range(part, count, threads):
+                    _append_head(op, numbers[number], like, head, heads[first + head], query[head], turned[head], turns)
+            for part in prange(threads):
+                logits = np.empty((group, BLOCK), np.float32)
+                for head in range(count):
+                    sums = top[head, part], total[head, part], parts[head, part]
+                    attend_part(
+                        heads[first + head], like, query[head], turned[head], 1, softcap, logits, *sums, part, threads
+                    )
+            for head in range(count):
+                for row in range(group):
+                    sink = np.float32(-np.inf)
+                    if op[_SINKS]:
+                        sink = _floats(op[_SINKS], kv_heads * group)[head % kv_heads * group + row]
+                    combine(top[head, :, row], total[head, :, row], parts[head, :, row], sink, attended[head, row])
+        else:
+            for part in prange(threads):
+                for n in range(number, number + together):
+                    _columns(operations[n], numbers[n], like, sequences, part, threads)
+        number += together
