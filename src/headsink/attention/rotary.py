@@ -28,8 +28,7 @@ _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Rotary | None, ...]] = 
 def layer_rotations(model: nn.Module) -> tuple[Rotary | None, ...]:
     """Return how each layer rotates queries.
 
-    None for layers without full attention, and for those that encode positions in another way or depend on the length of the
-    text.
+    None for layers without attention, and for those that encode positions in another way or depend on the length of the text.
     """
     inside = unwrap(model)
     found = _found.get(inside)
@@ -45,27 +44,30 @@ def _measure(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
     shape, rotations = describe(model), list[Rotary | None]()
     if not shape.prefix_free or "position_ids" not in inspect.signature(model.forward).parameters:
         return (None,) * shape.layers
-    none = torch.zeros(shape.head_dim // 2, device=model.device)
-    inverse = inverse_frequencies(model)
-    candidates = [Rotary(none)]
-    if inverse is not None:
-        candidates += [Rotary(inverse), Rotary(-inverse), Rotary(inverse, interleaved=True)]
     try:
         before, after = (_queries(model, position) for position in (FIRST, FIRST + DISTANCE))
     except HeadsinkError:  # a patched or compiled model; its first pass under a plan says why
         return (None,) * shape.layers
-    for layer, planned in enumerate(shape.planned):
+    for layer, kind in enumerate(shape.kinds):
         found = None
-        if planned:
-            size = after[layer].norm().clamp(min=1e-12)
+        if layer in before and layer in after:
+            size, candidates = after[layer].norm().clamp(min=1e-12), _candidates(model, kind, before[layer].shape[-1])
             errors = [float((rotate(before[layer], DISTANCE, own) - after[layer]).norm() / size) for own in candidates]
             found = candidates[errors.index(min(errors))] if min(errors) < CLOSE else None
         rotations.append(found)
     return tuple(rotations)
 
 
+def _candidates(model: PreTrainedModel, kind: str, dim: int) -> list[Rotary]:
+    """How a layer of a kind may rotate queries of `dim` coordinates."""
+    inverse, found = inverse_frequencies(model, kind), [Rotary(torch.zeros(dim // 2, device=model.device))]
+    if inverse is not None and 2 * len(inverse) <= dim:
+        found += [Rotary(inverse), Rotary(-inverse), Rotary(inverse, interleaved=True)]
+    return found
+
+
 def _queries(model: PreTrainedModel, position: int) -> dict[int, Tensor]:
-    """Return the queries of one token at a position, of every layer with full attention: float32 [1, heads, 1, dim]."""
+    """Return the queries of one token at a position, of every layer with attention: float32 [1, heads, 1, dim]."""
     queries: dict[int, Tensor] = {}
 
     def keep(record: AttentionRecord) -> None:

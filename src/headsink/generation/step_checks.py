@@ -29,7 +29,8 @@ class CacheCheck:
         for number, layer in enumerate(layers):
             keys = layer.groups[0].keys
             actual = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
-            right = model.kv_heads, model.head_dim, kind, self.rows, self.length, self.length
+            _, kv_heads, head_dim = model.heads[number]
+            right = kv_heads, head_dim, kind, self.rows, self.length, self.length
             must_be(
                 f"decode: KV heads, head size, dtype, sequences and tokens of the cache in layer {number}",
                 actual,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from headsink.attention.rotary import layer_rotations
 from headsink.errors import HeadsinkError
 from headsink.generation.step_kernel import Activation, NormKind, Scores
 from headsink.models.families import LATE_NORMS
+from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, attention_modules, decoder, describe, output_projection
 
 ACTIVATIONS = {
@@ -98,16 +100,18 @@ class Experts:
 
 @dataclass(frozen=True)
 class Attention:
-    """gate: of the output, by a sigmoid. late: norms of queries and keys come after the rotation. rotated: by position.
-    sinks: float32 [query heads], logits without values."""
+    """query, key, value: matrices whose outputs follow each other. gate: of the output, by a sigmoid. rotated, interleaved:
+    queries and keys by their position (models/rope.py). late: their norms come after that. sinks: float32 [query heads], logits
+    without values."""
 
-    query: Linear
-    key: Linear
-    value: Linear
+    query: list[Linear]
+    key: list[Linear]
+    value: list[Linear]
     output: Linear
     scaling: float
     softcap: float
     rotated: bool
+    interleaved: bool
     late: bool
     query_norm: Norm | None = None
     key_norm: Norm | None = None
@@ -144,7 +148,6 @@ class Parts:
     head: Linear
     logit_scale: float
     logit_cap: float
-    interleaved: bool
 
 
 @dataclass
@@ -191,8 +194,6 @@ def parts_of(model: PreTrainedModel) -> Parts:
     rest.found = {name: part for name, part in rest.found.items() if part is not blocks and part is not embedding}
     rest.end()
     rotations = layer_rotations(model)
-    known = [own for own in rotations if own is not None]
-    rotated = [own is None or bool(own.inverse.any()) for own in rotations]
     modules = attention_modules(model)
     scale = getattr(stack, "embedding_multiplier", 1.0)
     if getattr(config, "mup_enabled", False):
@@ -201,16 +202,15 @@ def parts_of(model: PreTrainedModel) -> Parts:
         shape,
         embedding,
         float(scale),
-        [_block(*own, shape, n, config) for n, own in enumerate(zip(blocks, modules, rotated, strict=True))],
+        [_block(*own, shape, n, config) for n, own in enumerate(zip(blocks, modules, rotations, strict=True))],
         norm,
         _linear(head),
         float(getattr(model, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0)),
         float(getattr(config, "final_logit_softcapping", None) or 0),
-        any(own.interleaved for own in known),
     )
 
 
-def _block(block: Any, module: Any, rotated: bool, shape: Architecture, layer: int, config: Any) -> Block:
+def _block(block: Any, module: Any, rotary: Rotary | None, shape: Architecture, layer: int, config: Any) -> Block:
     rest = _Rest(block)
     rest.found = {name: part for name, part in rest.found.items() if part is not module}
     size, parallel = config.hidden_size, bool(getattr(config, "use_parallel_residual", False))
@@ -232,7 +232,7 @@ def _block(block: Any, module: Any, rotated: bool, shape: Architecture, layer: i
     if not mlps:
         raise HeadsinkError(f"its {type(block).__name__} has no MLP under one of the names {', '.join(MLPS)}")
     return Block(
-        _attention(module, rotated, shape.heads[layer], config),
+        _attention(module, rotary, shape.heads[layer], config),
         mlps,
         before_attention,
         after_attention,
@@ -244,22 +244,12 @@ def _block(block: Any, module: Any, rotated: bool, shape: Architecture, layer: i
     )
 
 
-def _attention(module: Any, rotated: bool, heads: tuple[int, int, int], config: Any) -> Attention:
+def _attention(module: Any, rotary: Rotary | None, heads: tuple[int, int, int], config: Any) -> Attention:
     query_heads, kv_heads, dim = heads
     rest, output = _Rest(module), output_projection(module)
     rest.found = {name: part for name, part in rest.found.items() if part is not output}
-    widths = query_heads * dim, kv_heads * dim
-    fused = rest.take("qkv_proj", "Wqkv")
-    if fused is not None:
-        whole, ends = _linear(fused), (widths[0], sum(widths), widths[0] + 2 * widths[1])
-        query, key, value = (whole.rows(*span) for span in zip((0, *ends[:2]), ends, strict=True))
-    else:
-        query, key = _linear(rest.need("q_proj")), _linear(rest.need("k_proj"))
-        own = rest.take("v_proj")
-        if own is None and not getattr(module, "use_alternative_attention", False):
-            raise HeadsinkError(f"its {type(module).__name__} has no part named v_proj")
-        value = key if own is None else _linear(own)
-    if (len(query.weight), len(key.weight), len(value.weight)) != (widths[0], widths[1], widths[1]):
+    query, key, value = _projections(rest, heads)
+    if [sum(len(own.weight) for own in part) // dim for part in (query, key, value)] != [query_heads, *[kv_heads] * 2]:
         raise HeadsinkError("its queries, keys and values have other sizes than its heads")
 
     def norm(count: int, *names: str) -> Norm | None:
@@ -275,7 +265,8 @@ def _attention(module: Any, rotated: bool, heads: tuple[int, int, int], config: 
         _linear(output),
         float(module.scaling if hasattr(module, "scaling") else dim**-0.5),
         float(getattr(module, "attn_logit_softcapping", None) or 0),
-        rotated,
+        rotary is None or bool(rotary.inverse.any()),
+        rotary is not None and rotary.interleaved,
         config.model_type in LATE_NORMS,
         norm(query_heads, *QUERY_NORMS),
         norm(kv_heads, *KEY_NORMS),
@@ -286,6 +277,22 @@ def _attention(module: Any, rotated: bool, heads: tuple[int, int, int], config: 
     )
     rest.end()
     return found
+
+
+def _projections(rest: _Rest, heads: tuple[int, int, int]) -> list[list[Linear]]:
+    """The matrices of queries, keys and values."""
+    query_heads, kv_heads, dim = heads
+    if (fused := rest.take("qkv_proj", "Wqkv")) is not None:
+        whole, ends = _linear(fused), [0, query_heads, query_heads + kv_heads, query_heads + 2 * kv_heads]
+        return [[whole.rows(start * dim, end * dim)] for start, end in pairwise(ends)]
+    if (fused := rest.take("query_key_value")) is not None:  # head by head
+        whole = _linear(fused)
+        spans = [[(3 * head + n) * dim for head in range(query_heads)] for n in range(3)]
+        return [[whole.rows(start, start + dim) for start in own] for own in spans]
+    query, key, own = rest.need("q_proj"), rest.need("k_proj"), rest.take("v_proj")
+    if own is None and not getattr(rest.module, "use_alternative_attention", False):
+        raise HeadsinkError(f"its {type(rest.module).__name__} has no part named v_proj")
+    return [[_linear(part)] for part in (query, key, key if own is None else own)]  # Gemma 4: values are the keys
 
 
 def _mlps(module: nn.Module) -> list[MLP | Experts]:
@@ -335,7 +342,7 @@ def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
     given = own.take(*BIASES) if inside is None else inside.e_score_correction_bias
     if bias is None and given is not None:
         bias = given.flatten()
-    linear = own.take("gate")
+    linear = own.take("gate", "wg")
     weight = linear.weight if linear is not None else own.need("weight")
     own.end()
     count, inner, hidden = len(gate_up), gate_up.shape[1] // 2, weight.shape[1]

@@ -27,10 +27,7 @@ class Program:
         self.hidden, self.logits = self._buffer(hidden), np.empty((sequences, len(parts.head.weight)), np.float32)
         self._input, self._added, self._other = (self._buffer(hidden) for _ in range(3))
         self._mlp_input = self._buffer(hidden)
-        widths = [
-            (len(b.attention.query.weight), len(b.attention.key.weight), len(b.attention.value.weight))
-            for b in parts.blocks
-        ]
+        widths = [(query * dim, kv * dim, kv * dim) for query, kv, dim in heads]
         self._query, self._key, self._value = (self._buffer(max(own)) for own in zip(*widths, strict=True))
         self._attended, self._head_gate = (
             self._buffer(max(w[0] for w in widths)),
@@ -83,15 +80,18 @@ class Program:
         for left, row in zip(range(len(rows), 0, -1), rows, strict=True):
             self._rows.append({Field.TOGETHER: left, **row})
 
-    def _linear(self, linear: Linear, x: Any, out: Any, scale: float = 1.0) -> dict[Any, Any]:
+    def _linear(
+        self, linear: Linear, x: Any, out: Any, scale: float = 1.0, first: int = 0, stride: int | None = None
+    ) -> dict[Any, Any]:
+        """An operation that writes columns of `out` from `first` on. stride: columns per sequence, None: those of the matrix."""
         rows, columns = linear.weight.shape
         return {
             Field.OP: Op.LINEAR,
             Field.INPUT: x.ctypes.data,
-            Field.OUTPUT: out.ctypes.data,
+            Field.OUTPUT: out.ctypes.data + 4 * first,
             Field.WIDTH: rows,
             Field.COLUMNS: columns,
-            Field.STRIDE: rows,
+            Field.STRIDE: rows if stride is None else stride,
             Field.WEIGHT: linear.weight.data_ptr(),
             Field.BIAS: self._floats(linear.bias),
             Number.SCALE: scale,
@@ -173,8 +173,13 @@ class Program:
         query_heads, kv_heads, dim = self.parts.shape.heads[layer]
         linears = [(own.query, self._query), (own.key, self._key), (own.value, self._value)]
         if own.gate is not None:
-            linears.append((own.gate, self._head_gate))
-        self._region([self._linear(linear, given, out) for linear, out in linears])
+            linears.append(([own.gate], self._head_gate))
+        rows = list[dict[Any, Any]]()
+        for parts, out in linears:
+            ends = np.cumsum([0, *(len(linear.weight) for linear in parts)]).tolist()
+            for linear, first in zip(parts, ends, strict=False):
+                rows.append(self._linear(linear, given, out, first=first, stride=ends[-1]))
+        self._region(rows)
         inside = dict[Any, Any]()
         for norm, buffer, width, name in (
             (own.query_norm, self._query, query_heads * dim, Field.QUERY_NORM),
@@ -207,7 +212,7 @@ class Program:
                     Field.COS: cos.ctypes.data,
                     Field.SIN: sin.ctypes.data,
                     Field.PAIRS: cos.shape[1] if own.rotated else 0,
-                    Field.INTERLEAVED: self.parts.interleaved,
+                    Field.INTERLEAVED: own.interleaved,
                     Field.LATE: own.late,
                     Field.SINKS: self._floats(own.sinks),
                     Field.TURN: turn,

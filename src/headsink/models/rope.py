@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from headsink.models.spec import decoder
 
 
-def inverse_frequencies(model: nn.Module) -> Tensor | None:
-    """Return the inverse rotary frequencies of the layers with full attention, radians per position: float32 [pairs].
+def inverse_frequencies(model: nn.Module, kind: str = "full_attention") -> Tensor | None:
+    """Return the inverse rotary frequencies of layers of a kind, radians per position: float32 [pairs].
 
     None if the model has none under transformers' usual names.
     """
     rotary = getattr(decoder(model), "rotary_emb", None)
-    found = getattr(rotary, "full_attention_inv_freq", None)  # Gemma 3 has one for each kind of layer
+    found = getattr(rotary, f"{kind}_inv_freq", None)  # Gemma 3 has one for each kind of layer
     found = getattr(rotary, "inv_freq", None) if found is None else found
     return found.float() if isinstance(found, Tensor) else None
 
