@@ -262,12 +262,26 @@ def test_requirements_on_a_model():
     changed.model.layers[1].mlp.up_proj = torch.nn.Sequential(changed.model.layers[1].mlp.up_proj)
     assert "Sequential" in refusal(changed)
     added = tiny("llama")
-    added.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
-    assert "bias" in refusal(added)
+    added.model.layers[1].mlp.extra = torch.nn.Linear(2, 2)
+    assert "LlamaMLP has a part that is not supported: extra" in refusal(added)
     watched = tiny("llama")
     watched.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert "hooks" in refusal(watched)
     assert "training" in refusal(tiny("llama").train())
+
+
+def test_a_step_that_differs_from_the_model_is_refused():
+    model = tiny("llama")
+    model.model.layers[1].self_attn.scaling = 0.5  # which the step reads
+    assert refusal(model) is None
+    layer = tiny("llama", seed=1).model.layers[1]
+    changed = tiny("llama", seed=1)
+    changed.model.layers[1] = type("Doubled", (type(layer),), {"forward": doubled})(changed.config, 1)
+    assert refusal(changed) == "its layers compute something that the step does not"
+
+
+def doubled(self, *args, **kwargs):
+    return 2 * super(type(self), self).forward(*args, **kwargs)
 
 
 def test_without_a_cache_it_uses_the_applied_plan():

@@ -1,3 +1,5 @@
 """Families that the compiled step decodes."""
 
-DECODED = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
+from families import FAMILIES
+
+DECODED = tuple(family for family in FAMILIES if family != "gpt-oss")

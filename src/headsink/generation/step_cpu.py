@@ -34,7 +34,7 @@ from headsink.runtime.apply import apply_here, new_cache
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 SAME = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative difference of logits that differ by rounding
 
-_checked: weakref.WeakKeyDictionary[PreTrainedModel, str | None] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = weakref.WeakKeyDictionary()
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -63,11 +63,12 @@ def refusal(model: PreTrainedModel) -> str | None:
         from headsink.generation.step_parts import parts_of
 
         parts_of(model)
-        if model not in _checked:
-            _checked[model] = _difference(model)
+        found = _checked.setdefault(model, {})
+        if model.dtype not in found:
+            found[model.dtype] = _difference(model)
     except HeadsinkError as error:
         return str(error)
-    return _checked[model]
+    return found[model.dtype]
 
 
 def _blocks(model: PreTrainedModel) -> list[Any]:
