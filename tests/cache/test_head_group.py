@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsink import HeadsinkError, Pattern
-from headsink.models.rope import Rotary
 from headsink.attention.interface import Update
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention, reference_refit
@@ -16,6 +15,7 @@ from headsink.cache.layer import PlanLayer
 from headsink.cache.segments import PrefillOptions
 from headsink.eviction.scorers import ALWAYS, LINEAR
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
+from headsink.models.rope import Rotary
 
 SCALE, DIM = 0.5, 6
 PLAIN = AttentionParams(SCALE)

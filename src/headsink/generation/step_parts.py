@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -416,23 +416,28 @@ def _norm(module: Any, size: int, count: int = 1) -> Norm:
     kind = torch.float32 if weight is None else weight.dtype
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
     given = [epsilon for name in EPS if isinstance(epsilon := getattr(module, name, None), float)]
-    for kind_ in NormKind:
-        for gain in [None] if weight is None else [weight.detach().float(), weight.detach().float() + 1]:
-            for eps in given[:1] or (1e-5, 1e-6, 1e-12):
-                norm = Norm(kind_, gain, None if bias is None else bias.detach().float(), eps)
-                if all(_agrees(module, norm, (probe * scale).to(kind)) for scale in (1, 0.003)):
-                    return norm
-    raise HeadsinkError(f"its {type(module).__name__} is neither RMS norm nor layer norm")
+    gains = [None] if weight is None else [weight.detach().float(), weight.detach().float() + 1]
+    added = None if bias is None else bias.detach().float()
+    forms = product(NormKind, gains, given[:1] or (1e-5, 1e-6, 1e-12))
+    candidates = [Norm(form, gain, added, eps) for form, gain, eps in forms]
+    errors = [_error(module, norm, [(probe * scale).to(kind) for scale in (1, 0.003)]) for norm in candidates]
+    if min(errors) > GAPS:
+        raise HeadsinkError(f"its {type(module).__name__} is neither RMS norm nor layer norm")
+    return candidates[errors.index(min(errors))]
 
 
 @torch.no_grad()
-def _agrees(module: Any, norm: Norm, x: Tensor) -> bool:
-    found, own = module(x[None, None])[0, 0].float(), x.float()
+def _error(module: Any, norm: Norm, inputs: list[Tensor]) -> float:
+    """The largest relative difference of a module and a norm on some inputs."""
+    return max(_difference(module(x[None, None])[0, 0].float(), norm, x.float()) for x in inputs)
+
+
+def _difference(found: Tensor, norm: Norm, own: Tensor) -> float:
     own = own - own.mean(-1, keepdim=True) if norm.kind == NormKind.LAYER else own
     expected = own * (own.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     expected = expected if norm.weight is None else expected * norm.weight
     expected = expected if norm.bias is None else expected + norm.bias
-    return float((found - expected).norm()) <= GAPS * float(expected.norm()) + 1e-12
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def tensors(parts: Sequence[Any]) -> list[Tensor]:
