@@ -3,6 +3,7 @@
 import typer
 
 from headsink.cli.bench.domains import domains
+from headsink.cli.bench.families import families
 from headsink.cli.bench.memory import memory
 from headsink.cli.bench.quality import quality
 from headsink.cli.bench.speed import speed
@@ -16,6 +17,7 @@ add_command(bench, domains)
 add_command(bench, quality)
 add_command(bench, speed)
 add_command(bench, memory)
+add_command(bench, families)
 add_command(bench, everything, name="all")
 add_command(bench, rerun)
 add_command(bench, results)
