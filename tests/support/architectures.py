@@ -310,6 +310,8 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
         if found["compiled step"] == "yes":
             with headsink.apply(model, plan):
                 assert torch.equal(generated(model, ids, custom_generate=headsink.decode), generated(model, ids))
+            # compares the logits of the step with those of the model
+            assert refusal(make(name).to(torch.bfloat16)) is None
     with outcome(found, "analyze"):
         headsink.analyze(model, tokenizer, lengths=(64,), texts=["The quick brown fox. " * 20], progress=False)
     return found
@@ -426,12 +428,13 @@ After this page you know whether headsink works with your model. The tables are 
 - **compress**: `headsink.compress` works, and the memory of evicted keys is freed.
 - **lossless**: `headsink.generate_lossless` generates what the model generates.
 - **analyze**: the census runs.
-- **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU. Without it the model's
-  own forward pass decodes.
+- **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU, in float32 and
+  bfloat16. Without it the model's own forward pass decodes. A model that is not listed has the step if it is made of
+  the usual parts: before its first use the step is compared with the model.
 
-A plan governs the layers with full attention. Others, such as sliding windows, linear attention and convolutions,
-run as they are. Models with linear attention or convolutions cannot be calibrated yet: make a plan of windows with
-`Plan.uniform`.
+A plan governs the layers with full attention. A layer with a sliding window keeps its window, in the same cache. Linear
+attention and convolutions run as they are. Models with linear attention or convolutions cannot be calibrated yet: make
+a plan of windows with `Plan.uniform`.
 
 A family that is not listed works if its attention goes through transformers' `AttentionInterface`, and if it passes
 keys and values to its attention as the cache returns them. Otherwise the first call is refused with the reason.

@@ -77,17 +77,20 @@ def _blocks(model: PreTrainedModel) -> list[Any]:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel) -> str | None:
-    """Why the step is not used: its logits are not those of the model, close to the start of a text or far from it."""
+    """Why the step is not used: its logits are not those of the model, close to the start of a text or far from it.
+
+    One of two tokens may differ, since a bfloat16 model may choose other experts where two are nearly tied.
+    """
     plan, shape = Plan.full(model), describe(model)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary(model), (1, 5), generator=generator)
-    far = min(shape.max_context, 2**20) - 2
+    ids = torch.randint(vocabulary(model), (1, 7), generator=generator)
+    far, errors = min(shape.max_context, 2**20) - 2, list[float]()
     with apply_here(model, plan):
         caches = [new_cache(model, plan) for _ in range(2)]
         for cache in caches:
             model(ids[:, :3], **cache_argument(cache), use_cache=True)
         step = Decoder(model, caches[0])
-        for column, position in ((3, 3), (4, far)):
+        for column, position in ((3, 3), (4, 4), (5, far), (6, far + 1)):
             token, at = ids[:, column], torch.tensor([position])
             expected = (
                 model(token[None], position_ids=at[None], **cache_argument(caches[1]), use_cache=True)
@@ -95,9 +98,9 @@ def _difference(model: PreTrainedModel) -> str | None:
                 .float()
             )
             found = step.run(token, at)[0]
-            if float((found - expected).norm()) > SAME[model.dtype] * float(expected.norm()):
-                return "its layers compute something that the step does not"
-    return None
+            errors.append(float((found - expected).norm() / expected.norm()))
+    same = max(min(errors[:2]), min(errors[2:])) <= SAME[model.dtype]
+    return None if same else "its layers compute something that the step does not"
 
 
 def prepare(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ processor supports it (AVX512-BF16). As in attention/cpu/vectors.py, memory is a
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from llvmlite import binding, ir
@@ -17,6 +18,8 @@ from headsink.attention.cpu.vectors import LANES
 
 KEYS = 64  # keys per tile: with their values they fill half of the L1 cache
 ROWS = 4  # queries per product
+# Vectors of a row that are summed at once. Without AVX-512 a vector takes two of 16 registers, and more would not fit.
+AT_ONCE = 4 if binding.get_host_cpu_features().get("avx512f", False) else 1
 PAIRED = bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -95,27 +98,25 @@ def _multiply(vectors: int, adds: bool) -> Any:
                 return builder.add(builder.mul(width, ir.Constant(_I64, row)), ir.Constant(_I64, LANES * vector))
 
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
-            for row in range(ROWS):
-                for vector in range(vectors):
-                    first = _load(builder, written, offset(row, vector), _VECTOR) if adds else zero
-                    builder.store(first, sums[row][vector])
-            with cgutils.for_range(builder, number) as loop:
-                begin = builder.mul(line, loop.index)
-                columns = [
-                    _load(builder, matrix_at, builder.add(begin, ir.Constant(_I64, LANES * n)), _NUMBERS)
-                    for n in range(vectors)
-                ]
-                for row in range(ROWS):
-                    where = builder.add(builder.mul(row_words, ir.Constant(_I64, row)), loop.index)
-                    word = _broadcast(builder, _load(builder, at, where, _I32))
-                    for vector in range(vectors):
-                        total = builder.load(sums[row][vector])
-                        builder.store(_add_products(builder, total, word, columns[vector], paired), sums[row][vector])
-            for row in range(ROWS):
-                for vector in range(vectors):
-                    to = _at(builder, written, offset(row, vector), _VECTOR)
-                    builder.store(builder.load(sums[row][vector]), to, align=4)
+            for start in range(0, vectors, AT_ONCE):
+                chunk = range(start, min(start + AT_ONCE, vectors))
+                sums = {key: cgutils.alloca_once(builder, _VECTOR) for key in product(range(ROWS), chunk)}
+                for key, total in sums.items():
+                    builder.store(_load(builder, written, offset(*key), _VECTOR) if adds else zero, total)
+                with cgutils.for_range(builder, number) as loop:
+                    begin = builder.mul(line, loop.index)
+                    columns = {
+                        n: _load(builder, matrix_at, builder.add(begin, ir.Constant(_I64, LANES * n)), _NUMBERS)
+                        for n in chunk
+                    }
+                    for row in range(ROWS):
+                        where = builder.add(builder.mul(row_words, ir.Constant(_I64, row)), loop.index)
+                        word = _broadcast(builder, _load(builder, at, where, _I32))
+                        for n in chunk:
+                            found = _add_products(builder, builder.load(sums[row, n]), word, columns[n], paired)
+                            builder.store(found, sums[row, n])
+                for key, total in sums.items():
+                    builder.store(builder.load(total), _at(builder, written, offset(*key), _VECTOR), align=4)
             return target.get_dummy_value()
 
         return types.none(*[types.int64] * 7, like), generate
