@@ -6,15 +6,18 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from decoded import DECODED
-from families import FAMILIES, tiny
+from families import FAMILIES, SHAPE, tiny
 from plans import QUALITY, random_plan
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention.cpu import decode as kernels
 from headsink.generation.decode import decode, open_decoder, prepare, refusal
 from headsink.generation.step_cpu import AHEAD
+from headsink.generation.step_kernel import NormKind, Scores
+from headsink.generation.step_kernel import run as kernel
+from headsink.generation.step_parts import parts_of
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.schema import Quality
 
@@ -207,13 +210,13 @@ def test_generate_gives_the_same_text_for_batches(ways, eos):
 def test_prepared_kernels_are_the_ones_called(dtype):
     model, plan = tiny("llama", dtype=dtype), Plan.full(tiny("llama"))
     prepare(model)
-    compiled = list(kernels.run.signatures)
+    compiled = list(kernel.signatures)
     cache = headsink.new_cache(model, plan)
     with headsink.apply(model, plan), torch.no_grad():
         model(prompt(5), **cache_argument(cache))
         with open_decoder(model, cache) as step:
             step.run(torch.tensor([7]))
-    assert kernels.run.signatures == compiled
+    assert kernel.signatures == compiled
 
 
 def test_threads_do_not_disturb_each_other():
@@ -278,6 +281,46 @@ def test_a_step_that_differs_from_the_model_is_refused():
     changed = tiny("llama", seed=1)
     changed.model.layers[1] = type("Doubled", (type(layer),), {"forward": doubled})(changed.config, 1)
     assert refusal(changed) == "its layers compute something that the step does not"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gain_of_a_norm_is_found_also_if_it_is_large(dtype):
+    model = tiny("gemma3", dtype=dtype)  # its norms multiply by 1 + weight
+    norm = model.model.layers[1].input_layernorm
+    torch.nn.init.normal_(norm.weight, 90, 10)
+    found = parts_of(model).blocks[1].before_attention
+    torch.testing.assert_close(found.weight, norm.weight.float() + 1)
+    assert found.kind == NormKind.RMS
+    assert found.eps == norm.eps
+
+
+def test_routers_are_read():
+    config = transformers.Qwen3MoeConfig(
+        **SHAPE, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=False
+    )
+    (experts,) = parts_of(transformers.AutoModelForCausalLM.from_config(config).eval()).blocks[0].mlps
+    assert (experts.top_k, experts.scores, experts.normalised, experts.scale) == (3, Scores.SOFTMAX, False, 1.0)
+    config = transformers.Glm4MoeConfig(
+        **SHAPE,
+        head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        routed_scaling_factor=2.5,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.model.layers[0].mlp.gate.weight)
+    model.model.layers[0].mlp.gate.e_score_correction_bias.normal_()
+    experts, shared = parts_of(model).blocks[0].mlps
+    assert (experts.top_k, experts.scores, experts.normalised, experts.scale) == (3, Scores.SIGMOID, True, 2.5)
+    assert torch.equal(experts.bias, model.model.layers[0].mlp.gate.e_score_correction_bias)
+    assert shared.share is None
+    config.topk_group, config.n_group = 1, 4  # experts compete in groups first
+    with pytest.raises(HeadsinkError, match="its router Glm4MoeTopkRouter chooses experts in another way"):
+        parts_of(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
 def doubled(self, *args, **kwargs):

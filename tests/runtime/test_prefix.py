@@ -380,9 +380,9 @@ def test_a_file_of_an_older_headsink_is_refused_with_the_command_that_makes_a_ne
 def test_a_sliding_layer_of_other_tokens_is_refused(tmp_path):
     model, ids, file = tiny("gemma3"), text(), tmp_path / "prefix.safetensors"
     headsink.save_prefix(file, read(model, random_plan(model, 1), ids), ids)
-    edit(file, lambda header, tensors: tensors.update({"layers.0.keys": tensors["layers.0.keys"][:, :, 1:]}))
+    edit(file, lambda header, tensors: tensors.update({"layers.0.0.keys": tensors["layers.0.0.keys"][:, :, 1:]}))
     with pytest.raises(
-        HeadsinkError, match=r"layers.0.keys is float32 \[1, 2, 9, 16\] and must be float32 \[1, 2, 10, 16\]"
+        HeadsinkError, match=r"layers.0.0.keys is float32 \[1, 2, 10, 16\] and must be float32 \[1, 2, 11, 16\]"
     ):
         headsink.load_prefix(file, model)
 

@@ -73,6 +73,7 @@ CONFIGS = {
     ),
 }
 FAMILIES = tuple(CONFIGS)
+WINDOWS = ("mistral-sliding", "gemma3")  # whose sliding-window layers kernels of headsink compute
 EAGER = (
     "gemma2",
     "gpt-oss",

@@ -45,8 +45,8 @@ def new_cache(
     with dense prefill, also evict at columns that are multiples of it, in long prompts; None: only at the end of a call.
 
     exact: compute layers with full attention by the same call as transformers, so that outputs are equal bit for bit. Models with
-    soft-capped logits (Gemma 2) or learned sink logits (gpt-oss), which `sdpa` cannot compute, differ by rounding. If False, use
-    the fastest kernel: on a CPU headsink's own, which are faster in prefill and decoding and differ by rounding. Raises
+    sliding windows, soft-capped logits (Gemma 2) or learned sink logits (gpt-oss) differ by rounding. If False, use the fastest
+    kernel: on a CPU headsink's own, which are faster in prefill and decoding and differ by rounding. Raises
     HeadsinkError if the plan was made for another model, and for a chunk_size below 1 or another `prefill`.
     """
     return _cache(model, plan, plan.check(model), exact, prefill, chunk_size)

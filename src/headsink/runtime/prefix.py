@@ -217,7 +217,9 @@ def _groups(header: _Header, cache: PlanCache) -> Iterator[_Group]:
                 raise ValueError(
                     f"prefix_slots.{index}.{number}: {prefix_slots} slots after {seen} tokens under {pattern}"
                 )
-            last = 0 if below_capacity else max(0, seen - (segment_pattern.window or 0))
+            # transformers' cache, which a reconstructed cache comes from, lacks the oldest key: no later query sees it
+            short = layer.sliding is not None
+            last = 0 if below_capacity else max(0, seen - (segment_pattern.window or 0) + short)
             if start > last:
                 raise ValueError(f"starts.{index}.{number}: {start} after {seen} tokens under {segment_pattern}")
             recent = seen if below_capacity else min(seen - start, window)
