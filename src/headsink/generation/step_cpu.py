@@ -169,7 +169,7 @@ class Decoder:
         if positions is not None:
             must_be("decode: positions", positions.shape, tokens.shape)
         with torch.no_grad():
-            embedded = self.parts.embedding(tokens)
+            embedded = self.parts.embedding(tokens[:, None])[:, 0]
         if self.length >= self.ready:
             self._make_ready()
         self.cache.plan.check_length(self.length + 1, self.shape.max_context)
