@@ -15,7 +15,7 @@ import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation.decode import decode, open_decoder, prepare, refusal
 from headsink.generation.step_cpu import AHEAD
-from headsink.generation.step_kernel import NormKind, Scores
+from headsink.generation.step_fields import NormKind, Scores
 from headsink.generation.step_kernel import run as kernel
 from headsink.generation.step_parts import parts_of
 from headsink.models.transformers_names import cache_argument

@@ -25,6 +25,9 @@ from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
 from headsink.generation.step_checks import CacheCheck
+from headsink.generation.step_fields import Field, Number
+from headsink.generation.step_parts import parts_of
+from headsink.generation.step_program import Program
 from headsink.models.devices import dtype_name
 from headsink.models.spec import decoder, describe, vocabulary
 from headsink.models.transformers_names import cache_argument
@@ -60,8 +63,6 @@ def refusal(model: PreTrainedModel) -> str | None:
     if len(kinds) > 1 or not kinds <= SAME.keys():
         return f"its weights are {', '.join(sorted(map(dtype_name, kinds)))}, not float32 or bfloat16"
     try:
-        from headsink.generation.step_parts import parts_of
-
         parts_of(model)
         found = _checked.setdefault(model, {})
         if model.dtype not in found:
@@ -112,8 +113,8 @@ def prepare(model: PreTrainedModel) -> None:
     kernels, params = CPUBackend(), AttentionParams(1.0)
     kernels.decode(key, key, key, key[..., 0] == 0, 1, params)
     kernels.prefill(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), params)
-    operations = np.zeros((0, len(step_kernel.Field)), np.int64)  # a model without layers
-    numbers, heads = np.zeros((0, len(step_kernel.Number)), np.float32), np.zeros((0, len(KVField)), np.int64)
+    operations = np.zeros((0, len(Field)), np.int64)  # a model without layers
+    numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((0, len(KVField)), np.int64)
     turns, scratch = np.zeros((2, 0, 0, 0), np.float32), np.zeros(0, np.float32)
     step_kernel.run(operations, numbers, heads, turns, scratch, np.empty(0, _kind(model.dtype)), 1, 1)
 
@@ -134,12 +135,11 @@ class Decoder:
         claim()
         from headsink.generation import (
             step_kernel,
-            step_parts,
         )  # importing numba takes a second, so import it only here
 
         self.kernels, self.cache = step_kernel, cache
         self.stack = cast(Any, decoder(model))
-        self.parts, self.shape = step_parts.parts_of(model), describe(model)
+        self.parts, self.shape = parts_of(model), describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
         self.parameters = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         self.addresses = [weight.data_ptr() for weight in self.parameters]
@@ -149,7 +149,7 @@ class Decoder:
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # first and last column of the allocated room
         self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
-        self.program: Any = None  # of the cache's number of sequences
+        self.program: Program | None = None  # of the cache's number of sequences
         self.angles: dict[str, tuple[Any, Any]] = {}
         self.layouts = {kind: self._angle_layout(kind) for kind in sorted(set(self.shape.kinds))}
 
@@ -176,6 +176,7 @@ class Decoder:
         if self.length == self.cache.plan.verified:  # for longer prompts the prefill has warned already
             self.cache.plan.warn_beyond_verified(self.length + 1)
         length, program = self.length, self.program
+        assert program is not None  # made with the room
         advance(self.heads, length)
         program.hidden[:] = embedded.float().numpy() * self.parts.scale
         own = None if positions is None else self._rotations(positions[:, None])
@@ -219,8 +220,6 @@ class Decoder:
         columns = torch.arange(self.length, self.length + AHEAD)
         self.angles = self._rotations((columns - torch.from_numpy(self.pads)).clamp(min=0))
         if self.program is None or self.program.sequences != len(self.pads):
-            from headsink.generation.step_program import Program
-
             pairs = {kind: cos.shape[2] for kind, (cos, _) in self.angles.items()}
             self.program = Program(self.parts, len(self.pads), pairs, self.turned)
 

@@ -1,37 +1,27 @@
 """The parts of a model that the compiled decode step computes, recognised by the names of its modules.
 
-Norms, activations and routers are compared with what their modules return, so that their class does not matter. A part that is
-not recognised raises `HeadsinkError` with its name. `generation/step_check.py` compares the whole step with the model.
+A part that is not recognised raises `HeadsinkError` with its name. generation/step_forms.py finds out what norms, activations and
+routers compute, and generation/step_cpu.py compares the whole step with the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headsink.attention.rotary import layer_rotations
 from headsink.errors import HeadsinkError
-from headsink.generation.step_kernel import Activation, NormKind, Scores
+from headsink.generation.step_fields import Activation, Scores
+from headsink.generation.step_forms import Norm, activation_of, norm_of, routing_of
 from headsink.models.families import LATE_NORMS
 from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, attention_modules, decoder, describe, output_projection
 
-ACTIVATIONS = {
-    Activation.SILU: F.silu,
-    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-    Activation.GELU: F.gelu,
-    Activation.RELU: F.relu,
-    Activation.RELU_SQUARED: lambda x: F.relu(x).square(),
-    Activation.SIGMOID: torch.sigmoid,
-}
 # Names of parts, in the order of preference.
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
 KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
@@ -44,19 +34,7 @@ DOWNS = ("down_proj", "output_linear", "c_proj", "fc2", "dense_4h_to_h")
 ACTS = ("act_fn", "activation_fn", "activation", "act")
 ROUTERS, SHARED = ("gate", "router"), ("shared_experts", "shared_expert", "shared_mlp")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
-EPS = ("variance_epsilon", "eps", "norm_eps")
 BIASES = ("e_score_correction_bias", "expert_bias")
-GAPS = 0.02  # relative difference of outputs that are the same up to rounding in bfloat16
-
-
-@dataclass(frozen=True)
-class Norm:
-    """weight, bias: float32 [columns], or [period, columns] of groups of columns; None for none."""
-
-    kind: NormKind
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -189,7 +167,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     blocks = next((c for c in stack.children() if isinstance(c, nn.ModuleList) and len(c) == shape.layers), None)
     if blocks is None or head is None or embedding is None:
         raise HeadsinkError("its layers or embeddings have no usual place")
-    norm = _norm(rest.need(*FINAL_NORMS), config.hidden_size)
+    norm = norm_of(rest.need(*FINAL_NORMS), config.hidden_size)
     rest.take("rotary_emb")
     rest.found = {name: part for name, part in rest.found.items() if part is not blocks and part is not embedding}
     rest.end()
@@ -217,7 +195,7 @@ def _block(block: Any, module: Any, rotary: Rotary | None, shape: Architecture, 
 
     def norm(*names: str) -> Norm | None:
         part = rest.take(*names)
-        return None if part is None else _norm(part, size)
+        return None if part is None else norm_of(part, size)
 
     before_attention, after_attention = norm(*BEFORE_ATTENTION), norm("post_self_attn_layernorm")
     before_mlp, after_mlp = norm(*BEFORE_MLP), norm(*AFTER_MLP)
@@ -254,7 +232,7 @@ def _attention(module: Any, rotary: Rotary | None, heads: tuple[int, int, int], 
 
     def norm(count: int, *names: str) -> Norm | None:
         part = rest.take(*names)
-        return None if part is None else _norm(part, dim, count)
+        return None if part is None else norm_of(part, dim, count)
 
     sinks = rest.take("sinks")
     gate = rest.take("gate_proj")
@@ -325,8 +303,8 @@ def _mlp(rest: _Rest, share: nn.Module | None = None) -> MLP:
         gate,
         up,
         _linear(rest.need(*DOWNS)),
-        _activation(rest.need(*ACTS)),
-        None if norm is None else _norm(norm, len(up.weight)),
+        activation_of(rest.need(*ACTS)),
+        None if norm is None else norm_of(norm, len(up.weight)),
         None if share is None else _linear(share),
     )
     rest.end()
@@ -336,7 +314,7 @@ def _mlp(rest: _Rest, share: nn.Module | None = None) -> MLP:
 def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
     rest, own = _Rest(module), _Rest(router)
     gate_up, down = rest.need("gate_up_proj"), rest.need("down_proj")
-    activation = _activation(rest.need(*ACTS))
+    activation = activation_of(rest.need(*ACTS))
     rest.end()
     inside = own.take("moe_statics")
     given = own.take(*BIASES) if inside is None else inside.e_score_correction_bias
@@ -351,39 +329,8 @@ def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
     if not gate_up.is_contiguous() or not down.is_contiguous() or weight.dtype != gate_up.dtype:
         raise HeadsinkError("its experts' weights are not contiguous, or its router has another dtype")
     return Experts(
-        Linear(weight.detach()), gate_up.detach(), down.detach(), activation, *_routing(router, weight, bias)
+        Linear(weight.detach()), gate_up.detach(), down.detach(), activation, *routing_of(router, weight, bias)
     )
-
-
-@torch.no_grad()
-def _routing(router: Any, weight: Tensor, bias: Tensor | None) -> tuple[int, Scores, bool, float, Tensor | None]:
-    """How a router chooses: top-k, scores, whether shares are normalised, their scale, and the bias of the choice."""
-    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    arguments = (x[None],) if hasattr(router, "gate") else (x,)
-    try:
-        _, shares, chosen = router(*arguments, *(() if bias is None or hasattr(router, "moe_statics") else (bias,)))
-    except TypeError:
-        _, shares, chosen = router(*arguments)
-    logits, extra = F.linear(x.float(), weight.float()), None if bias is None else bias.detach().float().contiguous()
-    for kind, scores in ((Scores.SOFTMAX, logits.softmax(-1)), (Scores.SIGMOID, logits.sigmoid())):
-        best = (scores if extra is None else scores + extra).topk(chosen.shape[-1], -1).indices
-        if (best.sort(-1).values == chosen.sort(-1).values).float().mean() < 0.9:  # ties in bfloat16
-            continue
-        own = scores.gather(-1, chosen)
-        for normalised in (False, True):
-            expected = own / own.sum(-1, keepdim=True) if normalised else own
-            ratio = shares.float() / expected
-            scale = float(ratio.median())
-            if float((ratio / scale - 1).abs().median()) < GAPS:
-                exact = round(scale, 3)
-                return (
-                    chosen.shape[-1],
-                    kind,
-                    normalised,
-                    exact if abs(exact / scale - 1) < GAPS / 2 else scale,
-                    extra,
-                )
-    raise HeadsinkError(f"its router {type(router).__name__} chooses experts in another way")
 
 
 def _linear(module: Any) -> Linear:
@@ -393,61 +340,3 @@ def _linear(module: Any) -> Linear:
     if weight is None or type(module) is not nn.Linear or type(weight.data) is not Tensor or not weight.is_contiguous():
         raise HeadsinkError(f"it has a {type(module).__name__} that is no plain matrix")
     return Linear(weight.detach(), None if module.bias is None else module.bias.detach().float().contiguous())
-
-
-def _activation(function: Any) -> Activation:
-    x = torch.linspace(-4, 4, 33)
-    with torch.no_grad():
-        found = function(x)
-    for kind, candidate in ACTIVATIONS.items():
-        if torch.allclose(found, candidate(x), atol=1e-5):
-            return kind
-    raise HeadsinkError(f"its activation is {type(function).__name__}")
-
-
-def _norm(module: Any, size: int, count: int = 1) -> Norm:
-    """A norm over `size` columns, of `count` groups. One over all groups together is recognised by its weight."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if weight is not None and weight.dim() == 1 and len(weight) == size * count:
-        size = len(weight)
-    shape = (size,) if weight is None else tuple(weight.shape)
-    if shape[-1] != size or len(shape) > 2 or (len(shape) == 2 and shape[0] != count):
-        raise HeadsinkError(f"its {type(module).__name__} has a weight of shape {list(shape)}")
-    kind = torch.float32 if weight is None else weight.dtype
-    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
-    given = [epsilon for name in EPS if isinstance(epsilon := getattr(module, name, None), float)]
-    gains = [None] if weight is None else [weight.detach().float(), weight.detach().float() + 1]
-    added = None if bias is None else bias.detach().float()
-    forms = product(NormKind, gains, given[:1] or (1e-5, 1e-6, 1e-12))
-    candidates = [Norm(form, gain, added, eps) for form, gain, eps in forms]
-    errors = [_error(module, norm, [(probe * scale).to(kind) for scale in (1, 0.003)]) for norm in candidates]
-    if min(errors) > GAPS:
-        raise HeadsinkError(f"its {type(module).__name__} is neither RMS norm nor layer norm")
-    return candidates[errors.index(min(errors))]
-
-
-@torch.no_grad()
-def _error(module: Any, norm: Norm, inputs: list[Tensor]) -> float:
-    """The largest relative difference of a module and a norm on some inputs."""
-    return max(_difference(module(x[None, None])[0, 0].float(), norm, x.float()) for x in inputs)
-
-
-def _difference(found: Tensor, norm: Norm, own: Tensor) -> float:
-    own = own - own.mean(-1, keepdim=True) if norm.kind == NormKind.LAYER else own
-    expected = own * (own.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    expected = expected if norm.weight is None else expected * norm.weight
-    expected = expected if norm.bias is None else expected + norm.bias
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def tensors(parts: Sequence[Any]) -> list[Tensor]:
-    """Every tensor inside dataclasses and lists, to keep the memory that a kernel accesses by address."""
-    found = list[Tensor]()
-    for part in parts:
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, list | tuple):
-            found += tensors(part)
-        elif hasattr(part, "__dataclass_fields__"):
-            found += tensors(list(vars(part).values()))
-    return found

@@ -1,4 +1,4 @@
-"""The program of the compiled decode step on a CPU: the table of operations of a model (generation/step_kernel.py)."""
+"""The program of the compiled decode step on a CPU: the table of operations of a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from headsink.generation.step_kernel import Activation, Field, Number, Op
-from headsink.generation.step_parts import MLP, Attention, Block, Experts, Linear, Norm, Parts
+from headsink.generation.step_fields import Activation, Field, Number, Op
+from headsink.generation.step_forms import Norm
+from headsink.generation.step_parts import MLP, Attention, Block, Experts, Linear, Parts
 
 
 class Program:
