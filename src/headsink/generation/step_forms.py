@@ -5,13 +5,14 @@ The form is the one whose outputs are those of the module, so the class of the m
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from headsink.errors import HeadsinkError
 from headsink.generation.step_fields import Activation, NormKind, Scores
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     Activation.SIGMOID: torch.sigmoid,
 }
 EPS = ("variance_epsilon", "eps", "norm_eps")
+_norms: weakref.WeakKeyDictionary[nn.Module, tuple[NormKind, int, float]] = weakref.WeakKeyDictionary()
 GAPS = 0.02  # relative difference of outputs that are the same up to rounding in bfloat16
 
 
@@ -56,31 +58,38 @@ def norm_of(module: Any, size: int, count: int = 1) -> Norm:
     shape = (size,) if weight is None else tuple(weight.shape)
     if shape[-1] != size or len(shape) > 2 or (len(shape) == 2 and shape[0] != count):
         raise HeadsinkError(f"its {type(module).__name__} has a weight of shape {list(shape)}")
-    kind = torch.float32 if weight is None else weight.dtype
-    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
-    given = [epsilon for name in EPS if isinstance(epsilon := getattr(module, name, None), float)]
-    gains = [None] if weight is None else [weight.detach().float(), weight.detach().float() + 1]
-    added = None if bias is None else bias.detach().float()
-    forms = product(NormKind, gains, given[:1] or (1e-5, 1e-6, 1e-12))
-    candidates = [Norm(form, gain, added, eps) for form, gain, eps in forms]
-    errors = [_error(module, norm, [(probe * scale).to(kind) for scale in (1, 0.003)]) for norm in candidates]
-    if min(errors) > GAPS:
-        raise HeadsinkError(f"its {type(module).__name__} is neither RMS norm nor layer norm")
-    return candidates[errors.index(min(errors))]
+    if module not in _norms:
+        _norms[module] = _norm_form(module, shape)
+    kind, offset, eps = _norms[module]
+    gain = None if weight is None else weight.detach().float() + offset
+    return Norm(kind, gain, None if bias is None else bias.detach().float(), eps)
 
 
 @torch.no_grad()
-def _error(module: Any, norm: Norm, inputs: list[Tensor]) -> float:
-    """The largest relative difference of a module and a norm on some inputs."""
-    return max(_difference(module(x[None, None])[0, 0].float(), norm, x.float()) for x in inputs)
+def _norm_form(module: Any, shape: tuple[int, ...]) -> tuple[NormKind, int, float]:
+    """The form of a norm, what it adds to its weight, and its eps: those that come closest to its outputs."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    # at the second scale eps makes a difference
+    inputs = [(probe * scale).to(torch.float32 if weight is None else weight.dtype) for scale in (1, 0.003)]
+    outputs = [module(x[None, None])[0, 0].float() for x in inputs]
+    given = [epsilon for name in EPS if isinstance(epsilon := getattr(module, name, None), float)]
 
+    def error(form: tuple[NormKind, int, float]) -> float:
+        kind, offset, eps = form
+        errors = []
+        for x, found in zip(inputs, outputs, strict=True):
+            own = x.float() - (x.float().mean(-1, keepdim=True) if kind == NormKind.LAYER else 0)
+            expected = own * (own.square().mean(-1, keepdim=True) + eps).rsqrt()
+            expected = expected if weight is None else expected * (weight.float() + offset)
+            expected = expected if bias is None else expected + bias.float()
+            errors.append(float((found - expected).norm() / expected.norm().clamp(min=1e-12)))
+        return max(errors)
 
-def _difference(found: Tensor, norm: Norm, own: Tensor) -> float:
-    own = own - own.mean(-1, keepdim=True) if norm.kind == NormKind.LAYER else own
-    expected = own * (own.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    expected = expected if norm.weight is None else expected * norm.weight
-    expected = expected if norm.bias is None else expected + norm.bias
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    best = min(product(NormKind, (0, 1), given[:1] or (1e-5, 1e-6, 1e-12)), key=error)
+    if error(best) > GAPS:
+        raise HeadsinkError(f"its {type(module).__name__} is neither RMS norm nor layer norm")
+    return best
 
 
 @torch.no_grad()
