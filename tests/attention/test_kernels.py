@@ -12,6 +12,8 @@ from numba import njit
 from headsink.attention.cpu import decode, vectors
 from headsink.attention.kv_table import KVField
 from headsink.eviction.scorers import LINEAR
+from headsink.generation import step_kernel
+from headsink.generation.step_fields import Field
 
 RANDOM = np.random.default_rng(0)
 
@@ -55,12 +57,26 @@ def test_conversions_round_as_torch_does(dtype):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (7, 33), (64, 576)])
 @pytest.mark.parametrize("texts", [1, 2, 4, 7])
 def test_matrix_vector_products(shape, dtype, parts, texts):
-    weight = torch.randn(shape).to(dtype)
-    x, out = torch.randn(texts, shape[1]), np.full((texts, shape[0]), np.nan, np.float32)
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0])
+    x, out = torch.randn(texts, shape[1]), np.full((texts, shape[0] + 3), np.nan, np.float32)
     like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
-    for part in range(parts):
-        decode._times(weight.data_ptr(), like, x.numpy(), out, part, parts)
-    torch.testing.assert_close(torch.from_numpy(out), x @ weight.float().T, rtol=1e-5, atol=2e-5)
+    for added, scale in ((None, 1), (bias, 0.5)):
+        fields = {
+            Field.INPUT: x.data_ptr(),
+            Field.OUTPUT: out.ctypes.data,
+            Field.WIDTH: shape[0],
+            Field.COLUMNS: shape[1],
+            Field.STRIDE: shape[0] + 3,
+            Field.WEIGHT: weight.data_ptr(),
+            Field.BIAS: 0 if added is None else added.data_ptr(),
+        }
+        operation = np.zeros(len(Field), np.int64)
+        operation[list(fields)] = list(fields.values())
+        for part in range(parts):
+            step_kernel._linear(operation, np.float32(scale), like, texts, *decode.share(shape[0], part, parts))
+        expected = scale * (x @ weight.float().T + (0 if added is None else added))
+        torch.testing.assert_close(torch.from_numpy(out[:, : shape[0]]), expected, rtol=1e-5, atol=2e-5)
+        assert np.isnan(out[:, shape[0] :]).all()
 
 
 @pytest.mark.parametrize("dim", [2, 6, 64])
@@ -91,22 +107,26 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     sinks = min(2, size) if turned_sinks else 0
     head[KVField.SINK] = sinks
     rotated = torch.randn(group if turned_sinks else 0, dim)
-    given = query.numpy(), rotated.numpy(), tokens, logits
+    cap, sink = np.float32(size % 2 * 3), np.float32(-np.inf if size % 3 else 0.5)
+    given = query.numpy(), rotated.numpy(), tokens, cap, logits
     for part in range(parts):
-        decode._attend(head, like, *given, top[part], total[part], out[part], part, parts)
+        decode.attend_part(head, like, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
-        decode._combine(top[:, row], total[:, row], out[:, row], result[row])
+        decode.combine(top[:, row], total[:, row], out[:, row], sink, result[row])
     every = query @ keys.float().T
     if turned_sinks:
         every[:, :sinks] = rotated @ keys[:sinks].float().T
     mask = visible & (torch.arange(size) <= size - tokens + torch.arange(group)[:, None] % tokens)
-    shares = every.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+    every = torch.tanh(every / cap) * cap if cap else every
+    every = torch.cat([every.masked_fill(~mask, float("-inf")), torch.full((group, 1), float(sink))], 1)
+    shares = every.softmax(-1).nan_to_num(0.0)[:, :-1]
     torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=3e-5, atol=3e-5)
 
 
 def test_a_head_that_sees_nothing_gives_zero():
     result = np.full(4, np.nan, np.float32)
-    decode._combine(np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32), result)
+    parts = np.full(2, -np.inf, np.float32), np.zeros(2, np.float32), np.zeros((2, 4), np.float32)
+    decode.combine(*parts, np.float32(-np.inf), result)
     assert not result.any()
 
 

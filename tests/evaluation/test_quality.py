@@ -73,7 +73,9 @@ def test_a_plan_that_keeps_everything_costs_nothing(family):
     assert found.nll_plan == pytest.approx(found.nll_full, abs=1e-6)
     assert all(r.right_plan == r.right_full for r in found.retrieval)
     # The plan's cache grows by 128 slots and has a byte a slot to say which are filled: 256 slots for 150 tokens.
-    assert found.kv_bytes_full <= found.kv_bytes < 1.8 * found.kv_bytes_full
+    assert found.kv_bytes < 1.8 * found.kv_bytes_full
+    if family != "mistral-sliding":  # transformers' windows are views, which keep the memory of the whole prompt
+        assert found.kv_bytes_full <= found.kv_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,6 +56,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "it is in training mode: call model.eval()"
     if any(m._forward_hooks or m._forward_pre_hooks for layer in _blocks(model) for m in layer.modules()):
         return "its layers have hooks, which the step would not call"
+    if any(hasattr(m, "base_layer") for m in model.modules()):
+        return "its layers have a PEFT adapter: call model.merge_and_unload()"
     weights = [*model.parameters(), *model.buffers()]
     if any(weight.device.type != "cpu" for weight in weights):
         return "it is not on the CPU"

@@ -335,8 +335,6 @@ def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
 
 def _linear(module: Any) -> Linear:
     weight = getattr(module, "weight", None)
-    if hasattr(module, "base_layer"):
-        raise HeadsinkError("its layers have a PEFT adapter: call model.merge_and_unload()")
     if weight is None or type(module) is not nn.Linear or type(weight.data) is not Tensor or not weight.is_contiguous():
         raise HeadsinkError(f"it has a {type(module).__name__} that is no plain matrix")
     return Linear(weight.detach(), None if module.bias is None else module.bias.detach().float().contiguous())
