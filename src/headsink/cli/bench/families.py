@@ -33,7 +33,7 @@ class FamilyOptions:
 def families(options: FamilyOptions) -> None:
     """Time per token of model families with random weights: transformers against the compiled step, beside the memory limit.
 
-    Needs no model. Do nothing else on the machine. Takes about 10 minutes on 2 cores for all families.
+    Needs no model. Do nothing else on the machine. Takes about 5 minutes on 2 cores for all families.
     """
     chosen = list(FAMILIES) if options.families == "all" else names(options.families)
     if unknown := [name for name in chosen if name not in FAMILIES]:
