@@ -135,16 +135,15 @@ class PlanCache(Cache):
         """
         pairs = list(zip(self.layers, full.layers, strict=True))
         for index, (layer, before) in enumerate(pairs):
-            if isinstance(layer, PlanLayer) and layer.sliding is not None:
-                tokens = slice(-layer.sliding, None)
-                layer.fill_window(
-                    before.keys[:, :, tokens], before.values[:, :, tokens], before.get_seq_length(), padding
-                )
-            elif isinstance(layer, PlanLayer):
-                layer.fill(before.keys, before.values, padding, None if scores is None else scores[index])
-                before.keys, before.values, before.is_initialized = None, None, False
-            else:
+            if not isinstance(layer, PlanLayer):
                 self.layers[index] = before
+                continue
+            if layer.sliding is not None:
+                keys, values = (states[:, :, -layer.sliding :] for states in (before.keys, before.values))
+                layer.fill_window(keys, values, before.get_seq_length(), padding)
+            else:
+                layer.fill(before.keys, before.values, padding, None if scores is None else scores[index])
+            before.keys, before.values, before.is_initialized = None, None, False
 
     def nbytes(self) -> int:
         """Return the memory of the cache in bytes, including bookkeeping."""

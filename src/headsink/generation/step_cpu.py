@@ -52,6 +52,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"this model has layers of kind {', '.join(sorted(others))}"
     if not shape.prefix_free:
         return "its rotary positions depend on the length of the sequence"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no position_ids"
     if model.training:
         return "it is in training mode: call model.eval()"
     if any(m._forward_hooks or m._forward_pre_hooks for layer in _blocks(model) for m in layer.modules()):
@@ -135,9 +137,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
         claim()
-        from headsink.generation import (
-            step_kernel,
-        )  # importing numba takes a second, so import it only here
+        from headsink.generation import step_kernel  # numba takes a second to import
 
         self.kernels, self.cache = step_kernel, cache
         self.stack = cast(Any, decoder(model))
@@ -151,6 +151,7 @@ class Decoder:
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # first and last column of the allocated room
         self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
+        self.inverse = [layer.rotary.inverse.double().numpy() for layer in self.layers if layer.rotary is not None]
         self.program: Program | None = None  # of the cache's number of sequences
         self.angles: dict[str, tuple[Any, Any]] = {}
         self.layouts = {kind: self._angle_layout(kind) for kind in sorted(set(self.shape.kinds))}
@@ -261,12 +262,10 @@ class Decoder:
         if not self.turned:
             return np.zeros((2, 0, 0, 0), np.float32)
         layers = [self.layers[number] for number in self.turned]
-        if not hasattr(self, "inverse"):
-            self.inverse = np.stack([layer.rotary.inverse.double().numpy() for layer in layers if layer.rotary])
         last = np.zeros((len(layers), 1, len(layers[0].patterns)), np.int64)
         for number, layer in enumerate(layers):
             for group in layer.groups:
                 last[number, 0, group.heads] = group.pattern.sink + (group.pattern.window or 0) - 1
         distance = np.maximum(length - self.pads[None] - last, 0)
-        angles = -distance.reshape(len(layers), -1, 1) * self.inverse[:, None]
+        angles = -distance.reshape(len(layers), -1, 1) * np.stack(self.inverse)[:, None]
         return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)

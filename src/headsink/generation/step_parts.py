@@ -7,7 +7,8 @@ routers compute, and generation/step_cpu.py compares the whole step with the mod
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,7 @@ KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 BEFORE_ATTENTION = ("input_layernorm", "attention_layernorm")
 BEFORE_MLP = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "feedforward_layernorm")
 AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
-MLPS = ("mlp", "block_sparse_moe", "feed_forward")
+MLPS = ("mlp", "block_sparse_moe")
 GATES, UPS = ("gate_proj",), ("up_proj", "c_fc", "fc1", "dense_h_to_4h")
 DOWNS = ("down_proj", "output_linear", "c_proj", "fc2", "dense_4h_to_h")
 ACTS = ("act_fn", "activation_fn", "activation", "act")
@@ -130,14 +131,15 @@ class Parts:
 
 @dataclass
 class _Rest:
-    """The children, parameters and buffers of a module that are not recognised yet."""
+    """The children, parameters and buffers of a module that are not recognised yet. known: parts that are."""
 
     module: nn.Module
-    found: dict[str, Any] = field(default_factory=dict)
+    known: Sequence[nn.Module] = ()
 
     def __post_init__(self) -> None:
-        self.found |= dict(self.module.named_children())
-        self.found |= dict(self.module.named_buffers(recurse=False)) | dict(self.module.named_parameters(recurse=False))
+        parts: dict[str, Any] = dict(self.module.named_children())
+        parts |= dict(self.module.named_buffers(recurse=False)) | dict(self.module.named_parameters(recurse=False))
+        self.found = {name: part for name, part in parts.items() if not any(part is own for own in self.known)}
 
     def take(self, *names: str) -> Any:
         """Return the first part with one of these names, None if there is none."""
@@ -162,14 +164,13 @@ def parts_of(model: PreTrainedModel) -> Parts:
     shape, stack, config = describe(model), decoder(model), model.config.get_text_config(decoder=True)
     if (getattr(config, "rope_parameters", None) or {}).get("mrope_section"):
         raise HeadsinkError("its positions have several axes")
-    rest, head = _Rest(stack), model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     blocks = next((c for c in stack.children() if isinstance(c, nn.ModuleList) and len(c) == shape.layers), None)
     if blocks is None or head is None or embedding is None:
         raise HeadsinkError("its layers or embeddings have no usual place")
+    rest = _Rest(stack, [blocks, embedding])
     norm = norm_of(rest.need(*FINAL_NORMS), config.hidden_size)
     rest.take("rotary_emb")
-    rest.found = {name: part for name, part in rest.found.items() if part is not blocks and part is not embedding}
     rest.end()
     rotations = layer_rotations(model)
     modules = attention_modules(model)
@@ -189,8 +190,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
 
 
 def _block(block: Any, module: Any, rotary: Rotary | None, shape: Architecture, layer: int, config: Any) -> Block:
-    rest = _Rest(block)
-    rest.found = {name: part for name, part in rest.found.items() if part is not module}
+    rest = _Rest(block, [module])
     size, parallel = config.hidden_size, bool(getattr(config, "use_parallel_residual", False))
 
     def norm(*names: str) -> Norm | None:
@@ -224,8 +224,8 @@ def _block(block: Any, module: Any, rotary: Rotary | None, shape: Architecture, 
 
 def _attention(module: Any, rotary: Rotary | None, heads: tuple[int, int, int], config: Any) -> Attention:
     query_heads, kv_heads, dim = heads
-    rest, output = _Rest(module), output_projection(module)
-    rest.found = {name: part for name, part in rest.found.items() if part is not output}
+    output = output_projection(module)
+    rest = _Rest(module, [output])
     query, key, value = _projections(rest, heads)
     if [sum(len(own.weight) for own in part) // dim for part in (query, key, value)] != [query_heads, *[kv_heads] * 2]:
         raise HeadsinkError("its queries, keys and values have other sizes than its heads")
@@ -260,7 +260,7 @@ def _attention(module: Any, rotary: Rotary | None, heads: tuple[int, int, int], 
 def _projections(rest: _Rest, heads: tuple[int, int, int]) -> list[list[Linear]]:
     """The matrices of queries, keys and values."""
     query_heads, kv_heads, dim = heads
-    if (fused := rest.take("qkv_proj", "Wqkv")) is not None:
+    if (fused := rest.take("qkv_proj")) is not None:
         whole, ends = _linear(fused), [0, query_heads, query_heads + kv_heads, query_heads + 2 * kv_heads]
         return [[whole.rows(start * dim, end * dim)] for start, end in pairwise(ends)]
     if (fused := rest.take("query_key_value")) is not None:  # head by head
