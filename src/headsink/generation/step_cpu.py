@@ -29,7 +29,7 @@ from headsink.generation.step_fields import Field, Number
 from headsink.generation.step_parts import parts_of
 from headsink.generation.step_program import Program
 from headsink.models.devices import dtype_name
-from headsink.models.spec import decoder, describe, vocabulary
+from headsink.models.spec import decoder, describe, unwrap, vocabulary
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
@@ -52,7 +52,7 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"this model has layers of kind {', '.join(sorted(others))}"
     if not shape.prefix_free:
         return "its rotary positions depend on the length of the sequence"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(unwrap(model).forward).parameters:
         return "it takes no position_ids"
     if model.training:
         return "it is in training mode: call model.eval()"
