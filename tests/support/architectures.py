@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as hf
+from cached_documents import BRANCH, random_document
 from reference import reference_logits
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.rotary import layer_rotations
+from headsink.calibration import calibrate
+from headsink.calibration.cached_document import CachedDocument
+from headsink.compression import continuations
 from headsink.eviction.scorers import LINEAR
 from headsink.generation.decode import refusal
 from headsink.models.spec import describe
@@ -284,7 +289,7 @@ def generated(
     return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)[:, ids.shape[1] :]
 
 
-COLUMNS = ("plan", "chunks", "prompt scores", "compress", "lossless", "analyze", "compiled step")
+COLUMNS = ("plan", "chunks", "prompt scores", "compress", "calibrate", "lossless", "analyze", "compiled step")
 
 
 @torch.no_grad()
@@ -302,6 +307,8 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
             check_top_k(model)
         with outcome(found, "compress"):
             check_compress(model, plan)
+        with outcome(found, "calibrate"):
+            check_calibrate(model, tokenizer)
         with outcome(found, "lossless"):
             assert torch.equal(
                 headsink.generate_lossless(model, plan, ids, max_new_tokens=NEW)[:, TOKENS:], generated(model, ids)
@@ -386,9 +393,24 @@ def check_compress(model: PreTrainedModel, plan: Plan) -> None:
         full = headsink.new_cache(model, Plan.full(model))
         model(long, **cache_argument(full), use_cache=True)
     cache = headsink.compress(model, plan, long)
-    planned = sum(layer is not None for layer in plan.layers)
-    layer_bytes = full.nbytes() / len(plan.layers)
-    assert cache.nbytes() < full.nbytes() - 0.8 * planned * layer_bytes
+    shape = describe(model)
+    layer_bytes = 2 * 4 * shape.kv_heads * long.shape[1] * shape.head_dim
+    assert cache.nbytes() < full.nbytes() - 0.8 * sum(shape.planned) * layer_bytes
+
+
+def check_calibrate(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Calibrate a plan and use it for context reconstruction; continuations of a document have the model's log-probabilities."""
+    with patch.object(calibrate, "FEW", 0):  # without coordinate descent, which is slow and the same for all families
+        options = {"context": 416, "budget": 0.5, "quality_contexts": (), "progress": False}
+        plan = headsink.calibrate(model, tokenizer, **options)
+    headsink.compress(model, plan, tokens(100), reconstruct=True)
+    document = random_document()
+    whole, expected = [(document.continuation, BRANCH - 1)], []
+    for ids, scored in whole + [(question.ids, question.answer_tokens) for question in document.questions]:
+        logits = model(torch.tensor([document.ids + ids]), use_cache=False).logits[0, -scored - 1 : -1]
+        expected.append(logits.log_softmax(-1))
+    with patch.object(continuations, "STORED", {}):  # without rounding keys to bfloat16
+        close(CachedDocument(model, document).full.log_probs, torch.cat(expected))
 
 
 def rows(found: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -426,6 +448,7 @@ After this page you know whether headsink works with your model. The tables are 
   work. Two passes over one token find out how a layer rotates its queries. Otherwise the plan's scorer ranks the keys
   of prompts too.
 - **compress**: `headsink.compress` works, and the memory of evicted keys is freed.
+- **calibrate**: `headsink.calibrate` makes a plan, and context reconstruction works.
 - **lossless**: `headsink.generate_lossless` generates what the model generates.
 - **analyze**: the census runs.
 - **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU, in float32 and
@@ -433,8 +456,8 @@ After this page you know whether headsink works with your model. The tables are 
   the usual parts: before its first use the step is compared with the model.
 
 A plan governs the layers with full attention. A layer with a sliding window keeps its window, in the same cache. Linear
-attention and convolutions run as they are. Models with linear attention or convolutions cannot be calibrated yet: make
-a plan of windows with `Plan.uniform`.
+attention and convolutions run as they are. A layer that attends to the keys of another layer (Gemma 3n, Gemma 4 E) sees
+what that layer keeps. Where a model cannot be calibrated, make a plan of windows with `Plan.uniform`.
 
 A family that is not listed works if its attention goes through transformers' `AttentionInterface`, and if it passes
 keys and values to its attention as the cache returns them. Otherwise the first call is refused with the reason.

@@ -35,7 +35,7 @@ def random_pattern(rng: random.Random) -> Pattern:
 def random_plan(model, seed: int, draw=random_pattern, scorer=LINEAR) -> Plan:
     """A plan with all kinds of patterns, or with those of `draw`, and random scorer weights."""
     rng, shape = random.Random(seed), describe(model)
-    patterns = [None if window else [draw(rng) for _ in range(shape.kv_heads)] for window in shape.windows]
+    patterns = [[draw(rng) for _ in range(shape.kv_heads)] if own else None for own in shape.planned]
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape.layers, shape.kv_heads, scorer.n_features(shape.head_dim), generator=generator)
     return Plan.of(model, patterns, weights, scorer=scorer.name, decode_window=rng.choice([0, 3, 40]))

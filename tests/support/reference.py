@@ -16,6 +16,8 @@ from headsink.eviction.scorers import SCORERS
 _running: list[
     tuple[Plan, torch.Tensor | None, list[int] | int | None, tuple[torch.Tensor | None, ...], int | None]
 ] = []
+# By the id of keys, which are kept alive: the layer that computed them and its queries. Layers of Gemma 3n share keys.
+_owners: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
 
 def own_attention(module, query, key, value, mask, **kwargs):
@@ -32,7 +34,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     tokens = key.shape[2]
     if isinstance(segments, int):
         segments = [min(segments, tokens)] + [1] * (tokens - segments)
-    heads = plan.layers[module.layer_idx]
+    layer, scoring, _ = _owners.setdefault(id(key), (module.layer_idx, query, key))
+    heads = plan.layers[layer]
     if heads is None:
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
@@ -41,16 +44,17 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         key,
         value,
         patterns,
-        plan.scores(module.layer_idx),
+        plan.scores(layer),
         scaling,
         padding,
         kwargs.get("softcap"),
         kwargs.get("s_aux"),
         SCORERS[plan.scorer],
         segments,
-        rotations[module.layer_idx],
+        rotations[layer],
         freeze,
         plan.decode_window,
+        scoring,
     )
     return output.transpose(1, 2), None
 
@@ -68,6 +72,7 @@ def masked(model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = No
         yield model
     finally:
         _running.pop()
+        _owners.clear()
         model.set_attn_implementation(before)
 
 

@@ -20,6 +20,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal:
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    # The kernel reads the last axis as contiguous, and does not check it.
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scaling)
     return found[0], found[1]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,18 @@ class AttentionRecord(Inputs):
 class UnsupportedMask(str):
     """A mask that a plan cannot express, as the reason. A layer with a plan that gets it raises."""
 
+    def __getitem__(self, _: Any) -> Self:
+        """The mask of the last queries, as transformers asks for it in Gemma 4."""
+        return self
+
 
 class SlidingWindow(int):
     """The mask of a sliding-window layer that is observed or has a plan's cache: the window as a number, and `padding`."""
 
     padding: Padding | None = None
+
+    def __getitem__(self, _: Any) -> Self:
+        return self
 
 
 _observer: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("headsink_observer", default=None)
@@ -102,7 +109,7 @@ def _check_layers(
             yield
     finally:
         variable.reset(token)
-    missing = sorted(set(range(describe(model).layers) if required is None else required) - layers_seen)
+    missing = sorted(set(describe(model).attending if required is None else required) - layers_seen)
     if missing:
         raise HeadsinkError(
             f"{type(model).__name__}: the attention of layer {missing[0]} was not seen; it must go through "
@@ -142,7 +149,7 @@ def _attention(
         if not softmax.plain:
             return _by_blocks(query, key, value, attention_mask, softmax).transpose(1, 2).contiguous(), None  # type: ignore[arg-type]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if query.shape[2] != key.shape[2] or (query.shape[0] != 1 and substitute is None):
         raise HeadsinkError("observed attention takes one text at a time, whole")
     sliding = int(attention_mask) if isinstance(attention_mask, SlidingWindow) else None
     inputs = Inputs(module, int(module.layer_idx), query, key, value, scale, sliding, *softmax[1:])  # type: ignore[arg-type]
@@ -278,11 +285,15 @@ class AttendingLayer(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """New keys and values of a cache layer, which the attention function gets instead of a tensor."""
+    """New keys and values of a cache layer, which the attention function gets instead of a tensor.
+
+    views: how the layer attended, if later layers attend to the same keys (Gemma 3n).
+    """
 
     layer: AttendingLayer
     key: Tensor
     value: Tensor
+    views: list[Any] = field(default_factory=list)
 
     @property
     def shape(self) -> torch.Size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,10 @@ class Padding:
     most: int
     hidden: Tensor | None = None
     right: bool = False
+
+    def __getitem__(self, _: Any) -> Self:
+        """The padding for the last queries, as transformers asks for it in Gemma 4."""
+        return self
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Padding | None:
         tokens, hidden = change(self.tokens), None if self.hidden is None else change(self.hidden)

@@ -37,6 +37,7 @@ def reference_attention(
     rotary: Rotary | None = None,
     frozen: int | None = None,
     decode_window: int = 0,
+    scoring: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
@@ -44,11 +45,12 @@ def reference_attention(
     features] (eviction/scorers). padding: int [batch], tokens of left padding. softcap, sink_logits: as for `masked_attention`.
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. rotary: how queries are
     rotated, for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
-    window at least after segments of one token. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
+    window at least after segments of one token. scoring: the queries of the layer whose keys these are, if it is another one:
+    they give the prompt scores. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
     query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
-    softmax = scaling, softcap, sink_logits
+    softmax, scoring = (scaling, softcap, sink_logits), query if scoring is None else scoring
     group = query.shape[1] // kv_heads
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = torch.arange(tokens, device=key.device) - offsets[:, None]
@@ -59,7 +61,7 @@ def reference_attention(
     for begin, end in pairwise(ends):
         part = slice(begin, end)
         pads = (offsets - begin).clamp(0, end - begin)
-        given = query[:, :, part], key[:, :, part], linear[:, :, part]
+        given = scoring[:, :, part], key[:, :, part], linear[:, :, part]
         found = segment_scores(*given, pads, softmax, rotary)
         own[:, :, part] = linear[:, :, part] if found is None else found
     output, whole = torch.zeros_like(query), ends[1]
@@ -71,7 +73,7 @@ def reference_attention(
             evicts = pattern.top_k and frozen != 0 and pattern.size(whole - pad) < whole - pad
             if evicts and rotary is not None and whole - pad >= LEAST:
                 real = slice(pad, whole)
-                prompt = query[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
+                prompt = scoring[row, rows, real], key[row, head, real], value[row, head, real], own[row, head, real]
                 refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), rotary)
                 keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
         mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen, decode_window)[:, None]

@@ -46,7 +46,7 @@ class PlanCache(Cache):
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
             if (window := shape.windows[index]) is not None:
-                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact))
+                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact, shape.shared[index]))
             elif heads is None:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
@@ -56,7 +56,7 @@ class PlanCache(Cache):
                 options = replace(prefill, rotary=rotation)
                 scorer = SCORERS[plan.scorer]
                 own = patterns, plan.scores(index), rotary, exact, scorer, options, plan.decode_window
-                layers.append(PlanLayer(*own))
+                layers.append(PlanLayer(*own, shared=shape.shared[index]))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill, self.heads = plan, exact, prefill, shape.heads
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for
@@ -157,10 +157,8 @@ def nbytes(cache: Cache) -> int:
         if isinstance(layer, PlanLayer):
             tensors = [layer.weights, *(t for group in layer.groups for t in group.tensors())]
         else:
-            states = [
-                state for value in vars(layer).values() for state in (value if isinstance(value, list) else [value])
-            ]
-            tensors = [state for state in states if isinstance(state, Tensor)]
+            values = (value.values() if isinstance(value, dict) else [value] for value in vars(layer).values())
+            tensors = [state for value in values for state in value if isinstance(state, Tensor)]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.nbytes():

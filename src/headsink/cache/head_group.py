@@ -7,6 +7,11 @@ see, so the cost of a window is linear in the length of the text.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +25,31 @@ from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.pattern import FOREVER, FULL
 from headsink.eviction.scorers import NONE
 from headsink.models.rope import rotate_back
+
+# Attention of queries, [batch, heads x group, tokens, dim], over keys that are known: (module, query, softmax) -> output.
+Attend = Callable[[nn.Module, Tensor, AttentionParams], Tensor]
+
+
+class View(NamedTuple):
+    """How the queries of some tokens of a call attend to the keys of a group's heads."""
+
+    tokens: slice
+    group: HeadGroup
+    attend: Attend
+
+
+class _Keys(NamedTuple):
+    """Keys and values, [batch, heads, keys, dim]: of the prefix slots, then of the columns from `first` to `end`.
+
+    until: the column from which on each key is invisible, int64 [batch, heads, keys].
+    """
+
+    keys: Tensor
+    values: Tensor
+    until: Tensor
+    first: int
+    end: int
+    prefix_slots: int
 
 
 class HeadGroup(Slots):
@@ -37,7 +67,7 @@ class HeadGroup(Slots):
         return group
 
     def attend_held(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
-        """Attention of the last tokens of a group that does not evict: [batch, heads x group, tokens, dim]."""
+        """Attention of the last token, or of the last tokens of a group that does not evict, as `Attend`."""
         backend, length = self._backend(query, softmax), self.length
         whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes
         inexact = backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query)
@@ -52,10 +82,8 @@ class HeadGroup(Slots):
             output[:, :, start : start + QUERY_BLOCK] = self._attend_buffer(block, softmax)
         return output
 
-    def attend_all(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
-    ) -> Tensor:
-        """Attention of new tokens over all cached keys and their own; does not append them. Arguments as for `attend`."""
+    def over_all(self, key: Tensor, value: Tensor) -> Attend:
+        """Return the attention of new tokens over all cached keys and their own, which are not appended."""
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
         keys, values = torch.cat([self.keys[:, :, slots], key], 2), torch.cat([self.values[:, :, slots], value], 2)
@@ -65,7 +93,7 @@ class HeadGroup(Slots):
         everything.visible, everything.holes = torch.cat([self.visible[:, :, slots], new], 2), True
         everything.prefix_slots, everything.start = self.prefix_slots, self.length - len(ring)
         everything.length = self.length + key.shape[2]
-        return everything.attend_held(module, query, softmax)
+        return everything.attend_held
 
     def append_segment(self, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Append a segment and evict. scores: prompt scores of its keys, [batch, heads, tokens]; None: those of the scorer."""
@@ -74,27 +102,33 @@ class HeadGroup(Slots):
         else:
             self.end_segment(key, value, scores)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
-        """Append new tokens to the cache and return their attention output.
+    def held(self) -> HeadGroup:
+        """Return this group as it is now, which later tokens do not change."""
+        now = copy.copy(self)
+        if self.window is not None:  # otherwise nothing is overwritten
+            now.keys, now.values, now.visible = self.keys.clone(), self.values.clone(), self.visible.clone()
+        return now
 
-        query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, tokens, dim]; softmax: parameters of these heads.
-        Returns [batch, heads x group, tokens, dim].
+    def append(self, key: Tensor, value: Tensor) -> Attend:
+        """Append new tokens, [batch, heads, tokens, dim], and return the attention of their queries.
+
+        It holds until the next tokens are appended.
         """
         if self.recent_segment:  # later tokens are read token by token, after its end
             self.crop(0)
-        if self.below_capacity and self.exceeds_capacity(query.shape[2]):
+        if self.below_capacity and self.exceeds_capacity(key.shape[2]):
             self._start_evicting()
-        if self.window is None:
+        if self.window is None or (key.shape[2] == 1 and not self.recording):
             self.append_keys(key, value)
-            return self.attend_held(module, query, softmax)
-        if self.recording:
-            return self._attend_recording(query, key, value, softmax)
-        if query.shape[2] == 1:
-            self.append_keys(key, value)
-            return self._attend_buffer(query, softmax)
-        output, scores = self._attend_tokens(query, key, value, softmax)
+            return self.attend_held
+        if self.recording:  # `crop` decides which tokens are kept
+            if self.recent is not None:
+                key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
+            self.recent = key.contiguous(), value.contiguous()
+            return self._over_window(*self.recent)[0]
+        attend, scores = self._over_window(key, value)
         self.append_keys(key, value, scores)
-        return output
+        return attend
 
     def _backend(self, query: Tensor, softmax: AttentionParams) -> backends.Backend | None:
         """The kernels that can attend; none can rotate queries back for cache-relative positions."""
@@ -133,7 +167,7 @@ class HeadGroup(Slots):
             if backend.is_decode_shape(query, len(self.heads)):
                 return backend.decode(query, self.keys, self.values, self.visible, end, softmax)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
-            sight = self._sight(until, self.length - query.shape[2], self.start)
+            sight = self._sight(until, self.length - query.shape[2], self.start, self.prefix_slots)
             return backend.prefill(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, softmax)
         mask = self.visible[:, :, None, :end]
         if query.shape[2] > 1:
@@ -143,54 +177,57 @@ class HeadGroup(Slots):
         rotated = self._rotated_queries(query, self.length - query.shape[2])
         return attend_rows(query, keys, values, mask, softmax, rotated, self.pattern.sink)
 
-    def _attend_tokens(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from several tokens over the cached keys and their own, in blocks of queries. Does not change the cache.
+    def _over_window(self, key: Tensor, value: Tensor) -> tuple[Attend, Tensor | None]:
+        """Return the attention of several tokens over the cached keys and their own. Does not change the cache.
 
-        query: [batch, heads x group, tokens, dim]; key, value: [batch, heads, keys, dim], the last of which belong to the
-        queries. Returns the output, and the scores of the keys that leave the window (for `append_keys`).
+        key, value: [batch, heads, keys, dim], the last of which belong to the queries. Also returns the scores of the keys that
+        leave the window (for `append_keys`).
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
-        keys = torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2).flatten(0, 1)
-        values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2).flatten(0, 1)
-        until, scores = self._until(keys.unflatten(0, key.shape[:2]), values.unflatten(0, key.shape[:2]), first, end)
-        until = until.flatten(0, 1)
+        keys = torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2)
+        values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2)
+        until, scores = self._until(keys, values, first, end)
+        return partial(self._attend_window, _Keys(keys, values, until, first, end, self.prefix_slots)), scores
+
+    def _attend_window(self, given: _Keys, _: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
+        """Attend from the last tokens, in blocks of queries."""
+        shape, first, end = given.keys.shape[:2], given.first, given.end
+        keys, values, until = (t.flatten(0, 1) for t in (given.keys, given.values, given.until))
         if backend := self._backend(query, softmax):
-            sight = self._sight(until, end - query.shape[2], first)
-            return backend.prefill(query, keys, values, sight, softmax), scores
-        columns = torch.arange(first - self.prefix_slots, end, device=key.device)
-        columns[: self.prefix_slots] = -1  # before every query
+            sight = self._sight(until, end - query.shape[2], first, given.prefix_slots)
+            return backend.prefill(query, keys, values, sight, softmax)
+        columns = torch.arange(first - given.prefix_slots, end, device=keys.device)
+        columns[: given.prefix_slots] = -1  # before every query
         output = torch.empty_like(query)
         for start in range(0, query.shape[2], QUERY_BLOCK):
             block = query[:, :, start : start + QUERY_BLOCK]
             begin = end - query.shape[2] + start
-            queries = torch.arange(begin, begin + block.shape[2], device=key.device)[:, None]
+            queries = torch.arange(begin, begin + block.shape[2], device=keys.device)[:, None]
             rows, indices = ((until > begin) & (columns < begin + block.shape[2])).nonzero(as_tuple=True)
             counts = rows.bincount(minlength=len(until))
             most = int(counts.max())
             # The keys that any query of the block sees, per head, padded with the first key, which the mask hides.
             gathered = indices.new_zeros(len(until), most)
-            valid = torch.arange(most, device=key.device) < counts[:, None]
+            valid = torch.arange(most, device=keys.device) < counts[:, None]
             gathered.masked_scatter_(valid, indices)
             mask = (columns[gathered][:, None] <= queries) & (queries < (until.gather(1, gathered) * valid)[:, None])
-            heads = torch.arange(len(until), device=key.device)[:, None]
-            seen_keys, seen_values = (t[heads, gathered].unflatten(0, key.shape[:2]) for t in (keys, values))
-            mask, rotated = mask.unflatten(0, key.shape[:2]), self._rotated_queries(block, begin)
+            heads = torch.arange(len(until), device=keys.device)[:, None]
+            seen_keys, seen_values = (t[heads, gathered].unflatten(0, shape) for t in (keys, values))
+            mask, rotated = mask.unflatten(0, shape), self._rotated_queries(block, begin)
             # The sink tokens are the first of the gathered keys.
             found = attend_rows(block, seen_keys, seen_values, mask, softmax, rotated, self.pattern.sink)
             output[:, :, start : start + QUERY_BLOCK] = found
-        return output, scores
+        return output
 
-    def _sight(self, until: Tensor, first: int, start: int) -> KeyVisibility:
+    def _sight(self, until: Tensor, first: int, start: int, prefix_slots: int) -> KeyVisibility:
         """Return which keys the queries from column `first` on see: prefix slots, then columns from `start` on."""
         gaps, full = self.padding is not None or self.holes, self.window is None
-        reach = self.prefix_slots if full else until.shape[1]
+        reach = prefix_slots if full else until.shape[1]
         if not full and not self.pattern.top_k:
-            reach = min(reach, self.prefix_slots + max(0, self._first_evictable - start))
-        far = self.prefix_slots if full else self.pattern.sink + self.pattern.top_k
-        return KeyVisibility(until, first, self.prefix_slots, start, self.window, gaps, far, reach)
+            reach = min(reach, prefix_slots + max(0, self._first_evictable - start))
+        far = prefix_slots if full else self.pattern.sink + self.pattern.top_k
+        return KeyVisibility(until, first, prefix_slots, start, self.window, gaps, far, reach)
 
     def _rotated_queries(self, query: Tensor, first: int) -> Tensor | None:
         """Return the queries, from column `first` on, rotated for the sink tokens. None unless positions are cache-relative."""
@@ -223,10 +260,3 @@ class HeadGroup(Slots):
             prefix[:, :, sink:] = torch.where(self.visible[:, :, sink:prefix_slots], ends[..., :slots], 0)
             until[:, :, :leaving] = torch.where(scores > NONE, ends[..., slots:], until[:, :, :leaving])
         return torch.cat([prefix, until], -1), scores
-
-    def _attend_recording(self, query: Tensor, key: Tensor, value: Tensor, softmax: AttentionParams) -> Tensor:
-        """Attend without appending the tokens: `crop` decides which of them are kept."""
-        if self.recent is not None:
-            key, value = torch.cat([self.recent[0], key], 2), torch.cat([self.recent[1], value], 2)
-        self.recent = key.contiguous(), value.contiguous()
-        return self._attend_tokens(query, key, value, softmax)[0]

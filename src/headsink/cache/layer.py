@@ -20,7 +20,7 @@ from headsink.attention.cuda.table import DeviceTable
 from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
-from headsink.cache.head_group import HeadGroup
+from headsink.cache.head_group import HeadGroup, View
 from headsink.cache.segments import DENSE, DensePrefill, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
@@ -34,7 +34,8 @@ from headsink.utils import device
 class PlanLayer(CacheLayerMixin):
     """One layer of a plan's cache: its KV heads, grouped by pattern.
 
-    sliding: the window in tokens of a layer that has one in the model; no plan changes such a layer.
+    sliding: the window in tokens of a layer that has one in the model; no plan changes such a layer. shared: later layers of the
+    model attend to its keys.
     """
 
     is_compileable, is_croppable = False, True
@@ -49,10 +50,11 @@ class PlanLayer(CacheLayerMixin):
         prefill: PrefillOptions = DENSE,
         decode_window: int = 0,
         sliding: int | None = None,
+        shared: bool = False,
     ):
         super().__init__()
         self.patterns, self.weights, self.rotary, self.exact, self.scorer = patterns, weights, rotary, exact, scorer
-        self.prefill, self.decode_window, self.sliding = prefill, decode_window, sliding
+        self.prefill, self.decode_window, self.sliding, self.shared = prefill, decode_window, sliding, shared
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -61,11 +63,12 @@ class PlanLayer(CacheLayerMixin):
         self.recording = self.frozen = False
 
     @classmethod
-    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool) -> PlanLayer:
+    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool) -> PlanLayer:
         """A layer with a sliding window of the model."""
         weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
         options = PrefillOptions(dense=False)
-        return cls([Pattern(window=window)] * kv_heads, weights, exact=exact, prefill=options, sliding=window)
+        patterns = [Pattern(window=window)] * kv_heads
+        return cls(patterns, weights, exact=exact, prefill=options, sliding=window, shared=shared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """Copy the layer without the tables of addresses."""
@@ -123,9 +126,16 @@ class PlanLayer(CacheLayerMixin):
     def attend(
         self, module: nn.Module, query: Tensor, update: Update, padding: Padding | None, softmax: AttentionParams
     ) -> Tensor:
-        """Append the tokens of `update`, and return the attention of all heads: [batch, tokens, query heads, dim]."""
+        """Append the tokens of `update`, and return the attention of all heads: [batch, tokens, query heads, dim].
+
+        Layers that attend to the same keys call it once more each, with the same update.
+        """
+        if update.views:
+            return self._attend_again(module, query, update, softmax)
         plain = padding is None or padding.hidden is None
-        drafts = drafted() if self.prefill.dense and self.recording and not self.seen and plain else 0
+        drafts = (
+            drafted() if self.prefill.dense and self.recording and not self.seen and plain and not self.shared else 0
+        )
         if drafts:
             return self._attend_drafts(module, query, update, padding, softmax, drafts)
         self.attended += 1
@@ -150,15 +160,16 @@ class PlanLayer(CacheLayerMixin):
         self.seen += key.shape[2]
         if self._reads_densely(key.shape[2]):
             self.layout = None
-            dense = DensePrefill(self.groups, self.weights, self.prefill, module, softmax)
+            views = update.views if self.shared else None
+            dense = DensePrefill(self.groups, self.weights, self.prefill, module, softmax, views)
             return dense.attend(query, key, value).transpose(1, 2)
         backend = backends.backend_for(query, softmax)
-        if backend and self._steps(backend, query, softmax):
+        if backend and not self.shared and self._steps(backend, query, softmax):
             return self._step(backend, query, key, value, softmax).transpose(1, 2)
         self.layout = None
-        parallel = self._at_once(query) if backend and backend.reads_layers else []
-        if len(self.groups) == 1 and not parallel:
-            return self.groups[0].attend(module, query, key, value, softmax).transpose(1, 2)
+        parallel = self._at_once(query) if backend and backend.reads_layers and not self.shared else []
+        if len(self.groups) == 1 and not parallel and not self.shared:
+            return self.groups[0].append(key, value)(module, query, softmax).transpose(1, 2)
         batch, kv_heads, tokens, _ = key.shape
         grouped = query.view(batch, kv_heads, -1, tokens, query.shape[3])
         output = torch.empty_like(grouped)
@@ -170,8 +181,27 @@ class PlanLayer(CacheLayerMixin):
             if group in parallel:
                 continue
             part, own = grouped[:, group.index].flatten(1, 2), softmax.of(group.heads, kv_heads)
-            part = group.attend(module, part, key[:, group.index], value[:, group.index], own)
+            attend = group.append(key[:, group.index], value[:, group.index])
+            part = attend(module, part, own)
+            if self.shared:
+                update.views.append(View(slice(0, tokens), group, attend))
             output[:, group.index] = part.view(batch, len(group.heads), -1, tokens, query.shape[3])
+        return output.flatten(1, 2).transpose(1, 2)
+
+    def _attend_again(self, module: nn.Module, query: Tensor, update: Update, softmax: AttentionParams) -> Tensor:
+        """Attend from another layer of the model, to the keys that this layer attended to.
+
+        The queries may be those of the last tokens only.
+        """
+        kv_heads, left_out = len(self.patterns), update.key.shape[2] - query.shape[2]
+        grouped = query.unflatten(1, (kv_heads, -1))
+        output = torch.empty_like(grouped)
+        for tokens, group, attend in update.views:
+            if tokens.stop > left_out:
+                own = slice(max(0, tokens.start - left_out), tokens.stop - left_out)
+                part = grouped[:, group.index, :, own]
+                found = attend(module, part.flatten(1, 2), softmax.of(group.heads, kv_heads))
+                output[:, group.index, :, own] = found.view_as(part)
         return output.flatten(1, 2).transpose(1, 2)
 
     def _attend_drafts(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headsink.attention import flash
 from headsink.attention.params import AttentionParams
-from headsink.cache.head_group import HeadGroup
+from headsink.cache.head_group import HeadGroup, View
 from headsink.eviction.refitting import refit_keys
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
@@ -39,7 +39,7 @@ class DensePrefill:
     """Dense prefill of one layer.
 
     groups: all head groups of the layer. weights: scorer weights, [KV heads, features]. Queries are [batch, query heads, tokens,
-    dim]; keys and values [batch, KV heads, tokens, dim].
+    dim]; keys and values [batch, KV heads, tokens, dim]. views: filled for other layers that attend to the same keys, else None.
     """
 
     groups: Sequence[HeadGroup]
@@ -47,26 +47,34 @@ class DensePrefill:
     options: PrefillOptions
     module: nn.Module
     softmax: AttentionParams
+    views: list[View] | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend from each segment of a call to all cached keys and to the segment, then evict. Returns the query's shape."""
         tokens, chunk, first = key.shape[2], self.options.chunk_size, self.groups[0]
         if chunk is None or first.recording:  # a recorded segment is evicted by `crop`
-            return self._attend_segment(query, key, value)
+            return self._attend_segment(slice(0, tokens), query, key, value)
         output, begin = torch.empty_like(query), 0
         while begin < tokens:
             end = min(begin + chunk - first.columns % chunk, tokens)
-            output[:, :, begin:end] = self._attend_segment(*(t[:, :, begin:end] for t in (query, key, value)))
+            part = slice(begin, end)
+            output[:, :, part] = self._attend_segment(part, *(t[:, :, part] for t in (query, key, value)))
             begin = end
         return output
 
-    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend from one segment. A segment of one token, at the end of a chunk, evicts first, as in decoding."""
+    def _attend_segment(self, part: slice, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from one segment, the tokens `part` of the call.
+
+        A segment of one token, at the end of a chunk, evicts first, as in decoding.
+        """
         batch, kv_heads, tokens, _ = key.shape
         groups, softmax, padding, lse = self.groups, self.softmax, self.groups[0].padding, None
         evicting = [group for group in groups if tokens > 1 and group.must_evict(tokens)]
         apart = groups[0].columns > 0 or tokens == 1
         grouped = query.unflatten(1, (kv_heads, -1))
+        if not apart and self.views is not None:
+            everything = HeadGroup.over(key, value, padding, exact=not evicting)
+            self.views.append(View(part, everything, everything.attend_held))
         if apart:
             output = torch.empty_like(grouped)
         elif softmax.plain and evicting and flash.has_kernel(query):
@@ -79,9 +87,11 @@ class DensePrefill:
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
             if apart:
-                part = grouped[:, group.index].flatten(1, 2)
-                attend = group.attend_all if group in evicting else group.attend
-                found = attend(self.module, part, own_key, own_value, softmax.of(group.heads, kv_heads))
+                own_query = grouped[:, group.index].flatten(1, 2)
+                attend = (group.over_all if group in evicting else group.append)(own_key, own_value)
+                found = attend(self.module, own_query, softmax.of(group.heads, kv_heads))
+                if self.views is not None:
+                    self.views.append(View(part, group, attend if group in evicting else group.held().attend_held))
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
                 own = scores[:, group.index] if scores is not None and group in scored else None

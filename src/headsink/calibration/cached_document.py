@@ -24,7 +24,7 @@ from headsink.compression.reconstruction import kept_keys
 from headsink.data.documents import Document
 from headsink.eviction.pattern import FULL, Pattern
 
-Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a sliding-window layer
+Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that no plan governs
 
 
 class CachedDocument(Context):
@@ -57,7 +57,7 @@ class CachedDocument(Context):
         self.importance = importance.attention.to(self.model.device)
 
     def full_patterns(self) -> list[list[Pattern] | None]:
-        return [None if window else [FULL] * self.shape.kv_heads for window in self.shape.windows]
+        return [[FULL] * self.shape.kv_heads if own else None for own in self.shape.planned]
 
     def loss(self, patterns: Patterns) -> float:
         """The measured loss of patterns."""
@@ -71,12 +71,12 @@ class CachedDocument(Context):
         """Error of each KV head's output under other patterns at the full cache: float32 [layers, KV heads, options].
 
         The squared change of the head's output relative to the layer's output, both after the output projection, mean over the
-        scored tokens; 0 for sliding-window layers.
+        scored tokens; 0 for layers that no plan governs.
         """
         errors = torch.zeros(self.shape.layers, self.shape.kv_heads, len(options))
 
         def measure(inputs: Inputs, output: Tensor) -> None:
-            if inputs.sliding is not None:
+            if not self.shape.planned[inputs.layer]:
                 return
             norms = OutputNorms(inputs.module, self.shape.kv_heads, self.shape.head_dim)
             full = output[0, :, self._scored]
@@ -91,7 +91,8 @@ class CachedDocument(Context):
 
     def _run(self, patterns: Patterns, observe: Callable[[Inputs, Tensor], None]) -> Tensor:
         def attend(inputs: Inputs) -> Tensor:
-            output = self._attend(inputs, patterns[inputs.layer] or [FULL] * self.shape.kv_heads)
+            source = self.shape.source(inputs.layer)
+            output = self._attend(inputs, patterns[source] or [FULL] * self.shape.heads[source][1])
             observe(inputs, output)
             return output
 
@@ -100,7 +101,7 @@ class CachedDocument(Context):
 
     def _attend(self, inputs: Inputs, row: Sequence[Pattern]) -> Tensor:
         """Attention output of a layer under the patterns of its KV heads, [1, query heads, tokens, dim]."""
-        output = inputs.query.new_empty(self.shape.kv_heads, self.shape.group, *inputs.query.shape[2:])
+        output = torch.empty_like(inputs.query[0].unflatten(0, (len(row), -1)))
         for pattern in dict.fromkeys(row):
             heads = [head for head, own in enumerate(row) if own == pattern]
             output[heads] = self._attend_heads(inputs, heads, pattern)
@@ -108,8 +109,9 @@ class CachedDocument(Context):
 
     def _attend_heads(self, inputs: Inputs, heads: list[int], pattern: Pattern) -> Tensor:
         """Output of the query heads of some KV heads under a pattern: [KV heads, group, tokens, dim]."""
-        group = self.shape.group
-        softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of(heads, self.shape.kv_heads)
+        kv_heads = inputs.key.shape[1]
+        group = inputs.query.shape[1] // kv_heads
+        softmax = AttentionParams(inputs.scaling, inputs.softcap, inputs.sink_logits).of(heads, kv_heads)
         query = inputs.query[0].unflatten(0, (-1, group))[heads]
         context = [cached[heads].to(query.dtype) for cached in self.key_values(inputs.layer)]
         if not pattern.full:

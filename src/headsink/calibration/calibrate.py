@@ -157,7 +157,7 @@ class Calibration:
     ):
         self.shape = describe(model)
         check_plannable(self.shape)
-        self.shape.check_attention("calibrate")
+        self.shape.refuse("calibrate", "chunked_attention")
         self.model, self.method, self.seed, self.progress = model, method or Method(), seed, progress
         rank_heads(self.shape.kv_heads, self.method.ranks)  # raises if they cannot be split
         self.scorer = find_scorer(self.method.scorer)

@@ -31,7 +31,7 @@ WEIGHT = 0.5  # exponent: the weight of a key in the regression is its attention
 @dataclass(frozen=True)
 class ImportanceScores:
     """Importance of reconstructed keys of one document. positions: int64 [keys]. attention: float32 [layers, KV heads, keys], log
-    of the largest attention that each receives, 0 in sliding-window layers."""
+    of the largest attention that each receives, 0 in layers that no plan governs."""
 
     positions: Tensor
     attention: Tensor
@@ -47,16 +47,18 @@ def measure_importance(context: Context, prompt: Sequence[int], whole: bool = Fa
     starts, shape = range(0, context.length, SPAN) if whole else _starts(context.length), context.shape
     spans = [range(start, min(start + SPAN, context.length)) for start in starts]
     reconstruction = Reconstruction(context, prompt, spans)
-    attention = torch.zeros(shape.layers, shape.kv_heads, sum(map(len, spans)))
+    attention = torch.full((shape.layers, shape.kv_heads, sum(map(len, spans))), float("-inf"))
 
     def attend(inputs: Inputs) -> Tensor:
         outputs, largest = reconstruction.attend(inputs)
-        if inputs.sliding is None:
-            attention[inputs.layer] = largest.cpu()
+        source = shape.source(inputs.layer)
+        if shape.planned[source]:
+            attention[source] = torch.maximum(attention[source], largest.cpu())
         return outputs.flatten(0, 1)[None].to(inputs.query.dtype)
 
     with torch.no_grad():
         context.run(reconstruction.continuations, attend)
+    attention[[not own for own in shape.planned]] = 0
     return ImportanceScores(torch.tensor([position for span in spans for position in span]), attention.clamp(min=LEAST))
 
 
@@ -82,9 +84,7 @@ class ScorerFit:
 
     def add(self, context: Context, importance: ImportanceScores) -> None:
         """Add a document. Raises HeadsinkError if its keys, values or importance are not finite."""
-        for layer, window in enumerate(self.shape.windows):
-            if window is not None:
-                continue
+        for layer in (layer for layer, planned in enumerate(self.shape.planned) if planned):
             keys, values = context.key_values(layer)
             positions = importance.positions.to(keys.device)
             features = self.scorer.features(keys[:, positions], values[:, positions]).double().cpu()
@@ -98,8 +98,8 @@ class ScorerFit:
 
     def weights(self) -> Tensor:
         """Scorer weights, float32 [layers, KV heads, features], scaled so that the largest of each head is 1, with four decimals;
-        0 in sliding-window layers."""
-        planned = [layer for layer, window in enumerate(self.shape.windows) if window is None]
+        0 in layers that no plan governs."""
+        planned = list(self.shape.planned)
         weights = torch.zeros(self._moment[..., 1:].shape)
         weights[planned] = _ridge(self._gram[planned], self._moment[planned])
         return weights

@@ -49,6 +49,7 @@ class _Model(_Part):
     head_dim: Count
     weights: str
     sliding: list[Count | None]
+    numbers: list[Annotated[int, Field(ge=0)]] | None = None
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
@@ -56,6 +57,8 @@ class _Model(_Part):
             raise ValueError(f"{self.query_heads} query heads cannot share {self.kv_heads} KV heads")
         if len(self.sliding) != self.layers:
             raise ValueError(f"sliding: {len(self.sliding)} given for {self.layers} layers")
+        if self.numbers is not None and len(self.numbers) != self.layers:
+            raise ValueError(f"numbers: {len(self.numbers)} given for {self.layers} layers")
         return self
 
 

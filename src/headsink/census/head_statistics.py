@@ -76,15 +76,23 @@ class HeadStatistics:
 
     def joined(self, query_heads: int, kv_heads: int) -> HeadStatistics:
         """Statistics of all heads of the layer, gathered from tensor-parallel processes."""
+        return self._map(lambda of, by_kv_head: gather_heads(of, kv_heads if by_kv_head else query_heads))
+
+    def repeated(self, times: int) -> HeadStatistics:
+        """Statistics in which every KV head stands `times` times, for a layer with fewer KV heads than others."""
+        return self._map(lambda of, by_kv_head: of.repeat_interleave(times, 0) if by_kv_head and times > 1 else of)
+
+    def _map(self, change: Callable[[Tensor, bool], Tensor]) -> HeadStatistics:
+        """Change every tensor. change: also gets whether the tensor has a row per KV head."""
         by_kv_head = {"group_errors", "tokens", "secondary", "short_keys", "short_attention"}
 
-        def join(name: str) -> Any:
-            heads, value = kv_heads if name in by_kv_head else query_heads, getattr(self, name)
+        def changed(name: str) -> Any:
+            value = getattr(self, name)
             if isinstance(value, dict):
-                return {key: gather_heads(tensor, heads) for key, tensor in value.items()}
-            return gather_heads(value, heads)
+                return {key: change(tensor, name in by_kv_head) for key, tensor in value.items()}
+            return change(value, name in by_kv_head)
 
-        return HeadStatistics(**{field.name: join(field.name) for field in fields(self)})
+        return HeadStatistics(**{field.name: changed(field.name) for field in fields(self)})
 
 
 SCORES = {

@@ -39,8 +39,9 @@ QUANTILES = (0.1, 0.5, 0.9)  # of the attention distance, in the table
 class Census:
     """Results of `analyze`.
 
-    settings: how they were made. vocabulary: token id -> its text. arrays["{text}.{length}.{name}"], with texts numbered as in
-    `settings["texts"]`, for every length that the text has (see `HeadStatistics`):
+    settings: how they were made. vocabulary: token id -> its text. Layers are those with attention, whose numbers in the model
+    are `settings["model"]["numbers"]`. A layer with fewer KV heads than others repeats its own. arrays["{text}.{length}.{name}"],
+    with texts numbered as in `settings["texts"]`, for every length that the text has (see `HeadStatistics`):
 
     scores, uniform : float64 [layers, query heads, SCORES], uniform is NaN for scores that flat attention does not have
     profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys

@@ -92,11 +92,9 @@ def analyze(
     Raises HeadsinkError for invalid arguments, for lengths over the model's maximum, and for texts that are too short.
     """
     shape, limits = describe(model), limits or Thresholds()
-    shape.check_attention("analyze")
-    if not shape.uniform:
-        raise HeadsinkError(
-            f"analyze: the layers of {shape.name} have different numbers or sizes of heads; not supported"
-        )
+    shape.refuse("analyze", "chunked_attention")
+    if len({shape.heads[layer][0] for layer in shape.attending}) > 1:
+        raise HeadsinkError(f"analyze: the layers of {shape.name} have different numbers of query heads; not supported")
     if queries < 2:
         raise HeadsinkError(f"queries: {queries} is too few, give 2 or more")
     if not SEEDS[0] <= seed < SEEDS[1]:
@@ -116,7 +114,7 @@ def analyze(
     finished = Checkpoint(checkpoint, settings) if checkpoint is not None else None
     arrays: dict[str, Tensor] = {}
     passes = [_passes(shape, [n for n in lengths if n <= len(text.ids)]) for text in chosen]
-    steps = sum(map(len, passes)) * shape.layers
+    steps = sum(map(len, passes)) * len(shape.attending)
     if finished and progress and (count := sum(finished.has(number) for number in range(len(chosen)))):
         console.print(f"continuing: {count} of {len(chosen)} texts are done", highlight=False)
     if progress and is_main():
@@ -134,7 +132,7 @@ def analyze(
                 if finished:
                     finished.write(number, done)
             else:
-                shown.advance(shown.task_ids[0], len(of_text) * shape.layers)
+                shown.advance(shown.task_ids[0], len(of_text) * len(shape.attending))
             arrays |= {f"{number}.{name}": array for name, array in done.items()}
     occurring = sorted({token for text in chosen for token in text.ids})
     return Census(settings, {token: tokenizer.decode([token]) for token in occurring}, arrays)
@@ -148,8 +146,11 @@ def _settings(model: PreTrainedModel, shape: Architecture, chosen: Sequence[Text
         "model": {
             "name": title(model.config.name_or_path),
             "source": model.config.name_or_path,
-            "sliding": list(shape.windows),
             **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
+            "layers": len(shape.attending),
+            "numbers": list(shape.attending),
+            "kv_heads": _most_kv_heads(shape),
+            "sliding": [shape.windows[shape.source(layer)] for layer in shape.attending],
         },
         "dtype": devices.dtype_name(model.dtype),
         "device": input_device(model).type,
@@ -157,6 +158,10 @@ def _settings(model: PreTrainedModel, shape: Architecture, chosen: Sequence[Text
         **given,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
     }
+
+
+def _most_kv_heads(shape: Architecture) -> int:
+    return max(shape.heads[layer][1] for layer in shape.attending)
 
 
 def _passes(shape: Architecture, lengths: list[int]) -> list[list[int]]:
@@ -270,7 +275,9 @@ def _read(
 
     def observe(seen: AttentionRecord) -> None:
         by_length = [head_statistics(seen, length, limits, queries) for length in lengths]
-        layers.append([statistics.joined(shape.query_heads, shape.kv_heads) for statistics in by_length])
+        heads, kv_heads, _ = shape.heads[seen.layer]
+        joined = [statistics.joined(heads, kv_heads) for statistics in by_length]
+        layers.append([statistics.repeated(_most_kv_heads(shape) // kv_heads) for statistics in joined])
         step()
 
     with torch.no_grad(), observe_attention(model, observe):

@@ -115,7 +115,8 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
         group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
-            found.append(group.attend(module, next(new), next(new), next(new), AttentionParams(scaling)))
+            asked = next(new)
+            found.append(group.append(*new)(module, asked, AttentionParams(scaling)))
         worst = max(worst, float((torch.cat(found, 2).cpu().double() - expected).abs().max()))
     return {
         "device": str(device),

@@ -19,11 +19,12 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from headsink.attention import flash
 from headsink.attention.chunked import normaliser
 from headsink.attention.params import AttentionParams, Inputs, shares
-from headsink.compression.continuations import Context, Continuations
+from headsink.compression.continuations import Context, Continuations, check_continues, states_of
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import ridge_regression, synthetic_key
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.selection import kept_indices
+from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
@@ -163,6 +164,9 @@ def reconstruct(
     ids: of the contexts, int64 [batch, tokens]. padding: left padding of each row, int64 [batch]. Returns, for each layer
     without a sliding window, float32 or float64 [batch, KV heads, tokens], -inf for padding.
     """
+    shape = describe(model)
+    if shape.recurrent:
+        check_continues(model)
     scores = {
         index: layer.keys.new_full(
             layer.keys.shape[:3], float("-inf"), dtype=torch.promote_types(layer.keys.dtype, torch.float32)
@@ -174,11 +178,11 @@ def reconstruct(
         tokens = tokens[0 if padding is None else int(padding[row]) :]
         if not len(tokens):
             continue
-        keys, values = (
-            [cached[row, :, -len(tokens) :] for cached in kind]
-            for kind in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-        )
-        for layer, row_scores in _reconstruct_row(Context(model, tokens.tolist(), keys, values), plan).items():
+        attending = {n: layer for n, layer in enumerate(cache.layers) if n in shape.attending and shape.keys_of[n] == n}
+        keys = {n: layer.keys[row, :, -len(tokens) :] for n, layer in attending.items()}
+        values = {n: layer.values[row, :, -len(tokens) :] for n, layer in attending.items()}
+        states = states_of(cache, row) if shape.recurrent else None
+        for layer, row_scores in _reconstruct_row(Context(model, tokens.tolist(), keys, values, states), plan).items():
             scores[layer][row, :, -len(tokens) :] = row_scores
     return scores
 
@@ -190,7 +194,7 @@ def _reconstruct_row(context: Context, plan: Plan) -> dict[int, Tensor]:
 
     def attend(inputs: Inputs) -> Tensor:
         outputs, largest = reconstruction.attend(inputs)
-        row = plan.layers[inputs.layer]
+        row = plan.layers[inputs.layer]  # None for layers that attend to another layer's keys
         if row is not None:
             scores[inputs.layer] = largest
             keys, values = context.key_values(inputs.layer)

@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink.cache.cache import PlanCache
@@ -32,7 +31,7 @@ from headsink.errors import HeadsinkError
 from headsink.generation.acceptance import MOST, DraftLength, accept_greedy, accept_sampled
 from headsink.generation.decode import Decoder, decoder, prepare, refusal
 from headsink.generation.prompt import Prompt, check_call
-from headsink.models.spec import describe
+from headsink.models.spec import RECURRENT, describe
 from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
@@ -86,7 +85,7 @@ def generate_lossless(
         )
     if options.pop("use_cache", True) is False:
         raise HeadsinkError("lossless: it needs two caches; leave out use_cache=False")
-    plan.check(model).check_attention("lossless")
+    plan.check(model).refuse("lossless", "chunked_attention", *RECURRENT)
     options = with_stop_strings(options)
     plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
     loop = partial(
@@ -272,7 +271,7 @@ class SpeculativeDecoder:
         counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
         _crop(self.draft, drafted)
-        recent = [_recent(layer, columns) for layer in self.full.layers]
+        recent = [_recent(layer, columns) for layer in _layers(self.full)]
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
         self._copy_to_draft(columns, hidden, recent)
@@ -315,7 +314,9 @@ def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: T
 def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
     """A frozen cache with the keys of the full cache that the plan keeps. Tokens of both caches can be cropped afterwards."""
     draft = new_cache(model, plan)
-    for index, (mine, theirs) in enumerate(zip(_layers(draft), _layers(full), strict=True)):
+    for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):
+        if not isinstance(mine, PlanLayer) or not isinstance(theirs, PlanLayer):
+            continue  # has no keys of its own
         if mine.sliding is not None:
             draft.layers[index] = copy.deepcopy(theirs)
         elif theirs.groups:
@@ -329,7 +330,7 @@ def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCach
 
 
 def _layers(cache: PlanCache) -> list[PlanLayer]:
-    return cast(list[PlanLayer], cache.layers)  # models with other kinds of layers are refused
+    return [layer for layer in cache.layers if isinstance(layer, PlanLayer)]  # others have no keys of their own
 
 
 def _crop(cache: PlanCache, tokens: int) -> None:
@@ -338,9 +339,9 @@ def _crop(cache: PlanCache, tokens: int) -> None:
         layer.crop(-tokens)
 
 
-def _recent(layer: CacheLayerMixin, columns: int) -> tuple[Tensor, Tensor] | None:
+def _recent(layer: PlanLayer, columns: int) -> tuple[Tensor, Tensor] | None:
     """Return keys and values of the first columns of the last pass, if they are not appended to the layer yet."""
-    recent = cast(PlanLayer, layer).groups[0].recent
+    recent = layer.groups[0].recent
     return None if recent is None else (recent[0][:, :, :columns], recent[1][:, :, :columns])
 
 

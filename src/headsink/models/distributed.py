@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headsink.errors import HeadsinkError
-from headsink.models.spec import output_projection
+from headsink.models.spec import heads_of, output_projection
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def output_weight(module: nn.Module, kv_heads: int) -> tuple[Tensor, bool]:
     projection although every process has all heads; then the parts are joined.
     """
     projection: Any = output_projection(module)
-    config = cast(Any, module).config
-    split = kv_heads < (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    own: Any = module
+    split = kv_heads < heads_of(own.config.per_layer_config[own.layer_idx])[1]
     with weights_here(projection):
         weight = _with_adapter(projection) if hasattr(projection, "base_layer") else projection.weight.detach()
         if isinstance(weight, DTensor):

@@ -25,7 +25,7 @@ from headsink.models.builtin import BUILT_IN, cache_folder, check_name, check_to
 from headsink.models.devices import parse_device, parse_dtype
 from headsink.models.gguf import convert
 from headsink.models.hf_logging import first_line, one_line, quiet
-from headsink.models.spec import check_class, check_config, describe
+from headsink.models.spec import check_class, check_config, describe, heads_of
 from headsink.utils.files import sha256
 from headsink.utils.terminal import note
 
@@ -114,9 +114,11 @@ def _check_splittable(config: Any, processes: int, name: str) -> None:
     """Raise if the layers of a model cannot be split over `processes` processes."""
     if not getattr(config, "base_model_tp_plan", None):
         raise HeadsinkError(f"{name}: transformers has no tensor-parallel plan for {config.model_type}; use device_map")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if heads % processes:
-        raise HeadsinkError(f"{name}: its {heads} KV heads cannot be split over {processes} processes; start a divisor")
+    for layer in config.get_text_config(decoder=True).per_layer_config:
+        if (heads := heads_of(layer)[1]) % processes:
+            raise HeadsinkError(
+                f"{name}: its {heads} KV heads cannot be split over {processes} processes; start a divisor"
+            )
 
 
 def _attention(config: Any, kind: Any) -> str:

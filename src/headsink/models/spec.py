@@ -22,7 +22,8 @@ INSIDE = ("_orig_mod", "module", "base_model", "model")
 NO_MAXIMUM = 2**31 - 1  # tokens; the context of a model whose configuration names none
 # Kinds of layers, as transformers names them: with attention, and others that run under a plan.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-OTHERS = {"linear_attention", "conv", "dummy"}
+RECURRENT = {"linear_attention", "conv"}
+OTHERS = RECURRENT | {"dummy"}
 # Parts of parameter names that wrappers add: compiled and checkpointed layers, and layers with a PEFT adapter.
 WITHIN = {"_orig_mod", "_checkpoint_wrapped_module", "base_layer", "original_module", "token_adapter"}
 
@@ -36,7 +37,8 @@ class Architecture:
     depend on the length of the text, so a prefix of a long text gives the same states as the short text. latent: layers cache one
     vector per token for all heads, instead of keys and values (multi-head latent attention). value_dim: size of the values of a
     head, None if it is `head_dim`. kinds, cache_arguments: transformers' kind of every layer, and the arguments of its cache
-    layer. heads: query heads, KV heads and head size of every layer.
+    layer. heads: query heads, KV heads and head size of every layer. keys_of: the layer whose keys every layer attends to, itself
+    in most families (not in Gemma 3n), None for layers without attention.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Architecture:
     kinds: tuple[str, ...] = ()
     cache_arguments: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     heads: tuple[tuple[int, int, int], ...] = ()
+    keys_of: tuple[int | None, ...] = ()
 
     @property
     def planned(self) -> tuple[bool, ...]:
@@ -61,9 +64,27 @@ class Architecture:
         return tuple(kind == "full_attention" for kind in self.kinds)
 
     @property
+    def shared(self) -> tuple[bool, ...]:
+        """Whether other layers attend to the keys of the layer."""
+        used = [source for layer, source in enumerate(self.keys_of) if source != layer]
+        return tuple(layer in used for layer in range(self.layers))
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys a layer with attention attends to."""
+        found = self.keys_of[layer]
+        if found is None:
+            raise HeadsinkError(f"layer {layer} of {self.name} has no attention")
+        return found
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The numbers of the layers with attention."""
+        return tuple(layer for layer, source in enumerate(self.keys_of) if source is not None)
+
+    @property
     def uniform(self) -> bool:
         """Whether heads are the same in all layers with attention."""
-        return len({own for own, kind in zip(self.heads, self.kinds, strict=True) if kind in ATTENTION}) == 1
+        return len({self.heads[layer] for layer in self.attending}) == 1
 
     @property
     def other_kinds(self) -> str:
@@ -73,15 +94,12 @@ class Architecture:
     @property
     def recurrent(self) -> bool:
         """Whether layers carry a state. Some of these models give other outputs in chunks than in one call."""
-        return not {"linear_attention", "conv"}.isdisjoint(self.kinds)
+        return not RECURRENT.isdisjoint(self.kinds)
 
-    def check_attention(self, what: str) -> None:
-        """Raise if a layer has neither full nor sliding-window attention. what: the call that needs it."""
-        if others := set(self.kinds) - {"full_attention", "sliding_attention"}:
-            raise HeadsinkError(
-                f"{what}: {self.name} has layers of kind {', '.join(sorted(others))}; not supported (a plan of windows from "
-                "Plan.uniform is)"
-            )
+    def refuse(self, what: str, *kinds: str) -> None:
+        """Raise if a layer is of one of these kinds. what: the call that does not support them."""
+        if found := set(self.kinds) & set(kinds):
+            raise HeadsinkError(f"{what}: {self.name} has layers of kind {', '.join(sorted(found))}; not supported")
 
     @property
     def group(self) -> int:
@@ -108,10 +126,6 @@ def check_config(config: Any, name: str) -> None:
     if config.model_type in OWN_CACHE:
         raise HeadsinkError(f"{name}: {config.model_type} accepts no cache but its own class; not supported")
     kinds = set(get_layer_types_and_kwargs(config)[0])
-    if getattr(config, "kv_sharing_modes", None) is not None and "dummy" in kinds:
-        raise HeadsinkError(
-            f"{name}: {config.model_type} has layers that attend to the keys and values of other layers; not supported"
-        )
     if unknown := kinds - ATTENTION - OTHERS:
         raise HeadsinkError(
             f"{name}: {config.model_type} has layers of kind {', '.join(sorted(unknown))}; not supported"
@@ -154,7 +168,7 @@ def describe(model: nn.Module) -> Architecture:
     check_config(config, name)
     config = config.get_text_config(decoder=True)
     kinds, arguments = get_layer_types_and_kwargs(config)
-    heads = [_heads(layer) for layer in config.per_layer_config]
+    heads = [heads_of(layer) for layer in config.per_layer_config]
     planned = {own for own, kind in zip(heads, kinds, strict=True) if kind == "full_attention"} or set(heads[:1])
     if len(planned) > 1:
         raise HeadsinkError(
@@ -181,14 +195,25 @@ def describe(model: nn.Module) -> Architecture:
         kinds=tuple(kinds),
         cache_arguments=tuple(arguments),
         heads=tuple(heads),
+        keys_of=_keys_of(config, kinds),
     )
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
+def heads_of(config: Any) -> tuple[int, int, int]:
     """Return query heads, KV heads and head size in the configuration of a layer."""
     query_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
     return query_heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // query_heads
+
+
+def _keys_of(config: Any, kinds: list[str]) -> tuple[int | None, ...]:
+    """Return the layer whose keys every layer attends to (`Architecture.keys_of`)."""
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
+    stored = {config.layer_types[layer]: layer for layer, mode in enumerate(modes) if mode == "store"}
+    return tuple(
+        stored[config.layer_types[layer]] if mode == "reuse" else layer if kind in ATTENTION else None
+        for layer, (mode, kind) in enumerate(zip(modes, kinds, strict=True))
+    )
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -222,13 +247,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     found: dict[Any, nn.Module] = {
         m.layer_idx: m for m in unwrap(model).modules() if hasattr(m, "layer_idx") and _projection_name(m) is not None
     }
-    wanted = [index for index, kind in enumerate(shape.kinds) if kind in ATTENTION]
-    if not found.keys() >= set(wanted):
+    if not found.keys() >= set(shape.attending):
         names = ", ".join(OUTPUT_PROJECTIONS)
         raise HeadsinkError(
             f"{shape.name}: no output projection in every attention layer, under one of the names {names}"
         )
-    return [found[index] for index in wanted]
+    return [found[index] for index in shape.attending]
 
 
 def output_projection(module: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def _read_with_reconstruction(model: PreTrainedModel, cache: PlanCache, ids: Ten
     """Read texts with the full cache, choose keys by context reconstruction, and move them into an empty cache of a plan."""
     if cache.plan.positions == "cache-relative":
         raise HeadsinkError("reconstruct: it needs 'absolute' positions")
-    describe(model).check_attention("reconstruct")
+    describe(model).refuse("reconstruct", "chunked_attention")
     full, padding = empty_cache(model, None), left_padding(mask)
     _read(model, full, ids, mask)
     scores = reconstruct_context(model, cache.plan, full, ids, None if padding is None else padding.tokens)

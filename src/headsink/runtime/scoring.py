@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
@@ -41,8 +43,14 @@ def continuation_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[i
         raise HeadsinkError(
             f"scored: {scored} tokens of a continuation of {len(ids)}, of which the first cannot be scored"
         )
+    recurrent = {n for n, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionCacheLayerMixin)}
+    before = {n: copy.deepcopy(cache.layers[n]) for n in recurrent}
     logits = forward(model, cache, ids, scored + 1)
-    cache.crop(-len(ids))
+    for number, layer in enumerate(cache.layers):
+        if number in recurrent:
+            cache.layers[number] = before[number]
+        else:
+            layer.crop(-len(ids))
     return logits[:-1].float().log_softmax(-1)
 
 
