@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from decoded import DECODED
+from architectures import make
 from families import FAMILIES, SHAPE, tiny
 from plans import QUALITY, random_plan
 
@@ -49,7 +49,7 @@ def same_state(found, expected):
 
 
 @pytest.mark.parametrize("length", [1, 7, 70])
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_steps_equal_the_model(family, length, case_seed):
     seed = case_seed % 3
     model = tiny(family, seed=seed)
@@ -73,7 +73,7 @@ def test_steps_equal_the_model(family, length, case_seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("texts", [2, 3, 6])
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batches_of_sequences(family, texts, case_seed):
     seed = case_seed % 3
     model, length = tiny(family, seed=seed), 40
@@ -247,12 +247,30 @@ def test_an_error_between_steps_leaves_the_cache_intact():
         model(ids, **cache_argument(cache))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in DECODED])
-def test_unsupported_families_are_refused(family):
-    assert refusal(tiny(family)) is not None
-    model = tiny(family)
+@pytest.mark.parametrize("name", ["GPT-2", "LFM2", "Phi-3.5 MoE", "Qwen2.5-VL"])
+def test_unsupported_architectures_are_refused(name):
+    model = make(name)
+    assert refusal(model) is not None
     with pytest.raises(HeadsinkError, match="decode:"), headsink.apply(model, Plan.full(model)):
         model.generate(prompt(5), **cache_argument(headsink.new_cache(model, Plan.full(model))), custom_generate=decode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_gpt_oss_are_clamped_and_have_biases(dtype):
+    model = tiny("gpt-oss")
+    for layer in model.model.layers:
+        layer.mlp.experts.limit = 0.05  # which most numbers exceed
+        for bias in (layer.mlp.experts.gate_up_proj_bias, layer.mlp.experts.down_proj_bias, layer.mlp.router.bias):
+            torch.nn.init.normal_(bias)
+    assert refusal(model.to(dtype)) is None
+
+
+def test_an_activation_with_parameters():
+    model = make("Apertus")
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.act_fn.alpha_p)
+        torch.nn.init.normal_(layer.mlp.act_fn.alpha_n)
+    assert refusal(model) is None
 
 
 def test_requirements_on_a_model():

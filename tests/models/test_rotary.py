@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from decoded import DECODED
 from families import FAMILIES, tiny
 from feeding import WAYS, feed, padded
 from plans import random_plan, window_plan
@@ -99,7 +98,7 @@ def test_positions_are_cache_relative(family, padding, case_seed):
         torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-4, msg=lambda m, way=way: f"{way}: {m}")
 
 
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_steps_use_the_same_positions(family, case_seed):
     model = tiny(family, seed=case_seed)
     plan, ids = window_plan(model, case_seed), torch.randint(3, 211, (1, 640))  # over the model's 512

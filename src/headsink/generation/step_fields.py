@@ -21,6 +21,9 @@ class Op(IntEnum):
     CAP = 7  # output = scale x tanh(output / scale)
     EXPERTS_IN = 8  # output = activation(gate input) x (up input), of the experts of a token
     EXPERTS_OUT = 9  # output = sum of their outputs
+    EXPERTS_IN_T = 10  # output = clamped SwiGLU, of experts with transposed weights and interleaved gates (gpt-oss)
+    EXPERTS_OUT_T = 11  # output = sum of their outputs
+    XIELU = 12  # output = xIELU(output)
 
 
 class Field(IntEnum):
@@ -72,11 +75,16 @@ class Field(IntEnum):
 
 
 class Number(Enum):
-    """A column of the float32 numbers of operations. SCALE: a factor; EPS: of a norm; CAP: soft cap of attention, 0 for none."""
+    """A column of the float32 numbers of operations.
+
+    SCALE: a factor; EPS: of a norm; CAP: soft cap of attention, 0 for none. EXPERTS_IN_T: SCALE and CAP are alpha and the limit
+    of its SwiGLU. XIELU: SCALE and CAP are alpha of positive and of negative numbers; EPS, BETA.
+    """
 
     SCALE = 0
     EPS = 1
     CAP = 2
+    BETA = 3
 
 
 class Activation(IntEnum):

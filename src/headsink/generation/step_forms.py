@@ -25,6 +25,7 @@ ACTIVATIONS = {
     Activation.RELU_SQUARED: lambda x: F.relu(x).square(),
     Activation.SIGMOID: torch.sigmoid,
 }
+XIELU = ("alpha_p", "alpha_n", "beta", "eps")  # parts of transformers' XIELUActivation
 EPS = ("variance_epsilon", "eps", "norm_eps")
 _norms: weakref.WeakKeyDictionary[nn.Module, tuple[NormKind, int, float]] = weakref.WeakKeyDictionary()
 GAPS = 0.02  # relative difference of outputs that are the same up to rounding in bfloat16
@@ -40,7 +41,20 @@ class Norm:
     eps: float
 
 
-def activation_of(function: Any) -> Activation:
+@dataclass(frozen=True)
+class Xielu:
+    """x > 0: positive x^2 + beta x; else negative (expm1(min(x, eps)) - x) + beta x (arXiv 2411.13010)."""
+
+    positive: float
+    negative: float
+    beta: float
+    eps: float
+
+
+def activation_of(function: Any) -> Activation | Xielu:
+    if all(isinstance(getattr(function, name, None), Tensor) for name in XIELU):
+        positive, negative, beta, eps = (getattr(function, name).detach().float() for name in XIELU)
+        return Xielu(float(F.softplus(positive)), float(beta + F.softplus(negative)), float(beta), float(eps))
     x = torch.linspace(-4, 4, 33)
     with torch.no_grad():
         found = function(x)
@@ -96,12 +110,13 @@ def _norm_form(module: Any, shape: tuple[int, ...]) -> tuple[NormKind, int, floa
 def routing_of(router: Any, weight: Tensor, bias: Tensor | None) -> tuple[int, Scores, bool, float, Tensor | None]:
     """How a router chooses: top-k, scores, whether shares are normalised, their scale, and the bias of the choice."""
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    arguments = (x[None],) if hasattr(router, "gate") else (x,)
+    arguments, added = (x[None],) if hasattr(router, "gate") else (x,), getattr(router, "bias", None)
     try:
         _, shares, chosen = router(*arguments, *(() if bias is None or hasattr(router, "moe_statics") else (bias,)))
     except TypeError:
         _, shares, chosen = router(*arguments)
-    logits, extra = F.linear(x.float(), weight.float()), None if bias is None else bias.detach().float().contiguous()
+    logits = F.linear(x.float(), weight.float(), None if added is None else added.float())
+    extra = None if bias is None else bias.detach().float().contiguous()
     for kind, scores in ((Scores.SOFTMAX, logits.softmax(-1)), (Scores.SIGMOID, logits.sigmoid())):
         best = (scores if extra is None else scores + extra).topk(chosen.shape[-1], -1).indices
         if (best.sort(-1).values == chosen.sort(-1).values).float().mean() < 0.9:  # ties in bfloat16

@@ -26,8 +26,9 @@ _OP, _TOGETHER, _INPUT, _OUTPUT, _WIDTH, _COLUMNS, _STRIDE, _WEIGHT, _BIAS, _KIN
 )
 _QUERY, _KEY, _VALUE, _FIRST, _KV_HEADS, _GROUP, _COS, _SIN, _PAIRS, _INTERLEAVED, *_REST = _ATTEND
 _QUERY_NORM, _KEY_NORM, _LATE, _SINKS, _TURN, _CHOSEN, _SHARES, _TOP_K = _REST
-_SCALE, _EPS, _CAP_AT = (number.value for number in Number)
-_NORM, _ATTEND_OP, _ROUTE, _LINEAR, _GATE, _ACTIVATE, _ADD, _CAP, _EXPERTS_IN, _EXPERTS_OUT = (int(op) for op in Op)
+_SCALE, _EPS, _CAP_AT, _BETA = (number.value for number in Number)
+_NORM, _ATTEND_OP, _ROUTE, _LINEAR, _GATE, _ACTIVATE, _ADD, _CAP, *_MORE = (int(op) for op in Op)
+_EXPERTS_IN, _EXPERTS_OUT, _EXPERTS_IN_T, _EXPERTS_OUT_T, _XIELU = _MORE
 _SILU, _GELU_TANH, _GELU, _RELU, _RELU_SQUARED, _SIGMOID = (int(kind) for kind in Activation)
 _RMS, _LAYER = (int(kind) for kind in NormKind)
 _SOFTMAX, _ = (int(kind) for kind in Scores)
@@ -166,6 +167,62 @@ def _experts_out(op: Any, like: Any, sequences: Any, start: Any, end: Any) -> No
 
 
 @njit(fastmath=FAST)
+def _add_rows(matrix: Any, like: Any, rows: Any, columns: Any, x: Any, first: Any, out: Any) -> None:
+    """out = x times a matrix [rows, columns] at an address, of the columns from `first` on."""
+    given = carray(pointer(matrix, like), (rows, columns))
+    out[:] = 0
+    for row in range(rows):
+        factor = x[row]
+        for n in range(out.shape[0]):
+            out[n] += factor * wide(given[row, first + n])
+
+
+@njit(fastmath=FAST)
+def _experts_in_transposed(op: Any, numbers: Any, like: Any, sequences: Any, start: Any, end: Any) -> None:
+    columns, width, top_k, limit = op[_COLUMNS], op[_WIDTH], op[_TOP_K], numbers[_CAP_AT]
+    chosen = carray(pointer(op[_CHOSEN], _INTEGERS), (sequences, top_k))
+    x, out = _floats(op[_INPUT], (sequences, columns)), _floats(op[_OUTPUT], (sequences, top_k, width))
+    both = np.empty(2 * (end - start), np.float32)
+    for sequence in range(sequences):
+        for n in range(top_k):
+            expert = chosen[sequence, n] * 2 * width
+            matrix = op[_WEIGHT] + expert * columns * like.itemsize
+            _add_rows(matrix, like, columns, 2 * width, x[sequence], 2 * start, both)
+            bias = _floats(op[_BIAS] + expert * 4, 2 * width)
+            for row in range(start, end):
+                at = 2 * (row - start)
+                gate = min(both[at] + bias[2 * row], limit)
+                up = max(min(both[at + 1] + bias[2 * row + 1], limit), -limit)
+                out[sequence, n, row] = (up + 1) * gate * _activation(numbers[_SCALE] * gate, _SIGMOID)
+
+
+@njit(fastmath=FAST)
+def _experts_out_transposed(op: Any, like: Any, sequences: Any, start: Any, end: Any) -> None:
+    columns, width, top_k = op[_COLUMNS], op[_WIDTH], op[_TOP_K]
+    chosen = carray(pointer(op[_CHOSEN], _INTEGERS), (sequences, top_k))
+    shares, out = _floats(op[_SHARES], (sequences, top_k)), _floats(op[_OUTPUT], (sequences, width))
+    x, found = _floats(op[_INPUT], (sequences, top_k, columns)), np.empty(end - start, np.float32)
+    for sequence in range(sequences):
+        out[sequence, start:end] = 0
+        for n in range(top_k):
+            expert = chosen[sequence, n] * width
+            _add_rows(
+                op[_WEIGHT] + expert * columns * like.itemsize, like, columns, width, x[sequence, n], start, found
+            )
+            bias = _floats(op[_BIAS] + expert * 4, width)
+            for row in range(start, end):
+                out[sequence, row] += shares[sequence, n] * (found[row - start] + bias[row])
+
+
+@njit(fastmath=FAST)
+def _xielu(x: Any, numbers: Any) -> Any:
+    linear = numbers[_BETA] * x
+    if x > 0:
+        return numbers[_SCALE] * x * x + linear
+    return np.float32(numbers[_CAP_AT] * (math.expm1(min(x, numbers[_EPS])) - x) + linear)
+
+
+@njit(fastmath=FAST)
 def _columns(op: Any, numbers: Any, like: Any, sequences: Any, part: Any, parts: Any) -> None:
     """Compute part of the columns of an operation."""
     code, scale, kind = op[_OP], numbers[_SCALE], op[_KIND]
@@ -178,6 +235,12 @@ def _columns(op: Any, numbers: Any, like: Any, sequences: Any, part: Any, parts:
         return
     if code == _EXPERTS_OUT:
         _experts_out(op, like, sequences, start, end)
+        return
+    if code == _EXPERTS_IN_T:
+        _experts_in_transposed(op, numbers, like, sequences, start, end)
+        return
+    if code == _EXPERTS_OUT_T:
+        _experts_out_transposed(op, like, sequences, start, end)
         return
     for sequence in range(sequences):
         out = _floats(op[_OUTPUT] + sequence * op[_STRIDE] * 4, op[_WIDTH])
@@ -192,6 +255,9 @@ def _columns(op: Any, numbers: Any, like: Any, sequences: Any, part: Any, parts:
         elif code == _ACTIVATE:
             for n in range(start, end):
                 out[n] = _activation(out[n], kind)
+        elif code == _XIELU:
+            for n in range(start, end):
+                out[n] = _xielu(out[n], numbers)
         elif code == _ADD:
             for n in range(start, end):
                 out[n] += scale * x[n]

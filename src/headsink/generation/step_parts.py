@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from headsink.attention.rotary import layer_rotations
 from headsink.errors import HeadsinkError
 from headsink.generation.step_fields import Activation, Scores
-from headsink.generation.step_forms import Norm, activation_of, norm_of, routing_of
+from headsink.generation.step_forms import Norm, Xielu, activation_of, norm_of, routing_of
 from headsink.models.families import LATE_NORMS
 from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, attention_modules, decoder, describe, output_projection
@@ -56,7 +56,7 @@ class MLP:
     gate: Linear | None
     up: Linear
     down: Linear
-    activation: Activation
+    activation: Activation | Xielu
     inner: Norm | None = None
     share: Linear | None = None
 
@@ -64,17 +64,32 @@ class MLP:
 @dataclass(frozen=True)
 class Experts:
     """gate_up: [experts, 2 x inner, hidden]; down: [experts, hidden, inner]. bias: float32 [experts], for the choice only.
-    normalised: shares are divided by their sum; then they are multiplied by `scale`."""
+    normalised: shares are divided by their sum; then they are multiplied by `scale`. transposed: of gpt-oss, else None."""
 
     router: Linear
     gate_up: Tensor
     down: Tensor
-    activation: Activation
+    activation: Activation | None
+    transposed: Transposed | None
     top_k: int
     scores: Scores
     normalised: bool
     scale: float
     bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Experts whose weights are [experts, hidden, 2 x inner] and [experts, inner, hidden], with gates and ups in turn.
+
+    Inner activations: (clamp(up, -limit, limit) + 1) x gate x sigmoid(alpha x gate), where gate is at most limit. gate_up_bias,
+    down_bias: float32 [experts, columns].
+    """
+
+    gate_up_bias: Tensor
+    down_bias: Tensor
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -303,7 +318,7 @@ def _mlp(rest: _Rest, share: nn.Module | None = None) -> MLP:
         gate,
         up,
         _linear(rest.need(*DOWNS)),
-        activation_of(rest.need(*ACTS)),
+        activation_of(rest.need(*ACTS)) if gate is None else _activation(rest),
         None if norm is None else norm_of(norm, len(up.weight)),
         None if share is None else _linear(share),
     )
@@ -311,10 +326,25 @@ def _mlp(rest: _Rest, share: nn.Module | None = None) -> MLP:
     return found
 
 
+def _activation(rest: _Rest) -> Activation:
+    """The activation of a gate."""
+    found = activation_of(rest.need(*ACTS))
+    if isinstance(found, Xielu):
+        raise HeadsinkError("its gates have xIELU activations")
+    return found
+
+
 def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
     rest, own = _Rest(module), _Rest(router)
     gate_up, down = rest.need("gate_up_proj"), rest.need("down_proj")
-    activation = activation_of(rest.need(*ACTS))
+    transposed, activation = None, None
+    if "gate_up_proj_bias" in rest.found and hasattr(module, "alpha") and hasattr(module, "limit"):
+        first, second = (
+            rest.need(name).detach().float().contiguous() for name in ("gate_up_proj_bias", "down_proj_bias")
+        )
+        transposed = Transposed(first, second, float(module.alpha), float(module.limit))
+    else:
+        activation = _activation(rest)
     rest.end()
     inside = own.take("moe_statics")
     given = own.take(*BIASES) if inside is None else inside.e_score_correction_bias
@@ -322,15 +352,17 @@ def _experts(module: Any, router: Any, bias: Tensor | None) -> Experts:
         bias = given.flatten()
     linear = own.take("gate", "wg")
     weight = linear.weight if linear is not None else own.need("weight")
+    added = own.take("bias")
     own.end()
-    count, inner, hidden = len(gate_up), gate_up.shape[1] // 2, weight.shape[1]
-    if gate_up.shape != (count, 2 * inner, hidden) or down.shape != (count, hidden, inner):
-        raise HeadsinkError("its experts' weights are not [experts, out, in]")
+    count, hidden = len(gate_up), weight.shape[1]
+    into, back = (gate_up.mT, down.mT) if transposed else (gate_up, down)
+    inner = into.shape[1] // 2
+    if into.shape != (count, 2 * inner, hidden) or back.shape != (count, hidden, inner):
+        raise HeadsinkError("its experts' weights have an unusual shape")
     if not gate_up.is_contiguous() or not down.is_contiguous() or weight.dtype != gate_up.dtype:
         raise HeadsinkError("its experts' weights are not contiguous, or its router has another dtype")
-    return Experts(
-        Linear(weight.detach()), gate_up.detach(), down.detach(), activation, *routing_of(router, weight, bias)
-    )
+    matrix = Linear(weight.detach(), None if added is None else added.detach().float().contiguous())
+    return Experts(matrix, gate_up.detach(), down.detach(), activation, transposed, *routing_of(router, weight, bias))
 
 
 def _linear(module: Any) -> Linear:

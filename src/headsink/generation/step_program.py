@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from headsink.generation.step_fields import Activation, Field, Number, Op
-from headsink.generation.step_forms import Norm
+from headsink.generation.step_forms import Norm, Xielu
 from headsink.generation.step_parts import MLP, Attention, Block, Experts, Linear, Parts
 
 
@@ -35,9 +35,7 @@ class Program:
             self._buffer(max(w[0] for w in widths)),
         )
         inner = max(
-            mlp.gate_up.shape[1] // 2 * mlp.top_k if isinstance(mlp, Experts) else len(mlp.up.weight)
-            for b in parts.blocks
-            for mlp in b.mlps
+            _inner(mlp) * (mlp.top_k if isinstance(mlp, Experts) else 1) for b in parts.blocks for mlp in b.mlps
         )
         self._gate, self._up, self._share = self._buffer(inner), self._buffer(inner), self._buffer(1)
         routed = [mlp for b in parts.blocks for mlp in b.mlps if isinstance(mlp, Experts)]
@@ -233,7 +231,11 @@ class Program:
         """Add all but the last operation of an MLP, which is returned."""
         inner, hidden = len(mlp.up.weight), self.hidden.shape[1]
         up = self._linear(mlp.up, given, self._up)
-        if mlp.gate is None:
+        if isinstance(mlp.activation, Xielu):
+            own = mlp.activation
+            numbers = {Number.SCALE: own.positive, Number.CAP: own.negative, Number.BETA: own.beta, Number.EPS: own.eps}
+            self._region([up, self._columns(Op.XIELU, self._up, self._up, inner) | numbers])
+        elif mlp.gate is None:
             self._region([up, self._columns(Op.ACTIVATE, self._up, self._up, inner, kind=mlp.activation)])
         else:
             gate = self._columns(Op.GATE, self._gate, self._up, inner, kind=mlp.activation)
@@ -249,7 +251,7 @@ class Program:
 
     def _experts(self, own: Experts, given: Any, out: Any) -> dict[Any, Any]:
         """Add all but the last operation of a layer's experts, which is returned."""
-        count, double, hidden = own.gate_up.shape
+        count, hidden, inner = len(own.gate_up), self.hidden.shape[1], _inner(own)
         self._region([self._linear(own.router, given, self._router)])
         places = {
             Field.CHOSEN: self._chosen.ctypes.data,
@@ -258,7 +260,20 @@ class Program:
         }
         route = self._columns(Op.ROUTE, self._router, self._router, count, kind=own.scores, scale=own.scale)
         self._region([route | places | {Field.BIAS: self._floats(own.bias), Field.LATE: own.normalised}])
-        into = self._columns(Op.EXPERTS_IN, given, self._up, double // 2, hidden, kind=own.activation)
-        self._region([into | places | {Field.WEIGHT: own.gate_up.data_ptr()}])
-        back = self._columns(Op.EXPERTS_OUT, self._up, out, hidden, double // 2)
-        return back | places | {Field.WEIGHT: own.down.data_ptr()}
+        places_in, places_out = (places | {Field.WEIGHT: matrix.data_ptr()} for matrix in (own.gate_up, own.down))
+        if (other := own.transposed) is not None:
+            into = self._columns(Op.EXPERTS_IN_T, given, self._up, inner, hidden, scale=other.alpha)
+            self._region([into | places_in | {Field.BIAS: self._floats(other.gate_up_bias), Number.CAP: other.limit}])
+            back = self._columns(Op.EXPERTS_OUT_T, self._up, out, hidden, inner)
+            return back | places_out | {Field.BIAS: self._floats(other.down_bias)}
+        self._region(
+            [self._columns(Op.EXPERTS_IN, given, self._up, inner, hidden, kind=own.activation or 0) | places_in]
+        )
+        return self._columns(Op.EXPERTS_OUT, self._up, out, hidden, inner) | places_out
+
+
+def _inner(mlp: MLP | Experts) -> int:
+    """The number of inner activations, of one expert."""
+    if isinstance(mlp, Experts):
+        return mlp.down.shape[1 if mlp.transposed else 2]
+    return len(mlp.up.weight)
