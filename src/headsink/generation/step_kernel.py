@@ -169,12 +169,22 @@ def _experts_out(op: Any, like: Any, sequences: Any, start: Any, end: Any) -> No
 @njit(fastmath=FAST)
 def _add_rows(matrix: Any, like: Any, rows: Any, columns: Any, x: Any, first: Any, out: Any) -> None:
     """out = x times a matrix [rows, columns] at an address, of the columns from `first` on."""
-    given = carray(pointer(matrix, like), (rows, columns))
+    width, stride = out.shape[0], columns * like.itemsize
     out[:] = 0
-    for row in range(rows):
-        factor = x[row]
-        for n in range(out.shape[0]):
-            out[n] += factor * wide(given[row, first + n])
+    row = 0
+    while row + 4 <= rows:  # four at a time, so that sums are loaded and stored less often
+        at = matrix + row * stride + first * like.itemsize
+        a, b = carray(pointer(at, like), width), carray(pointer(at + stride, like), width)
+        c, d = carray(pointer(at + 2 * stride, like), width), carray(pointer(at + 3 * stride, like), width)
+        xa, xb, xc, xd = x[row], x[row + 1], x[row + 2], x[row + 3]
+        for n in range(width):
+            out[n] += xa * wide(a[n]) + xb * wide(b[n]) + xc * wide(c[n]) + xd * wide(d[n])
+        row += 4
+    while row < rows:
+        line = carray(pointer(matrix + row * stride + first * like.itemsize, like), width)
+        for n in range(width):
+            out[n] += x[row] * wide(line[n])
+        row += 1
 
 
 @njit(fastmath=FAST)
