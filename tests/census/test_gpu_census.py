@@ -1,11 +1,11 @@
 """GPU kernels of the census: equal to the blockwise statistics (test_census.py compares those with whole matrices)."""
 
 from dataclasses import fields
-from types import SimpleNamespace
 
 import offline
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from headsink.attention.chunked import attention
 from headsink.attention.interface import AttentionRecord
@@ -50,7 +50,8 @@ def seen(
     value *= torch.where(torch.rand(1, kv_heads, more, 1) < 0.1, 0.1, 1.0)
     module = torch.nn.Module()
     module.o_proj = torch.nn.Linear(heads * dim, 32, bias=False).to(device)
-    module.config = SimpleNamespace(num_key_value_heads=kv_heads, num_attention_heads=heads)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    module.config, module.layer_idx = LlamaConfig(**sizes, hidden_size=heads * dim), 0
     query, key, value = (t.to(device, dtype) for t in (query, key, value))
     logits = torch.randn(heads).to(device) if sink_logits else None
     inputs = Inputs(module, 0, query, key, value, dim**-0.5, sliding, softcap, logits)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import tiny
+from small_tokenizer import Small
 
 import headsink
-from headsink import HeadsinkError
+from headsink import HeadsinkError, Pattern, Plan
+from headsink.generation.decode import refusal
 from headsink.models.distributed import input_device
 from headsink.models.fingerprint import weights_hash
 
@@ -82,3 +85,27 @@ def test_impossible_options_give_one_line(tiny_folder, options, reason):
     with pytest.raises(HeadsinkError, match=reason) as error:
         headsink.load(tiny_folder, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_call_works_with_offloaded_weights(tied, smollm2):
+    def make():
+        model = tiny("llama")
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    ids = torch.randint(3, 211, (1, 60), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = make().generate(ids, **options)
+    model = cpu_offload(make(), execution_device=torch.device("cpu"))
+    assert model.device == torch.device("meta")
+    plan = Plan.uniform(model, Pattern(2, 0, 8))
+    with headsink.apply(model, Plan.full(model)):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert refusal(model) == "its weights are offloaded"
+    assert torch.equal(headsink.generate_lossless(model, plan, ids, **options), expected)
+    made = headsink.calibrate(model, Small(smollm2[1]), context=416, budget=0.5, quality_contexts=(), progress=False)
+    cache = headsink.compress(model, made, ids, reconstruct=True)
+    assert cache.get_seq_length() == 60

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.errors import HeadsinkError
+from headsink.models.distributed import input_device
 from headsink.models.rope import Rotary, inverse_frequencies, rotate
 from headsink.models.spec import describe, unwrap, vocabulary
 
@@ -60,7 +61,7 @@ def _measure(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
 
 def _candidates(model: PreTrainedModel, kind: str, dim: int) -> list[Rotary]:
     """How a layer of a kind may rotate queries of `dim` coordinates."""
-    inverse, found = inverse_frequencies(model, kind), [Rotary(torch.zeros(dim // 2, device=model.device))]
+    inverse, found = inverse_frequencies(model, kind), [Rotary(torch.zeros(dim // 2, device=input_device(model)))]
     if inverse is not None and 2 * len(inverse) <= dim:
         found += [Rotary(inverse), Rotary(-inverse), Rotary(inverse, interleaved=True)]
     return found
@@ -73,7 +74,7 @@ def _queries(model: PreTrainedModel, position: int) -> dict[int, Tensor]:
     def keep(record: AttentionRecord) -> None:
         queries[record.layer] = record.query.float()
 
-    token = torch.full((1, 1), vocabulary(model) // 2, device=model.device)
+    token = torch.full((1, 1), vocabulary(model) // 2, device=input_device(model))
     required = [layer for layer, planned in enumerate(describe(model).planned) if planned]
     with observe_attention(model, keep, required):
         model(input_ids=token, position_ids=torch.full_like(token, position), use_cache=False)

@@ -49,6 +49,7 @@ from headsink.bench.tasks.tasks import task as find_task
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.devices import dtype_name
+from headsink.models.distributed import input_device
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
@@ -162,7 +163,7 @@ def _measure(
         if task.metric == SAME:
             scores = {SAME: same}
         elif task.metric == NLL:
-            targets = torch.tensor(along, device=model.device)
+            targets = torch.tensor(along, device=input_device(model))
             scores = {NLL: -float(own.log_probs.gather(1, targets[:, None]).double().mean())}
         found: Record = {"score": scores.pop(task.metric), "also": scores, "output": own.text}
         if name != FULL:
@@ -183,7 +184,7 @@ def _answer(
     along: list[int] | None = None,
 ) -> _Answer:
     """Prefill a prompt once and answer it. along: token ids to take log-probabilities along; by default the answer."""
-    cache = prefill(model, plan, torch.tensor([ids[:-1]], device=model.device), exact=False)
+    cache = prefill(model, plan, torch.tensor([ids[:-1]], device=input_device(model)), exact=False)
     scoring_cache = copy.deepcopy(cache)
     done = generate(
         model,
@@ -261,7 +262,7 @@ def _settings(model: PreTrainedModel, task: str, plans: Mapping[str, Plan], cont
         "seed": seed,
         "model": Fingerprint.of(model).weights,
         "dtype": dtype_name(model.dtype),
-        "device": model.device.type,
+        "device": input_device(model).type,
         "plans": {name: hashlib.sha256(plan.to_json().encode()).hexdigest() for name, plan in plans.items()},
         "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
     }

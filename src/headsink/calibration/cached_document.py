@@ -23,6 +23,7 @@ from headsink.compression.continuations import Context, Continuations, read
 from headsink.compression.reconstruction import kept_keys
 from headsink.data.documents import Document
 from headsink.eviction.pattern import FULL, Pattern
+from headsink.models.distributed import input_device
 
 Patterns = Sequence[Sequence[Pattern] | None]  # [layers][KV heads], None for a layer that no plan governs
 
@@ -36,9 +37,9 @@ class CachedDocument(Context):
 
     def __init__(self, model: PreTrainedModel, document: Document):
         super().__init__(model, document.ids, *read(model, document.ids))
-        self.importance = torch.zeros(self.shape.layers, self.shape.kv_heads, self.length, device=model.device)
+        self.importance = torch.zeros(self.shape.layers, self.shape.kv_heads, self.length, device=input_device(model))
         self._continuations = Continuations(
-            [tokens for _, tokens, _ in document.continuations], self.length, model.device
+            [tokens for _, tokens, _ in document.continuations], self.length, input_device(model)
         )
         scored: list[int] = []
         branch: list[int] = []
@@ -47,14 +48,14 @@ class CachedDocument(Context):
         ):
             scored += range(rows.stop - count - 1, rows.stop - 1)  # predictions are made at the token before
             branch += [number] * count
-        self._scored = torch.tensor(scored, device=model.device)
+        self._scored = torch.tensor(scored, device=input_device(model))
         targets = self._continuations.ids[self._scored + 1]
         full = self.log_probs(self.full_patterns())
-        self.full = FullCacheScores(document, full, targets, torch.tensor(branch, device=model.device))
+        self.full = FullCacheScores(document, full, targets, torch.tensor(branch, device=input_device(model)))
 
     def set_importance(self, importance: ImportanceScores) -> None:
         """Choose top-k keys by the importance of the whole document."""
-        self.importance = importance.attention.to(self.model.device)
+        self.importance = importance.attention.to(input_device(self.model))
 
     def full_patterns(self) -> list[list[Pattern] | None]:
         return [[FULL] * self.shape.kv_heads if own else None for own in self.shape.planned]

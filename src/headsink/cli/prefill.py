@@ -25,6 +25,7 @@ from headsink.cli.options import (
     standard_input,
 )
 from headsink.errors import HeadsinkError, printable
+from headsink.models.distributed import input_device
 from headsink.plan.packaged import packaged_plan
 from headsink.utils.files import check_file, read_text
 from headsink.utils.terminal import MEGABYTE, emit, out
@@ -82,7 +83,7 @@ def prefill(options: PrefillOptions) -> None:
         plan = packaged_plan(options.model, options.budget, len(ids))
     start = time.perf_counter()
     cache = runtime.prefill(
-        model, plan, torch.tensor([ids], device=model.device), exact=False, reconstruct=options.reconstruct
+        model, plan, torch.tensor([ids], device=input_device(model)), exact=False, reconstruct=options.reconstruct
     )
     seconds = time.perf_counter() - start
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from headsink.attention.interface import AttentionRecord, observe_attention, replace_attention
 from headsink.attention.params import Inputs
 from headsink.errors import HeadsinkError
+from headsink.models.distributed import input_device
 from headsink.models.spec import decoder, describe, vocabulary
 from headsink.models.transformers_names import cache_argument
 
@@ -81,7 +82,7 @@ class Context:
         keep: the tokens to return logits for, int64 [tokens]; None: the last one.
         """
         # A number instead of indices would leave out queries in Gemma 4.
-        keep = torch.tensor([len(continuations.ids) - 1], device=self.model.device) if keep is None else keep
+        keep = torch.tensor([len(continuations.ids) - 1], device=input_device(self.model)) if keep is None else keep
         if self.shape.recurrent:
             return self._run_rows(continuations, attend, keep)
         arguments = {"position_ids": continuations.positions[None], "use_cache": False, "logits_to_keep": keep}
@@ -167,7 +168,7 @@ def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[dict[int, Tensor],
         check_continues(model)
         cache = states_of(DynamicCache(config=model.config.get_text_config(decoder=True)))
     with torch.no_grad(), observe_attention(model, keep):
-        tokens = torch.tensor([list(ids)], device=model.device)
+        tokens = torch.tensor([list(ids)], device=input_device(model))
         decoder(model)(tokens, **cache_argument(cache), use_cache=cache is not None)
     for layer in [] if cache is None else cache.layers:
         if isinstance(layer, _PassingLayer):
@@ -178,7 +179,7 @@ def read(model: PreTrainedModel, ids: Sequence[int]) -> tuple[dict[int, Tensor],
 @torch.no_grad()
 def check_continues(model: PreTrainedModel) -> None:
     """Raise if a recurrent model gives other logits in two calls than in one, as Bamba and Jamba do without their own kernels."""
-    ids = torch.randint(vocabulary(model), (1, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.randint(vocabulary(model), (1, 24), generator=torch.Generator().manual_seed(0)).to(input_device(model))
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     whole = model(ids, use_cache=False).logits[:, 12:].float()
     for part in ids.split(12, 1):

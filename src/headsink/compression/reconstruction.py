@@ -24,6 +24,7 @@ from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import ridge_regression, synthetic_key
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.selection import kept_indices
+from headsink.models.distributed import input_device
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 
@@ -44,7 +45,7 @@ class Reconstruction:
     def __init__(self, context: Context, prompt: Sequence[int], spans: Sequence[range]):
         self.context, self.spans = context, spans
         texts = [[*prompt, *context.ids[max(span.start - LEAD, 0) : span.stop]] for span in spans]
-        self.continuations = Continuations(texts, context.length, context.model.device)
+        self.continuations = Continuations(texts, context.length, input_device(context.model))
 
     def attend(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Full attention of the continuations.

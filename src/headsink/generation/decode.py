@@ -20,6 +20,7 @@ from headsink.attention.backends import backend_of
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.generation.prompt import Prompt, cached_padding, check_call
+from headsink.models.distributed import input_device
 from headsink.models.transformers_names import generate_argument, given_cache, returned_cache
 from headsink.plan.plan import Plan
 from headsink.utils import device
@@ -42,7 +43,7 @@ class Decoder(Protocol):
 
 
 def _backend(model: PreTrainedModel) -> Any:
-    if model.device.type in device.DEVICES:
+    if input_device(model).type in device.DEVICES:
         from headsink.generation import step_cuda
 
         return step_cuda
@@ -53,7 +54,7 @@ def _backend(model: PreTrainedModel) -> Any:
 
 def refusal(model: PreTrainedModel, plan: Plan | None = None) -> str | None:
     """Why a model has no compiled decode step on this machine, or no plan of this kind; None if it has one."""
-    kind = model.device.type
+    kind = input_device(model).type
     backend = backend_of(kind)
     if plan is not None and plan.has_top_k and backend is not None and plan.scorer not in backend.scorers:
         return f"the plan's scorer {plan.scorer!r} has no kernel"

@@ -23,6 +23,7 @@ from headsink.errors import HeadsinkError
 from headsink.generation.decode import decode, prepare, refusal
 from headsink.generation.prompt import cached_padding
 from headsink.generation.speculative import Speculation, generate_lossless
+from headsink.models.distributed import input_device
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
@@ -117,7 +118,7 @@ def generate(
         )
     clock = _Clock(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    text = torch.tensor([ids], device=model.device)
+    text = torch.tensor([ids], device=input_device(model))
     if cache.get_seq_length() and getattr(cache, "rows", 1) != 1:
         raise HeadsinkError(f"cache: it holds {cache.rows} sequences; give the cache of one")  # type: ignore[attr-defined]
     if cached_padding(cache) is not None:

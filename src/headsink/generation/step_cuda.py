@@ -42,6 +42,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its rotary positions depend on the length of the sequence"
     if model.training:
         return "it is in training mode: call model.eval()"
+    if any(weight.is_meta for weight in model.parameters()):
+        return "its weights are offloaded"
     if len({weight.device for weight in model.parameters()}) > 1:
         return "its weights are on several devices"
     if model.dtype not in gpu.TYPES:

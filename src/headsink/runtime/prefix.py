@@ -28,6 +28,7 @@ from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers import ALWAYS, NONE
 from headsink.models.devices import dtype_name
+from headsink.models.distributed import input_device
 from headsink.models.spec import vocabulary
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import Prefill, new_cache
@@ -139,8 +140,8 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
     except ValueError as error:
         raise HeadsinkError(f"{path}: its parts do not fit together: {error}") from error
     # Copied even on a CPU: tensors in the file are not aligned, which changes the order of sums.
-    _fill(cache, header, {name: t.to(model.device, copy=True) for name, t in tensors.items()})
-    return cache, tensors["input_ids"].to(model.device)
+    _fill(cache, header, {name: t.to(input_device(model), copy=True) for name, t in tensors.items()})
+    return cache, tensors["input_ids"].to(input_device(model))
 
 
 def prefix_text(path: str | os.PathLike[str]) -> str:

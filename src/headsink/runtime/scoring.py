@@ -12,6 +12,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
+from headsink.models.distributed import input_device
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, full_cache
@@ -26,7 +27,7 @@ def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int], reconstr
     Each continuation is a segment, as a turn of a conversation. reconstruct: as for `headsink.compress`.
     """
     quiet = plan if plan is None else plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
-    tokens = torch.tensor([list(ids)], device=model.device)
+    tokens = torch.tensor([list(ids)], device=input_device(model))
     cache = prefill(model, quiet, tokens, exact=False, reconstruct=reconstruct)
     if isinstance(cache, PlanCache) and cache.plan.positions == "absolute":
         cache.freeze()  # so that a continuation, which attends to every cached key, can be cropped
@@ -56,6 +57,6 @@ def continuation_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[i
 
 def forward(model: PreTrainedModel, cache: Cache, ids: Sequence[int], keep: int) -> Tensor:
     """Append `ids` to the cache and return the logits of the last `keep` of them, [keep, vocabulary]."""
-    tokens = torch.tensor([ids], device=model.device)
+    tokens = torch.tensor([ids], device=input_device(model))
     with torch.no_grad(), apply_here(model, cache.plan) if isinstance(cache, PlanCache) else full_cache(model):
         return model(tokens, **cache_argument(cache), use_cache=True, logits_to_keep=keep).logits[0]
