@@ -40,6 +40,11 @@ class SinkWindowSpec(SlidingWindowSpec):
     def blocks(self) -> Blocks:
         return Blocks(self.sink // self.whole, (self.sliding_window - 1) // self.whole)
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """0: vLLM's model runner (from 0.33 on) leaves the blocks below the window in place, among them the sink blocks."""
+        return 0
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Return the peak number of blocks of one request. A chunk holds all of its blocks until the step after it."""
         window = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)

@@ -20,8 +20,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import gemma3, llama, mistral, qwen2, qwen3
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import get_dtype_size, is_quantized_kv_cache
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import rank_heads
