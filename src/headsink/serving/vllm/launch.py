@@ -47,9 +47,14 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
         check_folder(plan, Path(source))
     defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
     chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
-    given = [f"--{key.replace('_', '-')}={json.dumps(value)}" for key, value in engine_args(plan).items()]
+    given = [_option(key, value) for key, value in engine_args(plan).items()]
     start = [*WITHOUT_SERVER, source] if "--headless" in named else [SERVER, "--model", source]
     return ["-m", *start, *chosen, *given, *options]
+
+
+def _option(name: str, value: object) -> str:
+    name = name.replace("_", "-")
+    return f"--no-{name}" if value is False else f"--{name}={json.dumps(value)}"
 
 
 def environment(options: list[str]) -> dict[str, str]:

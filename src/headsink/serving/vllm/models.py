@@ -24,6 +24,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from headsink.errors import HeadsinkError
+from headsink.eviction.scorers import SCORERS
 from headsink.models.distributed import rank_heads
 from headsink.models.spec import Architecture, describe
 from headsink.plan.plan import Plan
@@ -32,6 +33,9 @@ from headsink.serving.vllm.fingerprint import PassingWeights, skeleton
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
 from headsink.serving.vllm.settings import given_plan
+from headsink.serving.vllm.slab import Slab
+from headsink.serving.vllm.slab_attention import over_slab
+from headsink.serving.vllm.slab_cache import SlabSpec
 from headsink.utils.versions import check_vllm
 
 check_vllm()
@@ -56,6 +60,18 @@ class Running:
             self.config.model_config.max_model_len,
             2 * self.plan.model.head_dim * get_dtype_size(dtype),
             self.ranks,
+        )
+        logger.info("%s", found)
+        return found
+
+    @cached_property
+    def slab(self) -> Slab:
+        found = Slab.of(
+            self.plan,
+            self.config.model_config.max_model_len,
+            self.config.cache_config.block_size,
+            self.ranks,
+            get_tensor_model_parallel_rank(),
         )
         logger.info("%s", found)
         return found
@@ -91,6 +107,38 @@ class HeadAttention(Attention):
             dtype=self.kv_cache_torch_dtype,
         )
         return self.planned
+
+
+class SlabAttention(Attention):
+    """Attention of a layer whose keys are in the slab (slab.py)."""
+
+    def __init__(self, whole: Attention, number: int, running: Running) -> None:
+        super().__init__(
+            num_heads=whole.num_heads,
+            head_size=whole.head_size,
+            scale=whole.impl.scale,
+            num_kv_heads=whole.num_kv_heads,
+            cache_config=running.config.cache_config,
+            quant_config=running.config.quant_config,
+            prefix=whole.layer_name,
+            attn_backend=over_slab(whole.attn_backend),
+        )
+        self.running, self.number, self.scorer = running, number, SCORERS[running.plan.scorer]
+        self.register_buffer("scorer_weights", running.plan.scores(number)[running.heads], persistent=False)
+
+    @property
+    def slab(self) -> Slab:
+        return self.running.slab
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        return SlabSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+            needs=self.slab.needs,
+        )
 
 
 class SplitAttention(nn.Module):
@@ -135,7 +183,7 @@ def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -
     """
     if all(head.pattern.full for layer in plan.layers for head in layer or ()):
         return
-    _check_settings(config)
+    _check_settings(plan, config)
     running = Running(plan, shape, config)
     context = config.compilation_config.static_forward_context
     layers = []
@@ -148,7 +196,8 @@ def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -
                 windows = f"{whole.sliding_window} in vLLM and of {shape.windows[layer]} in its configuration"
                 raise HeadsinkError(f"layer {layer} has a window of {windows}")
             del context[whole.layer_name]
-            setattr(parent, name, SplitAttention(whole, layer, running))
+            replace = SlabAttention if plan.has_top_k else SplitAttention
+            setattr(parent, name, replace(whole, layer, running))
             layers.append(layer)
     if sorted(layers) != list(range(len(plan.layers))):
         raise HeadsinkError(
@@ -156,7 +205,7 @@ def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -
         )
 
 
-def _check_settings(config: VllmConfig) -> None:
+def _check_settings(plan: Plan, config: VllmConfig) -> None:
     """Raise HeadsinkError for features of vLLM that do not work with a plan, or are untested with one."""
     parallel = config.parallel_config
     refused = {
@@ -168,6 +217,8 @@ def _check_settings(config: VllmConfig) -> None:
         "dual batch overlap": parallel.use_ubatching,
         "--disable-hybrid-kv-cache-manager": config.scheduler_config.disable_hybrid_kv_cache_manager,
     }
+    if plan.has_top_k:
+        refused["prefix caching"] = bool(config.cache_config.enable_prefix_caching)
     for feature, enabled in refused.items():
         if enabled:
             raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")

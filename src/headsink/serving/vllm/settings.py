@@ -30,9 +30,9 @@ def check_servable(plan: Plan) -> None:
         raise HeadsinkError(
             f"{plan.model.architecture} cannot be served under a plan; the supported families are {names}"
         )
-    if any(head.top_k for head in heads):
+    if any(head.top_k for head in heads) and any(layer is None for layer in plan.layers):
         raise HeadsinkError(
-            "the plan has top-k keys, but vLLM's scheduler chooses blocks by position, before keys are computed; "
+            f"the plan has top-k keys, and the model has layers with a sliding window, which vLLM runs with windows only; "
             f"{ANOTHER_PLAN}"
         )
     if plan.positions == "cache-relative":
@@ -49,10 +49,11 @@ def engine_args(plan: Plan) -> dict[str, Any]:
     check_vllm()
     check_servable(plan)
     given = plan.model_dump(mode="json", exclude={"calibration", "quality"})
-    return {
+    arguments = {
         "hf_overrides": {"architectures": [PREFIX + plan.model.architecture]},
         "additional_config": {KEY: given},
     }
+    return arguments | {"enable_prefix_caching": False} if plan.has_top_k else arguments
 
 
 def given_plan(additional_config: Any) -> Plan:
