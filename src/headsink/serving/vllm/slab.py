@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Slab:
             torch.tensor([[widen(pattern, context).window or 0 for pattern in row] for row in patterns]),
             column,
             lane,
-            tuple(min(of) for of in zip(*needs, strict=True)),
+            tuple(min(of) for of in zip_longest(*needs, fillvalue=context)),
         )
 
     def __str__(self) -> str:

@@ -1,0 +1,203 @@
+"""Plans with top-k keys: vLLM gives the log-probabilities of the reference, whatever shares the batch, and frees every block."""
+
+import random
+from contextlib import contextmanager
+
+import expected
+import pytest
+import reference
+import tiny
+import torch
+from plans import random_plan
+from vllm import SamplingParams
+
+from headsink import HeadsinkError, Pattern
+from headsink.serving.vllm.slab import EVICT_EVERY, Slab, widen
+
+BOUND = 1e-4
+CONTEXT = 1024
+ASK_ALL = SamplingParams(
+    temperature=0, max_tokens=40, logprobs=20, prompt_logprobs=20, ignore_eos=True, detokenize=False
+)
+
+
+def draw(rng: random.Random) -> Pattern:
+    if rng.random() < 0.2:
+        return Pattern()
+    return Pattern(rng.choice([0, 1, 4]), rng.choice([0, 10, 60, 100]), rng.choice([1, 16, 33, 70]))
+
+
+def plan_for(model, seed=1):
+    return random_plan(model, seed, draw)
+
+
+@contextmanager
+def held(model, plan, tokens, context=CONTEXT):
+    """The model in transformers, in segments of `EVICT_EVERY` tokens, with the patterns that the slab keeps."""
+
+    def wide(head):
+        pattern = widen(head.pattern, context)
+        return head.model_copy(update={"sink": pattern.sink, "top_k": pattern.top_k, "window": pattern.window})
+
+    layers = tuple(tuple(wide(head) for head in heads) for heads in plan.layers)
+    kept = plan.model_copy(update={"layers": layers, "decode_window": 0})
+    whole, rest = divmod(tokens, EVICT_EVERY)
+    with reference.masked(model, kept, None, [EVICT_EVERY] * whole + [rest] * (rest > 0)):
+        # the plan's scorer ranks the keys of prompts too
+        reference._running[-1] = (*reference._running[-1][:3], (None,) * len(plan.layers), *reference._running[-1][4:])
+        yield
+
+
+def worst(model, plan, output, context=CONTEXT):
+    with held(model, plan, len(output.prompt_token_ids) + len(output.outputs[0].token_ids), context):
+        return expected.worst(model, output)
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm):
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.SERVED if family != "gemma3"])
+def test_every_family_equals_the_reference(engine, model_folder, family):
+    """Prompts of different lengths in one batch, in chunks of 256 tokens."""
+    model = tiny.tiny(family)
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, block_size=32)
+    before = free_blocks(llm)
+    outputs = llm.generate(tiny.prompts([600, 333, 47, 470]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output) for output in outputs) < BOUND
+    assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan changes outputs
+    assert free_blocks(llm) == before
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_blocks_longer_than_the_steps_of_eviction(engine, model_folder, block):
+    model = tiny.tiny("llama")
+    plan = plan_for(model, block)
+    llm = engine(model_folder(model), plan, block_size=block)
+    outputs = llm.generate(tiny.prompts([600, 47]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output) for output in outputs) < BOUND
+
+
+def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder):
+    model = tiny.tiny("llama")
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, block_size=32)
+    slab, before = Slab.of(plan, CONTEXT, 32), free_blocks(llm)
+    assert len(scheduler(llm).kv_cache_config.kv_cache_groups) == 1
+    core = llm.llm_engine
+    core.add_request("one", tiny.prompts([700])[0], SamplingParams(max_tokens=90, ignore_eos=True, detokenize=False))
+    most = 0
+    while core.has_unfinished_requests():
+        core.step()
+        most = max(most, before - free_blocks(llm))
+    assert most == slab.blocks(700 + 89)
+    planned = sum(head.pattern.size(789) for heads in plan.layers for head in heads)
+    lanes = len(plan.layers) * len(plan.layers[0])
+    assert planned <= most * 32 * lanes < planned + lanes * (2 * EVICT_EVERY + 2 * 32)
+    assert free_blocks(llm) == before
+
+
+def test_outputs_do_not_depend_on_chunks_batches_or_preemption(engine, model_folder):
+    model = tiny.tiny("llama-mha")
+    plan, folder = plan_for(model, 3), model_folder(model)
+    ask = SamplingParams(temperature=0, max_tokens=90, logprobs=5, ignore_eos=True, detokenize=False)
+    prompts = tiny.prompts([40, 90, 150, 220, 33, 300, 290])
+    options = {"block_size": 32, "max_model_len": 390}
+    llm = engine(folder, plan, num_gpu_blocks_override=24, max_num_batched_tokens=100, **options)
+    before, together = free_blocks(llm), llm.generate(prompts, ask, use_tqdm=False)
+    metrics = {found.name: found.value for found in llm.get_metrics() if found.name == "vllm:num_preemptions"}
+    assert metrics["vllm:num_preemptions"] > 0
+    assert free_blocks(llm) == before
+    llm = engine(folder, plan, max_num_batched_tokens=390, **options)
+    alone = [llm.generate(prompt, ask, use_tqdm=False)[0] for prompt in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+            assert max(abs(a[token].logprob - b[token].logprob) for token in a.keys() & b.keys()) < 1e-5
+    assert max(worst(model, plan, output, 390) for output in together) < BOUND
+
+
+def test_random_requests_and_aborts_leak_no_block(engine, model_folder):
+    model = tiny.tiny("llama")
+    plan, rng = plan_for(model, 5), random.Random(0)
+    llm = engine(model_folder(model), plan, block_size=32, num_gpu_blocks_override=60)
+    core, before = llm.llm_engine, free_blocks(llm)
+    running: set[str] = set()
+    for number in range(300):
+        length, tokens = rng.randint(1, 900), rng.randint(1, 60)
+        ask = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
+        core.add_request(str(number), tiny.prompts([length], seed=number)[0], ask)
+        running.add(str(number))
+        for _ in range(rng.randint(0, 4)):
+            running -= {output.request_id for output in core.step() if output.finished}
+        if running and rng.random() < 0.2:
+            gone = rng.choice(sorted(running))
+            core.abort_request([gone])
+            running.discard(gone)
+        if number > 150 and rng.random() < 0.05:
+            core.abort_request(sorted(running))
+            running.clear()
+    while core.has_unfinished_requests():
+        core.step()
+    assert free_blocks(llm) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mha"])
+def test_two_ranks(engine, model_folder, monkeypatch, family):
+    """With one and with two KV heads per rank."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model = tiny.tiny(family)
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, block_size=32, tensor_parallel_size=2)
+    outputs = llm.generate(tiny.prompts([37, 300, 701]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output) for output in outputs) < BOUND
+
+
+def test_compiled(engine, model_folder):
+    model = tiny.tiny("llama")
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, block_size=32, enforce_eager=False)
+    outputs = llm.generate(tiny.prompts([37, 300, 701]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output) for output in outputs) < BOUND
+
+
+def test_bfloat16_is_close_to_the_reference(engine, model_folder):
+    model = tiny.tiny("llama")
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16")
+    outputs = llm.generate(tiny.prompts([300, 47]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output) for output in outputs) < 0.5
+
+
+def test_what_is_refused(engine, model_folder):
+    model = tiny.tiny("llama")
+    with pytest.raises(HeadsinkError, match="prefix caching cannot be used together with a plan"):
+        engine(model_folder(model), plan_for(model), enable_prefix_caching=True)
+    sliding = tiny.tiny("gemma3")
+    with pytest.raises(HeadsinkError, match="layers with a sliding window"):
+        engine(model_folder(sliding), random_plan(sliding, 1, draw))
+
+
+def test_a_slab_gives_every_page_to_one_head():
+    model = tiny.tiny("llama-mha")
+    for seed in range(5):
+        slab = Slab.of(plan_for(model, seed), CONTEXT, 32)
+        lanes = slab.column.shape[0] * slab.column.shape[1]
+        used = [
+            (int(slab.column[layer, head, page]), int(slab.lane[layer, head, page]))
+            for layer in range(slab.column.shape[0])
+            for head in range(slab.column.shape[1])
+            for page in range(-(-int(slab.capacity[layer, head]) // 32))
+        ]
+        assert len(set(used)) == len(used)
+        assert max(lane for _, lane in used) < lanes
+        for tokens in range(1, CONTEXT + 1, 7):
+            held_now = torch.minimum(slab.capacity, torch.tensor(tokens))
+            for layer, head in ((0, 0), (1, 2), (3, 3)):
+                pages = -(-int(held_now[layer, head]) // 32)
+                assert int(slab.column[layer, head, :pages].max()) < slab.blocks(tokens)
