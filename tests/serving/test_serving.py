@@ -139,7 +139,7 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: random_plan(model, 0, lambda _: Pattern(4, 2, 64)), "top-k keys.*--no-top-k"),
+        (lambda _: random_plan(tiny("gemma3"), 0, lambda _: Pattern(4, 2, 64)), "sliding window.*--no-top-k"),
         (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
     ],
 )
@@ -153,6 +153,14 @@ def test_families_that_are_not_served_are_refused(vllm_of):
     vllm_of("0.32.1")
     with pytest.raises(HeadsinkError, match=r"Phi3ForCausalLM cannot be served.*Llama, Mistral"):
         headsink.serving.vllm.settings.engine_args(Plan.uniform(tiny("phi3"), Pattern(4, 0, 64)))
+
+
+def test_a_plan_with_top_k_keys_is_served_without_prefix_caching(vllm_of):
+    vllm_of("0.32.0")
+    model = tiny("llama")
+    plan = random_plan(model, 0, lambda _: Pattern(4, 2, 64))
+    assert headsink.serving.vllm.settings.engine_args(plan)["enable_prefix_caching"] is False
+    assert "enable_prefix_caching" not in headsink.serving.vllm.settings.engine_args(Plan.full(model))
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0"])

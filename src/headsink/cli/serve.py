@@ -36,7 +36,8 @@ def serve(options: ServeOptions) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
     Memory of evicted keys is free for other requests. vLLM works in whole blocks: no head ever attends to less than its
-    pattern says, most see a little more. The server says at its start what a text takes. Several GPUs: --tensor-parallel-size N.
+    pattern says, most see a little more. The server says at its start what a text takes. Plans with top-k keys run on a CPU,
+    without prefix caching; others are made by headsink plan --no-top-k. Several GPUs: --tensor-parallel-size N.
     """
     given = options.context.args
     arguments = command(options.model, options.plan_file, given)
