@@ -84,7 +84,7 @@ class PlanOptions(RunOptions):
         bool,
         typer.Option(
             "--no-top-k",
-            help="Sink tokens and windows of several sizes only: for vLLM with prefix caching, on GPUs, or with sliding-window layers.",
+            help="Sinks and windows of several sizes only: for vLLM on GPUs, with prefix caching, or sliding-window layers.",
         ),
     ] = False
     tensor_parallel: Annotated[

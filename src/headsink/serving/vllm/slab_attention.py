@@ -65,18 +65,18 @@ class Pool:
         for element in range(2 * self.dim):
             page.zero_()
             given = torch.zeros(self.block, 1, 2 * self.dim, dtype=dtype)
-            given[:, 0, element] = torch.arange(1, self.block + 1).to(dtype)  # exact in every dtype
-            self._store(*given.split(self.dim, -1), keys, values, torch.arange(self.block))
+            given[:, 0, element] = torch.arange(1, self.block + 1).to(dtype)  # exact in bfloat16 up to 256
+            self._store(torch.arange(self.block), keys, values, *given.split(self.dim, -1))
             found = page.flatten().nonzero()[:, 0]
             places[page.flatten()[found].long() - 1, element] = found
         return places
 
-    def _store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def _store(self, slots: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         ops.cpu_attn_reshape_and_cache(key.contiguous(), value.contiguous(), keys, values, slots, self.isa)
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """key, value: [tokens, 1, dim]."""
-        self._store(key, value, self.keys, self.values, slots)
+        self._store(slots, self.keys, self.values, key, value)
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Move keys between slots, int64 [keys]."""
