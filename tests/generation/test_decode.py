@@ -291,6 +291,14 @@ def test_requirements_on_a_model():
     assert "training" in refusal(tiny("llama").train())
 
 
+def test_a_model_without_position_ids_is_refused():
+    class Unplaced(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, **options):
+            return super().forward(input_ids, attention_mask, **options)
+
+    assert refusal(Unplaced(tiny("llama").config).eval()) == "it takes no position_ids"
+
+
 def test_a_step_that_differs_from_the_model_is_refused():
     model = tiny("llama")
     model.model.layers[1].self_attn.scaling = 0.5  # which the step reads
