@@ -200,7 +200,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, number: int, length: int) -> 
 
 def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt, new = arguments.prompt, arguments.new
-    common = ["--dtype", "bfloat16", "--max-model-len", str(prompt + new)]
+    common = ["--dtype", arguments.dtype, "--max-model-len", str(prompt + new)]
+    if arguments.kv_bytes:
+        common += ["--kv-cache-memory-bytes", str(arguments.kv_bytes)]
     commands = {
         "stock": stock_command(arguments.model, *common),
         "plan": plan_command(arguments.model, arguments.plan, *common),
@@ -352,6 +354,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kv-gib", type=int, default=1, help="size of the KV cache")
+    parser.add_argument("--kv-bytes", type=int, help="size of the KV cache in bytes, of `load`")
+    parser.add_argument("--dtype", default="bfloat16", help="of `load`")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=3600, help="tokens of a prompt; the maximum for `alone`")

@@ -90,9 +90,9 @@ class Pool:
 class Round:
     """Tokens of a step that are read in one call.
 
-    rows: which tokens of the step, int64 [tokens], None for all. positions: of the tokens, int32 [tokens]. tables, lengths: of
-    every head of every sequence, int32 [layers, KV heads x sequences, pages] and [layers, KV heads x sequences]. slots: int64
-    [layers, KV heads, tokens]. starts: of the queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: for
+    rows: which tokens of the step, int64 [tokens], None for all. positions: of the tokens, once for every head, int32 [KV heads x
+    tokens]. tables, lengths: of every head of every sequence, int32 [layers, KV heads x sequences, pages] and [layers, KV heads x
+    sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: for
     every layer, (index in `tables`, sink, window, capacity) of each full head, int64 [evicting, 4]. length: tokens of every
     sequence before the round, int64 [sequences].
     """
@@ -134,7 +134,7 @@ def rounds(batch: CommonAttentionMetadata, slab: Slab, pool: Pool) -> list[Round
         who = (tokens > 0).nonzero()[:, 0]
         found.append(_round(batch.block_table_tensor, slab, pool, pages, who, length[who], tokens[who], place[who]))
         length, left, place = length + tokens, left - tokens, place + tokens
-    if len(found) == 1 and len(found[0].positions) == batch.num_actual_tokens:
+    if len(found) == 1 and found[0].slots.shape[2] == batch.num_actual_tokens:
         found[0].rows = None
     return found
 
@@ -163,7 +163,7 @@ def _round(
         evicting.append(torch.stack([head * len(who) + sequence, *numbers], 1))
     return Round(
         place[owner] + within,
-        (length[owner] + within).int(),
+        (length[owner] + within).int().repeat(heads),
         tables.flatten(1, 2).int(),
         (held + tokens).flatten(1).int(),
         page * pool.block + at % pool.block,
@@ -266,7 +266,7 @@ def attend(pool: Pool, one: Round, layer: Any, query: Tensor, key: Tensor, value
     pool.write(keys.view(-1, 1, pool.dim), values.view(-1, 1, pool.dim), slots)
     scorer: Scorer = layer.scorer
     pool.scores[slots] = scorer.scores(keys, values, layer.scorer_weights).flatten().float()
-    pool.positions[slots] = one.positions.repeat(heads)
+    pool.positions[slots] = one.positions
     grouped = query.view(tokens, heads, -1, pool.dim).transpose(0, 1).contiguous()
     flat = grouped.view(heads * tokens, -1, pool.dim)
     found, lengths = torch.empty_like(flat), one.lengths[number]
