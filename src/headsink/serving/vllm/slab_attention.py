@@ -92,9 +92,9 @@ class Round:
 
     rows: which tokens of the step, int64 [tokens], None for all. positions: of the tokens, once for every head, int32 [KV heads x
     tokens]. tables, lengths: of every head of every sequence, int32 [layers, KV heads x sequences, pages] and [layers, KV heads x
-    sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: for
-    every layer, (index in `tables`, sink, window, capacity) of each full head, int64 [evicting, 4]. length: tokens of every
-    sequence before the round, int64 [sequences].
+    sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the queries of each head and sequence, int32 [KV heads x
+    sequences + 1]. evicting: for every layer, (index in `tables`, sink, window, capacity) of each full head, int64 [evicting, 4].
+    length: tokens of every sequence before the round, int64 [sequences].
     """
 
     rows: Tensor | None
