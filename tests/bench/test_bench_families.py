@@ -27,11 +27,13 @@ def tiny(monkeypatch):
     monkeypatch.setattr(families, "READ", 2**20)
 
 
-def test_a_family_with_a_step_and_one_without(tiny, tmp_path):
+def test_a_family_with_a_step_and_one_without(tiny, tmp_path, monkeypatch):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    monkeypatch.setitem(FAMILIES, "Phi-3.5 MoE", ("PhimoeConfig", experts))
     out = tmp_path / "families.json"
     done = CliRunner().invoke(
         get_command(app),
-        ["bench", "families", "--families", "Qwen3,gpt-oss", "--tokens", "3", "--rounds", "1", "--out", str(out)],
+        ["bench", "families", "--families", "Qwen3,Phi-3.5 MoE", "--tokens", "3", "--rounds", "1", "--out", str(out)],
     )
     assert done.exit_code == 0, done.output
     one, other = json.loads(out.read_text())["results"]
@@ -42,7 +44,7 @@ def test_a_family_with_a_step_and_one_without(tiny, tmp_path):
     assert one["limit_s"] == one["token_bytes"] / one["bandwidth"]
     assert other["decode_s"].keys() == {"transformers"}
     assert "Qwen3 " in done.output
-    assert "no compiled step: its GptOssExperts" in done.output
+    assert "no compiled step: its router PhimoeTopKRouter" in done.output
 
 
 def test_bytes_of_a_token_leave_out_other_embeddings_and_experts(tiny):

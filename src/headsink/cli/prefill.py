@@ -25,7 +25,6 @@ from headsink.cli.options import (
     standard_input,
 )
 from headsink.errors import HeadsinkError, printable
-from headsink.models.distributed import input_device
 from headsink.plan.packaged import packaged_plan
 from headsink.utils.files import check_file, read_text
 from headsink.utils.terminal import MEGABYTE, emit, out
@@ -73,6 +72,7 @@ def prefill(options: PrefillOptions) -> None:
 
     from headsink.cache.cache import nbytes
     from headsink.generation import templates
+    from headsink.models.distributed import input_device
     from headsink.runtime import prefill as runtime
 
     model, tokenizer, plan = load_with_plan(
