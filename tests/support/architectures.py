@@ -456,8 +456,9 @@ After this page you know whether headsink works with your model. The tables are 
   the usual parts: before its first use the step is compared with the model.
 
 A plan governs the layers with full attention. A layer with a sliding window keeps its window, in the same cache. Linear
-attention and convolutions run as they are. A layer that attends to the keys of another layer (Gemma 3n, Gemma 4 E) sees
-what that layer keeps. Where a model cannot be calibrated, make a plan of windows with `Plan.uniform`.
+attention and convolutions run as they are. A layer that attends to the keys of another layer (Gemma 3n, Gemma 4 E; with
+transformers 5.24) sees what that layer keeps. Where a model cannot be calibrated, make a plan of windows with
+`Plan.uniform`.
 
 A family that is not listed works if its attention goes through transformers' `AttentionInterface`, and if it passes
 keys and values to its attention as the cache returns them. Otherwise the first call is refused with the reason.

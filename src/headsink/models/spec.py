@@ -125,7 +125,12 @@ def check_config(config: Any, name: str) -> None:
         raise HeadsinkError(f"{name}: {config.model_type} is {what}; headsink works on causal decoders only")
     if config.model_type in OWN_CACHE:
         raise HeadsinkError(f"{name}: {config.model_type} accepts no cache but its own class; not supported")
-    kinds = set(get_layer_types_and_kwargs(config)[0])
+    found = get_layer_types_and_kwargs(config)[0]
+    if len(found) < len(config.per_layer_config):  # before 5.24 transformers' cache left these layers out
+        raise HeadsinkError(
+            f"{name}: {config.model_type} has layers that attend to the keys of other layers; this needs transformers 5.24"
+        )
+    kinds = set(found)
     if unknown := kinds - ATTENTION - OTHERS:
         raise HeadsinkError(
             f"{name}: {config.model_type} has layers of kind {', '.join(sorted(unknown))}; not supported"
