@@ -69,13 +69,16 @@ def logprobs(model, ids):
     return model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def worst(model, output):
-    """Return the largest difference between vLLM's log-probabilities and those of the masked model."""
+def differences(model, output):
+    """Return the differences between vLLM's log-probabilities and those of the masked model."""
     prompt, answer = output.prompt_token_ids, output.outputs[0]
     expected = logprobs(model, [*prompt, *answer.token_ids])
     given = [(n - 1, row) for n, row in enumerate(output.prompt_logprobs or []) if row]
     given += [(len(prompt) - 1 + n, row) for n, row in enumerate(answer.logprobs)]
     assert given
-    return max(
-        abs(expected[place, token] - found.logprob).item() for place, row in given for token, found in row.items()
-    )
+    return [abs(expected[place, token] - found.logprob).item() for place, row in given for token, found in row.items()]
+
+
+def worst(model, output):
+    """Return the largest of `differences`."""
+    return max(differences(model, output))

@@ -171,7 +171,10 @@ def test_bfloat16_is_close_to_the_reference(engine, model_folder):
     plan = plan_for(model)
     llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16")
     outputs = llm.generate(tiny.prompts([300, 47]), ASK_ALL, use_tqdm=False)
-    assert max(worst(model, plan, output) for output in outputs) < 0.5
+    for output in outputs:  # rounded scores choose other keys now and then, so the largest difference says little
+        with held(model, plan, len(output.prompt_token_ids) + len(output.outputs[0].token_ids)):
+            found = expected.differences(model, output)
+        assert sum(found) / len(found) < 0.03
 
 
 def test_what_is_refused(engine, model_folder):
