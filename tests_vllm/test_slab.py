@@ -12,7 +12,7 @@ from plans import random_plan
 from vllm import SamplingParams
 
 from headsink import HeadsinkError, Pattern
-from headsink.serving.vllm.slab import EVICT_EVERY, Slab, widen
+from headsink.serving.vllm.slab import EVICT_EVERY, Slab, blocks_for, widen
 
 BOUND = 1e-4
 CONTEXT = 1024
@@ -95,7 +95,7 @@ def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder):
     while core.has_unfinished_requests():
         core.step()
         most = max(most, before - free_blocks(llm))
-    assert most == slab.blocks(700 + 89)
+    assert most == blocks_for(slab.needs, 700 + 89)
     planned = sum(head.pattern.size(789) for heads in plan.layers for head in heads)
     lanes = len(plan.layers) * len(plan.layers[0])
     assert planned <= most * 32 * lanes < planned + lanes * (2 * EVICT_EVERY + 2 * 32)
@@ -191,6 +191,7 @@ def test_a_slab_gives_every_page_to_one_head():
     for seed in range(5):
         slab = Slab.of(plan_for(model, seed), CONTEXT, 32)
         lanes = slab.column.shape[0] * slab.column.shape[1]
+        assert f"{len(slab.needs)} blocks, {len(slab.needs) / 32:.0%} of the full" in str(slab)
         used = [
             (int(slab.column[layer, head, page]), int(slab.lane[layer, head, page]))
             for layer in range(slab.column.shape[0])
@@ -203,4 +204,4 @@ def test_a_slab_gives_every_page_to_one_head():
             held_now = torch.minimum(slab.capacity, torch.tensor(tokens))
             for layer, head in ((0, 0), (1, 2), (3, 3)):
                 pages = -(-int(held_now[layer, head]) // 32)
-                assert int(slab.column[layer, head, :pages].max()) < slab.blocks(tokens)
+                assert int(slab.column[layer, head, :pages].max()) < blocks_for(slab.needs, tokens)

@@ -60,9 +60,9 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its layers have hooks, which the step would not call"
     if any(hasattr(m, "base_layer") for m in model.modules()):
         return "its layers have a PEFT adapter: call model.merge_and_unload()"
-    kinds_of_memory = {weight.device.type for weight in (*model.parameters(), *model.buffers())}
-    if kinds_of_memory != {"cpu"}:
-        return "its weights are offloaded" if "meta" in kinds_of_memory else "it is not on the CPU"
+    devices = {weight.device.type for weight in (*model.parameters(), *model.buffers())}
+    if devices != {"cpu"}:
+        return "its weights are offloaded" if "meta" in devices else "it is not on the CPU"
     kinds = {weight.dtype for weight in model.parameters()}
     if len(kinds) > 1 or not kinds <= SAME.keys():
         return f"its weights are {', '.join(sorted(map(dtype_name, kinds)))}, not float32 or bfloat16"

@@ -44,11 +44,11 @@ def continuation_log_probs(model: PreTrainedModel, cache: Cache, ids: Sequence[i
         raise HeadsinkError(
             f"scored: {scored} tokens of a continuation of {len(ids)}, of which the first cannot be scored"
         )
-    recurrent = {n for n, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionCacheLayerMixin)}
-    before = {n: copy.deepcopy(cache.layers[n]) for n in recurrent}
+    states = enumerate(cache.layers)  # of recurrent layers, which cannot be cropped
+    before = {n: copy.deepcopy(layer) for n, layer in states if isinstance(layer, LinearAttentionCacheLayerMixin)}
     logits = forward(model, cache, ids, scored + 1)
     for number, layer in enumerate(cache.layers):
-        if number in recurrent:
+        if number in before:
             cache.layers[number] = before[number]
         else:
             layer.crop(-len(ids))

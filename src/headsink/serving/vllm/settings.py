@@ -24,15 +24,14 @@ ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 def check_servable(plan: Plan) -> None:
     """Raise HeadsinkError if vLLM cannot run a plan; the message says what to do instead."""
-    heads = [head for layer in plan.layers for head in layer or ()]
     if plan.model.architecture not in VLLM_CLASSES:
         names = ", ".join(family.removesuffix("ForCausalLM") for family in VLLM_CLASSES)
         raise HeadsinkError(
             f"{plan.model.architecture} cannot be served under a plan; the supported families are {names}"
         )
-    if any(head.top_k for head in heads) and any(layer is None for layer in plan.layers):
+    if plan.has_top_k and None in plan.layers:
         raise HeadsinkError(
-            f"the plan has top-k keys, and the model has layers with a sliding window, which vLLM runs with windows only; "
+            "the plan has top-k keys, and the model has layers with a sliding window, which vLLM runs with windows only; "
             f"{ANOTHER_PLAN}"
         )
     if plan.positions == "cache-relative":

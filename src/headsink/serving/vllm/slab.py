@@ -55,6 +55,7 @@ class Slab:
     needs each of its blocks, on any rank.
     """
 
+    context: int
     block: int
     capacity: Tensor
     sink: Tensor
@@ -74,28 +75,25 @@ class Slab:
         patterns = by_rank[rank]
         places, _ = _deal(patterns, context, block)
         sizes = [[capacity(pattern, context) for pattern in row] for row in patterns]
+        kept = [[widen(pattern, context) for pattern in row] for row in patterns]
         pages = max(-(-size // block) for row in sizes for size in row)
         column, lane = torch.zeros(2, len(sizes), len(sizes[0]), pages, dtype=torch.long)
         for (layer, head, page), (at, which) in places.items():
             column[layer, head, page], lane[layer, head, page] = at, which
         return cls(
+            context,
             block,
             torch.tensor(sizes),
-            torch.tensor([[widen(pattern, context).sink for pattern in row] for row in patterns]),
-            torch.tensor([[widen(pattern, context).window or 0 for pattern in row] for row in patterns]),
+            torch.tensor([[pattern.sink for pattern in row] for row in kept]),
+            torch.tensor([[pattern.window or 0 for pattern in row] for row in kept]),
             column,
             lane,
             tuple(min(of) for of in zip_longest(*needs, fillvalue=context)),
         )
 
     def __str__(self) -> str:
-        pages = [(-(-self.capacity // self.block)).sum().item(), self.column.shape[0] * self.column.shape[1]]
-        share = pages[0] / (pages[1] * self.column.shape[2])
+        share = len(self.needs) / -(-self.context // self.block)
         return f"a sequence of the maximum length takes {len(self.needs)} blocks, {share:.0%} of the full KV cache"
-
-    def blocks(self, tokens: int) -> int:
-        """Return the number of blocks of a sequence."""
-        return blocks_for(self.needs, tokens)
 
     def held(self, tokens: Tensor) -> Tensor:
         """Return how many keys the heads hold after some tokens, before they evict: [...] -> [layers, KV heads, ...]."""
@@ -104,6 +102,7 @@ class Slab:
 
 
 def blocks_for(needs: Sequence[int], tokens: int) -> int:
+    """Return the number of blocks of a sequence. needs: as in `Slab`."""
     return sum(tokens > need for need in needs)
 
 

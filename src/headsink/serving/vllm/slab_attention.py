@@ -109,10 +109,9 @@ class Round:
 
 @dataclass
 class SlabMetadata:
-    """What the layers of a step get. pool, slab: those of the worker."""
+    """What the layers of a step get. pool: that of the worker."""
 
     pool: Pool
-    slab: Slab
     rounds: list[Round]
     num_actual_tokens: int
 
@@ -217,7 +216,6 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 self.pool = Pool(self.layers, slab.block, self.isa)
             return SlabMetadata(
                 self.pool,
-                slab,
                 rounds(common_attn_metadata, slab, self.pool),
                 common_attn_metadata.num_actual_tokens,
             )
