@@ -214,7 +214,7 @@ def test_layers_are_those_with_attention(tmp_path, tokenizer):
     census.save(tmp_path / "run")
     headsink.write_report(headsink.Census.load(tmp_path / "run"), tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "Layers are counted over those with attention: 1, 3 of the model." in text
+    assert "layer 0, 1, ... here is layer 1, 3 of the model." in text
     census = headsink.analyze(gemma, Small(tokenizer), **options)
     assert census.settings["model"]["numbers"] == [0, 1, 2, 3]
     errors = census.samples("group_errors", 64)  # [texts, layers, KV heads, ...]; layers 1 and 3 have one KV head
