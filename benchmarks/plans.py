@@ -15,6 +15,7 @@ Records have the form of peers.py. Bytes are those of the layers without a slidi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -26,6 +27,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -47,6 +50,15 @@ METHODS = {
     "equal head budgets": Method(importance=False),
     **{policy: Method(policy=policy) for policy in POLICIES if policy != "headsink"},
 }
+
+
+class Float32Products(TorchFunctionMode):
+    """Linear layers of bfloat16 multiply in float32 and round, as bfloat16 instructions do: 7x faster on a CPU without them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and args[0].dtype == torch.bfloat16:
+            return func(*(None if arg is None else arg.float() for arg in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
 
 
 def score(
@@ -77,7 +89,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="cases of each context")
     parser.add_argument("--contexts", help="only cases of these contexts")
     parser.add_argument("--packaged", action="store_true", help="plans of the package, in place of calibration")
+    parser.add_argument(
+        "--float32-products", action="store_true", help="of bfloat16 layers, on a CPU without bfloat16 products"
+    )
     arguments = parser.parse_args()
+    with Float32Products() if arguments.float32_products else contextlib.nullcontext():
+        measure(parser, arguments)
+
+
+def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(";")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} unknown")
