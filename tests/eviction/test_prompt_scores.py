@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from headsink.attention.flash import causal_attention
-from headsink.eviction.scorers.prompt import AHEAD, LEAST, largest_shares, match_scale, segment_scores
+from headsink.eviction.scorers.prompt import (
+    AHEAD,
+    BEFORE,
+    LEAST,
+    STRIDE,
+    largest_shares,
+    match_scale,
+    nearby_shares,
+    segment_scores,
+)
 from headsink.models.rope import Rotary, rotate
 
 ROTARY = Rotary(torch.tensor([0.9, 0.2, 0.03], dtype=torch.float64))
@@ -59,6 +68,23 @@ def test_the_largest_shares_equal_a_slow_loop(tokens, group, dtype, softcap, som
     if softcap is None and not some:
         _, lse = causal_attention(query, key, value, None, SCALE)
         torch.testing.assert_close(largest_shares(*given, lse[0]).double(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("chunks", [[300, 1], [1, 300], [100, 101, 100], [7, 3, 2, 1, 200, 88]])
+def test_the_largest_shares_of_a_text_read_in_chunks(chunks):
+    """The queries of the last tokens of a chunk are kept for the first keys of the next."""
+    query, key, value = (given[0] for given in text(2, 3, 301))
+    _, lse = causal_attention(query[None], key[None], value[None], None, SCALE)
+    softmax, found = (SCALE, None, None), torch.full((2, 301), float("-inf"), dtype=torch.float64)
+    end = 0
+    for size in chunks:
+        begin, end = max(end - BEFORE, 0), end + size
+        begin += begin % STRIDE
+        part = slice(begin, end, STRIDE)
+        first = max(begin - 128, 0)
+        shares = nearby_shares(query[:, part], lse[0, :, part], begin, key[:, first:end], first, 301, softmax, ROTARY)
+        found[:, first:end] = found[:, first:end].maximum(shares)
+    torch.testing.assert_close(found, largest_shares(query, key, softmax, ROTARY, lse[0]))
 
 
 @pytest.mark.parametrize("keys", [2, 5, 64])

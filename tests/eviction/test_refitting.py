@@ -6,7 +6,7 @@ import torch
 from headsink import Pattern
 from headsink.attention.reference import masked_attention, reference_refit
 from headsink.eviction import refitting
-from headsink.eviction.refitting import refit_keys, ridge_regression
+from headsink.eviction.refitting import reference_queries, refit_keys, ridge_regression
 from headsink.eviction.scorers.prompt import AHEAD
 from headsink.models.rope import Rotary, rotate
 
@@ -37,7 +37,7 @@ def test_keys_and_values_equal_the_reference(pattern, group, softcap, learned, m
     query, (key, value) = torch.randn(group, tokens, 16).double(), torch.randn(2, tokens, 16).double()
     scores, sink_logits = torch.randn(tokens).double(), torch.randn(group).double() if learned else None
     given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), ROTARY
-    best, keys, values = refit_keys(*given)
+    best, keys, values = refit_keys(reference_queries(query), *given[1:])
     assert len(best) == pattern.top_k
     expected = reference_refit(*given)
     torch.testing.assert_close(key.index_copy(0, best, keys), expected[0])
@@ -51,7 +51,7 @@ def test_outputs_come_closer_to_full_attention():
     query, (key, value) = torch.randn(1, tokens, 16).double() * 2, torch.randn(2, tokens, 16).double()
     value += key.roll(1, 0)
     scores = torch.randn(tokens).double()
-    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
+    best, keys, values = refit_keys(reference_queries(query), key, value, scores, pattern, (0.25, None, None), ROTARY)
     kept = torch.zeros(tokens, dtype=torch.bool)
     kept[torch.cat([best, torch.arange(4), torch.arange(tokens - 16, tokens)])] = True
     again = rotate(query[:, 1::2], tokens + AHEAD, ROTARY)[None]
@@ -74,7 +74,7 @@ def test_evicted_keys_without_attention_get_none():
     key[:, 7] = -40.0
     key[[*range(4), *range(50, 57), *range(tokens - 16, tokens)], 7] = -1.0
     scores = torch.zeros(tokens).index_fill(0, torch.arange(50, 57), 1.0).index_fill(0, torch.tensor(57), 0.5)
-    best, keys, values = refit_keys(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
+    best, keys, values = refit_keys(reference_queries(query), key, value, scores, pattern, (0.25, None, None), ROTARY)
     assert sorted(best.tolist()) == list(range(50, 58))
     assert keys.isfinite().all()
     assert values.isfinite().all()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headsink.attention import flash
 from headsink.attention.params import AttentionParams
 from headsink.cache.head_group import HeadGroup, View
-from headsink.eviction.refitting import refit_keys
+from headsink.eviction.refitting import reference_queries, refit_keys
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
 from headsink.models.rope import Rotary
@@ -129,7 +129,8 @@ class DensePrefill:
             if rotary is None or length < LEAST or group.segment_pattern.size(length) == length:
                 continue
             for n, head in enumerate(group.heads):
-                own = query[row, n, :, first:], key[row, n, first:], value[row, n, first:], scores[row, n, first:]
+                queries = reference_queries(query[row, n, :, first:])
+                own = queries, key[row, n, first:], value[row, n, first:], scores[row, n, first:]
                 softmax = self.softmax.of([head], self.weights.shape[0])
                 best, keys, values = refit_keys(*own, group.segment_pattern, softmax, rotary)
                 key[row, n, first + best], value[row, n, first + best] = keys.to(key), values.to(value)

@@ -23,23 +23,33 @@ ROWS = 512  # reference queries of a KV head at most, evenly spaced
 RIDGE, KEY_RIDGE = 10.0, 10.0
 
 
+def stride(group: int, tokens: int) -> int:
+    """Return the distance between the reference queries of a prompt, in tokens. group: query heads per KV head."""
+    return -(-group * tokens // ROWS)
+
+
+def reference_queries(query: Tensor) -> Tensor:
+    """Return the reference queries of a prompt. query: of all its tokens, [group, tokens, dim]."""
+    return query[:, :: stride(*query.shape[:2])]
+
+
 def refit_keys(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, rotary: Rotary
+    queries: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the top-k keys of a KV head, int64 [top_k], with new keys and new values for them, [top_k, dim].
 
     Only the last of the new keys differs: it is the synthetic key, if there are two top-k keys or more.
 
-    query: [group, tokens, dim]; key, value: [tokens, dim], of a prompt that is longer than what the pattern keeps; query and key
-    are rotated. scores: importance scores, [tokens]. softmax, rotary: as for `prompt.segment_scores`, of this KV head.
+    queries: the reference queries, [group, queries, dim]; key, value: [tokens, dim], of a prompt that is longer than what the
+    pattern keeps; queries and keys are rotated. scores: importance scores, [tokens]. softmax, rotary: as for
+    `prompt.segment_scores`, of this KV head.
     """
     kind, tokens, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), len(key), softmax
     end = tokens - (pattern.window or 0)
     best = scores[pattern.sink : end].topk(pattern.top_k).indices + pattern.sink
     columns = torch.arange(tokens, device=key.device)
     kept = torch.cat([best, columns[: pattern.sink], columns[end:]])
-    some = query[:, :: -(-query.shape[0] * tokens // ROWS)]
-    again = rotate(some, tokens + AHEAD, rotary) * scaling  # [group, queries, dim]
+    again = rotate(queries, tokens + AHEAD, rotary) * scaling  # [group, queries, dim]
     key, value = key.to(kind), value.to(kind)
     extra = None if sink_logits is None else sink_logits.to(kind)[:, None, None]
 

@@ -62,34 +62,69 @@ def largest_shares(query: Tensor, key: Tensor, softmax: Softmax, rotary: Rotary,
     query: [query heads, tokens, dim], key: [KV heads, tokens, dim], both rotated. lse: [query heads, tokens], or None. Memory is
     linear in the tokens.
     """
-    kind, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), softmax
-    tokens, columns = key.shape[1], torch.arange(key.shape[1], device=key.device)
-    keys = key.to(kind).transpose(-1, -2)
-    own = query[:, ::STRIDE].unflatten(0, (len(key), -1)).to(kind) * scaling  # [KV heads, group, queries, dim]
-    again = rotate(own, tokens + AHEAD, rotary)
-    known = None if lse is None else lse[:, ::STRIDE].unflatten(0, (len(key), -1))
-    extra = None if sink_logits is None else sink_logits.to(kind).view(len(key), -1, 1)
+    tokens, some = key.shape[1], query[:, ::STRIDE]
+    totals = causal_lse(some, key, softmax) if lse is None else lse[:, ::STRIDE]
+    return nearby_shares(some, totals, 0, key, 0, tokens, softmax, rotary)
 
-    def logits(queries: Tensor, part: slice) -> Tensor:
-        found = (queries.flatten(1, 2) @ keys[..., part]).view(*queries.shape[:3], -1)
-        return found if softcap is None else softcap * torch.tanh(found / softcap)
 
-    found = key.new_full((len(key), tokens), float("-inf"), dtype=kind)
-    for begin in range(0, tokens, BLOCK):
-        end = min(begin + BLOCK, tokens)
-        at, part = columns[begin:end:STRIDE, None], slice(begin // STRIDE, -(-end // STRIDE))
-        if known is None:
-            causal = logits(own[:, :, part], slice(end)).masked_fill_(columns[:end] > at, float("-inf"))
-            total = causal.logsumexp(-1)
-            total = total if extra is None else torch.logaddexp(total, extra)
-        else:
-            total = known[:, :, part]
-        near = slice(max(begin - AFTER, 0), min(end + BEFORE, tokens))
-        distance = at - columns[near]
+def nearby_shares(
+    query: Tensor,
+    lse: Tensor,
+    begin: int,
+    key: Tensor,
+    first: int,
+    tokens: int,
+    softmax: Softmax,
+    rotary: Rotary,
+) -> Tensor:
+    """Return the log of the largest attention that keys get from some queries of a text, repeated after it: [KV heads, keys].
+
+    query: [query heads, queries, dim], of every `STRIDE`-th token from `begin` on, of a text of `tokens` tokens. lse: of their
+    causal logits, [query heads, queries]. key: [KV heads, keys, dim], of the tokens from `first` on. Minus infinity for keys that
+    are near no query.
+    """
+    kind, (scaling, softcap, _) = torch.promote_types(key.dtype, torch.float32), softmax
+    keys, totals = key.to(kind).transpose(-1, -2), lse.unflatten(0, (len(key), -1))
+    again = rotate(query.unflatten(0, (len(key), -1)).to(kind) * scaling, tokens + AHEAD, rotary)
+    columns = torch.arange(first, first + key.shape[1], device=key.device)
+    found, per_block = key.new_full(key.shape[:2], float("-inf"), dtype=kind), BLOCK // STRIDE
+    for start in range(0, query.shape[1], per_block):
+        part = slice(start, min(start + per_block, query.shape[1]))
+        positions = torch.arange(begin + start * STRIDE, begin + part.stop * STRIDE, STRIDE, device=key.device)
+        near = slice(
+            max(begin + start * STRIDE - AFTER - first, 0),
+            max(begin + (part.stop - 1) * STRIDE + BEFORE + 1 - first, 0),
+        )
+        distance = positions[:, None] - columns[near]
         far = (distance < -BEFORE) | (distance > AFTER)
-        shares = (logits(again[:, :, part], near) - total[..., None]).amax(1).masked_fill_(far, float("-inf"))
-        found[:, near] = found[:, near].maximum(shares.amax(1))
+        shares = _logits(again[:, :, part], keys[..., near], softcap) - totals[:, :, part, None]
+        found[:, near] = found[:, near].maximum(shares.amax(1).masked_fill_(far, float("-inf")).amax(1))
     return found
+
+
+def causal_lse(query: Tensor, key: Tensor, softmax: Softmax) -> Tensor:
+    """Return the log-sum-exp of the causal logits of every `STRIDE`-th query: [query heads, queries].
+
+    query: [query heads, queries, dim], of the tokens 0, `STRIDE`, ...; key: [KV heads, tokens, dim].
+    """
+    kind, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), softmax
+    keys, columns = key.to(kind).transpose(-1, -2), torch.arange(key.shape[1], device=key.device)
+    own = query.unflatten(0, (len(key), -1)).to(kind) * scaling  # [KV heads, group, queries, dim]
+    extra = None if sink_logits is None else sink_logits.to(kind).view(len(key), -1, 1)
+    found = own.new_empty(own.shape[:-1])
+    for begin in range(0, key.shape[1], BLOCK):
+        end = min(begin + BLOCK, key.shape[1])
+        part = slice(begin // STRIDE, -(-end // STRIDE))
+        logits = _logits(own[:, :, part], keys[..., :end], softcap)
+        total = logits.masked_fill_(columns[:end] > columns[begin:end:STRIDE, None], float("-inf")).logsumexp(-1)
+        found[:, :, part] = total if extra is None else torch.logaddexp(total, extra)
+    return found.flatten(0, 1)
+
+
+def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
+    """queries: [KV heads, group, queries, dim], scaled; keys: [KV heads, dim, keys]. Returns [KV heads, group, queries, keys]."""
+    found = (queries.flatten(1, 2) @ keys).view(*queries.shape[:3], -1)
+    return found if softcap is None else softcap * torch.tanh(found / softcap)
 
 
 def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
