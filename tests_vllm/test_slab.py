@@ -12,6 +12,7 @@ from plans import random_plan
 from vllm import SamplingParams
 
 from headsink import HeadsinkError, Pattern
+from headsink.attention import reference as reference_module
 from headsink.serving.vllm.slab import EVICT_EVERY, Slab, blocks_for, widen
 
 BOUND = 1e-4
@@ -32,8 +33,8 @@ def plan_for(model, seed=1):
 
 
 @contextmanager
-def held(model, plan, tokens, context=CONTEXT):
-    """The model in transformers, in segments of `EVICT_EVERY` tokens, with the patterns that the slab keeps."""
+def held(model, plan, prompt, tokens, context=CONTEXT):
+    """The model in transformers with the patterns that the slab keeps, in segments: the prompt, then `EVICT_EVERY` tokens each."""
 
     def wide(head):
         pattern = widen(head.pattern, context)
@@ -41,15 +42,31 @@ def held(model, plan, tokens, context=CONTEXT):
 
     layers = tuple(tuple(wide(head) for head in heads) for heads in plan.layers)
     kept = plan.model_copy(update={"layers": layers, "decode_window": 0})
-    whole, rest = divmod(tokens, EVICT_EVERY)
-    with reference.masked(model, kept, None, [EVICT_EVERY] * whole + [rest] * (rest > 0)):
-        # the plan's scorer ranks the keys of prompts too
-        reference._running[-1] = (*reference._running[-1][:3], (None,) * len(plan.layers), *reference._running[-1][4:])
-        yield
+    whole, rest = divmod(tokens - prompt, EVICT_EVERY)
+    segments = [size for size in (prompt, *[EVICT_EVERY] * whole, rest) if size]
+    given, calls = reference_module.segment_scores, []
+
+    def first_only(query, *rest):  # only the prompt has prompt scores
+        calls.append(query.shape[2])
+        return given(query, *rest) if prompt and len(calls) % len(segments) == 1 % len(segments) else None
+
+    reference_module.segment_scores = first_only
+    try:
+        with reference.masked(model, kept, None, segments):
+            if not prompt:
+                reference._running[-1] = (
+                    *reference._running[-1][:3],
+                    (None,) * len(plan.layers),
+                    *reference._running[-1][4:],
+                )
+            yield
+    finally:
+        reference_module.segment_scores = given
 
 
-def worst(model, plan, output, context=CONTEXT):
-    with held(model, plan, len(output.prompt_token_ids) + len(output.outputs[0].token_ids), context):
+def worst(model, plan, output, context=CONTEXT, dense=True):
+    prompt = len(output.prompt_token_ids)
+    with held(model, plan, prompt if dense else 0, prompt + len(output.outputs[0].token_ids), context):
         return expected.worst(model, output)
 
 

@@ -18,7 +18,7 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.models.distributed import rank_heads
 from headsink.serving.vllm import blocks, groups, launch
 from headsink.serving.vllm import settings as vllm_settings
-from headsink.serving.vllm.fingerprint import check_folder
+from headsink.serving.vllm.skeleton import check_folder
 from headsink.utils import versions
 
 patterns = st.one_of(

@@ -52,7 +52,7 @@ def segment_scores(
             own = slice(first, tokens)
             total = None if lse is None else lse[row, :, own]
             shares = largest_shares(query[row, :, own], key[row, :, own], softmax, rotary, total)
-            found[row, :, own] = match_scale(_standard(shares) + _standard(scores[row, :, own]), scores[row, :, own])
+            found[row, :, own] = match_scale(standard(shares) + standard(scores[row, :, own]), scores[row, :, own])
     return found
 
 
@@ -140,6 +140,6 @@ def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
     return found.where(scores != ALWAYS, ALWAYS)
 
 
-def _standard(scores: Tensor) -> Tensor:
+def standard(scores: Tensor) -> Tensor:
     """Return the scores of each head with mean 0 and standard deviation 1."""
     return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-12)

@@ -37,8 +37,8 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
 
     from headsink.models import loading
     from headsink.plan.plan import Plan
-    from headsink.serving.vllm.fingerprint import check_folder
     from headsink.serving.vllm.settings import check_servable, engine_args
+    from headsink.serving.vllm.skeleton import check_folder
 
     plan = Plan.load(plan_file)
     check_servable(plan)

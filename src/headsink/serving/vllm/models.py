@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -26,13 +27,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
 from headsink.models.distributed import rank_heads
+from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, describe
 from headsink.plan.plan import Plan
 from headsink.serving.vllm.attention import over_blocks
-from headsink.serving.vllm.fingerprint import PassingWeights, skeleton
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
-from headsink.serving.vllm.settings import given_plan
+from headsink.serving.vllm.settings import PREFILL, given_plan
+from headsink.serving.vllm.skeleton import PassingWeights, rotary, skeleton
 from headsink.serving.vllm.slab import Slab
 from headsink.serving.vllm.slab_attention import over_slab
 from headsink.serving.vllm.slab_cache import SlabSpec
@@ -45,8 +47,9 @@ logger = init_logger("vllm.headsink")
 class Running:
     """A plan in a vLLM worker. The grouping is computed when vLLM asks for cache specs: the block size is final only then."""
 
-    def __init__(self, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
-        self.plan, self.shape, self.config = plan, shape, config
+    def __init__(self, plan: Plan, shape: Architecture, config: VllmConfig, rotary: Rotary | None) -> None:
+        self.plan, self.shape, self.config, self.rotary = plan, shape, config, rotary
+        self.dense = config.additional_config.get(PREFILL) != "sparse"
         self.ranks = get_tensor_model_parallel_world_size()
         self.heads = rank_heads(plan.model.kv_heads, self.ranks)[get_tensor_model_parallel_rank()]
 
@@ -124,6 +127,7 @@ class SlabAttention(Attention):
             attn_backend=over_slab(whole.attn_backend),
         )
         self.running, self.number, self.scorer = running, number, SCORERS[running.plan.scorer]
+        self.rotary = running.rotary
         self.register_buffer("scorer_weights", running.plan.scores(number)[running.heads], persistent=False)
 
     @property
@@ -138,6 +142,7 @@ class SlabAttention(Attention):
             head_size_v=self.head_size_v,
             dtype=self.kv_cache_torch_dtype,
             needs=self.slab.needs,
+            dense=self.running.dense,
         )
 
 
@@ -176,15 +181,19 @@ class SplitAttention(nn.Module):
         return output.flatten(1)
 
 
-def run(model: nn.Module, plan: Plan, shape: Architecture, config: VllmConfig) -> None:
-    """Make a vLLM model run a plan. Call it before its weights are loaded.
+def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig) -> None:
+    """Make a vLLM model run a plan. Call it before its weights are loaded. like: the model in transformers, on any device.
 
     Raises HeadsinkError for settings of vLLM that do not work with a plan, and for layers that differ from the plan's.
     """
     if all(head.pattern.full for layer in plan.layers for head in layer or ()):
         return
     _check_settings(plan, config)
-    running = Running(plan, shape, config)
+    shape = describe(like)
+    running = Running(plan, shape, config, rotary(like) if plan.has_top_k else None)
+    if plan.has_top_k and running.dense:
+        # With a value here vLLM's runner passes the lengths of prompts on to the attention; nothing of this model uses the value.
+        config.model_config.model_arch_config.rswa_window = 1
     context = config.compilation_config.static_forward_context
     layers = []
     for parent in list(model.modules()):
@@ -230,10 +239,9 @@ def _with_plan(base: Any) -> Any:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
             self.plan = given_plan(vllm_config.additional_config)
             self.skeleton = [skeleton(vllm_config.model_config.hf_config)]  # in a list, so that it is not a submodule
-            shape = describe(self.skeleton[0])
-            self.plan.check_shape(shape)
+            self.plan.check_shape(describe(self.skeleton[0]))
             self.quantised = vllm_config.quant_config is not None
-            run(self, self.plan, shape, vllm_config)
+            run(self, self.plan, self.skeleton[0], vllm_config)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             passing = PassingWeights(self.skeleton.pop(), self.quantised)

@@ -18,7 +18,7 @@ from headsink.plan.plan import Plan
 from headsink.utils.versions import check_vllm
 from headsink_vllm import PREFIX
 
-KEY = "headsink_plan"  # in additional_config
+KEY, PREFILL = "headsink_plan", "headsink_prefill"  # in additional_config
 ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
@@ -40,17 +40,21 @@ def check_servable(plan: Plan) -> None:
         )
 
 
-def engine_args(plan: Plan) -> dict[str, Any]:
+def engine_args(plan: Plan, prefill: str = "dense") -> dict[str, Any]:
     """Return the arguments for `vllm.LLM(model, ...)`. The server takes them in JSON as --hf-overrides and --additional-config.
 
-    Raises HeadsinkError if vLLM is missing or of an untested version, and if it cannot run the plan.
+    prefill: "dense" reads prompts in full attention and then compresses them; "sparse" evicts while it reads. A plan without
+    top-k keys is always read sparsely. Raises HeadsinkError if vLLM is missing or of an untested version, and if it cannot run
+    the plan.
     """
     check_vllm()
     check_servable(plan)
+    if prefill not in ("dense", "sparse"):
+        raise HeadsinkError(f"prefill: {prefill!r} is neither 'dense' nor 'sparse'")
     given = plan.model_dump(mode="json", exclude={"calibration", "quality"})
     arguments = {
         "hf_overrides": {"architectures": [PREFIX + plan.model.architecture]},
-        "additional_config": {KEY: given},
+        "additional_config": {KEY: given, PREFILL: prefill},
     }
     return arguments | {"enable_prefix_caching": False} if plan.has_top_k else arguments
 

@@ -1,13 +1,17 @@
 """The slab: one block table per sequence for all KV heads of all layers, whose pages go to the heads that need them.
 
-Every head of a plan holds up to `capacity` keys: what its pattern keeps, rounded up, and `EVICT_EVERY` more. When a sequence
-reaches a multiple of `EVICT_EVERY` tokens and a head is full, the head evicts the `EVICT_EVERY` keys with the lowest importance
-scores that are neither sink tokens nor in the window. So a sequence of n tokens holds the same number of keys whatever it says,
-and outputs do not depend on chunks, other sequences or preemption.
+Every head of a plan holds up to `capacity` keys: what it keeps, which is its pattern, rounded up, and `EVICT_EVERY` more. A
+prompt is read in full attention, and at its end every head evicts down to what it keeps. Then a head evicts down to it after
+every `EVICT_EVERY` tokens. With sparse prefill a prompt is read like later tokens. So the number of keys of a sequence depends on
+its length and that of its prompt alone, and outputs do not depend on chunks, other sequences or preemption.
 
 vLLM's block of one sequence has a page for each head of each layer, a *lane*. The n-th page of a head is any lane of any block:
 all pages of all heads are sorted by the length from which they are needed, and dealt to the lanes of the first block, then of the
-second, and so on. Nothing here imports vLLM.
+second, and so on.
+
+The blocks of a sequence are, in this order: those that it needs at the end of its prompt; blocks for the prompt while it is read,
+in which all heads have all keys; and those that it needs later. The second kind is for earlier chunks of the prompt only, and is
+free again once the prompt is read. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from headsink.models.distributed import rank_heads
 from headsink.plan.plan import Plan
 
 EVICT_EVERY = 32  # tokens
+ALL = 2**30  # more keys than any context
 
 
 def capacity(pattern: Pattern, context: int) -> int:
@@ -50,14 +55,14 @@ def widen(pattern: Pattern, context: int) -> Pattern:
 class Slab:
     """The pages of a sequence on one rank.
 
-    capacity, sink, window: int64 [layers, KV heads of the rank]. column, lane: int64 [layers, KV heads, pages], where the n-th
-    page of a head is: in which block of the sequence, and which of its pages. needs: the number of tokens above which a sequence
-    needs each of its blocks, on any rank.
+    keeps: how many keys every head keeps, `ALL` if it never evicts; sink, window: int64 [layers, KV heads of the rank]. column,
+    lane: int64 [layers, KV heads, pages], where the n-th page of a head is: in which block of the sequence, and which of its
+    pages. needs: the number of tokens above which a sequence needs each of its blocks, on any rank.
     """
 
     context: int
     block: int
-    capacity: Tensor
+    keeps: Tensor
     sink: Tensor
     window: Tensor
     column: Tensor
@@ -83,7 +88,7 @@ class Slab:
         return cls(
             context,
             block,
-            torch.tensor(sizes),
+            torch.tensor([[pattern.size(ALL) for pattern in row] for row in kept]),
             torch.tensor([[pattern.sink for pattern in row] for row in kept]),
             torch.tensor([[pattern.window or 0 for pattern in row] for row in kept]),
             column,
@@ -95,10 +100,23 @@ class Slab:
         share = len(self.needs) / -(-self.context // self.block)
         return f"a sequence of the maximum length takes {len(self.needs)} blocks, {share:.0%} of the full KV cache"
 
-    def held(self, tokens: Tensor) -> Tensor:
-        """Return how many keys the heads hold after some tokens, before they evict: [...] -> [layers, KV heads, ...]."""
-        most = self.capacity.view(*self.capacity.shape, *[1] * tokens.dim())
-        return torch.where(tokens < most, tokens, most - EVICT_EVERY + tokens % EVICT_EVERY)
+    def held(self, tokens: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many keys the heads hold after some tokens, and how many they evict before the next one.
+
+        tokens: int64 [sequences], at least `prompt`, the tokens that were read in full attention. Returns int64 [layers, KV
+        heads, sequences], twice.
+        """
+        keeps = self.keeps[..., None]
+        last = tokens - 1 - (tokens - 1 - prompt) % EVICT_EVERY  # where heads evicted before
+        held = torch.where(tokens > prompt, torch.minimum(last, keeps) + tokens - last, torch.minimum(tokens, keeps))
+        evicts = (tokens - prompt) % EVICT_EVERY == 0
+        return held, torch.where(evicts, held - torch.minimum(tokens, keeps), 0)
+
+    def next_eviction(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        """Return the length at which a head of a sequence evicts next, int64 [sequences]; or an earlier one."""
+        least = int(self.keeps.min()) + 1
+        beyond = torch.maximum(tokens + 1, torch.tensor(least)) - prompt
+        return prompt + -(-beyond // EVICT_EVERY) * EVICT_EVERY
 
 
 def blocks_for(needs: Sequence[int], tokens: int) -> int:

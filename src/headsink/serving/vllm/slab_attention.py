@@ -1,12 +1,8 @@
 """Attention over the slab (slab.py) with vLLM's CPU kernels: one call per layer, in which every head of a sequence is a sequence.
 
-Keys of a head that is below its capacity, and of one that has evicted, are in slots 0, 1, 2, ... of its pages. Their order does
-not matter to attention, except that the newest tokens come last, so plain causal attention over a head's pages is right. A head
-evicts in place: the newest keys move into the slots of evicted ones. Importance scores and positions of keys are in arrays that
-are indexed by the slots of the whole pool, so nothing is stored per sequence.
-
-A step reads its tokens in rounds. A round ends where a sequence reaches the next multiple of `EVICT_EVERY`, unless none of
-its heads is full there.
+The order of a head's keys does not matter to attention, except that the newest tokens come last, so plain causal attention over
+its pages is right. Tokens of prompts are read apart (slab_prompt.py). Other tokens of a step are read in rounds. A round ends
+where a sequence evicts next.
 """
 
 from __future__ import annotations
@@ -27,78 +23,23 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from headsink.errors import HeadsinkError
-from headsink.eviction.scorers import Scorer
 from headsink.serving.vllm.slab import EVICT_EVERY, Slab
-
-PROTECTED = float("inf")  # score of keys that are not evicted
-
-
-class Pool:
-    """The memory of all sequences, as pages of one head.
-
-    pages: [pages, elements of a page]. keys, values: as vLLM's kernels take them. scores, positions: float32 and int32 by slot.
-    places: in which elements of a page a slot's key and value are, int64 [block, 2 x dim].
-    """
-
-    def __init__(self, layers: list[Any], block: int, isa: str):
-        caches = [layer.kv_cache for layer in layers]
-        like, heads = caches[0], caches[0].shape[1]
-        dim = like.shape[3] // 2
-        size = block * 2 * dim
-        flat = torch.empty(0, dtype=like.dtype).set_(like.untyped_storage())
-        self.pages = flat[: len(flat) // size * size].view(-1, size)
-        self.keys, self.values = self.pages.view(-1, 1, 2 * block, dim).chunk(2, dim=2)
-        slots = len(self.pages) * block
-        self.scores, self.positions = torch.zeros(slots), torch.zeros(slots, dtype=torch.int32)
-        self.block, self.heads, self.isa, self.dim = block, heads, isa, dim
-        # page of a lane of block 0
-        self.first = torch.tensor([cache.storage_offset() // size + head for cache in caches for head in range(heads)])
-        if any(cache.storage_offset() % size or not cache[0].is_contiguous() for cache in caches):
-            raise HeadsinkError("vLLM's KV cache has a layout that a plan with top-k keys does not support")
-        self.places = self._probe(like.dtype)
-
-    def _probe(self, dtype: torch.dtype) -> Tensor:
-        """Find where the kernel puts the elements of a slot, by writing one page of known numbers for each element."""
-        page = torch.zeros(1, 1, 2 * self.block, self.dim, dtype=dtype)
-        keys, values = page.chunk(2, dim=2)
-        places = torch.zeros(self.block, 2 * self.dim, dtype=torch.long)
-        for element in range(2 * self.dim):
-            page.zero_()
-            given = torch.zeros(self.block, 1, 2 * self.dim, dtype=dtype)
-            given[:, 0, element] = torch.arange(1, self.block + 1).to(dtype)  # exact in bfloat16 up to 256
-            self._store(torch.arange(self.block), keys, values, *given.split(self.dim, -1))
-            found = page.flatten().nonzero()[:, 0]
-            places[page.flatten()[found].long() - 1, element] = found
-        return places
-
-    def _store(self, slots: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
-        ops.cpu_attn_reshape_and_cache(key.contiguous(), value.contiguous(), keys, values, slots, self.isa)
-
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """key, value: [tokens, 1, dim]."""
-        self._store(slots, self.keys, self.values, key, value)
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Move keys between slots, int64 [keys]."""
-        block = self.block
-        given = self.pages[(source // block)[:, None], self.places[source % block]]
-        self.pages[(target // block)[:, None], self.places[target % block]] = given
-        self.scores[target], self.positions[target] = self.scores[source], self.positions[source]
+from headsink.serving.vllm.slab_pool import Pool, evict
+from headsink.serving.vllm.slab_prompt import Part, read
 
 
 @dataclass
 class Round:
     """Tokens of a step that are read in one call.
 
-    rows: which tokens of the step, int64 [tokens], None for all. positions: of the tokens, once for every head, int32 [KV heads x
-    tokens]. tables, lengths: of every head of every sequence, int32 [layers, KV heads x sequences, pages] and [layers, KV heads x
-    sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the queries of each head and sequence, int32 [KV heads x
-    sequences + 1]. evicting: for every layer, (index in `tables`, sink, window, capacity) of each full head, int64 [evicting, 4].
-    length: tokens of every sequence before the round, int64 [sequences].
+    rows: which tokens of the step, int64 [tokens], None for all. tables, lengths: of every head of every sequence, int32 [layers,
+    KV heads x sequences, pages] and [layers, KV heads x sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the
+    queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: for every layer, (index in `tables`, sink,
+    window, keys, keys with a score, keys to evict) of each head that evicts before the round, int64 [evicting, 6]; empty if no
+    head does. length: tokens of every sequence before the round, int64 [sequences].
     """
 
     rows: Tensor | None
-    positions: Tensor
     tables: Tensor
     lengths: Tensor
     slots: Tensor
@@ -112,82 +53,124 @@ class SlabMetadata:
     """What the layers of a step get. pool: that of the worker."""
 
     pool: Pool
+    parts: list[Part]
     rounds: list[Round]
     num_actual_tokens: int
 
 
-def rounds(batch: CommonAttentionMetadata, slab: Slab, pool: Pool) -> list[Round]:
-    """Divide the tokens of a step into rounds."""
-    count = batch.num_reqs
+class Tables:
+    """The pages of the sequences of a step. They are kept for the next step, which mostly has the same."""
+
+    def __init__(self, slab: Slab, pool: Pool) -> None:
+        self.slab, self.pool = slab, pool
+        self.pages = pool.first[slab.lane]  # of block 0: [layers, KV heads, pages]
+        self.lanes = pool.first.view(*slab.keeps.shape, 1)  # the same, of a prompt that is being read
+        self.needs = torch.tensor(slab.needs)
+        self.known: tuple[Tensor, Tensor, Tensor] | None = None
+        self.found = torch.empty(0)
+
+    def of(self, blocks: Tensor, prompt: Tensor) -> Tensor:
+        """Return the pages of all heads, int32 [layers, KV heads, sequences, pages].
+
+        blocks: of every sequence, int [sequences, columns]; prompt: tokens that were read in full attention, int64 [sequences].
+        """
+        skipped = self.pool.skipped[blocks[:, 0].long()]
+        given = blocks, prompt, skipped
+        if self.known is None or not all(map(torch.equal, self.known, given)):
+            self.known = blocks.clone(), prompt.clone(), skipped
+            self.found = self.compute(blocks, prompt, skipped)
+        return self.found
+
+    def compute(self, blocks: Tensor, prompt: Tensor, skipped: Tensor) -> Tensor:
+        column = self.slab.column[..., None].expand(*self.slab.column.shape, len(prompt))
+        column = column + torch.where(column >= self.at_prompt(prompt), skipped, 0)
+        column = column.clamp(max=blocks.shape[1] - 1).permute(3, 0, 1, 2)
+        used = blocks.long().gather(1, column.flatten(1)).view(column.shape)
+        return (used * self.pool.heads + self.pages).permute(1, 2, 0, 3).int().contiguous()
+
+    def at_prompt(self, prompt: Tensor) -> Tensor:
+        """Return the number of blocks of sequences at the end of their prompt. prompt: int64 [sequences]."""
+        return (prompt[:, None] > self.needs).sum(1)
+
+    def slots(self, pages: Tensor, count: int, begin: int = 0) -> Tensor:
+        """Return the slots of keys `begin` to `count` of heads. pages: int [..., pages]. Returns int64 [..., keys]."""
+        at = torch.arange(begin, count)
+        return pages[..., at // self.pool.block].long() * self.pool.block + at % self.pool.block
+
+
+def divide(batch: CommonAttentionMetadata, tables: Tables, dense: bool) -> tuple[list[Part], list[Round]]:
+    """Divide the tokens of a step into parts of prompts, and rounds of other tokens."""
+    slab, count = tables.slab, batch.num_reqs
     starts = batch.query_start_loc_cpu[: count + 1].long()
     assert batch.seq_lens_cpu_upper_bound is not None
     ends = batch.seq_lens_cpu_upper_bound[:count].long()  # exact, because speculative decoding is refused
     left = starts.diff()
-    length = (ends - left).clamp(min=0)
-    place, least = starts[:-1].clone(), int(slab.capacity.min())
-    pages = pool.first[slab.lane]  # of block 0: [layers, heads, pages]
-    found = []
-    while bool((left > 0).any()):
-        until = torch.where(length < least, least, (length // EVICT_EVERY + 1) * EVICT_EVERY)
-        tokens = torch.minimum(left, until - length)
-        who = (tokens > 0).nonzero()[:, 0]
-        found.append(_round(batch.block_table_tensor, slab, pool, pages, who, length[who], tokens[who], place[who]))
+    length, place, blocks = (ends - left).clamp(min=0), starts[:-1].clone(), batch.block_table_tensor[:count]
+    prompt = torch.zeros_like(length)
+    parts, rounds = [], []
+    if dense:
+        assert batch.rswa_prefix_lens is not None
+        prompt = batch.rswa_prefix_lens[:count].long()
+        tokens = (prompt - length).clamp(min=0).minimum(left)
+        for row in tokens.nonzero()[:, 0].tolist():
+            given = (int(of[row]) for of in (place, length, tokens, prompt))
+            parts.append(_part(tables, blocks[row], *given))
         length, left, place = length + tokens, left - tokens, place + tokens
-    if len(found) == 1 and found[0].slots.shape[2] == batch.num_actual_tokens:
-        found[0].rows = None
-    return found
+    while bool((left > 0).any()):
+        tokens = torch.minimum(left, slab.next_eviction(length, prompt) - length)
+        who = (tokens > 0).nonzero()[:, 0]
+        some = slice(None) if len(who) == count else who
+        rounds.append(_round(tables, *(of[some] for of in (blocks, prompt, length, tokens, place))))
+        length, left, place = length + tokens, left - tokens, place + tokens
+    if not parts and len(rounds) == 1 and rounds[0].slots.shape[2] == batch.num_actual_tokens:
+        rounds[0].rows = None
+    return parts, rounds
 
 
-def _round(
-    table: Tensor, slab: Slab, pool: Pool, pages: Tensor, who: Tensor, length: Tensor, tokens: Tensor, place: Tensor
-) -> Round:
-    layers, heads, most = pages.shape
-    blocks = table[who].long()  # [sequences, columns]
-    used = blocks[:, slab.column.clamp(max=blocks.shape[1] - 1)].permute(
-        1, 2, 0, 3
-    )  # [layers, heads, sequences, pages]
-    tables = used * pool.heads + pages[:, :, None]
-    held = slab.held(length)
-    # A full head that evicts now holds `EVICT_EVERY` keys fewer afterwards.
-    evicts = (length % EVICT_EVERY == 0) & (length >= slab.capacity[..., None])
-    owner = torch.repeat_interleave(torch.arange(len(who)), tokens)
-    within = torch.arange(int(tokens.sum())) - (tokens.cumsum(0) - tokens)[owner]
-    at = held[:, :, owner] + within  # [layers, heads, tokens]
-    page = tables[:, :, owner].gather(3, (at // pool.block)[..., None].clamp(max=most - 1))[..., 0]
+def _part(tables: Tables, blocks: Tensor, place: int, begin: int, tokens: int, prompt: int) -> Part:
+    """Return tokens of the prompt of a sequence. blocks: int [columns]. place: of the first of them in the step."""
+    slab, pool, end, first = tables.slab, tables.pool, begin + tokens, int(blocks[0])
+    length = torch.tensor([prompt])
+    at = int(tables.at_prompt(length))
+    pages = blocks[at : at - -end // pool.block].long() * pool.heads + tables.lanes  # [layers, KV heads, pages]
+    ends_here, nothing = end == prompt, torch.empty(*tables.lanes.shape[:2], 0, dtype=torch.long)
+    these, kept = nothing if ends_here else tables.slots(pages, end, begin), nothing
+    if ends_here:
+        pool.skipped[first] = -(-begin // pool.block)
+        keys = min(prompt, int(slab.keeps.max()))
+        own = tables.compute(blocks[None], length, pool.skipped[first : first + 1])[:, :, 0]
+        kept = tables.slots(own, min(keys, own.shape[2] * pool.block))
+    return Part(slice(place, place + tokens), begin, end, prompt, first, tables.slots(pages, begin), these, kept)
+
+
+def _round(tables: Tables, blocks: Tensor, prompt: Tensor, length: Tensor, tokens: Tensor, place: Tensor) -> Round:
+    slab, block = tables.slab, tables.pool.block
+    layers, heads = slab.keeps.shape
+    pages = tables.of(blocks, prompt)
+    held, evicted = slab.held(length, prompt)
+    owner = torch.repeat_interleave(torch.arange(len(tokens)), tokens)
+    within = torch.arange(len(owner)) - (tokens.cumsum(0) - tokens)[owner]
+    at = (held - evicted)[:, :, owner] + within  # [layers, KV heads, tokens]
+    page = pages[:, :, owner].gather(3, (at // block)[..., None].clamp(max=pages.shape[3] - 1))[..., 0]
     starts = torch.cat([torch.zeros(1, dtype=torch.long), tokens.repeat(heads).cumsum(0)])
-    evicting = []
-    for layer in range(layers):
-        head, sequence = evicts[layer].nonzero(as_tuple=True)
-        numbers = [slab.sink[layer, head], slab.window[layer, head], slab.capacity[layer, head]]
-        evicting.append(torch.stack([head * len(who) + sequence, *numbers], 1))
     return Round(
         place[owner] + within,
-        (length[owner] + within).int().repeat(heads),
-        tables.flatten(1, 2).int(),
-        (held + tokens).flatten(1).int(),
-        page * pool.block + at % pool.block,
+        pages.flatten(1, 2),
+        (held - evicted + tokens).flatten(1).int(),
+        page.long() * block + at % block,
         starts.int(),
-        evicting,
+        [_evicting(slab, n, held[n], evicted[n], length, prompt) for n in range(layers)] if bool(evicted.any()) else [],
         length,
     )
 
 
-def evict(pool: Pool, table: Tensor, chosen: Tensor, length: Tensor) -> None:
-    """Evict the `EVICT_EVERY` keys of each full head with the lowest scores, and move the newest into their slots.
-
-    table: int32 [heads x sequences, pages]. chosen: int64 [evicting, 4], as `Round.evicting`. length: int64 [sequences].
-    """
-    row, sink, window, capacity = chosen.T[..., None]
-    at = torch.arange(int(capacity.max()))
-    there = at < capacity  # [evicting, slots]
-    page = table[row[:, 0]].long().gather(1, (at // pool.block).expand(len(chosen), -1))
-    slots = page * pool.block + at % pool.block
-    positions = pool.positions[slots]
-    newest = length[row % len(length)]
-    scores = pool.scores[slots].masked_fill((positions < sink) | (positions >= newest - window) | ~there, PROTECTED)
-    gone = torch.zeros_like(there).scatter_(1, scores.argsort(dim=1, stable=True)[:, :EVICT_EVERY], True)
-    last = there & (at >= capacity - EVICT_EVERY)
-    pool.move(slots[last & ~gone], slots[gone & ~last])  # as many of both, row by row
+def _evicting(slab: Slab, layer: int, held: Tensor, evicted: Tensor, length: Tensor, prompt: Tensor) -> Tensor:
+    """Return an element of `Round.evicting`. held, evicted: of this layer, as from `Slab.held`."""
+    head, sequence = evicted.nonzero(as_tuple=True)
+    keeps = slab.keeps[layer, head]
+    scored = torch.where(length[sequence] - EVICT_EVERY > keeps, keeps, prompt[sequence])
+    own = slab.sink[layer, head], slab.window[layer, head], held[head, sequence], scored, evicted[head, sequence]
+    return torch.stack([head * len(length) + sequence, *own], 1)
 
 
 @lru_cache
@@ -205,20 +188,18 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             super().__init__(spec, layer_names, vllm_config, *args, **options)
             context = vllm_config.compilation_config.static_forward_context
             self.layers = sorted((context[name] for name in layer_names), key=lambda layer: layer.number)
-            self.pool: Pool | None = None
+            self.sequences = vllm_config.scheduler_config.max_num_seqs
+            self.tables: Tables | None = None
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
         ) -> Any:
             del common_prefix_len, fast_build
-            slab = self.layers[0].slab
-            if self.pool is None:
-                self.pool = Pool(self.layers, slab.block, self.isa)
-            return SlabMetadata(
-                self.pool,
-                rounds(common_attn_metadata, slab, self.pool),
-                common_attn_metadata.num_actual_tokens,
-            )
+            if self.tables is None:
+                slab = self.layers[0].slab
+                self.tables = Tables(slab, Pool(self.layers, slab.block, self.isa, self.sequences))
+            parts, rounds = divide(common_attn_metadata, self.tables, self.kv_cache_spec.dense)
+            return SlabMetadata(self.tables.pool, parts, rounds, common_attn_metadata.num_actual_tokens)
 
     class Impl(base_impl):  # type: ignore[misc]
         def forward(
@@ -234,12 +215,15 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             **__: Any,
         ) -> Tensor:
             del kv_cache
-            for one in () if attn_metadata is None else attn_metadata.rounds:
-                assert attn_metadata is not None
+            if attn_metadata is None:  # a run that measures memory
+                return output
+            pool, shaped = attn_metadata.pool, output.view(*query.shape)
+            for part in attn_metadata.parts:
+                given = (of[part.rows] for of in (query, key, value))
+                shaped[part.rows] = read(pool, part, layer, *given, self.scale)
+            for one in attn_metadata.rounds:
                 rows = slice(attn_metadata.num_actual_tokens) if one.rows is None else one.rows
-                output[rows] = attend(
-                    attn_metadata.pool, one, layer, query[rows], key[rows], value[rows], self.scale
-                ).view(-1, *output.shape[1:])
+                shaped[rows] = attend(pool, one, layer, query[rows], key[rows], value[rows], self.scale)
             return output
 
     overrides = {
@@ -253,18 +237,14 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 def attend(pool: Pool, one: Round, layer: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Evict, append the tokens of a round to all heads of a layer, and return their attention, as `query`.
 
-    layer: with `number`, `scorer` and `scorer_weights`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
+    layer: a `SlabAttention`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
     """
     number, tokens, heads = layer.number, len(query), key.shape[1]
     table = one.tables[number]
-    if len(one.evicting[number]):
-        evict(pool, table, one.evicting[number], one.length)
-    slots = one.slots[number].flatten()
-    keys, values = (t.transpose(0, 1).contiguous() for t in (key, value))  # [heads, tokens, dim]
-    pool.write(keys.view(-1, 1, pool.dim), values.view(-1, 1, pool.dim), slots)
-    scorer: Scorer = layer.scorer
-    pool.scores[slots] = scorer.scores(keys, values, layer.scorer_weights).flatten().float()
-    pool.positions[slots] = one.positions
+    if one.evicting and len(one.evicting[number]):
+        evict(pool, layer, table, one.evicting[number], one.length)
+    keys, values = (t.transpose(0, 1).reshape(heads * tokens, 1, pool.dim) for t in (key, value))
+    pool.write(keys, values, one.slots[number].flatten())
     grouped = query.view(tokens, heads, -1, pool.dim).transpose(0, 1).contiguous()
     flat = grouped.view(heads * tokens, -1, pool.dim)
     found, lengths = torch.empty_like(flat), one.lengths[number]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -16,28 +17,55 @@ from headsink.serving.vllm.slab import blocks_for
 
 @dataclass(frozen=True, kw_only=True)
 class SlabSpec(AttentionSpec):
-    """The slab's blocks, the same for every layer. needs: as in `Slab`."""
+    """The slab's blocks, the same for every layer. needs: as in `Slab`. dense: prompts are read in full attention."""
 
     needs: tuple[int, ...]
+    dense: bool
 
     @property
     def prefix_cacheable(self) -> bool:
         """False: keys of a block are overwritten, so it does not belong to the tokens that filled it."""
         return False
 
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        del vllm_config
+        return max(self.most_blocks(max_len), cdiv(max_len, self.block_size))  # the worker computes slots by position
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return blocks_for(self.needs, vllm_config.model_config.max_model_len) * self.page_size_bytes
+        return self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    def most_blocks(self, tokens: int) -> int:
+        """Return the largest number of blocks that a sequence has at once."""
+        return blocks_for(self.needs, tokens) + self.blocks_of_prompt(tokens)
+
+    def blocks_of_prompt(self, tokens: int) -> int:
+        """Return the number of blocks for tokens of a prompt that is being read."""
+        return cdiv(tokens, self.block_size) if self.dense else 0
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
 
 
 class SlabManager(FullAttentionManager):
-    """Gives a sequence as many blocks as the slab needs."""
+    """Gives a sequence the blocks that slab.py describes."""
+
+    def __init__(self, kv_cache_spec: SlabSpec, **options: Any) -> None:
+        super().__init__(kv_cache_spec, **options)
+        self.spec = kv_cache_spec
+        self.prompts: dict[str, int] = {}  # tokens of the prompts
+        self.reading: dict[str, int] = {}  # blocks for prompts while they are read
 
     def _missing(self, request_id: str, num_tokens: int) -> int:
-        spec: Any = self.kv_cache_spec
-        return max(0, blocks_for(spec.needs, num_tokens) - len(self.req_to_blocks.get(request_id, ())))
+        spec, prompt = self.spec, self.prompts.get(request_id)
+        if not spec.dense:
+            wanted = blocks_for(spec.needs, num_tokens)
+        elif prompt is None:  # the question whether the request can start
+            wanted = spec.most_blocks(num_tokens)
+        elif num_tokens < prompt:
+            wanted = blocks_for(spec.needs, prompt) + spec.blocks_of_prompt(num_tokens)
+        else:
+            wanted = blocks_for(spec.needs, num_tokens) + self.reading.get(request_id, 0)
+        return max(0, wanted - len(self.req_to_blocks.get(request_id, ())))
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *_: Any, **__: Any) -> int:
         return self._missing(request_id, num_tokens)
@@ -46,9 +74,26 @@ class SlabManager(FullAttentionManager):
         del num_tokens_main_model
         new = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(new)
+        if num_tokens < self.prompts.get(request_id, 0):
+            self.reading[request_id] = self.spec.blocks_of_prompt(num_tokens)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in new)
         return list(new)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the blocks for the prompt once it is read. vLLM calls this before it allocates blocks."""
+        assert num_prompt_tokens is not None
+        self.prompts[request_id] = num_prompt_tokens
+        if processed_computed_tokens >= num_prompt_tokens:
+            first = blocks_for(self.spec.needs, num_prompt_tokens)
+            self._remove_blocks_in_range(request_id, first, first + self.reading.get(request_id, 0))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        self.prompts.pop(request_id, None)
+        self.reading.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(

@@ -1,4 +1,5 @@
-"""Fingerprint a checkpoint that vLLM loads, from its weights in checkpoint naming, without loading it in transformers."""
+"""What a plan needs to know of a model that vLLM loads, without loading it in transformers: its shape, its rotary embedding, and
+the fingerprint of its checkpoint, from weights in checkpoint naming."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headsink.errors import HeadsinkError
 from headsink.models.fingerprint import WeightSample, hash_of, hashed_names
-from headsink.models.spec import describe
+from headsink.models.rope import Rotary
+from headsink.models.spec import decoder, describe
 from headsink.plan.plan import Plan
 
 
@@ -21,6 +23,14 @@ def skeleton(config: Any) -> PreTrainedModel:
     """Return a transformers model of this configuration on the meta device: shapes and names without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def rotary(model: PreTrainedModel) -> Rotary | None:
+    """Return how a model rotates queries, None if it depends on the length of the text. model: on any device."""
+    embedding = getattr(decoder(model), "rotary_emb", None)
+    if embedding is None or not describe(model).prefix_free:
+        return None
+    return Rotary(type(embedding)(model.config).inv_freq.float())
 
 
 class PassingWeights:

@@ -1,0 +1,136 @@
+"""The memory of the slab (slab.py) in a vLLM worker, and eviction in it.
+
+Keys of a head are in slots 0, 1, 2, ... of its pages. A head evicts in place: the newest keys move into the slots of evicted
+ones. Importance scores and positions of keys are in arrays that are indexed by the slots of the whole pool, so nothing is stored
+per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+
+from headsink.errors import HeadsinkError
+
+PROTECTED = float("inf")  # score of keys that are not evicted
+
+
+@dataclass
+class Chunks:
+    """Queries of earlier chunks of a prompt in one layer.
+
+    last, last_lse: queries of the last tokens and their log-sum-exp, for prompt scores of the next keys, [query heads, queries,
+    dim] and [query heads, queries]. reference: reference queries, [query heads, queries, dim].
+    """
+
+    last: Tensor
+    last_lse: Tensor
+    reference: Tensor
+
+
+class Reading:
+    """The `Chunks` of the prompts that are being read, by layer and by the first block of the sequence.
+
+    A sequence has its first block for itself, and overwrites what another one has left there. most: sequences at once. A prompt
+    whose chunks are gone is compressed by the linear scores.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.found = most, dict[tuple[int, int], Chunks]()
+
+    def pop(self, layer: int, first: int) -> Chunks | None:
+        return self.found.pop((layer, first), None)
+
+    def put(self, layer: int, first: int, chunks: Chunks) -> None:
+        """Keep the chunks of a sequence, for the sequences that were read last: a request may have been aborted."""
+        mine = [key for key in self.found if key[0] == layer]
+        for key in mine[: max(0, len(mine) + 1 - self.most)]:
+            del self.found[key]
+        self.found[layer, first] = chunks
+
+
+class Pool:
+    """The memory of all sequences, as pages of one head.
+
+    pages: [pages, elements of a page]. keys, values: as vLLM's kernels take them. rows: the same memory, as key and value of
+    each slot, [slots, 2 x dim], for prompts that are being read. scores, positions: float32 and int32 by slot. places: in which
+    elements of a page a slot's key and value are, int64 [block, 2 x dim]. skipped: how many blocks for its prompt a sequence had,
+    int64 by its first block. reading: see there.
+    """
+
+    def __init__(self, layers: list[Any], block: int, isa: str, sequences: int):
+        caches = [layer.kv_cache for layer in layers]
+        like, heads = caches[0], caches[0].shape[1]
+        dim = like.shape[3] // 2
+        size = block * 2 * dim
+        flat = torch.empty(0, dtype=like.dtype).set_(like.untyped_storage())
+        self.pages = flat[: len(flat) // size * size].view(-1, size)
+        self.keys, self.values = self.pages.view(-1, 1, 2 * block, dim).chunk(2, dim=2)
+        self.rows = self.pages.view(-1, 2 * dim)
+        slots = len(self.pages) * block
+        self.scores, self.positions = torch.zeros(slots), torch.zeros(slots, dtype=torch.int32)
+        self.block, self.heads, self.isa, self.dim = block, heads, isa, dim
+        self.skipped, self.reading = torch.zeros(len(like), dtype=torch.long), Reading(sequences)
+        # page of a lane of block 0
+        self.first = torch.tensor([cache.storage_offset() // size + head for cache in caches for head in range(heads)])
+        if any(cache.storage_offset() % size or not cache[0].is_contiguous() for cache in caches):
+            raise HeadsinkError("vLLM's KV cache has a layout that a plan with top-k keys does not support")
+        self.places = self._probe(like.dtype)
+
+    def _probe(self, dtype: torch.dtype) -> Tensor:
+        """Find where the kernel puts the elements of a slot, by writing one page of known numbers for each element."""
+        page = torch.zeros(1, 1, 2 * self.block, self.dim, dtype=dtype)
+        keys, values = page.chunk(2, dim=2)
+        places = torch.zeros(self.block, 2 * self.dim, dtype=torch.long)
+        for element in range(2 * self.dim):
+            page.zero_()
+            given = torch.zeros(self.block, 1, 2 * self.dim, dtype=dtype)
+            given[:, 0, element] = torch.arange(1, self.block + 1).to(dtype)  # exact in bfloat16 up to 256
+            self._store(torch.arange(self.block), keys, values, *given.split(self.dim, -1))
+            found = page.flatten().nonzero()[:, 0]
+            places[page.flatten()[found].long() - 1, element] = found
+        return places
+
+    def _store(self, slots: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+        ops.cpu_attn_reshape_and_cache(key.contiguous(), value.contiguous(), keys, values, slots, self.isa)
+
+    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """key, value: [tokens, 1, dim]."""
+        self._store(slots, self.keys, self.values, key, value)
+
+    def read(self, slots: Tensor) -> Tensor:
+        """Return keys and values of slots, int64 [keys]: [keys, 2 x dim]."""
+        return self.pages[(slots // self.block)[:, None], self.places[slots % self.block]]
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Move keys between slots, int64 [keys]."""
+        self.pages[(target // self.block)[:, None], self.places[target % self.block]] = self.read(source)
+        self.scores[target], self.positions[target] = self.scores[source], self.positions[source]
+
+
+def evict(pool: Pool, layer: Any, table: Tensor, chosen: Tensor, length: Tensor) -> None:
+    """Evict the keys with the lowest scores of some heads, and move the newest into their slots.
+
+    Keys that came after the last eviction get their scores here. table: int32 [heads x sequences, pages]. chosen: as
+    `Round.evicting`. length: tokens of every sequence, int64 [sequences].
+    """
+    row, sink, window, held, scored, count = chosen.T[..., None]
+    at = torch.arange(int(held.max()))
+    there = at < held  # [evicting, slots]
+    page = table[row[:, 0]].long().gather(1, (at // pool.block).expand(len(chosen), -1))
+    slots, newest = page * pool.block + at % pool.block, length[row % len(length)]
+    new = there & (at >= scored)
+    which = new.nonzero()[:, 0]
+    key, value = pool.read(slots[new])[:, None].chunk(2, -1)
+    weights = layer.scorer_weights[row[which, 0] // len(length)]
+    pool.scores[slots[new]] = layer.scorer.scores(key, value, weights)[:, 0].float()
+    pool.positions[slots[new]] = (newest - held + at)[new].int()
+    positions = pool.positions[slots]
+    scores = pool.scores[slots].masked_fill((positions < sink) | (positions >= newest - window) | ~there, PROTECTED)
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)
+    gone, last = ranks < count, there & (at >= held - count)
+    pool.move(slots[last & ~gone], slots[gone & ~last])  # as many of both, row by row

@@ -1,0 +1,162 @@
+"""Prompts in the slab (slab.py): read in full attention, then compressed as by `headsink.compress`.
+
+A layer compresses a prompt as soon as its own attention to it is done. The linear scores and the prompt scores of all keys choose
+which ones stay, and the reference queries refit them (eviction/refitting.py). A prompt may come in several chunks. Of earlier
+chunks, keys and values are in the blocks for the prompt, prompt scores in the pool's scores, and the few queries that later
+chunks need in `Chunks`. A chunk that reaches the end of a prompt needs no such blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headsink.attention import flash
+from headsink.eviction.pattern import Pattern
+from headsink.eviction.refitting import refit_keys, stride
+from headsink.eviction.scorers import ALWAYS
+from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, Softmax, match_scale, nearby_shares, standard
+from headsink.serving.vllm.slab_pool import Chunks, Pool
+
+
+@dataclass
+class Part:
+    """Tokens of a prompt that are read in one step.
+
+    rows: which tokens of the step. begin, end: their positions; prompt: tokens of the whole prompt. first: the first block of the
+    sequence. earlier, these: slots of the prompt's tokens before `begin`, and of these tokens, int64 [layers, KV heads, tokens];
+    `these` is empty if the prompt ends here. kept: slots of the keys that heads may keep, int64 [layers, KV heads, keys]; empty
+    unless the prompt ends here.
+    """
+
+    rows: slice
+    begin: int
+    end: int
+    prompt: int
+    first: int
+    earlier: Tensor
+    these: Tensor
+    kept: Tensor
+
+
+def read(pool: Pool, part: Part, layer: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Return the attention of tokens of a prompt, as `query`. If the prompt ends with them, compress it.
+
+    layer: a `SlabAttention`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
+    """
+    own_query, key, value = (given.transpose(0, 1) for given in (query, key, value))
+    begin, number = part.begin, layer.number
+    if begin:
+        cached = pool.rows[part.earlier[number]]
+        key, value = (torch.cat(pair, 1) for pair in zip(cached.chunk(2, -1), (key, value), strict=True))
+    output, lse = _attend(own_query, key, value, begin, scaling)
+    before = pool.reading.pop(number, part.first) if begin else None
+    softmax: Softmax = (scaling, None, None)
+    near = None
+    if layer.rotary is not None and part.prompt >= LEAST and (not begin or before is not None):
+        chunks = _with_queries(before, own_query, lse, part, len(own_query) // len(key))
+        first = max(begin - BEFORE - AFTER, 0)
+        at = (
+            part.end - 1 - (part.end - 1) % STRIDE - (chunks.last.shape[1] - 1) * STRIDE
+        )  # position of the first of `last`
+        shares = nearby_shares(
+            chunks.last, chunks.last_lse, at, key[:, first:], first, part.prompt, softmax, layer.rotary
+        )
+        near = first, shares, chunks
+    if part.end < part.prompt:
+        these = part.these[number]
+        pool.rows[these] = torch.cat([key[:, begin:], value[:, begin:]], -1)
+        if near is not None:
+            _keep_shares(pool, part, number, *near)
+    else:
+        _compress(pool, part, layer, key, value, near, softmax)
+    return output.transpose(0, 1)
+
+
+def _with_queries(before: Chunks | None, query: Tensor, lse: Tensor, part: Part, group: int) -> Chunks:
+    """Return the queries of a chunk, after those of earlier chunks that are still needed."""
+    some = slice(part.begin % STRIDE, None, STRIDE)
+    step = stride(group, part.prompt)
+    found = query[:, some], lse[:, some], query[:, -part.begin % step :: step]
+    if before is None:
+        return Chunks(*found)
+    kept = (before.last, before.last_lse, before.reference)
+    return Chunks(*(torch.cat(pair, 1) for pair in zip(kept, found, strict=True)))
+
+
+def _keep_shares(pool: Pool, part: Part, number: int, first: int, shares: Tensor, chunks: Chunks) -> None:
+    """Keep what the next chunk of a prompt needs."""
+    slots = torch.cat([part.earlier[number], part.these[number]], 1)[:, first:]
+    old = pool.scores[slots[:, : part.begin - first]]
+    shares[:, : part.begin - first] = shares[:, : part.begin - first].maximum(old)
+    pool.scores[slots] = shares
+    last = BEFORE // STRIDE
+    kept = Chunks(chunks.last[:, -last:].clone(), chunks.last_lse[:, -last:].clone(), chunks.reference)
+    pool.reading.put(number, part.first, kept)
+
+
+def _compress(
+    pool: Pool,
+    part: Part,
+    layer: Any,
+    key: Tensor,
+    value: Tensor,
+    near: tuple[int, Tensor, Chunks] | None,
+    softmax: Softmax,
+) -> None:
+    """Evict from a whole prompt, key and value [KV heads, tokens, dim], and write what is kept."""
+    number, tokens, slab = layer.number, part.prompt, layer.slab
+    scores = layer.scorer.scores(key, value, layer.scorer_weights).float()
+    own = scores
+    if near is not None:
+        first, shares, chunks = near
+        known = pool.scores[part.earlier[number]]
+        shares = torch.cat([known[:, :first], shares], 1)
+        shares[:, first : part.begin] = shares[:, first : part.begin].maximum(known[:, first:])
+        own = match_scale(standard(shares) + standard(scores), scores)
+        reference = chunks.reference.unflatten(0, (len(key), -1))
+    slots, keys, values, ranks, positions = [], [], [], [], []
+    columns = torch.arange(tokens)
+    for head in range(len(key)):
+        keeps, sink, window = (int(of[number, head]) for of in (slab.keeps, slab.sink, slab.window))
+        mine, kept, rank = (key[head], value[head]), columns, scores[head]
+        if keeps < tokens:
+            pattern = Pattern(sink, keeps - sink - window, window)
+            rank = own[head]
+            if near is None or not pattern.top_k:
+                best = rank[sink : tokens - window].topk(pattern.top_k).indices + sink
+            else:
+                given = reference[head], *mine, rank, pattern, softmax, layer.rotary
+                best, new_keys, new_values = refit_keys(*given)
+                mine = tuple(
+                    old.index_copy(0, best, new.to(old)) for old, new in zip(mine, (new_keys, new_values), strict=True)
+                )
+                if len(best) > 1:
+                    rank = rank.index_fill(0, best[-1:], ALWAYS)
+            kept = torch.cat([columns[:sink], best, columns[tokens - window :]])
+            rank = torch.cat([rank[: tokens - window], scores[head, tokens - window :]])  # those of the window were not ranked
+        slots.append(part.kept[number, head, : len(kept)])
+        keys.append(mine[0][kept])
+        values.append(mine[1][kept])
+        ranks.append(rank[kept])
+        positions.append(kept)
+    into = torch.cat(slots)
+    pool.write(torch.cat(keys)[:, None], torch.cat(values)[:, None], into)
+    pool.scores[into], pool.positions[into] = torch.cat(ranks), torch.cat(positions).int()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, begin: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attend from the tokens of a prompt from `begin` on, [query heads, tokens, dim]. Returns output and log-sum-exp."""
+    if not flash.has_kernel(query):
+        output, lse = _attend(*(given.float() for given in (query, key, value)), begin, scaling)
+        return output.to(query.dtype), lse
+    output, lse = flash.attend(query[None], key[None, :, begin:], value[None, :, begin:], scaling)
+    if not begin:
+        return output[0], lse[0]
+    other, other_lse = flash.attend(query[None], key[None, :, :begin], value[None, :, :begin], scaling, is_causal=False)
+    total = torch.logaddexp(lse, other_lse)
+    parts = zip((output, other), (lse, other_lse), strict=True)
+    return sum(found.float() * (one - total).exp()[..., None] for found, one in parts)[0].to(query.dtype), total[0]
