@@ -33,9 +33,9 @@ def engine():
 
     started = []
 
-    def start(folder, plan=None, **options):
+    def start(folder, plan=None, prefill="dense", **options):
         close()
-        given = {} if plan is None else headsink.serving.vllm.settings.engine_args(plan)
+        given = {} if plan is None else headsink.serving.vllm.settings.engine_args(plan, prefill)
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

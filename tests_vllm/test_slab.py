@@ -34,7 +34,7 @@ def plan_for(model, seed=1):
 
 @contextmanager
 def held(model, plan, prompt, tokens, context=CONTEXT):
-    """The model in transformers with the patterns that the slab keeps, in segments: the prompt, then `EVICT_EVERY` tokens each."""
+    """The model in transformers with the patterns of the slab, in segments: the prompt, then `EVICT_EVERY` tokens each."""
 
     def wide(head):
         pattern = widen(head.pattern, context)
@@ -78,15 +78,16 @@ def free_blocks(llm):
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
 @pytest.mark.parametrize("family", [family for family in tiny.SERVED if family != "gemma3"])
-def test_every_family_equals_the_reference(engine, model_folder, family):
+def test_every_family_equals_the_reference(engine, model_folder, family, prefill):
     """Prompts of different lengths in one batch, in chunks of 256 tokens."""
     model = tiny.tiny(family)
     plan = plan_for(model)
-    llm = engine(model_folder(model), plan, block_size=32)
+    llm = engine(model_folder(model), plan, prefill, block_size=32)
     before = free_blocks(llm)
-    outputs = llm.generate(tiny.prompts([600, 333, 47, 470]), ASK_ALL, use_tqdm=False)
-    assert max(worst(model, plan, output) for output in outputs) < BOUND
+    outputs = llm.generate(tiny.prompts([600, 333, 47, 470, 512, 1]), ASK_ALL, use_tqdm=False)
+    assert max(worst(model, plan, output, dense=prefill == "dense") for output in outputs) < BOUND
     assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan changes outputs
     assert free_blocks(llm) == before
 
@@ -100,49 +101,64 @@ def test_blocks_longer_than_the_steps_of_eviction(engine, model_folder, block):
     assert max(worst(model, plan, output) for output in outputs) < BOUND
 
 
-def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder):
-    model = tiny.tiny("llama")
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("chunk", [200, 1024])
+def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder, prefill, chunk):
+    """While a prompt is read in several chunks, its blocks come on top, and are free again at the next step."""
+    model, prompt, new = tiny.tiny("llama"), 700, 90
     plan = plan_for(model)
-    llm = engine(model_folder(model), plan, block_size=32)
+    llm = engine(model_folder(model), plan, prefill, block_size=32, max_num_batched_tokens=chunk)
     slab, before = Slab.of(plan, CONTEXT, 32), free_blocks(llm)
     assert len(scheduler(llm).kv_cache_config.kv_cache_groups) == 1
-    core = llm.llm_engine
-    core.add_request("one", tiny.prompts([700])[0], SamplingParams(max_tokens=90, ignore_eos=True, detokenize=False))
-    most = 0
+    core, taken = llm.llm_engine, []
+    core.add_request(
+        "one", tiny.prompts([prompt])[0], SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False)
+    )
     while core.has_unfinished_requests():
         core.step()
-        most = max(most, before - free_blocks(llm))
-    assert most == blocks_for(slab.needs, 700 + 89)
+        taken.append(before - free_blocks(llm))
+    reading = -(-prompt // chunk)
+    if prefill == "dense":
+        at_end = blocks_for(slab.needs, prompt)
+        assert taken[: reading - 1] == [at_end + -(-n * chunk // 32) for n in range(1, reading)]
+    else:
+        assert taken[: reading - 1] == [blocks_for(slab.needs, n * chunk) for n in range(1, reading)]
+    later = [blocks_for(slab.needs, prompt + n) for n in range(1, new)]
+    assert taken[reading : reading + len(later) - 1] == later[: len(taken) - reading - 1]
+    most = later[-1]
     planned = sum(head.pattern.size(789) for heads in plan.layers for head in heads)
     lanes = len(plan.layers) * len(plan.layers[0])
     assert planned <= most * 32 * lanes < planned + lanes * (2 * EVICT_EVERY + 2 * 32)
     assert free_blocks(llm) == before
 
 
-def test_outputs_do_not_depend_on_chunks_batches_or_preemption(engine, model_folder):
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+def test_outputs_do_not_depend_on_chunks_batches_or_preemption(engine, model_folder, prefill):
     model = tiny.tiny("llama-mha")
     plan, folder = plan_for(model, 3), model_folder(model)
     ask = SamplingParams(temperature=0, max_tokens=90, logprobs=5, ignore_eos=True, detokenize=False)
     prompts = tiny.prompts([40, 90, 150, 220, 33, 300, 290])
     options = {"block_size": 32, "max_model_len": 390}
-    llm = engine(folder, plan, num_gpu_blocks_override=24, max_num_batched_tokens=100, **options)
+    blocks = 20 if prefill == "dense" else 24
+    llm = engine(folder, plan, prefill, num_gpu_blocks_override=blocks, max_num_batched_tokens=100, **options)
     before, together = free_blocks(llm), llm.generate(prompts, ask, use_tqdm=False)
     metrics = {found.name: found.value for found in llm.get_metrics() if found.name == "vllm:num_preemptions"}
     assert metrics["vllm:num_preemptions"] > 0
     assert free_blocks(llm) == before
-    llm = engine(folder, plan, max_num_batched_tokens=390, **options)
+    llm = engine(folder, plan, prefill, max_num_batched_tokens=390, **options)
     alone = [llm.generate(prompt, ask, use_tqdm=False)[0] for prompt in prompts]
     for one, other in zip(together, alone, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             assert max(abs(a[token].logprob - b[token].logprob) for token in a.keys() & b.keys()) < 1e-5
-    assert max(worst(model, plan, output, 390) for output in together) < BOUND
+    assert max(worst(model, plan, output, 390, prefill == "dense") for output in together) < BOUND
 
 
-def test_random_requests_and_aborts_leak_no_block(engine, model_folder):
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+def test_random_requests_and_aborts_leak_no_block(engine, model_folder, prefill):
     model = tiny.tiny("llama")
     plan, rng = plan_for(model, 5), random.Random(0)
-    llm = engine(model_folder(model), plan, block_size=32, num_gpu_blocks_override=60)
+    llm = engine(model_folder(model), plan, prefill, block_size=32, num_gpu_blocks_override=60)
     core, before = llm.llm_engine, free_blocks(llm)
     running: set[str] = set()
     for number in range(300):
@@ -162,6 +178,9 @@ def test_random_requests_and_aborts_leak_no_block(engine, model_folder):
     while core.has_unfinished_requests():
         core.step()
     assert free_blocks(llm) == before
+    manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+    assert not manager.prompts
+    assert not manager.reading
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha"])
@@ -189,7 +208,8 @@ def test_bfloat16_is_close_to_the_reference(engine, model_folder):
     llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16")
     outputs = llm.generate(tiny.prompts([300, 47]), ASK_ALL, use_tqdm=False)
     for output in outputs:  # rounded scores choose other keys now and then, so the largest difference says little
-        with held(model, plan, len(output.prompt_token_ids) + len(output.outputs[0].token_ids)):
+        prompt = len(output.prompt_token_ids)
+        with held(model, plan, prompt, prompt + len(output.outputs[0].token_ids)):
             found = expected.differences(model, output)
         assert sum(found) / len(found) < 0.03
 
@@ -213,12 +233,22 @@ def test_a_slab_gives_every_page_to_one_head():
             (int(slab.column[layer, head, page]), int(slab.lane[layer, head, page]))
             for layer in range(slab.column.shape[0])
             for head in range(slab.column.shape[1])
-            for page in range(-(-int(slab.capacity[layer, head]) // 32))
+            for page in range(-(-min(int(slab.keeps[layer, head]) + EVICT_EVERY, CONTEXT) // 32))
         ]
         assert len(set(used)) == len(used)
         assert max(lane for _, lane in used) < lanes
-        for tokens in range(1, CONTEXT + 1, 7):
-            held_now = torch.minimum(slab.capacity, torch.tensor(tokens))
-            for layer, head in ((0, 0), (1, 2), (3, 3)):
-                pages = -(-int(held_now[layer, head]) // 32)
-                assert int(slab.column[layer, head, :pages].max()) < blocks_for(slab.needs, tokens)
+        for prompt in (0, 1, 100, 333, 640):
+            sequence, past = torch.tensor([prompt]), torch.zeros(lanes, dtype=torch.long)
+            for tokens in range(prompt, CONTEXT + 1):
+                held_now, evicted = (of.flatten() for of in slab.held(torch.tensor([tokens]), sequence))
+                assert tokens == prompt or torch.equal(held_now, past + 1)
+                past = held_now - evicted
+                assert torch.equal(
+                    evicted > 0, (held_now > slab.keeps.flatten()) & ((tokens - prompt) % EVICT_EVERY == 0)
+                )
+                assert not evicted.any() or torch.equal(past, held_now.minimum(slab.keeps.flatten()))
+                if evicted.any() and tokens > prompt:
+                    assert int(slab.next_eviction(torch.tensor([tokens - 1]), sequence)) == tokens
+                pages = -(-held_now // 32)
+                column = slab.column.flatten(0, 1).gather(1, (pages - 1).clamp(min=0)[:, None])[:, 0]
+                assert int(column[pages > 0].max() if tokens else 0) < blocks_for(slab.needs, max(tokens, 1))

@@ -137,7 +137,9 @@ def _compress(
                 if len(best) > 1:
                     rank = rank.index_fill(0, best[-1:], ALWAYS)
             kept = torch.cat([columns[:sink], best, columns[tokens - window :]])
-            rank = torch.cat([rank[: tokens - window], scores[head, tokens - window :]])  # those of the window were not ranked
+            rank = torch.cat(
+                [rank[: tokens - window], scores[head, tokens - window :]]
+            )  # those of the window were not ranked
         slots.append(part.kept[number, head, : len(kept)])
         keys.append(mine[0][kept])
         values.append(mine[1][kept])
