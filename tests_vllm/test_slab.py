@@ -135,23 +135,24 @@ def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder, prefill
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
 def test_outputs_do_not_depend_on_chunks_batches_or_preemption(engine, model_folder, prefill):
     model = tiny.tiny("llama-mha")
-    plan, folder = plan_for(model, 3), model_folder(model)
-    ask = SamplingParams(temperature=0, max_tokens=90, logprobs=5, ignore_eos=True, detokenize=False)
-    prompts = tiny.prompts([40, 90, 150, 220, 33, 300, 290])
-    options = {"block_size": 32, "max_model_len": 390}
-    blocks = 20 if prefill == "dense" else 24
-    llm = engine(folder, plan, prefill, num_gpu_blocks_override=blocks, max_num_batched_tokens=100, **options)
+    # Most heads keep everything, so sequences grow while they decode, and vLLM preempts some.
+    plan = random_plan(model, 3, lambda rng: Pattern() if rng.random() < 0.7 else draw(rng))
+    folder = model_folder(model)
+    ask = SamplingParams(temperature=0, max_tokens=160, logprobs=5, ignore_eos=True, detokenize=False)
+    prompts = tiny.prompts([40, 60, 33, 50, 270, 45, 230])
+    options = {"block_size": 32, "max_model_len": 430}
+    llm = engine(folder, plan, prefill, num_gpu_blocks_override=30, max_num_batched_tokens=100, **options)
     before, together = free_blocks(llm), llm.generate(prompts, ask, use_tqdm=False)
     metrics = {found.name: found.value for found in llm.get_metrics() if found.name == "vllm:num_preemptions"}
     assert metrics["vllm:num_preemptions"] > 0
     assert free_blocks(llm) == before
-    llm = engine(folder, plan, prefill, max_num_batched_tokens=390, **options)
+    llm = engine(folder, plan, prefill, max_num_batched_tokens=430, **options)
     alone = [llm.generate(prompt, ask, use_tqdm=False)[0] for prompt in prompts]
     for one, other in zip(together, alone, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             assert max(abs(a[token].logprob - b[token].logprob) for token in a.keys() & b.keys()) < 1e-5
-    assert max(worst(model, plan, output, 390, prefill == "dense") for output in together) < BOUND
+    assert max(worst(model, plan, output, 430, prefill == "dense") for output in together) < BOUND
 
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
