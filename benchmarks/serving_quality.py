@@ -173,7 +173,10 @@ def main() -> None:
     for way in ways:
         found[way] = summary(rows[way], rows["full cache"]) | {"seconds": seconds[way]}
         print(way, json.dumps(found[way]))
-    write_text(arguments.out, json.dumps(origin | found | {"records": sum(rows.values(), [])}, indent=1) + "\n")
+    write_text(
+        arguments.out,
+        json.dumps(origin | found | {"records": [row for of in rows.values() for row in of]}, indent=1) + "\n",
+    )
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def test_the_plan_is_passed_in_vllms_configuration(vllm_of):
     plan = Plan.uniform(tiny("llama"), Pattern(4, 0, 64))
     given = headsink.serving.vllm.settings.engine_args(plan)
     assert given["hf_overrides"] == {"architectures": ["HeadsinkLlamaForCausalLM"]}
+    assert given["additional_config"]["headsink_prefill"] == "dense"
     assert vllm_settings.given_plan(given["additional_config"]).layers == plan.layers
     with pytest.raises(HeadsinkError, match="has no headsink_plan"):
         vllm_settings.given_plan({})
@@ -192,11 +193,14 @@ def test_the_server_is_started_with_the_plan_and_vllm_options(vllm_of, tmp_path)
     assert found[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     assert f"--served-model-name={folder}" in found
     assert ("--block-size=32" in found) != torch.cuda.is_available()
+    assert ("--max-num-batched-tokens=512" in found) != torch.cuda.is_available()  # a plan without top-k keys
     assert "--block-size=32" not in launch.command(folder, plan, ["--block_size", "64"])
     other = launch.command(folder, plan, ["--headless", "--node-rank=1"])  # a machine without the server
     assert other[1:4] == ["vllm.entrypoints.cli.main", "serve", str(folder)]
     assert other[4:] == [*found[4:-3], "--headless", "--node-rank=1"]
     assert found[-3:] == ["--port", "80", "--max-model-len=128"]
+    with pytest.raises(HeadsinkError, match="prefill: 'dence' is neither 'dense' nor 'sparse'"):
+        launch.command(folder, plan, [], "dence")
     with pytest.raises(HeadsinkError, match="--hf-overrides: headsink serve sets it itself"):
         launch.command(folder, plan, ["--hf_overrides={}"])
 

@@ -30,16 +30,22 @@ class ServeOptions:
     plan_file: Annotated[
         Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
     ]
+    prefill: Annotated[
+        str,
+        typer.Option(
+            help="dense reads a prompt in full attention, then evicts; sparse evicts while it reads: fewer blocks, less quality."
+        ),
+    ] = "dense"
 
 
 def serve(options: ServeOptions) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
-    Memory of evicted keys is free for other requests. vLLM works in whole blocks: no head ever attends to less than its
-    pattern says, most see a little more. The server says at its start what a text takes. Plans with top-k keys run on a CPU,
-    without prefix caching; others are made by headsink plan --no-top-k. Several GPUs: --tensor-parallel-size N.
+    The memory of evicted keys is free for other requests. vLLM works in whole blocks, so heads keep a little more than the plan
+    says. At startup the server prints how many blocks a sequence takes. Plans with top-k keys run on a CPU, without prefix
+    caching; make others with headsink plan --no-top-k, which are always read sparsely. Several GPUs: --tensor-parallel-size N.
     """
     given = options.context.args
-    arguments = command(options.model, options.plan_file, given)
+    arguments = command(options.model, options.plan_file, given, options.prefill)
     err.print(f"starting vLLM: {' '.join(given) or 'its own defaults'}", markup=False, highlight=False)
     os.execve(sys.executable, [sys.executable, *arguments], environment(given))

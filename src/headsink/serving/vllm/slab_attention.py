@@ -219,8 +219,8 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 return output
             pool, shaped = attn_metadata.pool, output.view(*query.shape)
             for part in attn_metadata.parts:
-                given = (of[part.rows] for of in (query, key, value))
-                shaped[part.rows] = read(pool, part, layer, *given, self.scale)
+                these = part.rows
+                shaped[these] = read(pool, part, layer, query[these], key[these], value[these], self.scale)
             for one in attn_metadata.rounds:
                 rows = slice(attn_metadata.num_actual_tokens) if one.rows is None else one.rows
                 shaped[rows] = attend(pool, one, layer, query[rows], key[rows], value[rows], self.scale)

@@ -130,10 +130,8 @@ def _compress(
                 best = rank[sink : tokens - window].topk(pattern.top_k).indices + sink
             else:
                 given = reference[head], *mine, rank, pattern, softmax, layer.rotary
-                best, new_keys, new_values = refit_keys(*given)
-                mine = tuple(
-                    old.index_copy(0, best, new.to(old)) for old, new in zip(mine, (new_keys, new_values), strict=True)
-                )
+                best, new_key, new_value = refit_keys(*given)
+                mine = mine[0].index_copy(0, best, new_key.to(key)), mine[1].index_copy(0, best, new_value.to(value))
                 if len(best) > 1:
                     rank = rank.index_fill(0, best[-1:], ALWAYS)
             kept = torch.cat([columns[:sink], best, columns[tokens - window :]])
@@ -153,12 +151,12 @@ def _compress(
 def _attend(query: Tensor, key: Tensor, value: Tensor, begin: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Attend from the tokens of a prompt from `begin` on, [query heads, tokens, dim]. Returns output and log-sum-exp."""
     if not flash.has_kernel(query):
-        output, lse = _attend(*(given.float() for given in (query, key, value)), begin, scaling)
+        output, lse = _attend(query.float(), key.float(), value.float(), begin, scaling)
         return output.to(query.dtype), lse
     output, lse = flash.attend(query[None], key[None, :, begin:], value[None, :, begin:], scaling)
     if not begin:
         return output[0], lse[0]
     other, other_lse = flash.attend(query[None], key[None, :, :begin], value[None, :, :begin], scaling, is_causal=False)
     total = torch.logaddexp(lse, other_lse)
-    parts = zip((output, other), (lse, other_lse), strict=True)
-    return sum(found.float() * (one - total).exp()[..., None] for found, one in parts)[0].to(query.dtype), total[0]
+    found = output.float() * (lse - total).exp()[..., None] + other.float() * (other_lse - total).exp()[..., None]
+    return found[0].to(query.dtype), total[0]
