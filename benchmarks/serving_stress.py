@@ -93,20 +93,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--again", type=int, default=10, help="every n-th finished request is sent again, alone")
     parser.add_argument("--prefill", default="dense")
-    parser.add_argument("--blocks", type=int, default=64, help="of the pool")
+    parser.add_argument("--blocks", type=int, default=40, help="of the pool")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rng, folder = random.Random(0), Path(tempfile.mkdtemp())
     plan = make_plan(make_model(folder))
     prompts: list[list[int]] = []
     for _ in range(arguments.requests):
-        length = rng.randint(1, CONTEXT - 1)
+        length = rng.randint(1, rng.choice([60, CONTEXT - 1]))
         ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
         if prompts and rng.random() < 0.25:
             shared = rng.choice(prompts[-50:])[: rng.randint(1, length)]
             ids = shared + ids[len(shared) :]
         prompts.append(ids)
-    news = [rng.randint(1, min(100, CONTEXT - len(ids))) for ids in prompts]
+    news = [rng.randint(1, min(200, CONTEXT - len(ids))) for ids in prompts]
 
     def ask(number: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=news[number], ignore_eos=True, detokenize=False)

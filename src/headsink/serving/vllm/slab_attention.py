@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from headsink.errors import HeadsinkError
+from headsink.eviction.scorers import Scorer
 from headsink.serving.vllm.slab import EVICT_EVERY, Slab
 from headsink.serving.vllm.slab_pool import Pool, evict
 from headsink.serving.vllm.slab_prompt import Part, read
@@ -34,9 +35,8 @@ class Round:
 
     rows: which tokens of the step, int64 [tokens], None for all. tables, lengths: of every head of every sequence, int32 [layers,
     KV heads x sequences, pages] and [layers, KV heads x sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the
-    queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: for every layer, (index in `tables`, sink,
-    window, keys, keys with a score, keys to evict) of each head that evicts before the round, int64 [evicting, 6]; empty if no
-    head does. length: tokens of every sequence before the round, int64 [sequences].
+    queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: the heads that evict before the round: layer,
+    index in `tables`, and what `evict` takes, int64 [evicting, 8].
     """
 
     rows: Tensor | None
@@ -44,25 +44,17 @@ class Round:
     lengths: Tensor
     slots: Tensor
     starts: Tensor
-    evicting: list[Tensor]
-    length: Tensor
-
-
-@dataclass
-class SlabMetadata:
-    """What the layers of a step get. pool: that of the worker."""
-
-    pool: Pool
-    parts: list[Part]
-    rounds: list[Round]
-    num_actual_tokens: int
+    evicting: Tensor
 
 
 class Tables:
-    """The pages of the sequences of a step. They are kept for the next step, which mostly has the same."""
+    """The pages of the sequences of a step. They are kept for the next step, which mostly has the same.
 
-    def __init__(self, slab: Slab, pool: Pool) -> None:
-        self.slab, self.pool = slab, pool
+    weights: scorer weights of all heads, [layers, KV heads, features].
+    """
+
+    def __init__(self, slab: Slab, pool: Pool, scorer: Scorer, weights: Tensor) -> None:
+        self.slab, self.pool, self.scorer, self.weights = slab, pool, scorer, weights
         self.pages = pool.first[slab.lane]  # of block 0: [layers, KV heads, pages]
         self.lanes = pool.first.view(*slab.keeps.shape, 1)  # the same, of a prompt that is being read
         self.needs = torch.tensor(slab.needs)
@@ -88,6 +80,14 @@ class Tables:
         used = blocks.long().gather(1, column.flatten(1)).view(column.shape)
         return (used * self.pool.heads + self.pages).permute(1, 2, 0, 3).int().contiguous()
 
+    def evict(self, one: Round, layer: int | None = None) -> None:
+        """Let heads evict before a round, those of one layer or of all."""
+        chosen = one.evicting if layer is None else one.evicting[one.evicting[:, 0] == layer]
+        if len(chosen):
+            number, row = chosen[:, 0], chosen[:, 1]
+            head = row // (one.tables.shape[1] // self.weights.shape[1])
+            evict(self.pool, self.scorer, self.weights[number, head], one.tables[number, row], chosen[:, 2:])
+
     def at_prompt(self, prompt: Tensor) -> Tensor:
         """Return the number of blocks of sequences at the end of their prompt. prompt: int64 [sequences]."""
         return (prompt[:, None] > self.needs).sum(1)
@@ -96,6 +96,16 @@ class Tables:
         """Return the slots of keys `begin` to `count` of heads. pages: int [..., pages]. Returns int64 [..., keys]."""
         at = torch.arange(begin, count)
         return pages[..., at // self.pool.block].long() * self.pool.block + at % self.pool.block
+
+
+@dataclass
+class SlabMetadata:
+    """What the layers of a step get. Evictions before the first round are done."""
+
+    tables: Tables
+    parts: list[Part]
+    rounds: list[Round]
+    num_actual_tokens: int
 
 
 def divide(batch: CommonAttentionMetadata, tables: Tables, dense: bool) -> tuple[list[Part], list[Round]]:
@@ -144,8 +154,7 @@ def _part(tables: Tables, blocks: Tensor, place: int, begin: int, tokens: int, p
 
 
 def _round(tables: Tables, blocks: Tensor, prompt: Tensor, length: Tensor, tokens: Tensor, place: Tensor) -> Round:
-    slab, block = tables.slab, tables.pool.block
-    layers, heads = slab.keeps.shape
+    slab, block, heads = tables.slab, tables.pool.block, tables.slab.keeps.shape[1]
     pages = tables.of(blocks, prompt)
     held, evicted = slab.held(length, prompt)
     owner = torch.repeat_interleave(torch.arange(len(tokens)), tokens)
@@ -159,18 +168,18 @@ def _round(tables: Tables, blocks: Tensor, prompt: Tensor, length: Tensor, token
         (held - evicted + tokens).flatten(1).int(),
         page.long() * block + at % block,
         starts.int(),
-        [_evicting(slab, n, held[n], evicted[n], length, prompt) for n in range(layers)] if bool(evicted.any()) else [],
-        length,
+        _evicting(slab, held, evicted, length, prompt),
     )
 
 
-def _evicting(slab: Slab, layer: int, held: Tensor, evicted: Tensor, length: Tensor, prompt: Tensor) -> Tensor:
-    """Return an element of `Round.evicting`. held, evicted: of this layer, as from `Slab.held`."""
-    head, sequence = evicted.nonzero(as_tuple=True)
-    keeps = slab.keeps[layer, head]
-    scored = torch.where(length[sequence] - EVICT_EVERY > keeps, keeps, prompt[sequence])
-    own = slab.sink[layer, head], slab.window[layer, head], held[head, sequence], scored, evicted[head, sequence]
-    return torch.stack([head * len(length) + sequence, *own], 1)
+def _evicting(slab: Slab, held: Tensor, evicted: Tensor, length: Tensor, prompt: Tensor) -> Tensor:
+    """Return `Round.evicting`. held, evicted: as from `Slab.held`."""
+    layer, head, sequence = evicted.nonzero(as_tuple=True)
+    keeps, tokens = slab.keeps[layer, head], length[sequence]
+    scored = torch.where(tokens - EVICT_EVERY > keeps, keeps, prompt[sequence])
+    numbers = held[layer, head, sequence], scored, evicted[layer, head, sequence]
+    own = slab.sink[layer, head], slab.window[layer, head], tokens, *numbers
+    return torch.stack([layer, head * len(length) + sequence, *own], 1)
 
 
 @lru_cache
@@ -197,9 +206,13 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             del common_prefix_len, fast_build
             if self.tables is None:
                 slab = self.layers[0].slab
-                self.tables = Tables(slab, Pool(self.layers, slab.block, self.isa, self.sequences))
+                pool = Pool(self.layers, slab.block, self.isa, self.sequences)
+                weights = torch.stack([layer.scorer_weights for layer in self.layers])
+                self.tables = Tables(slab, pool, self.layers[0].scorer, weights)
             parts, rounds = divide(common_attn_metadata, self.tables, self.kv_cache_spec.dense)
-            return SlabMetadata(self.tables.pool, parts, rounds, common_attn_metadata.num_actual_tokens)
+            if rounds:
+                self.tables.evict(rounds[0])
+            return SlabMetadata(self.tables, parts, rounds, common_attn_metadata.num_actual_tokens)
 
     class Impl(base_impl):  # type: ignore[misc]
         def forward(
@@ -217,13 +230,15 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             del kv_cache
             if attn_metadata is None:  # a run that measures memory
                 return output
-            pool, shaped = attn_metadata.pool, output.view(*query.shape)
+            tables, shaped = attn_metadata.tables, output.view(*query.shape)
             for part in attn_metadata.parts:
                 these = part.rows
-                shaped[these] = read(pool, part, layer, query[these], key[these], value[these], self.scale)
-            for one in attn_metadata.rounds:
+                shaped[these] = read(tables.pool, part, layer, query[these], key[these], value[these], self.scale)
+            for number, one in enumerate(attn_metadata.rounds):
+                if number:
+                    tables.evict(one, layer.number)
                 rows = slice(attn_metadata.num_actual_tokens) if one.rows is None else one.rows
-                shaped[rows] = attend(pool, one, layer, query[rows], key[rows], value[rows], self.scale)
+                shaped[rows] = attend(tables.pool, one, layer.number, query[rows], key[rows], value[rows], self.scale)
             return output
 
     overrides = {
@@ -234,15 +249,12 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend_with_overrides("HeadsinkSlab", backend, overrides)
 
 
-def attend(pool: Pool, one: Round, layer: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Evict, append the tokens of a round to all heads of a layer, and return their attention, as `query`.
+def attend(pool: Pool, one: Round, number: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Append the tokens of a round to all heads of a layer, and return their attention, as `query`.
 
-    layer: a `SlabAttention`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
+    number: of the layer. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
     """
-    number, tokens, heads = layer.number, len(query), key.shape[1]
-    table = one.tables[number]
-    if one.evicting and len(one.evicting[number]):
-        evict(pool, layer, table, one.evicting[number], one.length)
+    tokens, heads, table = len(query), key.shape[1], one.tables[number]
     keys, values = (t.transpose(0, 1).reshape(heads * tokens, 1, pool.dim) for t in (key, value))
     pool.write(keys, values, one.slots[number].flatten())
     grouped = query.view(tokens, heads, -1, pool.dim).transpose(0, 1).contiguous()

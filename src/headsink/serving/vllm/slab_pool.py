@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from headsink.errors import HeadsinkError
+from headsink.eviction.scorers import Scorer
 
 PROTECTED = float("inf")  # score of keys that are not evicted
 
@@ -112,25 +113,25 @@ class Pool:
         self.scores[target], self.positions[target] = self.scores[source], self.positions[source]
 
 
-def evict(pool: Pool, layer: Any, table: Tensor, chosen: Tensor, length: Tensor) -> None:
-    """Evict the keys with the lowest scores of some heads, and move the newest into their slots.
+def evict(pool: Pool, scorer: Scorer, weights: Tensor, table: Tensor, chosen: Tensor) -> None:
+    """Evict the keys with the lowest scores of some heads of sequences, and move the newest into their slots.
 
-    Keys that came after the last eviction get their scores here. table: int32 [heads x sequences, pages]. chosen: as
-    `Round.evicting`. length: tokens of every sequence, int64 [sequences].
+    Keys that came after the last eviction get their scores here. weights: scorer weights of each of these heads, [evicting,
+    features]. table: their pages, int32 [evicting, pages]. chosen: int64 [evicting, 6], sink, window, tokens of the sequence,
+    keys, keys with a score, and keys to evict.
     """
-    row, sink, window, held, scored, count = chosen.T[..., None]
+    sink, window, newest, held, scored, count = chosen.T[..., None]
     at = torch.arange(int(held.max()))
     there = at < held  # [evicting, slots]
-    page = table[row[:, 0]].long().gather(1, (at // pool.block).expand(len(chosen), -1))
-    slots, newest = page * pool.block + at % pool.block, length[row % len(length)]
+    slots = table.long()[:, at // pool.block] * pool.block + at % pool.block
     new = there & (at >= scored)
-    which = new.nonzero()[:, 0]
     key, value = pool.read(slots[new])[:, None].chunk(2, -1)
-    weights = layer.scorer_weights[row[which, 0] // len(length)]
-    pool.scores[slots[new]] = layer.scorer.scores(key, value, weights)[:, 0].float()
+    pool.scores[slots[new]] = scorer.scores(key, value, weights[new.nonzero()[:, 0]])[:, 0].float()
     pool.positions[slots[new]] = (newest - held + at)[new].int()
     positions = pool.positions[slots]
     scores = pool.scores[slots].masked_fill((positions < sink) | (positions >= newest - window) | ~there, PROTECTED)
-    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)
-    gone, last = ranks < count, there & (at >= held - count)
+    most = int(count.max())
+    lowest = scores.topk(most, largest=False).indices  # in order
+    gone = torch.zeros_like(there).scatter_(1, lowest, torch.arange(most) < count)
+    last = there & (at >= held - count)
     pool.move(slots[last & ~gone], slots[gone & ~last])  # as many of both, row by row
