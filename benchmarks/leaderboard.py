@@ -64,8 +64,8 @@ OPENING = """# Leaderboard
 Made by `python benchmarks/leaderboard.py --page docs/leaderboard.md`. Do not edit.
 
 Look up here how headsink compares with sixteen presses of kvpress 0.5.5 at the same KV budget. [Calibration](calibration.md)
-says how it was measured. headsink's reconstruction in bfloat16 at 6,000 tokens and its rows with Gemma 3 were measured
-before a head kept a synthetic key ([how it works](how-it-works.md#refitting)).
+says how it was measured. headsink's rows with Gemma 3 were measured before a head kept a synthetic key ([how it
+works](how-it-works.md#refitting)).
 
 Each cell has retrieval accuracy (of the answers that the full cache gets right), delta NLL of the text, delta NLL of the
 answers (nats per token, lower is better), and cached bytes relative to the full cache. Rows are sorted by mean retrieval
