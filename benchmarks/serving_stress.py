@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--again", type=int, default=10, help="every n-th finished request is sent again, alone")
     parser.add_argument("--prefill", default="dense")
-    parser.add_argument("--blocks", type=int, default=40, help="of the pool")
+    parser.add_argument("--blocks", type=int, default=36, help="of the pool")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rng, folder = random.Random(0), Path(tempfile.mkdtemp())
@@ -125,7 +125,7 @@ def main() -> None:
             if output.finished:
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
                 running.discard(int(output.request_id))
-        if running and rng.random() < 0.01:
+        if running and rng.random() < 0.003:
             gone = rng.choice(sorted(running))
             core.abort_request([str(gone)])
             running.discard(gone)
