@@ -102,8 +102,11 @@ def free_blocks(llm):
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-@pytest.mark.parametrize("prefill", ["dense", "sparse"])
-@pytest.mark.parametrize("family", [family for family in tiny.SERVED if family != "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "prefill"),
+    [(family, "dense") for family in tiny.SERVED if family != "gemma3"]
+    + [("llama", "sparse"), ("llama-mha", "sparse")],
+)
 def test_every_family_equals_the_reference(engine, model_folder, family, prefill):
     """Prompts of different lengths in one batch, in chunks of 256 tokens."""
     model = tiny.tiny(family)

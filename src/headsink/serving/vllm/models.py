@@ -220,6 +220,7 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
     refused = {
         "speculative decoding": config.speculative_config is not None,
         "KV transfer and KV offloading": config.kv_transfer_config is not None,
+        "a LoRA adapter": config.lora_config is not None,  # makes other weights than the plan's
         "a quantised KV cache": is_quantized_kv_cache(config.cache_config.cache_dtype),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
