@@ -59,13 +59,9 @@ def read(pool: Pool, part: Part, layer: Any, query: Tensor, key: Tensor, value: 
     if layer.rotary is not None and part.prompt >= LEAST and (not begin or before is not None):
         chunks = _with_queries(before, own_query, lse, part, len(own_query) // len(key))
         first = max(begin - BEFORE - AFTER, 0)
-        at = (
-            part.end - 1 - (part.end - 1) % STRIDE - (chunks.last.shape[1] - 1) * STRIDE
-        )  # position of the first of `last`
-        shares = nearby_shares(
-            chunks.last, chunks.last_lse, at, key[:, first:], first, part.prompt, softmax, layer.rotary
-        )
-        near = first, shares, chunks
+        at = (part.end - 1) // STRIDE * STRIDE - (chunks.last.shape[1] - 1) * STRIDE  # the position of the first query
+        given = chunks.last, chunks.last_lse, at, key[:, first:], first, part.prompt, softmax, layer.rotary
+        near = first, nearby_shares(*given), chunks
     if part.end < part.prompt:
         these = part.these[number]
         pool.rows[these] = torch.cat([key[:, begin:], value[:, begin:]], -1)
@@ -94,7 +90,8 @@ def _keep_shares(pool: Pool, part: Part, number: int, first: int, shares: Tensor
     shares[:, : part.begin - first] = shares[:, : part.begin - first].maximum(old)
     pool.scores[slots] = shares
     last = BEFORE // STRIDE
-    kept = Chunks(chunks.last[:, -last:].clone(), chunks.last_lse[:, -last:].clone(), chunks.reference)
+    # Copies, since a view would keep all queries of the step.
+    kept = Chunks(chunks.last[:, -last:].clone(), chunks.last_lse[:, -last:].clone(), chunks.reference.clone())
     pool.reading.put(number, part.first, kept)
 
 
@@ -135,9 +132,8 @@ def _compress(
                 if len(best) > 1:
                     rank = rank.index_fill(0, best[-1:], ALWAYS)
             kept = torch.cat([columns[:sink], best, columns[tokens - window :]])
-            rank = torch.cat(
-                [rank[: tokens - window], scores[head, tokens - window :]]
-            )  # those of the window were not ranked
+            late = tokens - window  # keys in the window have not been ranked
+            rank = torch.cat([rank[:late], scores[head, late:]])
         slots.append(part.kept[number, head, : len(kept)])
         keys.append(mine[0][kept])
         values.append(mine[1][kept])
