@@ -5,18 +5,26 @@ import random
 import families
 import torch
 from plans import random_plan
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from headsink import Pattern
 
 SIZE = {"head_dim": 32, "max_position_embeddings": 1024, "num_hidden_layers": 4}
-SERVED = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
+DENSE = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
+EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**families.SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "olmoe": lambda: OlmoeConfig(**families.SHAPE, num_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **families.SHAPE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
+    ),
+}
+SERVED = (*DENSE, *EXPERTS)
 
 
 def tiny(family, seed=0, **sizes):
     """A tiny model as in tests/support/families.py, with other sizes."""
-    config = families.CONFIGS[family]()
-    if family == "qwen2":  # its head dimension is hidden size / number of heads
+    config = (families.CONFIGS | EXPERTS)[family]()
+    if family == "qwen2" or family in EXPERTS:  # its head dimension is hidden size / number of heads
         config.hidden_size = 32 * config.num_attention_heads
     for name, size in (SIZE | sizes).items():
         setattr(config, name, size)
@@ -27,7 +35,7 @@ def tiny(family, seed=0, **sizes):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
+        if parameter.dim() >= 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     return model

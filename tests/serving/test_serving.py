@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
+from families import SHAPE, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import visible
 from plans import random_plan
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import headsink.serving.vllm.settings
 from headsink import HeadsinkError, Pattern, Plan
@@ -134,6 +136,33 @@ def test_tied_weights_are_left_out_of_a_checkpoints_hash(tmp_path):
     model = tiny("gemma3")
     model.save_pretrained(tmp_path)
     check_folder(Plan.uniform(model, Pattern(4, 0, 64)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**SHAPE, num_local_experts=3, num_experts_per_tok=2),
+        OlmoeConfig(**SHAPE, num_experts=3, num_experts_per_tok=2),
+        Qwen3MoeConfig(**SHAPE, moe_intermediate_size=32, num_experts=3, num_experts_per_tok=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_experts_are_hashed_one_by_one(tmp_path, config):
+    model = AutoModelForCausalLM.from_config(config)
+    plan = Plan.uniform(model, Pattern(4, 0, 64))
+    model.save_pretrained(tmp_path)
+    check_folder(plan, tmp_path)
+    name = next(name for name, _ in model.named_parameters() if name.endswith("experts.gate_up_proj"))
+    changed = model.get_parameter(name).data
+    changed[1] = changed[1].roll(1, 0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(HeadsinkError, match="other weights"):
+        check_folder(plan, tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {key: weight for key, weight in load_file(file).items() if ".experts.2." not in key}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(HeadsinkError, match=r"the checkpoint has no .*experts\.down_proj"):
+        check_folder(plan, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ _RECORDS = (
     Family("qwen2", vllm="Qwen2ForCausalLM"),
     Family("qwen3", vllm="Qwen3ForCausalLM"),
     Family("gemma3_text", vllm="Gemma3ForCausalLM"),
+    Family("mixtral", vllm="MixtralForCausalLM"),
+    Family("olmoe", vllm="OlmoeForCausalLM"),
+    Family("qwen3_moe", vllm="Qwen3MoeForCausalLM"),
     Family("hunyuan_v1_dense", late_norms=True),
     Family("hunyuan_v1_moe", late_norms=True),
 )

@@ -157,7 +157,7 @@ class WeightSample:
     @classmethod
     def of(cls, name: str, weight: Tensor, **kinds: bool) -> WeightSample:
         flat = weight.flatten()
-        return cls(name, tuple(weight.shape), flat[_sample_indices(flat.numel()).to(flat.device)].cpu(), **kinds)
+        return cls(name, tuple(weight.shape), flat[sample_indices(flat.numel()).to(flat.device)].cpu(), **kinds)
 
     def hashed(self) -> bytes:
         """Return the bytes that are hashed."""
@@ -189,7 +189,7 @@ def hashed_names(model: nn.Module, linears: bool = True) -> list[str]:
 
 
 @lru_cache
-def _sample_indices(values: int) -> Tensor:
+def sample_indices(values: int) -> Tensor:
     """Return the indices of the sampled ones of so many values: int64."""
     return torch.linspace(0, values - 1, min(SAMPLED_WEIGHTS, values), dtype=torch.float64).long()
 

@@ -19,7 +19,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models import gemma3, llama, mistral, qwen2, qwen3
+from vllm.model_executor.models import gemma3, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
@@ -257,5 +257,8 @@ def _with_plan(base: Any) -> Any:
 Gemma3ForCausalLM = _with_plan(gemma3.Gemma3ForCausalLM)
 LlamaForCausalLM = _with_plan(llama.LlamaForCausalLM)
 MistralForCausalLM = _with_plan(mistral.MistralForCausalLM)
+MixtralForCausalLM = _with_plan(mixtral.MixtralForCausalLM)
+OlmoeForCausalLM = _with_plan(olmoe.OlmoeForCausalLM)
 Qwen2ForCausalLM = _with_plan(qwen2.Qwen2ForCausalLM)
 Qwen3ForCausalLM = _with_plan(qwen3.Qwen3ForCausalLM)
+Qwen3MoeForCausalLM = _with_plan(qwen3_moe.Qwen3MoeForCausalLM)
