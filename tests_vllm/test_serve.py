@@ -15,6 +15,7 @@ from openai import APIConnectionError, OpenAI
 from transformers import AutoTokenizer
 
 from headsink import Pattern, Plan
+from headsink.bench import serving
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,20 @@ def test_concurrent_streams_equal_the_masked_model(server, smollm2):
             for _ in range(12):
                 ids.append(int(expected.logprobs(model, ids)[-1].argmax()))
             assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_the_bench_client_measures_the_server(server, smollm2, tmp_path):
+    client, _ = server
+    load = serving.Load("smollm2", tmp_path, (2,), 1, 400, 8, 1, ("dense",), 1)
+    folder = str(smollm2[1])
+    asked = serving.questions(folder, 2, load.prompt)
+    row = serving.measure(load, serving.Server(str(client.base_url).removesuffix("/v1/")), folder, 2, asked)
+    assert (row["requests"], row["failed"], row["preemptions"]) == (2, 0, 0)
+    assert 0 <= row["right"] <= 2
+    assert row["most_running"] >= 1
+    assert 0 < row["ttft_ms"]["p50"] <= row["e2el_ms"]["p50"] <= 1000 * row["seconds"]
+    assert row["tokens_per_s"] > row["new_tokens_per_s"] > 0
+    assert "plan" in serving.table({"rows": [row | {"way": "dense"}], "ratios": serving.ratios(load, [])})
 
 
 def test_a_plan_for_another_model_ends_with_one_line_and_status_2(smollm2, tmp_path):
