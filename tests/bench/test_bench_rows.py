@@ -297,26 +297,39 @@ def test_domains_are_shown_with_the_chance_level(done, folder, tmp_path):
 
 
 def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
-    rounds = [
-        {"round": n, "way": way, "tokens_per_s": speed + n, "first_s": {"50": 1.5}, "failed": [], "says": ["x"]}
+    times = {"ttft_ms": {"p50": 1500, "p90": 2500}, "tpot_ms": {"p50": 40, "p90": 50}}
+    rows = [
+        {
+            "round": n,
+            "way": way,
+            "clients": clients,
+            "requests": 2 * clients,
+            "tokens_per_s": speed * clients + n,
+            **times,
+        }
+        | {"most_running": clients, "preemptions": 3, "right": clients}
         for n in (0, 1)
-        for way, speed in (("stock", 100), ("plan", 150))
+        for clients in (1, 16)
+        for way, speed in (("stock", 100), ("dense", 150))
     ]
-    found = {"command": "python benchmarks/serving.py load", "rounds": rounds, "throughput_ratio": spread([1.5, 1.495])}
-    (folder.parent / results.SERVING).write_text(json.dumps(found | {"running_ratio": 2.4, "waiting_ratio": 0.5}))
+    ratios = [
+        {"way": "dense", "clients": 1, "tokens_per_s": spread([0.5, 0.5])},
+        {"way": "dense", "clients": 16, "tokens_per_s": spread([1.5, 1.495])},
+    ]
+    found = {"command": "headsink bench serving smollm2", "rows": rows, "ratios": ratios}
+    (folder.parent / results.SERVING).write_text(json.dumps(found))
     text = results.write(folder, tmp_path / "results.md").read_text()
     part = text[text.index("## Serving") :]
     for figure in (
-        "|  | stock vLLM | headsink serve |",
-        "tokens/s, prompt and output | 100 (100–101) | 150 (150–151)",
-        "TTFT, s 50 | 1.5 (1.5–1.5)",
-        "running 2.4",
+        "| clients | server | tokens/s | TTFT p50 / p90, s | TPOT p50 / p90, ms | running | preempted | answers right |",
+        "| 1 | stock vLLM | 100 | 1.50 / 2.50 | 40 / 50 | 1 | 3 | 1 of 2 |",
+        "| 16 | plan | 2,400 | 1.50 / 2.50 | 40 / 50 | 16 | 3 | 16 of 32 |",
+        "Plan, 16 clients: 1.50x the throughput of stock vLLM.",
     ):
         assert figure in part
-
     link = f"[{results.SERVING}]({results.SERVING})"
-    assert f"| serving: waiting | {link} | vLLM | headsink serve: 0.500 (0.500–0.500) |" in part
-    assert "serving: running" not in part
+    assert f"| serving: throughput | {link}, 1 clients | vLLM | plan: 0.500 (0.500–0.500) |" in part
+    assert f"{link}, 16 clients" not in part
 
 
 @pytest.mark.skipif(not (COMMITTED / "rows").is_dir(), reason="no rows are committed")

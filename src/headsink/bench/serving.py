@@ -7,7 +7,6 @@ are checked too. Everything runs in processes of their own; nothing here imports
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import socket
@@ -264,37 +263,63 @@ def ratios(load: Load, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the medians over rounds as a text table."""
-    names = {"stock": "stock vLLM", "dense": "plan", "sparse": "plan, sparse prefill"}
-    lines = [("", "clients", "tokens/s", "TTFT p50, s", "TPOT p50, ms", "running", "preempted", "answers right")]
+NAMES = {"stock": "stock vLLM", "dense": "plan", "sparse": "plan, sparse prefill"}  # of the ways
+HEADS = [
+    "clients",
+    "server",
+    "tokens/s",
+    "TTFT p50 / p90, s",
+    "TPOT p50 / p90, ms",
+    "running",
+    "preempted",
+    "answers right",
+]
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """Return medians over rounds, a line for each number of clients and way, with the columns of `HEADS`."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["clients"], row["way"]), []).append(row)
-    for (clients, way), of in sorted(groups.items()):
-
-        def median(get: Any, of: list[dict[str, Any]] = of) -> float:
-            return statistics.median(get(row) for row in of)
-
+    lines = []
+    for (clients, way), of in groups.items():
+        medians = {
+            name: statistics.median(row[name] for row in of)
+            for name in ("tokens_per_s", "most_running", "preemptions", "right")
+        }
+        times = {
+            name: [statistics.median(row[name][part] for row in of) for part in ("p50", "p90")]
+            for name in ("ttft_ms", "tpot_ms")
+        }
         lines.append(
-            (
-                names[way],
+            [
                 str(clients),
-                f"{median(lambda row: row['tokens_per_s']):.0f}",
-                f"{median(lambda row: row['ttft_ms']['p50']) / 1000:.2f}",
-                f"{median(lambda row: row['tpot_ms']['p50']):.1f}",
-                f"{median(lambda row: row['most_running']):.0f}",
-                f"{median(lambda row: row['preemptions']):.0f}",
-                f"{median(lambda row: row['right']):.0f} of {of[0]['requests']}",
-            )
+                NAMES[way],
+                f"{medians['tokens_per_s']:,.0f}",
+                " / ".join(f"{time / 1000:.2f}" for time in times["ttft_ms"]),
+                " / ".join(f"{time:.0f}" for time in times["tpot_ms"]),
+                f"{medians['most_running']:.0f}",
+                f"{medians['preemptions']:.0f}",
+                f"{medians['right']:.0f} of {of[0]['requests']}",
+            ]
         )
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    text = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-    said = [
-        f"{names[one['way']]}, {one['clients']} clients: {one['tokens_per_s']['median']:.2f}x the throughput of stock vLLM"
-        for one in result["ratios"]
-        if math.isfinite(one["tokens_per_s"]["median"])
-    ]
-    return "\n".join([text, *said])
+    return sorted(lines, key=lambda line: int(line[0]))
+
+
+def compared(result: dict[str, Any]) -> list[str]:
+    """Return sentences with the ratios to stock vLLM."""
+    said = []
+    for one in result["ratios"]:
+        ratio = one["tokens_per_s"]["median"]
+        said.append(
+            f"{NAMES[one['way']].capitalize()}, {one['clients']} clients: {ratio:.2f}x the throughput of stock vLLM."
+        )
+    return said
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return medians and ratios as text."""
+    lines = [HEADS, *cells(result)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(HEADS))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*rows, *compared(result)])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
+from headsink.bench.serving import HEADS, cells, compared
 from headsink.bench.suite import pictures
 from headsink.bench.suite.records import file_of, read_rows
 from headsink.bench.suite.regressions import find_regressions
@@ -26,25 +26,13 @@ from headsink.bench.suite.tables import (
     relative,
     sure,
     table,
-    values,
 )
 from headsink.errors import HeadsinkError
 from headsink.report.assets import write_picture
 from headsink.utils.files import check_file, read_text, write_text
 
 COMMAND = "headsink bench all --out DIR --only"
-SERVING = "serving-smollm2.json"  # next to the folder of rows, from benchmarks/serving.py
-SERVED = {  # figures of benchmarks/serving.py
-    "seconds": "duration, s",
-    "tokens_per_s": "tokens/s, prompt and output",
-    "new_tokens_per_s": "tokens/s, output",
-    "most_running": "running sequences, maximum",
-    "mean_running": "running sequences, mean",
-    "most_kv_used": "KV cache used, maximum",
-    "first_s": "TTFT, s",
-    "token_s": "TPOT, s",
-    "all_s": "request latency, s",
-}
+SERVING = "serving-smollm2.json"  # next to the folder of rows, from `headsink bench serving`
 
 
 def write(folder: Path, out: Path, force: bool = False) -> Path:
@@ -229,46 +217,11 @@ def _dtypes(cases: dict[str, Record]) -> str:
 
 
 def serving(found: Record, link: str) -> list[str]:
-    """Every figure that benchmarks/serving.py measured of each server, and its ratios."""
+    """What `headsink bench serving` measured of each server."""
     if not found:
         return [NOT_MEASURED]
-    ways: dict[str, dict[str, list[float]]] = {}
-    for one in found.get("rounds", []):
-        for name, value in _numbers(one):
-            if name != "round":
-                ways.setdefault(one["way"], {}).setdefault(name, []).append(value)
-    names = list(dict.fromkeys(name for way in ways.values() for name in way))
-
-    def short(value: float) -> str:
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-    def cell(values: list[float]) -> str:
-        return f"{short(statistics.median(values))} ({short(min(values))}–{short(max(values))})" if values else ""
-
-    def title(name: str) -> str:
-        figure, *part = name.split(" ")
-        return " ".join([SERVED.get(figure, figure), *part])
-
-    lines = [[title(name), *(cell(way.get(name, [])) for way in ways.values())] for name in names]
-    ratios = [
-        f"{name.removesuffix('_ratio')} {cell(values(value))}"
-        for name, value in found.items()
-        if name.endswith("_ratio")
-    ]
-    servers = {"stock": "stock vLLM", "plan": "headsink serve"}
-    return [
-        f"{link}, `{found.get('command', '')}`",
-        *([table(["", *(servers.get(way, way) for way in ways)], lines)] if lines else []),
-        *([f"Ratio of headsink serve to stock vLLM: {', '.join(ratios)}."] if ratios else []),
-    ]
-
-
-def _numbers(one: Record, before: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in one.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{before}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{before}{name}", float(value)
+    lines = [f"{link}, `{found['command']}`", table(HEADS, cells(found))]
+    return [*lines, " ".join(compared(found))] if found["ratios"] else lines
 
 
 def domains(found: dict[str, Record], link: Link) -> list[str]:

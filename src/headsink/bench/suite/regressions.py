@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
+from headsink.bench.serving import NAMES
 from headsink.bench.suite.tables import OURS, Link, Record, of_kind, table, values
 
 NONE = "None in these rows."
@@ -25,7 +26,7 @@ class Regression(NamedTuple):
 
 
 def find_regressions(found: dict[str, Record], link: Link, served: Record, served_link: str) -> list[str]:
-    """Return all that is worse. served: the results of benchmarks/serving.py, empty if it did not run."""
+    """Return all that is worse. served: the result of `headsink bench serving`, empty if it did not run."""
     compared = ["", "context x sequences", "compared with", "ratio"]
     timed = [*slower(found, link), *serving(served, served_link)]
     lists = [
@@ -53,11 +54,12 @@ def slower(found: dict[str, Record], link: Link) -> Iterator[Regression]:
 
 
 def serving(found: Record, link: str) -> Iterator[Regression]:
-    """Ratios of serving under the plan to stock vLLM."""
-    for name, value in found.items():
-        if name.endswith("_ratio") and (ratio := statistics.median(values(value))) < 1:
-            case = (f"serving: {name.removesuffix('_ratio')}", link, "vLLM")
-            yield Regression(ratio, case, _ratio("headsink serve", values(value)))
+    """Throughput of serving under the plan, divided by that of stock vLLM."""
+    for one in found.get("ratios", []):
+        ratios = values(one["tokens_per_s"])
+        if (ratio := statistics.median(ratios)) < 1:
+            case = ("serving: throughput", f"{link}, {one['clients']} clients", "vLLM")
+            yield Regression(ratio, case, _ratio(NAMES[one["way"]], ratios))
 
 
 def more(found: dict[str, Record], link: Link) -> Iterator[Regression]:
