@@ -173,8 +173,8 @@ def questions(model_folder: str, count: int, length: int) -> list[tuple[str, str
 
 
 def measure(load: Load, server: Server, folder: str, clients: int, asked: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Send requests from so many clients with vLLM's bench client. Returns its figures and those of the server."""
-    count = clients * load.requests
+    """Send the first prompts from so many clients with vLLM's bench client. Returns its figures and those of the server."""
+    count = min(clients * load.requests, len(asked))
     with tempfile.TemporaryDirectory() as place:
         prompts = Path(place, "prompts.jsonl")
         prompts.write_text(
@@ -189,7 +189,6 @@ def measure(load: Load, server: Server, folder: str, clients: int, asked: Sequen
             "dataset-path": prompts,
             "custom-output-len": load.tokens,
             "num-prompts": count,
-            "num-warmups": 1,
             "max-concurrency": clients,
             "temperature": 0,
             "percentile-metrics": ",".join(MEASURES),
@@ -230,7 +229,8 @@ def run(load: Load) -> dict[str, Any]:
     if find_spec("pandas") is None:
         raise HeadsinkError("vLLM's bench client needs pandas: pip install 'vllm[bench]'")
     folder = loading.find(load.model)[0]
-    asked = questions(folder, max(load.clients) * load.requests, load.prompt)
+    # No prompt is sent twice to a server, which may cache it. The first one warms the server up.
+    asked = questions(folder, 1 + sum(load.clients) * load.requests, load.prompt)
     rows: list[dict[str, Any]] = []
     for turn in range(load.rounds):
         for way in load.ways if turn % 2 == 0 else reversed(load.ways):
@@ -238,8 +238,11 @@ def run(load: Load) -> dict[str, Any]:
                 tempfile.TemporaryDirectory() as place,
                 start_server(command(load, way, folder), Path(place, "log"), load.kv_gib) as server,
             ):
+                measure(load, server, folder, 1, asked[:1])
+                rest = asked[1:]
                 for clients in load.clients:
-                    rows.append({"round": turn, "way": way} | measure(load, server, folder, clients, asked))
+                    rows.append({"round": turn, "way": way} | measure(load, server, folder, clients, rest))
+                    rest = rest[clients * load.requests :]
     given = asdict(load) | {"plan": json.loads(load.plan.read_text(encoding="utf-8"))["calibration"]}
     return provenance("serving with vLLM, stock and under a plan") | {
         "load": given,
