@@ -85,19 +85,20 @@ def test_concurrent_streams_equal_the_masked_model(server, smollm2):
             max_tokens=12,
             temperature=0,
             stream=True,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-        return "".join(part.choices[0].text for part in parts)
+        found = [part.choices[0] for part in parts]
+        tokens = [token for one in found for token in (one.model_extra or {}).get("token_ids") or ()]
+        return "".join(one.text for one in found), tokens
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(1, 7)))
     with expected.masked(model, plan, 32, 512):
-        for count, answer in enumerate(answers, 1):
+        for count, (answer, tokens) in enumerate(answers, 1):
             ids = tokenizer(text[: 80 * count])["input_ids"]
-            start = len(ids)
-            for _ in range(12):
-                ids.append(int(expected.logprobs(model, ids)[-1].argmax()))
-            assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True)
+            assert len(tokens) == 12
+            assert expected.logprobs(model, ids + tokens)[len(ids) - 1 : -1].argmax(-1).tolist() == tokens
+            assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_the_bench_client_measures_the_server(server, smollm2, tmp_path):
