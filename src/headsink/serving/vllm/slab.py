@@ -76,9 +76,8 @@ class Slab:
             [[heads[head].pattern for head in mine] for heads in plan.layers if heads is not None]
             for mine in rank_heads(plan.model.kv_heads, ranks)
         ]
-        needs = [_deal(patterns, context, block)[1] for patterns in by_rank]
-        patterns = by_rank[rank]
-        places, _ = _deal(patterns, context, block)
+        dealt = [_deal(patterns, context, block) for patterns in by_rank]
+        patterns, places = by_rank[rank], dealt[rank][0]
         sizes = [[capacity(pattern, context) for pattern in row] for row in patterns]
         kept = [[widen(pattern, context) for pattern in row] for row in patterns]
         pages = max(-(-size // block) for row in sizes for size in row)
@@ -93,7 +92,7 @@ class Slab:
             torch.tensor([[pattern.window or 0 for pattern in row] for row in kept]),
             column,
             lane,
-            tuple(min(of) for of in zip_longest(*needs, fillvalue=context)),
+            tuple(min(of) for of in zip_longest(*(needs for _, needs in dealt), fillvalue=context)),
         )
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """Prompts in the slab (slab.py): read in full attention, then compressed as by `headsink.compress`.
 
-A layer compresses a prompt as soon as its own attention to it is done. The linear scores and the prompt scores of all keys choose
+A layer compresses a prompt right after its own attention to it. The linear scores and the prompt scores of all keys choose
 which ones stay, and the reference queries refit them (eviction/refitting.py). A prompt may come in several chunks. Of earlier
 chunks, keys and values are in the blocks for the prompt, prompt scores in the pool's scores, and the few queries that later
 chunks need in `Chunks`. A chunk that reaches the end of a prompt needs no such blocks.
