@@ -33,9 +33,9 @@ def engine():
 
     started = []
 
-    def start(folder, plan=None, prefill="dense", **options):
+    def start(folder, plan=None, prefill="dense", prefixes=(), **options):
         close()
-        given = {} if plan is None else headsink.serving.vllm.settings.engine_args(plan, prefill)
+        given = {} if plan is None else headsink.serving.vllm.settings.engine_args(plan, prefill, prefixes)
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

@@ -2,6 +2,8 @@
 
 import random
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 
 import expected
 import pytest
@@ -33,10 +35,15 @@ def plan_for(model, seed=1):
 
 
 @contextmanager
-def held(model, plan, prompt, tokens, context=CONTEXT):
-    """The model in transformers with the patterns of the slab, in segments: the prompt, then `EVICT_EVERY` tokens each."""
+def held(model, plan, prompt, tokens, context=CONTEXT, from_prefix=False):
+    """The model in transformers with the patterns of the slab, in segments: the prompt, then `EVICT_EVERY` tokens each.
+
+    from_prefix: the prompt is that of a prefix, of which a head keeps its pattern alone.
+    """
 
     def wide(head):
+        if from_prefix:
+            return head
         pattern = widen(head.pattern, context)
         return head.model_copy(update={"sink": pattern.sink, "top_k": pattern.top_k, "window": pattern.window})
 
@@ -44,13 +51,15 @@ def held(model, plan, prompt, tokens, context=CONTEXT):
     kept = plan.model_copy(update={"layers": layers, "decode_window": 0})
     whole, rest = divmod(tokens - prompt, EVICT_EVERY)
     segments = [size for size in (prompt, *[EVICT_EVERY] * whole, rest) if size]
-    given, calls = reference_module.segment_scores, []
+    given, calls, mask = reference_module.segment_scores, [], reference_module.segment_mask
 
     def first_only(query, *rest):  # only the prompt has prompt scores
         calls.append(query.shape[2])
         return given(query, *rest) if prompt and len(calls) % len(segments) == 1 % len(segments) else None
 
     reference_module.segment_scores = first_only
+    if from_prefix:
+        reference_module.segment_mask = partial(mask_after_prefix, context)
     try:
         with reference.masked(model, kept, None, segments):
             if not prompt:
@@ -61,18 +70,38 @@ def held(model, plan, prompt, tokens, context=CONTEXT):
                 )
             yield
     finally:
-        reference_module.segment_scores = given
+        reference_module.segment_scores, reference_module.segment_mask = given, mask
 
 
-def worst(model, plan, output, context=CONTEXT, dense=True):
+def mask_after_prefix(context, pattern, positions, scores, own, ends, *_):
+    """As `reference.segment_mask`; heads keep the slab's pattern after the first segment."""
+    held = torch.zeros_like(positions, dtype=torch.bool)
+    seen, ranks = held[..., None].repeat(1, 1, held.shape[1]), scores.clone()
+    for begin, end in pairwise(ends):
+        keeps = widen(pattern, context) if begin else pattern
+        held[:, begin:end] = True
+        seen[:, begin:end] = held[:, None] & (positions[:, None] <= positions[:, begin:end, None])
+        if keeps.window is None:
+            continue
+        safe = (positions < keeps.sink) | (positions >= end - keeps.window)
+        if not begin and keeps.size(end) < end:
+            ranks[:, :end] = torch.where(safe, scores, own)[:, :end]
+        between = ranks.masked_fill(~held | safe, float("-inf"))
+        best = torch.zeros_like(held).scatter_(1, between.topk(min(keeps.top_k, held.shape[1])).indices, True)
+        held &= safe | best
+    return seen
+
+
+def worst(model, plan, output, context=CONTEXT, dense=True, prefix=None):
     """Return the largest difference from the reference, or from one whose importance scores differ by rounding.
 
-    Keys with nearly the same score can change places through rounding in the model, and other keys are kept then.
+    Keys with nearly the same score can change places through rounding in the model, and other keys are kept then. prefix: tokens
+    of the prefix from which the request started.
     """
     prompt, tokens = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
-    found = []
+    found, first = [], prefix or (prompt if dense else 0)
     for draw in range(9):
-        with held(model, plan, prompt if dense else 0, prompt + tokens, context), rounded(plan, draw):
+        with held(model, plan, first, prompt + tokens, context, prefix is not None), rounded(plan, draw):
             found.append(expected.worst(model, output))
         if found[-1] < BOUND:
             break
@@ -268,7 +297,8 @@ def test_a_slab_gives_every_page_to_one_head():
         for prompt in (0, 1, 100, 333, 640):
             sequence, past = torch.tensor([prompt]), torch.zeros(lanes, dtype=torch.long)
             for tokens in range(prompt, CONTEXT + 1):
-                held_now, evicted = (of.flatten() for of in slab.held(torch.tensor([tokens]), sequence))
+                given = torch.tensor([tokens]), sequence, torch.zeros(*slab.keeps.shape, 1, dtype=torch.long)
+                held_now, evicted = (of.flatten() for of in slab.held(*given))
                 assert tokens == prompt or torch.equal(held_now, past + 1)
                 past = held_now - evicted
                 assert torch.equal(

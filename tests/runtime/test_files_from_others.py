@@ -34,7 +34,7 @@ from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.eviction.pattern import FOREVER
 from headsink.generation.decode import open_decoder, refusal
-from headsink.runtime.prefix import _expected_tensors, _Header
+from headsink.runtime.prefix_format import Header, _expected_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -258,7 +258,7 @@ def change_tensor(tensors, rng):
 def fit(loaded, header, tensors, rng):
     """Return random tensors of the shapes in a changed header; the same tensors if it has none."""
     try:
-        read = _Header.model_validate_json(header)
+        read = Header.model_validate_json(header)
         kinds = _expected_tensors(read, headsink.new_cache(loaded, read.plan), rows := rng.choice([1, 2, 3]))
     except (HeadsinkError, ValidationError, ValueError):
         return tensors

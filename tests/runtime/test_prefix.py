@@ -12,12 +12,14 @@ from families import FAMILIES, tiny
 from plans import random_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.cache.cache import nbytes
-from headsink.eviction.scorers import LINEAR
-from headsink.runtime.prefix import prefix_text
+from headsink.eviction.scorers import LINEAR, NONE
+from headsink.models.spec import describe
+from headsink.runtime.prefix import prefix_heads, prefix_text, prefix_tokens
 
 LENGTH = 61
 
@@ -94,6 +96,59 @@ def test_a_saved_prefix_continues_like_the_original(family, way, tmp_path):
         after, first = text(9, 30), 1 if way == "sparse" else 9
         found, expected = (continue_from(model, one, after, first=first) for one in (loaded, cache))
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("way", ["dense", "sparse", "reconstruct", "generated"])
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "gemma3"])
+def test_the_heads_of_a_prefix_are_those_of_its_cache(family, way, tmp_path):
+    """Sink tokens and the window are the model's own keys; a query attends to all of them as in the cache."""
+    model, ids, file = tiny(family), text(), tmp_path / "prefix.safetensors"
+    full = DynamicCache()  # without windows of the model
+    with torch.no_grad():
+        model(ids, past_key_values=full)
+    for seed in range(4):
+        plan = random_plan(model, seed).model_copy(update={"reconstruction_prompt": (7, 8, 9)})
+        if way == "reconstruct":
+            cache = headsink.compress(model, plan, ids, reconstruct=True)
+        elif way == "generated":
+            cache = read(model, plan, ids[:, :40])
+            with headsink.apply(model, plan), torch.no_grad():
+                for token in ids[:, 40:].split(1, 1):
+                    model(token, past_key_values=cache)
+        else:
+            cache = read(model, plan, ids, prefill=way)
+        headsink.save_prefix(file, cache, ids)
+        assert prefix_tokens(file) == ids[0].tolist()
+        tokens, layers = prefix_heads(file, plan, describe(model))
+        assert tokens == ids[0].tolist()
+        for layer, row in zip(cache.layers, layers, strict=True):
+            for group in layer.groups:
+                for at, head in enumerate(group.heads):
+                    found, seen, window = row[head], group.visible[0, at], layer.patterns[head].window
+                    query = torch.randn(5, found.keys.shape[1])
+                    expected = (query @ group.keys[0, at, : len(seen)][seen].T).softmax(-1)
+                    expected = expected @ group.values[0, at, : len(seen)][seen]
+                    torch.testing.assert_close((query @ found.keys.T).softmax(-1) @ found.values, expected)
+                    assert not window or found.positions[-1] == LENGTH - 1
+                    assert (found.positions.diff() >= 0).all()
+                    assert ((found.scores > NONE) | (found.positions.diff(prepend=torch.tensor([-1])) > 0)).all()
+        own = full.layers[0].keys[0]
+        for head, found in enumerate(layers[0]):
+            certain = found.scores == NONE
+            same = found.keys[certain] - own[head, found.positions[certain] - LENGTH]
+            assert not certain.any() or same.abs().max() < 1e-5
+
+
+def test_prefix_heads_refuses_other_plans_and_padded_rows(tmp_path):
+    model, ids, file = tiny("llama"), text(rows=2), tmp_path / "prefix.safetensors"
+    plan = random_plan(model, 1)
+    headsink.save_prefix(file, read(model, plan, ids[:1]), ids[:1])
+    with pytest.raises(HeadsinkError, match=r"prefix\.safetensors: it was made under another plan"):
+        prefix_heads(file, random_plan(model, 2), describe(model))
+    headsink.save_prefix(file, read(model, plan, ids), ids, force=True)
+    for call in (lambda: prefix_heads(file, plan, describe(model)), lambda: prefix_tokens(file)):
+        with pytest.raises(HeadsinkError, match=r"prefix\.safetensors: it must hold one text"):
+            call()
 
 
 @pytest.mark.parametrize("way", ["dense", "compress"])

@@ -39,6 +39,13 @@ class ServeOptions:
             help="dense reads a prompt in full attention, then evicts; sparse evicts while it reads: fewer blocks, less quality."
         ),
     ] = "dense"
+    prefixes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prefix",
+            help="A document that headsink prefill read under this plan: prompts that begin with it start after it. Repeatable.",
+        ),
+    ] = None
 
 
 def serve(options: ServeOptions) -> None:
@@ -49,6 +56,6 @@ def serve(options: ServeOptions) -> None:
     caching; make others with headsink plan --no-top-k, which are always read sparsely. Several GPUs: --tensor-parallel-size N.
     """
     given = options.context.args
-    arguments = command(options.model, options.plan_file, given, options.prefill)
+    arguments = command(options.model, options.plan_file, given, options.prefill, options.prefixes or ())
     err.print(f"starting vLLM: {' '.join(given) or 'its own defaults'}", markup=False, highlight=False)
     os.execve(sys.executable, [sys.executable, *arguments], environment(given))

@@ -240,6 +240,11 @@ class Plan(Part):
         plan = self.model_copy(update={"layers": layers, "calibration": made})
         return plan.with_decode_window() if self.decode_window else plan
 
+    def same_rules(self, other: Plan) -> bool:
+        """Whether another plan evicts in the same way from the same model, however it was made."""
+        apart = {"headsink", "calibration", "quality"}
+        return self.model_dump(exclude=apart) == other.model_dump(exclude=apart)
+
     def check(self, model: nn.Module) -> Architecture:
         """Raise if the plan was made for another model. Return the model's architecture."""
         shape = describe(model)

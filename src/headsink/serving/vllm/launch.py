@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start whe
 WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")
 
 
-OURS = ("--model", "--hf-overrides", "--additional-config")
+OURS = ("--model", "--hf-overrides", "--additional-config", "--kv-transfer-config")
 
 
 def defaults(plan: Plan) -> dict[str, str]:
@@ -32,10 +33,12 @@ def defaults(plan: Plan) -> dict[str, str]:
     return {"--block-size": "32"} | ({} if plan.has_top_k else {"--max-num-batched-tokens": "512"})
 
 
-def command(model: str, plan_file: Path, options: list[str], prefill: str = "dense") -> list[str]:
-    """Return the arguments for `python` that start the server. Raises HeadsinkError for a plan or options it cannot run with.
+def command(
+    model: str, plan_file: Path, options: list[str], prefill: str = "dense", prefixes: Sequence[Path] = ()
+) -> list[str]:
+    """Return the arguments for `python` that start the server.
 
-    prefill: as for `engine_args`.
+    prefill, prefixes: as for `engine_args`. Raises HeadsinkError for a plan, prefixes or options it cannot run with.
     """
     named = {option.partition("=")[0].replace("_", "-") for option in options}
     for option in OURS:
@@ -48,17 +51,21 @@ def command(model: str, plan_file: Path, options: list[str], prefill: str = "den
 
     from headsink.models import loading
     from headsink.plan.plan import Plan
+    from headsink.runtime.prefix import prefix_heads, prefix_tokens
     from headsink.serving.vllm.settings import check_servable, engine_args
     from headsink.serving.vllm.skeleton import check_folder
 
     plan = Plan.load(plan_file)
     check_servable(plan)
     source, local = loading.find(model)
-    if local:  # for a model of the Hugging Face Hub, vLLM's workers compare the weights while loading
-        check_folder(plan, Path(source))
+    arguments = engine_args(plan, prefill, prefixes)
+    # For a model of the Hugging Face Hub, vLLM's workers compare the weights and the prefixes while loading.
+    shape = check_folder(plan, Path(source)) if local else None
+    for file in prefixes:
+        prefix_tokens(file) if shape is None else prefix_heads(file, plan, shape)
     ours = {"--served-model-name": model} | ({} if torch.cuda.is_available() else defaults(plan))
     chosen = [f"{option}={value}" for option, value in ours.items() if option not in named]
-    given = [_option(key, value) for key, value in engine_args(plan, prefill).items()]
+    given = [_option(key, value) for key, value in arguments.items()]
     start = [*WITHOUT_SERVER, source] if "--headless" in named else [SERVER, "--model", source]
     return ["-m", *start, *chosen, *given, *options]
 

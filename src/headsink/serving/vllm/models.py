@@ -33,7 +33,8 @@ from headsink.plan.plan import Plan
 from headsink.serving.vllm.attention import over_blocks
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
-from headsink.serving.vllm.settings import PREFILL, given_plan
+from headsink.serving.vllm.prefixes import Prefix
+from headsink.serving.vllm.settings import CONNECTOR, PREFILL, given_plan
 from headsink.serving.vllm.skeleton import PassingWeights, rotary, skeleton
 from headsink.serving.vllm.slab import Slab
 from headsink.serving.vllm.slab_attention import over_slab
@@ -52,6 +53,8 @@ class Running:
         self.dense = config.additional_config.get(PREFILL) != "sparse"
         self.ranks = get_tensor_model_parallel_world_size()
         self.heads = rank_heads(plan.model.kv_heads, self.ranks)[get_tensor_model_parallel_rank()]
+        self.prefixes: list[Prefix] = []
+        self.loads: list[tuple[int, int]] = []  # the sequences that start from a prefix next (connector.py)
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -216,10 +219,10 @@ def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig)
 
 def _check_settings(plan: Plan, config: VllmConfig) -> None:
     """Raise HeadsinkError for features of vLLM that do not work with a plan, or are untested with one."""
-    parallel = config.parallel_config
+    parallel, transfer = config.parallel_config, config.kv_transfer_config
     refused = {
         "speculative decoding": config.speculative_config is not None,
-        "KV transfer and KV offloading": config.kv_transfer_config is not None,
+        "KV transfer and KV offloading": transfer is not None and transfer.kv_connector_module_path != CONNECTOR,
         "a LoRA adapter": config.lora_config is not None,  # makes other weights than the plan's
         "a quantised KV cache": is_quantized_kv_cache(config.cache_config.cache_dtype),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

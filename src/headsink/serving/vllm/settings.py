@@ -8,6 +8,9 @@ An override of the configuration's `architectures` selects the model class (`hea
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +22,7 @@ from headsink.utils.versions import check_vllm
 from headsink_vllm import PREFIX
 
 KEY, PREFILL = "headsink_plan", "headsink_prefill"  # in additional_config
+CONNECTOR, PREFIXES = "headsink.serving.vllm.connector", "prefixes"  # module, and key in its configuration
 ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
@@ -40,12 +44,12 @@ def check_servable(plan: Plan) -> None:
         )
 
 
-def engine_args(plan: Plan, prefill: str = "dense") -> dict[str, Any]:
-    """Return the arguments for `vllm.LLM(model, ...)`. The server takes them in JSON as --hf-overrides and --additional-config.
+def engine_args(plan: Plan, prefill: str = "dense", prefixes: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
+    """Return the arguments for `vllm.LLM(model, ...)`. The server takes them in JSON, as --hf-overrides and so on.
 
     prefill: "dense" reads prompts in full attention and then compresses them; "sparse" evicts while it reads. A plan without
-    top-k keys is always read sparsely. Raises HeadsinkError if vLLM is missing or of an untested version, and if it cannot run
-    the plan.
+    top-k keys is always read sparsely. prefixes: files of `headsink prefill`; a prompt that begins like one of them starts from
+    it. Raises HeadsinkError if vLLM is missing or of an untested version, and if it cannot run the plan.
     """
     check_vllm()
     check_servable(plan)
@@ -56,7 +60,16 @@ def engine_args(plan: Plan, prefill: str = "dense") -> dict[str, Any]:
         "hf_overrides": {"architectures": [PREFIX + plan.model.architecture]},
         "additional_config": {KEY: given, PREFILL: prefill},
     }
-    return arguments | {"enable_prefix_caching": False} if plan.has_top_k else arguments
+    if not plan.has_top_k:
+        if prefixes:
+            raise HeadsinkError("prefix: vLLM starts from prefixes only under a plan with top-k keys")
+        return arguments
+    arguments |= {"enable_prefix_caching": False}
+    if not prefixes:
+        return arguments
+    connector = {"kv_connector": "PrefixConnector", "kv_connector_module_path": CONNECTOR, "kv_role": "kv_consumer"}
+    files = [str(Path(file).resolve()) for file in prefixes]
+    return arguments | {"kv_transfer_config": connector | {"kv_connector_extra_config": {PREFIXES: files}}}
 
 
 def given_plan(additional_config: Any) -> Plan:

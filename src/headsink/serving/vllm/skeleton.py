@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from headsink.errors import HeadsinkError
 from headsink.models.fingerprint import WeightSample, hash_of, hashed_names, sample_indices
 from headsink.models.rope import Rotary
-from headsink.models.spec import decoder, describe
+from headsink.models.spec import Architecture, decoder, describe
 from headsink.plan.plan import Plan
 
 
@@ -108,10 +108,14 @@ class FusedSample:
         return WeightSample(self.name, tuple(self.shape), torch.stack([self.found[n] for n in range(len(self.at))]))
 
 
-def check_folder(plan: Plan, folder: Path) -> None:
-    """Raise HeadsinkError if a plan is not for the model in a folder, by its config and a sample of its safetensors weights."""
+def check_folder(plan: Plan, folder: Path) -> Architecture:
+    """Return the shape of the model in a folder.
+
+    Raises HeadsinkError if a plan is not for it, by its config and a sample of its safetensors weights.
+    """
     model = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    plan.check_shape(describe(model))
+    shape = describe(model)
+    plan.check_shape(shape)
     quantised = getattr(model.config, "quantization_config", None) is not None
     passing = PassingWeights(model, quantised)
     for file in sorted(folder.glob("*.safetensors")):
@@ -119,3 +123,4 @@ def check_folder(plan: Plan, folder: Path) -> None:
             for _ in passing.watch((name, opened.get_tensor(name)) for name in opened.keys()):  # noqa: SIM118
                 pass
     plan.check_weights(passing.hash(), "unquantised" if quantised else "weights")
+    return shape

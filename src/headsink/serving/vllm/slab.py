@@ -9,6 +9,8 @@ vLLM's block of one sequence has a page for each head of each layer, a *lane*. T
 all pages of all heads are sorted by the length from which they are needed, and dealt to the lanes of the first block, then of the
 second, and so on.
 
+A sequence may start from a prefix (prefixes.py), which counts as its prompt; the rest of its prompt is read like later tokens.
+
 The blocks of a sequence are, in this order: those that it needs at the end of its prompt; blocks for the prompt while it is read,
 in which all heads have all keys; and those that it needs later. The second kind is for earlier chunks of the prompt only, and is
 free again once the prompt is read. Nothing here imports vLLM.
@@ -99,17 +101,19 @@ class Slab:
         share = len(self.needs) / -(-self.context // self.block)
         return f"a sequence of the maximum length takes {len(self.needs)} blocks, {share:.0%} of the full KV cache"
 
-    def held(self, tokens: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def held(self, tokens: Tensor, prompt: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many keys the heads hold after some tokens, and how many they evict before the next one.
 
-        tokens: int64 [sequences], at least `prompt`, the tokens that were read in full attention. Returns int64 [layers, KV
+        tokens: int64 [sequences], at least `prompt`, the tokens that were read in full attention, or come from a prefix.
+        missing: int64 [layers, KV heads, sequences], tokens of the prefix that a head does not hold. Returns int64 [layers, KV
         heads, sequences], twice.
         """
         keeps = self.keeps[..., None]
         last = tokens - 1 - (tokens - 1 - prompt) % EVICT_EVERY  # where heads evicted before
-        held = torch.where(tokens > prompt, torch.minimum(last, keeps) + tokens - last, torch.minimum(tokens, keeps))
+        kept = torch.minimum(tokens - missing, keeps)
+        held = torch.where(tokens > prompt, torch.minimum(last - missing, keeps) + tokens - last, kept)
         evicts = (tokens - prompt) % EVICT_EVERY == 0
-        return held, torch.where(evicts, held - torch.minimum(tokens, keeps), 0)
+        return held, torch.where(evicts, held - kept, 0)
 
     def next_eviction(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Return the length at which a head of a sequence evicts next, int64 [sequences]; or an earlier one."""

@@ -7,6 +7,7 @@ where a sequence evicts next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import Scorer
+from headsink.serving.vllm.prefixes import Prefix
 from headsink.serving.vllm.slab import EVICT_EVERY, Slab
 from headsink.serving.vllm.slab_pool import Pool, evict
 from headsink.serving.vllm.slab_prompt import Part, read
@@ -50,11 +52,15 @@ class Round:
 class Tables:
     """The pages of the sequences of a step. They are kept for the next step, which mostly has the same.
 
-    weights: scorer weights of all heads, [layers, KV heads, features].
+    weights: scorer weights of all heads, [layers, KV heads, features]. prefixes: from which sequences may start.
     """
 
-    def __init__(self, slab: Slab, pool: Pool, scorer: Scorer, weights: Tensor) -> None:
-        self.slab, self.pool, self.scorer, self.weights = slab, pool, scorer, weights
+    def __init__(
+        self, slab: Slab, pool: Pool, scorer: Scorer, weights: Tensor, prefixes: Sequence[Prefix] = ()
+    ) -> None:
+        self.slab, self.pool, self.scorer, self.weights, self.prefixes = slab, pool, scorer, weights, prefixes
+        self.begins = torch.tensor([0, *(prefix.tokens for prefix in prefixes)])
+        self.missing = torch.stack([torch.zeros_like(slab.keeps), *(prefix.missing for prefix in prefixes)])
         self.pages = pool.first[slab.lane]  # of block 0: [layers, KV heads, pages]
         self.lanes = pool.first.view(*slab.keeps.shape, 1)  # the same, of a prompt that is being read
         self.needs = torch.tensor(slab.needs)
@@ -88,6 +94,22 @@ class Tables:
             head = row // (one.tables.shape[1] // self.weights.shape[1])
             evict(self.pool, self.scorer, self.weights[number, head], one.tables[number, row], chosen[:, 2:])
 
+    def load(self, blocks: Tensor, number: int) -> None:
+        """Write a prefix into the blocks of a sequence, int [columns]. number: of the prefix, counted from 1."""
+        pool, prefix, first = self.pool, self.prefixes[number - 1], int(blocks[0])
+        pool.prefix[first], pool.skipped[first] = number, 0
+        pages = self.compute(blocks[None], self.begins[number : number + 1], pool.skipped[first : first + 1])[:, :, 0]
+        layer, head, at = prefix.place.T
+        slots = pages[layer, head, at // pool.block].long() * pool.block + at % pool.block
+        pool.write(prefix.keys[:, None], prefix.values[:, None], slots)
+        pool.scores[slots], pool.positions[slots] = prefix.scores, prefix.positions
+
+    def prefix_of(self, blocks: Tensor, length: Tensor) -> Tensor:
+        """Return from which prefix each sequence started, int64 [sequences], 0 for none. length: tokens before the step."""
+        first = blocks[:, 0].long()
+        self.pool.prefix[first[length == 0]] = 0  # their blocks belonged to other sequences
+        return self.pool.prefix[first]
+
     def at_prompt(self, prompt: Tensor) -> Tensor:
         """Return the number of blocks of sequences at the end of their prompt. prompt: int64 [sequences]."""
         return (prompt[:, None] > self.needs).sum(1)
@@ -116,21 +138,25 @@ def divide(batch: CommonAttentionMetadata, tables: Tables, dense: bool) -> tuple
     ends = batch.seq_lens_cpu_upper_bound[:count].long()  # exact, because speculative decoding is refused
     left = starts.diff()
     length, place, blocks = (ends - left).clamp(min=0), starts[:-1].clone(), batch.block_table_tensor[:count]
-    prompt = torch.zeros_like(length)
+    prefix = tables.prefix_of(blocks, length)
+    prompt = tables.begins[prefix]
     parts, rounds = [], []
     if dense:
         assert batch.rswa_prefix_lens is not None
-        prompt = batch.rswa_prefix_lens[:count].long()
+        prompt = torch.where(prefix > 0, prompt, batch.rswa_prefix_lens[:count].long())
         tokens = (prompt - length).clamp(min=0).minimum(left)
         for row in tokens.nonzero()[:, 0].tolist():
             given = (int(of[row]) for of in (place, length, tokens, prompt))
             parts.append(_part(tables, blocks[row], *given))
         length, left, place = length + tokens, left - tokens, place + tokens
+    missing = tables.missing[prefix].permute(1, 2, 0)
     while bool((left > 0).any()):
         tokens = torch.minimum(left, slab.next_eviction(length, prompt) - length)
         who = (tokens > 0).nonzero()[:, 0]
         some = slice(None) if len(who) == count else who
-        rounds.append(_round(tables, *(of[some] for of in (blocks, prompt, length, tokens, place))))
+        rounds.append(
+            _round(tables, missing[..., some], blocks[some], prompt[some], length[some], tokens[some], place[some])
+        )
         length, left, place = length + tokens, left - tokens, place + tokens
     if not parts and len(rounds) == 1 and rounds[0].slots.shape[2] == batch.num_actual_tokens:
         rounds[0].rows = None
@@ -153,10 +179,12 @@ def _part(tables: Tables, blocks: Tensor, place: int, begin: int, tokens: int, p
     return Part(slice(place, place + tokens), begin, end, prompt, first, tables.slots(pages, begin), these, kept)
 
 
-def _round(tables: Tables, blocks: Tensor, prompt: Tensor, length: Tensor, tokens: Tensor, place: Tensor) -> Round:
+def _round(
+    tables: Tables, missing: Tensor, blocks: Tensor, prompt: Tensor, length: Tensor, tokens: Tensor, place: Tensor
+) -> Round:
     slab, block, heads = tables.slab, tables.pool.block, tables.slab.keeps.shape[1]
     pages = tables.of(blocks, prompt)
-    held, evicted = slab.held(length, prompt)
+    held, evicted = slab.held(length, prompt, missing)
     owner = torch.repeat_interleave(torch.arange(len(tokens)), tokens)
     within = torch.arange(len(owner)) - (tokens.cumsum(0) - tokens)[owner]
     at = (held - evicted)[:, :, owner] + within  # [layers, KV heads, tokens]
@@ -168,15 +196,15 @@ def _round(tables: Tables, blocks: Tensor, prompt: Tensor, length: Tensor, token
         (held - evicted + tokens).flatten(1).int(),
         page.long() * block + at % block,
         starts.int(),
-        _evicting(slab, held, evicted, length, prompt),
+        _evicting(slab, held, evicted, length, prompt, missing),
     )
 
 
-def _evicting(slab: Slab, held: Tensor, evicted: Tensor, length: Tensor, prompt: Tensor) -> Tensor:
-    """Return `Round.evicting`. held, evicted: as from `Slab.held`."""
+def _evicting(slab: Slab, held: Tensor, evicted: Tensor, length: Tensor, prompt: Tensor, missing: Tensor) -> Tensor:
+    """Return `Round.evicting`. held, evicted: as from `Slab.held`, with the same arguments."""
     layer, head, sequence = evicted.nonzero(as_tuple=True)
-    keeps, tokens = slab.keeps[layer, head], length[sequence]
-    scored = torch.where(tokens - EVICT_EVERY > keeps, keeps, prompt[sequence])
+    keeps, tokens, less = slab.keeps[layer, head], length[sequence], missing[layer, head, sequence]
+    scored = torch.where(tokens - less - EVICT_EVERY > keeps, keeps, prompt[sequence] - less)
     numbers = held[layer, head, sequence], scored, evicted[layer, head, sequence]
     own = slab.sink[layer, head], slab.window[layer, head], tokens, *numbers
     return torch.stack([layer, head * len(length) + sequence, *own], 1)
@@ -208,11 +236,21 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 slab = self.layers[0].slab
                 pool = Pool(self.layers, slab.block, self.isa, self.sequences)
                 weights = torch.stack([layer.scorer_weights for layer in self.layers])
-                self.tables = Tables(slab, pool, self.layers[0].scorer, weights)
+                self.tables = Tables(slab, pool, self.layers[0].scorer, weights, self.layers[0].running.prefixes)
+            self._load(self.tables, common_attn_metadata.block_table_tensor)
             parts, rounds = divide(common_attn_metadata, self.tables, self.kv_cache_spec.dense)
             if rounds:
                 self.tables.evict(rounds[0])
             return SlabMetadata(self.tables, parts, rounds, common_attn_metadata.num_actual_tokens)
+
+        def _load(self, tables: Tables, blocks: Tensor) -> None:
+            """Write the prefixes of sequences that start in this step (connector.py)."""
+            loads = self.layers[0].running.loads
+            if loads:
+                rows = {first: row for row, first in enumerate(blocks[:, 0].tolist())}
+                for first, number in loads:
+                    tables.load(blocks[rows[first]], number)
+                loads.clear()
 
     class Impl(base_impl):  # type: ignore[misc]
         def forward(

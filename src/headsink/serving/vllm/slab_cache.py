@@ -52,12 +52,13 @@ class SlabManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: SlabSpec, **options: Any) -> None:
         super().__init__(kv_cache_spec, **options)
         self.spec = kv_cache_spec
-        self.prompts: dict[str, int] = {}  # tokens of the prompts
+        self.prompts: dict[str, int] = {}  # tokens of the prompts, or of the prefixes from which requests started
         self.reading: dict[str, int] = {}  # blocks for prompts while they are read
 
-    def _missing(self, request_id: str, num_tokens: int) -> int:
+    def _missing(self, request_id: str, num_tokens: int, prefix: int = 0) -> int:
+        """Return how many blocks a request needs more. prefix: tokens of the prefix from which it can start."""
         spec, prompt = self.spec, self.prompts.get(request_id)
-        if not spec.dense:
+        if not spec.dense or (prompt is None and prefix):
             wanted = blocks_for(spec.needs, num_tokens)
         elif prompt is None:  # the question whether the request can start
             wanted = spec.most_blocks(num_tokens)
@@ -67,8 +68,13 @@ class SlabManager(FullAttentionManager):
             wanted = blocks_for(spec.needs, num_tokens) + self.reading.get(request_id, 0)
         return max(0, wanted - len(self.req_to_blocks.get(request_id, ())))
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *_: Any, **__: Any) -> int:
-        return self._missing(request_id, num_tokens)
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Any, total_computed_tokens: int, *_: Any, **__: Any
+    ) -> int:
+        return self._missing(request_id, num_tokens, total_computed_tokens)
+
+    def allocate_external_computed_blocks(self, *_: Any, **__: Any) -> None:
+        """Do nothing: `allocate_new_blocks` also takes the blocks of a prefix."""
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
         del num_tokens_main_model
@@ -85,9 +91,11 @@ class SlabManager(FullAttentionManager):
     ) -> None:
         """Free the blocks for the prompt once it is read. vLLM calls this before it allocates blocks."""
         assert num_prompt_tokens is not None
-        self.prompts[request_id] = num_prompt_tokens
-        if processed_computed_tokens >= num_prompt_tokens:
-            first = blocks_for(self.spec.needs, num_prompt_tokens)
+        if not self.req_to_blocks.get(request_id):  # it starts; tokens that are known already are a prefix
+            self.prompts[request_id] = processed_computed_tokens or num_prompt_tokens
+        prompt = self.prompts[request_id]
+        if processed_computed_tokens >= prompt:
+            first = blocks_for(self.spec.needs, prompt)
             self._remove_blocks_in_range(request_id, first, first + self.reading.get(request_id, 0))
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:

@@ -59,8 +59,8 @@ class Pool:
 
     pages: [pages, elements of a page]. keys, values: as vLLM's kernels take them. rows: the same memory, as key and value of
     each slot, [slots, 2 x dim], for prompts that are being read. scores, positions: float32 and int32 by slot. places: in which
-    elements of a page a slot's key and value are, int64 [block, 2 x dim]. skipped: how many blocks for its prompt a sequence had,
-    int64 by its first block. reading: see there.
+    elements of a page a slot's key and value are, int64 [block, 2 x dim]. skipped, prefix: how many blocks for its prompt a
+    sequence had, and from which prefix it started, counted from 1, int64 by its first block. reading: see there.
     """
 
     def __init__(self, layers: list[Any], block: int, isa: str, sequences: int):
@@ -75,7 +75,8 @@ class Pool:
         slots = len(self.pages) * block
         self.scores, self.positions = torch.zeros(slots), torch.zeros(slots, dtype=torch.int32)
         self.block, self.heads, self.isa, self.dim = block, heads, isa, dim
-        self.skipped, self.reading = torch.zeros(len(like), dtype=torch.long), Reading(sequences)
+        self.skipped, self.prefix = torch.zeros(2, len(like), dtype=torch.long)
+        self.reading = Reading(sequences)
         # page of a lane of block 0
         self.first = torch.tensor([cache.storage_offset() // size + head for cache in caches for head in range(heads)])
         if any(cache.storage_offset() % size or not cache[0].is_contiguous() for cache in caches):
