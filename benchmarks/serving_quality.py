@@ -6,7 +6,8 @@
 A case is the prompt of a request, and the request generates a continuation: a logits processor forces its tokens, and records the
 log-probabilities before. So keys are evicted as in serving: after the prompt, and while tokens are generated. The same
 continuations are scored in transformers with the full cache and under the plan (`headsink.apply`), where a continuation evicts
-nothing. Everything is in float32.
+nothing. With "prefix" the server starts from prefixes that were read with context reconstruction: all tokens of a case but the
+last. Everything is in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +38,7 @@ from headsink.bench.heading import provenance
 from headsink.data.documents import TEXT
 from headsink.models import loading
 from headsink.plan.plan import Plan
+from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.serving.vllm.launch import defaults
 from headsink.serving.vllm.settings import engine_args
@@ -65,8 +69,35 @@ class Forced(AdapterLogitsProcessor):
         return force
 
 
-def served(folder: str, plan: Plan, prefill: str, documents: list[list[int]], chunk: int | None) -> list[Tensor]:
-    """Return the log-probabilities at the scored tokens of each part, after its document."""
+def write_prefixes(folder: str, plan: Plan, cases: list[dict[str, Any]], files: list[Path]) -> None:
+    model, _ = headsink.load(folder, dtype="float32", device="cpu")
+    for case, file in zip(cases, files, strict=True):
+        ids = torch.tensor([case["ids"][:-1]])
+        headsink.save_prefix(file, prefill(model, plan, ids, exact=False, reconstruct=True), ids)
+
+
+def from_prefixes(folder: str, plan: Plan, cases: list[dict[str, Any]], *given: Any) -> list[Tensor]:
+    """As `served`, from prefixes."""
+    with tempfile.TemporaryDirectory() as room:
+        files = [Path(room) / f"{number}.safetensors" for number in range(len(cases))]
+        # A process of its own, as vLLM does not start where numba has compiled kernels.
+        writer = multiprocessing.get_context("spawn").Process(target=write_prefixes, args=(folder, plan, cases, files))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise SystemExit("the prefixes could not be written")
+        return served(folder, plan, "dense", *given, prefixes=files)
+
+
+def served(
+    folder: str,
+    plan: Plan,
+    way: str,
+    documents: list[list[int]],
+    chunk: int | None,
+    prefixes: Sequence[Path] = (),
+) -> list[Tensor]:
+    """Return the log-probabilities at the scored tokens of each part, after its document. way: how prompts are read."""
     longest = max(len(ids) + len(part["ids"]) for ids, part in zip(documents, PARTS, strict=True))
     block = int(defaults(plan)["--block-size"])
     options: dict[str, Any] = {"block_size": block, "max_model_len": longest, "async_scheduling": False}
@@ -78,14 +109,15 @@ def served(folder: str, plan: Plan, prefill: str, documents: list[list[int]], ch
         skip_tokenizer_init=True,
         logits_processors=[Forced],
         **options,
-        **engine_args(plan, prefill),
+        **engine_args(plan, way, prefixes),
     )
     LOGS.clear()
     ask = [
         SamplingParams(max_tokens=len(part["ids"]), ignore_eos=True, detokenize=False, extra_args={"part": number})
         for number, part in enumerate(PARTS)
     ]
-    llm.generate([{"prompt_token_ids": ids} for ids in documents], ask)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in documents], ask)
+    assert all(bool(output.num_cached_tokens) == bool(prefixes) for output in outputs)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -93,11 +125,13 @@ def served(folder: str, plan: Plan, prefill: str, documents: list[list[int]], ch
 
 
 @torch.no_grad()
-def in_transformers(folder: str, plan: Plan | None, cases: list[dict[str, Any]]) -> list[Tensor]:
+def in_transformers(
+    folder: str, plan: Plan | None, cases: list[dict[str, Any]], reconstruct: bool = False
+) -> list[Tensor]:
     model, _ = headsink.load(folder, dtype="float32", device="cpu")
     found = []
     for case in cases:
-        cache = read(model, plan, case["ids"])
+        cache = read(model, plan, case["ids"], reconstruct=reconstruct)
         found += [continuation_log_probs(model, cache, part["ids"], part["scored"]) for part in case["continuations"]]
     return found
 
@@ -138,7 +172,7 @@ def main() -> None:
     parser.add_argument("--cases", type=Path, required=True, help="from benchmarks/cases.py")
     parser.add_argument("--context", type=int, default=2000, help="of the cases")
     parser.add_argument("--limit", type=int, help="cases")
-    parser.add_argument("--prefill", default="dense,sparse", help="how the server reads prompts")
+    parser.add_argument("--prefill", default="dense,sparse,prefix", help="how the server reads prompts")
     parser.add_argument("--chunk", type=int, help="tokens of a step; vLLM's default otherwise")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -157,12 +191,16 @@ def main() -> None:
     }
     documents = [case["ids"] for case in owners]
     # vLLM comes first: it does not start in a process that has compiled kernels by numba.
+    given = documents, arguments.chunk
     ways: dict[str, Callable[[], list[Tensor]]] = {
-        f"served, {prefill} prefill": partial(served, folder, plan, prefill, documents, arguments.chunk)
-        for prefill in arguments.prefill.split(",")
+        f"served, {way} prefill": partial(served, folder, plan, way, *given) for way in arguments.prefill.split(",")
     }
+    if ways.pop("served, prefix prefill", None):
+        ways["served, reconstructed prefixes"] = partial(from_prefixes, folder, plan, cases, *given)
     ways |= {
-        name: partial(in_transformers, folder, own, cases) for name, own in (("full cache", None), ("apply", plan))
+        "full cache": partial(in_transformers, folder, None, cases),
+        "apply": partial(in_transformers, folder, plan, cases),
+        "context reconstruction": partial(in_transformers, folder, plan, cases, True),
     }
     measured, seconds = {}, {}
     for way, measure in ways.items():

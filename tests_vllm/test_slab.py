@@ -166,13 +166,18 @@ def test_a_sequence_holds_the_blocks_of_its_length(engine, model_folder, prefill
     llm = engine(model_folder(model), plan, prefill, block_size=32, max_num_batched_tokens=chunk)
     slab, before = Slab.of(plan, CONTEXT, 32), free_blocks(llm)
     assert len(scheduler(llm).kv_cache_config.kv_cache_groups) == 1
-    core, taken = llm.llm_engine, []
+    core, taken, shown = llm.llm_engine, [], []
     core.add_request(
         "one", tiny.prompts([prompt])[0], SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False)
     )
     while core.has_unfinished_requests():
         core.step()
         taken.append(before - free_blocks(llm))
+        found = {metric.name: metric.value for metric in llm.get_metrics() if metric.name.startswith("vllm:headsink")}
+        shown.append((found["vllm:headsink_kv_blocks"], found["vllm:headsink_kv_blocks_full_cache"]))
+    tokens = [*(min(n * chunk, prompt) for n in range(1, -(-prompt // chunk))), *range(prompt, prompt + new)]
+    assert shown[:-1] == [(used, -(-n // 32)) for used, n in zip(taken[:-1], tokens[:-1], strict=True)]
+    assert shown[-1] == (0, 0)
     reading = -(-prompt // chunk)
     if prefill == "dense":
         at_end = blocks_for(slab.needs, prompt)

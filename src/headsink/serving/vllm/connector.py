@@ -1,7 +1,8 @@
-"""vLLM's KV connector for prefixes (prefixes.py): a request whose prompt begins with one starts after it.
+"""vLLM's KV connector for the slab (slab.py): requests that start from a prefix (prefixes.py), and metrics.
 
-In the scheduler's process it says how many tokens of a prompt are known. In a worker it names the sequences that start from a
-prefix, and the attention writes the prefix into their blocks before the step (slab_attention.py).
+In the scheduler's process it says how many tokens of a prompt are known, and how many blocks are held. In a worker it names the
+sequences that start from a prefix; the attention writes the prefix into their blocks before the step (slab_attention.py). In the
+server's process it exports the metrics.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from headsink.runtime.prefix import prefix_tokens
 from headsink.serving.vllm.prefixes import Prefix, find
 from headsink.serving.vllm.settings import PREFIXES
+from headsink.serving.vllm.slab_cache import SlabManager
+
+GAUGES = {  # vLLM shows and removes metrics that begin like its own
+    "vllm:headsink_kv_blocks": "Blocks of the KV cache that running sequences hold.",
+    "vllm:headsink_kv_blocks_full_cache": "Blocks of the KV cache that running sequences would hold without a plan.",
+}
 
 
 @dataclass
@@ -29,7 +37,36 @@ class Starts(KVConnectorMetadata):
     loads: list[tuple[int, int]]
 
 
-class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
+@dataclass
+class Usage(KVConnectorStats):
+    """The values of `GAUGES` by name."""
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return other  # the later one
+
+    def reduce(self) -> dict[str, int | float]:
+        return self.data
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class Metrics(KVConnectorPromMetrics):
+    def __init__(
+        self, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], labels: dict[int, list[object]]
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, labels)
+        self.gauges = {name: self._gauge_cls(name, text, labelnames) for name, text in GAUGES.items()}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, gauge in self.gauges.items():
+            gauge.labels(*self.per_engine_labelvalues[engine_idx]).set(transfer_stats_data[name])
+
+
+class SlabConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.starts: list[tuple[int, int]] = []
@@ -59,6 +96,13 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         starts, self.starts = self.starts, []
         return Starts(starts)
 
+    def get_kv_connector_stats(self) -> Usage | None:
+        if self._kv_cache_manager is None:  # in a worker
+            return None
+        (manager,) = self._kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, SlabManager)
+        return Usage(dict(zip(GAUGES, manager.usage(), strict=True)))
+
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         del request, block_ids
         return False, None
@@ -66,7 +110,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     # in a worker
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """vLLM calls this before each step, before it makes the metadata of the attention."""
+        """Take the sequences of a step. vLLM calls this first in each step, before it makes the metadata of the attention."""
         assert isinstance(kv_connector_metadata, Starts)
         self.running.loads += kv_connector_metadata.loads
 
@@ -81,3 +125,15 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         pass
+
+    # in the server's process
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Usage:
+        return Usage(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> Metrics:
+        return Metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

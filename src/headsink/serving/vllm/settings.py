@@ -64,12 +64,13 @@ def engine_args(plan: Plan, prefill: str = "dense", prefixes: Sequence[str | os.
         if prefixes:
             raise HeadsinkError("prefix: vLLM starts from prefixes only under a plan with top-k keys")
         return arguments
-    arguments |= {"enable_prefix_caching": False}
-    if not prefixes:
-        return arguments
-    connector = {"kv_connector": "PrefixConnector", "kv_connector_module_path": CONNECTOR, "kv_role": "kv_consumer"}
-    files = [str(Path(file).resolve()) for file in prefixes]
-    return arguments | {"kv_transfer_config": connector | {"kv_connector_extra_config": {PREFIXES: files}}}
+    connector = {
+        "kv_connector": "SlabConnector",
+        "kv_connector_module_path": CONNECTOR,
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": {PREFIXES: [str(Path(file).resolve()) for file in prefixes]},
+    }
+    return arguments | {"enable_prefix_caching": False, "kv_transfer_config": connector}
 
 
 def given_plan(additional_config: Any) -> Plan:

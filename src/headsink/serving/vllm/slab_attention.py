@@ -38,7 +38,7 @@ class Round:
     rows: which tokens of the step, int64 [tokens], None for all. tables, lengths: of every head of every sequence, int32 [layers,
     KV heads x sequences, pages] and [layers, KV heads x sequences]. slots: int64 [layers, KV heads, tokens]. starts: of the
     queries of each head and sequence, int32 [KV heads x sequences + 1]. evicting: the heads that evict before the round: layer,
-    index in `tables`, and what `evict` takes, int64 [evicting, 8].
+    index in `tables`, and what `evict` takes, int64 [evicting, 8]. All are contiguous: vLLM's kernels do not look at strides.
     """
 
     rows: Tensor | None
@@ -149,7 +149,7 @@ def divide(batch: CommonAttentionMetadata, tables: Tables, dense: bool) -> tuple
             given = (int(of[row]) for of in (place, length, tokens, prompt))
             parts.append(_part(tables, blocks[row], *given))
         length, left, place = length + tokens, left - tokens, place + tokens
-    missing = tables.missing[prefix].permute(1, 2, 0)
+    missing = tables.missing[prefix].permute(1, 2, 0).contiguous()
     while bool((left > 0).any()):
         tokens = torch.minimum(left, slab.next_eviction(length, prompt) - length)
         who = (tokens > 0).nonzero()[:, 0]
@@ -193,8 +193,8 @@ def _round(
     return Round(
         place[owner] + within,
         pages.flatten(1, 2),
-        (held - evicted + tokens).flatten(1).int(),
-        page.long() * block + at % block,
+        (held - evicted + tokens).flatten(1).int().contiguous(),
+        (page.long() * block + at % block).contiguous(),
         starts.int(),
         _evicting(slab, held, evicted, length, prompt, missing),
     )

@@ -54,6 +54,7 @@ class SlabManager(FullAttentionManager):
         self.spec = kv_cache_spec
         self.prompts: dict[str, int] = {}  # tokens of the prompts, or of the prefixes from which requests started
         self.reading: dict[str, int] = {}  # blocks for prompts while they are read
+        self.tokens: dict[str, int] = {}  # of sequences
 
     def _missing(self, request_id: str, num_tokens: int, prefix: int = 0) -> int:
         """Return how many blocks a request needs more. prefix: tokens of the prefix from which it can start."""
@@ -80,6 +81,7 @@ class SlabManager(FullAttentionManager):
         del num_tokens_main_model
         new = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(new)
+        self.tokens[request_id] = num_tokens
         if num_tokens < self.prompts.get(request_id, 0):
             self.reading[request_id] = self.spec.blocks_of_prompt(num_tokens)
         if self._record_new_block_ids:
@@ -99,9 +101,15 @@ class SlabManager(FullAttentionManager):
             self._remove_blocks_in_range(request_id, first, first + self.reading.get(request_id, 0))
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        self.prompts.pop(request_id, None)
-        self.reading.pop(request_id, None)
+        for numbers in (self.prompts, self.reading, self.tokens):
+            numbers.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many blocks the sequences hold, and how many they would hold without a plan."""
+        pool = self.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is never used
+        return held, sum(cdiv(tokens, self.block_size) for tokens in self.tokens.values())
 
     @classmethod
     def find_longest_cache_hit(
