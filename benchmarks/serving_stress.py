@@ -3,14 +3,16 @@
 .venv-vllm/bin/python benchmarks/serving_stress.py --requests 10000 --out benchmarks/results/serving-stress.json
 
 A tiny random model in float32 gets requests of 1 token up to the maximum length into a pool so small that vLLM preempts. A
-quarter of the prompts begin like an earlier one, and some requests are aborted, while they wait, are read, or decode. Then every
-n-th finished request is sent again, alone. Runs in vLLM's environment (make test-vllm).
+quarter of the prompts begin like an earlier one, some with one of two prefixes that the server starts from, and some requests are
+aborted, while they wait, are read, or decode. Then every n-th finished request is sent again, alone. Runs in vLLM's environment
+(make test-vllm).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import tempfile
@@ -29,6 +31,7 @@ import headsink
 from headsink import Pattern
 from headsink.bench.heading import provenance
 from headsink.eviction.scorers import LINEAR
+from headsink.runtime.prefill import prefill
 from headsink.serving.vllm.settings import engine_args
 from headsink.utils.files import write_text
 
@@ -70,7 +73,14 @@ def make_plan(model: LlamaForCausalLM) -> headsink.Plan:
     return headsink.Plan.of(model, [[draw(), draw()] for _ in range(3)], weights, scorer=LINEAR.name)
 
 
-def start(folder: Path, plan: headsink.Plan, prefill: str, **options: Any) -> LLM:
+def write_prefixes(folder: Path, plan: headsink.Plan, texts: list[list[int]], files: list[Path]) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for text, file in zip(texts, files, strict=True):
+        ids = torch.tensor([text])
+        headsink.save_prefix(file, prefill(model, plan, ids), ids)
+
+
+def start(folder: Path, plan: headsink.Plan, way: str, prefixes: list[Path], **options: Any) -> LLM:
     return LLM(
         str(folder),
         dtype="float32",
@@ -80,7 +90,7 @@ def start(folder: Path, plan: headsink.Plan, prefill: str, **options: Any) -> LL
         max_model_len=CONTEXT,
         disable_log_stats=False,
         **options,
-        **engine_args(plan, prefill),
+        **engine_args(plan, way, prefixes),
     )
 
 
@@ -98,6 +108,13 @@ def main() -> None:
     arguments = parser.parse_args()
     rng, folder = random.Random(0), Path(tempfile.mkdtemp())
     plan = make_plan(make_model(folder))
+    texts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (90, 333)]
+    apart = Path(tempfile.mkdtemp())  # vLLM takes all safetensors files of a model's folder for its weights
+    prefixes = [apart / f"{number}.safetensors" for number in range(len(texts))]
+    # A process of its own, as vLLM does not start where numba has compiled kernels.
+    writer = multiprocessing.get_context("spawn").Process(target=write_prefixes, args=(folder, plan, texts, prefixes))
+    writer.start()
+    writer.join()
     prompts: list[list[int]] = []
     for _ in range(arguments.requests):
         length = rng.randint(1, rng.choice([60, CONTEXT - 1]))
@@ -105,17 +122,20 @@ def main() -> None:
         if prompts and rng.random() < 0.25:
             shared = rng.choice(prompts[-50:])[: rng.randint(1, length)]
             ids = shared + ids[len(shared) :]
+        elif rng.random() < 0.1:
+            ids = (rng.choice(texts) + ids)[: CONTEXT - 1]
         prompts.append(ids)
     news = [rng.randint(1, min(200, CONTEXT - len(ids))) for ids in prompts]
 
     def ask(number: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=news[number], ignore_eos=True, detokenize=False)
 
-    llm = start(folder, plan, arguments.prefill, num_gpu_blocks_override=arguments.blocks, max_num_batched_tokens=200)
+    given = folder, plan, arguments.prefill, prefixes
+    llm = start(*given, num_gpu_blocks_override=arguments.blocks, max_num_batched_tokens=200)
     core, before, begin = llm.llm_engine, free_blocks(llm), time.perf_counter()
     running: set[int] = set()
     finished: dict[int, list[int]] = {}
-    aborted, sent = 0, 0
+    aborted, sent, from_prefix = 0, 0, 0
     while sent < arguments.requests or core.has_unfinished_requests():
         while sent < arguments.requests and len(running) < 24:
             core.add_request(str(sent), {"prompt_token_ids": prompts[sent]}, ask(sent))
@@ -124,6 +144,7 @@ def main() -> None:
         for output in core.step():
             if output.finished:
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
+                from_prefix += bool(output.num_cached_tokens)
                 running.discard(int(output.request_id))
         if running and rng.random() < 0.003:
             gone = rng.choice(sorted(running))
@@ -138,17 +159,18 @@ def main() -> None:
         "prefill": arguments.prefill,
         "requests": arguments.requests,
         "finished": len(finished),
+        "finished_that_started_from_a_prefix": from_prefix,
         "aborted": aborted,
         "preemptions": metrics["vllm:num_preemptions"],
         "blocks_of_the_pool": before,
         "blocks_lost": before - free_blocks(llm),
-        "requests_that_the_block_manager_still_knows": len(manager.prompts) + len(manager.reading),
+        "requests_that_the_block_manager_still_knows": len({*manager.prompts, *manager.reading, *manager.tokens}),
         "seconds": time.perf_counter() - begin,
     }
     print(json.dumps(found), flush=True)
     core.engine_core.shutdown()
     del llm, core
-    llm = start(folder, plan, arguments.prefill, max_num_batched_tokens=CONTEXT)
+    llm = start(*given, max_num_batched_tokens=CONTEXT)
     numbers = sorted(finished)[:: arguments.again]
     different = [
         number
