@@ -12,7 +12,7 @@ import headsink
 from headsink import HeadsinkError
 from headsink.generation.chat import Conversation
 from headsink.generation.generate import generate
-from headsink.generation.templates import MARK, document_prompt, encode
+from headsink.generation.templates import MARK, chat_prompt, document_prompt, encode
 from headsink.models.transformers_names import cache_argument
 
 
@@ -150,6 +150,16 @@ def test_lone_surrogates_are_refused(tokenizer):
     with pytest.raises(HeadsinkError, match=r"prompt: character 4 is U\+D83D, half of a character"):
         encode(tokenizer, "hi \ud83d!")
     assert encode(tokenizer, "hi \N{GRINNING FACE}!") == tokenizer("hi \N{GRINNING FACE}!")["input_ids"]
+
+
+def test_a_document_is_a_prefix_of_every_chat_that_begins_with_it(tiny_folder):
+    """So that a server finds it (serving/vllm/prefixes.py), however the document ends."""
+    _, tokenizer = headsink.load(tiny_folder, device="cpu", dtype="float32")
+    for end in ("", "\n", "\n\n", "  \n \n"):
+        _, ids = document_prompt(tokenizer, f"The gate is 47.{end}")
+        for question in (f"{end}\n\nWhich gate?", "\n\nWhich gate?"):
+            text = chat_prompt(tokenizer, [{"role": "user", "content": f"The gate is 47.{question}"}])
+            assert encode(tokenizer, text)[: len(ids)] == ids
 
 
 def test_a_document_may_contain_the_end_marker(tiny_folder):

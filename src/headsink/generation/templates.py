@@ -20,10 +20,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
 
 
 def document_prompt(tokenizer: PreTrainedTokenizerBase, document: str, raw: bool = False) -> tuple[str, list[int]]:
-    """The prompt up to a question about a document, as text and tokens, in the model's chat format if it has one."""
+    """The prompt up to a question about a document, as text and tokens, in the model's chat format if it has one.
+
+    There, white space at the end is left out: with what follows it may be other tokens.
+    """
     if raw or tokenizer.chat_template is None:
         return document, encode(tokenizer, document, special=True)
-    text = chat_prompt(tokenizer, [{"role": "user", "content": document + MARK}]).rpartition(MARK)[0]
+    text = chat_prompt(tokenizer, [{"role": "user", "content": document.rstrip() + MARK}]).rpartition(MARK)[0]
     return text, encode(tokenizer, text)
 
 

@@ -21,7 +21,11 @@ def inverse_frequencies(model: nn.Module, kind: str = "full_attention") -> Tenso
 
     None if the model has none under transformers' usual names.
     """
-    rotary = getattr(decoder(model), "rotary_emb", None)
+    return frequencies_of(getattr(decoder(model), "rotary_emb", None), kind)
+
+
+def frequencies_of(rotary: nn.Module | None, kind: str = "full_attention") -> Tensor | None:
+    """As `inverse_frequencies`, of a module that computes rotary embeddings."""
     found = getattr(rotary, f"{kind}_inv_freq", None)  # Gemma 3 has one for each kind of layer
     found = getattr(rotary, "inv_freq", None) if found is None else found
     return found.float() if isinstance(found, Tensor) else None

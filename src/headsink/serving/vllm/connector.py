@@ -19,14 +19,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from headsink.errors import HeadsinkError
 from headsink.runtime.prefix import prefix_tokens
 from headsink.serving.vllm.prefixes import Prefix, find
 from headsink.serving.vllm.settings import PREFIXES
-from headsink.serving.vllm.slab_cache import SlabManager
+from headsink.serving.vllm.slab_cache import SlabManager, SlabSpec
 
 GAUGES = {  # vLLM shows and removes metrics that begin like its own
-    "vllm:headsink_kv_blocks": "Blocks of the KV cache that running sequences hold.",
-    "vllm:headsink_kv_blocks_full_cache": "Blocks of the KV cache that running sequences would hold without a plan.",
+    "vllm:headsink_kv_blocks": "Blocks that running sequences hold for the layers of the plan.",
+    "vllm:headsink_kv_blocks_full_cache": "Blocks that running sequences would hold for these layers without a plan.",
 }
 
 
@@ -48,7 +49,7 @@ class Usage(KVConnectorStats):
         return other  # the later one
 
     def reduce(self) -> dict[str, int | float]:
-        return self.data
+        return {name.removeprefix("vllm:"): value for name, value in self.data.items()}
 
     def is_empty(self) -> bool:
         return not self.data
@@ -76,6 +77,12 @@ class SlabConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             layers = vllm_config.compilation_config.static_forward_context.values()
             running = self.running = next(layer.running for layer in layers if hasattr(layer, "slab"))
+            groups = sum(isinstance(group.kv_cache_spec, SlabSpec) for group in kv_cache_config.kv_cache_groups)
+            if groups > 1:
+                raise HeadsinkError(
+                    "vLLM divides the layers with full attention of this model into several groups, which a plan with top-k keys "
+                    "does not support; make one with `headsink plan --no-top-k`"
+                )
             given = running.plan, running.shape, running.slab, running.heads, vllm_config.model_config.dtype
             running.prefixes = [Prefix.load(file, *given) for file in files]
 
@@ -99,9 +106,9 @@ class SlabConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> Usage | None:
         if self._kv_cache_manager is None:  # in a worker
             return None
-        (manager,) = self._kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, SlabManager)
-        return Usage(dict(zip(GAUGES, manager.usage(), strict=True)))
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        (slab,) = (manager for manager in managers if isinstance(manager, SlabManager))
+        return Usage(dict(zip(GAUGES, slab.usage(), strict=True)))
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         del request, block_ids

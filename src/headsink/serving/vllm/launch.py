@@ -62,7 +62,10 @@ def command(
     # For a model of the Hugging Face Hub, vLLM's workers compare the weights and the prefixes while loading.
     shape = check_folder(plan, Path(source)) if local else None
     for file in prefixes:
-        prefix_tokens(file) if shape is None else prefix_heads(file, plan, shape)
+        if shape is None:
+            prefix_tokens(file)
+        else:
+            prefix_heads(file, plan, shape)
     ours = {"--served-model-name": model} | ({} if torch.cuda.is_available() else defaults(plan))
     chosen = [f"{option}={value}" for option, value in ours.items() if option not in named]
     given = [_option(key, value) for key, value in arguments.items()]

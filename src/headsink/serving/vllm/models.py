@@ -1,9 +1,10 @@
 """vLLM model classes that run a plan; one implementation serves all families, because all call `self.attn(q, k, v)`.
 
-vLLM builds the model; then the `Attention` of every layer is replaced by one per KV head (`SplitAttention`), so that each head
-has its own blocks. Sliding-window layers are split too, with their own window: vLLM gives all layers blocks of the same size in
-bytes, and would otherwise use longer blocks for single heads. A plan of full heads only leaves the model unchanged. The weights
-are hashed while they load, and the hash is compared with the plan's.
+vLLM builds the model; then the `Attention` of its layers is replaced. Under a plan with top-k keys all layers with full attention
+share a slab (`SlabAttention`). Under other plans every layer gets an `Attention` per KV head (`SplitAttention`), so that each
+head has its own blocks. Sliding-window layers are split too, with their own window: vLLM gives all layers blocks of the same size
+in bytes, and would otherwise use longer blocks for single heads. A plan of full heads only leaves the model unchanged. The
+weights are hashed while they load, and the hash is compared with the plan's.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class HeadAttention(Attention):
 class SlabAttention(Attention):
     """Attention of a layer whose keys are in the slab (slab.py)."""
 
-    def __init__(self, whole: Attention, number: int, running: Running) -> None:
+    def __init__(self, whole: Attention, layer: int, running: Running) -> None:
         super().__init__(
             num_heads=whole.num_heads,
             head_size=whole.head_size,
@@ -129,9 +130,9 @@ class SlabAttention(Attention):
             prefix=whole.layer_name,
             attn_backend=over_slab(whole.attn_backend),
         )
-        self.running, self.number, self.scorer = running, number, SCORERS[running.plan.scorer]
-        self.rotary = running.rotary
-        self.register_buffer("scorer_weights", running.plan.scores(number)[running.heads], persistent=False)
+        self.running, self.rotary, self.scorer = running, running.rotary, SCORERS[running.plan.scorer]
+        self.number = sum(heads is not None for heads in running.plan.layers[:layer])  # among the layers of the slab
+        self.register_buffer("scorer_weights", running.plan.scores(layer)[running.heads], persistent=False)
 
     @property
     def slab(self) -> Slab:
@@ -207,10 +208,12 @@ def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig)
             if whole.sliding_window != shape.windows[layer]:
                 windows = f"{whole.sliding_window} in vLLM and of {shape.windows[layer]} in its configuration"
                 raise HeadsinkError(f"layer {layer} has a window of {windows}")
+            layers.append(layer)
+            if plan.has_top_k and plan.layers[layer] is None:
+                continue
             del context[whole.layer_name]
             replace = SlabAttention if plan.has_top_k else SplitAttention
             setattr(parent, name, replace(whole, layer, running))
-            layers.append(layer)
     if sorted(layers) != list(range(len(plan.layers))):
         raise HeadsinkError(
             f"vLLM has attention in the layers {sorted(layers)}; the plan has {len(plan.layers)} layers"

@@ -23,7 +23,6 @@ from headsink_vllm import PREFIX
 
 KEY, PREFILL = "headsink_plan", "headsink_prefill"  # in additional_config
 CONNECTOR, PREFIXES = "headsink.serving.vllm.connector", "prefixes"  # module, and key in its configuration
-ANOTHER_PLAN = "make one with `headsink plan --no-top-k`"
 
 
 def check_servable(plan: Plan) -> None:
@@ -32,11 +31,6 @@ def check_servable(plan: Plan) -> None:
         names = ", ".join(family.removesuffix("ForCausalLM") for family in VLLM_CLASSES)
         raise HeadsinkError(
             f"{plan.model.architecture} cannot be served under a plan; the supported families are {names}"
-        )
-    if plan.has_top_k and None in plan.layers:
-        raise HeadsinkError(
-            "the plan has top-k keys, and the model has layers with a sliding window, which vLLM runs with windows only; "
-            f"{ANOTHER_PLAN}"
         )
     if plan.positions == "cache-relative":
         raise HeadsinkError(
@@ -64,6 +58,8 @@ def engine_args(plan: Plan, prefill: str = "dense", prefixes: Sequence[str | os.
         if prefixes:
             raise HeadsinkError("prefix: vLLM starts from prefixes only under a plan with top-k keys")
         return arguments
+    if prefixes and None in plan.layers:
+        raise HeadsinkError("prefix: vLLM does not start from prefixes of models with sliding-window layers")
     connector = {
         "kv_connector": "SlabConnector",
         "kv_connector_module_path": CONNECTOR,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headsink.errors import HeadsinkError
 from headsink.models.fingerprint import WeightSample, hash_of, hashed_names, sample_indices
-from headsink.models.rope import Rotary
+from headsink.models.rope import Rotary, frequencies_of
 from headsink.models.spec import Architecture, decoder, describe
 from headsink.plan.plan import Plan
 
@@ -31,7 +31,8 @@ def rotary(model: PreTrainedModel) -> Rotary | None:
     embedding = getattr(decoder(model), "rotary_emb", None)
     if embedding is None or not describe(model).prefix_free:
         return None
-    return Rotary(type(embedding)(model.config).inv_freq.float())
+    inverse = frequencies_of(type(embedding)(model.config))
+    return None if inverse is None else Rotary(inverse)
 
 
 class PassingWeights:

@@ -55,6 +55,7 @@ class SlabManager(FullAttentionManager):
         self.prompts: dict[str, int] = {}  # tokens of the prompts, or of the prefixes from which requests started
         self.reading: dict[str, int] = {}  # blocks for prompts while they are read
         self.tokens: dict[str, int] = {}  # of sequences
+        self.held: dict[str, int] = {}  # blocks of sequences
 
     def _missing(self, request_id: str, num_tokens: int, prefix: int = 0) -> int:
         """Return how many blocks a request needs more. prefix: tokens of the prefix from which it can start."""
@@ -82,6 +83,7 @@ class SlabManager(FullAttentionManager):
         new = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(new)
         self.tokens[request_id] = num_tokens
+        self.held[request_id] = self.held.get(request_id, 0) + len(new)
         if num_tokens < self.prompts.get(request_id, 0):
             self.reading[request_id] = self.spec.blocks_of_prompt(num_tokens)
         if self._record_new_block_ids:
@@ -96,20 +98,20 @@ class SlabManager(FullAttentionManager):
         if not self.req_to_blocks.get(request_id):  # it starts; tokens that are known already are a prefix
             self.prompts[request_id] = processed_computed_tokens or num_prompt_tokens
         prompt = self.prompts[request_id]
-        if processed_computed_tokens >= prompt:
+        if processed_computed_tokens >= prompt and request_id in self.held:
             first = blocks_for(self.spec.needs, prompt)
+            before = self.block_pool.get_num_free_blocks()
             self._remove_blocks_in_range(request_id, first, first + self.reading.get(request_id, 0))
+            self.held[request_id] -= self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        for numbers in (self.prompts, self.reading, self.tokens):
+        for numbers in (self.prompts, self.reading, self.tokens, self.held):
             numbers.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def usage(self) -> tuple[int, int]:
         """Return how many blocks the sequences hold, and how many they would hold without a plan."""
-        pool = self.block_pool
-        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is never used
-        return held, sum(cdiv(tokens, self.block_size) for tokens in self.tokens.values())
+        return sum(self.held.values()), sum(cdiv(tokens, self.block_size) for tokens in self.tokens.values())
 
     @classmethod
     def find_longest_cache_hit(
