@@ -49,8 +49,8 @@ SECTIONS = [  # title, note, and the runs of each table
         "SmolLM2-135M, bfloat16",
         "No press was run at 6,000 tokens.",
         [
-            ["plans-smollm2-bfloat16-default", "plans-smollm2-bfloat16", "peers-smollm2-bfloat16"],
-            ["plans-smollm2-6000-bfloat16"],
+            ["plans-smollm2-bfloat16", "peers-smollm2-bfloat16"],
+            ["plans-smollm2-6000-bfloat16-default", "plans-smollm2-6000-bfloat16"],
         ],
     ),
     (

@@ -1,10 +1,13 @@
 """TPOT of lossless mode (self-speculative decoding) against decoding with the full cache, for several sequences at once.
 
 python benchmarks/lossless.py --plan runs/plan-7500.json --out benchmarks/results/lossless-smollm2.json
+python benchmarks/lossless.py --plan runs/plan-7500.json --dtype float32 --batches 1 --tokens 128 --drafts pays \
+    --tasks summary,edit,chat --out benchmarks/results/lossless-tasks-smollm2.json
 
-Different held-out texts are read once. Then these decode greedily, alternately, from copies of the cache: transformers with the
-full cache; the model under the all-full plan; the compiled decode step under that plan; lossless mode with drafts of 2, 4 and 8
-tokens, and of an adaptive length. Sequences whose tokens differ from those of the full cache are counted.
+Different held-out texts are read once, or a document with an instruction (`TASKS`). Then these decode greedily, alternately, from
+copies of the cache: transformers with the full cache; the model under the all-full plan; the compiled decode step under that
+plan; lossless mode with drafts of 2, 4 and 8 tokens of the compressed cache, and as it chooses itself ("pays"). Sequences whose
+tokens differ from those of the full cache are counted.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink import Plan
@@ -29,11 +33,28 @@ from headsink.cache.cache import PlanCache
 from headsink.data import corpus
 from headsink.generation.decode import open_decoder, prepare
 from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
+from headsink.generation.templates import document_prompt, question_prompt
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
 
-DRAFTS: tuple[int | None, ...] = (2, 4, 8, None)
+PAYS = "pays"
+TASKS = {  # kind of document, and the instruction after it
+    "continue": ("", ""),
+    "summary": ("prose", "Summarise the text above."),
+    "edit": ("code", "Write the code above again, with a comment for every function."),
+    "chat": ("chat", "Go on with this conversation."),
+}
+
+
+def make_prompt(task: str, tokenizer: PreTrainedTokenizerBase, context: int, number: int) -> list[int]:
+    kind, instruction = TASKS[task]
+    if not kind:
+        return corpus.tokens(("prose", "code")[number % 2], tokenizer, context, seed=number, split="heldout")
+    before, start = document_prompt(tokenizer, "")
+    end = question_prompt(tokenizer, before, instruction)
+    document = corpus.tokens(kind, tokenizer, context - len(start) - len(end), seed=number, split="heldout")
+    return [*start, *document, *end]
 
 
 def passes(model: PreTrainedModel, cache: Any, last: Tensor, tokens: int) -> Tensor:
@@ -90,6 +111,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True, help="the plan of the draft")
     parser.add_argument("--context", type=int, default=7500)
     parser.add_argument("--batches", default="1,8", help="batch sizes")
+    parser.add_argument("--tasks", default="continue", help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--drafts", default=f"2,4,8,{PAYS}", help="drafted tokens of lossless mode")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -107,12 +130,9 @@ def main() -> None:
         "tokens": arguments.tokens,
         "results": [],
     }
-    for batch in map(int, arguments.batches.split(",")):
-        prompts = [
-            corpus.tokens(("prose", "code")[n % 2], tokenizer, arguments.context, seed=n, split="heldout")
-            for n in range(batch)
-        ]
-        ids = torch.tensor(prompts)
+    drafts = [None if count == PAYS else int(count) for count in arguments.drafts.split(",")]
+    for task, batch in product(arguments.tasks.split(","), map(int, arguments.batches.split(","))):
+        ids = torch.tensor([make_prompt(task, tokenizer, arguments.context, n) for n in range(batch)])
         full = headsink.new_cache(model, everything, exact=False)
         with torch.no_grad(), headsink.apply(model, everything):
             for start in range(0, arguments.context - 1, 1024):
@@ -153,7 +173,7 @@ def main() -> None:
                 lambda full=full: (copy_without_past(full),),
                 lambda c, last=last: compiled(model, c, last, arguments.tokens),
             ),
-        } | {f"lossless, drafts of {count or 'as many as pay'}": with_draft(count) for count in DRAFTS}
+        } | {f"lossless, drafts of {count or 'as many as pay'}": with_draft(count) for count in drafts}
         times: dict[str, list[float]] = {method: [] for method in methods}
         outputs: dict[str, Tensor] = {}
         for number in range(arguments.rounds):
@@ -168,10 +188,10 @@ def main() -> None:
                         with headsink.apply(model, everything):
                             outputs[method] = run(*caches)
                 times[method].append((time.perf_counter() - start) / arguments.tokens)
-                print(f"{batch} sequences, {method}: {1e3 * times[method][-1]:.1f} ms", file=sys.stderr)
+                print(f"{task}, {batch} sequences, {method}: {1e3 * times[method][-1]:.1f} ms", file=sys.stderr)
         best = min(sorted(times[method])[arguments.rounds // 2] for method in list(methods)[1:3])
         for method in methods:
-            row: dict[str, Any] = {"texts": batch, "way": method, "token_s": spread(times[method])}
+            row: dict[str, Any] = {"task": task, "texts": batch, "way": method, "token_s": spread(times[method])}
             row["ratio_to_own_full"] = best / row["token_s"]["median"]
             row["texts_that_part"] = int((outputs[method] != outputs["headsink, full"]).any(1).sum())
             if method.startswith("lossless"):
@@ -180,7 +200,12 @@ def main() -> None:
             found["results"].append(row)
         write_text(arguments.out, json.dumps(found, indent=1))
     for row in found["results"]:
-        print(row["texts"], row["way"], f"{1e3 * row['token_s']['median']:.1f} ms, {row['ratio_to_own_full']:.2f} x")
+        print(
+            row["task"],
+            row["texts"],
+            row["way"],
+            f"{1e3 * row['token_s']['median']:.1f} ms, {row['ratio_to_own_full']:.2f} x",
+        )
     print(f"-> {arguments.out}")
 
 

@@ -4,8 +4,8 @@
 
 A tiny random model in float32 gets requests of 1 token up to the maximum length into a pool so small that vLLM preempts. A
 quarter of the prompts begin like an earlier one, some with one of two prefixes that the server starts from, and some requests are
-aborted, while they wait, are read, or decode. Then every n-th finished request is sent again, alone. Runs in vLLM's environment
-(make test-vllm).
+aborted, while they wait, are read, or decode. Then every n-th finished request, and every one that was preempted, is sent again,
+alone. Runs in vLLM's environment (make test-vllm).
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def free_blocks(llm: LLM) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--again", type=int, default=10, help="every n-th finished request is sent again, alone")
+    parser.add_argument("--again", type=int, default=40, help="every n-th finished request is sent again, alone")
+    parser.add_argument("--new", type=int, default=100, help="tokens to generate at most")
     parser.add_argument("--prefill", default="dense")
-    parser.add_argument("--blocks", type=int, default=36, help="of the pool")
+    parser.add_argument("--blocks", type=int, default=32, help="of the pool")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rng, folder = random.Random(0), Path(tempfile.mkdtemp())
@@ -125,7 +126,7 @@ def main() -> None:
         elif rng.random() < 0.1:
             ids = (rng.choice(texts) + ids)[: CONTEXT - 1]
         prompts.append(ids)
-    news = [rng.randint(1, min(200, CONTEXT - len(ids))) for ids in prompts]
+    news = [rng.randint(1, min(arguments.new, CONTEXT - len(ids))) for ids in prompts]
 
     def ask(number: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=news[number], ignore_eos=True, detokenize=False)
@@ -135,13 +136,17 @@ def main() -> None:
     core, before, begin = llm.llm_engine, free_blocks(llm), time.perf_counter()
     running: set[int] = set()
     finished: dict[int, list[int]] = {}
+    preempted: set[int] = set()
     aborted, sent, from_prefix = 0, 0, 0
     while sent < arguments.requests or core.has_unfinished_requests():
         while sent < arguments.requests and len(running) < 24:
             core.add_request(str(sent), {"prompt_token_ids": prompts[sent]}, ask(sent))
             running.add(sent)
             sent += 1
-        for output in core.step():
+        outputs = core.step()
+        waiting = core.engine_core.engine_core.scheduler.requests
+        preempted |= {int(name.split("-")[0]) for name, request in waiting.items() if request.num_preemptions}
+        for output in outputs:
             if output.finished:
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
                 from_prefix += bool(output.num_cached_tokens)
@@ -162,6 +167,7 @@ def main() -> None:
         "finished_that_started_from_a_prefix": from_prefix,
         "aborted": aborted,
         "preemptions": metrics["vllm:num_preemptions"],
+        "preempted_and_finished": len(preempted & set(finished)),
         "blocks_of_the_pool": before,
         "blocks_lost": before - free_blocks(llm),
         "requests_that_the_block_manager_still_knows": len({*manager.prompts, *manager.reading, *manager.tokens}),
@@ -171,7 +177,7 @@ def main() -> None:
     core.engine_core.shutdown()
     del llm, core
     llm = start(*given, max_num_batched_tokens=CONTEXT)
-    numbers = sorted(finished)[:: arguments.again]
+    numbers = sorted({*sorted(finished)[:: arguments.again], *(preempted & set(finished))})
     different = [
         number
         for number in numbers

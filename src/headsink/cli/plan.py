@@ -84,7 +84,7 @@ class PlanOptions(RunOptions):
         bool,
         typer.Option(
             "--no-top-k",
-            help="Sinks and windows of several sizes only: for vLLM on GPUs, with prefix caching, or sliding-window layers.",
+            help="Sinks and windows of several sizes only: for vLLM on GPUs or with prefix caching.",
         ),
     ] = False
     tensor_parallel: Annotated[

@@ -52,8 +52,9 @@ def serve(options: ServeOptions) -> None:
     """Serve a model under a plan by vLLM's OpenAI server. Options not listed here are vLLM's: --port, --max-model-len, ...
 
     The memory of evicted keys is free for other requests. vLLM works in whole blocks, so heads keep a little more than the plan
-    says. At startup the server prints how many blocks a sequence takes. Plans with top-k keys run on a CPU, without prefix
-    caching; make others with headsink plan --no-top-k, which are always read sparsely. Several GPUs: --tensor-parallel-size N.
+    says. At startup the server prints how many blocks a sequence takes; /metrics has what running ones save. Plans with top-k
+    keys run on a CPU, without prefix caching but from prefixes. Make others with headsink plan --no-top-k; they are always read
+    sparsely. Several GPUs: --tensor-parallel-size N.
     """
     given = options.context.args
     arguments = command(options.model, options.plan_file, given, options.prefill, options.prefixes or ())

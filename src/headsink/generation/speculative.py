@@ -2,10 +2,11 @@
 with the full cache verifies several of them in one pass.
 
 There are two caches, the full one and the plan's, so memory is higher than with the full cache alone. It saves time where
-decoding is limited by reading the full cache (long contexts, large batches). Keys and values of accepted tokens are copied from
-the full cache into the plan's, so the draft only uses exact ones. The compiled step (decode.py) drafts if it supports the model.
-Rows of a batch may accept different numbers of tokens: rejected tokens stay in a row's cache but are hidden, and its positions
-continue without a gap.
+decoding is limited by reading the full cache (long contexts, large batches). On a CPU drafts also come from the text itself,
+where its last tokens stood before (prompt lookup). Where neither pays, by measured times, the compiled step (decode.py) decodes
+with the full cache. Keys and values of accepted tokens are copied from the full cache into the plan's, so the draft only uses
+exact ones. The compiled step drafts if it supports the model. Rows of a batch may accept different numbers of tokens: rejected
+tokens stay in a row's cache but are hidden, and its positions continue without a gap.
 
 Greedy output equals that of the full cache; sampled output has the same distribution. A drafted token x is accepted with
 probability min(1, p(x) / q(x)), otherwise a token is drawn from max(0, p - q); p and q are taken after the logits processors.
@@ -28,7 +29,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from headsink.cache.cache import PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
-from headsink.generation.acceptance import MOST, DraftLength, accept_greedy, accept_sampled
+from headsink.generation.acceptance import MOST, DraftLength, Lookup, accept_greedy, accept_sampled
 from headsink.generation.decode import Decoder, decoder, prepare, refusal
 from headsink.generation.prompt import Prompt, check_call
 from headsink.models.spec import RECURRENT, describe
@@ -156,14 +157,16 @@ def _loop(
 
 class SpeculativeDecoder:
     """State of a batch. texts: each sequence so far, int64 [tokens]. position: of the last token of every unfinished
-    sequence, int64 [rows], or [axes, rows] where positions have several axes; neither cache has that token yet. full, draft: the
-    full cache and the plan's, with all tokens before it (`kept`)."""
+    sequence, int64 [rows], or [axes, rows] where positions have several axes; neither cache has that token yet. full: the full
+    cache, with all tokens before it. draft: the plan's, which may lack the last `lag` of these."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, position: Tensor, full: PlanCache, draft: PlanCache):
         self.model, self.texts, self.position, self.full, self.draft = model, list(input_ids), position, full, draft
         self.rows = list(range(len(input_ids)))  # unfinished sequences
         self.step: Decoder | None = None  # drafts, if it supports the model
         self.judge: Any = None  # verifies, on a GPU
+        self.single: Decoder | None = None  # decodes with the full cache, on a CPU
+        self.lag = 0
         # A compiled step cannot take tokens back from a window. Hidden columns would count in it: there all rows accept as many
         # tokens as the row with the fewest.
         windows = any(window is not None for window in describe(model).windows)
@@ -171,6 +174,8 @@ class SpeculativeDecoder:
         self.compiled = position.dim() == 1 and not windows and refusal(model, draft.plan) is None
         if self.compiled:
             prepare(model)  # not part of the measured times
+        on_cpu = self.compiled and input_ids.device.type not in device.DEVICES
+        self.lookups = [Lookup(text.tolist()) for text in self.texts] if on_cpu else []
 
     def run(
         self,
@@ -190,24 +195,30 @@ class SpeculativeDecoder:
         """
         pick, pace, fixed = accept_sampled if sample else accept_greedy, DraftLength(), drafted
         while self.rows:
-            drafted = pace.choose() if fixed is None else fixed
+            guesses = self._look_up()
+            source, drafted = pace.choose(len(guesses)) if fixed is None else (pace.cache, fixed)
+            if not drafted and self.lookups and self.full.get_seq_length():
+                self._decode(pace, fixed, processed, pick, stop, told, streamer)
+                continue
             start = time.perf_counter()
-            tokens, proposals = self._draft(drafted, processed, pick)
+            if source is pace.lookup:
+                given = torch.stack([self.texts[text][-1] for text in self.rows])
+                tokens, proposals = torch.stack([given, *guesses[:drafted]], 1), list[list[Tensor]]()
+            else:
+                tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
             positions = self.position[..., None] + torch.arange(drafted + 1, device=self.position.device)
             logits = self._verify(tokens, positions)
             picks = []
             for row, text in enumerate(self.rows):
-                guesses = tokens[row, 1:]
+                own = tokens[row, 1:]
                 probabilities = [
-                    processed(text, torch.cat([self.texts[text], guesses[:n]]), logits[row, n])
-                    for n in range(drafted + 1)
+                    processed(text, torch.cat([self.texts[text], own[:n]]), logits[row, n]) for n in range(drafted + 1)
                 ]
-                picks.append(pick(probabilities, guesses.tolist(), [one[row] for one in proposals]))
+                picks.append(pick(probabilities, own.tolist(), [one[row] for one in proposals]))
             least = min(len(accepted) for accepted, _ in picks)
-            pace.update(
-                drafted, middle - start, time.perf_counter() - middle, sum(len(a) for a, _ in picks) / len(picks)
-            )
+            mean = sum(len(accepted) for accepted, _ in picks) / len(picks)
+            pace.update(source, drafted, middle - start, time.perf_counter() - middle, mean)
             told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(picks)
             told.lengths.append(drafted)
             unfinished = []
@@ -216,7 +227,52 @@ class SpeculativeDecoder:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
                 unfinished.append(self._append(row, [*accepted, last], stop, streamer))
-            self._update_caches(drafted, [len(accepted) if self.ragged else least for accepted, _ in picks], unfinished)
+            kept = [len(accepted) if self.ragged else least for accepted, _ in picks]
+            self._update_caches(drafted, source is pace.cache, kept, unfinished)
+
+    def _look_up(self) -> list[Tensor]:
+        """Return the tokens that followed the last ones before, int64 [rows] each; none if a row has none."""
+        if not self.lookups:
+            return []
+        found = [self.lookups[text].find() for text in self.rows]
+        least = min(map(len, found))
+        return list(torch.tensor([one[:least] for one in found], device=self.position.device).T)
+
+    def _decode(
+        self,
+        pace: DraftLength,
+        fixed: int | None,
+        processed: Callable[..., Tensor],
+        pick: Callable[..., Any],
+        stop: Any,
+        told: Speculation,
+        streamer: Any,
+    ) -> None:
+        """Decode with the full cache, token by token, until a sequence ends or drafts are expected to be faster.
+
+        The tokens say without cost whether lookups would have been accepted.
+        """
+        if self.single is None:
+            self.single = decoder(self.model, self.full)
+        else:
+            self.single.resume()
+        unfinished = [True] * len(self.rows)
+        while True:
+            start, guesses = time.perf_counter(), self._look_up()
+            logits = self.single.run(torch.stack([self.texts[text][-1] for text in self.rows]), self.position)
+            for row, text in enumerate(self.rows):
+                _, token = pick([processed(text, self.texts[text], logits[row])], [], [])
+                if guesses:
+                    pace.lookup.judge(float(token == int(guesses[0][row])))
+                unfinished[row] = self._append(row, [token], stop, streamer)
+            self.position, self.lag = self.position + 1, self.lag + 1
+            pace.update(pace.cache, 0, 0.0, time.perf_counter() - start, 0.0)
+            told.passes += 1
+            told.lengths.append(0)
+            if not all(unfinished) or (fixed is None and pace.choose(len(self._look_up()))[1]):
+                break
+        self.single.start_evicting()
+        self._drop(unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
@@ -224,6 +280,7 @@ class SpeculativeDecoder:
         """Draft `count` tokens: int64 [rows, 1 + count], with each sequence's last token first, and their processed logits."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
+        self._catch_up()
         if self.compiled and self.step is None and self.draft.get_seq_length():
             self.step = decoder(self.model, self.draft)
         elif self.step is not None:
@@ -260,22 +317,35 @@ class SpeculativeDecoder:
         text = self.rows[row]
         for token in new:
             self.texts[text] = torch.cat([self.texts[text], self.texts[text].new_tensor([token])])
+            if self.lookups:
+                self.lookups[text].append(token)
             if streamer is not None:
                 streamer.put(self.texts[text][-1:])
             if bool(stop(self.texts[text][None], None).all()):
                 return False
         return True
 
-    def _update_caches(self, drafted: int, accepted: list[int], unfinished: list[bool]) -> None:
-        """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows."""
+    def _update_caches(self, drafted: int, by_draft: bool, accepted: list[int], unfinished: list[bool]) -> None:
+        """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows.
+
+        by_draft: whether the draft's cache has the drafted tokens.
+        """
         counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
-        _crop(self.draft, drafted)
+        if by_draft:
+            _crop(self.draft, drafted)
         recent = [_recent(layer, columns) for layer in _layers(self.full)]
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
-        self._copy_to_draft(columns, hidden, recent)
+        if self.lookups:
+            self._append_later(columns, hidden)
+        else:
+            self._copy_to_draft(columns, hidden, recent)
         self.position = self.position + counts + 1
+        self._drop(unfinished)
+
+    def _drop(self, unfinished: list[bool]) -> None:
+        """Keep only unfinished rows."""
         remaining = [row for row, goes_on in enumerate(unfinished) if goes_on]
         self.rows = [self.rows[row] for row in remaining]
         if remaining and not all(unfinished):
@@ -283,6 +353,21 @@ class SpeculativeDecoder:
             self.position = self.position[..., rows]
             for cache in (self.full, self.draft):
                 cache.batch_select_indices(rows)
+
+    def _append_later(self, columns: int, hidden: Tensor) -> None:
+        """Leave the last columns of the full cache for `_catch_up`, unless some are hidden, bool [rows, columns]."""
+        self.lag += columns
+        if bool(hidden.any()):
+            self._catch_up()
+            for cache in (self.full, self.draft):
+                cache.hide(hidden)
+
+    def _catch_up(self) -> None:
+        """Append to the draft the columns that it lacks."""
+        for mine, theirs in zip(_layers(self.draft), _layers(self.full), strict=True):
+            if self.lag:
+                mine.append(*theirs.groups[0].last(self.lag))
+        self.lag = 0
 
     def _copy_to_draft(self, columns: int, hidden: Tensor, recent: list[tuple[Tensor, Tensor] | None]) -> None:
         """Append the last columns of the full cache to the draft's.

@@ -2,7 +2,7 @@
 
 The header holds the plan and a few numbers, which determine the state of every head group and the dtype and shape of every
 tensor. A file with other tensors is refused before a kernel reads it. The tensors are the keys and values in use, in their order
-in memory (cache/slots.py), so that sums are equal bit for bit after loading. Which slots are visible follows from the header.
+in memory (cache/buffers.py), so that sums are equal bit for bit after loading. Which slots are visible follows from the header.
 """
 
 from __future__ import annotations
