@@ -41,8 +41,8 @@ from headsink.utils import device
 
 @dataclass
 class Speculation:
-    """Counts of a lossless generation. drafted, accepted: tokens over all rows. passes: verifying forward passes, without the
-    prefill. kv_bytes: of both caches at the end. lengths: drafted tokens per row in each round."""
+    """Counts of a lossless generation. drafted, accepted: tokens over all rows. passes: forward passes with the full cache,
+    without the prefill. kv_bytes: of both caches at the end. lengths: drafted tokens per row in each pass."""
 
     drafted: int = 0
     accepted: int = 0
@@ -69,8 +69,9 @@ def generate_lossless(
     Greedy output equals that of the full cache (up to ties within rounding); sampled output has its distribution. Memory is that
     of the full KV cache and the plan's.
 
-    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: per round, 0 to 8; chosen from
-    measured acceptance and times if None. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
+    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the compressed cache, per round,
+    0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where
+    decoding with the full cache is faster. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
     max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (for one sequence), ... Raises
     HeadsinkError if the plan was made for another model, and for beam search, a cache of your own and return_dict_in_generate.
     """
