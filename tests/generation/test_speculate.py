@@ -14,6 +14,7 @@ import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation import speculative
 from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength, Lookup
+from headsink.generation.decode import refusal
 from headsink.generation.speculative import Speculation, generate_lossless
 from headsink.models.transformers_names import cache_argument
 
@@ -198,6 +199,29 @@ def test_a_lookup_finds_what_followed_the_last_tokens_before():
     assert Lookup([1, 2]).find() == []
     assert Lookup([7] * 40).find() == [7] * MOST
     assert Lookup([*range(20), 0, 1, 2]).find() == list(range(3, 3 + MOST))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "qwen3", "phi3"])
+@pytest.mark.parametrize("verify", [1, 5])
+def test_all_kinds_of_rounds_in_a_padded_batch_of_the_compiled_step(family, verify, monkeypatch, case_seed):
+    """Rows accept different numbers of tokens and end at different times. verify: seconds of a pass of several tokens."""
+    model, (ids, mask), speculation = tiny(family), padded(), Speculation()
+    assert refusal(model) is None
+    clock = iter(range(10**9)).__next__
+    passes = speculative._forward
+
+    def slow_pass(*args, **options):
+        for _ in range(verify - 1):
+            clock()
+        return passes(*args, **options)
+
+    monkeypatch.setattr(speculative.time, "perf_counter", clock)
+    monkeypatch.setattr(speculative, "_forward", slow_pass)
+    options = {"attention_mask": mask, "max_new_tokens": 150, "eos_token_id": [7, 8, 9], "pad_token_id": 0}
+    found = lossless(model, random_plan(model, case_seed), ids, speculation=speculation, **options)
+    assert torch.equal(found, own(model, ids, **options))
+    assert len(set(speculation.lengths)) >= (3 if verify == 1 else 2)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
