@@ -20,8 +20,6 @@ def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
         ({"enable_lora": True}, "a LoRA adapter"),
-        # Last: after its modules are imported, no engine starts in this process (a bug in vLLM's triton_utils/dispatcher.py).
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )
 def test_incompatible_settings_are_refused_at_startup(engine, served, options, message):

@@ -168,14 +168,21 @@ def test_experts_are_hashed_one_by_one(tmp_path, config):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda _: random_plan(tiny("gemma3"), 0, lambda _: Pattern(4, 2, 64)), "sliding window.*--no-top-k"),
-        (lambda model: Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"), "--positions absolute"),
+        (lambda model: (Plan.uniform(model, Pattern(4, 0, 64), positions="cache-relative"),), "--positions absolute"),
+        (
+            lambda model: (Plan.uniform(model, Pattern(4, 0, 64)), "dense", ["x.kv"]),
+            "only under a plan with top-k keys",
+        ),
+        (
+            lambda _: (random_plan(tiny("gemma3"), 0, lambda _: Pattern(4, 2, 64)), "dense", ["x.kv"]),
+            "models with sliding-window layers",
+        ),
     ],
 )
-def test_unservable_plans_are_refused_with_a_remedy(vllm_of, make, message):
+def test_unservable_plans_and_prefixes_are_refused(vllm_of, make, message):
     vllm_of("0.32.1")
     with pytest.raises(HeadsinkError, match=message):
-        headsink.serving.vllm.settings.engine_args(make(tiny("llama")))
+        headsink.serving.vllm.settings.engine_args(*make(tiny("llama")))
 
 
 def test_families_that_are_not_served_are_refused(vllm_of):
