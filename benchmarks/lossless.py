@@ -92,7 +92,7 @@ def lossless(
         return torch.tensor([text.shape[1] >= length])
 
     state = SpeculativeDecoder(model, ids, positions, full, draft)
-    state.run(lambda _, logits: logits, stop, sample=False, drafted=drafted, told=counts)
+    state.run(lambda _, ids, logits: logits, stop, sample=False, drafted=drafted, told=counts)
     return torch.stack(state.texts)[:, ids.shape[1] :]
 
 
