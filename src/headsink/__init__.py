@@ -16,7 +16,7 @@ _MODULES = {
     "errors": ("HeadsinkError",),
     "eviction.pattern": ("Pattern",),
     "generation.decode": ("decode",),
-    "generation.speculative": ("generate_lossless",),
+    "generation.lossless": ("generate_lossless",),
     "models.loading": ("load",),
     "plan.packaged": ("packaged_plan",),
     "plan.plan": ("Plan",),

@@ -6,7 +6,7 @@ from headsink.census.run import analyze
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
 from headsink.generation.decode import decode
-from headsink.generation.speculative import generate_lossless
+from headsink.generation.lossless import generate_lossless
 from headsink.models.loading import load
 from headsink.plan.packaged import packaged_plan
 from headsink.plan.plan import Plan

@@ -15,7 +15,8 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.generation import speculative
 from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength, Lookup
 from headsink.generation.decode import refusal
-from headsink.generation.speculative import Speculation, generate_lossless
+from headsink.generation.lossless import generate_lossless
+from headsink.generation.speculative import Speculation
 from headsink.models.transformers_names import cache_argument
 
 NEW = 24

@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.generation.decode import decode, prepare, refusal
+from headsink.generation.lossless import generate_lossless
 from headsink.generation.prompt import cached_padding
-from headsink.generation.speculative import Speculation, generate_lossless
+from headsink.generation.speculative import Speculation
 from headsink.models.distributed import input_device
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument

@@ -1,0 +1,139 @@
+"""Lossless mode: `model.generate` by self-speculative decoding (speculative.py)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from headsink.errors import HeadsinkError
+from headsink.generation.acceptance import MOST
+from headsink.generation.prompt import Prompt, check_call
+from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
+from headsink.models.spec import RECURRENT
+from headsink.models.transformers_names import given_cache
+from headsink.plan.plan import Plan
+from headsink.runtime.apply import apply_here, new_cache
+
+
+def generate_lossless(
+    model: PreTrainedModel,
+    plan: Plan,
+    input_ids: Tensor,
+    *,
+    draft_tokens: int | None = None,
+    speculation: Speculation | None = None,
+    **options: Any,
+) -> Tensor:
+    """`model.generate(input_ids, **options)` by self-speculative decoding with `plan` as draft. Returns int64 [batch, tokens].
+
+    Greedy output equals that of the full cache (up to ties within rounding); sampled output has its distribution. Memory is that
+    of the full KV cache and the plan's.
+
+    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the compressed cache, per round,
+    0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where
+    decoding with the full cache is faster. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
+    max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (for one sequence), ... Raises
+    HeadsinkError if the plan was made for another model, and for beam search, a cache of your own and return_dict_in_generate.
+    """
+    if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
+        raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")
+    if plan.positions == "cache-relative":
+        raise HeadsinkError(
+            "positions: cache-relative, unlike those of the full cache; use a plan with absolute positions"
+        )
+    if given_cache(options) is not None or options.get("custom_generate") is not None:
+        raise HeadsinkError(
+            "lossless: it makes its own caches and has its own decoding loop; leave out the cache and custom_generate"
+        )
+    if options.pop("use_cache", True) is False:
+        raise HeadsinkError("lossless: it needs two caches; leave out use_cache=False")
+    plan.check(model).refuse("lossless", "chunked_attention", *RECURRENT)
+    options = with_stop_strings(options)
+    plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
+    loop = partial(
+        _loop,
+        plan=plan,
+        fixed=draft_tokens,
+        counts=Speculation() if speculation is None else speculation,
+        streamer=options.get("streamer"),
+    )
+    return model.generate(input_ids, custom_generate=loop, use_cache=True, **options)  # type: ignore[operator, no-any-return]
+
+
+def with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `generate` with stop_strings as a stopping criterion, since transformers 5.19 does not pass their tokenizer to
+    a custom decoding loop."""
+    strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
+    if strings is None:
+        return options
+    if tokenizer is None:
+        raise HeadsinkError("stop_strings: they need tokenizer=")
+    criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)])
+    rest = {name: value for name, value in options.items() if name not in ("stop_strings", "tokenizer")}
+    return {**rest, "stopping_criteria": criteria}
+
+
+def _loop(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    plan: Plan,
+    fixed: int | None,
+    counts: Speculation,
+    streamer: Any = None,
+    **given: Any,
+) -> Tensor:
+    """The decoding loop, called by `model.generate(custom_generate=...)`."""
+    check_call("lossless", generation_config, given)
+    if streamer is not None and len(input_ids) > 1:
+        raise HeadsinkError("lossless: a streamer takes one sequence")
+    prompt = Prompt.of(model, input_ids, None, generation_config, given)
+    full_plan = Plan.full(model)
+    with torch.no_grad(), apply_here(model, full_plan):
+        full = new_cache(model, full_plan, exact=False)
+        if input_ids.shape[1] > 1:
+            prompt.read(full, leave=1)
+        draft = draft_cache(model, plan, full)
+        state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
+        state.run(
+            partial(
+                _process_logits, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None
+            ),
+            stopping_criteria,
+            sample=generation_config.do_sample,
+            drafted=fixed,
+            told=counts,
+            streamer=streamer,
+        )
+    counts.kv_bytes = full.nbytes() + draft.nbytes()
+    if streamer is not None:
+        streamer.end()
+    padding = generation_config._pad_token_tensor
+    filler = 0 if padding is None else int(padding.flatten()[0])
+    return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=filler)
+
+
+def _by_number(processor: Any) -> bool:
+    """Whether a logits processor depends on the number of a sequence, such as a repetition penalty that skips padding."""
+    return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor) or hasattr(
+        processor, "_prefix_allowed_tokens_fn"
+    )
+
+
+def _process_logits(processor: Any, batch: int | None, sequence: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """Apply the logits processors to the logits [vocabulary] after one sequence of a batch.
+
+    batch: repeat the sequence this many times, so that a processor that depends on its number finds it; None to call once.
+    """
+    if batch is None:
+        processed: Tensor = processor(ids[None], logits[None].clone())[0]
+        return processed
+    return cast(Tensor, processor(ids.expand(batch, -1), logits.repeat(batch, 1))[sequence])
