@@ -10,6 +10,8 @@ import torch
 from numba import njit
 
 from headsink.attention.cpu import decode, vectors
+from headsink.attention.cpu.backend import NUMPY
+from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
 from headsink.eviction.scorers import LINEAR
 from headsink.generation import step_kernel
@@ -82,28 +84,63 @@ def test_matrix_vector_products(shape, dtype, parts, texts):
 @pytest.mark.parametrize("dim", [2, 6, 64])
 def test_scores_of_keys(dim):
     key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, LINEAR.n_features(dim))
-    found = decode._score(key.numpy(), value.numpy(), weights[0].numpy())
-    assert found == pytest.approx(float(LINEAR.scores(key[None, None], value[None, None], weights)), rel=1e-4, abs=1e-5)
+    for dtype in (torch.float32, torch.int8) if dim % 4 == 0 else (torch.float32,):
+        rows, numbers = zip(*(cached(one, dtype) for one in (key, value)), strict=True)
+        like = np.empty(0, NUMPY[dtype])
+
+        @njit
+        def score(key, value, weights, dim, like):
+            return decode._score(key, value, weights, dim, like)
+
+        found = score(*(row.numpy() for row in rows), weights[0].numpy(), dim, like)
+        expected = LINEAR.scores(*(one[None, None] for one in numbers), weights)
+        assert found == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+
+
+def cached(numbers, dtype):
+    """Numbers, [..., dim], as a cache of a dtype holds them, and as float32 again."""
+    rows = quantize(numbers) if dtype == torch.int8 else numbers.to(dtype)
+    return rows, dequantize(rows, torch.float32) if dtype == torch.int8 else rows.float()
+
+
+@pytest.mark.parametrize("dim", [4, 20, 64, 80])
+def test_keys_are_rounded_to_8_bits_as_in_torch(dim):
+    numbers = torch.randn(500, dim) * 10.0 ** torch.randint(-20, 20, (500, 1))
+    numbers[3] = 0
+    found = np.empty((500, dim + 4), np.int8)
+
+    @njit
+    def encode(numbers, like, rows):
+        for n in range(len(rows)):
+            vectors.encode(numbers[n], like, rows[n])
+
+    encode(numbers.numpy(), found[0, :0], found)
+    expected = quantize(numbers)
+    difference = (torch.from_numpy(found)[:, :-4].int() - expected[:, :-4].int()).abs()
+    assert difference.max() <= 1 and difference.sum() <= 2  # next to the middle of two numbers
+    torch.testing.assert_close(*(torch.as_tensor(t)[:, -4:].contiguous().view(torch.float32) for t in (found, expected)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 5, 301])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("turned_sinks", "tokens"), [(False, 1), (True, 1), (False, 2), (False, 5)])
-@pytest.mark.parametrize("dim", [6, 16, 80])
+@pytest.mark.parametrize("dim", [12, 16, 80])
 def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     group = 3 * tokens
-    keys, values = torch.randn(2, size, dim).to(dtype)
+    (key_rows, keys), (value_rows, values) = (cached(torch.randn(size, dim), dtype) for _ in range(2))
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
     head = np.zeros(len(KVField), np.int64)
-    head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [t.data_ptr() for t in (keys, values, visible)]
+    head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [
+        t.data_ptr() for t in (key_rows, value_rows, visible)
+    ]
     head[KVField.END] = size
-    like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
+    like = np.empty(0, NUMPY[dtype])
     top, total = np.full((2, parts, group), np.nan, np.float32)
     out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
-    logits = np.empty((group, decode.BLOCK), np.float32)
+    logits = np.empty((group + 1, decode.BLOCK), np.float32)
     sinks = min(2, size) if turned_sinks else 0
     head[KVField.SINK] = sinks
     rotated = torch.randn(group if turned_sinks else 0, dim)
@@ -113,14 +150,14 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
         decode.attend_part(head, like, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
         decode.combine(top[:, row], total[:, row], out[:, row], sink, result[row])
-    every = query @ keys.float().T
+    every = query @ keys.T
     if turned_sinks:
-        every[:, :sinks] = rotated @ keys[:sinks].float().T
+        every[:, :sinks] = rotated @ keys[:sinks].T
     mask = visible & (torch.arange(size) <= size - tokens + torch.arange(group)[:, None] % tokens)
     every = torch.tanh(every / cap) * cap if cap else every
     every = torch.cat([every.masked_fill(~mask, float("-inf")), torch.full((group, 1), float(sink))], 1)
     shares = every.softmax(-1).nan_to_num(0.0)[:, :-1]
-    torch.testing.assert_close(torch.from_numpy(result), shares @ values.float(), rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(torch.from_numpy(result), shares @ values, rtol=3e-5, atol=3e-5)
 
 
 def test_a_head_that_sees_nothing_gives_zero():

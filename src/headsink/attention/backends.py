@@ -52,7 +52,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """Attention of the last tokens over buffers up to slot `end`, the last of which are their own.
 
-        keys, values: [batch, KV heads, slots, dim]; visible: bool [batch, KV heads, slots].
+        keys, values: [batch, KV heads, slots, dim], or int8 [batch, KV heads, slots, dim + 4] (attention/int8.py); visible:
+        bool [batch, KV heads, slots].
         """
 
     def prefill(

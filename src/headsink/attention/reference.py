@@ -5,6 +5,9 @@ KV head evicts: it keeps its `sink` initial tokens, the last `window` tokens and
 `top_k` with the highest importance scores. After the first segment, if it has prompt scores, its top-k keys are refitted.
 While decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the
 pattern, whose window is then at least the plan's `decode_window`.
+
+In 8 bits, keys and values are rounded when they enter the cache: the queries of a segment of several tokens see its own keys as
+they were before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from headsink.attention.int8 import dequantize, quantize
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import KEY_RIDGE, RIDGE, ROWS
 from headsink.eviction.scorers import ALWAYS, LINEAR, NONE, Scorer
@@ -38,6 +42,7 @@ def reference_attention(
     frozen: int | None = None,
     decode_window: int = 0,
     scoring: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
@@ -46,7 +51,7 @@ def reference_attention(
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. rotary: how queries are
     rotated, for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
     window at least after segments of one token. scoring: the queries of the layer whose keys these are, if it is another one:
-    they give the prompt scores. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
+    they give the prompt scores. int8: keys and values are cached in 8 bits. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
     query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
@@ -54,14 +59,15 @@ def reference_attention(
     group = query.shape[1] // kv_heads
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = torch.arange(tokens, device=key.device) - offsets[:, None]
-    linear = scorer.scores(key, value, weights)
+    exact = scorer.scores(key, value, weights)
+    linear = scorer.scores(_rounded(key), _rounded(value), weights) if int8 else exact
     sizes = [1] * tokens if segments is None else list(segments)
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     own = linear.clone()  # scores by which a key is ranked at the end of its segment
     for begin, end in pairwise(ends):
         part = slice(begin, end)
         pads = (offsets - begin).clamp(0, end - begin)
-        given = scoring[:, :, part], key[:, :, part], linear[:, :, part]
+        given = scoring[:, :, part], key[:, :, part], exact[:, :, part]
         found = segment_scores(*given, pads, softmax, rotary)
         own[:, :, part] = linear[:, :, part] if found is None else found
     output, whole = torch.zeros_like(query), ends[1]
@@ -77,10 +83,21 @@ def reference_attention(
                 refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), rotary)
                 keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
         mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen, decode_window)[:, None]
+        if int8:
+            keys, values = _rounded(keys), _rounded(values)
         output[:, rows] = masked_attention(query[:, rows], keys, values, mask, scaling, softcap, extra)
-        first = query[:, rows, :whole], key[:, one, :whole], value[:, one, :whole], mask[:, :, :whole, :whole]
-        output[:, rows, :whole] = masked_attention(*first, scaling, softcap, extra)
+        for begin, end in pairwise(ends):
+            part = slice(begin, end)
+            if end - begin > 1:  # it sees its own keys before they are refitted and rounded
+                pairs = (keys, key[:, one]), (values, value[:, one])
+                seen = (torch.cat([old[:, :, :begin], new[:, :, part]], 2) for old, new in pairs)
+                given = query[:, rows, part], *seen, mask[:, :, part, :end]
+                output[:, rows, part] = masked_attention(*given, scaling, softcap, extra)
     return output
+
+
+def _rounded(numbers: Tensor) -> Tensor:
+    return dequantize(quantize(numbers), numbers.dtype)
 
 
 def reference_refit(

@@ -7,6 +7,8 @@ One buffer of keys and one of values, [batch, heads, slots, dim]:
 The ring of a full head never wraps, nor does any ring after `freeze`, when it starts after all cached keys. While a text is no
 longer than what a head keeps (`below_capacity`), the ring does not wrap either. The order of the slots does not matter, because
 the keys are already rotated. cache/slots.py says which keys are evicted.
+
+In 8 bits, buffers have rows of int8 (attention/int8.py). Keys are rounded when they enter the cache, and moved as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.params import Padding
 from headsink.cache.inference_mode import outside_inference_mode
 from headsink.errors import HeadsinkError
@@ -34,7 +37,7 @@ class Buffers:
     decode_window: the window at least while decoding; `self.pattern` has it.
     weights: scorer weights, [KV heads of the layer, features]. rotary: how the layer rotates queries, for cache-relative
     positions (models/rope.py), else None. exact: heads with full attention use the same call as transformers where `sdpa` can
-    express it, even if a kernel is faster. scorer: of the weights. Columns count from the start of the batch, positions from a
+    express it, even if a kernel is faster. scorer: of the weights. int8: keys and values are cached in 8 bits. Columns count from the start of the batch, positions from a
     row's first real token.
     """
 
@@ -50,7 +53,9 @@ class Buffers:
         exact: bool = True,
         scorer: Scorer = LINEAR,
         decode_window: int = 0,
+        int8: bool = False,
     ):
+        self.int8, self.dtype, self.head_dim = int8, key.dtype, key.shape[3]
         self.segment_pattern, self.pattern = pattern, pattern.widen(decode_window)
         self.heads, self.exact, self.scorer = heads, exact, scorer
         self.rotary = rotary if pattern.sink else None
@@ -61,7 +66,7 @@ class Buffers:
         self.start = 0  # column in the first slot of the ring, before it wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.prefix_slots, key.shape[3])
-        self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
+        self.keys, self.values = self._encode(key.new_zeros(shape)), self._encode(key.new_zeros(shape))
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
@@ -74,6 +79,18 @@ class Buffers:
         self.recent: tuple[Tensor, Tensor] | None = None  # while recording: keys and values that `crop` may remove
         self.recent_scores: Tensor | None = None  # importance scores of a prompt among them
         self.recent_segment = False  # whether they are a segment
+
+    def _encode(self, numbers: Tensor) -> Tensor:
+        """Return keys or values, [..., dim], as the buffers hold them. Those that are in this form stay as they are."""
+        return quantize(numbers) if self.int8 and numbers.dtype != torch.int8 else numbers
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        """Return rows of the buffers, [..., slots, columns], as numbers of the model's dtype: [..., slots, dim]."""
+        return dequantize(rows, self.dtype) if self.int8 else rows
+
+    def rounded(self, numbers: Tensor) -> Tensor:
+        """Return keys or values as they will be when they are cached."""
+        return self._decode(self._encode(numbers))
 
     @property
     def evicts(self) -> bool:
@@ -100,7 +117,7 @@ class Buffers:
         return self.prefix_slots + (columns if self.window is None else columns % max(self.window, 1))
 
     def _in_order(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the ring, oldest first."""
+        """Return the rows of the keys and values of the ring, oldest first."""
         columns = torch.arange(self.length - self._held(), self.length, device=self.keys.device)
         slots = self._slots(columns)
         return self.keys[:, :, slots], self.values[:, :, slots]
@@ -112,7 +129,7 @@ class Buffers:
     def last(self, columns: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of the last columns of a group that does not evict: [batch, heads, columns, dim]."""
         end = self.prefix_slots + self.length - self.start
-        return self.keys[:, :, end - columns : end], self.values[:, :, end - columns : end]
+        return self._decode(self.keys[:, :, end - columns : end]), self._decode(self.values[:, :, end - columns : end])
 
     @outside_inference_mode
     def hide(self, hidden: Tensor) -> None:

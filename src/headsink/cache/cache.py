@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import Cache
@@ -27,12 +27,14 @@ from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture
 from headsink.plan.plan import Plan
 
+KVDtype = Literal["auto", "int8"]
+
 
 class PlanCache(Cache):
     """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes.
 
     heads: query heads, KV heads and head size of every layer.
-    rotations: of every layer (attention/rotary.py).
+    rotations: of every layer (attention/rotary.py). kv_dtype: "auto", the model's, or "int8".
     """
 
     def __init__(
@@ -42,11 +44,15 @@ class PlanCache(Cache):
         rotations: Sequence[Rotary | None] | None = None,
         exact: bool = True,
         prefill: PrefillOptions = DENSE,
+        kv_dtype: KVDtype = "auto",
     ):
+        int8 = kv_dtype == "int8"
+        if int8 and (odd := [dim for _, _, dim in shape.heads if dim % 4]):
+            raise HeadsinkError(f"kv_dtype: 'int8' takes head sizes that are multiples of 4, and the model has {odd[0]}")
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
             if (window := shape.windows[index]) is not None:
-                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact, shape.shared[index]))
+                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact, shape.shared[index], int8))
             elif heads is None:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
@@ -56,9 +62,10 @@ class PlanCache(Cache):
                 options = replace(prefill, rotary=rotation)
                 scorer = SCORERS[plan.scorer]
                 own = patterns, plan.scores(index), rotary, exact, scorer, options, plan.decode_window
-                layers.append(PlanLayer(*own, shared=shape.shared[index]))
+                layers.append(PlanLayer(*own, shared=shape.shared[index], int8=int8))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill, self.heads = plan, exact, prefill, shape.heads
+        self.kv_dtype: KVDtype = kv_dtype
         self.model: weakref.ref[Any] | None = None  # the model that the cache was created for
 
     def __getstate__(self) -> dict[str, Any]:

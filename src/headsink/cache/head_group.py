@@ -69,7 +69,7 @@ class HeadGroup(Slots):
     def attend_held(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
         """Attention of the last token, or of the last tokens of a group that does not evict, as `Attend`."""
         backend, length = self._backend(query, softmax), self.length
-        whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes
+        whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes and not self.int8
         inexact = backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query)
         if whole and not inexact:
             return self._attend_full(module, query, softmax)
@@ -86,7 +86,10 @@ class HeadGroup(Slots):
         """Return the attention of new tokens over all cached keys and their own, which are not appended."""
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
-        keys, values = torch.cat([self.keys[:, :, slots], key], 2), torch.cat([self.values[:, :, slots], value], 2)
+        keys, values = (
+            torch.cat([self._decode(own[:, :, slots]), new], 2)
+            for own, new in ((self.keys, key), (self.values, value))
+        )
         everything = HeadGroup.over(keys, values, self.padding, exact=False)
         columns = torch.arange(self.length, self.length + key.shape[2], device=key.device)
         new = (self._positions(columns) >= 0).expand(*key.shape[:2], -1)
@@ -114,6 +117,7 @@ class HeadGroup(Slots):
 
         It holds until the next tokens are appended.
         """
+        key, value = self._encode(key), self._encode(value)
         if self.recent_segment:  # later tokens are read token by token, after its end
             self.crop(0)
         if self.below_capacity and self.exceeds_capacity(key.shape[2]):
@@ -168,25 +172,26 @@ class HeadGroup(Slots):
                 return backend.decode(query, self.keys, self.values, self.visible, end, softmax)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
             sight = self._sight(until, self.length - query.shape[2], self.start, self.prefix_slots)
-            return backend.prefill(query, self.keys.flatten(0, 1), self.values.flatten(0, 1), sight, softmax)
+            keys, values = (self._decode(rows.flatten(0, 1)) for rows in (self.keys, self.values))
+            return backend.prefill(query, keys, values, sight, softmax)
         mask = self.visible[:, :, None, :end]
         if query.shape[2] > 1:
             slots = torch.arange(end, device=query.device)
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = (self._decode(rows[:, :, :end]) for rows in (self.keys, self.values))
         rotated = self._rotated_queries(query, self.length - query.shape[2])
         return attend_rows(query, keys, values, mask, softmax, rotated, self.pattern.sink)
 
     def _over_window(self, key: Tensor, value: Tensor) -> tuple[Attend, Tensor | None]:
         """Return the attention of several tokens over the cached keys and their own. Does not change the cache.
 
-        key, value: [batch, heads, keys, dim], the last of which belong to the queries. Also returns the scores of the keys that
+        key, value: rows of the buffers, [batch, heads, keys, columns], the last of which belong to the queries. Also returns the scores of the keys that
         leave the window (for `append_keys`).
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
-        keys = torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2)
-        values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2)
+        keys = self._decode(torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2))
+        values = self._decode(torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2))
         until, scores = self._until(keys, values, first, end)
         return partial(self._attend_window, _Keys(keys, values, until, first, end, self.prefix_slots)), scores
 

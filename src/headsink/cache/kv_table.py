@@ -18,12 +18,13 @@ from headsink.eviction.pattern import FOREVER
 class KVTable:
     """The table of the KV heads of `groups`, for every sequence of a batch.
 
-    table: int64 [sequences, KV heads, len(KVField)]. It contains addresses, so the buffers must not be reallocated. They get room
+    table: int64 [sequences, KV heads, len(KVField)]; dtype: of the buffers. It contains addresses, so the buffers must not be reallocated. They get room
     for `tokens` more tokens, or for fewer if a head would start evicting. until: the first column without room.
     """
 
     def __init__(self, groups: Sequence[Slots], tokens: int):
         heads, sequences = sum(len(group.heads) for group in groups), len(groups[0].keys)
+        self.dtype = groups[0].keys.dtype
         self.table: Any = np.full((sequences, heads, len(KVField)), -1)
         must_be("KV heads of a layer", sorted(head for group in groups for head in group.heads), list(range(heads)))
         for group in groups:
@@ -53,12 +54,12 @@ class KVTable:
 
 def _check(group: Slots, first: Slots) -> None:
     """Raise unless the buffers of a group have the shapes, dtypes and devices that the kernels expect."""
-    dim = first.keys.shape[3]
+    width = first.keys.shape[3]
     slots = (len(first.keys), len(group.heads), group.keys.shape[2])
     numbers = first.keys.dtype, first.keys.device, True
     for what, buffer, right in (
-        ("keys", group.keys, ((*slots, dim), *numbers)),
-        ("values", group.values, ((*slots, dim), *numbers)),
+        ("keys", group.keys, ((*slots, width), *numbers)),
+        ("values", group.values, ((*slots, width), *numbers)),
         ("flags", group.visible, (slots, torch.bool, *numbers[1:])),
         ("scores", group.scores, ((*slots[:2], group.scores.shape[2]), torch.float32, *numbers[1:])),
     ):
@@ -67,7 +68,7 @@ def _check(group: Slots, first: Slots) -> None:
     if group.scores.shape[2]:
         weights = group.weights
         actual = tuple(weights.shape), weights.dtype, weights.device, weights.is_contiguous()
-        expected = (len(group.heads), group.scorer.n_features(dim)), torch.float32, first.keys.device, True
+        expected = (len(group.heads), group.scorer.n_features(first.head_dim)), torch.float32, first.keys.device, True
         must_be(f"cache: scorer weights of KV heads {group.heads}", actual, expected)
     must_be("cache: cached tokens", group.length, first.length)
     ring, prefix_slots = group.keys.shape[2] - group.prefix_slots, group.pattern.sink + group.scores.shape[2]

@@ -35,7 +35,7 @@ class PlanLayer(CacheLayerMixin):
     """One layer of a plan's cache: its KV heads, grouped by pattern.
 
     sliding: the window in tokens of a layer that has one in the model; no plan changes such a layer. shared: later layers of the
-    model attend to its keys.
+    model attend to its keys. int8: cache keys and values in 8 bits.
     """
 
     is_compileable, is_croppable = False, True
@@ -51,10 +51,12 @@ class PlanLayer(CacheLayerMixin):
         decode_window: int = 0,
         sliding: int | None = None,
         shared: bool = False,
+        int8: bool = False,
     ):
         super().__init__()
         self.patterns, self.weights, self.rotary, self.exact, self.scorer = patterns, weights, rotary, exact, scorer
         self.prefill, self.decode_window, self.sliding, self.shared = prefill, decode_window, sliding, shared
+        self.int8 = int8
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -63,12 +65,12 @@ class PlanLayer(CacheLayerMixin):
         self.recording = self.frozen = False
 
     @classmethod
-    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool) -> PlanLayer:
+    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool, int8: bool = False) -> PlanLayer:
         """A layer with a sliding window of the model."""
         weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
         options = PrefillOptions(dense=False)
         patterns = [Pattern(window=window)] * kv_heads
-        return cls(patterns, weights, exact=exact, prefill=options, sliding=window, shared=shared)
+        return cls(patterns, weights, exact=exact, prefill=options, sliding=window, shared=shared, int8=int8)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """Copy the layer without the tables of addresses."""
@@ -104,12 +106,11 @@ class PlanLayer(CacheLayerMixin):
             "device": value.device,
         }
         if self.groups:
-            cached = self.groups[0].keys
-            rows, dim = cached.shape[0], cached.shape[3]
+            first = self.groups[0]
             fits = {
-                "keys": [rows, len(self.patterns), key.shape[2], dim],
-                "dtype": cached.dtype,
-                "device": cached.device,
+                "keys": [len(first.keys), len(self.patterns), key.shape[2], first.head_dim],
+                "dtype": first.dtype,
+                "device": first.keys.device,
             }
         if self.scorer.n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
             raise HeadsinkError(
@@ -151,6 +152,8 @@ class PlanLayer(CacheLayerMixin):
         key, value = update.key, update.value
         cached = self.groups[0].keys
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or cached.requires_grad):
+            if self.int8:
+                raise HeadsinkError("kv_dtype: 'int8' has no gradients; leave it out to train, or use torch.no_grad()")
             # The query decides whether kernels run, which have no gradients. An adapter may be on keys or values only.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
@@ -226,7 +229,7 @@ class PlanLayer(CacheLayerMixin):
     def _reads_densely(self, tokens: int) -> bool:
         """Whether new tokens are a segment. Tokens that may be cropped, as in assisted decoding, are read one by one."""
         cropped = self.recording and self.groups[0].columns > 0
-        return self.prefill.dense and tokens > 1 and not cropped and any(group.evicts for group in self.groups)
+        return self.prefill.dense and tokens > 1 and not cropped and any(group.evicts or group.int8 for group in self.groups)
 
     def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
         """Whether the decode kernel can run: one token, all heads in one call."""
@@ -235,7 +238,7 @@ class PlanLayer(CacheLayerMixin):
             query.shape[2] == 1
             and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not where the output must equal the full cache's bit for bit
-            and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact)
+            and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not self.int8)
             and not any(g.recording or g.rotary is not None for g in groups)
             and (self.scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
         )
@@ -305,7 +308,9 @@ class PlanLayer(CacheLayerMixin):
         self.weights = device.on_card(self.weights, key.device)  # once for all groups
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
-            HeadGroup(pattern, heads, self.weights, key, padding, self.rotary, exact, self.scorer, self.decode_window)
+            HeadGroup(
+                pattern, heads, self.weights, key, padding, self.rotary, exact, self.scorer, self.decode_window, self.int8
+            )
             for pattern, heads in by_pattern.items()
         ]
         for group in self.groups:

@@ -86,19 +86,21 @@ class DensePrefill:
         scores = self._scores(query, key, value, lse) if scored else None
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
+            # Keys are rounded to 8 bits after their own segment.
+            first = group in evicting or (group.int8 and tokens > 1)
             if apart:
                 own_query = grouped[:, group.index].flatten(1, 2)
-                attend = (group.over_all if group in evicting else group.append)(own_key, own_value)
+                attend = (group.over_all if first else group.append)(own_key, own_value)
                 found = attend(self.module, own_query, softmax.of(group.heads, kv_heads))
                 if self.views is not None:
-                    self.views.append(View(part, group, attend if group in evicting else group.held().attend_held))
+                    self.views.append(View(part, group, attend if first else group.held().attend_held))
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
                 own = scores[:, group.index] if scores is not None and group in scored else None
                 if own is not None and not apart:
                     own_key, own_value, own = self._refit(group, grouped[:, group.index], own_key, own_value, own)
                 group.append_segment(own_key, own_value, own)
-            elif not apart:
+            elif first or not apart:
                 group.append_keys(own_key, own_value)
         return output.flatten(1, 2) if apart else whole
 

@@ -59,7 +59,7 @@ class Slots(Buffers):
         if not self.holes:
             self.append_keys(keys, values)
             return
-        scores = self.scorer.scores(keys, values, self.weights).masked_fill(~seen, NONE) if self.pattern.top_k else None
+        scores = self._linear_scores(keys, values).masked_fill(~seen, NONE) if self.pattern.top_k else None
         self.append_keys(keys, values, scores)
         pads = (
             torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
@@ -70,6 +70,10 @@ class Slots(Buffers):
         self.visible[:, :, : self.pattern.sink] &= seen.gather(2, first[:, None].expand(-1, len(self.heads), -1))
         columns = torch.arange(self.length - self._held(), self.length, device=keys.device)
         self.visible[:, :, self._slots(columns)] = seen[:, :, columns]
+
+    def _linear_scores(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the scores of rows of the buffers, [batch, heads, slots], by the plan's scorer."""
+        return self.scorer.scores(self._decode(keys), self._decode(values), self.weights)
 
     def _eligible_scores(self, scores: Tensor, first: int) -> Tensor:
         """Return `scores` of the columns from `first` on, [batch, heads, columns], with -inf for sink tokens and padding."""
@@ -89,6 +93,7 @@ class Slots(Buffers):
 
         scores: [batch, heads, columns from the first in the ring on], importance scores that replace those of the plan's scorer.
         """
+        key, value = self._encode(key), self._encode(value)
         tokens, end = key.shape[2], self.length + key.shape[2]
         self.make_room(tokens)
         window = end - self.start if self.window is None else self.window
@@ -128,7 +133,7 @@ class Slots(Buffers):
             self.scores = scores.gather(2, kept)
         indices = torch.cat(parts, 2)
         at = indices[..., None].expand(*indices.shape, key.shape[3])
-        self.keys, self.values = key.gather(2, at), value.gather(2, at)
+        self.keys, self.values = self._encode(key.gather(2, at)), self._encode(value.gather(2, at))
         self.visible = torch.ones_like(indices, dtype=torch.bool)
         self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, indices.shape[2] - window
         self.start, self.length = end - window, end
@@ -139,11 +144,12 @@ class Slots(Buffers):
 
         scores: importance scores of its keys, [batch, heads, tokens]; None: those of the plan's scorer.
         """
+        key, value = self._encode(key), self._encode(value)
         window, sink, top_k = self.segment_pattern.window or 0, self.pattern.sink, self.pattern.top_k
         if not self.length and self.padding is None:
             kept = None
             if top_k:
-                scores = self.scorer.scores(key, value, self.weights) if scores is None else scores
+                scores = self._linear_scores(key, value) if scores is None else scores
                 kept = scores[..., sink : key.shape[2] - window].topk(top_k).indices + sink
             self.take(key, value, window, scores, kept)
             return
@@ -153,7 +159,7 @@ class Slots(Buffers):
         columns = torch.arange(begin, end, device=key.device)
         ring_keys, ring_values = self._in_order()
         if top_k and scores is not None:
-            scores = torch.cat([self.scorer.scores(ring_keys, ring_values, self.weights), scores.to(self.scores)], 2)
+            scores = torch.cat([self._linear_scores(ring_keys, ring_values), scores.to(self.scores)], 2)
         old = self.visible[:, :, self._slots(columns[: self._held()])]
         new = (self._positions(columns[self._held() :]) >= 0).expand(*key.shape[:3])
         seen = torch.cat([old, new], 2)
@@ -190,7 +196,7 @@ class Slots(Buffers):
             self.values[rows, heads, target] = values[rows, heads, found]
             self.visible[rows, heads, target] = True
         if self.pattern.top_k:
-            scores = self.scorer.scores(keys, values, self.weights) if scores is None else scores[..., : until - first]
+            scores = self._linear_scores(keys, values) if scores is None else scores[..., : until - first]
             scores = scores if seen is None else scores.masked_fill(~seen, NONE)
             self._choose(keys, values, self._eligible_scores(scores, first))
 

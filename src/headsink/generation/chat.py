@@ -28,7 +28,8 @@ class Conversation:
         self.cache = self._empty_cache()
 
     def _empty_cache(self) -> Cache:
-        return empty_cache(self.model, self.plan, exact=not self.options.get("compiled", True))
+        how = {"exact": not self.options.get("compiled", True), "kv_dtype": self.options.get("kv_dtype", "auto")}
+        return empty_cache(self.model, self.plan, **how)
 
     def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generation:
         """Run one turn. On an error or ctrl-C the messages stay as they were before the turn, and the cache starts empty."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.attention.backends import backend_of
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.errors import HeadsinkError
 from headsink.generation.prompt import Prompt, cached_padding, check_call
 from headsink.models.distributed import input_device
@@ -64,9 +64,9 @@ def refusal(model: PreTrainedModel, plan: Plan | None = None) -> str | None:
     return reason
 
 
-def prepare(model: PreTrainedModel) -> None:
+def prepare(model: PreTrainedModel, kv_dtype: KVDtype = "auto") -> None:
     """Compile the decode step of a model: half a minute the first time on a machine, then loaded from a cache."""
-    _backend(model).prepare(model)
+    _backend(model).prepare(model, kv_dtype)
 
 
 def decoder(model: PreTrainedModel, cache: PlanCache) -> Decoder:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from headsink.cache.cache import PlanCache, nbytes
+from headsink.cache.cache import KVDtype, PlanCache, nbytes
 from headsink.errors import HeadsinkError
 from headsink.generation.decode import decode, prepare, refusal
 from headsink.generation.lossless import generate_lossless
@@ -29,6 +29,7 @@ from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
+from headsink.runtime.options import check_kv_dtype
 from headsink.runtime.prefill import empty_cache, prefill, prefill_chunks
 
 
@@ -96,6 +97,7 @@ def generate(
     compiled: bool = True,
     lossless: bool = False,
     reconstruct: bool = False,
+    kv_dtype: KVDtype = "auto",
     **options: Any,
 ) -> Generation:
     """Continue `ids`, greedily or by sampling, under a plan or without.
@@ -103,15 +105,18 @@ def generate(
     cache: continue a cache that holds a prefix of `ids`; its own plan applies. temperature: 0 for greedy decoding. show: called
     with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step (decode.py) if they
     support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). reconstruct: compress the
-    prompt by context reconstruction, as `headsink.compress` does. options: passed on to
-    `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
+    prompt by context reconstruction, as `headsink.compress` does. kv_dtype: as for `new_cache`, of the draft in lossless mode;
+    without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")
     if max_new_tokens < 1:
         raise HeadsinkError(f"max_new_tokens: {max_new_tokens} is below 1")
     longest = describe(model).max_context
-    cache = empty_cache(model, plan, exact=not compiled) if cache is None else cache
+    check_kv_dtype(kv_dtype)
+    if plan is None and kv_dtype != "auto":
+        plan = Plan.full(model)
+    cache = empty_cache(model, plan, exact=not compiled, kv_dtype=kv_dtype) if cache is None else cache
     streaming = isinstance(cache, PlanCache) and cache.plan.positions == "cache-relative"
     if len(ids) + max_new_tokens > longest and not streaming:
         raise HeadsinkError(
@@ -127,10 +132,11 @@ def generate(
     if lossless:
         if plan is None or cache.get_seq_length():
             raise HeadsinkError("lossless: give a plan for the draft, and no cache")
-        return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **sampling, **options)
+        options |= sampling | {"kv_dtype": kv_dtype}
+        return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **options)
     if compiled and isinstance(cache, PlanCache) and refusal(model, cache.plan) is None:
         options = {"custom_generate": decode, **options}
-        prepare(model)
+        prepare(model, cache.kv_dtype)
     start = time.perf_counter()
     if reconstruct and isinstance(cache, PlanCache) and not cache.get_seq_length():
         prefill(model, cache.plan, text[:, :-1], cache=cache, reconstruct=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.generation.acceptance import MOST
 from headsink.generation.prompt import Prompt, check_call
@@ -18,6 +19,7 @@ from headsink.models.spec import RECURRENT
 from headsink.models.transformers_names import given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
+from headsink.runtime.options import check_kv_dtype
 
 
 def generate_lossless(
@@ -26,6 +28,7 @@ def generate_lossless(
     input_ids: Tensor,
     *,
     draft_tokens: int | None = None,
+    kv_dtype: KVDtype = "auto",
     speculation: Speculation | None = None,
     **options: Any,
 ) -> Tensor:
@@ -36,12 +39,13 @@ def generate_lossless(
 
     input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the compressed cache, per round,
     0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where
-    decoding with the full cache is faster. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
+    decoding with the full cache is faster. kv_dtype: of the plan's cache, as for `new_cache`. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
     max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (for one sequence), ... Raises
     HeadsinkError if the plan was made for another model, and for beam search, a cache of your own and return_dict_in_generate.
     """
     if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
         raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")
+    check_kv_dtype(kv_dtype)
     if plan.positions == "cache-relative":
         raise HeadsinkError(
             "positions: cache-relative, unlike those of the full cache; use a plan with absolute positions"
@@ -59,6 +63,7 @@ def generate_lossless(
         _loop,
         plan=plan,
         fixed=draft_tokens,
+        kv_dtype=kv_dtype,
         counts=Speculation() if speculation is None else speculation,
         streamer=options.get("streamer"),
     )
@@ -87,6 +92,7 @@ def _loop(
     *,
     plan: Plan,
     fixed: int | None,
+    kv_dtype: KVDtype,
     counts: Speculation,
     streamer: Any = None,
     **given: Any,
@@ -101,7 +107,7 @@ def _loop(
         full = new_cache(model, full_plan, exact=False)
         if input_ids.shape[1] > 1:
             prompt.read(full, leave=1)
-        draft = draft_cache(model, plan, full)
+        draft = draft_cache(model, plan, full, kv_dtype)
         state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
         state.run(
             partial(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.generation.acceptance import DraftLength, Lookup, accept_greedy, accept_sampled
 from headsink.generation.decode import Decoder, decoder, prepare, refusal
@@ -69,7 +69,7 @@ class SpeculativeDecoder:
         self.ragged = not windows
         self.compiled = position.dim() == 1 and not windows and refusal(model, draft.plan) is None
         if self.compiled:
-            prepare(model)  # not part of the measured times
+            prepare(model, draft.kv_dtype)  # not part of the measured times
         on_cpu = self.compiled and input_ids.device.type not in device.DEVICES
         self.lookups = [Lookup(text.tolist()) for text in self.texts] if on_cpu else []
 
@@ -292,9 +292,9 @@ def _forward(model: PreTrainedModel, cache: PlanCache, ids: Tensor, positions: T
     return logits
 
 
-def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache) -> PlanCache:
+def draft_cache(model: PreTrainedModel, plan: Plan, full: PlanCache, kv_dtype: KVDtype = "auto") -> PlanCache:
     """A frozen cache with the keys of the full cache that the plan keeps. Tokens of both caches can be cropped afterwards."""
-    draft = new_cache(model, plan)
+    draft = new_cache(model, plan, kv_dtype=kv_dtype)
     for index, (mine, theirs) in enumerate(zip(draft.layers, full.layers, strict=True)):
         if not isinstance(mine, PlanLayer) or not isinstance(theirs, PlanLayer):
             continue  # has no keys of its own

@@ -27,8 +27,8 @@ class CacheCheck:
         self.length, self.rows = layers[0].seen, len(groups[0][0].keys)
         must_be("decode: layers of the cache", len(layers), model.layers)
         for number, layer in enumerate(layers):
-            keys = layer.groups[0].keys
-            actual = len(layer.patterns), keys.shape[3], keys.dtype, len(keys), layer.seen, layer.groups[0].length
+            first = layer.groups[0]
+            actual = len(layer.patterns), first.head_dim, first.dtype, len(first.keys), layer.seen, first.length
             _, kv_heads, head_dim = model.heads[number]
             right = kv_heads, head_dim, kind, self.rows, self.length, self.length
             must_be(

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.cpu.backend import CPUBackend
+from headsink.attention.cpu.backend import NUMPY, CPUBackend
 from headsink.attention.cpu.threads import claim, exclusive_threads
+from headsink.attention.int8 import quantize
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
@@ -108,24 +109,21 @@ def _difference(model: PreTrainedModel) -> str | None:
     return None if same else "its layers compute something that the step does not"
 
 
-def prepare(model: PreTrainedModel) -> None:
+def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
     """Compile the kernels: half a minute the first time on a machine, then loaded from numba's cache."""
     claim()
     from headsink.generation import step_kernel
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
     kernels, params = CPUBackend(), AttentionParams(1.0)
-    kernels.decode(key, key, key, key[..., 0] == 0, 1, params)
+    rows = quantize(key) if kv_dtype == "int8" else key
+    kernels.decode(key, rows, rows, key[..., 0] == 0, 1, params)
     kernels.prefill(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), params)
     operations = np.zeros((0, len(Field)), np.int64)  # a model without layers
     numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((0, len(KVField)), np.int64)
     turns, scratch = np.zeros((2, 0, 0, 0), np.float32), np.zeros(0, np.float32)
-    step_kernel.run(operations, numbers, heads, turns, scratch, np.empty(0, _kind(model.dtype)), 1, 1)
-
-
-def _kind(dtype: torch.dtype) -> Any:
-    """The NumPy dtype by which kernels read a tensor of this dtype."""
-    return np.uint16 if dtype == torch.bfloat16 else np.float32
+    like, kv_like = (np.empty(0, NUMPY[kind]) for kind in (model.dtype, rows.dtype))
+    step_kernel.run(operations, numbers, heads, turns, scratch, like, kv_like, 1, 1)
 
 
 class Decoder:
@@ -147,7 +145,9 @@ class Decoder:
         self.addresses = [weight.data_ptr() for weight in self.parameters]
         self.dtype = self.parameters[1].dtype
         self.cache_check = CacheCheck(self.shape, self.layers, self.dtype)
-        self.like = np.empty(0, _kind(self.dtype))
+        self.like, self.kv_like = (
+            np.empty(0, NUMPY[kind]) for kind in (self.dtype, self.layers[0].groups[0].keys.dtype)
+        )
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # first and last column of the allocated room
         self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
@@ -195,6 +195,7 @@ class Decoder:
                 self._turns(length),
                 scratch,
                 self.like,
+                self.kv_like,
                 len(self.pads),
                 threads,
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.attention.cuda.table import DeviceTable
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError, must_be
@@ -51,7 +51,7 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-def prepare(model: PreTrainedModel) -> None:
+def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
     """Nothing to do: kernels are compiled with the first token."""
 
 
@@ -166,7 +166,7 @@ class Decoder:
 
         if self.length + count > self.ready:
             self._make_ready(count)
-        kind = self.layers[0].groups[0].keys.dtype
+        kind = self.layers[0].groups[0].dtype
         for theirs, table in zip(other.layers, self.tables, strict=True):
             key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
             must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (kind, self.shape.head_dim))

@@ -356,14 +356,15 @@ def _append_head(op: Any, numbers: Any, like: Any, head: Any, table: Any, query:
 
 @njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
 def run(
-    operations: Any, numbers: Any, heads: Any, turns: Any, scratch: Any, like: Any, sequences: Any, threads: Any
+    operations: Any, numbers: Any, heads: Any, turns: Any, scratch: Any, like: Any, kv_like: Any, sequences: Any, threads: Any
 ) -> None:
     """Run a list of operations.
 
     operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)]. heads: int64 [heads of all layers,
     len(KVField)], of every layer sequence by sequence. turns: float32 [2, layers, sequences x KV heads, pairs], cos and sin of
     the angle by which queries are rotated for the sink tokens (cache-relative positions). scratch: float32, for the largest layer
-    threads x sequences x query heads x (head size + 2). like: an empty array of the weights' dtype.
+    threads x sequences x query heads x (head size + 2). like, kv_like: empty arrays of the dtype of the weights, and
+    of the cached keys and values.
     """
     number = 0
     while number < operations.shape[0]:
@@ -387,13 +388,13 @@ def run(
             softcap = numbers[number, _CAP_AT]
             for part in prange(threads):
                 for head in range(part, count, threads):
-                    _append_head(op, numbers[number], like, head, heads[first + head], query[head], turned[head], turns)
+                    _append_head(op, numbers[number], kv_like, head, heads[first + head], query[head], turned[head], turns)
             for part in prange(threads):
-                logits = np.empty((group, BLOCK), np.float32)
+                logits = np.empty((group + 1, BLOCK), np.float32)
                 for head in range(count):
                     sums = top[head, part], total[head, part], parts[head, part]
                     attend_part(
-                        heads[first + head], like, query[head], turned[head], 1, softcap, logits, *sums, part, threads
+                        heads[first + head], kv_like, query[head], turned[head], 1, softcap, logits, *sums, part, threads
                     )
             for head in range(count):
                 for row in range(group):

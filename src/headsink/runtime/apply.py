@@ -18,13 +18,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headsink.attention.passes import enter_scope
 from headsink.attention.rotary import layer_rotations
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.segments import PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
 from headsink.plan.plan import Plan
-from headsink.runtime.options import check_prefill
+from headsink.runtime.options import check_kv_dtype, check_prefill
 
 Prefill = Literal["dense", "sparse"]
 
@@ -36,6 +36,7 @@ def new_cache(
     *,
     prefill: Prefill = "dense",
     chunk_size: int | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> PlanCache:
     """An empty KV cache that keeps what `plan` keeps. Use it inside `apply(model, ...)`.
 
@@ -46,16 +47,27 @@ def new_cache(
 
     exact: compute layers with full attention by the same call as transformers, so that outputs are equal bit for bit. Models with
     sliding windows, soft-capped logits (Gemma 2) or learned sink logits (gpt-oss) differ by rounding. If False, use the fastest
-    kernel: on a CPU headsink's own, which are faster in prefill and decoding and differ by rounding. Raises
-    HeadsinkError if the plan was made for another model, and for a chunk_size below 1 or another `prefill`.
+    kernel: on a CPU headsink's own, which are faster in prefill and decoding and differ by rounding.
+
+    kv_dtype: "int8" caches keys and values in 8 bits with a scale for each of them, about half of the bytes of bfloat16; the
+    queries of a dense prompt see the prompt as it was before rounding. "auto": the model's dtype. Raises HeadsinkError if the
+    plan was made for another model, for a chunk_size below 1, another `prefill` or `kv_dtype`, and for "int8" if a head size is
+    not a multiple of 4.
     """
-    return _cache(model, plan, plan.check(model), exact, prefill, chunk_size)
+    return _cache(model, plan, plan.check(model), exact, prefill, chunk_size, kv_dtype)
 
 
 def _cache(
-    model: PreTrainedModel, plan: Plan, shape: Architecture, exact: bool, prefill: Prefill, chunk_size: int | None
+    model: PreTrainedModel,
+    plan: Plan,
+    shape: Architecture,
+    exact: bool,
+    prefill: Prefill,
+    chunk_size: int | None,
+    kv_dtype: KVDtype,
 ) -> PlanCache:
     check_prefill(prefill, chunk_size)
+    check_kv_dtype(kv_dtype)
     streaming = plan.positions == "cache-relative"
     dense = prefill == "dense" and not streaming
     rotations = layer_rotations(model) if streaming or (dense and plan.has_top_k) else None
@@ -64,7 +76,7 @@ def _cache(
             f"positions: {shape.name} does not support cache-relative ones: its queries are not rotated by position in the usual "
             "way, or the rotation depends on the length of the text; use 'absolute'"
         )
-    cache = PlanCache(plan, shape, rotations, exact, PrefillOptions(dense, chunk_size if dense else None))
+    cache = PlanCache(plan, shape, rotations, exact, PrefillOptions(dense, chunk_size if dense else None), kv_dtype)
     cache.model = weakref.ref(unwrap(model))
     return cache
 
@@ -86,19 +98,20 @@ def apply(
     *,
     prefill: Prefill = "dense",
     chunk_size: int | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> Iterator[PreTrainedModel]:
     """Inside the block, `generate` and plain forward passes of the model use `plan`, in every thread.
 
     A call without a cache gets a new one with the plan's shape. An empty `DynamicCache` is converted to one in place. A cache
     from `new_cache` uses its own plan. A thread that enters an `apply` block of its own uses that block's plan. exact, prefill,
-    chunk_size: as for `new_cache`.
+    chunk_size, kv_dtype: as for `new_cache`.
 
     Warns once if a sequence grows longer than the contexts that the plan's quality was measured at. Raises HeadsinkError if the
     plan was made for another model, and for invalid options; inside the block, for sequences over the model's maximum (unless the
     plan's positions are cache-relative), for calls that do not work under a plan, and if a layer's attention did not go through
     the plan.
     """
-    with enter_scope(model, plan, _Calls(model, plan, exact, prefill, chunk_size).prepare):
+    with enter_scope(model, plan, _Calls(model, plan, exact, prefill, chunk_size, kv_dtype).prepare):
         yield model
 
 
@@ -126,9 +139,10 @@ class _Calls:
         exact: bool = True,
         prefill: Prefill = "dense",
         chunk_size: int | None = None,
+        kv_dtype: KVDtype = "auto",
     ):
         self.model, self.plan, self.shape = model, plan, plan.check(model)
-        self.options = exact, prefill, chunk_size
+        self.options = exact, prefill, chunk_size, kv_dtype
         self._new()  # raises for invalid options
         self.warned = False
 

@@ -1,4 +1,4 @@
-"""How prompts are read: the check of `prefill` and `chunk_size`. Does not import torch."""
+"""How prompts are read and cached: the checks of `prefill`, `chunk_size` and `kv_dtype`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def check_prefill(prefill: str, chunk_size: int | None) -> None:
         raise HeadsinkError(f"chunk_size: {chunk_size!r} is not a whole number of tokens, 1 or more")
     if chunk_size is not None and prefill == "sparse":
         raise HeadsinkError("chunk_size: sparse prefill evicts at every token; leave chunk_size out")
+
+
+def check_kv_dtype(kv_dtype: str) -> None:
+    """Raise HeadsinkError for a value that `headsink.new_cache` does not take."""
+    if kv_dtype not in ("auto", "int8"):
+        raise HeadsinkError(f"kv_dtype: {kv_dtype!r} is neither 'auto', the model's dtype, nor 'int8'")

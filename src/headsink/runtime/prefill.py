@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headsink.attention.interface import left_padding
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.compression.reconstruction import reconstruct as reconstruct_context
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
@@ -18,11 +18,13 @@ from headsink.runtime.apply import apply_here, full_cache, new_cache
 CHUNK = 8192  # tokens per forward pass where keys are evicted while they are read: bounds the memory of the pass
 
 
-def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True) -> Cache:
+def empty_cache(
+    model: PreTrainedModel, plan: Plan | None, exact: bool = True, *, kv_dtype: KVDtype = "auto"
+) -> Cache:
     """A cache for the plan (`new_cache`), or transformers' own if there is none."""
     if plan is None:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
-    return new_cache(model, plan, exact)
+    return new_cache(model, plan, exact, kv_dtype=kv_dtype)
 
 
 def prefill(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headsink.attention.int8 import dequantize
 from headsink.attention.params import Padding
 from headsink.cache.cache import PlanCache
 from headsink.cache.head_group import HeadGroup
@@ -82,8 +83,9 @@ def load_prefix(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[P
     """
     header, tensors = read_file(path)
     if header.dtype != dtype_name(model.dtype):
-        raise HeadsinkError(f"{path}: its keys and values are {header.dtype}, the model is {dtype_name(model.dtype)}")
-    cache = new_cache(model, header.plan, header.exact, prefill=header.prefill, chunk_size=header.chunk_size)
+        raise HeadsinkError(f"{path}: it was made in {header.dtype}, the model is {dtype_name(model.dtype)}")
+    how: dict[str, Any] = {"prefill": header.prefill, "chunk_size": header.chunk_size, "kv_dtype": header.kv_dtype}
+    cache = new_cache(model, header.plan, header.exact, **how)
     try:
         check_parts(header, tensors, cache, vocabulary(model) - 1)
     except ValueError as error:
@@ -129,7 +131,7 @@ def prefix_heads(
     header, tensors = read_file(path)
     if not header.plan.same_rules(plan):
         raise HeadsinkError(f"{path}: it was made under another plan")
-    cache = PlanCache(header.plan, shape, exact=header.exact)
+    cache = PlanCache(header.plan, shape, exact=header.exact, kv_dtype=header.kv_dtype)
     try:
         check_parts(header, tensors, cache)
         groups = list(groups_of(header, cache))
@@ -155,6 +157,8 @@ def _split(header: Header, group: Group, tensors: dict[str, Tensor]) -> Iterator
     order = torch.cat([torch.arange(group.prefix_slots), group.prefix_slots + columns.argsort()])
     positions = torch.cat([torch.arange(sinks), torch.full((top_k,), sinks), columns.sort().values])
     keys, values = (tensors[group.name + name][0][:, order] for name in ("keys", "values"))
+    if header.kv_dtype == "int8":
+        keys, values = (dequantize(rows, getattr(torch, header.dtype)) for rows in (keys, values))
     scores = torch.full(keys.shape[:2], NONE)
     if "scores" in group.stored:
         scores[:, sinks : group.prefix_slots] = tensors[group.name + "scores"][0].float()
@@ -172,7 +176,8 @@ def _header(cache: PlanCache, seen: int, text: str) -> Header:
     return Header.model_validate(
         {
             "plan": cache.plan,
-            "dtype": dtype_name(_cache_groups(cache)[0].keys.dtype),
+            "dtype": dtype_name(_cache_groups(cache)[0].dtype),
+            "kv_dtype": cache.kv_dtype,
             "exact": cache.exact,
             "seen": seen,
             "prefill": "dense" if cache.prefill.dense else "sparse",

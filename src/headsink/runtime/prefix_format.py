@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headsink.cache.cache import PlanCache
+from headsink.attention.int8 import SCALE_BYTES, dequantize
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
@@ -33,7 +34,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class Header(BaseModel):
     """Metadata of a prefix file.
 
-    dtype: of keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
+    dtype, kv_dtype: of the model, and of cached keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
     front of its ring. starts: the column in the first slot of that ring, before it wraps. text, exact, prefill, chunk_size: as
     for `save_prefix` and `new_cache`.
     """
@@ -43,6 +44,7 @@ class Header(BaseModel):
     format: Literal["headsink prefix 6"] = "headsink prefix 6"
     plan: Plan
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    kv_dtype: KVDtype = "auto"
     exact: Annotated[bool, Field(strict=True)]
     seen: Annotated[int, Field(gt=0, strict=True)]
     prefill: Prefill
@@ -170,6 +172,8 @@ def check_parts(header: Header, tensors: dict[str, Tensor], cache: PlanCache, la
     if "padding" in tensors:
         _check_range("padding", tensors["padding"], header.seen)
     for name, tensor in tensors.items():
+        if tensor.dtype == torch.int8:
+            tensor = dequantize(tensor, torch.float32)
         if tensor.is_floating_point():
             finite = tensor.isfinite()
             if not (~tensor.isnan() if name.endswith(".scores") else finite).all():
@@ -190,9 +194,10 @@ def _expected_tensors(header: Header, cache: PlanCache, rows: int) -> dict[str, 
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
     for group in groups_of(header, cache):
         dim, layout = group.head_dim, (rows, group.heads, group.slots)
+        cached = (torch.int8, (*layout, dim + SCALE_BYTES)) if header.kv_dtype == "int8" else (dtype, (*layout, dim))
         kinds = {
-            "keys": (dtype, (*layout, dim)),
-            "values": (dtype, (*layout, dim)),
+            "keys": cached,
+            "values": cached,
             "scores": (
                 torch.promote_types(dtype, torch.float32),
                 (*layout[:2], group.prefix_slots - group.pattern.sink),

@@ -1,4 +1,4 @@
-"""The CPU backend: kernels compiled by numba, in float32 and bfloat16."""
+"""The CPU backend: kernels compiled by numba, in float32 and bfloat16, with cached keys and values in int8 too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
 
+NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}  # as kernels read
 FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
 
 
@@ -46,17 +47,17 @@ class CPUBackend:
         self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, params: AttentionParams
     ) -> Tensor:
 
-        batch, heads, slots, dim = keys.shape
+        batch, heads, slots, width = keys.shape
         check_buffers(query, keys, values, visible, end)
         keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
         table = np.zeros((batch * heads, len(KVField)), np.int64)
         number = np.arange(batch * heads) * slots
         for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values)):
-            table[:, field] = buffer.data_ptr() + number * dim * keys.element_size()
+            table[:, field] = buffer.data_ptr() + number * width * keys.element_size()
         table[:, KVField.VISIBLE] = visible.data_ptr() + number
         table[:, KVField.END] = end
-        return attend_table(table, query, query.shape[2], params.scaling)
+        return attend_table(table, keys.dtype, query, query.shape[2], params.scaling)
 
     def prefill(
         self, query: Tensor, keys: Tensor, values: Tensor, visibility: KeyVisibility, params: AttentionParams
@@ -89,16 +90,22 @@ class CPUBackend:
         self, table: Any, length: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> Tensor:
         found = table.at(length)
-        return attend_table(found.reshape(-1, found.shape[-1]), query, 1, params.scaling, key, value)
+        return attend_table(found.reshape(-1, found.shape[-1]), table.dtype, query, 1, params.scaling, key, value)
 
 
 def attend_table(
-    table: Any, query: Tensor, tokens: int, scaling: float, key: Tensor | None = None, value: Tensor | None = None
+    table: Any,
+    dtype: torch.dtype,
+    query: Tensor,
+    tokens: int,
+    scaling: float,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
     """Attend on a CPU over the heads of a table, int64 [batch x heads, len(KVField)].
 
-    query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to append before; the dtype is that of
-    the heads' buffers.
+    dtype: of the heads' buffers. query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to
+    append before.
     """
     claim()  # before numba is imported: another thread may have been importing it when this process was forked
     from headsink.attention.cpu import decode
@@ -114,7 +121,7 @@ def attend_table(
     out = torch.empty_like(rows)
     none = rows.new_empty(0, dim)
     new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
-    like: Any = np.empty(0, np.uint16 if query.dtype == torch.bfloat16 else np.float32)
+    like: Any = np.empty(0, NUMPY[dtype])
     with exclusive_threads() as threads:
         decode.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
     return out.view_as(query).to(query.dtype)

@@ -1,7 +1,7 @@
 """Attention of a few tokens on a CPU, over heads of any length, without copying their keys.
 
-Keys and values stay in torch's memory and are accessed by address. They are float32, or bfloat16 (as uint16, since numba has no
-bfloat16); sums are float32. Each head is a row in a table of addresses and numbers (attention/kv_table.py).
+Keys and values stay in torch's memory and are accessed by address. They are float32, bfloat16 (as uint16, since numba has no
+bfloat16), or int8 with a scale (attention/int8.py); sums are float32. Each head is a row in a table of addresses and numbers (attention/kv_table.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from numba import carray, njit, prange
 from headsink.attention.cpu.vectors import (
     FAST,
     add_weighted_sum,
+    encode,
     exp,
-    narrow,
+    largest,
     pointer,
     products,
+    row_bytes,
+    scale_columns,
+    scale_of,
     wide,
 )
 from headsink.attention.kv_table import KVField
@@ -41,16 +45,19 @@ def cap(x: Any, most: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _score(key: Any, value: Any, weights: Any) -> Any:
-    """Return the linear importance score of a key (eviction/scorers): float32. key, value: [dim]; weights: float32 [features]."""
-    dim = key.shape[0]
-    half, total = dim // 2, np.float32(0)
+def _score(key: Any, value: Any, weights: Any, dim: Any, like: Any) -> Any:
+    """Return the linear importance score of a key (eviction/scorers): float32.
+
+    key, value: rows with `dim` coordinates; weights: float32 [features].
+    """
+    half, of_key, of_value = dim // 2, np.float32(0), np.float32(0)
     for n in range(dim):
-        total += wide(key[n]) * weights[n] + wide(value[n]) * weights[dim + half + n]
+        of_key += wide(key[n]) * weights[n]
+        of_value += wide(value[n]) * weights[dim + half + n]
     for n in range(half):
         a, b = wide(key[n]), wide(key[half + n])
-        total += np.sqrt(a * a + b * b) * weights[dim + n]
-    return total
+        of_key += np.sqrt(a * a + b * b) * weights[dim + n]
+    return of_key * scale_of(key.ctypes.data, like, dim) + of_value * scale_of(value.ctypes.data, like, dim)
 
 
 @njit(fastmath=FAST)
@@ -59,23 +66,24 @@ def append(head: Any, key: Any, value: Any, like: Any) -> None:
     dim, sink, slot, leaving = key.shape[0], head[_SINK], head[_SLOT], head[_LEAVING]
     top_k = head[_TOP_K]
     slots = max(head[_END], sink + top_k, slot + 1)
-    keys = carray(pointer(head[_KEYS], like), (slots, dim))
-    values = carray(pointer(head[_VALUES], like), (slots, dim))
+    width = row_bytes(dim, like) // like.itemsize
+    keys = carray(pointer(head[_KEYS], like), (slots, width))
+    values = carray(pointer(head[_VALUES], like), (slots, width))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), slots)
     if leaving >= 0 and (slot < 0 or visible[slot]):
         if slot >= 0:
             old_key, old_value = keys[slot], values[slot]
         else:  # no window: the new token leaves immediately
             old_key, old_value = np.empty_like(keys[0]), np.empty_like(keys[0])
-            for n in range(dim):
-                old_key[n], old_value[n] = narrow(key[n], like), narrow(value[n], like)
+            encode(key, like, old_key)
+            encode(value, like, old_value)
         target = -1
         if leaving < sink:
             target = leaving
         elif top_k:
             scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), top_k)
             weights = carray(pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
-            score, least = _score(old_key, old_value, weights), 0
+            score, least = _score(old_key, old_value, weights, dim, like), 0
             for n in range(top_k):
                 if scores[n] < scores[least]:
                     least = n
@@ -86,8 +94,8 @@ def append(head: Any, key: Any, value: Any, like: Any) -> None:
             keys[target], values[target] = old_key, old_value
             visible[target] = 1
     if slot >= 0:
-        for n in range(dim):
-            keys[slot, n], values[slot, n] = narrow(key[n], like), narrow(value[n], like)
+        encode(key, like, keys[slot])
+        encode(value, like, values[slot])
         visible[slot] = 1
 
 
@@ -110,14 +118,14 @@ def attend_part(
 
     query: float32 [group, dim], scaled. rotated: the queries for the sink tokens, or [0, dim]. tokens: adjacent queries per
     head of the group; the last slots are their keys, which earlier queries do not see. softcap: logits become
-    softcap x tanh(logits / softcap), 0 if they are not capped. logits: scratch, float32 [group, BLOCK].
+    softcap x tanh(logits / softcap), 0 if they are not capped. logits: scratch, float32 [group + 1, BLOCK].
     Outputs: top, the largest logit, float32 [group]; total, the sum of e^(logit - top), float32 [group]; out, the values
     weighted by e^(logit - top), float32 [group, dim].
     """
     group, dim = query.shape
-    size, row_bytes = head[_END], dim * like.itemsize
+    size, width = head[_END], row_bytes(dim, like)
     start, end = share(size, part, parts)
-    keys = carray(pointer(head[_KEYS], like), (size, dim))
+    keys = carray(pointer(head[_KEYS], like), (size, width // like.itemsize))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), size)
     for row in range(group):
         top[row], total[row] = -np.inf, 0
@@ -125,28 +133,32 @@ def attend_part(
             out[row, n] = 0
     for first in range(start, end, BLOCK):
         count = min(BLOCK, end - first)
-        products(head[_KEYS] + first * row_bytes, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
+        products(head[_KEYS] + first * width, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
         for slot in range(first, min(first + count, head[_SINK])):
             for row in range(rotated.shape[0]):
                 one = np.float32(0)
                 for n in range(dim):
                     one += wide(keys[slot, n]) * rotated[row, n]
                 logits[row, slot - first] = one
+        scale_columns(head[_KEYS] + first * width, like, count, dim, logits)
         if softcap:
             for row in range(group):
                 for n in range(count):
                     logits[row, n] = cap(logits[row, n], softcap)
+        seen = 0
         for slot in range(first, first + count):
-            if not visible[slot]:
-                for row in range(group):
-                    logits[row, slot - first] = -np.inf
+            seen += np.int32(visible[slot])
+        if seen < count:
+            for slot in range(first, first + count):
+                if not visible[slot]:
+                    for row in range(group):
+                        logits[row, slot - first] = -np.inf
+        for slot in range(max(first, size - tokens + 1), first + count):
             for token in range(slot - size + tokens):
                 for row in range(token, group, tokens):
                     logits[row, slot - first] = -np.inf
         for row in range(group):
-            most = np.float32(-np.inf)
-            for n in range(count):
-                most = max(most, logits[row, n])
+            most = largest(logits.ctypes.data + row * BLOCK * 4, count)
             if most > top[row]:
                 if top[row] > -np.inf:
                     scale = exp(top[row] - most)
@@ -164,9 +176,9 @@ def attend_part(
                 for n in range(count):
                     logits[row, n] = 0
             total[row] += sum_
-        add_weighted_sum(
-            head[_VALUES] + first * row_bytes, like, count, dim, logits.ctypes.data, group, BLOCK, out.ctypes.data
-        )
+        rows = head[_VALUES] + first * width
+        scale_columns(rows, like, count, dim, logits)
+        add_weighted_sum(rows, like, count, dim, logits.ctypes.data, group, BLOCK, out.ctypes.data)
 
 
 @njit(fastmath=FAST)
@@ -206,7 +218,7 @@ def attend(head_table: Any, like: Any, key: Any, value: Any, query: Any, tokens:
     parts = np.empty((heads, threads, group, dim), np.float32)
     rotated, none, nothing = np.empty((0, dim), np.float32), np.float32(0), np.float32(-np.inf)
     for part in prange(threads):
-        logits = np.empty((group, BLOCK), np.float32)
+        logits = np.empty((group + 1, BLOCK), np.float32)
         for head in range(heads):
             sums = top[head, part], total[head, part], parts[head, part]
             attend_part(head_table[head], like, query[head], rotated, tokens, none, logits, *sums, part, threads)

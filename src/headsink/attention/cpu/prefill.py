@@ -15,6 +15,7 @@ from numba import njit, prange
 
 from headsink.attention.cpu.tiles import (
     KEYS,
+    LANES,
     ROWS,
     add_products1,
     add_products4,
@@ -23,7 +24,7 @@ from headsink.attention.cpu.tiles import (
     products_of_tile,
     to_columns,
 )
-from headsink.attention.cpu.vectors import FAST, LANES, narrow, wide
+from headsink.attention.cpu.vectors import FAST, narrow, wide
 
 QUERIES = 128  # tokens of a head that share a tile
 CACHE_LINE = 64  # bytes

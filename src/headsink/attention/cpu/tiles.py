@@ -14,8 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from headsink.attention.cpu.vectors import LANES
-
+LANES = 16  # words per vector
 KEYS = 64  # keys per tile: with their values they fill half of the L1 cache
 ROWS = 4  # queries per product
 # Vectors of a row that are summed at once. Without AVX-512 a vector takes two of 16 registers, and more would not fit.

@@ -1,8 +1,9 @@
 """LLVM building blocks of the CPU kernels: bfloat16 conversion, pointers, and vectorised sums of products.
 
 numba has no bfloat16 and does not let the caller choose vector instructions. This module emits LLVM code for any processor,
-with vectors of sixteen float32 and several sums in registers. Matrices and vectors are passed by address. The elements of a
-matrix have the dtype of the array `like`: float32, or uint16 for bfloat16.
+with several sums in registers. Matrices and vectors are passed by address. The elements of a
+matrix have the dtype of the array `like`: float32, uint16 for bfloat16, or int8. A row of int8 ends with a float32 scale
+(attention/int8.py), which sums of products leave out.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from headsink.attention.int8 import LARGEST, SCALE_BYTES
+
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities must work
-_I32, _F32, _I16 = ir.IntType(32), ir.FloatType(), ir.IntType(16)
+_I32, _F32, _I16, _I8 = ir.IntType(32), ir.FloatType(), ir.IntType(16), ir.IntType(8)
+_FLOATS = np.empty(0, np.float32)
 
 
 @intrinsic
@@ -33,11 +37,13 @@ def pointer(context: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def wide(context: Any, value: Any) -> Any:
-    """Convert a float32, or a bfloat16 stored as uint16, to float32."""
+    """Convert a float32, a bfloat16 stored as uint16, or an int8 to float32."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value == types.float32:
             return arguments[0]
+        if value == types.int8:
+            return builder.sitofp(arguments[0], _F32)
         return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16)), _F32)
 
     return types.float32(value), generate
@@ -45,11 +51,15 @@ def wide(context: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(context: Any, value: Any, like: Any) -> Any:
-    """Convert a float32 to the dtype of the array `like`: float32, or bfloat16 rounded to nearest even."""
+    """Convert a float32 to the dtype of the array `like`: float32, or bfloat16 or int8 rounded to nearest even."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like.dtype == types.float32:
             return arguments[0]
+        if like.dtype == types.int8:
+            kind = ir.FunctionType(_F32, [_F32])
+            nearest = cgutils.get_or_insert_function(builder.module, kind, "llvm.rint.f32")
+            return builder.trunc(builder.fptosi(builder.call(nearest, arguments[:1]), _I32), _I8)
         bits = builder.bitcast(arguments[0], _I32)
         odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
         rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
@@ -85,22 +95,37 @@ def exp(x: Any) -> Any:
     return p * _power_of_two(np.int32(n))
 
 
-LANES = 16  # numbers per vector
-_I64, _VECTOR = ir.IntType(64), ir.VectorType(_F32, LANES)
-_VECTOR_SUM = f"llvm.vector.reduce.fadd.v{LANES}f32"
+# Numbers per vector: as many as a register holds, so that twelve sums, keys and queries stay in 16 registers.
+LANES = 16 if binding.get_host_cpu_features().get("avx512f", False) else 8
+IN_ORDER = 16  # where one row is read at a time, so that enough sums are independent
+_I64 = ir.IntType(64)
 
 
 def _number(value: int) -> Any:
     return ir.Constant(_I64, value)
 
 
-def _lanes(builder: Any, address: Any, narrow: bool) -> Any:
-    """Load a vector of float32 from an address, converted from bfloat16 if `narrow`."""
-    if not narrow:
-        return builder.load(builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
-    short = builder.load(builder.inttoptr(address, ir.VectorType(_I16, LANES).as_pointer()), align=2)
-    wide = ir.VectorType(_I32, LANES)
-    return builder.bitcast(builder.shl(builder.zext(short, wide), ir.Constant(wide, [16] * LANES)), _VECTOR)
+def _lanes(builder: Any, address: Any, size: int, lanes: int = LANES) -> Any:
+    """Load a vector of numbers of `size` bytes as float32."""
+    vector, wide = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+    if size == 4:
+        return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+    kind = ir.VectorType(_I16 if size == 2 else _I8, lanes)
+    short = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size)
+    if size == 1:
+        return builder.sitofp(builder.sext(short, wide), vector)
+    return builder.bitcast(builder.shl(builder.zext(short, wide), ir.Constant(wide, [16] * lanes)), vector)
+
+
+def _size(like: Any) -> int:
+    """Bytes of a number of the dtype of an array type."""
+    return int(like.dtype.bitwidth) // 8
+
+
+def _row(builder: Any, columns: Any, size: int) -> Any:
+    """The bytes of a row."""
+    own = builder.mul(columns, _number(size))
+    return own if size > 1 else builder.add(own, _number(SCALE_BYTES))
 
 
 def _add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
@@ -109,42 +134,68 @@ def _add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
     builder.store(builder.fadd(product, builder.load(total), flags=("contract", "reassoc")), total)
 
 
-def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
-    """Return a function for the products of `lines` rows of a matrix with `rows` vectors, over whole vectors of sixteen."""
+def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _pairs_added(builder: Any, a: Any, b: Any) -> Any:
+    """Return for every four lanes the sums of two pairs of `a`, then of `b`: one instruction on many processors."""
+    count = a.type.count
+    even = [n + base for first in range(0, count, 4) for base in (0, count) for n in (first, first + 2)]
+    halves = (_shuffled(builder, a, b, lanes) for lanes in (even, [lane + 1 for lane in even]))
+    return builder.fadd(*halves, flags=("reassoc",))
+
+
+def _four_sums(builder: Any, vectors: list[Any]) -> Any:
+    """Return the sums of the lanes of four vectors, a vector of four."""
+    first, second = (_pairs_added(builder, *vectors[n : n + 2]) for n in (0, 2))
+    found = _pairs_added(builder, first, second)
+    while found.type.count > 4:
+        half = found.type.count // 2
+        low, high = (_shuffled(builder, found, found, list(range(n, n + half))) for n in (0, half))
+        found = builder.fadd(low, high, flags=("reassoc",))
+    return found
+
+
+def _dots(rows: int, lines: int = 4, lanes: int = LANES) -> Callable[..., None]:
+    """Return a function for the products of `lines` rows of a matrix with `rows` vectors, over whole vectors of `lanes`.
+
+    lines: 4 or 1.
+    """
+    kind, add_up = ir.VectorType(_F32, lanes), f"llvm.vector.reduce.fadd.v{lanes}f32"
 
     @intrinsic
     def products(context: Any, matrix: Any, like: Any, columns: Any, vectors: Any, out: Any, stride: Any) -> Any:
-        narrow = like.dtype != types.float32
-        size = 2 if narrow else 4
+        size = _size(like)
 
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at, _, length, given, written, apart = arguments
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            widths = {at: _row(builder, length, size), given: _row(builder, length, 4)}
+            zero = ir.Constant(kind, [0.0] * lanes)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(lines)] for _ in range(rows)]
             for total in chain.from_iterable(sums):  # allocated once, zeroed at every call
                 builder.store(zero, total)
-            with cgutils.for_range(builder, builder.udiv(length, _number(LANES))) as loop:
-                first = builder.mul(loop.index, _number(LANES))
+            with cgutils.for_range(builder, builder.udiv(length, _number(lanes))) as loop:
+                first = builder.mul(loop.index, _number(lanes))
 
-                def offset(base: Any, row: int, width: int) -> Any:
-                    column = builder.add(builder.mul(length, _number(row)), first)
-                    return builder.add(base, builder.mul(column, _number(width)))
+                def offset(base: Any, row: int, size: int) -> Any:
+                    begin = builder.add(base, builder.mul(widths[base], _number(row)))
+                    return builder.add(begin, builder.mul(first, _number(size)))
 
-                loaded = [_lanes(builder, offset(at, row, size), narrow) for row in range(lines)]
+                loaded = [_lanes(builder, offset(at, row, size), size, lanes) for row in range(lines)]
                 for row in range(rows):
-                    vector = _lanes(builder, offset(given, row, 4), False)
+                    vector = _lanes(builder, offset(given, row, 4), 4, lanes)
                     for n in range(lines):
                         _add_product(builder, loaded[n], vector, sums[row][n])
-            kind = ir.FunctionType(_F32, [_F32, _VECTOR])
-            add_up = cgutils.get_or_insert_function(builder.module, kind, _VECTOR_SUM)
             for row in range(rows):
-                for n in range(lines):
-                    found = builder.call(
-                        add_up, [ir.Constant(_F32, 0.0), builder.load(sums[row][n])], fastmath=("reassoc",)
-                    )
-                    number = builder.add(builder.mul(apart, _number(row)), _number(n))
-                    where = builder.add(written, builder.mul(number, _number(4)))
-                    builder.store(found, builder.inttoptr(where, _F32.as_pointer()), align=4)
+                totals = [builder.load(total) for total in sums[row]]
+                where = builder.add(written, builder.mul(builder.mul(apart, _number(row)), _number(4)))
+                if lines == 4:
+                    found = _four_sums(builder, totals)
+                else:
+                    reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32, kind]), add_up)
+                    found = builder.call(reduce, [ir.Constant(_F32, 0.0), *totals], fastmath=("reassoc",))
+                builder.store(found, builder.inttoptr(where, found.type.as_pointer()), align=4)
             return target.get_dummy_value()
 
         return types.none(types.int64, like, types.int64, types.int64, types.int64, types.int64), generate
@@ -153,41 +204,42 @@ def _dots(rows: int, lines: int = 4) -> Callable[..., None]:
 
 
 def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
-    """Return a function that adds weighted rows of a matrix, in `chunks` vectors of sixteen, to `rows` sums."""
+    """Return a function that adds weighted rows of a matrix, in `chunks` vectors, to `rows` sums."""
+    kind = ir.VectorType(_F32, LANES)
 
     @intrinsic
     def weighted(
         context: Any, matrix: Any, like: Any, columns: Any, weights: Any, stride: Any, count: Any, out: Any
     ) -> Any:
-        narrow = like.dtype != types.float32
-        size = 2 if narrow else 4
+        size = _size(like)
 
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at, _, length, given, apart, number, written = arguments
+            width = _row(builder, length, size)
 
             def offset(row: int, chunk: int) -> Any:
                 column = builder.add(builder.mul(length, _number(row)), _number(LANES * chunk))
                 return builder.add(written, builder.mul(column, _number(4)))
 
-            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(chunks)] for _ in range(rows)]
+            sums = [[cgutils.alloca_once(builder, kind) for _ in range(chunks)] for _ in range(rows)]
             for row in range(rows):
                 for chunk in range(chunks):
-                    builder.store(_lanes(builder, offset(row, chunk), False), sums[row][chunk])
+                    builder.store(_lanes(builder, offset(row, chunk), 4), sums[row][chunk])
             with cgutils.for_range(builder, number) as loop:
-                begin = builder.add(at, builder.mul(loop.index, builder.mul(length, _number(size))))
-                loaded = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), narrow) for n in range(chunks)]
+                begin = builder.add(at, builder.mul(loop.index, width))
+                loaded = [_lanes(builder, builder.add(begin, _number(LANES * size * n)), size) for n in range(chunks)]
                 for row in range(rows):
                     which = builder.add(builder.mul(apart, _number(row)), loop.index)
                     where = builder.add(given, builder.mul(which, _number(4)))
                     weight = builder.load(builder.inttoptr(where, _F32.as_pointer()), align=4)
-                    empty = ir.Constant(_VECTOR, ir.Undefined)
+                    empty = ir.Constant(kind, ir.Undefined)
                     one = builder.insert_element(empty, weight, ir.Constant(_I32, 0))
-                    same = builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+                    same = _shuffled(builder, one, empty, [0] * LANES)
                     for chunk in range(chunks):
                         _add_product(builder, loaded[chunk], same, sums[row][chunk])
             for row in range(rows):
                 for chunk in range(chunks):
-                    pointer = builder.inttoptr(offset(row, chunk), _VECTOR.as_pointer())
+                    pointer = builder.inttoptr(offset(row, chunk), kind.as_pointer())
                     builder.store(builder.load(sums[row][chunk]), pointer, align=4)
             return target.get_dummy_value()
 
@@ -198,9 +250,84 @@ def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
 
 
 _dots1, _dots2, _dots3, _dots4 = (_dots(rows) for rows in (1, 2, 3, 4))
-_line1, _line2, _line3, _line4 = (_dots(rows, 1) for rows in (1, 2, 3, 4))
+_line1, _line2, _line3, _line4 = (_dots(rows, 1, IN_ORDER) for rows in (1, 2, 3, 4))
 _wide1, _wide2, _wide3, _wide4 = (_weighted_sums(rows, 4) for rows in (1, 2, 3, 4))
 _thin1, _thin2, _thin3, _thin4 = (_weighted_sums(rows, 1) for rows in (1, 2, 3, 4))
+
+
+@intrinsic
+def _largest(context: Any, numbers: Any, count: Any) -> Any:
+    """Return the largest of float32 numbers at an address, whole vectors of them; minus infinity if there is none."""
+    kind, flags = ir.VectorType(_F32, LANES), ("nnan",)
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        top = cgutils.alloca_once(builder, kind)
+        builder.store(ir.Constant(kind, [float("-inf")] * LANES), top)
+        with cgutils.for_range(builder, builder.udiv(arguments[1], _number(LANES))) as loop:
+            at = builder.add(arguments[0], builder.mul(loop.index, _number(4 * LANES)))
+            found, most = _lanes(builder, at, 4), builder.load(top)
+            more = builder.fcmp_ordered(">", found, most, flags=flags)
+            builder.store(builder.select(more, found, most), top)
+        reduce = ir.FunctionType(_F32, [kind])
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, reduce, name), [builder.load(top)], fastmath=flags
+        )
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@njit
+def largest(numbers: Any, count: Any) -> Any:
+    """Return the largest of `count` float32 numbers at an address, one or more."""
+    most, all_numbers = _largest(numbers, count), carray(pointer(numbers, _FLOATS), count)
+    for n in range(count // LANES * LANES, count):
+        most = max(most, all_numbers[n])
+    return most
+
+
+@njit
+def row_bytes(columns: Any, like: Any) -> Any:
+    """Return the bytes of a row of numbers of the dtype of the array `like`."""
+    return columns * like.itemsize + (SCALE_BYTES if like.itemsize == 1 else 0)
+
+
+@njit
+def scale_of(row: Any, like: Any, columns: Any) -> Any:
+    """Return the scale of a row at an address, 1 unless it is int8."""
+    if like.itemsize == 1:
+        return carray(pointer(row + columns, _FLOATS), 1)[0]
+    return np.float32(1)
+
+
+@njit(fastmath=FAST)
+def encode(numbers: Any, like: Any, row: Any) -> None:
+    """Write float32 [dim] to an array, a row of numbers of the dtype of `like`, as attention/int8.py rounds."""
+    factor = np.float32(1)
+    if like.itemsize == 1:
+        most = np.float32(0)
+        for n in range(numbers.shape[0]):
+            most = max(most, abs(numbers[n]))
+        carray(pointer(row.ctypes.data + numbers.shape[0], _FLOATS), 1)[0] = most / np.float32(LARGEST)
+        factor = np.float32(LARGEST) / most if most > 0 else np.float32(0)
+    for n in range(numbers.shape[0]):
+        row[n] = narrow(numbers[n] * factor, like)
+
+
+@njit(fastmath=FAST)
+def scale_columns(rows: Any, like: Any, count: Any, columns: Any, numbers: Any) -> None:
+    """Multiply column n of float32 numbers[:-1] by the scale of row n, one of `count` at an address, if the rows are int8.
+
+    The last row of `numbers` is scratch.
+    """
+    if like.itemsize == 1:
+        scales, width = numbers[-1], row_bytes(columns, like)
+        for n in range(count):
+            scales[n] = scale_of(rows + n * width, like, columns)
+        for row in range(numbers.shape[0] - 1):
+            line = numbers[row]
+            for n in range(count):
+                line[n] *= scales[n]
 
 
 @njit(fastmath=FAST)
@@ -219,7 +346,7 @@ def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, row
 
     Output: float32 out[r x stride + n] for vector r and row n of the matrix.
     """
-    width, whole = columns * like.itemsize, columns // LANES * LANES
+    width, whole = row_bytes(columns, like), columns // LANES * LANES
     first = 0
     while first < count and count >= 4:
         at = min(first, count - 4)  # the last four rows may overlap the previous ones
@@ -250,7 +377,7 @@ def products_in_order(
     matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any
 ) -> None:
     """Compute `products` one row of the matrix at a time, in the order of memory."""
-    width, whole = columns * like.itemsize, columns // LANES * LANES
+    width, whole = columns * like.itemsize, columns // IN_ORDER * IN_ORDER
     written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
     for n in range(count):
         line = matrix + n * width
@@ -302,7 +429,7 @@ def add_weighted_sum(
         row += 4
     whole = columns // LANES * LANES
     if whole < columns:
-        matrix_rows = carray(pointer(matrix, like), (count, columns))
+        matrix_rows = carray(pointer(matrix, like), (count, row_bytes(columns, like) // size))
         shares = carray(pointer(weights, np.empty(0, np.float32)), (rows, stride))
         written = carray(pointer(out, np.empty(0, np.float32)), (rows, columns))
         for one in range(rows):
