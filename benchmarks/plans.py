@@ -8,6 +8,7 @@ read in full attention and compressed before any continuation is known; then eve
 
 - "headsink": the default.
 - "headsink, reconstruction": the same plan; the case is compressed with context reconstruction.
+- "..., int8": the same, with keys and values in 8 bits; "full, int8" keeps every key.
 
 Records have the form of peers.py. Bytes are those of the layers without a sliding window.
 """
@@ -42,10 +43,13 @@ from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.utils.files import write_text
 
 SCHEMA = 2  # of the records; in those without, "headsink" is online eviction (leaderboard.py)
-RECONSTRUCTION = "headsink, reconstruction"
+RECONSTRUCTION, INT8 = "headsink, reconstruction", ", int8"
 METHODS = {
     "headsink": Method(),
     RECONSTRUCTION: Method(),
+    "headsink" + INT8: Method(),
+    RECONSTRUCTION + INT8: Method(),
+    "full" + INT8: Method(),
     "without top-k keys": Method(top_k=False),
     "equal head budgets": Method(importance=False),
     **{policy: Method(policy=policy) for policy in POLICIES if policy != "headsink"},
@@ -62,10 +66,11 @@ class Float32Products(TorchFunctionMode):
 
 
 def score(
-    model: PreTrainedModel, plan: Plan | None, case: dict[str, Any], reconstruct: bool = False
+    model: PreTrainedModel, plan: Plan | None, case: dict[str, Any], method: str = "full"
 ) -> list[dict[str, Any]]:
     """Return a record for every continuation of a case."""
-    cache = read(model, plan, case["ids"], reconstruct=reconstruct)
+    reconstruct, kv_dtype = method.startswith(RECONSTRUCTION), "int8" if method.endswith(INT8) else "auto"
+    cache = read(model, plan, case["ids"], reconstruct=reconstruct, kv_dtype=kv_dtype)
     compressible = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
     kv_bytes, records = nbytes(compressible), []  # type: ignore[arg-type]
     for part in case["continuations"]:
@@ -147,7 +152,7 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
                 settings = {"method": name, "budget": budget, "context": context, "seconds": seconds + reading_seconds}
                 found["plans"].append(settings | {"patterns": plan.counts(), "calibration": plan.calibration})
                 for case in cases:
-                    _add(found, name, budget, case, score(model, plan, case, name == RECONSTRUCTION), full_bytes)
+                    _add(found, name, budget, case, score(model, plan, case, name), full_bytes)
                 write_text(arguments.out, json.dumps(found, indent=1))
                 print(
                     f"{context} {name} {budget}: {seconds:.0f} s, {_summary(found, name, budget, context)}",

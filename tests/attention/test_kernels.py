@@ -117,8 +117,11 @@ def test_keys_are_rounded_to_8_bits_as_in_torch(dim):
     encode(numbers.numpy(), found[0, :0], found)
     expected = quantize(numbers)
     difference = (torch.from_numpy(found)[:, :-4].int() - expected[:, :-4].int()).abs()
-    assert difference.max() <= 1 and difference.sum() <= 2  # next to the middle of two numbers
-    torch.testing.assert_close(*(torch.as_tensor(t)[:, -4:].contiguous().view(torch.float32) for t in (found, expected)))
+    assert difference.max() <= 1
+    assert difference.sum() <= 2
+    torch.testing.assert_close(
+        *(torch.as_tensor(t)[:, -4:].contiguous().view(torch.float32) for t in (found, expected))
+    )
 
 
 @pytest.mark.slow
@@ -133,9 +136,7 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
     head = np.zeros(len(KVField), np.int64)
-    head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [
-        t.data_ptr() for t in (key_rows, value_rows, visible)
-    ]
+    head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [t.data_ptr() for t in (key_rows, value_rows, visible)]
     head[KVField.END] = size
     like = np.empty(0, NUMPY[dtype])
     top, total = np.full((2, parts, group), np.nan, np.float32)

@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from headsink.bench import families
 from headsink.bench.architectures import FAMILIES
+from headsink.bench.limit import token_bytes
 from headsink.cli.main import app
 
 TINY = {
@@ -49,13 +50,13 @@ def test_a_family_with_a_step_and_one_without(tiny, tmp_path, monkeypatch):
 
 def test_bytes_of_a_token_leave_out_other_embeddings_and_experts(tiny):
     model = families.make("Qwen3", torch.float32)
-    assert families.token_bytes(model) == 4 * (sum(p.numel() for p in model.parameters()) - 256 * 64)
+    assert token_bytes(model) == 4 * (sum(p.numel() for p in model.parameters()) - 256 * 64)
     model = families.make("Qwen3 MoE", torch.float32)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     rest = sum(p.numel() for p in model.parameters() if p.dim() != 3) - 256 * 64
-    assert families.token_bytes(model) == 4 * (rest + experts * 4 // 16)
+    assert token_bytes(model) == 4 * (rest + experts * 4 // 16)
     tied = families.make("Gemma 3", torch.float32)  # the head reads all embeddings
-    assert families.token_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
+    assert token_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
 
 
 @pytest.mark.slow

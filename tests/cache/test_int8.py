@@ -63,7 +63,8 @@ def test_frozen_plans_and_sparse_prefill(family, freeze, case_seed):
 def close(found, expected):
     """A key whose numbers lie next to the middle of two may be rounded otherwise, which later tokens see."""
     error = (found.double() - expected).abs().amax(-1)
-    assert error.median() < 1e-5 and error.max() < 3e-2
+    assert error.median() < 1e-5
+    assert error.max() < 3e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +93,8 @@ def test_compiled_step(family, dtype, case_seed):
         assert cache.nbytes() == other.nbytes()
         for mine, theirs in zip(cache.layers, other.layers, strict=True):
             for own, group in zip(mine.groups, theirs.groups, strict=True):
-                assert own.keys.dtype == torch.int8 and own.keys.shape == group.keys.shape
+                assert own.keys.dtype == torch.int8
+                assert own.keys.shape == group.keys.shape
 
 
 def test_memory():
@@ -112,7 +114,9 @@ def test_prefixes(tmp_path, family, case_seed):
         cache = headsink.compress(model, plan, ids[:, :60], reconstruct=reconstruct, kv_dtype="int8")
         path = headsink.save_prefix(tmp_path / f"{reconstruct}", cache, ids[:, :60])
         loaded, seen = headsink.load_prefix(path, model)
-        assert loaded.kv_dtype == "int8" and torch.equal(seen, ids[:, :60]) and loaded.nbytes() <= cache.nbytes()
+        assert loaded.kv_dtype == "int8"
+        assert torch.equal(seen, ids[:, :60])
+        assert loaded.nbytes() <= cache.nbytes()
         with headsink.apply(model, plan), torch.no_grad():
             found, expected = (model(ids[:, 60:], **cache_argument(own)).logits for own in (loaded, cache))
         assert torch.equal(found, expected)
@@ -127,7 +131,8 @@ def test_generation_crops_and_beams(case_seed):
         assisted = model.generate(ids, assistant_model=assistant, **same)
         beams = model.generate(ids, num_beams=3, **same)
     assert torch.equal(plain, assisted)
-    assert beams.shape[0] == 1 and torch.equal(beams[:, :60], ids)
+    assert beams.shape[0] == 1
+    assert torch.equal(beams[:, :60], ids)
     found = headsink.generate_lossless(model, plan, ids, kv_dtype="int8", **same)
     assert torch.equal(found, model.generate(ids, **same))
 
@@ -135,11 +140,23 @@ def test_generation_crops_and_beams(case_seed):
 def test_refusals():
     model, ids = tiny("llama"), torch.randint(3, 211, (1, 20))
     plan = Plan.full(model)
-    with pytest.raises(HeadsinkError, match="kv_dtype: 'int4' is neither 'auto'"), headsink.apply(model, plan, kv_dtype="int4"):
+    with (
+        pytest.raises(HeadsinkError, match="kv_dtype: 'int4' is neither 'auto'"),
+        headsink.apply(model, plan, kv_dtype="int4"),
+    ):
         pass
-    with pytest.raises(HeadsinkError, match="kv_dtype: 'int8' has no gradients"), headsink.apply(model, plan, **OPTIONS):
+    with (
+        pytest.raises(HeadsinkError, match="kv_dtype: 'int8' has no gradients"),
+        headsink.apply(model, plan, **OPTIONS),
+    ):
         model(ids)
-    shape = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    shape = {
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
     narrow = LlamaForCausalLM(LlamaConfig(**shape, head_dim=6, num_hidden_layers=1))
     with pytest.raises(HeadsinkError, match="head sizes that are multiples of 4, and the model has 6"):
         headsink.new_cache(narrow, Plan.full(narrow), kv_dtype="int8")

@@ -68,7 +68,9 @@ AttentionMaskInterface.register("headsink_reference", eager_mask)
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, segments=None, freeze=None, int8=False):
+def masked(
+    model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, segments=None, freeze=None, int8=False
+):
     before, rotations = model.config._attn_implementation, layer_rotations(model)
     model.set_attn_implementation("headsink_reference")
     _running.append((plan, padding, segments, rotations, freeze, int8))

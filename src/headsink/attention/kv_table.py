@@ -16,10 +16,10 @@ from headsink.errors import must_be
 class KVField(IntEnum):
     """The fields of the table for one KV head of one sequence.
 
-    KEYS, VALUES: address of [slots, dim], or of int8 [slots, dim + 4] (attention/int8.py). VISIBLE: address of bool [slots]. SCORES: address of float32 [top-k keys]. WEIGHTS:
-    address of the scorer weights, float32 [features]. SINK, TOP_K: number of slots of sink tokens, and of top-k keys after them.
-    PREFIX_SLOTS: number of slots before the ring. START: the column in the first slot of the ring, before it wraps. WINDOW: slots
-    of the ring, FOREVER if it never wraps. PAD: tokens of left padding.
+    KEYS, VALUES: address of [slots, dim], or of int8 [slots, dim + 4] (attention/int8.py). VISIBLE: address of bool [slots].
+    SCORES: address of float32 [top-k keys]. WEIGHTS: address of the scorer weights, float32 [features]. SINK, TOP_K: number of
+    slots of sink tokens, and of top-k keys after them. PREFIX_SLOTS: number of slots before the ring. START: the column in the
+    first slot of the ring, before it wraps. WINDOW: slots of the ring, FOREVER if it never wraps. PAD: tokens of left padding.
 
     `advance` computes these for the next token: END: slots in use after it is appended. SLOT: its slot, -1 for none. LEAVING: the
     position of the token that leaves the window, negative for none.

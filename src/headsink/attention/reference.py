@@ -51,8 +51,8 @@ def reference_attention(
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. rotary: how queries are
     rotated, for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
     window at least after segments of one token. scoring: the queries of the layer whose keys these are, if it is another one:
-    they give the prompt scores. int8: keys and values are cached in 8 bits. Returns [batch, query heads, tokens, dim] in the query's dtype; zero where a
-    query sees no key.
+    they give the prompt scores. int8: keys and values are cached in 8 bits. Returns [batch, query heads, tokens, dim] in the
+    query's dtype; zero where a query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
     softmax, scoring = (scaling, softcap, sink_logits), query if scoring is None else scoring
@@ -90,8 +90,8 @@ def reference_attention(
             part = slice(begin, end)
             if end - begin > 1:  # it sees its own keys before they are refitted and rounded
                 pairs = (keys, key[:, one]), (values, value[:, one])
-                seen = (torch.cat([old[:, :, :begin], new[:, :, part]], 2) for old, new in pairs)
-                given = query[:, rows, part], *seen, mask[:, :, part, :end]
+                now, own_values = (torch.cat([old[:, :, :begin], new[:, :, part]], 2) for old, new in pairs)
+                given = query[:, rows, part], now, own_values, mask[:, :, part, :end]
                 output[:, rows, part] = masked_attention(*given, scaling, softcap, extra)
     return output
 

@@ -13,6 +13,7 @@ import headsink
 from headsink.bench.heading import provenance
 from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import process as peers
+from headsink.cache.cache import KVDtype
 from headsink.data import corpus
 from headsink.models.devices import dtype_name
 from headsink.models.spec import describe
@@ -26,9 +27,10 @@ Prompts = list[list[int]]  # token ids of a batch, all of one length
 class Comparison:
     """What to compare.
 
-    contexts: tokens of prompts; None: those of `options.CONTEXTS` that fit. tokens: to generate. batches: batch sizes.
-    other_weights: accept plans calibrated with other weights of the same shape. llama_cpp, vllm: where the peers are installed
-    (peers/process.py). report: called with the table of each finished context and batch size.
+    contexts: tokens of prompts; None: those of `options.CONTEXTS` that fit. tokens: to generate. batches: batch sizes. kv_dtypes:
+    of the caches under plans (`headsink.new_cache`). other_weights: accept plans calibrated with other weights of the same
+    shape. llama_cpp, vllm: where the peers are installed (peers/process.py). report: called with the table of each finished
+    context and batch size.
     """
 
     model_name: str
@@ -37,6 +39,7 @@ class Comparison:
     tokens: int = 4
     batches: Sequence[int] = (1,)
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    kv_dtypes: Sequence[KVDtype] = ("auto",)
     other_weights: bool = False
     llama_cpp: Path | None = None
     vllm: Path | None = None

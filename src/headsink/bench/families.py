@@ -7,18 +7,17 @@ many bytes takes, at the bandwidth that is measured in the same run.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headsink.bench.architectures import FAMILIES
 from headsink.bench.comparison import BASE
 from headsink.bench.heading import provenance
+from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.bench.peers.process import summarize_times
 from headsink.bench.speed import Configuration
 from headsink.generation.decode import refusal
@@ -40,7 +39,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-READ = 256 * 2**20  # bytes that the bandwidth is measured with
 STEP = "headsink"
 
 
@@ -89,35 +87,6 @@ def make(name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     model.generation_config.eos_token_id = None
     return model
-
-
-def token_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one token reads."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    shared = isinstance(head, nn.Linear) and head.weight is embedding.weight
-    unread = {id(embedding.weight)} if not shared else set()
-    config, total = model.config.get_text_config(decoder=True), 0.0
-    for weight in model.parameters():
-        part = 1.0
-        if weight.dim() == 3:  # of all experts
-            part = _experts_per_token(config) / len(weight)
-        total += 0 if id(weight) in unread else part * weight.numel() * weight.element_size()
-    return round(total)
-
-
-def _experts_per_token(config: Any) -> int:
-    names = ("num_experts_per_tok", "moe_k", "moe_topk")
-    return int(next(value for name in names if isinstance(value := getattr(config, name, None), int)))
-
-
-def read_bandwidth() -> float:
-    """Bytes per second that torch reads from memory: the fastest of several sums."""
-    buffer, times = torch.ones(READ // 4), []
-    for _ in range(8):
-        start = time.perf_counter()
-        buffer.sum()
-        times.append(time.perf_counter() - start)
-    return READ / min(times)
 
 
 def _measure(name: str, tokens: int, rounds: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:

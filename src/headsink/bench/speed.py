@@ -2,8 +2,9 @@
 
 Every configuration reads the same batch of prompts and continues it greedily. Prefill time (TTFT) is the time until every
 sequence has its first token. Decode time (TPOT) is the median over the tokens after that, of all sequences. A round runs every
-configuration once; ratios are taken within a round. Quote the median ratio over the rounds. llama.cpp and vLLM, if installed,
-run in separate processes (peers/process.py).
+configuration once; ratios are taken within a round. Quote the median ratio over the rounds. `limit_s` is the time that reading
+the weights and the cache takes at the bandwidth of memory, measured in the same rounds on a CPU. llama.cpp and vLLM, if
+installed, run in separate processes (peers/process.py).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink.bench.comparison import BASE, Cases, Comparison, Prompts, format_kv, kv_token_bytes
+from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, summarize_times
-from headsink.cache.cache import nbytes
+from headsink.cache.cache import KVDtype, nbytes
 from headsink.generation.decode import decode, prepare, refusal
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
@@ -51,24 +53,25 @@ class _Clock(BaseStreamer):
 
 @dataclass(frozen=True)
 class Configuration:
-    """What generates: a model, an optional plan, and whether the compiled decode step runs."""
+    """What generates: a model, an optional plan, whether the compiled decode step runs, and the dtype of the plan's cache."""
 
     name: str
     model: PreTrainedModel
     plan: Plan | None
     compiled: bool = False
+    kv_dtype: KVDtype = "auto"
 
     def run(self, prompts: Prompts, tokens: int) -> dict[str, Any]:
         """Generate `tokens` tokens for prompts of one length.
 
         Returns {"times": seconds from the start to each token of each sequence, "kv_bytes": of the cache at the end}.
         """
-        cache = empty_cache(self.model, self.plan, exact=not self.compiled)
+        cache = empty_cache(self.model, self.plan, exact=not self.compiled, kv_dtype=self.kv_dtype)
         ids, clock = torch.tensor(prompts, device=self.model.device), _Clock()
         options: dict[str, Any] = {"streamer": clock}
         if self.compiled:
             options = {"custom_generate": partial(decode, streamer=clock)}
-            prepare(self.model)
+            prepare(self.model, self.kv_dtype)
         with nullcontext() if self.plan is None else apply(self.model, self.plan):
             # Excludes `apply`, which checks the plan against the model: a user does that once, not for every prompt.
             start = time.perf_counter()
@@ -93,6 +96,7 @@ def run(options: Comparison) -> dict[str, Any]:
     configurations = _configurations(options, model)
     runs: dict[str, Run] = {one.name: one.run for one in configurations}
     plan_of = {one.name: one.plan for one in configurations if one.plan is not None}
+    weights = {one.name: token_bytes(one.model) for one in configurations}
     longest, most = max(cases.contexts) + options.tokens, max(options.batches)
     with ExitStack() as stack:
         for peer in cases.installed:
@@ -107,13 +111,18 @@ def run(options: Comparison) -> dict[str, Any]:
                 _measure(cases, runs, name, cases.prompts(min(cases.contexts), batch), 3)
         for context, batch, prompts in cases:
             measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+            bandwidth = list[float]()
             with bar(f"{context} tokens x {batch}", options.rounds * len(runs), True) as shown:
                 for number in range(options.rounds):
+                    bandwidth += [read_bandwidth()] if model.device.type == "cpu" else []
                     for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
                         if name in runs and (one := _measure(cases, runs, name, prompts, options.tokens)):
                             measured[name].append(one)
                         shown.advance(shown.task_ids[0])
-            cases.add(context, batch, {name: _summary(measured[name], measured[BASE]) for name in runs}, plan_of, table)
+            found_now = {name: _summary(measured[name], measured[BASE]) for name in runs}
+            for name in weights.keys() & found_now.keys() if bandwidth else ():
+                found_now[name]["limit_s"] = (weights[name] + found_now[name]["kv_bytes"]) / max(bandwidth)
+            cases.add(context, batch, found_now, plan_of, table)
     return found
 
 
@@ -125,6 +134,8 @@ def table(found: dict[str, Any], context: int, batch: int = 1) -> str:
         if (row["context"], row["batch"]) == (context, batch):
             decode, prefill = row["decode_s"], row["prefill_s"]["median"]
             between = f"({1e3 * decode['min']:.1f} to {1e3 * decode['max']:.1f})"
+            if "limit_s" in row:
+                between += f", memory allows {1e3 * row['limit_s']:.1f}"
             lines.append(
                 f"  {row['way']:<32} decode {1e3 * decode['median']:6.1f} ms {between}, {row['decode_ratio']['median']:5.2f} x; "
                 f"prefill {prefill:6.2f} s, {row['prefill_ratio']['median']:5.2f} x; {format_kv(row)}"
@@ -144,7 +155,9 @@ def _configurations(options: Comparison, model: PreTrainedModel) -> list[Configu
     for name, plan in {"full": Plan.full(model), **options.plans}.items():
         configurations.append(Configuration(f"headsink, {name}, model.generate", model, plan))
         if refusal(model, plan) is None:
-            configurations.append(Configuration(f"headsink, {name}", model, plan, True))
+            for kv_dtype in options.kv_dtypes:
+                suffix = "" if kv_dtype == "auto" else f", {kv_dtype}"
+                configurations.append(Configuration(f"headsink, {name}{suffix}", model, plan, True, kv_dtype))
     return configurations
 
 

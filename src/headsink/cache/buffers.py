@@ -34,11 +34,11 @@ GROWTH = 128  # slots by which a ring grows until it is as long as its window
 class Buffers:
     """Keys and values of the KV heads `heads` of one layer, all with `pattern`, which they keep at the end of a segment.
 
-    decode_window: the window at least while decoding; `self.pattern` has it.
-    weights: scorer weights, [KV heads of the layer, features]. rotary: how the layer rotates queries, for cache-relative
-    positions (models/rope.py), else None. exact: heads with full attention use the same call as transformers where `sdpa` can
-    express it, even if a kernel is faster. scorer: of the weights. int8: keys and values are cached in 8 bits. Columns count from the start of the batch, positions from a
-    row's first real token.
+    decode_window: the window at least while decoding; `self.pattern` has it. weights: scorer weights, [KV heads of the layer,
+    features]. rotary: how the layer rotates queries, for cache-relative positions (models/rope.py), else None. exact: heads with
+    full attention use the same call as transformers where `sdpa` can express it, even if a kernel is faster. scorer: of the
+    weights. int8: keys and values are cached in 8 bits. Columns count from the start of the batch, positions from a row's first
+    real token.
     """
 
     @outside_inference_mode

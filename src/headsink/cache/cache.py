@@ -48,7 +48,9 @@ class PlanCache(Cache):
     ):
         int8 = kv_dtype == "int8"
         if int8 and (odd := [dim for _, _, dim in shape.heads if dim % 4]):
-            raise HeadsinkError(f"kv_dtype: 'int8' takes head sizes that are multiples of 4, and the model has {odd[0]}")
+            raise HeadsinkError(
+                f"kv_dtype: 'int8' takes head sizes that are multiples of 4, and the model has {odd[0]}"
+            )
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
             if (window := shape.windows[index]) is not None:

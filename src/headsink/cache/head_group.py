@@ -87,8 +87,7 @@ class HeadGroup(Slots):
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
         keys, values = (
-            torch.cat([self._decode(own[:, :, slots]), new], 2)
-            for own, new in ((self.keys, key), (self.values, value))
+            torch.cat([self._decode(own[:, :, slots]), new], 2) for own, new in ((self.keys, key), (self.values, value))
         )
         everything = HeadGroup.over(keys, values, self.padding, exact=False)
         columns = torch.arange(self.length, self.length + key.shape[2], device=key.device)
@@ -185,8 +184,8 @@ class HeadGroup(Slots):
     def _over_window(self, key: Tensor, value: Tensor) -> tuple[Attend, Tensor | None]:
         """Return the attention of several tokens over the cached keys and their own. Does not change the cache.
 
-        key, value: rows of the buffers, [batch, heads, keys, columns], the last of which belong to the queries. Also returns the scores of the keys that
-        leave the window (for `append_keys`).
+        key, value: rows of the buffers, [batch, heads, keys, columns], the last of which belong to the queries. Also returns the
+        scores of the keys that leave the window (for `append_keys`).
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()

@@ -18,8 +18,9 @@ from headsink.eviction.pattern import FOREVER
 class KVTable:
     """The table of the KV heads of `groups`, for every sequence of a batch.
 
-    table: int64 [sequences, KV heads, len(KVField)]; dtype: of the buffers. It contains addresses, so the buffers must not be reallocated. They get room
-    for `tokens` more tokens, or for fewer if a head would start evicting. until: the first column without room.
+    table: int64 [sequences, KV heads, len(KVField)]; dtype: of the buffers. It contains addresses, so the buffers must not be
+    reallocated. They get room for `tokens` more tokens, or for fewer if a head would start evicting. until: the first column
+    without room.
     """
 
     def __init__(self, groups: Sequence[Slots], tokens: int):

@@ -65,7 +65,9 @@ class PlanLayer(CacheLayerMixin):
         self.recording = self.frozen = False
 
     @classmethod
-    def of_window(cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool, int8: bool = False) -> PlanLayer:
+    def of_window(
+        cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool, int8: bool = False
+    ) -> PlanLayer:
         """A layer with a sliding window of the model."""
         weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
         options = PrefillOptions(dense=False)
@@ -229,7 +231,12 @@ class PlanLayer(CacheLayerMixin):
     def _reads_densely(self, tokens: int) -> bool:
         """Whether new tokens are a segment. Tokens that may be cropped, as in assisted decoding, are read one by one."""
         cropped = self.recording and self.groups[0].columns > 0
-        return self.prefill.dense and tokens > 1 and not cropped and any(group.evicts or group.int8 for group in self.groups)
+        return (
+            self.prefill.dense
+            and tokens > 1
+            and not cropped
+            and any(group.evicts or group.int8 for group in self.groups)
+        )
 
     def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
         """Whether the decode kernel can run: one token, all heads in one call."""
@@ -238,7 +245,9 @@ class PlanLayer(CacheLayerMixin):
             query.shape[2] == 1
             and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not where the output must equal the full cache's bit for bit
-            and not (softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not self.int8)
+            and not (
+                softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not self.int8
+            )
             and not any(g.recording or g.rotary is not None for g in groups)
             and (self.scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
         )
@@ -309,7 +318,16 @@ class PlanLayer(CacheLayerMixin):
         exact = self.exact and len(by_pattern) == 1
         self.groups = [
             HeadGroup(
-                pattern, heads, self.weights, key, padding, self.rotary, exact, self.scorer, self.decode_window, self.int8
+                pattern,
+                heads,
+                self.weights,
+                key,
+                padding,
+                self.rotary,
+                exact,
+                self.scorer,
+                self.decode_window,
+                self.int8,
             )
             for pattern, heads in by_pattern.items()
         ]

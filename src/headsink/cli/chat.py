@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headsink.cli.loading import compile_step, load_with_plan
 from headsink.cli.options import (
     Budget,
+    KVDtype,
     Model,
     OtherWeights,
     PlanFile,
@@ -32,6 +33,7 @@ class ChatOptions(RunOptions):
     model: Model = "smollm2"
     plan_file: PlanFile = None
     budget: Budget = None
+    kv_dtype: KVDtype = "auto"
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 500
     temperature: Temperature = 0.0
     other_weights: OtherWeights = False
@@ -54,9 +56,11 @@ def chat(options: ChatOptions) -> None:
     )
     if options.budget is not None:  # of the longest conversation
         plan = packaged_plan(options.model, options.budget, describe(model).max_context)
-    compile_step(model, plan)
+    dtype: Any = options.kv_dtype
+    compile_step(model, plan, dtype)
     torch.manual_seed(options.seed)
-    talk = Conversation(model, tokenizer, plan, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    how = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "kv_dtype": dtype}
+    talk = Conversation(model, tokenizer, plan, **how)
     turns = []
     while line := _line():
         done = talk.ask(line, None if options.as_json else write)

@@ -12,6 +12,7 @@ import headsink
 from headsink.cli.loading import compile_step, load_with_plan
 from headsink.cli.options import (
     Budget,
+    KVDtype,
     Model,
     OtherWeights,
     PlanFile,
@@ -63,6 +64,7 @@ class GenerateOptions(RunOptions):
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="With dense prefill, also evict after every so many tokens of the prompt.")
     ] = None
+    kv_dtype: KVDtype = "auto"
     raw: Raw = False
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200
     temperature: Temperature = 0.0
@@ -81,6 +83,8 @@ class GenerateOptions(RunOptions):
             raise HeadsinkError(
                 "prefix: it has a plan, a document and a format of its own; leave out --plan, --budget, --file, --raw"
             )
+        if self.prefix is not None and self.kv_dtype != "auto":
+            raise HeadsinkError("kv_dtype: a prefix is cached in the dtype that it was read in; leave out --kv-dtype")
         check_plan_choice(self.model, self.plan_file, self.budget)
         if self.reconstruct and (not self.planned or self.lossless):
             raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE, or --budget")
@@ -134,10 +138,11 @@ def generate(options: GenerateOptions) -> None:
         ids = _prompt(tokenizer, text, options.raw)
     if options.budget is not None:
         plan = packaged_plan(options.model, options.budget, len(ids))
+    dtype: Any = options.kv_dtype if cache is None else cache.kv_dtype
     if plan is not None and cache is None and not options.lossless:
         how: dict[str, Any] = {"prefill": options.prefill, "chunk_size": options.chunk_size}
-        cache = headsink.new_cache(model, plan, exact=False, **how)
-    compile_step(model, plan)
+        cache = headsink.new_cache(model, plan, exact=False, kv_dtype=dtype, **how)
+    compile_step(model, plan, dtype)
     torch.manual_seed(options.seed)
     done = generate_text(
         model,
@@ -150,6 +155,7 @@ def generate(options: GenerateOptions) -> None:
         show=None if options.as_json else write,
         lossless=options.lossless,
         reconstruct=options.reconstruct,
+        kv_dtype=dtype,
     )
     if options.as_json:
         files = {"plan": options.plan_file, "prefix": options.prefix}

@@ -11,6 +11,7 @@ from headsink.utils.terminal import err
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from headsink.cache.cache import KVDtype
     from headsink.plan.plan import Plan
 
 
@@ -23,10 +24,10 @@ def load_with_plan(
     return loaded, tokenizer, plan.for_model(loaded) if plan is not None and other_weights else plan
 
 
-def compile_step(model: PreTrainedModel, plan: Plan | None) -> None:
-    """Compile the decode step under a plan, where there is one, before the clock starts."""
+def compile_step(model: PreTrainedModel, plan: Plan | None, kv_dtype: KVDtype = "auto") -> None:
+    """Compile the decode step, which runs under a plan or with a cache of another dtype, before the clock starts."""
     from headsink.generation.decode import prepare, refusal
 
-    if plan is not None and refusal(model, plan) is None:
+    if (plan is not None or kv_dtype != "auto") and refusal(model, plan) is None:
         with err.status("compiling: half a minute, once on a machine"):
-            prepare(model)
+            prepare(model, kv_dtype)

@@ -17,6 +17,7 @@ import typer
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import check_device, check_dtype, check_name, check_tokenizer
 from headsink.plan.packaged import packaged_contexts
+from headsink.runtime.options import check_kv_dtype
 from headsink.utils.files import read_input
 from headsink.utils.terminal import err
 
@@ -36,6 +37,11 @@ def known_dtype(dtype: str | None) -> str | None:
 
 def known_device(device: str | None) -> str | None:
     return device if device is None else check_device(device)
+
+
+def known_kv_dtype(kv_dtype: str) -> str:
+    check_kv_dtype(kv_dtype)
+    return kv_dtype
 
 
 def plan_path(path: Path | None) -> Path | None:
@@ -96,6 +102,13 @@ Reconstruct = Annotated[
     typer.Option(
         "--reconstruct",
         help="Read the document twice (context reconstruction): the best quality, for many questions about it.",
+    ),
+]
+KVDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, the model's dtype, or int8: keys and values in 8 bits, half of the bytes of bfloat16; without a plan too.",
+        callback=known_kv_dtype,
     ),
 ]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy; above, sampling.")]

@@ -14,6 +14,7 @@ from headsink.cli.loading import load_with_plan
 from headsink.cli.options import (
     Budget,
     Force,
+    KVDtype,
     Model,
     OtherWeights,
     Raw,
@@ -42,6 +43,7 @@ class PrefillOptions(RunOptions):
         "prefix.safetensors"
     )
     reconstruct: Reconstruct = False
+    kv_dtype: KVDtype = "auto"
     raw: Raw = False
     other_weights: OtherWeights = False
     force: Force = False
@@ -66,7 +68,7 @@ def prefill(options: PrefillOptions) -> None:
     Then: headsink generate --prefix prefix.safetensors --prompt "What does it say about X?"
     """
     check_file(options.out_file, options.force)
-    document = options.document()
+    given = options.document()
 
     import torch
 
@@ -78,13 +80,14 @@ def prefill(options: PrefillOptions) -> None:
     model, tokenizer, plan = load_with_plan(
         options.model, options.plan_file, options.other_weights, dtype=options.dtype, device=options.device
     )
-    text, ids = templates.document_prompt(tokenizer, document, options.raw)
+    text, ids = templates.document_prompt(tokenizer, given, options.raw)
     if options.budget is not None:
         plan = packaged_plan(options.model, options.budget, len(ids))
+    document = torch.tensor([ids], device=input_device(model))
     start = time.perf_counter()
-    cache = runtime.prefill(
-        model, plan, torch.tensor([ids], device=input_device(model)), exact=False, reconstruct=options.reconstruct
-    )
+    dtype: Any = options.kv_dtype
+    cache = runtime.empty_cache(model, plan, exact=False, kv_dtype=dtype)
+    runtime.prefill(model, plan, document, cache=cache, reconstruct=options.reconstruct)
     seconds = time.perf_counter() - start
     headsink.save_prefix(options.out_file, cache, torch.tensor([ids]), text, force=options.force)
     found = {"prompt_tokens": len(ids), "seconds": seconds, "kv_bytes": nbytes(cache), "file": str(options.out_file)}

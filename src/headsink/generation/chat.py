@@ -21,6 +21,8 @@ class Conversation:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, **options: Any):
+        if plan is None and options.get("kv_dtype", "auto") != "auto":
+            plan = Plan.full(model)
         self.model, self.tokenizer, self.plan, self.options = model, tokenizer, plan, options
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []  # all tokens of the conversation so far, answers as they were generated
@@ -28,7 +30,10 @@ class Conversation:
         self.cache = self._empty_cache()
 
     def _empty_cache(self) -> Cache:
-        how = {"exact": not self.options.get("compiled", True), "kv_dtype": self.options.get("kv_dtype", "auto")}
+        how: dict[str, Any] = {
+            "exact": not self.options.get("compiled", True),
+            "kv_dtype": self.options.get("kv_dtype", "auto"),
+        }
         return empty_cache(self.model, self.plan, **how)
 
     def ask(self, question: str, show: Callable[[str], None] | None = None) -> Generation:

@@ -106,7 +106,8 @@ def generate(
     with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step (decode.py) if they
     support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). reconstruct: compress the
     prompt by context reconstruction, as `headsink.compress` does. kv_dtype: as for `new_cache`, of the draft in lossless mode;
-    without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or one that does not fit the model.
+    without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or
+    one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")

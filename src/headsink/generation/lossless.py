@@ -38,10 +38,11 @@ def generate_lossless(
     of the full KV cache and the plan's.
 
     input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the compressed cache, per round,
-    0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where
-    decoding with the full cache is faster. kv_dtype: of the plan's cache, as for `new_cache`. speculation: filled with counts. options: of `model.generate`, greedy or sampling:
-    max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer (for one sequence), ... Raises
-    HeadsinkError if the plan was made for another model, and for beam search, a cache of your own and return_dict_in_generate.
+    0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where decoding
+    with the full cache is faster. kv_dtype: of the plan's cache, as for `new_cache`. speculation: filled with counts. options: of
+    `model.generate`, greedy or sampling: max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer
+    (for one sequence), ... Raises HeadsinkError if the plan was made for another model, and for beam search, a cache of your own
+    and return_dict_in_generate.
     """
     if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
         raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")

@@ -356,7 +356,15 @@ def _append_head(op: Any, numbers: Any, like: Any, head: Any, table: Any, query:
 
 @njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
 def run(
-    operations: Any, numbers: Any, heads: Any, turns: Any, scratch: Any, like: Any, kv_like: Any, sequences: Any, threads: Any
+    operations: Any,
+    numbers: Any,
+    heads: Any,
+    turns: Any,
+    scratch: Any,
+    like: Any,
+    kv_like: Any,
+    sequences: Any,
+    threads: Any,
 ) -> None:
     """Run a list of operations.
 
@@ -388,13 +396,24 @@ def run(
             softcap = numbers[number, _CAP_AT]
             for part in prange(threads):
                 for head in range(part, count, threads):
-                    _append_head(op, numbers[number], kv_like, head, heads[first + head], query[head], turned[head], turns)
+                    _append_head(
+                        op, numbers[number], kv_like, head, heads[first + head], query[head], turned[head], turns
+                    )
             for part in prange(threads):
                 logits = np.empty((group + 1, BLOCK), np.float32)
                 for head in range(count):
                     sums = top[head, part], total[head, part], parts[head, part]
                     attend_part(
-                        heads[first + head], kv_like, query[head], turned[head], 1, softcap, logits, *sums, part, threads
+                        heads[first + head],
+                        kv_like,
+                        query[head],
+                        turned[head],
+                        1,
+                        softcap,
+                        logits,
+                        *sums,
+                        part,
+                        threads,
                     )
             for head in range(count):
                 for row in range(group):

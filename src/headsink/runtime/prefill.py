@@ -18,9 +18,7 @@ from headsink.runtime.apply import apply_here, full_cache, new_cache
 CHUNK = 8192  # tokens per forward pass where keys are evicted while they are read: bounds the memory of the pass
 
 
-def empty_cache(
-    model: PreTrainedModel, plan: Plan | None, exact: bool = True, *, kv_dtype: KVDtype = "auto"
-) -> Cache:
+def empty_cache(model: PreTrainedModel, plan: Plan | None, exact: bool = True, *, kv_dtype: KVDtype = "auto") -> Cache:
     """A cache for the plan (`new_cache`), or transformers' own if there is none."""
     if plan is None:
         return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -34,9 +34,9 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class Header(BaseModel):
     """Metadata of a prefix file.
 
-    dtype, kv_dtype: of the model, and of cached keys and values. seen: tokens of every row, padding included. prefix_slots: for every group of every layer, slots in
-    front of its ring. starts: the column in the first slot of that ring, before it wraps. text, exact, prefill, chunk_size: as
-    for `save_prefix` and `new_cache`.
+    dtype, kv_dtype: of the model, and of cached keys and values. seen: tokens of every row, padding included. prefix_slots: for
+    every group of every layer, slots in front of its ring. starts: the column in the first slot of that ring, before it wraps.
+    text, exact, prefill, chunk_size: as for `save_prefix` and `new_cache`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -10,25 +10,32 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from headsink.cache.cache import PlanCache
+from headsink.cache.cache import KVDtype, PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import input_device
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, full_cache
-from headsink.runtime.prefill import prefill
+from headsink.runtime.prefill import empty_cache, prefill
 
 BLOCK = 32  # consecutive tokens that the bootstrap resamples together
 
 
-def read(model: PreTrainedModel, plan: Plan | None, ids: Sequence[int], reconstruct: bool = False) -> Cache:
+def read(
+    model: PreTrainedModel,
+    plan: Plan | None,
+    ids: Sequence[int],
+    reconstruct: bool = False,
+    kv_dtype: KVDtype = "auto",
+) -> Cache:
     """The cache of a document under a plan, or the full cache, ready for continuations that are taken back.
 
-    Each continuation is a segment, as a turn of a conversation. reconstruct: as for `headsink.compress`.
+    Each continuation is a segment, as a turn of a conversation. reconstruct, kv_dtype: as for `headsink.compress`.
     """
     quiet = plan if plan is None else plan.model_copy(update={"quality": ()})  # measured here, so nothing to warn of
     tokens = torch.tensor([list(ids)], device=input_device(model))
-    cache = prefill(model, quiet, tokens, exact=False, reconstruct=reconstruct)
+    cache = empty_cache(model, quiet, exact=False, kv_dtype=kv_dtype)
+    prefill(model, quiet, tokens, cache=cache, reconstruct=reconstruct)
     if isinstance(cache, PlanCache) and cache.plan.positions == "absolute":
         cache.freeze()  # so that a continuation, which attends to every cached key, can be cropped
     cache.activate_past_recording()

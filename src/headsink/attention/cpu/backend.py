@@ -14,7 +14,11 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
 
-NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}  # as kernels read
+NUMPY: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,
+    torch.int8: np.int8,
+}  # as kernels read
 FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
 
 

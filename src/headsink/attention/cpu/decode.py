@@ -1,7 +1,8 @@
 """Attention of a few tokens on a CPU, over heads of any length, without copying their keys.
 
 Keys and values stay in torch's memory and are accessed by address. They are float32, bfloat16 (as uint16, since numba has no
-bfloat16), or int8 with a scale (attention/int8.py); sums are float32. Each head is a row in a table of addresses and numbers (attention/kv_table.py).
+bfloat16), or int8 with a scale (attention/int8.py); sums are float32. Each head is a row in a table of addresses and numbers
+(attention/kv_table.py).
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def attend_part(
             for row in range(group):
                 for n in range(count):
                     logits[row, n] = cap(logits[row, n], softcap)
-        seen = 0
+        seen = np.int32(0)
         for slot in range(first, first + count):
             seen += np.int32(visible[slot])
         if seen < count:

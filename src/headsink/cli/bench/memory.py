@@ -10,9 +10,10 @@ from headsink.cli.bench.speed import SpeedOptions, deliver_tables
 
 @dataclass(frozen=True)
 class MemoryOptions(SpeedOptions):
-    """Options of `headsink bench speed` without the tokens to generate, on which memory hardly depends."""
+    """Options of `headsink bench speed` without the tokens to generate, on which memory hardly depends, and dtypes."""
 
     tokens: int = field(default=4, init=False)
+    kv_dtypes: str = field(default="auto", init=False)
     rounds: Rounds = 2
 
 

@@ -28,6 +28,7 @@ from headsink.cli.options import (
     RunOptions,
     Seed,
     batch_sizes,
+    known_kv_dtype,
     numbers,
 )
 from headsink.utils.files import check_file
@@ -50,6 +51,9 @@ class SpeedOptions(RunOptions):
         ),
     ] = None
     batches: Batches = "1"
+    kv_dtypes: Annotated[str, typer.Option("--kv-dtype", help="Of the caches under plans, with commas: auto,int8.")] = (
+        "auto"
+    )
     tokens: NewTokens = 33
     rounds: Rounds = 5
     llama_cpp: LlamaCpp = None
@@ -66,6 +70,7 @@ class SpeedOptions(RunOptions):
         contexts = None if self.contexts is None else numbers("contexts", self.contexts)
         batches = batch_sizes(self.batches)
         check_contexts(contexts or (), self.tokens)
+        kv_dtypes: list[Any] = [known_kv_dtype(one) for one in self.kv_dtypes.split(",")]
 
         from headsink.bench.comparison import Comparison
 
@@ -75,6 +80,7 @@ class SpeedOptions(RunOptions):
             rounds=self.rounds,
             tokens=self.tokens,
             batches=batches,
+            kv_dtypes=kv_dtypes,
             plans=named_plans(self.plan_files or []),
             other_weights=self.other_weights,
             llama_cpp=self.llama_cpp,
