@@ -129,7 +129,7 @@ def test_a_table_of_other_rows_is_refused(rows):
     table = np.zeros((4, len(KVField)), np.int64)  # two rows of two KV heads
     new = torch.randn(rows, 2, 1, 8)
     with pytest.raises(HeadsinkError, match=r"^attention: "):
-        attend_table(table, torch.randn(rows, 4, 1, 8), 1, 1.0, new, new)
+        attend_table(table, torch.float32, torch.randn(rows, 4, 1, 8), 1, 1.0, new, new)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_table_of_other_rows_is_refused(rows):
 def test_a_new_token_of_another_shape_is_refused(new):
     table = np.zeros((4, len(KVField)), np.int64)
     with pytest.raises(HeadsinkError, match=r"^attention: a new token"):
-        attend_table(table, torch.randn(2, 4, 1, 8), 1, 1.0, new, new)
+        attend_table(table, torch.float32, torch.randn(2, 4, 1, 8), 1, 1.0, new, new)
 
 
 def test_scores_of_other_rows_are_refused():

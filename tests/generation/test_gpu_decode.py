@@ -16,6 +16,7 @@ from waiting import Waiting
 
 from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
 from headsink.attention.cuda.decode import attend
+from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
 from headsink.generation.decode import open_decoder, refusal
 from headsink.generation.speculative import Speculation, draft_cache
@@ -57,6 +58,8 @@ def slow(query, keys, values, visible, scaling, softcap, sink_logits, rotated=No
         ([[130], [1], [1]], 1, 5, 192, 1, {}),
         ([[300, 70], [1, 200]], 2, 1, 64, 4, {"padded": True}),
         ([[300, 70], [1, 200]], 2, 1, 64, 4, {"rotated": True}),
+        ([[300, 70], [1, 200]], 2, 3, 80, 4, {"int8": True}),
+        ([[130, 5]], 2, 1, 64, 3, {"int8": True, "rotated": True, "softcap": 3.0, "sink_logits": True}),
     ],
     ids=str,
 )
@@ -73,7 +76,11 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
             keys, values = torch.randn(2, size + spare, dim).to(device, dtype)
             keys[size:] = values[size:] = float("nan")  # none of these may be read
             visible = torch.rand(size + spare).to(device) < 0.8
-            buffers.append((keys, values, visible))
+            rows = keys, values
+            if options.get("int8"):
+                rows = tuple(quantize(t.float()).to(device) for t in rows)
+                keys, values = (dequantize(t, torch.float32) for t in rows)
+            buffers.append((*rows, visible))
             for field, buffer in zip((KVField.KEYS, KVField.VALUES, KVField.VISIBLE), buffers[-1], strict=True):
                 table[text, head, field] = buffer.data_ptr()
             pad = int(torch.randint(size + 1, ())) if options.get("padded") else 0
@@ -92,9 +99,8 @@ def test_attention_over_heads_of_any_length(device, dtype, sizes, group, tokens,
             expected.append(found[0])
             expected_lse.append(found[1])
     length = torch.tensor([1000 - tokens], device=device)
-    output, lse = attend(
-        query, table.to(device), length, dim**-0.5, options.get("softcap"), sink_logits, rotated, programs
-    )
+    given = query, table.to(device), length, dim**-0.5, options.get("softcap"), sink_logits, rotated, programs
+    output, lse = attend(*given, int8=options.get("int8", False))
     error = TYPES[dtype]
     torch.testing.assert_close(output.double(), torch.stack(expected).view_as(output), atol=error, rtol=error)
     torch.testing.assert_close(lse.double(), torch.stack(expected_lse).view_as(lse), atol=error, rtol=error)
@@ -216,12 +222,13 @@ def test_generate_is_the_same_with_the_step_and_without(device):
         assert torch.equal(plain, model.generate(ids, custom_generate=decode, **options))
 
 
-def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device):
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device, kv_dtype):
     """Buffers, scores and positions after single tokens equal those of the layers' eager code."""
     with on(device, "llama", 6) as (model, plan):
         ids = torch.randint(3, 200, (1, 28), device=device)
         with torch.no_grad(), apply(model, plan):
-            one, other = new_cache(model, plan), new_cache(model, plan)
+            one, other = (new_cache(model, plan, kv_dtype=kv_dtype) for _ in range(2))
             for cache in (one, other):
                 model(ids[:, :20], **cache_argument(cache))
             with open_decoder(model, one) as step:
@@ -236,8 +243,10 @@ def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device):
             for token in range(8):
                 theirs.append_keys(key[:, theirs.heads, token : token + 1], value[:, theirs.heads, token : token + 1])
             assert torch.equal(mine.visible, theirs.visible)
-            torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(mine.values, theirs.values, atol=1e-5, rtol=1e-5)
+            for own, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                if kv_dtype == "int8":
+                    own, expected = (dequantize(rows, torch.float32) for rows in (own, expected))
+                torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(mine.scores, theirs.scores, atol=1e-4, rtol=1e-4)
 
 
@@ -337,6 +346,8 @@ for dim in (64, 128, 256):
     table = torch.zeros(4, 8, len(KVField), dtype=torch.int64)
     one, five = (torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16) for tokens in (1, 5))
     attend(one, table, torch.tensor([0]), 1.0, programs=264)
+    attend(one, table, torch.tensor([0]), 1.0, programs=264, int8=True)
+    append_keys(one[:, :8].contiguous(), one[:, :8].contiguous(), table, torch.tensor([0]), True)
     attend(five, table, torch.tensor([0]), 1.0, 5.0, torch.zeros(32), five, programs=264)  # all that there may be
     append_keys(one[:, :8].contiguous(), one[:, :8].contiguous(), table, torch.tensor([0]))
     query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
@@ -364,5 +375,6 @@ def test_kernels_compile_for_an_h100(tmp_path):
     few, many = (
         [kernel["ptx"] for kernel in kernels if kernel["name"] == name] for name in ("_attend_part", "_attend_block")
     )
-    assert all("cp.async.cg.shared.global" in ptx for ptx in few)  # 16-byte copies that bypass registers
+    # 16-byte copies that bypass registers; rows of int8 begin at multiples of 4 bytes
+    assert ["cp.async.cg.shared.global" in ptx for ptx in few].count(False) == 3
     assert all("wgmma" in ptx for ptx in many)  # Hopper's tensor cores

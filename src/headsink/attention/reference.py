@@ -91,8 +91,8 @@ def reference_attention(
             if end - begin > 1:  # it sees its own keys before they are refitted and rounded
                 pairs = (keys, key[:, one]), (values, value[:, one])
                 now, own_values = (torch.cat([old[:, :, :begin], new[:, :, part]], 2) for old, new in pairs)
-                given = query[:, rows, part], now, own_values, mask[:, :, part, :end]
-                output[:, rows, part] = masked_attention(*given, scaling, softcap, extra)
+                seen, own_query = mask[:, :, part, :end], query[:, rows, part]
+                output[:, rows, part] = masked_attention(own_query, now, own_values, seen, scaling, softcap, extra)
     return output
 
 

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headsink.attention.int8 import LARGEST as MOST
+from headsink.attention.int8 import SCALE_BYTES as BYTES
+from headsink.attention.cuda.common import nearest, scale_of
 from headsink.attention.cuda.decode import (
     FIELDS,
     KEYS,
@@ -29,6 +32,7 @@ from headsink.attention.cuda.decode import (
 from headsink.attention.kv_table import KVField
 from headsink.errors import must_be
 
+LARGEST, SCALE_BYTES = tl.constexpr(MOST), tl.constexpr(BYTES)
 SCAN = 1024  # scores per block of the search for the lowest
 
 
@@ -45,11 +49,37 @@ def _score(key_first, key_second, value, weights, column, pair, dim: tl.constexp
 
 
 @triton.jit
+def _factor(numbers):
+    """Return the factor by which numbers are multiplied before they are rounded to int8, and the scale that undoes it."""
+    most = tl.max(tl.abs(numbers), 0)
+    return tl.where(most > 0, LARGEST / tl.maximum(most, 1e-38), 0.0), most / LARGEST
+
+
+@triton.jit
+def _put(rows, slot, numbers, scale, column, width: tl.constexpr, dim: tl.constexpr, INT8: tl.constexpr):
+    """Write a key or value to its slot."""
+    tl.store(rows + slot * width + column, numbers, column < dim)
+    if INT8:
+        tl.store((rows + slot * width + dim).to(tl.pointer_type(tl.float32)), scale)
+
+
+@triton.jit
 def _enter(
-    key, value, table, length_at, TOKENS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, SOME: tl.constexpr
+    key,
+    value,
+    table,
+    length_at,
+    TOKENS: tl.constexpr,
+    dim: tl.constexpr,
+    DIM: tl.constexpr,
+    SOME: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     kind = key.dtype.element_ty
+    if INT8:
+        kind = tl.int8
     half: tl.constexpr = dim // 2
+    width: tl.constexpr = dim + SCALE_BYTES if INT8 else dim
     head, token = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_at) + token
     own = table + head * FIELDS
@@ -65,22 +95,37 @@ def _enter(
     inside = column < dim
     key, value = key + (head * TOKENS + token) * dim, value + (head * TOKENS + token) * dim
     new_key, new_value = tl.load(key + column, inside, other=0.0), tl.load(value + column, inside, other=0.0)
+    key_factor, key_scale = tl.cast(1.0, tl.float32), tl.cast(1.0, tl.float32)
+    value_scale = key_scale
+    if INT8:
+        key_factor, key_scale = _factor(new_key.to(tl.float32))
+        value_factor, value_scale = _factor(new_value.to(tl.float32))
+        new_key = nearest(new_key.to(tl.float32) * key_factor).to(tl.int8)
+        new_value = nearest(new_value.to(tl.float32) * value_factor).to(tl.int8)
     is_visible = tl.load(visible + slot, window > 0, other=1)  # hidden keys are not moved
     if (leaving >= 0) & (is_visible != 0):
-        from_keys, from_values = key, value  # without a window the new token leaves immediately
+        # without a window the new token leaves immediately
+        old_key, old_value, old_key_scale, old_value_scale = new_key, new_value, key_scale, value_scale
         if window > 0:
-            from_keys, from_values = keys + slot * dim, values + slot * dim
-        old_key = tl.load(from_keys + column, inside, other=0.0)
-        old_value = tl.load(from_values + column, inside, other=0.0)
+            old_key = tl.load(keys + slot * width + column, inside, other=0)
+            old_value = tl.load(values + slot * width + column, inside, other=0)
+            if INT8:
+                old_key_scale, old_value_scale = scale_of(keys + slot * width, dim), scale_of(values + slot * width, dim)
         target = leaving * 0 - 1
         if leaving < sink:
             target = leaving
         elif top_k > 0:
             scores = tl.load(own + SCORES).to(tl.pointer_type(tl.float32))
             weights = tl.load(own + WEIGHTS).to(tl.pointer_type(tl.float32))
-            first = tl.load(from_keys + pair, pair < half, other=0.0).to(tl.float32)
-            second = tl.load(from_keys + half + pair, pair < half, other=0.0).to(tl.float32)
-            score = _score(first, second, old_value.to(tl.float32), weights, column, pair, dim)
+            first = tl.load(key + pair, pair < half, other=0.0).to(tl.float32)
+            second = tl.load(key + half + pair, pair < half, other=0.0).to(tl.float32)
+            if INT8:
+                first, second = nearest(first * key_factor), nearest(second * key_factor)
+            if window > 0:
+                first = tl.load(keys + slot * width + pair, pair < half, other=0).to(tl.float32)
+                second = tl.load(keys + slot * width + half + pair, pair < half, other=0).to(tl.float32)
+            first, second = first * old_key_scale, second * old_key_scale
+            score = _score(first, second, old_value.to(tl.float32) * old_value_scale, weights, column, pair, dim)
             some = tl.arange(0, SOME)
             least = tl.full([SOME], float("inf"), tl.float32)
             at = tl.zeros([SOME], tl.int32)
@@ -96,20 +141,20 @@ def _enter(
                 target = sink + replaced
         tl.debug_barrier()  # all threads have read the leaving key before it is overwritten
         if target >= 0:
-            tl.store(keys + target * dim + column, old_key, inside)
-            tl.store(values + target * dim + column, old_value, inside)
+            _put(keys, target, old_key, old_key_scale, column, width, dim, INT8)
+            _put(values, target, old_value, old_value_scale, column, width, dim, INT8)
             tl.store(visible + target, 1)
     if window > 0:
-        tl.store(keys + slot * dim + column, new_key, inside)
-        tl.store(values + slot * dim + column, new_value, inside)
+        _put(keys, slot, new_key, key_scale, column, width, dim, INT8)
+        _put(values, slot, new_value, value_scale, column, width, dim, INT8)
         tl.store(visible + slot, (length >= pad).to(tl.int8))
 
 
-def append_keys(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> None:
+def append_keys(key: Tensor, value: Tensor, table: Tensor, length: Tensor, int8: bool = False) -> None:
     """Append tokens to every sequence: one, or several if no head evicts.
 
     key, value: [sequences, KV heads, tokens, dim], contiguous; table: int64 [sequences, KV heads, len(KVField)]; length: int64
-    [1], columns before them.
+    [1], columns before them. int8: whether the buffers are (attention/int8.py).
     """
     sequences, heads, tokens, dim = key.shape
     check_table(table, length, sequences, heads, key.device)
@@ -119,7 +164,7 @@ def append_keys(key: Tensor, value: Tensor, table: Tensor, length: Tensor) -> No
     wide = triton.next_power_of_2(dim)
     with torch.cuda.device_of(key):
         _enter[(sequences * heads, tokens)](
-            key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, num_warps=4
+            key, value, table, length, TOKENS=tokens, dim=dim, DIM=wide, SOME=SCAN, INT8=int8, num_warps=4
         )
 
 

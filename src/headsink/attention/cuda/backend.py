@@ -50,6 +50,6 @@ class CUDABackend:
         self, table: Any, length: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> Tensor:
         if not isinstance(table.table, DeviceTable):
-            table.table = DeviceTable.of(table.table, length, query.device)
+            table.table = DeviceTable.of(table, length, query.device)
         table.table.length.fill_(length)
         return table.table.attend(query, key, value, params)

@@ -26,6 +26,18 @@ def cap(logits, softcap):
     return softcap - 2 * softcap / (tl.exp2(logits * (2 * LOG2E / softcap)) + 1)
 
 
+@triton.jit
+def scale_of(row, dim: tl.constexpr):
+    """Return the scale of int8 rows that begin at `row` (attention/int8.py)."""
+    return tl.load((row + dim).to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def nearest(numbers):
+    """Return the nearest whole numbers."""
+    return tl.floor(numbers + 0.5)
+
+
 def processors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU; 3 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

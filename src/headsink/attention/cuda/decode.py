@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from headsink.attention.cuda.common import LOG2E, cap, processors, product
+from headsink.attention.int8 import SCALE_BYTES as BYTES
 from headsink.attention.kv_table import KVField, check_buffers
 from headsink.errors import must_be
 
+SCALE_BYTES = tl.constexpr(BYTES)
 TILE_BYTES = 2**14  # of the keys in a tile; the same for the values
 FIELDS = tl.constexpr(len(KVField))
 KEYS, VALUES, VISIBLE, SCORES, WEIGHTS, SINK, TOP_K, PREFIX_SLOTS, START, WINDOW, PAD = (
@@ -81,8 +83,13 @@ def _attend_part(
     CAPPED: tl.constexpr,
     ROTATED: tl.constexpr,
     STAGES: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     kind = query.dtype.element_ty
+    cached = kind
+    if INT8:
+        cached = tl.int8
+    width: tl.constexpr = dim + SCALE_BYTES if INT8 else dim
     program = tl.program_id(0)
     length = tl.load(length_at) + TOKENS
     head_index = tl.arange(0, HEADS)
@@ -105,8 +112,10 @@ def _attend_part(
         end, begun = _of(ends, head_index, head), _of(until - tiles - firsts // TILE, head_index, head)
         stop = tl.minimum(last, _of(until, head_index, head))
         own = table + head * FIELDS
-        keys = tl.multiple_of(tl.load(own + KEYS).to(tl.pointer_type(kind)), 16)
-        values = tl.multiple_of(tl.load(own + VALUES).to(tl.pointer_type(kind)), 16)
+        keys = tl.load(own + KEYS).to(tl.pointer_type(cached))
+        values = tl.load(own + VALUES).to(tl.pointer_type(cached))
+        if not INT8:
+            keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
         visible = tl.load(own + VISIBLE).to(tl.pointer_type(tl.int8))
         theirs = (head * rows + row)[:, None] * dim + column[None, :]
         queries = tl.load(query + theirs, inside, other=0.0)
@@ -119,9 +128,11 @@ def _attend_part(
             slots = first + slot
             in_use = slots < end
             valid = in_use[:, None] & (column < dim)[None, :]
-            offset = slots[:, None] * dim + column[None, :]
-            key = tl.load(keys + offset, valid, other=0.0)
-            value = tl.load(values + offset, valid, other=0.0)
+            offset = slots[:, None] * width + column[None, :]
+            key = tl.load(keys + offset, valid, other=0)
+            value = tl.load(values + offset, valid, other=0)
+            if INT8:
+                key, value = key.to(tl.float32).to(kind), value.to(tl.float32).to(kind)
             seen = (tl.load(visible + slots, in_use, other=0) != 0)[None, :]
             if TOKENS > 1:  # the last tokens are in the last slots
                 seen = seen & (slots[None, :] <= (end - TOKENS + row % TOKENS)[:, None])
@@ -129,6 +140,11 @@ def _attend_part(
             if ROTATED:
                 of_first = product(sink_queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
                 logits = tl.where((slots < sink)[None, :], of_first, logits)
+            if INT8:
+                row_at = slots * width + dim
+                key_scale = tl.load((keys + row_at).to(tl.pointer_type(tl.float32)), in_use, other=0.0)
+                value_scale = tl.load((values + row_at).to(tl.pointer_type(tl.float32)), in_use, other=0.0)
+                logits = logits * key_scale[None, :]
             if CAPPED:
                 logits = cap(logits * scaling, softcap)
             logits = tl.where(seen, logits, float("-inf"))
@@ -137,6 +153,8 @@ def _attend_part(
             shares = tl.exp2(logits * unit - (finite * unit)[:, None])
             factor = tl.exp2((top - finite) * unit)
             sum_ = sum_ * factor + tl.sum(shares, 1)
+            if INT8:
+                shares = shares * value_scale[None, :]
             out = product(shares.to(kind), value, out * factor[:, None])
             top = most
         part = (
@@ -230,6 +248,7 @@ def attend(
     sink_logits: Tensor | None = None,
     rotated: Tensor | None = None,
     programs: int | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend from the last tokens of every sequence over the cached keys of each head, their own included.
 
@@ -237,7 +256,7 @@ def attend(
     int64 [1], columns before those of the queries. With more than one token, no ring may have wrapped. softcap: logits become
     softcap x tanh(logits / softcap). sink_logits: [KV heads x group], logits in the softmax without a value. rotated: the
     queries for the sink tokens, for cache-relative positions (models/rope.py). programs: number of programs, by default twice
-    the number of multiprocessors. Returns the output in the query's dtype, zero where no key is visible, and the log-sum-exp of
+    the number of multiprocessors. int8: whether the buffers are (attention/int8.py). Returns the output in the query's dtype, zero where no key is visible, and the log-sum-exp of
     the keys' logits, float32 [sequences, KV heads x group, tokens], -inf where no key is visible.
     """
     sequences, query_heads, tokens, dim = query.shape
@@ -282,6 +301,7 @@ def attend(
             CAPPED=softcap is not None,
             ROTATED=rotated is not None,
             STAGES=3,
+            INT8=int8,
             num_warps=4,
             **same,
         )
@@ -318,15 +338,17 @@ def attend_buffers(
 ) -> tuple[Tensor, Tensor]:
     """Call `attend` for heads that all have `end` keys, in buffers of one shape.
 
-    keys, values: [sequences, KV heads, slots, dim]; visible: bool [sequences, KV heads, slots].
+    keys, values: [sequences, KV heads, slots, dim], or int8 (attention/int8.py); visible: bool [sequences, KV heads, slots].
     """
-    sequences, kv_heads, slots, dim = keys.shape
+    sequences, kv_heads, slots, width = keys.shape
     check_buffers(query, keys, values, visible, end)
     keys, values, visible = keys.contiguous(), values.contiguous(), visible.contiguous()
     number = torch.arange(sequences * kv_heads, device=query.device).view(sequences, kv_heads) * slots
     table = number.new_zeros(sequences, kv_heads, len(KVField))
-    for field, buffer, size in ((KEYS, keys, dim), (VALUES, values, dim), (VISIBLE, visible, 1)):
+    for field, buffer, size in ((KEYS, keys, width), (VALUES, values, width), (VISIBLE, visible, 1)):
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
     table[..., KVField.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(query, table, length, scaling, softcap, sink_logits, programs=programs)
+    return attend(
+        query, table, length, scaling, softcap, sink_logits, programs=programs, int8=keys.dtype == torch.int8
+    )

@@ -14,14 +14,20 @@ from headsink.models.rope import Rotary, rotate_back
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """The table of a `KVTable` on a GPU, int64 [sequences, KV heads, fields], and the number of columns so far, int64 [1]."""
+    """The table of a `KVTable` on a GPU, int64 [sequences, KV heads, fields], and the number of columns so far, int64 [1].
+
+    int8: whether the buffers are.
+    """
 
     table: Tensor
     length: Tensor
+    int8: bool
 
     @classmethod
-    def of(cls, table: Any, length: int, device: torch.device) -> DeviceTable:
-        return cls(torch.from_numpy(table).to(device), torch.tensor([length], device=device))
+    def of(cls, layout: Any, length: int, device: torch.device) -> DeviceTable:
+        """layout: a `KVTable`."""
+        columns = torch.tensor([length], device=device)
+        return cls(torch.from_numpy(layout.table).to(device), columns, layout.dtype == torch.int8)
 
     def rotated(self, query: Tensor, rotary: Rotary) -> Tensor:
         """Return the queries of a token rotated for the sink tokens, for cache-relative positions (models/rope.py)."""
@@ -44,5 +50,5 @@ class DeviceTable:
         from headsink.attention.cuda.append import append_keys
         from headsink.attention.cuda.decode import attend
 
-        append_keys(key.contiguous(), value.contiguous(), self.table, self.length)
-        return attend(query.contiguous(), self.table, self.length, *softmax, rotated)[0]
+        append_keys(key.contiguous(), value.contiguous(), self.table, self.length, self.int8)
+        return attend(query.contiguous(), self.table, self.length, *softmax, rotated, int8=self.int8)[0]
