@@ -47,7 +47,8 @@ lint: setup
 # Before the tests: convert the built-in model and compile the CPU kernels once, which every process would do otherwise. Each of
 # the two processes has one thread, so that they do not compete for cores.
 test: lint
-	@$(BIN)/python -c 'import headsink; from headsink.generation.decode import prepare; prepare(headsink.load("smollm2")[0])'
+	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
+	@$(BIN)/python tests/support/kernels.py float32 & $(BIN)/python tests/support/kernels.py bfloat16; wait
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The core of every package: what a contributor runs after each change.

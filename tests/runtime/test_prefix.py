@@ -216,7 +216,7 @@ def test_a_context_of_another_model_or_dtype_is_refused(tmp_path):
     headsink.save_prefix(file, read(model, Plan.full(model), ids), ids)
     with pytest.raises(HeadsinkError, match="the plan is for other weights"):
         headsink.load_prefix(file, tiny("llama", seed=1))
-    with pytest.raises(HeadsinkError, match="its keys and values are float32, the model is bfloat16"):
+    with pytest.raises(HeadsinkError, match="it was made in float32, the model is bfloat16"):
         headsink.load_prefix(file, tiny("llama").to(torch.bfloat16))
 
 

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headsink.attention.int8 import LARGEST as MOST
-from headsink.attention.int8 import SCALE_BYTES as BYTES
 from headsink.attention.cuda.common import nearest, scale_of
 from headsink.attention.cuda.decode import (
     FIELDS,
@@ -29,6 +27,8 @@ from headsink.attention.cuda.decode import (
     WINDOW,
     check_table,
 )
+from headsink.attention.int8 import LARGEST as MOST
+from headsink.attention.int8 import SCALE_BYTES as BYTES
 from headsink.attention.kv_table import KVField
 from headsink.errors import must_be
 
@@ -110,7 +110,10 @@ def _enter(
             old_key = tl.load(keys + slot * width + column, inside, other=0)
             old_value = tl.load(values + slot * width + column, inside, other=0)
             if INT8:
-                old_key_scale, old_value_scale = scale_of(keys + slot * width, dim), scale_of(values + slot * width, dim)
+                old_key_scale, old_value_scale = (
+                    scale_of(keys + slot * width, dim),
+                    scale_of(values + slot * width, dim),
+                )
         target = leaving * 0 - 1
         if leaving < sink:
             target = leaving

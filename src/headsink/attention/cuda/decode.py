@@ -252,12 +252,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attend from the last tokens of every sequence over the cached keys of each head, their own included.
 
-    query: [sequences, KV heads x group, tokens, dim], contiguous; table: int64 [sequences, KV heads, len(KVField)]; length:
-    int64 [1], columns before those of the queries. With more than one token, no ring may have wrapped. softcap: logits become
-    softcap x tanh(logits / softcap). sink_logits: [KV heads x group], logits in the softmax without a value. rotated: the
-    queries for the sink tokens, for cache-relative positions (models/rope.py). programs: number of programs, by default twice
-    the number of multiprocessors. int8: whether the buffers are (attention/int8.py). Returns the output in the query's dtype, zero where no key is visible, and the log-sum-exp of
-    the keys' logits, float32 [sequences, KV heads x group, tokens], -inf where no key is visible.
+    query: [sequences, KV heads x group, tokens, dim], contiguous; table: int64 [sequences, KV heads, len(KVField)]; length: int64
+    [1], columns before those of the queries. With more than one token, no ring may have wrapped. softcap: logits become softcap x
+    tanh(logits / softcap). sink_logits: [KV heads x group], logits in the softmax without a value. rotated: the queries for the
+    sink tokens, for cache-relative positions (models/rope.py). programs: number of programs, by default twice the number of
+    multiprocessors. int8: whether the buffers are (attention/int8.py). Returns the output in the query's dtype, zero where no key
+    is visible, and the log-sum-exp of the keys' logits, float32 [sequences, KV heads x group, tokens], -inf where no key is
+    visible.
     """
     sequences, query_heads, tokens, dim = query.shape
     kv_heads = table.shape[1]
@@ -349,6 +350,4 @@ def attend_buffers(
         table[..., field.value] = number * (size * buffer.element_size()) + buffer.data_ptr()
     table[..., KVField.WINDOW] = end
     length = torch.full((1,), end - query.shape[2], device=query.device)
-    return attend(
-        query, table, length, scaling, softcap, sink_logits, programs=programs, int8=keys.dtype == torch.int8
-    )
+    return attend(query, table, length, scaling, softcap, sink_logits, programs=programs, int8=keys.dtype == torch.int8)

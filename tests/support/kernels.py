@@ -1,0 +1,13 @@
+"""Compile the CPU kernels for models of a dtype: python tests/support/kernels.py float32"""
+
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headsink.generation.decode import prepare
+
+sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = LlamaForCausalLM(LlamaConfig(**sizes)).to(getattr(torch, sys.argv[1]))
+for kv_dtype in ("auto", "int8"):
+    prepare(model, kv_dtype)
