@@ -1,5 +1,6 @@
 # make demo: run examples/demo.py on the built-in model.   make test: lint, types and all tests.   Both set up .venv first.
 # make test-oldest: fast tests with the oldest supported transformers, in .venv-oldest.
+# make gpu-check: every kernel against float64 and the reference on this machine's GPU, then times, within 8 minutes: runs/gpu.json
 # make docs: build the documentation site, in .venv-docs.
 # make test-vllm: tests of serving with vLLM, in .venv-vllm.   make test-harness: tests of the lm-evaluation-harness, in .venv-harness.
 PYTHON ?= python3
@@ -20,7 +21,7 @@ HARNESS_READY := .venv-harness/ready
 DOCS := .venv-docs/bin
 DOCS_READY := .venv-docs/ready
 
-.PHONY: setup demo test test-fast test-oldest test-vllm test-harness lint docs peers clean
+.PHONY: setup demo test test-fast test-oldest test-vllm test-harness lint docs peers gpu-check clean
 
 setup: $(READY)
 
@@ -102,6 +103,10 @@ $(DOCS_READY): pyproject.toml constraints.txt
 		> .venv-docs/requirements.txt
 	@$(DOCS)/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
 	@touch $(DOCS_READY)
+
+gpu-check: setup
+	@mkdir -p runs
+	@$(BIN)/python benchmarks/gpu.py --out runs/gpu.json
 
 # Run the presses of kvpress on the cases of benchmarks/plans.py (one to two hours; an interrupted run keeps finished cases).
 peers: $(PEERS_READY) runs/cases.json

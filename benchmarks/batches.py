@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True, help="scaled to every context")
     parser.add_argument("--contexts", default="7500")
     parser.add_argument("--batches", default="1,2,4,8", help="batch sizes")
     parser.add_argument("--kv-dtype", default="auto,int8")
@@ -87,7 +87,7 @@ def main() -> None:
     }
     for context in map(int, arguments.contexts.split(",")):
         for batch in map(int, arguments.batches.split(",")):
-            _measure(arguments, model, plan, context, batch, kv_dtypes, found["results"])
+            _measure(arguments, model, plan.scale(context), context, batch, kv_dtypes, found["results"])
             write_text(arguments.out, json.dumps(found, indent=1))
     print(f"-> {arguments.out}")
 

@@ -17,9 +17,10 @@ from headsink.attention.cuda import full, prefill
 from headsink.attention.cuda.common import processors
 from headsink.attention.cuda.decode import attend, attend_buffers
 from headsink.attention.cuda.prefill import attend as attend_many
+from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.interface import AttentionRecord
 from headsink.attention.kv_table import KVField
-from headsink.attention.reference import reference_attention
+from headsink.attention.reference import masked_attention
 from headsink.attention.visibility import KeyVisibility
 from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.eviction.pattern import FULL, Pattern
@@ -90,7 +91,7 @@ def decode_kernel(
     copy_rate: the card's copy bandwidth, bytes per second.
     """
     device, scaling = clock.device, shape.dim**-0.5
-    room = 2 * 2 * batch * shape.kv * context * shape.dim
+    room = 4 * 2 * batch * shape.kv * context * shape.dim
     if device.type == "cuda" and room > 0.8 * torch.cuda.mem_get_info()[0]:
         return [{"not measured": "it does not fit into the card's memory"}]
     query = torch.randn(batch, shape.query, 1, shape.dim, device=device, dtype=torch.bfloat16)
@@ -107,26 +108,31 @@ def decode_kernel(
                 lambda: F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
             )
         rows.append({"way": "full by sdpa's flash", "seconds": seconds})
+    caches = {"headsink": (keys, values), "headsink, int8": tuple(quantize(states) for states in (keys, values))}
+    number = torch.arange(batch * shape.kv, device=device).view(batch, -1)
     for budget in budgets:
         table = torch.zeros(batch, shape.kv, len(KVField), dtype=torch.int64, device=device)
-        for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
-            stride = buffer.stride(1) * buffer.element_size()
-            number = torch.arange(batch * shape.kv, device=device).view(batch, -1)
-            table[..., field] = buffer.data_ptr() + stride * number
+        table[..., KVField.VISIBLE] = visible.data_ptr() + visible.stride(1) * number
         kept = torch.tensor(sizes(budget, context, shape.kv), device=device)
         table[..., KVField.WINDOW] = kept
         length = torch.tensor([context - 1], device=device)
-        bytes_ = batch * int(kept.sum()) * (2 * shape.dim * keys.element_size() + 1)
-        seconds = clock.kernel(lambda table=table, length=length: attend(query, table, length, scaling))  # type: ignore[misc]
-        rows.append(
-            {
-                "way": "headsink",
-                "budget": budget,
-                "kept": int(kept.sum()) / shape.kv / context,
-                "seconds": seconds,
-                "of_copy": bytes_ / seconds["median"] / copy_rate,
-            }
-        )
+        for name, buffers in caches.items():
+            for field, buffer in zip((KVField.KEYS, KVField.VALUES), buffers, strict=True):
+                table[..., field] = buffer.data_ptr() + buffer.stride(1) * buffer.element_size() * number
+            int8 = name != "headsink"
+            seconds = clock.kernel(
+                lambda table=table, length=length, int8=int8: attend(query, table, length, scaling, int8=int8)  # type: ignore[misc]
+            )
+            bytes_ = batch * int(kept.sum()) * (2 * buffers[0].shape[3] * buffers[0].element_size() + 1)
+            rows.append(
+                {
+                    "way": name,
+                    "budget": budget,
+                    "kept": int(kept.sum()) / shape.kv / context,
+                    "seconds": seconds,
+                    "of_copy": bytes_ / seconds["median"] / copy_rate,
+                }
+            )
     return rows
 
 
@@ -241,7 +247,7 @@ def census_of_a_layer(clock: Any, shape: Heads, context: int) -> list[dict[str, 
     key, value = torch.randn(2, 1, shape.kv, context, shape.dim, device=device, dtype=torch.bfloat16)
     module = nn.Module()
     module.o_proj = nn.Linear(shape.query * shape.dim, shape.query * shape.dim, bias=False).to(device, torch.bfloat16)
-    module.config = LlamaConfig(num_attention_heads=shape.query, num_key_value_heads=shape.kv)
+    module.layer_idx, module.config = 0, LlamaConfig(num_attention_heads=shape.query, num_key_value_heads=shape.kv)
     seen = AttentionRecord(module, 0, query, key, value, shape.dim**-0.5, output=output)
     statistics = clock.host(lambda: head_statistics(seen, context, Thresholds()), 1 if context < 1000 else 3)
     attention = clock.kernel(lambda: full.attend(query, key, value, shape.dim**-0.5), 5)
@@ -256,6 +262,7 @@ def largest_errors(device: torch.device, small: bool) -> list[dict[str, Any]]:
             for name, error in (
                 ("decode attention", _decode_error(device, dtype, dim, 1)),
                 ("attention of five tokens", _decode_error(device, dtype, dim, 5)),
+                ("decode attention in 8 bits", _decode_error(device, dtype, dim, 1, True)),
                 ("prefill attention", _prefill_error(device, dtype, dim, 80 if small else 700)),
                 ("attention over everything", _full_error(device, dtype, dim, "sdpa")),
             ):
@@ -270,16 +277,19 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float(error) if bool(found.isfinite().all()) else float("inf")
 
 
-def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
+def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int, int8: bool = False) -> float:
     kept, group, batch = [7, 130, 1000], 4, 2
     keys, values = torch.randn(2, batch, 3, 1000, dim, device=device).to(dtype)
     query = torch.randn(batch, 3 * group, tokens, dim, device=device).to(dtype)
-    visible = torch.rand(batch, 3, 1000, device=device) < 0.9
+    visible, cached = torch.rand(batch, 3, 1000, device=device) < 0.9, (keys, values)
+    if int8:
+        cached = quantize(keys), quantize(values)
+        keys, values = (dequantize(rows, torch.float32) for rows in cached)
     table = torch.zeros(batch, 3, len(KVField), dtype=torch.int64, device=device)
     expected = torch.empty_like(query, dtype=torch.float64)
     for head, size in enumerate(kept):
         for row in range(batch):
-            for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values), (KVField.VISIBLE, visible)):
+            for field, buffer in ((KVField.KEYS, cached[0]), (KVField.VALUES, cached[1]), (KVField.VISIBLE, visible)):
                 table[row, head, field] = buffer[row, head].data_ptr()
         table[:, head, KVField.WINDOW] = size
         slots = torch.arange(size, device=device)
@@ -289,7 +299,7 @@ def _decode_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: in
         shares = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
         expected[:, own] = shares @ values[:, head, None, :size].double()
     length = torch.tensor([1000 - tokens], device=device)
-    return _relative(attend(query, table, length, dim**-0.5)[0], expected)
+    return _relative(attend(query, table, length, dim**-0.5, int8=int8)[0], expected)
 
 
 def _prefill_error(device: torch.device, dtype: torch.dtype, dim: int, tokens: int) -> float:
@@ -311,9 +321,12 @@ def _full_error(device: torch.device, dtype: torch.dtype, dim: int, name: str) -
     """Return the error of full attention whose queries are the last of the keys."""
     keys, values = torch.randn(2, 2, 2, 500, dim, device=device).to(dtype)
     query = torch.randn(2, 8, 77, dim, device=device).to(dtype)
-    weights = torch.zeros(2, LINEAR.n_features(dim), device=device)
-    given = (t.double() for t in (query, keys, values))
-    expected = reference_attention(next(given), next(given), next(given), [FULL] * 2, weights, dim**-0.5)
+    mask = torch.arange(500, device=device) <= torch.arange(500 - 77, 500, device=device)[:, None]
+    parts = (
+        masked_attention(*(t.double() for t in head), mask, dim**-0.5)
+        for head in zip(query.split(4, 1), keys.split(1, 1), values.split(1, 1), strict=True)
+    )
+    expected = torch.cat(list(parts), 1)
     return _relative(full.KERNELS[name](query, keys, values, dim**-0.5), expected)
 
 

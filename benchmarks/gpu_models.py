@@ -227,7 +227,7 @@ class Rig:
                 ends = state.texts[0].shape[0] + new
                 state.rows = list(range(batch))
                 state.run(
-                    lambda _, logits: logits,
+                    lambda _, __, logits: logits,
                     lambda text, _: torch.tensor([text.shape[1] >= ends]),
                     sample=False,
                     drafted=4,
