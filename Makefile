@@ -49,7 +49,7 @@ lint: setup
 # the two processes has one thread, so that they do not compete for cores.
 test: lint
 	@$(BIN)/python -c 'import headsink; headsink.load("smollm2")'
-	@$(BIN)/python tests/support/kernels.py float32 & $(BIN)/python tests/support/kernels.py bfloat16; wait
+	@$(BIN)/python tests/support/compile_step.py float32 & $(BIN)/python tests/support/compile_step.py bfloat16; wait
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The core of every package: what a contributor runs after each change.

@@ -1,4 +1,4 @@
-"""Compile the CPU kernels for models of a dtype: python tests/support/kernels.py float32"""
+"""Compile the CPU kernels for models of a dtype: python tests/support/compile_step.py float32"""
 
 import sys
 
