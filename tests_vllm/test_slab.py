@@ -223,7 +223,7 @@ def test_random_requests_and_aborts_leak_no_block(engine, model_folder, prefill)
     llm = engine(model_folder(model), plan, prefill, block_size=32, num_gpu_blocks_override=60)
     core, before = llm.llm_engine, free_blocks(llm)
     running: set[str] = set()
-    for number in range(300):
+    for number in range(160):
         length, tokens = rng.randint(1, 900), rng.randint(1, 60)
         ask = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
         core.add_request(str(number), tiny.prompts([length], seed=number)[0], ask)
@@ -234,7 +234,7 @@ def test_random_requests_and_aborts_leak_no_block(engine, model_folder, prefill)
             gone = rng.choice(sorted(running))
             core.abort_request([gone])
             running.discard(gone)
-        if number > 150 and rng.random() < 0.05:
+        if number > 80 and rng.random() < 0.05:
             core.abort_request(sorted(running))
             running.clear()
     while core.has_unfinished_requests():
