@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="cases of each context")
     parser.add_argument("--contexts", help="only cases of these contexts")
     parser.add_argument("--packaged", action="store_true", help="plans of the package, in place of calibration")
+    parser.add_argument("--plan", type=Path, help="one plan, in place of calibration; give its budget")
     parser.add_argument(
         "--float32-products", action="store_true", help="of bfloat16 layers, on a CPU without bfloat16 products"
     )
@@ -133,7 +134,7 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         made: dict[Method, tuple[Calibration, float]] = {}
         for name in methods:
             method = METHODS[name]
-            if method not in made and not arguments.packaged:
+            if method not in made and not arguments.packaged and not arguments.plan:
                 start = time.perf_counter()
                 calibration = Calibration(model, tokenizer, context=shortest, method=method)
                 made = {method: (calibration, time.perf_counter() - start)}  # of one method at a time
@@ -141,7 +142,9 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
             for budget in (float(budget) for budget in arguments.budgets.split(",")):
                 start = time.perf_counter()
                 try:
-                    if calibration is None:
+                    if arguments.plan:
+                        plan = Plan.load(arguments.plan)
+                    elif calibration is None:
                         plan = headsink.packaged_plan(case_file["model"], budget, shortest)
                     else:
                         plan = calibration.plan(budget)
