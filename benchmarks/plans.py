@@ -134,15 +134,18 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         made: dict[Method, tuple[Calibration, float]] = {}
         for name in methods:
             method = METHODS[name]
-            if method not in made and not arguments.packaged and not arguments.plan:
+            if name != "full" + INT8 and method not in made and not arguments.packaged and not arguments.plan:
                 start = time.perf_counter()
                 calibration = Calibration(model, tokenizer, context=shortest, method=method)
                 made = {method: (calibration, time.perf_counter() - start)}  # of one method at a time
             calibration, reading_seconds = made.get(method, (None, 0.0))
-            for budget in (float(budget) for budget in arguments.budgets.split(",")):
+            everything = Plan.full(model) if name == "full" + INT8 else None
+            for budget in [1.0] if everything else [float(budget) for budget in arguments.budgets.split(",")]:
                 start = time.perf_counter()
                 try:
-                    if arguments.plan:
+                    if everything is not None:
+                        plan = everything
+                    elif arguments.plan:
                         plan = Plan.load(arguments.plan)
                     elif calibration is None:
                         plan = headsink.packaged_plan(case_file["model"], budget, shortest)
