@@ -71,7 +71,8 @@ def score(
     """Return a record for every continuation of a case."""
     reconstruct, kv_dtype = method.startswith(RECONSTRUCTION), "int8" if method.endswith(INT8) else "auto"
     cache = read(model, plan, case["ids"], reconstruct=reconstruct, kv_dtype=kv_dtype)
-    compressible = SimpleNamespace(layers=[x for x in cache.layers if not isinstance(x, DynamicSlidingWindowLayer)])
+    windows = [getattr(x, "sliding", None) or isinstance(x, DynamicSlidingWindowLayer) for x in cache.layers]
+    compressible = SimpleNamespace(layers=[x for x, own in zip(cache.layers, windows, strict=True) if not own])
     kv_bytes, records = nbytes(compressible), []  # type: ignore[arg-type]
     for part in case["continuations"]:
         log_probs = continuation_log_probs(model, cache, part["ids"], part["scored"])

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from typer.main import get_command
 
-from headsink.bench import families
+from headsink.bench import families, limit
 from headsink.bench.architectures import FAMILIES
 from headsink.bench.limit import token_bytes
 from headsink.cli.main import app
@@ -25,7 +25,7 @@ TINY = {
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(families, "SIZES", families.SIZES | TINY)
-    monkeypatch.setattr(families, "READ", 2**20)
+    monkeypatch.setattr(limit, "READ", 2**20)
 
 
 def test_a_family_with_a_step_and_one_without(tiny, tmp_path, monkeypatch):

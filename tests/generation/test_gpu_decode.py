@@ -346,12 +346,12 @@ for dim in (64, 128, 256):
     table = torch.zeros(4, 8, len(KVField), dtype=torch.int64)
     one, five = (torch.zeros(4, 32, tokens, dim, dtype=torch.bfloat16) for tokens in (1, 5))
     attend(one, table, torch.tensor([0]), 1.0, programs=264)
-    attend(one, table, torch.tensor([0]), 1.0, programs=264, int8=True)
-    append_keys(one[:, :8].contiguous(), one[:, :8].contiguous(), table, torch.tensor([0]), True)
     attend(five, table, torch.tensor([0]), 1.0, 5.0, torch.zeros(32), five, programs=264)  # all that there may be
     append_keys(one[:, :8].contiguous(), one[:, :8].contiguous(), table, torch.tensor([0]))
     query, keys = torch.zeros(1, 32, 300, dim, dtype=torch.bfloat16), torch.zeros(8, 400, dim, dtype=torch.bfloat16)
     if dim == 128:
+        attend(one, table, torch.tensor([0]), 1.0, programs=264, int8=True)
+        append_keys(one[:, :8].contiguous(), one[:, :8].contiguous(), table, torch.tensor([0]), True)
         attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, False, 5, 400), 1.0)
     attend_many(query, keys, keys, KeyVisibility(torch.zeros(8, 400), 100, 5, 5, 90, True, 5, 400), 1.0, 5.0, torch.zeros(32))
 """
@@ -376,5 +376,5 @@ def test_kernels_compile_for_an_h100(tmp_path):
         [kernel["ptx"] for kernel in kernels if kernel["name"] == name] for name in ("_attend_part", "_attend_block")
     )
     # 16-byte copies that bypass registers; rows of int8 begin at multiples of 4 bytes
-    assert ["cp.async.cg.shared.global" in ptx for ptx in few].count(False) == 3
+    assert ["cp.async.cg.shared.global" in ptx for ptx in few].count(False) == 1
     assert all("wgmma" in ptx for ptx in many)  # Hopper's tensor cores
