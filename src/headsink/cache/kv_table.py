@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from headsink.attention.int8 import SCALE_BYTES
 from headsink.attention.kv_table import KVField, advance
 from headsink.cache.slots import Slots
 from headsink.errors import must_be
@@ -55,9 +56,9 @@ class KVTable:
 
 def _check(group: Slots, first: Slots) -> None:
     """Raise unless the buffers of a group have the shapes, dtypes and devices that the kernels expect."""
-    width = first.keys.shape[3]
+    width, dtype = (first.head_dim + SCALE_BYTES, torch.int8) if first.int8 else (first.head_dim, first.dtype)
     slots = (len(first.keys), len(group.heads), group.keys.shape[2])
-    numbers = first.keys.dtype, first.keys.device, True
+    numbers = dtype, first.keys.device, True
     for what, buffer, right in (
         ("keys", group.keys, ((*slots, width), *numbers)),
         ("values", group.values, ((*slots, width), *numbers)),

@@ -28,11 +28,19 @@ class CacheCheck:
         must_be("decode: layers of the cache", len(layers), model.layers)
         for number, layer in enumerate(layers):
             first = layer.groups[0]
-            actual = len(layer.patterns), first.head_dim, first.dtype, len(first.keys), layer.seen, first.length
+            actual = (
+                len(layer.patterns),
+                first.head_dim,
+                first.dtype,
+                first.int8,
+                len(first.keys),
+                layer.seen,
+                first.length,
+            )
             _, kv_heads, head_dim = model.heads[number]
-            right = kv_heads, head_dim, kind, self.rows, self.length, self.length
+            right = kv_heads, head_dim, kind, groups[0][0].int8, self.rows, self.length, self.length
             must_be(
-                f"decode: KV heads, head size, dtype, sequences and tokens of the cache in layer {number}",
+                f"decode: KV heads, head size, dtype, 8 bits, sequences and tokens of the cache in layer {number}",
                 actual,
                 right,
             )
