@@ -25,7 +25,7 @@ from headsink import Plan
 from headsink.bench.heading import provenance
 from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.cache.cache import PlanCache
-from headsink.generation.decode import open_decoder, prepare
+from headsink.decoding.step import open_decoder, prepare
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread

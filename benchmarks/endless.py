@@ -76,9 +76,7 @@ class MemoryRecorder(BaseStreamer):
 
 
 def generate(model: PreTrainedModel, plan: Plan, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Sample tokens after a prompt with the compiled decode step."""
-    from functools import partial
-
+    """Sample tokens after a prompt."""
     cache = headsink.new_cache(model, plan)
     recorder, prompt, start = MemoryRecorder(cache), torch.tensor([ids]), time.perf_counter()
     with headsink.apply(model, plan):
@@ -90,7 +88,6 @@ def generate(model: PreTrainedModel, plan: Plan, ids: list[int], tokens: int) ->
             min_new_tokens=tokens,
             do_sample=True,
             streamer=recorder,
-            custom_generate=partial(headsink.decode, streamer=recorder),
         )
     seconds = time.perf_counter() - start
     return {"tokens": out.shape[1] - len(ids), "seconds": seconds, "memory": recorder.records}

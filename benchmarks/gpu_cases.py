@@ -356,7 +356,7 @@ def _model_error(device: torch.device, tokens: int) -> float:
             cache = new_cache(model, plan)
             found = [model(ids[:, :tokens], **cache_argument(cache)).logits[:, -1]]
             if where:
-                from headsink.generation.step_cuda import Decoder
+                from headsink.decoding.cuda import Decoder
 
                 step = Decoder(model, cache)
                 found += [step.run(ids[:, n]) for n in range(tokens, tokens + 8)]

@@ -31,7 +31,7 @@ from headsink import Plan
 from headsink.bench.heading import provenance
 from headsink.cache.cache import PlanCache
 from headsink.data import corpus
-from headsink.generation.decode import open_decoder, prepare
+from headsink.decoding.step import open_decoder, prepare
 from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
 from headsink.generation.templates import document_prompt, question_prompt
 from headsink.models.transformers_names import cache_argument

@@ -15,7 +15,6 @@ _MODULES = {
     "census.run": ("analyze",),
     "errors": ("HeadsinkError",),
     "eviction.pattern": ("Pattern",),
-    "generation.decode": ("decode",),
     "generation.lossless": ("generate_lossless",),
     "models.loading": ("load",),
     "plan.packaged": ("packaged_plan",),

@@ -5,7 +5,6 @@ from headsink.census.results import Census
 from headsink.census.run import analyze
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
-from headsink.generation.decode import decode
 from headsink.generation.lossless import generate_lossless
 from headsink.models.loading import load
 from headsink.plan.packaged import packaged_plan
@@ -27,7 +26,6 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
-    "decode",
     "generate_lossless",
     "load",
     "load_prefix",

@@ -18,8 +18,8 @@ from headsink.attention.kv_table import KVField
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.kv_table import KVTable
+from headsink.decoding.step import decoder, open_decoder
 from headsink.eviction.lifetimes import lifetimes
-from headsink.generation.decode import decoder, open_decoder
 from headsink.models.transformers_names import cache_argument
 
 FLAGS = torch.ones(2, 3, 5, dtype=torch.bool)
@@ -258,7 +258,7 @@ def test_a_step_detects_a_changed_model(kind):
 
 @pytest.mark.slow
 def test_a_gpu_step_detects_the_same_changes(device):
-    from headsink.generation.step_cuda import Decoder
+    from headsink.decoding.cuda import Decoder
 
     model, plan, cache = model_and_cache(rows=2)
     model.to(device)

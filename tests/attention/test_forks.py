@@ -7,7 +7,7 @@ import sys
 import pytest
 from families import tiny
 
-from headsink.generation.decode import prepare
+from headsink.decoding.step import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ import multiprocessing, threading
 import torch
 from families import tiny
 from headsink import HeadsinkError, Pattern, Plan, apply, decode
-from headsink.generation.decode import open_decoder
+from headsink.decoding.step import open_decoder
 from headsink.attention.backends import AttentionParams, backend_of
 from plans import random_plan
 

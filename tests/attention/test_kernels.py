@@ -13,9 +13,9 @@ from headsink.attention.cpu import decode, vectors
 from headsink.attention.cpu.backend import NUMPY
 from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
+from headsink.decoding import kernel as step_kernel
+from headsink.decoding.fields import Field
 from headsink.eviction.scorers import LINEAR
-from headsink.generation import step_kernel
-from headsink.generation.step_fields import Field
 
 RANDOM = np.random.default_rng(0)
 

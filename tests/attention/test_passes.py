@@ -116,11 +116,12 @@ def test_a_pass_that_does_not_follow_the_plan_raises(model, broken, monkeypatch)
 
 
 @pytest.mark.parametrize("broken", [drop_the_cache, replace_the_attention_of_a_layer], ids=lambda how: how.__name__)
-def test_decode_and_lossless_raise_as_well(model, broken, monkeypatch):
+def test_compiled_and_lossless_raise_as_well(model, broken, monkeypatch):
     plan, ids = random_plan(model, 1), prompt()
     broken(model, monkeypatch)
-    with headsink.apply(model, plan), pytest.raises(HeadsinkError, match=r"layer [01]: it"):
-        generated(model, ids, custom_generate=headsink.decode)
+    said = r"layer [01]: it|its layers have hooks or another forward"
+    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan, compiled=True):
+        generated(model, ids)
     with pytest.raises(HeadsinkError, match=r"layer [01]: it"):
         headsink.generate_lossless(model, plan, ids, max_new_tokens=3)
 
@@ -155,7 +156,9 @@ def test_a_compiled_model_follows_the_plan(model):
     plan, ids = random_plan(model, 1), prompt()
     compiled = torch.compile(model, backend="eager")
     with headsink.apply(model, plan):
-        torch.testing.assert_close(compiled(ids).logits, reference_logits(tiny("llama"), plan, ids), rtol=0, atol=1e-5)
+        for tokens in (40, 39, 23):  # with the second one torch.compile makes the length a symbol
+            expected = reference_logits(tiny("llama"), plan, ids[:, :tokens])
+            torch.testing.assert_close(compiled(ids[:, :tokens]).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("work", [copy.deepcopy, pickle.dumps])

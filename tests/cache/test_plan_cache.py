@@ -239,7 +239,7 @@ def test_every_layer_evicts_before_the_next_one_reads(chunk):
         )
 
     hooks = [layer.self_attn.register_forward_hook(record) for layer in model.model.layers]
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         model(torch.randint(3, 211, (1, 400)), **cache_argument(cache))
     for hook in hooks:
         hook.remove()
@@ -275,7 +275,7 @@ def test_crop_while_recording_leaves_no_trace(padding):
             options = {"attention_mask": full, "position_ids": positions}
         return model(tokens, **cache_argument(cache), **options).logits
 
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         step(ids[:, :30], 0)
         cache.activate_past_recording()
         step(torch.cat([ids[:, 30:34], wrong[:, :5]], 1), 30)
@@ -309,7 +309,7 @@ def test_a_copy_of_a_cache_is_independent(tokens):
     _, cache = feed(model, plan, ids[:, :30], [20, 1])
     copied = copy.deepcopy(cache)
     for one, rest, wanted in zip((copied, cache), rests, expected, strict=True):
-        with headsink.apply(model, plan), torch.no_grad():
+        with headsink.apply(model, plan, compiled=False), torch.no_grad():
             found = [model(part, **cache_argument(one)).logits for part in rest.split(tokens, 1)]
         torch.testing.assert_close(torch.cat(found, 1), wanted, **TOLERANCE)
 
@@ -323,7 +323,7 @@ def test_crop_inside_the_window_needs_no_recording(freeze):
     cache.crop(-20)
     if freeze:
         cache.freeze()
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         logits = torch.cat(
             [model(part, **cache_argument(cache)).logits for part in ids[:, 30:].split([1, 49, 20], 1)], 1
         )
@@ -341,7 +341,7 @@ def test_crop_to_evicted_tokens_is_refused():
 def test_freeze_includes_recorded_tokens_and_later_ones_can_be_cropped():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 3)
     ids, cache = torch.randint(3, 211, (1, 80)), headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         model(ids[:, :30], **cache_argument(cache))
         cache.activate_past_recording()
         model(ids[:, 30:40], **cache_argument(cache))
@@ -365,7 +365,7 @@ def test_reorder_repeat_and_select_rows():
     new, rows = torch.randint(3, 211, (3, 4)), [2, 0, 1]
     full, full_mask = torch.cat([ids[rows], new], 1), torch.cat([mask[rows], torch.ones_like(new)], 1)
     positions = (full_mask.cumsum(1) - 1)[:, 61:]
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         logits = model(new, **cache_argument(cache), attention_mask=full_mask, position_ids=positions).logits
     torch.testing.assert_close(logits, reference_logits(model, plan, full, full_mask, [61, 4])[:, 61:], **TOLERANCE)
 
@@ -471,7 +471,7 @@ def test_text_streams_and_stops_under_a_plan(smollm2):
 def test_a_plain_forward_runs_under_the_plan():
     model, plan = tiny("llama"), random_plan(tiny("llama"), 1)
     ids = torch.randint(3, 211, (1, 50))
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         for use_cache in (True, False):
             logits = model(ids, use_cache=use_cache).logits
             torch.testing.assert_close(logits, reference_logits_inside(model, plan, ids), **TOLERANCE)
@@ -651,5 +651,5 @@ def test_a_mask_of_another_window_than_the_layers_is_refused():
     cache, ids = headsink.new_cache(model, plan), torch.randint(3, 211, (1, 20))
     model.config.sliding_window = 5
     said = r"a layer with a window of 11 in the configuration got a mask of a window of 5"
-    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan), torch.no_grad():
+    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan, compiled=False), torch.no_grad():
         model(ids, **cache_argument(cache))

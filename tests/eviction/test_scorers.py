@@ -9,12 +9,12 @@ from reference import reference_logits
 from small_tokenizer import Small
 
 import headsink
-from headsink import HeadsinkError, Pattern, Plan, decode
+from headsink import HeadsinkError, Pattern, Plan
 from headsink.calibration import calibrate as calibrate_module
 from headsink.calibration.calibrate import Calibration
 from headsink.calibration.method import Method
+from headsink.decoding.step import refusal
 from headsink.eviction.scorers import LINEAR, SCORERS, Scorer
-from headsink.generation.decode import refusal
 from headsink.generation.generate import generate
 from headsink.models.transformers_names import cache_argument
 
@@ -88,8 +88,8 @@ def test_decoding_uses_the_models_passes(tokenizer):
     text = torch.tensor([ids])
     with headsink.apply(model, plan):
         expected = model.generate(text, max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-        with pytest.raises(HeadsinkError, match="'example' has no kernel"):
-            model.generate(text, max_new_tokens=12, do_sample=False, custom_generate=decode)
+    with pytest.raises(HeadsinkError, match="'example' has no kernel"), headsink.apply(model, plan, compiled=True):
+        pass
     assert generate(model, tokenizer, ids, plan, max_new_tokens=12).ids == expected
     full = model.generate(text, max_new_tokens=12, do_sample=False)
     assert torch.equal(headsink.generate_lossless(model, plan, text, max_new_tokens=12, do_sample=False), full)

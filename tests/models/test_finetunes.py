@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.cli import main
-from headsink.generation.decode import refusal
+from headsink.decoding.step import refusal
 from headsink.models.distributed import output_weight
 from headsink.models.fingerprint import weights_hash
 from headsink.models.rope import inverse_frequencies

@@ -8,7 +8,7 @@ from small_tokenizer import Small
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.generation.decode import refusal
+from headsink.decoding.step import refusal
 from headsink.models.distributed import input_device
 from headsink.models.fingerprint import weights_hash
 

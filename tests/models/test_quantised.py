@@ -11,7 +11,7 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.generation.decode import refusal
+from headsink.decoding.step import refusal
 from headsink.models.fingerprint import weights_hash
 
 pytestmark = pytest.mark.slow

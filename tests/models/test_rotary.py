@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.reference import masked_attention
-from headsink.generation.decode import open_decoder
+from headsink.decoding.step import open_decoder
 from headsink.generation.generate import generate
 from headsink.models.rope import Rotary, inverse_frequencies, rotate_back
 from headsink.models.spec import decoder

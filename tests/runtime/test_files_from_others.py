@@ -32,8 +32,8 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.attention.kv_table import KVField
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
+from headsink.decoding.step import open_decoder, refusal
 from headsink.eviction.pattern import FOREVER
-from headsink.generation.decode import open_decoder, refusal
 from headsink.runtime.prefix_format import Header, _expected_tensors
 
 pytestmark = pytest.mark.slow

@@ -384,7 +384,6 @@ def types(here):
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20}
-DECODE = {"custom_generate": headsink.decode}
 REREAD = "every call reads the whole text, in full attention"
 SPARSE = ("forward passes", "threads")  # groups of calls that are also tested with sparse prefill
 
@@ -439,19 +438,6 @@ CALLS = {
         Call('`pipeline("text-generation")`', by_pipeline, Setting.text),
         Call("a `PeftModel` made of the model in the block", peft, Setting.text),
         Call("`torch.inference_mode()`", torch.inference_mode()(lambda h: h.generate()), Setting.text),
-        Call("`custom_generate=headsink.decode`", lambda h: h.generate(**DECODE), Setting.text),
-        Call("`headsink.decode`, sampling", lambda h: h.generate(**DECODE, **SAMPLED), lambda h: h.text(**SAMPLED)),
-        Call(
-            "`headsink.decode`, a batch padded on the left",
-            lambda h: h.generate(attention_mask=h.mask, **DECODE),
-            lambda h: h.text(padding=torch.tensor([7, 0]), attention_mask=h.mask),
-        ),
-        Call(
-            "`headsink.decode`, a batch padded on the right",
-            lambda h: h.generate(attention_mask=right_padded(h), **DECODE),
-            "pad on the left",
-        ),
-        Call("`headsink.decode`, beams", lambda h: h.generate(**DECODE, num_beams=3), "it cannot do beam search"),
         Call(
             "`headsink.generate_lossless`",
             lambda h: headsink.generate_lossless(h.model, h.plan, h.ids, max_new_tokens=NEW, do_sample=False),
@@ -476,20 +462,9 @@ CALLS = {
             lambda h: h.generate(h.repeated, h.other),
         ),
         Call("`assistant_model=`, both under plans", two_assistants, lambda h: h.text(h.repeated)),
-        Call(
-            "`headsink.decode` with prompt lookup",
-            lambda h: h.generate(h.repeated, prompt_lookup_num_tokens=3, **DECODE),
-            "it cannot do assisted generation",
-        ),
-        Call(
-            "`headsink.decode` with `assistant_model=`",
-            lambda h: h.generate(h.repeated, assistant_model=h.other, **DECODE),
-            "it cannot do assisted generation",
-        ),
     ],
     "threads": [
         Call("`Thread(target=model.generate)` with a streamer", streamed, lambda h: h.text(h.ids[:1])),
-        Call("the same with `headsink.decode`", lambda h: streamed(h, **DECODE), lambda h: h.text(h.ids[:1])),
         Call("`ThreadPoolExecutor`", in_pool, Setting.text),
         Call("`run_in_executor`", in_executor, Setting.text),
         Call("a generator that other threads resume", resumed_elsewhere, Setting.text),
@@ -568,11 +543,6 @@ CALLS = {
             lambda h: h.generate(torch.cat([h.ids, h.more], 1), **cache_argument(h.read())),
             longer_text,
         ),
-        Call(
-            "the same with `headsink.decode`",
-            lambda h: h.generate(torch.cat([h.ids, h.more], 1), **cache_argument(h.read()), **DECODE),
-            longer_text,
-        ),
         Call("one prefix for a batch", shared_prefix, shared_prefix_text),
         Call(
             "a cache of other texts than are given",
@@ -587,11 +557,6 @@ CALLS = {
         Call("a pickled cache", pickled_cache, longer_text),
         Call(
             "a cache that holds the whole prompt", lambda h: h.generate(**cache_argument(h.read())), "the cache holds"
-        ),
-        Call(
-            "the same with `headsink.decode`",
-            lambda h: h.generate(**cache_argument(h.read()), **DECODE),
-            "the cache holds 40 already",
         ),
         Call("the cache of a padded batch without its mask", padded_cache_without_mask, "attention_mask: "),
         Call("a cache of another model", another_model, "this cache was made for another model"),
@@ -620,12 +585,6 @@ CALLS = {
             llava,
         ),
         Call(
-            "LLaVA with `headsink.decode`",
-            lambda h: h.generate(pictured(h), **h.pixels, **DECODE),
-            lambda h: h.text(pictured(h), **h.pixels),
-            llava,
-        ),
-        Call(
             "LLaVA with `headsink.generate_lossless`",
             lambda h: headsink.generate_lossless(
                 h.model, h.plan, pictured(h), **h.pixels, max_new_tokens=NEW, do_sample=False
@@ -640,12 +599,6 @@ CALLS = {
             lambda h: h.generate(**grid(h)),
             qwen_vl,
             note="the text of the full cache",
-        ),
-        Call(
-            "Qwen2.5-VL with `headsink.decode`",
-            lambda h: h.generate(**grid(h), **DECODE),
-            "decode: its positions have several axes",
-            qwen_vl,
         ),
         Call(
             "Gemma 3: `generate(pixel_values=)`",

@@ -25,8 +25,8 @@ from headsink.attention.rotary import layer_rotations
 from headsink.calibration import calibrate
 from headsink.calibration.cached_document import CachedDocument
 from headsink.compression import continuations
+from headsink.decoding.step import refusal
 from headsink.eviction.scorers import LINEAR
-from headsink.generation.decode import refusal
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 
@@ -315,8 +315,11 @@ def capabilities(name: str, tokenizer: Any) -> dict[str, str]:
             )
         found["compiled step"] = refusal(model) or "yes"
         if found["compiled step"] == "yes":
-            with headsink.apply(model, plan):
-                assert torch.equal(generated(model, ids, custom_generate=headsink.decode), generated(model, ids))
+            texts = []
+            for compiled in (True, False):
+                with headsink.apply(model, plan, compiled=compiled):
+                    texts.append(generated(model, ids))
+            assert torch.equal(*texts)
             # compares the logits of the step with those of the model
             assert refusal(make(name).to(torch.bfloat16)) is None
     with outcome(found, "analyze"):
@@ -451,7 +454,7 @@ After this page you know whether headsink works with your model. The tables are 
 - **calibrate**: `headsink.calibrate` makes a plan, and context reconstruction works.
 - **lossless**: `headsink.generate_lossless` generates what the model generates.
 - **analyze**: the census runs.
-- **compiled step**: `headsink.decode` runs all layers of a token in one compiled call on a CPU, in float32 and
+- **compiled step**: all layers of a token run in one compiled call on a CPU, in float32 and
   bfloat16. Without it the model's own forward pass decodes. A model that is not listed has the step if it is made of
   the usual parts: before its first use the step is compared with the model.
 

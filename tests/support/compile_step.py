@@ -5,7 +5,7 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headsink.generation.decode import prepare
+from headsink.decoding.step import prepare
 
 sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 model = LlamaForCausalLM(LlamaConfig(**sizes)).to(getattr(torch, sys.argv[1]))

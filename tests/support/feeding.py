@@ -20,10 +20,10 @@ def split(tokens, sizes, freeze=None):
 def feed(model, plan, ids, sizes, mask=None, freeze=None, **options):
     """Return the logits of `ids` fed in chunks of `sizes` (`split`), and the cache, frozen from a column on.
 
-    options: of `headsink.new_cache`.
+    The model runs every pass. options: of `headsink.new_cache`.
     """
     cache, parts, start = headsink.new_cache(model, plan, **options), [], 0
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         for size in split(ids.shape[1], sizes, freeze):
             if start == freeze:
                 cache.freeze()

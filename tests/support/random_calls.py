@@ -25,9 +25,8 @@ from plans import random_plan, window_plan
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-import headsink
 from headsink import HeadsinkError, Plan, apply, generate_lossless, new_cache
-from headsink.generation.decode import decoder
+from headsink.decoding.step import decoder
 from headsink.models.transformers_names import cache_argument
 
 CALLS = 12  # per game
@@ -196,7 +195,7 @@ class Game:
             given["attention_mask"] = mask
             if mask.shape == (rows, before + tokens):
                 given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
-        inside = apply(self.models[model], self.rng.choice(self.plans[model]))
+        inside = apply(self.models[model], self.rng.choice(self.plans[model]), compiled=self.rng.choice([None, False]))
         if cache and self.rng.random() < 0.03:
             inside = contextlib.nullcontext()  # type: ignore[assignment]
         with self._context(), inside:
@@ -214,8 +213,7 @@ class Game:
                 {"num_beams": 2, "num_return_sequences": 2},
                 {"use_cache": False},
                 {"prompt_lookup_num_tokens": 2},
-                {"custom_generate": headsink.decode},
-                {"custom_generate": headsink.decode, "do_sample": True},
+                {"do_sample": True},
                 {"prefill_chunk_size": 3},
             ]
         )
@@ -225,7 +223,10 @@ class Game:
         mask = self._mask(rows, tokens)
         given = {} if mask is None else {"attention_mask": mask}
         most = self.rng.randint(1, 4)
-        with self._context(), apply(self.models[model], self.rng.choice(self.plans[model])):
+        with (
+            self._context(),
+            apply(self.models[model], self.rng.choice(self.plans[model]), compiled=self.rng.choice([None, False])),
+        ):
             found = self.models[model].generate(
                 self._ids(rows, tokens), **given, **cache, max_new_tokens=most, **{"do_sample": False, **options}
             )

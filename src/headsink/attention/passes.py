@@ -9,6 +9,9 @@ run around every forward pass. An open `with apply(model, plan)` block is a `Sco
 
 A pass that begins in a block ends under its plan, even if another thread leaves the block meanwhile. After a pass, every layer
 with patterns in the plan must have attended through the plan's cache.
+
+A block may have a compiled decode step (decoding/token.py). While a model is engaged its `forward` is wrapped, so that the step
+can take the place of a pass of one token.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,11 +33,14 @@ from transformers import Cache, PreTrainedModel
 
 from headsink.errors import HeadsinkError
 from headsink.models.spec import decoder, unwrap
-from headsink.models.transformers_names import given_cache, named_arguments, with_cache, without_cache
+from headsink.models.transformers_names import cache_argument, given_cache, named_arguments, with_cache, without_cache
 
 ATTENTION = "headsink"  # the name that attention/interface.py registers with transformers
 
+CAPTURES = "transformers.utils.output_capturing"
+
 Prepare = Callable[[dict[str, Any], bool], Cache]
+Step = Callable[[], torch.Tensor]  # returns the logits of a pass
 
 
 @dataclass(eq=False)
@@ -41,12 +48,14 @@ class Scope:
     """An open block.
 
     plan: None for the full cache. prepare: creates or checks the cache of a pass, given its arguments. private: the block is
-    headsink's own, and applies only to calls from it.
+    headsink's own, and applies only to calls from it. step: finds the compiled decode step that can take the place of a pass of
+    the model, given its arguments and its cache.
     """
 
     plan: Any
     prepare: Prepare | None
     private: bool = False
+    step: Callable[[dict[str, Any], Any], Step | None] | None = None
     thread: int = field(default_factory=threading.get_ident)
     frame: tuple[int, Any] = field(default_factory=lambda: _caller())
 
@@ -55,7 +64,8 @@ class Scope:
 class Pass:
     """A forward pass under a plan.
 
-    module: the outermost called module. attended: for each cache layer, the number of `attend` calls before the pass.
+    module: the outermost called module. attended: for each cache layer, the number of `attend` calls before the pass. step: what
+    runs instead of the model, None for the model.
     """
 
     state: _State
@@ -64,6 +74,7 @@ class Pass:
     cache: Cache
     keeps: bool  # whether the output includes the cache
     attended: list[tuple[int, Any, int]]
+    step: Step | None
 
 
 class _State:
@@ -74,6 +85,9 @@ class _State:
         self.text_config = model.config.get_text_config(decoder=True)  # cached, since the lookup is slow
         self.users = 0
         self.scopes: list[Scope] = []
+        self.output: Any = None  # class of the model's outputs, once there was one
+        self.forward = model.__dict__.get("forward"), _with_steps(model.forward, self)
+        model.forward = self.forward[1]
         inner = decoder(model)
         names = [name for name, module in model.named_modules() if module is inner][:1] or [""]
         parts = names[0].split(".") if names[0] else []
@@ -89,6 +103,17 @@ class _State:
         self.layers = [module for module in inner.modules() if isinstance(getattr(module, "layer_idx", None), int)]
         for module in self.layers:
             _owners[module] = self
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Undo the changes of the model."""
+        model.set_attn_implementation(self.before)
+        before, ours = self.forward
+        if model.__dict__.get("forward") is not ours:
+            return  # other code has wrapped ours, which does nothing from now on
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
 class _Hook:
@@ -151,7 +176,7 @@ def _release(state: _State) -> None:
         model = next((model for model, found in _states.items() if found is state), None)
         if model is not None:
             del _states[model]
-            model.set_attn_implementation(state.before)
+            state.restore(model)
 
 
 @contextmanager
@@ -165,9 +190,15 @@ def engage(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def enter_scope(model: PreTrainedModel, plan: Any, prepare: Prepare | None, private: bool = False) -> Iterator[None]:
+def enter_scope(
+    model: PreTrainedModel,
+    plan: Any,
+    prepare: Prepare | None,
+    private: bool = False,
+    step: Callable[[dict[str, Any], Any], Step | None] | None = None,
+) -> Iterator[None]:
     """Run the model's passes under a plan (`Scope`) in the block."""
-    scope, state = Scope(plan, prepare, private), _use(model)
+    scope, state = Scope(plan, prepare, private, step), _use(model)
     with _lock:
         state.scopes.append(scope)
     try:
@@ -278,10 +309,12 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     use_cache = getattr(state.text_config, "use_cache", True) if use_cache is None else use_cache
     keeps = bool(use_cache) or given_cache(given) is not None
     cache = scope.prepare(given, keeps)
+    whole = state.output is not None and isinstance(module, PreTrainedModel) and _states.get(module) is state
+    step = scope.step(given, cache) if scope.step is not None and whole else None
     layers = [(n, layer, layer.attended) for n, layer in enumerate(cache.layers) if hasattr(layer, "attended")]
     with _lock:
         state.users += 1
-    _thread.passes.append(Pass(state, scope, module, cache, keeps, layers))
+    _thread.passes.append(Pass(state, scope, module, cache, keeps, layers, step))
     return (), with_cache(module, given, cache)
 
 
@@ -293,6 +326,8 @@ def _end(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     _drop(current)
     if output is None:
         return None
+    if hasattr(output, "logits") and _states.get(module) is state:  # type: ignore[call-overload]
+        state.output = type(output)
     missed = [number for number, layer, before in current.attended if layer.attended == before]
     if missed:
         raise HeadsinkError(
@@ -300,6 +335,44 @@ def _end(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             f"{_cause(current, missed)}"
         )
     return None if current.keeps else without_cache(output)
+
+
+def _with_steps(forward: Callable[..., Any], state: _State) -> Callable[..., Any]:
+    """Return the `forward` of an engaged model, which lets the step of a pass take its place."""
+
+    @wraps(forward)
+    @torch.compiler.disable(recursive=False)  # torch.compile sees the model's own `forward` only
+    def call(*args: Any, **kwargs: Any) -> Any:
+        current = _thread.passes[-1] if _thread.passes else None
+        if current is None or current.state is not state or current.step is None:
+            return forward(*args, **kwargs)
+        step, current.step = current.step, None
+        outer, _thread.passes = _thread.passes, []  # the step may run the model, in passes of its own
+        try:
+            logits = step()
+        finally:
+            _thread.passes = outer
+        return state.output(logits=logits[:, None], **cache_argument(current.cache))
+
+    return call
+
+
+def changed(model: PreTrainedModel, parts: Iterable[nn.Module]) -> bool:
+    """Whether other code has changed what an engaged model or one of its parts does (`extended`)."""
+    everywhere = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    return _states[model].forward[0] is not None or any(everywhere) or any(map(extended, parts))
+
+
+def extended(part: nn.Module) -> bool:
+    """Whether other code has put hooks on a part of a model, or has replaced its `forward`.
+
+    Not counted: headsink's hooks, and those that transformers leaves on layers once it was asked for hidden states. They do
+    nothing unless it is asked again.
+    """
+    if "forward" in part.__dict__:
+        return True
+    hooks = (hook for own in (part._forward_hooks, part._forward_pre_hooks) if own for hook in own.values())
+    return any(not isinstance(hook, _Hook) and getattr(hook, "__module__", "") != CAPTURES for hook in hooks)
 
 
 def _drop(one: Pass) -> None:

@@ -20,7 +20,7 @@ from headsink.bench.heading import provenance
 from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.bench.peers.process import summarize_times
 from headsink.bench.speed import Configuration
-from headsink.generation.decode import refusal
+from headsink.decoding.step import refusal
 from headsink.models.devices import dtype_name
 from headsink.plan.plan import Plan
 from headsink.utils.progress import bar

@@ -22,7 +22,7 @@ import headsink
 from headsink.bench.comparison import BASE, Cases, Comparison, format_kv, kv_token_bytes
 from headsink.bench.peers.process import Failed, Process
 from headsink.bench.speed import Configuration
-from headsink.generation.decode import refusal
+from headsink.decoding.step import refusal
 from headsink.plan.plan import Plan
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread

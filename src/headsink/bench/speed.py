@@ -27,7 +27,7 @@ from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, summarize_times
 from headsink.cache.cache import KVDtype, nbytes
-from headsink.generation.decode import decode, prepare, refusal
+from headsink.decoding.step import prepare, refusal
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply
@@ -68,11 +68,9 @@ class Configuration:
         """
         cache = empty_cache(self.model, self.plan, exact=not self.compiled, kv_dtype=self.kv_dtype)
         ids, clock = torch.tensor(prompts, device=self.model.device), _Clock()
-        options: dict[str, Any] = {"streamer": clock}
         if self.compiled:
-            options = {"custom_generate": partial(decode, streamer=clock)}
             prepare(self.model, self.kv_dtype)
-        with nullcontext() if self.plan is None else apply(self.model, self.plan):
+        with nullcontext() if self.plan is None else apply(self.model, self.plan, compiled=self.compiled):
             # Excludes `apply`, which checks the plan against the model: a user does that once, not for every prompt.
             start = time.perf_counter()
             self.model.generate(
@@ -82,7 +80,7 @@ class Configuration:
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,  # no token ends a sequence
                 do_sample=False,
-                **options,
+                streamer=clock,
             )
         times = [moment - start for moment in clock.times[-tokens:]]
         return {"times": [times] * len(prompts), "kv_bytes": nbytes(cache)}

@@ -107,7 +107,7 @@ class PlanCache(Cache):
 
     @property
     def on_card(self) -> bool:
-        """Whether a decode step on a GPU is running (generation/step_cuda.py)."""
+        """Whether a decode step on a GPU is running (decoding/cuda.py)."""
         return any(layer.on_card is not None for layer in self.layers if isinstance(layer, PlanLayer))
 
     @property

@@ -61,7 +61,7 @@ class PlanLayer(CacheLayerMixin):
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.layout: Any = None  # KVTable of the groups; None after their buffers may have moved
-        self.on_card: DeviceTable | None = None  # during a decode step on a GPU (generation/step_cuda.py)
+        self.on_card: DeviceTable | None = None  # during a decode step on a GPU (decoding/cuda.py)
         self.recording = self.frozen = False
 
     @classmethod
@@ -334,6 +334,7 @@ class PlanLayer(CacheLayerMixin):
         for group in self.groups:
             group.recording = self.recording
 
+    @torch.compiler.disable  # a number that torch.compile makes a symbol has no type
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return PlanLength(self.seen + query_length), 0
 

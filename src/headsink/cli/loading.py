@@ -26,8 +26,8 @@ def load_with_plan(
 
 def compile_step(model: PreTrainedModel, plan: Plan | None, kv_dtype: KVDtype = "auto") -> None:
     """Compile the decode step, which runs under a plan or with a cache of another dtype, before the clock starts."""
-    from headsink.generation.decode import prepare, refusal
+    from headsink.decoding.step import prepare, refusal
 
     if (plan is not None or kv_dtype != "auto") and refusal(model, plan) is None:
-        with err.status("compiling: half a minute, once on a machine"):
+        with err.status("compiling: about a minute, once on a machine"):
             prepare(model, kv_dtype)

@@ -19,8 +19,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from headsink.cache.cache import KVDtype, PlanCache, nbytes
+from headsink.decoding.step import prepare, refusal
 from headsink.errors import HeadsinkError
-from headsink.generation.decode import decode, prepare, refusal
 from headsink.generation.lossless import generate_lossless
 from headsink.generation.prompt import cached_padding
 from headsink.generation.speculative import Speculation
@@ -103,7 +103,7 @@ def generate(
     """Continue `ids`, greedily or by sampling, under a plan or without.
 
     cache: continue a cache that holds a prefix of `ids`; its own plan applies. temperature: 0 for greedy decoding. show: called
-    with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step (decode.py) if they
+    with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step if they
     support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). reconstruct: compress the
     prompt by context reconstruction, as `headsink.compress` does. kv_dtype: as for `new_cache`, of the draft in lossless mode;
     without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or
@@ -135,14 +135,14 @@ def generate(
             raise HeadsinkError("lossless: give a plan for the draft, and no cache")
         options |= sampling | {"kv_dtype": kv_dtype}
         return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **options)
-    if compiled and isinstance(cache, PlanCache) and refusal(model, cache.plan) is None:
-        options = {"custom_generate": decode, **options}
-        prepare(model, cache.kv_dtype)
+    compiled = compiled and isinstance(cache, PlanCache) and refusal(model, cache.plan) is None
+    if compiled:
+        prepare(model, cache.kv_dtype)  # type: ignore[attr-defined]
     start = time.perf_counter()
     if reconstruct and isinstance(cache, PlanCache) and not cache.get_seq_length():
         prefill(model, cache.plan, text[:, :-1], cache=cache, reconstruct=True)
     reading = time.perf_counter() - start
-    with nullcontext() if plan is None else apply(model, plan):
+    with nullcontext() if plan is None else apply(model, plan, compiled=compiled):
         start = time.perf_counter() - reading  # that plan and model belong together is seen to once, not for every text
         if plan is not None:
             prefill_chunks(model, cache, text)

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.layer import PlanLayer
+from headsink.decoding.step import Decoder, decoder, prepare, refusal
 from headsink.generation.acceptance import DraftLength, Lookup, accept_greedy, accept_sampled
-from headsink.generation.decode import Decoder, decoder, prepare, refusal
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan

@@ -1,7 +1,7 @@
 """Model families that need more than transformers' `AttentionInterface` and `Cache.update`: one record each, data only.
 
 A family without a record runs under a plan as well, and has a compiled CPU step if it is made of the usual parts
-(generation/step_parts.py). vLLM does not serve it. Light: nothing here imports torch, so that vLLM's plugin can read it.
+(decoding/parts.py). vLLM does not serve it. Light: nothing here imports torch, so that vLLM's plugin can read it.
 """
 
 from __future__ import annotations

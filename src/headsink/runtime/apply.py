@@ -20,6 +20,7 @@ from headsink.attention.passes import enter_scope
 from headsink.attention.rotary import layer_rotations
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.segments import PrefillOptions
+from headsink.decoding.token import TokenSteps
 from headsink.errors import HeadsinkError
 from headsink.models.spec import Architecture, decoder, unwrap
 from headsink.models.transformers_names import assists, given_cache
@@ -99,6 +100,7 @@ def apply(
     prefill: Prefill = "dense",
     chunk_size: int | None = None,
     kv_dtype: KVDtype = "auto",
+    compiled: bool | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Inside the block, `generate` and plain forward passes of the model use `plan`, in every thread.
 
@@ -106,12 +108,19 @@ def apply(
     from `new_cache` uses its own plan. A thread that enters an `apply` block of its own uses that block's plan. exact, prefill,
     chunk_size, kv_dtype: as for `new_cache`.
 
+    compiled: a pass of one token per sequence is one compiled call, by numba on a CPU and as a CUDA graph on a GPU; its logits
+    differ from the model's by rounding. None: on CPUs, for models that have such a step. True: on GPUs too; raises HeadsinkError
+    with the reason if the model has none. False: the model runs every pass. In any case the model runs prompts, passes with
+    gradients, hooks on layers or further outputs, and all passes under an all-full plan that is to be `exact`.
+
     Warns once if a sequence grows longer than the contexts that the plan's quality was measured at. Raises HeadsinkError if the
     plan was made for another model, and for invalid options; inside the block, for sequences over the model's maximum (unless the
     plan's positions are cache-relative), for calls that do not work under a plan, and if a layer's attention did not go through
     the plan.
     """
-    with enter_scope(model, plan, _Calls(model, plan, exact, prefill, chunk_size, kv_dtype).prepare):
+    calls = _Calls(model, plan, exact, prefill, chunk_size, kv_dtype)
+    step = None if compiled is False else TokenSteps(model, plan, bool(compiled)).find
+    with enter_scope(model, plan, calls.prepare, step=step):
         yield model
 
 

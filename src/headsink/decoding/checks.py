@@ -50,11 +50,16 @@ class CacheCheck:
         """The cache's buffers. They are replaced when rows change, when the cache grows, and when it is frozen."""
         return [buffer for layer in self.layers for group in layer.groups for buffer in (group.keys, group.scores)]
 
-    def check(self, sequences: tuple[int, ...]) -> None:
-        """Raise unless the cache is unchanged and new tokens are given for all of its sequences. sequences: their shape."""
+    @property
+    def same(self) -> bool:
+        """Whether the cache has the buffers and the length that were read."""
         current = self._current_buffers()
         same = len(current) == len(self.buffers) and all(map(operator.is_, current, self.buffers))
-        if not same or self.layers[0].seen != self.length:
+        return same and self.layers[0].seen == self.length
+
+    def check(self, sequences: tuple[int, ...]) -> None:
+        """Raise unless the cache is unchanged and new tokens are given for all of its sequences. sequences: their shape."""
+        if not self.same:
             raise HeadsinkError(
                 "decode: the cache was changed by other code; call resume() after a change, or make a new step"
             )

@@ -1,7 +1,6 @@
 """The compiled decode step gives the logits, cache and text of the model under the same plan."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -9,19 +8,16 @@ import torch
 import transformers
 from architectures import make
 from families import FAMILIES, SHAPE, tiny
-from plans import QUALITY, random_plan
+from plans import random_plan
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.generation.decode import decode, open_decoder, prepare, refusal
-from headsink.generation.step_cpu import AHEAD
-from headsink.generation.step_fields import NormKind, Scores
-from headsink.generation.step_kernel import run as kernel
-from headsink.generation.step_parts import parts_of
+from headsink.decoding.cpu import AHEAD
+from headsink.decoding.fields import NormKind, Scores
+from headsink.decoding.kernel import run as kernel
+from headsink.decoding.parts import parts_of
+from headsink.decoding.step import open_decoder, prepare, refusal
 from headsink.models.transformers_names import cache_argument
-from headsink.plan.schema import Quality
-
-DECODE = {"custom_generate": decode}
 
 
 def prompt(tokens, seed=0):
@@ -57,7 +53,7 @@ def test_steps_equal_the_model(family, length, case_seed):
     if seed == 2:  # top-k slots grow with the sequence
         plan = random_plan(model, seed, lambda _: Pattern(2, 200, 9))
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         for one in (ours, theirs):
             model(ids[:, :length], **cache_argument(one))
         with open_decoder(model, ours) as step:
@@ -66,7 +62,7 @@ def test_steps_equal_the_model(family, length, case_seed):
                 expected = model(torch.tensor([[token]]), **cache_argument(theirs)).logits[:, -1]
                 torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     same_state(ours, theirs)
-    with headsink.apply(model, plan), torch.no_grad():  # the model continues from it
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():  # the model continues from it
         found, expected = (model(ids[:, :9], **cache_argument(one)).logits for one in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
@@ -84,7 +80,7 @@ def test_batches_of_sequences(family, texts, case_seed):
         mask[0, : 3 + 30 * (seed - 1)], mask[1, : length - 1] = 0, 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
 
         def read(cache, start, end, model=model, ids=ids, mask=mask, positions=positions):
             new = slice(start, end)
@@ -108,19 +104,19 @@ def test_bfloat16_step_is_closer_to_the_exact_model_than_the_model(family):
     plan, ids = Plan.full(model), prompt(60)
     ours, theirs, truth = (headsink.new_cache(one, Plan.full(one)) for one in (model, model, exact))
     with torch.no_grad():
-        with headsink.apply(model, plan):
+        with headsink.apply(model, plan, compiled=False):
             model(ids[:, :40], **cache_argument(ours))
             model(ids[:, :40], **cache_argument(theirs))
-        with headsink.apply(exact, Plan.full(exact)):
+        with headsink.apply(exact, Plan.full(exact), compiled=False):
             exact(ids[:, :40], **cache_argument(truth))
         errors = torch.zeros(2)
         with open_decoder(model, ours) as step:
             for token in ids[0, 40:].tolist():
                 found = step.run(torch.tensor([token]))
                 one = torch.tensor([[token]])
-                with headsink.apply(model, plan):
+                with headsink.apply(model, plan, compiled=False):
                     expected = model(one, **cache_argument(theirs)).logits[:, -1].float()
-                with headsink.apply(exact, Plan.full(exact)):
+                with headsink.apply(exact, Plan.full(exact), compiled=False):
                     true = exact(one, **cache_argument(truth)).logits[:, -1].float()
                 errors += torch.stack([(found - true).norm(), (expected - true).norm()])
     assert errors[0] < errors[1] < 0.1 * 20 * true.norm()
@@ -131,7 +127,7 @@ def test_a_compressed_cache_keeps_growing():
     plan, ids = random_plan(model, 5), prompt(200)
     with torch.no_grad():
         caches = [headsink.compress(model, plan, ids[:, :100]) for _ in range(2)]
-        with headsink.apply(model, plan), open_decoder(model, caches[0]) as step:
+        with headsink.apply(model, plan, compiled=False), open_decoder(model, caches[0]) as step:
             for token in ids[0, 100:].tolist():
                 expected = model(torch.tensor([[token]]), **cache_argument(caches[1])).logits[:, -1]
                 torch.testing.assert_close(step.run(torch.tensor([token])), expected, rtol=2e-4, atol=2e-4)
@@ -143,7 +139,7 @@ def test_steps_and_forward_passes_alternate():
     model = tiny("llama")
     plan, ids = Plan.of(model, [[Pattern(), Pattern(2, 0, 300)]] * 3), prompt(160)
     ours, theirs = headsink.new_cache(model, plan), headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         expected = torch.cat(
             [model(part, **cache_argument(theirs)).logits[0] for part in ids.split([100, *[1] * 60], 1)]
         )
@@ -164,80 +160,23 @@ def generating():
     return model, random_plan(model, 1)
 
 
-def generate(**options):
-    model, plan = generating()
-    ids = prompt(30)
-    with headsink.apply(model, plan):
-        cache = headsink.new_cache(model, plan)
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=50, **options
-        )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
-        {"do_sample": False, "eos_token_id": list(range(3, 60))},
-        {"do_sample": False, "prefill_chunk_size": 7},
-    ],
-)
-def test_generate_gives_the_same_text(options):
-    torch.manual_seed(0)
-    expected = generate(**options)
-    torch.manual_seed(0)
-    assert torch.equal(generate(**options, custom_generate=decode), expected)
-
-
-@pytest.mark.parametrize("eos", [None, list(range(3, 30))])
-@pytest.mark.parametrize("ways", [{"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}])
-def test_generate_gives_the_same_text_for_batches(ways, eos):
-    model, plan = generating()
-    ids, mask = torch.cat([prompt(30), prompt(30, 1), prompt(30, 2)]), torch.ones(3, 30, dtype=torch.int64)
-    mask[0, :20], mask[2, :1] = 0, 0
-    texts = []
-    for loop in ({}, {"custom_generate": decode}):
-        torch.manual_seed(0)
-        with headsink.apply(model, plan):
-            given = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
-            texts.append(model.generate(ids, **given, **ways, **loop))
-    assert torch.equal(*texts)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepared_kernels_are_the_ones_called(dtype):
     model, plan = tiny("llama", dtype=dtype), Plan.full(tiny("llama"))
     prepare(model)
     compiled = list(kernel.signatures)
     cache = headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         model(prompt(5), **cache_argument(cache))
         with open_decoder(model, cache) as step:
             step.run(torch.tensor([7]))
     assert kernel.signatures == compiled
 
 
-def test_threads_do_not_disturb_each_other():
-    expected = generate(do_sample=False, custom_generate=decode)
-    with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(generate, do_sample=False, custom_generate=decode) for _ in range(8)]
-    assert all(torch.equal(one.result(), expected) for one in found)
-
-
-def test_a_sequence_beyond_the_verified_length_warns_once():
-    model, plan = generating()
-    plan = plan.model_copy(update={"quality": (Quality(**{**QUALITY, "context": 40}),)})
-    with headsink.apply(model, plan), pytest.warns(UserWarning, match="has 41 tokens") as caught:
-        model.generate(prompt(30), max_new_tokens=50, do_sample=False, custom_generate=decode)
-    assert len([one for one in caught if "tokens, the plan's" in str(one.message)]) == 1
-
-
 def test_an_error_between_steps_leaves_the_cache_intact():
     model, plan = generating()
     ids, cache = prompt(30), headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
+    with headsink.apply(model, plan, compiled=False), torch.no_grad():
         model(ids, **cache_argument(cache))
         with open_decoder(model, cache) as step:
             step.run(torch.tensor([5]))
@@ -251,8 +190,8 @@ def test_an_error_between_steps_leaves_the_cache_intact():
 def test_unsupported_architectures_are_refused(name):
     model = make(name)
     assert refusal(model) is not None
-    with pytest.raises(HeadsinkError, match="decode:"), headsink.apply(model, Plan.full(model)):
-        model.generate(prompt(5), **cache_argument(headsink.new_cache(model, Plan.full(model))), custom_generate=decode)
+    with pytest.raises(HeadsinkError, match="compiled:"), headsink.apply(model, Plan.full(model), compiled=True):
+        pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -351,146 +290,3 @@ def test_routers_are_read():
 
 def doubled(self, *args, **kwargs):
     return 2 * super(type(self), self).forward(*args, **kwargs)
-
-
-def test_without_a_cache_it_uses_the_applied_plan():
-    model, plan = generating()
-    with headsink.apply(model, plan):
-        found = model.generate(prompt(30), max_new_tokens=50, do_sample=False, custom_generate=decode)
-    assert torch.equal(found, generate(do_sample=False))
-    with pytest.raises(HeadsinkError, match="inside"):
-        model.generate(prompt(5), max_new_tokens=3, custom_generate=decode)
-
-
-def test_a_batch_without_a_padding_token_ends_like_the_models():
-    model = tiny("llama", seed=3)
-    model.generation_config.pad_token_id = None
-    plan = random_plan(model, 1)
-    ids = torch.cat([prompt(30), prompt(30, 1), prompt(30, 2)])
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
-    with headsink.apply(model, plan):
-        found = [model.generate(ids, **given, eos_token_id=list(range(3, 30)), **loop) for loop in ({}, DECODE)]
-    assert torch.equal(*found)
-    assert (found[0][:, -9:] == 3).any()  # ended sequences are padded with the first end token
-
-
-def continued(model, cache, ids, begin, chunk):
-    """Return 20 greedy tokens after the rest of `ids`, which is read from column `begin` on in calls of `chunk` tokens."""
-    if cache.rows < len(ids):
-        cache.batch_repeat_interleave(len(ids))
-    for part in ids[:, begin:].split(chunk, 1):
-        logits = model(part, **cache_argument(cache)).logits[:, -1]
-    for _ in range(20):
-        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
-        logits = model(ids[:, -1:], **cache_argument(cache)).logits[:, -1]
-    return ids
-
-
-@pytest.mark.parametrize("rows", [1, 2], ids=["one row for the batch", "as many rows"])
-@pytest.mark.parametrize("chunk", [None, 5])
-def test_a_sequence_continues_from_its_cache(rows, chunk):
-    model, plan = generating()
-    ids = prompt(40).repeat(2, 1)
-    ids[1, 30:] = prompt(10, 1)
-    cache, given = headsink.new_cache(model, plan), {"max_new_tokens": 20, "do_sample": False}
-    with headsink.apply(model, plan), torch.no_grad():
-        model(ids[:rows, :30], **cache_argument(cache))
-        expected = continued(model, copy.deepcopy(cache), ids, 30, chunk or 10)
-        copies = [copy.deepcopy(cache) for _ in range(2)]
-        found = model.generate(ids, **cache_argument(copies[0]), **given, **DECODE, prefill_chunk_size=chunk)
-        after = {"attention_mask": torch.ones(2, 40, dtype=torch.int64), "prefill_chunk_size": chunk}
-        rest = model.generate(ids[:, 30:], **cache_argument(copies[1]), **after, **given, **DECODE)
-    assert torch.equal(found, expected)
-    assert torch.equal(rest, expected[:, 30:])
-
-
-def test_given_positions_continue():
-    model, plan = generating()
-    given = {"position_ids": torch.arange(0, 60, 2)[None], "max_new_tokens": 20, "do_sample": False}
-    with headsink.apply(model, plan):
-        expected = model.generate(prompt(30), **given)
-        assert torch.equal(model.generate(prompt(30), **given, **DECODE), expected)
-        assert not torch.equal(expected, model.generate(prompt(30), max_new_tokens=20, do_sample=False))
-
-
-def test_under_autocast_and_in_inference_mode():
-    model, _ = generating()
-    with torch.inference_mode():
-        assert torch.equal(generate(do_sample=False, **DECODE), generate(do_sample=False))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in refusal(model)
-        with pytest.raises(HeadsinkError, match="it does not support"):
-            generate(do_sample=False, **DECODE)
-
-
-def test_a_cache_of_a_model_that_was_converted_is_refused():
-    model = tiny("llama").bfloat16()
-    plan, ids, cache = random_plan(model, 3), prompt(40), headsink.new_cache(model, random_plan(model, 3))
-    with headsink.apply(model, plan), torch.no_grad():
-        model(ids[:, :30], **cache_argument(cache))
-    model.float()
-    with pytest.raises(HeadsinkError, match="this cache does not fit the model"), headsink.apply(model, plan):
-        model.generate(ids, **cache_argument(cache), max_new_tokens=3, **DECODE)
-
-
-ROWS = torch.ones(2, 30, dtype=torch.int64)
-RIGHT, LEFT = ROWS.clone(), ROWS.clone()
-RIGHT[0, -4:], LEFT[0, :4] = 0, 0
-
-
-@pytest.mark.parametrize(
-    ("mask", "said"),
-    [
-        (RIGHT, "pads on the right; pad on the left"),
-        (LEFT[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
-        (ROWS[:, 3:], r"its shape is \[2, 27\] and must be \[2, 30\]"),
-        (LEFT[:1], r"its shape is \[1, 30\] and must be \[2, 30\]"),
-        (torch.ones(3, 30, dtype=torch.int64), r"position_ids: \[3, 30\] do not fit 2 sequences with 30 new tokens"),
-    ],
-)
-def test_a_mask_that_does_not_fit_is_refused(mask, said):
-    model, plan = generating()
-    ids, options = prompt(30).repeat(2, 1), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):
-        model.generate(ids, attention_mask=mask, **options, **DECODE)
-    with pytest.raises(HeadsinkError, match=said):
-        headsink.generate_lossless(model, plan, ids, attention_mask=mask, **options)
-    with pytest.raises(HeadsinkError, match="pads on the right"), headsink.apply(model, plan):
-        model.generate(ids * RIGHT, **options, **DECODE)  # from which transformers makes the mask
-
-
-def test_a_prompt_that_is_already_cached_is_refused():
-    model, plan = generating()
-    cache = headsink.new_cache(model, plan)
-    with headsink.apply(model, plan), torch.no_grad():
-        model(prompt(30), **cache_argument(cache))
-        for tokens in (30, 20):
-            with pytest.raises(HeadsinkError, match=f"input_ids: {tokens} tokens, and the cache holds 30 already"):
-                model.generate(prompt(30)[:, :tokens], **cache_argument(cache), max_new_tokens=3, **DECODE)
-
-
-def test_a_padded_cache_needs_its_mask():
-    model, plan = generating()
-    cache, ids = headsink.new_cache(model, plan), prompt(40).repeat(2, 1)
-    with headsink.apply(model, plan), torch.no_grad():
-        model(ids[:, :30], attention_mask=LEFT, position_ids=LEFT.cumsum(1) - 1, **cache_argument(cache))
-        with pytest.raises(HeadsinkError, match="the cache holds a padded batch; give the mask"):
-            model.generate(ids, **cache_argument(cache), max_new_tokens=3, **DECODE)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"num_beams": 2}, "beam search"),
-        ({"return_dict_in_generate": True}, "return_dict"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
-        ({"assistant_model": tiny("llama")}, "assisted generation"),
-        ({"use_cache": False}, "use_cache=False"),
-        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 48)}, "inputs_embeds"),
-    ],
-)
-def test_unsupported_options_are_refused(options, said):
-    model, plan = generating()
-    given = {"input_ids": prompt(5), **cache_argument(headsink.new_cache(model, plan)), "max_new_tokens": 3} | options
-    with pytest.raises(HeadsinkError, match=said), headsink.apply(model, plan):
-        model.generate(**given, custom_generate=decode)

@@ -1,4 +1,4 @@
-"""Compiled decode step on a CPU: one numba call per token over the model's weights and its cache (generation/step_kernel.py).
+"""Compiled decode step on a CPU: one numba call per token over the model's weights and its cache (decoding/kernel.py).
 
 Activations stay in float32, so in bfloat16 the logits are closer to those of the exact model than the model's own are.
 """
@@ -20,20 +20,20 @@ from headsink.attention.cpu.threads import claim, exclusive_threads
 from headsink.attention.int8 import quantize
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
+from headsink.attention.passes import enter_scope, extended
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
+from headsink.decoding.checks import CacheCheck
+from headsink.decoding.fields import Field, Number
+from headsink.decoding.parts import parts_of
+from headsink.decoding.program import Program
 from headsink.errors import HeadsinkError, must_be
-from headsink.generation.step_checks import CacheCheck
-from headsink.generation.step_fields import Field, Number
-from headsink.generation.step_parts import parts_of
-from headsink.generation.step_program import Program
 from headsink.models.devices import dtype_name
 from headsink.models.spec import decoder, describe, unwrap, vocabulary
-from headsink.models.transformers_names import cache_argument
+from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
-from headsink.runtime.apply import apply_here, new_cache
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
 SAME = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative difference of logits that differ by rounding
@@ -57,8 +57,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "it takes no position_ids"
     if model.training:
         return "it is in training mode: call model.eval()"
-    if any(m._forward_hooks or m._forward_pre_hooks for layer in _blocks(model) for m in layer.modules()):
-        return "its layers have hooks, which the step would not call"
+    if any(extended(m) for layer in _blocks(model) for m in layer.modules()):
+        return "its layers have hooks or another forward, which the step would not call"
     if any(hasattr(m, "base_layer") for m in model.modules()):
         return "its layers have a PEFT adapter: call model.merge_and_unload()"
     devices = {weight.device.type for weight in (*model.parameters(), *model.buffers())}
@@ -91,8 +91,8 @@ def _difference(model: PreTrainedModel) -> str | None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary(model), (1, 7), generator=generator)
     far, errors = min(shape.max_context, 2**20) - 2, list[float]()
-    with apply_here(model, plan):
-        caches = [new_cache(model, plan) for _ in range(2)]
+    with enter_scope(model, plan, lambda given, _: given_cache(given), private=True):
+        caches = [PlanCache(plan, shape) for _ in range(2)]
         for cache in caches:
             model(ids[:, :3], **cache_argument(cache), use_cache=True)
         step = Decoder(model, caches[0])
@@ -110,9 +110,9 @@ def _difference(model: PreTrainedModel) -> str | None:
 
 
 def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
-    """Compile the kernels: half a minute the first time on a machine, then loaded from numba's cache."""
+    """Compile the kernels: about a minute the first time on a machine, then loaded from numba's cache."""
     claim()
-    from headsink.generation import step_kernel
+    from headsink.decoding import kernel
 
     key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
     kernels, params = CPUBackend(), AttentionParams(1.0)
@@ -123,7 +123,7 @@ def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
     numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((0, len(KVField)), np.int64)
     turns, scratch = np.zeros((2, 0, 0, 0), np.float32), np.zeros(0, np.float32)
     like, kv_like = (np.empty(0, NUMPY[kind]) for kind in (model.dtype, rows.dtype))
-    step_kernel.run(operations, numbers, heads, turns, scratch, like, kv_like, 1, 1)
+    kernel.run(operations, numbers, heads, turns, scratch, like, kv_like, 1, 1)
 
 
 class Decoder:
@@ -135,9 +135,9 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
         claim()
-        from headsink.generation import step_kernel  # numba takes a second to import
+        from headsink.decoding import kernel  # numba takes a second to import
 
-        self.kernels, self.cache = step_kernel, cache
+        self.kernels, self.plan, self.warns = kernel, cache.plan, True  # not the cache: see `token.TokenSteps`
         self.stack = cast(Any, decoder(model))
         self.parts, self.shape = parts_of(model), describe(model)
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
@@ -175,9 +175,9 @@ class Decoder:
             embedded = self.parts.embedding(tokens[:, None])[:, 0]
         if self.length >= self.ready:
             self._make_ready()
-        self.cache.plan.check_length(self.length + 1, self.shape.max_context)
-        if self.length == self.cache.plan.verified:  # for longer prompts the prefill has warned already
-            self.cache.plan.warn_beyond_verified(self.length + 1)
+        self.plan.check_length(self.length + 1, self.shape.max_context)
+        if self.warns and self.length == self.plan.verified:  # for longer prompts the prefill has warned already
+            self.plan.warn_beyond_verified(self.length + 1)
         length, program = self.length, self.program
         assert program is not None  # made with the room
         advance(self.heads, length)

@@ -2,7 +2,7 @@
 
 A decode step reads every weight and every cached key once, so memory bandwidth limits it if nothing else takes time. All layers
 are one call, because torch and Python would add about 300 calls of ten microseconds. What a layer computes is a list of
-operations, a row of a table each (generation/step_fields.py), so one kernel runs every family.
+operations, a row of a table each (decoding/fields.py), so one kernel runs every family.
 
 Weights, keys and values stay in torch's memory and are accessed by address. They are float32, or bfloat16 (as uint16, since numba
 has no bfloat16). Activations, sums, norms and biases are float32.
@@ -18,7 +18,7 @@ from numba import carray, njit, prange
 
 from headsink.attention.cpu.decode import BLOCK, append, attend_part, cap, combine, share
 from headsink.attention.cpu.vectors import FAST, exp, pointer, products_in_order, wide
-from headsink.generation.step_fields import Activation, Field, NormKind, Number, Op, Scores
+from headsink.decoding.fields import Activation, Field, NormKind, Number, Op, Scores
 
 # As numbers, because numba does not support enumerations as array indices.
 _OP, _TOGETHER, _INPUT, _OUTPUT, _WIDTH, _COLUMNS, _STRIDE, _WEIGHT, _BIAS, _KIND, _PERIOD, *_ATTEND = (

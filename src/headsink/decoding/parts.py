@@ -1,7 +1,7 @@
 """The parts of a model that the compiled decode step computes, recognised by the names of its modules.
 
-A part that is not recognised raises `HeadsinkError` with its name. generation/step_forms.py finds out what norms, activations and
-routers compute, and generation/step_cpu.py compares the whole step with the model.
+A part that is not recognised raises `HeadsinkError` with its name. decoding/forms.py finds out what norms, activations and
+routers compute, and decoding/cpu.py compares the whole step with the model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headsink.attention.rotary import layer_rotations
+from headsink.decoding.fields import Activation, Scores
+from headsink.decoding.forms import Norm, Xielu, activation_of, norm_of, routing_of
 from headsink.errors import HeadsinkError
-from headsink.generation.step_fields import Activation, Scores
-from headsink.generation.step_forms import Norm, Xielu, activation_of, norm_of, routing_of
 from headsink.models.families import LATE_NORMS
 from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, attention_modules, decoder, describe, output_projection

@@ -1,6 +1,6 @@
 """The table of operations that the compiled decode step on a CPU runs: operations, columns, and what their numbers mean.
 
-generation/step_program.py makes the table, generation/step_kernel.py runs it.
+decoding/program.py makes the table, decoding/kernel.py runs it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headsink.decoding.fields import Activation, NormKind, Scores
 from headsink.errors import HeadsinkError
-from headsink.generation.step_fields import Activation, NormKind, Scores
 
 ACTIVATIONS = {
     Activation.SILU: F.silu,

@@ -14,13 +14,13 @@ from reference import reference_logits
 from torch import Tensor
 from waiting import Waiting
 
-from headsink import Pattern, Plan, apply, decode, generate_lossless, new_cache
+from headsink import Pattern, Plan, apply, generate_lossless, new_cache
 from headsink.attention.cuda.decode import attend
 from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
-from headsink.generation.decode import open_decoder, refusal
+from headsink.decoding.cuda import Decoder
+from headsink.decoding.step import open_decoder, refusal
 from headsink.generation.speculative import Speculation, draft_cache
-from headsink.generation.step_cuda import Decoder
 from headsink.models.transformers_names import cache_argument
 
 pytestmark = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_decode_step_equals_the_reference(device, family, seed):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), [17, 9, 1, 1, 1, 1])
         model.to(device)
-        with torch.no_grad(), apply(model, plan):
+        with torch.no_grad(), apply(model, plan, compiled=False):
             cache = new_cache(model, plan)
             for part in (slice(0, 17), slice(17, 26)):
                 read = model(
@@ -180,7 +180,7 @@ def test_capped_and_learned_logits_in_passes_of_the_model(device, family, seed, 
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = reference_logits(model.cpu(), plan, ids.cpu(), mask.cpu(), [17, 9, 1, 1, 3], freeze=28)
         model.to(device)
-        with torch.no_grad(), apply(model, plan):
+        with torch.no_grad(), apply(model, plan, compiled=False):
             cache = new_cache(model, plan)
             for start, end in ((0, 17), (17, 26), (26, 27), (27, 28), (28, 31)):
                 if start == 28:
@@ -198,7 +198,7 @@ def test_the_step_uses_cache_relative_positions(device):
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad(), apply(model, plan):
+    with torch.no_grad(), apply(model, plan, compiled=False):
         one, other = new_cache(model, plan), new_cache(model, plan)
         for cache in (one, other):
             model(ids[:, :33], **cache_argument(cache), attention_mask=mask[:, :33], position_ids=positions[:, :33])
@@ -214,12 +214,22 @@ def test_the_step_uses_cache_relative_positions(device):
                 torch.testing.assert_close(step.run(ids[:, token]), expected, atol=2e-4, rtol=2e-4)
 
 
-def test_generate_is_the_same_with_the_step_and_without(device):
-    with on(device, "qwen2", 5) as (model, plan), apply(model, plan):
-        ids = torch.randint(3, 200, (1, 21), device=device)
-        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        plain = model.generate(ids, **options)
-        assert torch.equal(plain, model.generate(ids, custom_generate=decode, **options))
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_is_the_same_with_the_step_and_without(device, beams, monkeypatch):
+    steps, run = [], Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda *given: steps.append(1) or run(*given))
+    with on(device, "qwen2", 5) as (model, plan):
+        ids, texts = torch.randint(3, 200, (2, 21), device=device), []
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "num_beams": beams}
+        for compiled in (False, None, True):  # None: not on a GPU
+            steps.clear()
+            with apply(model, plan, compiled=compiled):
+                texts.append(model.generate(ids, **options))
+            assert len(steps) == (7 if compiled else 0)
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
@@ -227,7 +237,7 @@ def test_the_step_keeps_the_same_top_k_keys_as_the_cache(device, kv_dtype):
     """Buffers, scores and positions after single tokens equal those of the layers' eager code."""
     with on(device, "llama", 6) as (model, plan):
         ids = torch.randint(3, 200, (1, 28), device=device)
-        with torch.no_grad(), apply(model, plan):
+        with torch.no_grad(), apply(model, plan, compiled=False):
             one, other = (new_cache(model, plan, kv_dtype=kv_dtype) for _ in range(2))
             for cache in (one, other):
                 model(ids[:, :20], **cache_argument(cache))
@@ -332,7 +342,7 @@ def test_appending_and_hiding_columns_equals_the_cache(device):
 LAUNCHES = """
 import torch
 from headsink.attention.cuda.decode import attend
-from headsink.generation.step_cuda import Decoder
+from headsink.decoding.cuda import Decoder
 from headsink.attention.cuda.append import append_keys, hide
 from headsink.eviction.lifetimes_cuda import better_ones
 from headsink.attention.cuda.prefill import attend as attend_many

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from headsink.generation.step_fields import Activation, Field, Number, Op
-from headsink.generation.step_forms import Norm, Xielu
-from headsink.generation.step_parts import MLP, Attention, Block, Experts, Linear, Parts
+from headsink.decoding.fields import Activation, Field, Number, Op
+from headsink.decoding.forms import Norm, Xielu
+from headsink.decoding.parts import MLP, Attention, Block, Experts, Linear, Parts
 
 
 class Program:
     """The operations of one token per sequence, and the buffers that they read and write.
 
-    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)] (`step_kernel.run`). hidden: float32
+    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)] (`kernel.run`). hidden: float32
     [sequences, hidden], the embeddings; logits: float32 [sequences, vocabulary]. angles: for every kind of layer, cos and sin of
     the position, float32 [sequences, pairs] each. first: row of every layer's first head in the table of heads.
     """

@@ -10,6 +10,7 @@ Every model that a plan supports works, unless it has sliding-window layers: the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ from headsink.attention.cuda.table import DeviceTable
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
+from headsink.decoding.checks import CacheCheck
 from headsink.errors import HeadsinkError, must_be
-from headsink.generation.step_checks import CacheCheck
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.utils import device as gpu
@@ -81,7 +82,8 @@ class Decoder:
     """A decode step for a model and a filled cache. Call `resume` after any other code has changed the cache."""
 
     def __init__(self, model: PreTrainedModel, cache: PlanCache):
-        self.model, self.cache, self.shape = model, cache, describe(model)
+        self.model, self.cache, self.shape = model, weakref.ref(cache), describe(model)
+        self.plan, self.warns = cache.plan, True
         self.layers = [layer for layer in cache.layers if isinstance(layer, PlanLayer)]
         self.parameters = list(model.parameters())
         self.weights = [weight.detach() for weight in self.parameters]  # kept alive: a graph has their addresses
@@ -137,9 +139,9 @@ class Decoder:
             raise HeadsinkError("decode: several tokens at once in a cache that evicts; give one after the other")
         if self.length + count > self.ready:
             self._make_ready(count)
-        self.cache.plan.check_length(self.length + count, self.shape.max_context)
-        if self.length == self.cache.plan.verified:  # for longer prompts the prefill has warned already
-            self.cache.plan.warn_beyond_verified(self.length + 1)
+        self.plan.check_length(self.length + count, self.shape.max_context)
+        if self.warns and self.length == self.plan.verified:  # for longer prompts the prefill has warned already
+            self.plan.warn_beyond_verified(self.length + 1)
         if positions is None:
             columns = torch.arange(self.length, self.length + count, device=tokens.device)
             positions = (columns - self.pads[:, None]).clamp(min=0)
@@ -189,7 +191,7 @@ class Decoder:
             layer.on_card = DeviceTable(table, self.columns, layer.int8)
         try:
             with torch.no_grad():
-                output = self.model(one.token, position_ids=one.place, **cache_argument(self.cache), use_cache=True)
+                output = self.model(one.token, position_ids=one.place, **cache_argument(self.cache()), use_cache=True)
                 one.logits = output.logits.float()
             self.columns.add_(one.token.shape[1])
         finally:
