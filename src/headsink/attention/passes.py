@@ -360,7 +360,13 @@ def _with_steps(forward: Callable[..., Any], state: _State) -> Callable[..., Any
 def changed(model: PreTrainedModel, parts: Iterable[nn.Module]) -> bool:
     """Whether other code has changed what an engaged model or one of its parts does (`extended`)."""
     everywhere = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
-    return _states[model].forward[0] is not None or any(everywhere) or any(map(extended, parts))
+    if _states[model].forward[0] is not None or any(everywhere):
+        return True
+    for part in parts:  # hundreds, for every token
+        own = part.__dict__
+        if "forward" in own or ((own["_forward_hooks"] or own["_forward_pre_hooks"]) and extended(part)):
+            return True
+    return False
 
 
 def extended(part: nn.Module) -> bool:
