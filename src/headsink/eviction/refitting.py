@@ -49,26 +49,28 @@ def refit_keys(
     best = scores[pattern.sink : end].topk(pattern.top_k).indices + pattern.sink
     columns = torch.arange(tokens, device=key.device)
     kept = torch.cat([best, columns[: pattern.sink], columns[end:]])
-    again = rotate(queries, tokens + AHEAD, rotary) * scaling  # [group, queries, dim]
+    again = (rotate(queries, tokens + AHEAD, rotary) * scaling).flatten(0, 1)  # [queries, dim]
     key, value = key.to(kind), value.to(kind)
-    extra = None if sink_logits is None else sink_logits.to(kind)[:, None, None]
+    extra = None
+    if sink_logits is not None:
+        extra = sink_logits.to(kind).repeat_interleave(queries.shape[1])[:, None]
 
     def attention(keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the attention to each key, [queries, keys], and the log-sum-exp, [queries]."""
+        """Return the attention to each key, [queries, keys], and the logits."""
         logits = again @ keys.T
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         if extra is not None:
-            logits = torch.cat([logits, extra.expand(*logits.shape[:2], 1)], -1)
-        total = logits.logsumexp(-1, keepdim=True)
-        return (logits - total).exp_()[..., : len(keys)].flatten(0, 1), total.flatten()
+            logits = torch.cat([logits, extra], -1)
+        return logits.softmax(-1)[:, : len(keys)], logits[:, : len(keys)]
 
-    full, total = attention(key)
+    full, logits = attention(key)
     keys, values = key[kept], value[kept]
     if pattern.top_k > 1:
         evicted = torch.ones(tokens, dtype=kind, device=key.device).index_fill_(0, kept, 0)
         evicted[best[-1]] = 1
         mine = slice(len(best) - 1, len(best))
-        keys[mine], values[mine] = synthetic_key(again.flatten(0, 1), full, total, key, value, evicted)
+        total = logits.amax(-1) - full.amax(-1).log()  # log-sum-exp, without another pass over all exponentials
+        keys[mine], values[mine] = synthetic_key(again, full, total, key, value, evicted)
     weights, _ = attention(keys)
     residual = full @ value - weights @ values
     return best, keys[: len(best)], values[: len(best)] + ridge_regression(weights[:, : len(best)], residual, RIDGE)
@@ -103,11 +105,13 @@ def synthetic_key(
 def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """Return the change of values, [keys, dim], whose product with `weights` is closest to `residual`.
 
-    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`. In the dual form: there are few
-    queries.
+    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`.
     """
-    products = weights @ weights.T
+    dual = len(weights) < weights.shape[1]  # the smaller of the two systems of equations
+    products = weights @ weights.T if dual else weights.T @ weights
     penalty = (ridge / max(weights.shape[1], 1) * products.trace()).clamp(min=torch.finfo(products.dtype).tiny)
     products.diagonal().add_(penalty)
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host
-    return weights.T @ torch.cholesky_solve(residual, factor)
+    if dual:
+        return weights.T @ torch.cholesky_solve(residual, factor)
+    return torch.cholesky_solve(weights.T @ residual, factor)

@@ -84,21 +84,26 @@ def nearby_shares(
     are near no query.
     """
     kind, (scaling, softcap, _) = torch.promote_types(key.dtype, torch.float32), softmax
-    keys, totals = key.to(kind).transpose(-1, -2), lse.unflatten(0, (len(key), -1))
-    again = rotate(query.unflatten(0, (len(key), -1)).to(kind) * scaling, tokens + AHEAD, rotary)
-    columns = torch.arange(first, first + key.shape[1], device=key.device)
+    keys, queries = key.to(kind), query.shape[1]
+    by_head = query.unflatten(0, (len(key), -1)).transpose(1, 2)  # [KV heads, queries, group, dim]
+    again = rotate(by_head.to(kind) * scaling, tokens + AHEAD, rotary)
+    totals = lse.to(kind).unflatten(0, (len(key), -1)).transpose(1, 2)[..., None]
+    if softcap is None:  # one more coordinate subtracts them
+        again, keys = torch.cat([again, -totals], -1), torch.cat([keys, keys.new_ones(*keys.shape[:2], 1)], -1)
     found, per_block = key.new_full(key.shape[:2], float("-inf"), dtype=kind), BLOCK // STRIDE
-    for start in range(0, query.shape[1], per_block):
-        part = slice(start, min(start + per_block, query.shape[1]))
-        positions = torch.arange(begin + start * STRIDE, begin + part.stop * STRIDE, STRIDE, device=key.device)
-        near = slice(
-            max(begin + start * STRIDE - AFTER - first, 0),
-            max(begin + (part.stop - 1) * STRIDE + BEFORE + 1 - first, 0),
-        )
-        distance = positions[:, None] - columns[near]
-        far = (distance < -BEFORE) | (distance > AFTER)
-        shares = _logits(again[:, :, part], keys[..., near], softcap) - totals[:, :, part, None]
-        found[:, near] = found[:, near].maximum(shares.amax(1).masked_fill_(far, float("-inf")).amax(1))
+    # From the first key near the first query of a block: [queries, keys].
+    distance = AFTER + STRIDE * torch.arange(per_block)[:, None] - torch.arange(AFTER + BLOCK - STRIDE + BEFORE + 1)
+    far = ((distance < -BEFORE) | (distance > AFTER)).to(key.device)
+    for start in range(0, queries, per_block):
+        count = min(per_block, queries - start)
+        lowest = begin + start * STRIDE - AFTER - first
+        near = slice(max(lowest, 0), max(lowest + AFTER + (count - 1) * STRIDE + BEFORE + 1, 0))
+        own, some = again[:, start : start + count], keys[:, near]
+        shares = (own.flatten(1, 2) @ some.transpose(1, 2)).unflatten(1, own.shape[1:3])
+        if softcap is not None:
+            shares = softcap * torch.tanh(shares / softcap) - totals[:, start : start + count]
+        hidden = far[:count, near.start - lowest :][:, : some.shape[1]]
+        found[:, near] = found[:, near].maximum(shares.amax(2).masked_fill_(hidden, float("-inf")).amax(1))
     return found
 
 
