@@ -130,7 +130,7 @@ def test_speed_of_batches_under_several_plans(tiny_folder, plans):
     for row in found["results"]:
         cases[row["context"], row["batch"]].append(row)
     assert list(cases) == [(24, 1), (24, 3), (90, 1), (90, 3)]
-    assert {"headsink, a", "headsink, b, model.generate", "headsink, full"} <= {row["way"] for row in cases[24, 3]}
+    assert {"headsink, a", "headsink, b, model's passes", "headsink, full"} <= {row["way"] for row in cases[24, 3]}
     full = {case: rows[0]["kv_bytes"] for case, rows in cases.items()}
     assert full[90, 3] == 3 * full[90, 1]
     assert all(("kept" in row) == row["way"].startswith("headsink") for row in cases[90, 3])

@@ -151,7 +151,7 @@ def _configurations(options: Comparison, model: PreTrainedModel) -> list[Configu
         ),
     ]
     for name, plan in {"full": Plan.full(model), **options.plans}.items():
-        configurations.append(Configuration(f"headsink, {name}, model.generate", model, plan))
+        configurations.append(Configuration(f"headsink, {name}, model's passes", model, plan))
         if refusal(model, plan) is None:
             for kv_dtype in options.kv_dtypes:
                 suffix = "" if kv_dtype == "auto" else f", {kv_dtype}"

@@ -77,14 +77,14 @@ def _agreement(points: list[dict[str, Any]]) -> Drawn:
 
 
 def _speed(cases: list[dict[str, Any]]) -> Drawn:
-    """TPOT, TTFT and the KV cache against the context; of `model.generate` where nothing is compiled."""
+    """TPOT, TTFT and the KV cache against the context; of the model's passes where nothing is compiled."""
     every = {one["way"] for case in cases for one in case["results"]}
     points = [
         {"context": one["context"], "way": one["way"], "decode": 1e3 * one["decode_s"]["median"]}
         | {"prefill": one["prefill_s"]["median"], "kv": one["kv_bytes"] and one["kv_bytes"] / 1e6}
         for case in cases
         for one in case["results"]
-        if one["batch"] == 1 and one["way"].removesuffix(", model.generate") not in every - {one["way"]}
+        if one["batch"] == 1 and one["way"].removesuffix(", model's passes") not in every - {one["way"]}
     ]
     ways = list(dict.fromkeys(point["way"] for point in points))
     base = alt.Chart(alt.Data(values=points)).mark_line(point=True).properties(width=230, height=200)

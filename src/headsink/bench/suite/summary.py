@@ -86,8 +86,8 @@ def _over(figures: list[float | None], form: str) -> str:
 
 
 def _ours(results: dict[str, Record], budget: str) -> Record | None:
-    """The compiled step under a plan, or `model.generate` where nothing is compiled."""
-    ways = (f"{OURS}, {budget}", f"{OURS}, {budget}, model.generate")
+    """The compiled step under a plan, or the model's passes where nothing is compiled."""
+    ways = (f"{OURS}, {budget}", f"{OURS}, {budget}, model's passes")
     return next((results[way] for way in ways if way in results), None)
 
 
