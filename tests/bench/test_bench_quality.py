@@ -237,6 +237,16 @@ def test_a_plan_that_keeps_everything_changes_nothing(tiny):
     assert table(found).count("\n") == 3
 
 
+def test_caches_in_8_bits(tiny):
+    model, tokenizer = tiny
+    settings = {"items": 2, "context": 450, "progress": False, "kv_dtype": "int8"}
+    full, rounded = run(model, tokenizer, "retrieval", {"all": Plan.full(model)}, **settings)["ways"]
+    head = model.config.head_dim
+    assert 1 < rounded["kept"] / ((head + 4) / (4 * head)) < 1.15  # of float32, and bookkeeping
+    assert 1e-9 < rounded["kl"] < 1e-2
+    assert full["kept"] == 1
+
+
 def test_kl_and_nll_are_those_of_masked_attention(tiny):
     model, tokenizer = tiny
     plan = streaming(model)
@@ -313,6 +323,8 @@ def test_the_command(bench, tiny, tiny_folder, tmp_path):
     assert status == 0, err
     assert json.loads(out) == json.loads((tmp_path / "out.json").read_text())
     assert [way["way"] for way in json.loads(out)["results"][0]["ways"]] == ["full", "streaming"]
+    assert json.loads(out)["kv_dtype"] == "auto"
+    assert "kv_dtype: 'int3' is" in bench(*words, "--plan", plan, "--kv-dtype", "int3")[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "streaming.json"]
     assert "give --plan or --budgets, one of the two" in bench(*words, "--plan", plan, "--budgets", "0.5")[2]
     assert "tasks: 'x' is unknown" in bench(*words, "--plan", plan, "--tasks", "x")[2]

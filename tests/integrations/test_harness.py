@@ -197,6 +197,21 @@ def test_a_real_model_with_full_heads_and_under_a_plan(smollm2, tmp_path):
     assert [likelihood for likelihood, _ in found] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("plan", [None, "drawn"])
+def test_caches_in_8_bits(tiny_folder, plans, plan):
+    plan = plan and plans[plan]
+    found, exact = (HeadsinkLM(str(tiny_folder), plan, device="cpu", kv_dtype=kind) for kind in ("int8", "auto"))
+    one, other = (
+        [likelihood for likelihood, _ in lm.loglikelihood(requests("loglikelihood", PAIRS[:4]), disable_tqdm=True)]
+        for lm in (found, exact)
+    )
+    assert one != other
+    assert one == pytest.approx(other, rel=1e-2)
+    assert found._prefill(list(range(3, 60))).kv_dtype == "int8"
+    with pytest.raises(HeadsinkError, match="kv_dtype: 'int3'"):
+        HeadsinkLM(str(tiny_folder), plan, device="cpu", kv_dtype="int3")
+
+
 def test_errors_are_one_line_that_names_the_option(tiny_folder, plans):
     with pytest.raises(HeadsinkError, match="the plan is for another model: layers is 30 here and 3 in the plan"):
         HeadsinkLM("smollm2", plans["drawn"], device="cpu")

@@ -46,6 +46,7 @@ from transformers.generation import StoppingCriteria
 from headsink.bench.tasks.scoring import cut, interval, p_value
 from headsink.bench.tasks.tasks import NLL, SAME, TASKS, Item, Task
 from headsink.bench.tasks.tasks import task as find_task
+from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.devices import dtype_name
@@ -53,7 +54,7 @@ from headsink.models.distributed import input_device
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
-from headsink.runtime.prefill import prefill
+from headsink.runtime.prefill import empty_cache, prefill
 from headsink.runtime.scoring import continuation_log_probs
 from headsink.utils.files import check_file, read_text, write_text
 from headsink.utils.progress import bar
@@ -73,6 +74,7 @@ def run(
     items: int,
     context: int,
     seed: int = 0,
+    kv_dtype: KVDtype = "auto",
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def run(
     plans : plans by their names in the result.
     items : number of prompts; a larger number begins with the same prompts.
     context : tokens of prompt and answer together; plans should be calibrated for this length.
+    kv_dtype : of the caches under plans, as for `headsink.new_cache`; the full cache keeps the model's dtype.
     checkpoint : a file that stores every finished item; a run with the same settings resumes from it, also with more items.
     progress : show a bar on standard error.
 
@@ -99,7 +102,7 @@ def run(
     chosen = find_task(task)
     for plan in plans.values():
         plan.check(model)
-    done = _Checkpoint(checkpoint, _settings(model, task, plans, context, seed))
+    done = _Checkpoint(checkpoint, _settings(model, task, plans, context, seed, kv_dtype))
     measured = {FULL: Plan.full(model)} | {
         name: plan.model_copy(update={"quality": ()})  # quality is measured here, so no warning about it
         for name, plan in plans.items()
@@ -108,7 +111,7 @@ def run(
     with bar(task, items, progress) as shown:
         for item in chosen.items(tokenizer, items, context, seed):
             if item.name not in done.records:
-                done.add(_measure(model, tokenizer, chosen, item, measured))
+                done.add(_measure(model, tokenizer, chosen, item, measured, kv_dtype))
             records.append(done.records[item.name])
             shown.advance(shown.task_ids[0])
     return {
@@ -149,7 +152,12 @@ class _Answer(NamedTuple):
 
 
 def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, plans: Mapping[str, Plan]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    item: Item,
+    plans: Mapping[str, Plan],
+    kv_dtype: KVDtype,
 ) -> Record:
     ids = item.ids
     if item.follow is not None:
@@ -158,7 +166,7 @@ def _measure(
     along = item.target or full.ids
     record: Record = {"item": item.name, "prompt_tokens": len(ids), "new_tokens": len(full.ids)}
     for name, plan in plans.items():
-        own = full if name == FULL else _answer(model, tokenizer, task, plan, ids, along)
+        own = full if name == FULL else _answer(model, tokenizer, task, plan, ids, along, kv_dtype)
         scores, same = item.score(own.text), _common_prefix(own.ids, full.ids) / len(full.ids)
         if task.metric == SAME:
             scores = {SAME: same}
@@ -182,9 +190,11 @@ def _answer(
     plan: Plan,
     ids: list[int],
     along: list[int] | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> _Answer:
     """Prefill a prompt once and answer it. along: token ids to take log-probabilities along; by default the answer."""
-    cache = prefill(model, plan, torch.tensor([ids[:-1]], device=input_device(model)), exact=False)
+    cache = empty_cache(model, plan, exact=False, kv_dtype=kv_dtype)
+    prefill(model, plan, torch.tensor([ids[:-1]], device=input_device(model)), cache=cache)
     scoring_cache = copy.deepcopy(cache)
     done = generate(
         model,
@@ -255,7 +265,9 @@ def table(found: dict[str, Any]) -> str:
 # checkpoint
 
 
-def _settings(model: PreTrainedModel, task: str, plans: Mapping[str, Plan], context: int, seed: int) -> dict[str, Any]:
+def _settings(
+    model: PreTrainedModel, task: str, plans: Mapping[str, Plan], context: int, seed: int, kv_dtype: KVDtype
+) -> dict[str, Any]:
     return {
         "task": task,
         "context": context,
@@ -264,6 +276,7 @@ def _settings(model: PreTrainedModel, task: str, plans: Mapping[str, Plan], cont
         "dtype": dtype_name(model.dtype),
         "device": input_device(model).type,
         "plans": {name: hashlib.sha256(plan.to_json().encode()).hexdigest() for name, plan in plans.items()},
+        "kv_dtype": kv_dtype,
         "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
     }
 

@@ -22,11 +22,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import Cache
 
+from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.models import loading
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import Prefill, apply, new_cache
-from headsink.runtime.prefill import prefill
+from headsink.runtime.options import check_kv_dtype
+from headsink.runtime.prefill import empty_cache, prefill
 from headsink.runtime.scoring import forward
 from headsink.utils.progress import bar
 
@@ -45,9 +47,10 @@ class HeadsinkLM(HFLM):
     pretrained : a model for `headsink.load`: smollm2, gemma3-270m, a folder, a .gguf file, a Hugging Face id.
     plan : the plan's file (JSON); without it the model runs with the full cache.
     dtype, device : as for `headsink.load`; dtype "auto" is the checkpoint's.
+    kv_dtype : as for `headsink.new_cache`; "int8" without a plan keeps every key.
     options : options of the harness's HFLM (`OPTIONS`).
 
-    Raises HeadsinkError for another option, and for a plan of another model.
+    Raises HeadsinkError for another option, an unknown kv_dtype, and for a plan of another model.
     """
 
     def __init__(
@@ -56,15 +59,20 @@ class HeadsinkLM(HFLM):
         plan: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        kv_dtype: KVDtype = "auto",
         **options: Any,
     ):
+        check_kv_dtype(kv_dtype)
         if unknown := [name for name in options if name not in OPTIONS]:
-            known = ", ".join(("pretrained", "plan", "dtype", "device", *OPTIONS))
+            known = ", ".join(("pretrained", "plan", "dtype", "device", "kv_dtype", *OPTIONS))
             raise HeadsinkError(f"model_args: {unknown[0]} is not an option of the model headsink, which has {known}")
         self.measured = None if plan is None else Plan.load(plan)
         # `_warn` warns instead of `apply`
         self.plan = self.measured and self.measured.model_copy(update={"quality": ()})
         model, tokenizer = loading.load(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
+        self.kv_dtype = kv_dtype
+        if self.plan is None and kv_dtype != "auto":
+            self.plan = Plan.full(model)
         if self.plan is not None:
             self.plan.check(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
@@ -109,8 +117,9 @@ class HeadsinkLM(HFLM):
 
     def _prefill(self, ids: list[int]) -> Cache:
         if not ids and self.plan is not None:  # the whole text is a continuation
-            return new_cache(self.model, self.plan, prefill="sparse")
-        return prefill(self.model, self.plan, torch.tensor([ids], device=self.device))
+            return new_cache(self.model, self.plan, prefill="sparse", kv_dtype=self.kv_dtype)
+        cache = empty_cache(self.model, self.plan, kv_dtype=self.kv_dtype)
+        return prefill(self.model, self.plan, torch.tensor([ids], device=self.device), cache=cache)
 
     @contextmanager
     def _plan_applied(self, tokens: int, prefill: Prefill = "dense") -> Iterator[None]:
@@ -119,7 +128,7 @@ class HeadsinkLM(HFLM):
             yield
             return
         self._warn(tokens)
-        with apply(self.model, self.plan, prefill=prefill):
+        with apply(self.model, self.plan, prefill=prefill, kv_dtype=self.kv_dtype):
             yield
 
     def _warn(self, tokens: int) -> None:

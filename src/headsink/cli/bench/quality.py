@@ -14,6 +14,7 @@ from headsink.bench.tasks.tasks import TASKS
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cli.options import (
     Force,
+    KVDtype,
     Model,
     OtherWeights,
     PlanFiles,
@@ -49,6 +50,7 @@ class QualityOptions(RunOptions):
         str | None,
         typer.Option(help=f"Instead: plans of these budgets, made first and kept next to --out; {BUDGETS}."),
     ] = None
+    kv_dtype: KVDtype = "auto"
     items: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 30
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer together; plans are made for it.")] = 2000
     out_file: Annotated[Path, typer.Option("--out", help="Where the JSON goes.")] = Path("quality.json")
@@ -101,7 +103,8 @@ def quality(options: QualityOptions) -> None:
         results = []
         for name in tasks:
             kept = checkpoint / f"{name}.jsonl"
-            found = run(model, tokenizer, name, plans, items=options.items, context=context, seed=seed, checkpoint=kept)
+            given: dict[str, Any] = {"context": context, "seed": seed, "kv_dtype": options.kv_dtype}
+            found = run(model, tokenizer, name, plans, items=options.items, checkpoint=kept, **given)
             results.append(found)
             console.print(table(found), highlight=False)
     result = _described(model, options, plans) | {"results": results}
@@ -120,6 +123,7 @@ def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str,
         "model": options.model,
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
+        "kv_dtype": options.kv_dtype,
         "plans": {
             way: {"kept": round(plan.kv_budget(options.context), 4), "patterns": plan.counts()}
             for way, plan in plans.items()
