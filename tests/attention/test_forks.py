@@ -16,8 +16,7 @@ SCRIPT = """
 import multiprocessing, threading
 import torch
 from families import tiny
-from headsink import HeadsinkError, Pattern, Plan, apply, decode
-from headsink.decoding.step import open_decoder
+from headsink import HeadsinkError, Pattern, Plan, apply
 from headsink.attention.backends import AttentionParams, backend_of
 from plans import random_plan
 

@@ -324,7 +324,7 @@ def test_serving_is_shown_as_it_was_measured(done, folder, tmp_path):
         "| clients | server | tokens/s | TTFT p50 / p90, s | TPOT p50 / p90, ms | running | preempted | answers right |",
         "| 1 | stock vLLM | 100 | 1.50 / 2.50 | 40 / 50 | 1 | 3 | 1 of 2 |",
         "| 16 | plan | 2,400 | 1.50 / 2.50 | 40 / 50 | 16 | 3 | 16 of 32 |",
-        "Plan, 16 clients: 1.50x the throughput of stock vLLM.",
+        "Plan, 16 at once: 1.50x the throughput of stock vLLM.",
     ):
         assert figure in part
     link = f"[{results.SERVING}]({results.SERVING})"

@@ -315,7 +315,7 @@ def compared(result: dict[str, Any]) -> list[str]:
     for one in result["ratios"]:
         ratio = one["tokens_per_s"]["median"]
         said.append(
-            f"{SERVERS[one['way']].capitalize()}, {one['clients']} clients: {ratio:.2f}x the throughput of stock vLLM."
+            f"{SERVERS[one['way']].capitalize()}, {one['clients']} at once: {ratio:.2f}x the throughput of stock vLLM."
         )
     return said
 

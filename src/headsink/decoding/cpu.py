@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.attention.cpu.backend import NUMPY, CPUBackend
-from headsink.attention.cpu.threads import claim, exclusive_threads
+from headsink.attention.cpu.threads import claim, exclusive_threads, usable
 from headsink.attention.int8 import quantize
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
@@ -57,13 +57,15 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "it takes no position_ids"
     if model.training:
         return "it is in training mode: call model.eval()"
-    if any(extended(m) for layer in _blocks(model) for m in layer.modules()):
-        return "its layers have hooks or another forward, which the step would not call"
+    if not usable():
+        return "this process was forked after compiled code had run"
     if any(hasattr(m, "base_layer") for m in model.modules()):
         return "its layers have a PEFT adapter: call model.merge_and_unload()"
     devices = {weight.device.type for weight in (*model.parameters(), *model.buffers())}
     if devices != {"cpu"}:
         return "its weights are offloaded" if "meta" in devices else "it is not on the CPU"
+    if any(extended(m) for layer in _blocks(model) for m in layer.modules()):
+        return "its layers have hooks or another forward, which the step would not call"
     kinds = {weight.dtype for weight in model.parameters()}
     if len(kinds) > 1 or not kinds <= SAME.keys():
         return f"its weights are {', '.join(sorted(map(dtype_name, kinds)))}, not float32 or bfloat16"

@@ -39,6 +39,11 @@ def after_fork() -> None:
         torch.set_num_threads(1)
 
 
+def usable() -> bool:
+    """Whether compiled code may run in this process: it was not forked after compiled code had run (`claim`)."""
+    return not _forked_after_use
+
+
 def claim() -> None:
     """Record that compiled code will run in this process.
 
