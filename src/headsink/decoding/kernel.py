@@ -17,6 +17,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from headsink.attention.cpu.decode import BLOCK, append, attend_part, cap, combine, share
+from headsink.attention.cpu.memory import AHEAD, fetch
 from headsink.attention.cpu.vectors import FAST, exp, pointer, products_in_order, wide
 from headsink.decoding.fields import Activation, Field, NormKind, Number, Op, Scores
 
@@ -100,6 +101,7 @@ def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any) -> None:
 def _product(weight: Any, like: Any, columns: Any, x: Any) -> Any:
     """Return the product of a row of a matrix, at an address, and float32 [columns]."""
     row = carray(pointer(weight, like), columns)
+    fetch(weight + AHEAD, columns * like.itemsize)
     total = np.float32(0)
     for column in range(columns):
         total += wide(row[column]) * x[column]
@@ -117,6 +119,7 @@ def _linear(op: Any, scale: Any, like: Any, sequences: Any, start: Any, end: Any
         x, out = _floats(op[_INPUT], columns), _floats(op[_OUTPUT], op[_WIDTH])
         weight = carray(pointer(at, like), (end - start, columns))
         for row in range(end - start):  # in the order of memory, which is fastest
+            fetch(at + row * columns * like.itemsize + AHEAD, columns * like.itemsize)
             total = np.float32(0)
             for column in range(columns):
                 total += wide(weight[row, column]) * x[column]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
+from headsink.attention.cpu.memory import fetch
 from headsink.attention.cpu.vectors import (
     FAST,
     add_weighted_sum,
@@ -134,6 +135,8 @@ def attend_part(
             out[row, n] = 0
     for first in range(start, end, BLOCK):
         count = min(BLOCK, end - first)
+        fetch(head[_VALUES] + first * width, count * width)
+        fetch(head[_KEYS] + (first + count) * width, count * width)
         products(head[_KEYS] + first * width, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
         for slot in range(first, min(first + count, head[_SINK])):
             for row in range(rotated.shape[0]):

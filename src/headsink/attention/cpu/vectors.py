@@ -18,6 +18,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from headsink.attention.cpu.memory import AHEAD, fetch
 from headsink.attention.int8 import LARGEST, SCALE_BYTES
 
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities must work
@@ -381,6 +382,7 @@ def products_in_order(
     written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
     for n in range(count):
         line = matrix + n * width
+        fetch(line + AHEAD, width)
         for row in range(0, rows, 4):
             given, to = vectors + row * columns * 4, out + (row * stride + n) * 4
             if rows - row >= 4:
