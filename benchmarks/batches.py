@@ -114,7 +114,7 @@ def _measure(
     for _ in range(arguments.rounds):
         bandwidth.append(read_bandwidth())
         for (name, kv_dtype), cache in caches.items():
-            with torch.no_grad(), headsink.apply(model, cache.plan, exact=False):
+            with torch.no_grad(), headsink.apply(model, cache.plan, exact=False, compiled=False):
                 for way, run in (("step", steps), ("passes", passes)):
                     if way in arguments.ways and (way == "step" or kv_dtype == "auto"):
                         done = run(model, cache, tokens, arguments.tokens)

@@ -352,7 +352,7 @@ def _model_error(device: torch.device, tokens: int) -> float:
     devices = gpu.DEVICES
     for where in (set[str](), devices):
         gpu.DEVICES = where
-        with torch.no_grad(), apply(model, plan):
+        with torch.no_grad(), apply(model, plan, compiled=False):
             cache = new_cache(model, plan)
             found = [model(ids[:, :tokens], **cache_argument(cache)).logits[:, -1]]
             if where:

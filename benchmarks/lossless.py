@@ -185,7 +185,7 @@ def main() -> None:
                     if method == "transformers":
                         outputs[method] = run(*caches)
                     else:
-                        with headsink.apply(model, everything):
+                        with headsink.apply(model, everything, compiled=False):
                             outputs[method] = run(*caches)
                 times[method].append((time.perf_counter() - start) / arguments.tokens)
                 print(f"{task}, {batch} sequences, {method}: {1e3 * times[method][-1]:.1f} ms", file=sys.stderr)
