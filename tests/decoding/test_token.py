@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, tiny
+from peft import LoraConfig, inject_adapter_in_model
 from plans import QUALITY, random_plan
 
 import headsink
@@ -191,6 +192,26 @@ def test_new_weights_between_tokens_are_used(steps):
             found.append(torch.cat([*parts, tokens(own, cache, ids[:, 45:])], 1))
     torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
     assert len(steps) == 20
+
+
+def test_an_adapter_that_is_added_between_tokens_is_used(steps):
+    model = tiny("llama", seed=3)
+    plan, ids, found = random_plan(model, 1), prompts(1, 50), []
+    config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    for compiled in (False, None):
+        own = copy.deepcopy(model)
+        assert refusal(own) is None
+        steps.clear()
+        with headsink.apply(own, plan, compiled=compiled):
+            cache = headsink.new_cache(own, plan)
+            with torch.no_grad():
+                own(ids[:, :30], **cache_argument(cache))
+            before = tokens(own, cache, ids[:, 30:40])
+            torch.manual_seed(0)
+            inject_adapter_in_model(config, own)
+            found.append(torch.cat([before, tokens(own, cache, ids[:, 40:])], 1))
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
+    assert len(steps) == 10
 
 
 def test_with_gradients_and_under_autocast_the_model_runs_itself(made, steps):

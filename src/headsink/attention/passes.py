@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from headsink.errors import HeadsinkError
 from headsink.models.spec import decoder, unwrap
@@ -326,7 +327,7 @@ def _end(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     _drop(current)
     if output is None:
         return None
-    if hasattr(output, "logits") and _states.get(module) is state:  # type: ignore[call-overload]
+    if isinstance(output, ModelOutput) and "logits" in output and _states.get(module) is state:  # type: ignore[call-overload]
         state.output = type(output)
     missed = [number for number, layer, before in current.attended if layer.attended == before]
     if missed:

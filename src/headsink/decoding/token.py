@@ -44,16 +44,19 @@ class _Kept:
         self.attended = self.layers[0].attended
         self.parts = [part for part in model.modules() if part is not model]
         self.places = [(part._parameters, name) for part in model.modules() for name in part._parameters]
-        self.weights = self._weights()
+        self.children = [(part._modules, name) for part in model.modules() for name in part._modules]
+        self.read = self._read()
 
-    def _weights(self) -> list[Any]:
-        found = (own[name] for own, name in self.places)
-        return [(id(weight), weight.data_ptr()) for weight in found if weight is not None]
+    def _read(self) -> list[Any]:
+        """Return what identifies the parts and the weights that the step reads."""
+        weights = (own[name] for own, name in self.places)
+        found: list[Any] = [(id(weight), weight.data_ptr()) for weight in weights if weight is not None]
+        return found + [id(own.get(name)) for own, name in self.children]
 
     @property
     def current(self) -> bool:
-        """Whether the model has the weights that the step reads."""
-        return self.weights == self._weights()
+        """Whether the model has the parts and the weights that the step reads."""
+        return self.read == self._read()
 
     def run(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         if self.attended != self.layers[0].attended or not self.step.cache_check.same:
@@ -125,7 +128,7 @@ class TokenSteps:
         return positions.dim() == 2 and positions.shape[1] == 1
 
     def _unchanged(self, cache: PlanCache) -> bool:
-        """Whether the model is as its step expects it. Forgets a step with other weights."""
+        """Whether the model is as its step expects it. Forgets a step with other parts or weights."""
         kept = self.kept.get(cache)
         parts = [part for part in self.model.modules() if part is not self.model] if kept is None else kept.parts
         if self.model.training or changed(self.model, parts):
