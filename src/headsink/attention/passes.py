@@ -310,7 +310,7 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     use_cache = getattr(state.text_config, "use_cache", True) if use_cache is None else use_cache
     keeps = bool(use_cache) or given_cache(given) is not None
     cache = scope.prepare(given, keeps)
-    whole = state.output is not None and isinstance(module, PreTrainedModel) and _states.get(module) is state
+    whole = state.output is not None and _states.get(module) is state  # type: ignore[call-overload]
     step = scope.step(given, cache) if scope.step is not None and whole else None
     layers = [(n, layer, layer.attended) for n, layer in enumerate(cache.layers) if hasattr(layer, "attended")]
     with _lock:

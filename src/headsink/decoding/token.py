@@ -78,7 +78,8 @@ class TokenSteps:
 
     def __init__(self, model: nn.Module, plan: Plan, required: bool):
         self.model: PreTrainedModel = unwrap(model)
-        self.kept: weakref.WeakKeyDictionary[PlanCache, _Kept] = weakref.WeakKeyDictionary()
+        # None: the model has no step for the cache
+        self.kept: weakref.WeakKeyDictionary[PlanCache, _Kept | None] = weakref.WeakKeyDictionary()
         self.several_axes = any(hasattr(module, "get_rope_index") for module in self.model.modules())
         kind = input_device(self.model).type
         self.off = not required and (kind != "cpu" or kind in device.DEVICES)
@@ -87,18 +88,22 @@ class TokenSteps:
 
     def find(self, given: dict[str, Any], cache: PlanCache) -> Step | None:
         """Return what runs a pass in place of the model, None if the model has to. given: the arguments of the pass."""
-        if self.off or torch.is_grad_enabled() or not self._reads(given, cache) or not self._unchanged(cache):
+        if self.off or (cache in self.kept and self.kept[cache] is None):
+            return None
+        if torch.is_grad_enabled() or not self._reads(given, cache) or not self._unchanged(cache):
             return None
         positions = _positions(given["position_ids"], cache) if given.get("position_ids") is not None else None
-        kept = self.kept.get(cache)
-        if kept is None:
-            if refusal(self.model, cache.plan):
-                return None
-            with _notice():
-                prepare(self.model, cache.kv_dtype)
-            kept = self.kept[cache] = _Kept(self.model, cache)
-        own, tokens = kept, given["input_ids"][:, 0]
-        return lambda: own.run(tokens, positions).to(self.model.dtype)
+        if cache not in self.kept:
+            self.kept[cache] = self._make(cache)
+        kept, tokens = self.kept[cache], given["input_ids"][:, 0]
+        return None if kept is None else lambda: kept.run(tokens, positions).to(self.model.dtype)
+
+    def _make(self, cache: PlanCache) -> _Kept | None:
+        if refusal(self.model, cache.plan):
+            return None
+        with _notice():
+            prepare(self.model, cache.kv_dtype)
+        return _Kept(self.model, cache)
 
     def _reads(self, given: dict[str, Any], cache: PlanCache) -> bool:
         """Whether the step knows all arguments of a pass, and the cache is one that it can continue."""
@@ -108,7 +113,8 @@ class TokenSteps:
         config = self.model.config
         if any(getattr(config, name, False) for name in MORE) or given.get("return_dict", config.return_dict) is False:
             return False
-        if given.get("logits_to_keep", 0) not in (0, 1):
+        keep = given.get("logits_to_keep", 0)
+        if not isinstance(keep, int) or keep not in (0, 1):  # it may be a tensor of indices
             return False
         tokens, length = given.get("input_ids"), cache.get_seq_length()
         if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or not length:

@@ -50,7 +50,7 @@ def claim() -> None:
     Raises HeadsinkError if the process was forked after compiled code had run, since OpenMP would abort or hang.
     """
     global _used
-    if _forked_after_use:
+    if not usable():
         raise HeadsinkError(
             "compiled kernels cannot run in a forked process after the parent used them: start processes with the 'spawn' "
             "method, e.g. multiprocessing.set_start_method('spawn') or DataLoader(multiprocessing_context='spawn')"

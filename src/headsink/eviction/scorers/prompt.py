@@ -92,17 +92,18 @@ def nearby_shares(
         again, keys = torch.cat([again, -totals], -1), torch.cat([keys, keys.new_ones(*keys.shape[:2], 1)], -1)
     found, per_block = key.new_full(key.shape[:2], float("-inf"), dtype=kind), BLOCK // STRIDE
     # From the first key near the first query of a block: [queries, keys].
-    distance = AFTER + STRIDE * torch.arange(per_block)[:, None] - torch.arange(AFTER + BLOCK - STRIDE + BEFORE + 1)
-    far = ((distance < -BEFORE) | (distance > AFTER)).to(key.device)
+    places = torch.arange(AFTER + BLOCK - STRIDE + BEFORE + 1, device=key.device)
+    distance = AFTER + STRIDE * places[:per_block, None] - places
+    far = (distance < -BEFORE) | (distance > AFTER)
     for start in range(0, queries, per_block):
         count = min(per_block, queries - start)
         lowest = begin + start * STRIDE - AFTER - first
         near = slice(max(lowest, 0), max(lowest + AFTER + (count - 1) * STRIDE + BEFORE + 1, 0))
-        own, some = again[:, start : start + count], keys[:, near]
-        shares = (own.flatten(1, 2) @ some.transpose(1, 2)).unflatten(1, own.shape[1:3])
+        part, some = slice(start, start + count), keys[:, near].transpose(1, 2)
+        shares = _logits(again[:, part], some, softcap)
         if softcap is not None:
-            shares = softcap * torch.tanh(shares / softcap) - totals[:, start : start + count]
-        hidden = far[:count, near.start - lowest :][:, : some.shape[1]]
+            shares = shares - totals[:, part]
+        hidden = far[:count, near.start - lowest :][:, : some.shape[2]]
         found[:, near] = found[:, near].maximum(shares.amax(2).masked_fill_(hidden, float("-inf")).amax(1))
     return found
 
@@ -127,7 +128,7 @@ def causal_lse(query: Tensor, key: Tensor, softmax: Softmax) -> Tensor:
 
 
 def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
-    """queries: [KV heads, group, queries, dim], scaled; keys: [KV heads, dim, keys]. Returns [KV heads, group, queries, keys]."""
+    """queries: [KV heads, n, m, dim], scaled; keys: [KV heads, dim, keys]. Returns [KV heads, n, m, keys]."""
     found = (queries.flatten(1, 2) @ keys).view(*queries.shape[:3], -1)
     return found if softcap is None else softcap * torch.tanh(found / softcap)
 
