@@ -373,6 +373,23 @@ def test_the_block_leaves_nothing_behind(made):
         del model.forward
 
 
+def test_a_model_without_a_step_is_asked_once_for_a_cache(made, monkeypatch):
+    model, plan = made
+    asked = []
+    monkeypatch.setattr("headsink.decoding.token.refusal", lambda *given: asked.append(1) or "some part is unknown")
+    assert torch.equal(text(model, plan, prompts(), None), text(model, plan, prompts(), False))
+    assert len(asked) == 1
+
+
+def test_the_last_logits_by_index(made):
+    model, plan = made
+    with headsink.apply(model, plan), torch.no_grad():
+        cache = headsink.new_cache(model, plan)
+        model(prompts(), **cache_argument(cache))
+        output = model(prompts()[:, :1], **cache_argument(cache), logits_to_keep=torch.tensor([0, 0]))
+    assert output.logits.shape == (1, 2, 211)
+
+
 @pytest.mark.parametrize("change", [hook, trained], ids=lambda change: change.__name__)
 def test_a_step_that_is_required_names_what_prevents_it(change):
     model = tiny("llama")

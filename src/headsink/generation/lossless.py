@@ -99,15 +99,15 @@ def _loop(
     **given: Any,
 ) -> Tensor:
     """The decoding loop, called by `model.generate(custom_generate=...)`."""
-    check_call("lossless", generation_config, given)
+    check_call(generation_config, given)
     if streamer is not None and len(input_ids) > 1:
         raise HeadsinkError("lossless: a streamer takes one sequence")
-    prompt = Prompt.of(model, input_ids, None, generation_config, given)
+    prompt = Prompt.of(model, input_ids, generation_config, given)
     full_plan = Plan.full(model)
     with torch.no_grad(), apply_here(model, full_plan):
         full = new_cache(model, full_plan, exact=False)
         if input_ids.shape[1] > 1:
-            prompt.read(full, leave=1)
+            prompt.read(full)
         draft = draft_cache(model, plan, full, kv_dtype)
         state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
         state.run(
