@@ -14,6 +14,7 @@ _MODULES = {
     "census.results": ("Census",),
     "census.run": ("analyze",),
     "errors": ("HeadsinkError",),
+    "evaluation.ablation": ("Ablation", "ablate"),
     "eviction.pattern": ("Pattern",),
     "generation.lossless": ("generate_lossless",),
     "models.loading": ("load",),

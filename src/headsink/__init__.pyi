@@ -4,6 +4,7 @@ from headsink.census.compare import Comparison, compare
 from headsink.census.results import Census
 from headsink.census.run import analyze
 from headsink.errors import HeadsinkError
+from headsink.evaluation.ablation import Ablation, ablate
 from headsink.eviction.pattern import Pattern
 from headsink.generation.lossless import generate_lossless
 from headsink.models.loading import load
@@ -15,12 +16,14 @@ from headsink.runtime.compress import compress
 from headsink.runtime.prefix import load_prefix, save_prefix
 
 __all__ = [
+    "Ablation",
     "Census",
     "Comparison",
     "HeadsinkError",
     "Method",
     "Pattern",
     "Plan",
+    "ablate",
     "analyze",
     "apply",
     "calibrate",

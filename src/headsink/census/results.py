@@ -103,6 +103,23 @@ class Census:
         """Mean of `samples` over the texts of a domain (None for all texts): float64 [layers, heads, ...]."""
         return self.samples(name, length, domain).mean(0)
 
+    def strongest(
+        self, name: str, count: int, length: int | None = None, domain: str | None = None
+    ) -> list[tuple[int, int]]:
+        """The query heads with the highest `score`, first the highest: pairs of layer and head, as `headsink.ablate` takes them.
+
+        Layers are the model's own numbers. length: the longest if not given. Raises HeadsinkError for an unknown score, and for
+        more heads than the model has.
+        """
+        if name not in SCORES:
+            raise HeadsinkError(f"score: {name!r} is unknown; one of {', '.join(SCORES)}")
+        score = self.score(name, self.lengths[-1] if length is None else length, domain)
+        if not 1 <= count <= score.numel():
+            raise HeadsinkError(f"strongest: {count} heads were asked for; the census has {score.numel()}")
+        numbers = self.settings["model"].get("numbers") or range(score.shape[0])
+        best = score.flatten().argsort(descending=True, stable=True)[:count].tolist()
+        return [(numbers[place // score.shape[1]], place % score.shape[1]) for place in best]
+
     def interval(self, name: str, length: int, domain: str | None = None) -> Interval:
         """Mean with its 95 % confidence interval over texts."""
         return interval(self.samples(name, length, domain))

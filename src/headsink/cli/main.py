@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from headsink.cli.ablate import ablate
 from headsink.cli.analyze import analyze
 from headsink.cli.bench import bench
 from headsink.cli.chat import chat
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 add_command(app, analyze)
 add_command(app, compare)
+add_command(app, ablate)
 add_command(app, plan)
 add_command(app, prefill)
 add_command(app, generate)

@@ -1,11 +1,14 @@
-"""Options for making and measuring a plan, and checks of them that need no model. Does not import torch."""
+"""Options for making and measuring a plan and for ablations, and checks that need no model. Does not import torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Literal
 
 from headsink.data.documents import LEAST_LENGTH
 from headsink.errors import HeadsinkError
+from headsink.eviction.pattern import Pattern
 
 TAIL = 160  # tokens after a calibration document at most; both together fit into the longest context
 LEAST_CONTEXT = LEAST_LENGTH + TAIL
@@ -50,3 +53,32 @@ def check_quality(contexts: Sequence[int], most: int | None = None, name: str = 
             )
         if most is not None and context > most:
             raise HeadsinkError(f"{name}: {context} is over the model's maximum of {most} tokens; {right}")
+
+
+NULLS = ("layers", "all")  # where the random heads of an ablation are drawn from
+DRAWS = 19  # random sets of heads; the smallest p of 19 is 0.05
+MEAN = "mean"  # in place of a pattern: each head's mean output
+ABLATION_CONTEXT = 1024  # tokens
+
+
+def head_names(text: str) -> list[tuple[int, int | None]]:
+    """Read "3.2,5.*" as pairs of layer and head, None for all heads of the layer."""
+    found = []
+    for name in (part.strip() for part in text.split(",")):
+        parts = re.fullmatch(r"(\d{1,9})\.(\d{1,9}|\*)", name)
+        if parts is None:
+            raise HeadsinkError(f"heads: {name!r} is not LAYER.HEAD; give heads such as 3.2,5.* (* is every head)")
+        found.append((int(parts[1]), None if parts[2] == "*" else int(parts[2])))
+    return found
+
+
+def head_pattern(text: str) -> Pattern | Literal["mean"]:
+    """Read the pattern of an ablation: as `Pattern.parse`, or "mean"."""
+    return "mean" if text == MEAN else Pattern.parse(text)
+
+
+def check_null(null: str, draws: int) -> None:
+    if null not in NULLS:
+        raise HeadsinkError(f"null: {null!r} is unknown; one of {', '.join(NULLS)}")
+    if draws < 0:
+        raise HeadsinkError(f"draws: {draws} is too few; give 0 or more")

@@ -120,9 +120,30 @@ def measure_each(
 
     Raises HeadsinkError if the context is too short, or longer than the model or the built-in corpus allows.
     """
-    most = describe(model).max_context
-    check_quality([context], most, "context")
-    made = [
+    made = domain_documents(model, tokenizer, context, documents=documents, seed=seed, split=split)
+    scored = []
+    with bar(f"quality at {context}", len(made), progress) as shown:
+        for document in made:
+            scored.append(score(model, plans, document))
+            shown.advance(shown.task_ids[0])
+    return [summary(context, documents) for documents in zip(*scored, strict=True)]
+
+
+def domain_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    documents: int = 1,
+    seed: int = 0,
+    split: Split = "heldout",
+) -> list[Document]:
+    """Documents of `context` tokens with their continuation, `documents` of every kind of text in `corpus.DOMAINS`.
+
+    Raises HeadsinkError if the context is too short, or longer than the model or the built-in corpus allows.
+    """
+    check_quality([context], describe(model).max_context, "context")
+    return [
         probes.document(
             tokenizer,
             context - CONTINUATION,
@@ -134,12 +155,6 @@ def measure_each(
         for number in range(documents)
         for domain in corpus.DOMAINS
     ]
-    scored = []
-    with bar(f"quality at {context}", len(made), progress) as shown:
-        for document in made:
-            scored.append(score(model, plans, document))
-            shown.advance(shown.task_ids[0])
-    return [summary(context, documents) for documents in zip(*scored, strict=True)]
 
 
 def summary(context: int, documents: Sequence[Sequence[ContinuationScore]]) -> Quality:

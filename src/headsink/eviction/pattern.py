@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from headsink.errors import HeadsinkError
@@ -50,6 +51,16 @@ class Pattern:
     def widen(self, window: int) -> Pattern:
         """Return the pattern with a window of at least `window` tokens. Full attention stays full."""
         return self if self.window is None else replace(self, window=max(self.window, window))
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "full", "4+256" (sink and window) or "4+32k+256" (sink, top-k and window), as `str` writes them."""
+        if text == "full":
+            return cls()
+        parts = re.fullmatch(r"(\d{1,10})\+(?:(\d{1,10})k\+)?(\d{1,10})", text)
+        if parts is None:
+            raise HeadsinkError(f"pattern: {text!r} is not SINK+WINDOW or SINK+TOPk+WINDOW, such as 4+256 or 4+32k+256")
+        return cls(*(int(part or 0) for part in parts.groups()))
 
     def __str__(self) -> str:
         if self.window is None:

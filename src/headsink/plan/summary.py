@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
-from headsink.utils.format import harmless
+from headsink.utils.format import harmless, html_table
 
 if TYPE_CHECKING:
     from headsink.plan.plan import Plan
@@ -68,5 +67,4 @@ def as_text(plan: Plan) -> str:
 
 
 def as_html(plan: Plan) -> str:
-    rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary(plan).items())
-    return f"<table><caption>Plan</caption>{rows}</table>"
+    return html_table("Plan", summary(plan))

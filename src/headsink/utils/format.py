@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from html import escape
+
 
 def harmless(text: str, most: int = 80) -> str:
     """Return the start of a text from a file, escaped unless it is a plain word."""
@@ -34,3 +37,9 @@ def visible(token: str) -> str:
 
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def html_table(caption: str, rows: Mapping[str, str]) -> str:
+    """Format {title: text} as an HTML table for notebooks. The text is escaped."""
+    cells = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return f"<table><caption>{caption}</caption>{cells}</table>"
