@@ -10,6 +10,7 @@ from typing import Any
 _MODULES = {
     "calibration.calibrate": ("calibrate",),
     "calibration.method": ("Method",),
+    "census.attention_weights": ("AttentionWeights", "attention_weights"),
     "census.compare": ("Comparison", "compare"),
     "census.results": ("Census",),
     "census.run": ("analyze",),

@@ -1,5 +1,6 @@
 from headsink.calibration.calibrate import calibrate
 from headsink.calibration.method import Method
+from headsink.census.attention_weights import AttentionWeights, attention_weights
 from headsink.census.compare import Comparison, compare
 from headsink.census.results import Census
 from headsink.census.run import analyze
@@ -17,6 +18,7 @@ from headsink.runtime.prefix import load_prefix, save_prefix
 
 __all__ = [
     "Ablation",
+    "AttentionWeights",
     "Census",
     "Comparison",
     "HeadsinkError",
@@ -26,6 +28,7 @@ __all__ = [
     "ablate",
     "analyze",
     "apply",
+    "attention_weights",
     "calibrate",
     "compare",
     "compress",
