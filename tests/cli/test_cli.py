@@ -113,6 +113,24 @@ def test_compare_prints_the_differences(census, run):
 
 
 @pytest.mark.slow
+def test_ablate_takes_heads_by_name_or_from_a_census(census, run, tiny_folder):
+    folder, _ = census("a")
+    words = ("ablate", tiny_folder, "--device", "cpu", "--context", "512", "--draws", "2", "--pattern", "2+4k+9")
+    status, out, _ = run(*words, "--census", folder, "--strongest", "3", "--score", "far", "--json")
+    found = json.loads(out)
+    assert status == 0
+    strongest = headsink.Census.load(folder).strongest("far", 3)
+    assert found["cost"]["heads"] == ",".join(f"{layer}.{head}" for layer, head in sorted(strongest))
+    assert found["pattern"] == "2+4k+9"
+    status, out, _ = run(*words, "--heads", found["cost"]["heads"])
+    assert status == 0
+    assert f"delta NLL {found['cost']['delta_nll']:+.4f}" in out
+    assert f"{found['cost']['right']} of {found['asked']} right" in out
+    assert "2 random sets of the same layers" in out
+    assert run(*words, "--census", folder, "--score", "shrink")[0] == 2
+
+
+@pytest.mark.slow
 def test_incomparable_runs_are_refused(census, run, tmp_path):
     (a, _), (b, _) = census("a", "--domains", "prose"), census("b", "--domains", "maths")
     status, _, err = run("compare", a, b)
@@ -425,6 +443,14 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--out", "file"], "it is a file"),
         (["compare", "a", "b", "--out", "."], "it is a folder"),
         (["compare", "a", "b", "--out", "file/c.html"], "cannot write file/c.html"),
+        (["ablate", "TINY"], "heads: give --heads, such as 3.2,5.*, or --census FOLDER, one of the two"),
+        (["ablate", "TINY", "--heads", "0.9"], "heads: 0.9 is not there; layer 0 has 4 query heads, from 0"),
+        (
+            ["ablate", "TINY", "--heads", "0.1", "--context", "5000"],
+            "context: 5000 is over the model's maximum of 2048",
+        ),
+        (["ablate", "TINY", "--heads", "0.1", "--census", "."], "one of the two"),
+        (["ablate", "TINY", "--census", "."], ".: not a census folder: it has no census.json"),
         (["bench", "speed", "TINY", "--contexts", "a"], "contexts: 'a' is not a list of whole numbers"),
         (["bench", "speed", "TINY", "--contexts", "5"], "contexts: 5 tokens are too few to measure; give 16 or more"),
         (["plan", "TINY", "--context", "256"], "256 tokens are too few: a plan is calibrated on documents of 256"),
@@ -485,6 +511,11 @@ REFUSED_AT_ONCE = (
     "analyze --tensor-parallel",
     "analyze --rerun nosuch",
     "compare nosuch other",
+    "ablate --heads 3",
+    "ablate --heads 3.2 --pattern wide",
+    "ablate --heads 3.2 --null none",
+    "ablate --heads 3.2 --context 300",
+    "ablate --census nosuch",
     "read --plan nosuch.json",
     "generate --prompt x --plan nosuch.json",
     "generate --prompt x --prefix nosuch",

@@ -15,7 +15,7 @@ import typer
 import headsink
 from headsink.census.options import check_census
 from headsink.cli.options import Model, RunOptions, Seed
-from headsink.errors import HeadsinkError, printable
+from headsink.errors import HeadsinkError
 from headsink.evaluation.options import (
     ABLATION_CONTEXT,
     DRAWS,
@@ -29,6 +29,7 @@ from headsink.utils.terminal import emit, new_table, out
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
     from headsink.evaluation.ablation import Ablation
 
@@ -92,14 +93,14 @@ def ablate(options: AblateOptions) -> None:
 
     headsink ablate smollm2 --census runs/a --strongest 27 --pattern 4+256
     """
-    heads = options.heads
-    if options.census is not None:
-        heads = headsink.Census.load(options.census).strongest(options.score, options.strongest)  # type: ignore[assignment]
+    heads: str | list[tuple[int, int]] = options.heads or []
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
+    if options.census is not None:
+        heads = _strongest(options.census, model, options.score, options.strongest)
     found = headsink.ablate(
         model,
         tokenizer,
-        heads,  # type: ignore[arg-type]
+        heads,
         head_pattern(options.pattern),
         kv_heads=options.kv_heads,
         null=options.null,  # type: ignore[arg-type]
@@ -114,7 +115,20 @@ def ablate(options: AblateOptions) -> None:
         print_ablation(out, found)
 
 
+def _strongest(folder: Path, model: PreTrainedModel, score: str, count: int) -> list[tuple[int, int]]:
+    """The heads of a census with the highest score. Raises for a census of another architecture."""
+    from headsink.models.spec import describe
+
+    census, shape = headsink.Census.load(folder), describe(model)
+    measured = tuple(census.settings["model"][name] for name in ("architecture", "layers", "query_heads"))
+    if measured != (shape.name, len(shape.attending), shape.query_heads):
+        raise HeadsinkError(f"census: {folder} is of another model, {census.settings['model']['name']}")
+    return census.strongest(score, count)
+
+
 def print_ablation(console: Console, found: Ablation) -> None:
+    from headsink.evaluation.head_sets import names
+
     table = new_table("Ablation, with 95 % intervals", "", "")
     table.show_header = False
     for name, text in found.summary().items():
@@ -122,6 +136,4 @@ def print_ablation(console: Console, found: Ablation) -> None:
     console.print(table)
     if found.random_sets:
         console.print("random: mean and range of the sets; difference: the heads minus the mean of the random sets.")
-    console.print(
-        f"heads: {printable(', '.join(f'{layer}.{head}' for layer, head in found.cost.heads))}", highlight=False
-    )
+    console.print(f"heads: {names(found.cost.heads)}", highlight=False)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.data.documents import TEXT, Document
 from headsink.errors import HeadsinkError
-from headsink.evaluation.head_sets import Heads, HeadSet, Null
+from headsink.evaluation.head_sets import Heads, HeadSet, Null, names
 from headsink.evaluation.limited import Limit, LimitedDocument, mean_outputs
-from headsink.evaluation.options import ABLATION_CONTEXT, DRAWS, check_null, head_pattern
+from headsink.evaluation.options import ABLATION_CONTEXT, DRAWS, MEAN, check_null, head_pattern
 from headsink.evaluation.quality import ContinuationScore, compare, domain_documents, intervals
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.models.builtin import title
@@ -86,8 +86,9 @@ class Ablation:
     def summary(self) -> dict[str, str]:
         """Rows of text: {title: text}."""
         cost, what = self.cost, "KV heads" if self.kv_heads else "query heads"
+        limited = "replaced by their mean output" if self.pattern == MEAN else f"limited to {self.pattern}"
         rows = {
-            "heads": f"{len(cost.heads)} {what} of {self.model}, limited to {self.pattern}",
+            "heads": f"{len(cost.heads)} {what} of {self.model}, {limited}",
             "text": f"delta NLL {_signed(cost.delta_nll, cost.delta_nll_interval)} nats per token",
             "answers": f"{cost.right} of {self.asked} right, without limits {self.right_full}",
         }
@@ -111,8 +112,11 @@ class Ablation:
         return html_table("Ablation", self.summary())
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {"headsink": version("headsink"), **asdict(self), "below": self.below, "p": self.p}
+        """The result as JSON values; heads as text, "3.2,5.0"."""
+        found = {"headsink": version("headsink"), **asdict(self), "below": self.below, "p": self.p}
+        for one in (found["cost"], *found["random_sets"]):
+            one["heads"] = names(one["heads"])
+        return found
 
 
 def ablate(

@@ -15,6 +15,11 @@ HeadSet = tuple[tuple[int, int], ...]  # sorted pairs of layer and head
 Null = Literal["layers", "all"]
 
 
+def names(heads: HeadSet) -> str:
+    """Return a set of heads as `Heads.read` takes it: "3.2,5.0"."""
+    return ",".join(f"{layer}.{head}" for layer, head in heads)
+
+
 class Heads:
     """The query heads, or the KV heads, of all layers with attention. counts: {layer: number of heads}."""
 
