@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny
 from plans import random_plan
 
 import headsink
 from headsink.bench.options import contexts_for
 from headsink.cli import doctor, main
+from headsink.cli.ablate import strongest_heads
 from headsink.errors import HeadsinkError
 from headsink.models import builtin, timing
 from headsink.models.builtin import check_name
@@ -128,6 +130,8 @@ def test_ablate_takes_heads_by_name_or_from_a_census(census, run, tiny_folder):
     assert f"{found['cost']['right']} of {found['asked']} right" in out
     assert "2 random sets of the same layers" in out
     assert run(*words, "--census", folder, "--score", "shrink")[0] == 2
+    with pytest.raises(HeadsinkError, match="is of another model"):
+        strongest_heads(folder, tiny("llama", layers=2), "far", 3)
 
 
 @pytest.mark.slow

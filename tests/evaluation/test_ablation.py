@@ -209,6 +209,8 @@ def test_random_heads_follow_the_seed(heads):
         ([(1, -1)], "all", "heads: 1.-1 is not there"),
         ("1", "all", "heads: '1' is not LAYER.HEAD; give heads such as 3.2,5.*"),
         ("", "all", "heads: '' is not LAYER.HEAD"),
+        ([1, 2], "all", "heads: give pairs of layer and head"),
+        ([(1, 0.5)], "all", "heads: give pairs of layer and head"),
         ([], "all", "heads: none are given"),
         ("1.*", "layers", "random heads of the same layers are the same heads; give null='all'"),
         ("0.*,1.*,2.*", "all", "the same heads; give draws=0"),
@@ -219,6 +221,13 @@ def test_unusable_heads_are_refused(given, null, reason):
     with pytest.raises(HeadsinkError) as error:
         headsink.ablate(tiny("llama"), None, given, null=null)
     assert reason in str(error.value)
+
+
+def test_what_is_not_a_pattern_is_refused():
+    with pytest.raises(
+        HeadsinkError, match=r"pattern: \(4, 0, 9\) is not a Pattern; give Pattern\(sink, top_k, window\) or 'mean'"
+    ):
+        headsink.ablate(tiny("llama"), None, "1.1", (4, 0, 9))
 
 
 @pytest.mark.parametrize("text", ["4", "4+", "4+k+9", "x+9", "4+3+9", "-1+9", "4+99999999999"])

@@ -87,7 +87,7 @@ class AblateOptions(RunOptions):
 def ablate(options: AblateOptions) -> None:
     """Measure what a set of heads is worth: what the model loses when only these heads see few keys, beside random heads.
 
-    Three minutes for SmolLM2 on 2 cores. Heads by name, or by a score of a census:
+    Takes minutes. Heads by name, or by a score of a census:
 
     headsink ablate smollm2 --heads 12.3,14.* --pattern 4+256
 
@@ -96,7 +96,7 @@ def ablate(options: AblateOptions) -> None:
     heads: str | list[tuple[int, int]] = options.heads or []
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
     if options.census is not None:
-        heads = _strongest(options.census, model, options.score, options.strongest)
+        heads = strongest_heads(options.census, model, options.score, options.strongest)
     found = headsink.ablate(
         model,
         tokenizer,
@@ -115,7 +115,7 @@ def ablate(options: AblateOptions) -> None:
         print_ablation(out, found)
 
 
-def _strongest(folder: Path, model: PreTrainedModel, score: str, count: int) -> list[tuple[int, int]]:
+def strongest_heads(folder: Path, model: PreTrainedModel, score: str, count: int) -> list[tuple[int, int]]:
     """The heads of a census with the highest score. Raises for a census of another architecture."""
     from headsink.models.spec import describe
 

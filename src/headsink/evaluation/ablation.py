@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def ablate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     heads: str | Iterable[tuple[int, int]],
-    pattern: Pattern | Literal["mean"] = Pattern(4, 0, 256),  # noqa: B008 (frozen)
+    pattern: Pattern | str = Pattern(4, 0, 256),  # noqa: B008 (frozen)
     *,
     kv_heads: bool = False,
     null: Null = "layers",
@@ -139,7 +139,8 @@ def ablate(
     ----------
     heads : pairs of layer and head, counted from 0 over all layers of the model, or "3.2,5.*" (* is every head of the layer).
     pattern : what the heads may see, for every query; its top-k keys are those that the query itself attends to most.
-        `Pattern(0, 0, 0)` removes the heads: their output is zero. "mean": their output is their mean over other text.
+        `Pattern(0, 0, 0)` removes the heads: their output is zero. "mean": their output is their mean over other text. Also text
+        as `Pattern.parse` takes it, "4+256".
     kv_heads : whether `heads` are KV heads; all query heads of their groups are limited.
     null : where random heads are drawn: "layers", as many from each layer as in `heads`, or "all", from all layers.
     draws : number of random sets of heads.
@@ -161,6 +162,8 @@ def ablate(
     if documents < 1:
         raise HeadsinkError(f"documents: {documents} is too few; give 1 or more")
     pattern = head_pattern(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(pattern, Pattern | str):
+        raise HeadsinkError(f"pattern: {pattern!r} is not a Pattern; give Pattern(sink, top_k, window) or 'mean'")
     every = Heads(shape, kv_heads)
     chosen = every.read(heads)
     random = every.draw(chosen, null, draws, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable
+from operator import index
 from typing import Literal
 
 from headsink.errors import HeadsinkError
@@ -13,6 +14,15 @@ from headsink.models.spec import Architecture
 
 HeadSet = tuple[tuple[int, int], ...]  # sorted pairs of layer and head
 Null = Literal["layers", "all"]
+
+
+def _pairs(heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    try:
+        return [(index(layer), index(head)) for layer, head in heads]
+    except (TypeError, ValueError) as error:
+        raise HeadsinkError(
+            "heads: give pairs of layer and head, such as [(3, 2), (5, 0)], or text such as 3.2,5.*"
+        ) from error
 
 
 def names(heads: HeadSet) -> str:
@@ -29,9 +39,8 @@ class Heads:
 
     def read(self, heads: str | Iterable[tuple[int, int]]) -> HeadSet:
         """Return a set of heads given as "3.2,5.*" or as pairs of layer and head. Raises HeadsinkError for unknown heads."""
-        names = head_names(heads) if isinstance(heads, str) else [(int(layer), int(head)) for layer, head in heads]
         what, found = "KV heads" if self.kv_heads else "query heads", set()
-        for layer, head in names:
+        for layer, head in head_names(heads) if isinstance(heads, str) else _pairs(heads):
             if layer not in self.counts:
                 raise HeadsinkError(
                     f"heads: layer {layer} has no attention; the model has {self.shape.layers} layers, from 0"
