@@ -6,7 +6,6 @@ from architectures import close, make, tokens
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.attention import flash
 from headsink.cache.cache import nbytes
 from headsink.calibration.cached_document import CachedDocument
 from headsink.compression import continuations
@@ -14,6 +13,7 @@ from headsink.compression.continuations import Continuations
 from headsink.data.documents import Document, Question
 from headsink.runtime.scoring import continuation_log_probs
 from headsink.runtime.scoring import read as read_cache
+from headsink.utils import flash
 
 RECURRENT = ("Granite 4", "LFM2", "Qwen3-Next", "Qwen3.5")
 LENGTH = 90

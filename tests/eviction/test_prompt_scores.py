@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from headsink.attention.flash import causal_attention
 from headsink.eviction.scorers.prompt import (
     AHEAD,
     BEFORE,
@@ -15,6 +14,7 @@ from headsink.eviction.scorers.prompt import (
     segment_scores,
 )
 from headsink.models.rope import Rotary, rotate
+from headsink.utils.flash import causal_attention
 
 ROTARY = Rotary(torch.tensor([0.9, 0.2, 0.03], dtype=torch.float64))
 SCALE = 0.7

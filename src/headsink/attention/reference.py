@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headsink.attention.int8 import dequantize, quantize
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.refitting import KEY_RIDGE, RIDGE, ROWS
+from headsink.eviction.refitting import KEY_RIDGE, MASS_STRIDE, RIDGE, ROWS
 from headsink.eviction.scorers import ALWAYS, LINEAR, NONE, Scorer
 from headsink.eviction.scorers.prompt import AHEAD, LEAST, Softmax, segment_scores
 from headsink.models.rope import Rotary, rotate
@@ -123,7 +123,8 @@ def reference_refit(
         queries = again[0].flatten(0, 1) * scaling
         logits = queries @ key[evicted].T
         target = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).logsumexp(-1)
-        synthetic = reference_synthetic_key(queries, full[:, evicted], target, key[evicted], value[evicted])
+        given = queries, full[:, evicted], target, key[evicted], value[evicted]
+        synthetic = reference_synthetic_key(*given, MASS_STRIDE)
         (keys[best[-1]], values[best[-1]]), scores[best[-1]] = synthetic, ALWAYS
     few = attention(keys, kept)
     weights, missed = few[:, best], full @ value - few @ values
@@ -135,13 +136,15 @@ def reference_refit(
 
 
 def reference_synthetic_key(
-    queries: Tensor, lost: Tensor, target: Tensor, key: Tensor, value: Tensor
+    queries: Tensor, lost: Tensor, target: Tensor, key: Tensor, value: Tensor, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return the key and the value that stand for evicted ones, [keys, dim].
 
     queries: scaled, [queries, dim]. lost: attention to the evicted keys, [queries, keys]. target: log-sum-exp of their logits.
+    stride: one in so many queries counts for the means.
     """
-    mean, mean_value = (lost.sum(0) @ given / lost.sum() for given in (key, value))
+    some = lost[::stride]
+    mean, mean_value = (some.sum(0) @ given / some.sum() for given in (key, value))
     weight, dim = (lost.sum(1) / lost.sum(1).mean()).sqrt()[:, None], key.shape[1]
     ridge = (KEY_RIDGE * (queries * weight).square().sum() / dim).sqrt() * torch.eye(dim).to(key)
     missing = weight * (target - queries @ mean)[:, None]

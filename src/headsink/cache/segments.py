@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headsink.attention import flash
 from headsink.attention.params import AttentionParams
 from headsink.cache.head_group import HeadGroup, View
 from headsink.eviction.refitting import reference_queries, refit_keys
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
 from headsink.models.rope import Rotary
+from headsink.utils import flash
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.attention import flash
 from headsink.attention.chunked import normaliser
 from headsink.attention.params import AttentionParams, Inputs, shares
 from headsink.compression.continuations import Context, Continuations, check_continues, states_of
 from headsink.eviction.pattern import Pattern
-from headsink.eviction.refitting import ridge_regression, synthetic_key
+from headsink.eviction.refitting import mean_of, ridge_regression, synthetic_key
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.selection import kept_indices
 from headsink.models.distributed import input_device
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
+from headsink.utils import flash
 
 PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 LEAD, SPAN = 8, 128  # tokens before a span that mark where it begins; tokens of a span
@@ -137,7 +137,9 @@ class Reconstruction:
             full = torch.cat([part[1][:, : len(key)] for part in found])
             evicted = torch.ones_like(key[:, 0]).index_fill_(0, indices, 0)
             evicted[indices[last]] = 1
-            keys[last], values[last] = synthetic_key(queries, full, total, key, value, evicted)
+            mass = full.sum(0) * evicted
+            mean, values[last] = (mean_of(mass, evicted, given) for given in (key, value))
+            keys[last] = synthetic_key(queries, full @ evicted, total, mean)
         weights, residual = [], []
         for rows in self.continuations.rows:
             _, attention, _ = self._attention(inputs, head, rows, keys, stride)

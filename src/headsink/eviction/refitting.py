@@ -16,11 +16,13 @@ from torch import Tensor
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers.prompt import AHEAD, Softmax
 from headsink.models.rope import Rotary, rotate
+from headsink.utils import flash
 
 ROWS = 512  # reference queries of a KV head at most, evenly spaced
 # Ridge penalties: of values, as a multiple of the mean squared attention to a kept key, summed over the queries; of the synthetic
 # key, as a multiple of the mean squared coordinate of a query, weighted, and summed likewise.
 RIDGE, KEY_RIDGE = 10.0, 10.0
+MASS_STRIDE = 8  # of the reference queries, one in so many says how much attention each evicted key gets
 
 
 def stride(group: int, tokens: int) -> int:
@@ -49,49 +51,64 @@ def refit_keys(
     best = scores[pattern.sink : end].topk(pattern.top_k).indices + pattern.sink
     columns = torch.arange(tokens, device=key.device)
     kept = torch.cat([best, columns[: pattern.sink], columns[end:]])
-    again = (rotate(queries, tokens + AHEAD, rotary) * scaling).flatten(0, 1)  # [queries, dim]
-    key, value = key.to(kind), value.to(kind)
-    extra = None
-    if sink_logits is not None:
-        extra = sink_logits.to(kind).repeat_interleave(queries.shape[1])[:, None]
+    # In the keys' dtype, so that all products are of the same numbers.
+    again = rotate(queries, tokens + AHEAD, rotary).flatten(0, 1).to(key.dtype)  # [queries, dim]
+    rows = again.to(kind)
+    extra = None if sink_logits is None else sink_logits.to(kind).repeat_interleave(queries.shape[1])[:, None]
 
-    def attention(keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the attention to each key, [queries, keys], and the logits."""
-        logits = again @ keys.T
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    def logits_of(rows: Tensor, keys: Tensor) -> Tensor:
+        found = scaling * (rows @ keys.T.to(kind))
+        return found if softcap is None else softcap * torch.tanh(found / softcap)
+
+    if softcap is None and extra is None and flash.has_kernel(again):  # does not store the attention to every key
+        found, lse = flash.attend(again[None, None], key[None, None], value[None, None], scaling, is_causal=False)
+        output, total = found[0, 0].to(kind), lse[0, 0, :, None]
+    else:
+        logits = logits_of(rows, key)
+        total = logits.logsumexp(-1, keepdim=True)
+        total = total if extra is None else torch.logaddexp(total, extra)
+        output = (logits - total).exp() @ value.to(kind)
+    keys, values, last = key[kept].to(kind), value[kept].to(kind), len(best) - 1
+    logits = logits_of(rows, keys)
+    if last > 0:
+        share = (logits - total).exp_()
+        share[:, last] = 0  # the synthetic key replaces this one
+        share = 1 - share.sum(-1, keepdim=True)  # attention to evicted keys
         if extra is not None:
-            logits = torch.cat([logits, extra], -1)
-        return logits.softmax(-1)[:, : len(keys)], logits[:, : len(keys)]
-
-    full, logits = attention(key)
-    keys, values = key[kept], value[kept]
-    if pattern.top_k > 1:
-        evicted = torch.ones(tokens, dtype=kind, device=key.device).index_fill_(0, kept, 0)
+            share = share - (extra - total).exp()
+        some = slice(None, None, MASS_STRIDE)
+        evicted = torch.ones_like(scores, dtype=kind).index_fill_(0, kept, 0)
         evicted[best[-1]] = 1
-        mine = slice(len(best) - 1, len(best))
-        total = logits.amax(-1) - full.amax(-1).log()  # log-sum-exp, without another pass over all exponentials
-        keys[mine], values[mine] = synthetic_key(again, full, total, key, value, evicted)
-    weights, _ = attention(keys)
-    residual = full @ value - weights @ values
+        mass = (logits_of(rows[some], key) - total[some]).exp_().sum(0) * evicted
+        mean, values[last] = (mean_of(mass, evicted, given) for given in (key, value))
+        share = share.where(share > 100 * torch.finfo(kind).eps, 0)[:, 0]  # less is rounding
+        keys[last] = synthetic_key(scaling * rows, share, total[:, 0], mean)
+        logits[:, last] = logits_of(rows, keys[last:][:1])[:, 0]
+    weights = (logits if extra is None else torch.cat([logits, extra], -1)).softmax(-1)[:, : len(kept)]
+    residual = output - weights @ values
     return best, keys[: len(best)], values[: len(best)] + ridge_regression(weights[:, : len(best)], residual, RIDGE)
 
 
-def synthetic_key(
-    queries: Tensor, full: Tensor, total: Tensor, key: Tensor, value: Tensor, evicted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return a key and a value that stand for the evicted keys, [dim] each.
+def mean_of(mass: Tensor, evicted: Tensor, given: Tensor) -> Tensor:
+    """Return the mean of the evicted keys or values, `given` [tokens, dim], weighted by the attention to them.
 
-    They are the means of the evicted keys and values, weighted by attention. Then ridge regression moves the key, so that its
-    logits come closer to the log-sum-exp of those of the evicted keys; a query counts by its attention to them.
-
-    queries: scaled, [queries, dim]; full, total: attention to all keys and its log-sum-exp, [queries, tokens] and [queries]; key,
-    value: [tokens, dim]. evicted: 1 for evicted keys, 0 for the others, [tokens].
+    mass: attention to each evicted key, 0 for the others, [tokens]. evicted: 1 for evicted keys, 0 for the others, [tokens]; all
+    count the same if no query attends to any of them.
     """
-    tiny = torch.finfo(full.dtype).tiny
-    share = full @ evicted  # [queries]
-    mass = (full.sum(0) + tiny) * evicted  # equal, if no query attends to any of them
-    mass = mass / mass.sum()
-    mean = mass @ key
+    mass = mass + torch.finfo(mass.dtype).tiny * evicted
+    return (mass / mass.sum()) @ given.to(mass.dtype)
+
+
+def synthetic_key(queries: Tensor, share: Tensor, total: Tensor, mean: Tensor) -> Tensor:
+    """Return a key that stands for the evicted keys, [dim].
+
+    Ridge regression moves their mean, so that its logits come closer to the log-sum-exp of those of the evicted keys. A query
+    counts by its attention to them.
+
+    queries: scaled, [queries, dim]; share: attention to the evicted keys, [queries]; total: log-sum-exp of all logits, [queries];
+    mean: of the evicted keys, weighted by attention, [dim].
+    """
+    tiny = torch.finfo(share.dtype).tiny
     weight = share / share.mean().clamp(min=tiny)
     rows = queries * weight[:, None]
     products = rows.T @ queries
@@ -99,7 +116,7 @@ def synthetic_key(
     products.diagonal().add_(penalty.clamp(min=tiny))
     missing = share.clamp(min=tiny).log() + total - queries @ mean
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host
-    return mean + torch.cholesky_solve((rows.T @ missing)[:, None], factor)[:, 0], mass @ value
+    return mean + torch.cholesky_solve((rows.T @ missing)[:, None], factor)[:, 0]
 
 
 def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:

@@ -21,7 +21,10 @@ LEAST = 32  # tokens of a segment; the queries of a shorter one say too little
 AHEAD = 8  # tokens of a request to repeat, which would stand between the segment and the repeat
 BEFORE, AFTER = 8, 128  # queries around a key that score it: from the 8th before it to the 128th after it
 STRIDE = 2  # of the queries, one in so many is used
-BLOCK = 128  # tokens of a segment at once
+BLOCK, NEAR_BLOCK = (
+    128,
+    64,
+)  # tokens whose queries are multiplied at once with all keys before them, and with keys near them
 # scaling, softcap, sink_logits: `AttentionParams` (attention/params.py)
 Softmax = tuple[float, float | None, Tensor | None]
 
@@ -84,27 +87,26 @@ def nearby_shares(
     are near no query.
     """
     kind, (scaling, softcap, _) = torch.promote_types(key.dtype, torch.float32), softmax
-    keys, queries = key.to(kind), query.shape[1]
-    by_head = query.unflatten(0, (len(key), -1)).transpose(1, 2)  # [KV heads, queries, group, dim]
-    again = rotate(by_head.to(kind) * scaling, tokens + AHEAD, rotary)
-    totals = lse.to(kind).unflatten(0, (len(key), -1)).transpose(1, 2)[..., None]
-    if softcap is None:  # one more coordinate subtracts them
-        again, keys = torch.cat([again, -totals], -1), torch.cat([keys, keys.new_ones(*keys.shape[:2], 1)], -1)
-    found, per_block = key.new_full(key.shape[:2], float("-inf"), dtype=kind), BLOCK // STRIDE
+    # Of query and key, the distance between them counts. There are fewer keys to rotate.
+    keys = (rotate(key, -(tokens + AHEAD), rotary) * scaling).transpose(1, 2)
+    own, totals = (
+        given.to(kind).unflatten(0, (len(key), -1)) for given in (query, lse)
+    )  # [KV heads, group, queries, ...]
+    found, per_block = key.new_full(key.shape[:2], float("-inf"), dtype=kind), NEAR_BLOCK // STRIDE
     # From the first key near the first query of a block: [queries, keys].
-    places = torch.arange(AFTER + BLOCK - STRIDE + BEFORE + 1, device=key.device)
+    places = torch.arange(AFTER + NEAR_BLOCK - STRIDE + BEFORE + 1, device=key.device)
     distance = AFTER + STRIDE * places[:per_block, None] - places
-    far = (distance < -BEFORE) | (distance > AFTER)
-    for start in range(0, queries, per_block):
-        count = min(per_block, queries - start)
+    far = torch.zeros_like(distance, dtype=kind)
+    far.masked_fill_((distance < -BEFORE) | (distance > AFTER), float("-inf"))
+    for start in range(0, query.shape[1], per_block):
+        part = slice(start, start + per_block)
+        count = own[:, :, part].shape[2]
         lowest = begin + start * STRIDE - AFTER - first
         near = slice(max(lowest, 0), max(lowest + AFTER + (count - 1) * STRIDE + BEFORE + 1, 0))
-        part, some = slice(start, start + count), keys[:, near].transpose(1, 2)
-        shares = _logits(again[:, part], some, softcap)
-        if softcap is not None:
-            shares = shares - totals[:, part]
-        hidden = far[:count, near.start - lowest :][:, : some.shape[2]]
-        found[:, near] = found[:, near].maximum(shares.amax(2).masked_fill_(hidden, float("-inf")).amax(1))
+        some, rows = keys[..., near], own[:, :, part].flatten(1, 2)
+        offsets = (far[:count, near.start - lowest :][:, : some.shape[2]] - totals[:, :, part, None]).flatten(1, 2)
+        shares = torch.baddbmm(offsets, rows, some) if softcap is None else offsets + _logits(rows, some, softcap)
+        found[:, near] = found[:, near].maximum(shares.amax(1))
     return found
 
 
@@ -121,15 +123,15 @@ def causal_lse(query: Tensor, key: Tensor, softmax: Softmax) -> Tensor:
     for begin in range(0, key.shape[1], BLOCK):
         end = min(begin + BLOCK, key.shape[1])
         part = slice(begin // STRIDE, -(-end // STRIDE))
-        logits = _logits(own[:, :, part], keys[..., :end], softcap)
+        logits = _logits(own[:, :, part].flatten(1, 2), keys[..., :end], softcap).unflatten(1, (own.shape[1], -1))
         total = logits.masked_fill_(columns[:end] > columns[begin:end:STRIDE, None], float("-inf")).logsumexp(-1)
         found[:, :, part] = total if extra is None else torch.logaddexp(total, extra)
     return found.flatten(0, 1)
 
 
 def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
-    """queries: [KV heads, n, m, dim], scaled; keys: [KV heads, dim, keys]. Returns [KV heads, n, m, keys]."""
-    found = (queries.flatten(1, 2) @ keys).view(*queries.shape[:3], -1)
+    """queries: [KV heads, queries, dim]; keys: [KV heads, dim, keys]; one is scaled. Returns [KV heads, queries, keys]."""
+    found = queries @ keys
     return found if softcap is None else softcap * torch.tanh(found / softcap)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headsink.attention import flash
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import refit_keys, stride
 from headsink.eviction.scorers import ALWAYS
 from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, Softmax, match_scale, nearby_shares, standard
 from headsink.serving.vllm.slab_pool import Chunks, Pool
+from headsink.utils import flash
 
 
 @dataclass
