@@ -9,12 +9,14 @@ from headsink.generation.lossless import generate_lossless
 from headsink.models.loading import load
 from headsink.plan.packaged import packaged_plan
 from headsink.plan.plan import Plan
+from headsink.report.attention import AttentionMaps, attention_maps
 from headsink.report.page import write_report
 from headsink.runtime.apply import apply, new_cache
 from headsink.runtime.compress import compress
 from headsink.runtime.prefix import load_prefix, save_prefix
 
 __all__ = [
+    "AttentionMaps",
     "Census",
     "Comparison",
     "HeadsinkError",
@@ -23,6 +25,7 @@ __all__ = [
     "Plan",
     "analyze",
     "apply",
+    "attention_maps",
     "calibrate",
     "compare",
     "compress",

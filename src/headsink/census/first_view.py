@@ -15,18 +15,8 @@ from torch import Tensor
 
 from headsink.census.head_statistics import Thresholds, distances, first_row, windows
 from headsink.census.roles import ROLES
-from headsink.report.views import (
-    FAINTEST,
-    STATISTICS,
-    STEPS,
-    View,
-    near_window,
-    number,
-    one_byte,
-    three_figures,
-    token_views,
-    top_keys,
-)
+from headsink.census.views import STATISTICS, View, near_window, number, token_views, top_keys
+from headsink.utils.pack import FAINTEST, STEPS, one_byte, three_figures
 
 if TYPE_CHECKING:
     from headsink.census.results import Census
@@ -37,7 +27,6 @@ ELSEWHERE = ("distance", "window", "window_first", "agreement")  # shown in the 
 MOST_KEYS = 10
 AROUND = 5  # tokens of context on either side of a top key
 SHADES = 10  # steps of the token view: twice flat attention, four times, ... 1024 times
-PALE, DARK = (255, 255, 255), (8, 48, 107)  # one hue, light for little attention
 LEAST_ERROR = 1e-6  # lower end of a logarithmic axis
 
 
@@ -109,17 +98,6 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
                 for window, one in zip(windows(length), error, strict=True)
             ]
     return {"profile": profile, "errors": errors}
-
-
-def ramp() -> list[tuple[str, str]]:
-    """Background and text colour of each step of the token view."""
-    mixed = (
-        [round(pale + (dark - pale) * n / SHADES) for pale, dark in zip(PALE, DARK, strict=True)]
-        for n in range(SHADES + 1)
-    )
-    return [
-        ("rgb({} {} {})".format(*colour), "white" if n > SHADES / 2 else "#1c2430") for n, colour in enumerate(mixed)
-    ]
 
 
 def short(value: float | None, digits: int = 3) -> str:
