@@ -50,17 +50,23 @@ def _visible_keys(length: int, sliding: int | None) -> Tensor:
     return torch.arange(1, length + 1).double().clamp(max=sliding or length)
 
 
-def first_view(census: Census, views: dict[int, View], statistics: list[str]) -> dict[str, Any]:
+def first_view(census: Census, views: dict[int, View], names: list[str]) -> dict[str, Any]:
     """Everything that the page shows about the head with most attention to sinks other than the first token.
 
-    views: of all texts, by length. statistics: names of those that the page shows.
+    views: of all texts, by length. names: of the statistics that the page shows.
     """
-    length = census.lengths[-1]
-    rows = views[length].rows()
-    row = max(rows, key=lambda row: row["sink"] - row["first"])
-    layer, head = row["layer"], row["head"]
-    texts = len(census.texts(length))
-    roles = [row["role"] for row in rows]
+    view = views[census.lengths[-1]]
+    row = max(view.rows(), key=lambda row: row["sink"] - row["first"])
+    roles = [row["role"] for row in view.rows()]
+    counts = {"counts": {role: roles.count(role) for role in ROLES}}
+    return head_view(census, view, names, row["layer"], row["head"]) | counts
+
+
+def head_view(census: Census, view: View, names: list[str], layer: int, head: int) -> dict[str, Any]:
+    """What is said about one head at the longest length, over all texts. names: of the statistics that are shown."""
+    length, texts = census.lengths[-1], len(census.texts(census.lengths[-1]))
+    row = next(row for row in view.rows() if (row["layer"], row["head"]) == (layer, head))
+    near = near_window(census, length)
     return {
         "length": length,
         "layer": layer,
@@ -69,9 +75,8 @@ def first_view(census: Census, views: dict[int, View], statistics: list[str]) ->
         "row": row,
         "texts": texts,
         "same": round(row["agreement"] * texts),
-        "near": near_window(census, length),
-        "counts": {role: roles.count(role) for role in ROLES},
-        "scores": _scores(views[length], layer, head, statistics, near_window(census, length)),
+        "near": near,
+        "scores": _scores(view, layer, head, names, near),
         "keys": _keys(census, length, layer, head),
         "text": _text(census, layer, head),
     }

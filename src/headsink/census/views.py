@@ -85,6 +85,12 @@ class View:
         return heads
 
 
+def statistics(census: Census) -> list[str]:
+    """Names of the statistics that apply to the model: `learned` only with learned sink logits."""
+    learned = float(census.score("learned", census.lengths[-1]).max()) > 0
+    return [name for name in STATISTICS if name != "learned" or learned]
+
+
 def near_window(census: Census, length: int) -> int:
     """The largest measured window that is near at this length."""
     near = max(LEAST_WINDOW, Thresholds(**census.settings["limits"]).at(length).window)

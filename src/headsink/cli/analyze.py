@@ -35,6 +35,8 @@ from headsink.models.builtin import BUILT_IN, processes
 from headsink.utils.files import check_replaceable
 from headsink.utils.terminal import emit, out, resumable
 
+AUTOMATIC: dict[str, Literal["auto", "none"]] = {"auto": "auto", "none": "none"}
+
 
 def map_heads(value: str) -> str:
     """The value of --maps, if it can be read."""
@@ -44,8 +46,8 @@ def map_heads(value: str) -> str:
 
 def read_heads(value: str) -> Literal["auto", "none"] | list[tuple[int, int]]:
     """The heads of --maps: auto, none, or (layer, query head) of each."""
-    if value == "auto" or value == "none":
-        return value
+    if value in AUTOMATIC:
+        return AUTOMATIC[value]
     found = [re.fullmatch(r"(\d+)\.(\d+)", part.strip()) for part in value.split(",")]
     if not all(found):
         raise HeadsinkError(f"maps: {value!r} is not auto, none, or heads as in 3.2,10.4 (layer.head)")
@@ -175,7 +177,7 @@ def analyze(options: AnalyzeOptions) -> None:
     checkpoint = folder.parent / f".{folder.name}.partial"
     with resumable(checkpoint):
         model, tokenizer, settings = _load(options, where)
-        if maps not in ("auto", "none"):
+        if not isinstance(maps, str):
             check_heads(maps, describe(model))
         if plan is not None:
             plan.check(model)

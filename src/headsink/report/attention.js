@@ -236,9 +236,9 @@ class ShadedText {
   }
 
   show(shown, query) {
-    const {mean, words, marks, flat, kept, top, keys, weights} = shown;
+    const {mean, words, marks, flat, kept, top, keys, weights} = shown, other = query !== this.query;
     [this.shown, this.query] = [shown, query];
-    if (this.box.dataset.text !== String(shown.text)) {
+    if (this.box.dataset.text !== String(shown.text) || this.box.children.length !== mean.length) {
       this.box.dataset.text = shown.text;
       this.box.dataset.at = -1;
       this.box.scrollTop = 0;
@@ -249,12 +249,15 @@ class ShadedText {
     this.spans().forEach((span, n) => {
       const attention = query === null ? attentionOf(mean[n]) : own.get(n) ?? 0, level = query === null ? flat[n] : 1 / (query + 1);
       const times = level ? attention / level : 0, marked = marks(n);
-      span.className = [`s${shadeOf(times)}`, marked, kept && !kept[n] && "evicted", n === query && "query", query !== null && n > query && "later"].filter(Boolean).join(" ");
+      span.className = [`s${shadeOf(times)}`, marked, kept && (kept[n] ? "kept" : "evicted"), n === query && "query", query !== null && n > query && "later"].filter(Boolean).join(" ");
       span.said = () => `${JSON.stringify(words(n))}, position ${n}: ` +
         (query === null || own.has(n) ? `attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` : n > query ? "after the query" : "not among the query's top keys") +
         ({"secondary-sink": "; secondary sink", "first-token": "; initial token"}[marked] ?? "") + (kept ? kept[n] ? "; kept" : "; evicted" : "");
     });
     if (Number(this.box.dataset.at) >= 0) this.say(Number(this.box.dataset.at));
+    const chosen = query !== null && this.spans()[query];
+    if (chosen && other && (chosen.offsetTop < this.box.scrollTop || chosen.offsetTop > this.box.scrollTop + this.box.clientHeight - 40))
+      this.box.scrollTop = chosen.offsetTop - this.box.clientHeight / 2;
   }
 
   say(place) {

@@ -1,7 +1,7 @@
 "use strict";
 // The page of a census. `state` is the current choice; `show` draws it. Numbers come from views.py through page.py.
 
-const MOST_ROWS = 60; // of the table of all heads, until the reader asks for more
+const MOST_ROWS = 20; // of the table of all heads, until the reader asks for more
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
 
@@ -164,13 +164,14 @@ function showEvery() {
   found.sort((a, b) => (sorted.down ? value(b) - value(a) : value(a) - value(b)) || a.layer - b.layer || a.head - b.head);
   const columns = [["head", "layer, head"], ["role", "role"], ...COLUMNS.filter(name => statistic(name)).map(name => [name, SHORT[name]])];
   if (!COLUMNS.includes(sorted.by) && statistic(sorted.by)) columns.push([sorted.by, titleOf(statistic(sorted.by))]);
+  const styleOf = name => name === "role" ? "text" : ["head", sorted.by, ...COLUMNS.slice(0, 2)].includes(name) ? "" : "more"; // more: not on a phone
   const heading = ([name, title]) => {
     const button = element("button", {type: "button", "data-by": name}, title, sorted.by === name ? sorted.down ? " ↓" : " ↑" : "");
-    return element("th", {scope: "col", ...sorted.by === name ? {"aria-sort": sorted.down ? "descending" : "ascending"} : {}}, button);
+    return element("th", {scope: "col", class: styleOf(name), ...sorted.by === name ? {"aria-sort": sorted.down ? "descending" : "ascending"} : {}}, button);
   };
   const line = row => {
     const button = element("button", {type: "button", "data-layer": row.layer, "data-head": row.head}, `${row.layer}, ${row.head}`);
-    const cells = columns.slice(2).map(([name]) => element("td", {class: "n"}, figures(row[name] ?? NaN, 2)));
+    const cells = columns.slice(2).map(([name]) => element("td", {class: `n ${styleOf(name)}`}, figures(row[name] ?? NaN, 2)));
     return element("tr", row.layer === state.layer && row.head === state.head ? {class: "shown"} : {}, element("th", {scope: "row"}, button),
       element("td", {}, element("span", {class: `badge ${row.role}`}, row.role)), ...cells);
   };

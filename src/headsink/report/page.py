@@ -18,7 +18,7 @@ from headsink.census.head_statistics import Thresholds, distances, windows
 from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
 from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, tau_evidence
-from headsink.census.views import POOLED, STATISTICS, View, near_window, token_views, top_keys, view
+from headsink.census.views import POOLED, STATISTICS, View, near_window, statistics, token_views, top_keys, view
 from headsink.errors import HeadsinkError
 from headsink.report import attention, charts, maps
 from headsink.report.assets import environment, to_svg, write_picture
@@ -78,7 +78,7 @@ def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.Tex
     """Write `report.html`. text_maps: attention maps of texts of `token_views`. Text of models and prompts is escaped."""
     last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
     pooled = {length: view(census, length, None) for length in census.lengths}
-    shown = first_view.first_view(census, pooled, _statistics(census))
+    shown = first_view.first_view(census, pooled, statistics(census))
     menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
         "map-role": maps.role_map(shape),
         "profile": maps.profile(),
@@ -109,7 +109,7 @@ def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.Tex
             specs=specs,
             boxes=_boxes(census, specs, pooled, shown),
             first=shown,
-            statistics={name: STATISTICS[name].title for name in _statistics(census)},
+            statistics={name: STATISTICS[name].title for name in statistics(census)},
             drawing=drawing_tokens(census, last),
             secondary=secondary_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
@@ -163,7 +163,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
     for length in census.lengths:
         pooled, at = view(census, length, None), f"{name}, {length} tokens"
         rows = pooled.rows()
-        shown = [n for n in _statistics(census) if length == last or n == "sink"]
+        shown = [n for n in statistics(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
@@ -237,7 +237,7 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         words=list(census.vocabulary.values()),
         shape=[*_shape(census), census.settings["model"]["kv_heads"]],
         roles=ROLES,
-        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in _statistics(census)],
+        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in statistics(census)],
         names=list(STATISTICS),
         highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
         near={n: near_window(census, n) for n in census.lengths},
@@ -267,11 +267,6 @@ def _token_data(census: Census, text: int, length: int, shown: int, maps: attent
     }
     more = {} if maps is None else maps.pack(arrays)
     return pack(arrays, length=length, shown=shown, **more)
-
-
-def _statistics(census: Census) -> list[str]:
-    """Names of the statistics that apply to this model: `learned` only with learned sink logits."""
-    return [name for name in STATISTICS if name != "learned" or _sink_logits(census) is not None]
 
 
 def _high(statistic: str, length: int, views: list[View]) -> float:
