@@ -84,7 +84,11 @@ def test_requests_are_read_in_one_pass():
 def test_wrong_heads_and_texts_are_one_line():
     model = tiny("llama")
     for heads, ids, message in (
-        ([(3, 0)], [5, 6], r"heads: 3\.0 is not a head of .*, which has layers 0 to 2 with attention, of query heads 0 to 3"),
+        (
+            [(3, 0)],
+            [5, 6],
+            r"heads: 3\.0 is not a head of .*, which has layers 0 to 2 with attention, of query heads 0 to 3",
+        ),
         ([(0, -1)], [5, 6], r"heads: 0\.-1 is not a head"),
         ([(0, 0)], [5], "text: it has 1 tokens; give 2 to 512"),
         ([(0, 0)], [5] * 513, "text: it has 513 tokens"),

@@ -7,6 +7,7 @@ census.js writes the same words into the same elements for every other view.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 MASSES = ("sink", "first", "local", "far", "far_peak", "learned")  # statistics that are shares of the attention
 ELSEWHERE = ("distance", "window", "window_first", "agreement")  # shown in the line above the table
 MOST_KEYS = 10
+MOST_HEADS = 20  # rows of the table of all heads
+COLUMNS = {  # of the table of all heads
+    "sink": "sinks",
+    "first": "first token",
+    "local": "last keys",
+    "far": "far",
+    "far_peak": "strongest far key",
+    "entropy": "entropy, nats",
+    "distance": "median distance",
+    "window": "window needed",
+    "error_secondary": "error of near window",
+    "output": "output norm",
+}
 AROUND = 5  # tokens of context on either side of a top key
 SHADES = 10  # steps of the token view: twice flat attention, four times, ... 1024 times
 LEAST_ERROR = 1e-6  # lower end of a logarithmic axis
@@ -58,8 +72,10 @@ def first_view(census: Census, views: dict[int, View], names: list[str]) -> dict
     view = views[census.lengths[-1]]
     row = max(view.rows(), key=lambda row: row["sink"] - row["first"])
     roles = [row["role"] for row in view.rows()]
-    counts = {"counts": {role: roles.count(role) for role in ROLES}}
-    return head_view(census, view, names, row["layer"], row["head"]) | counts
+    shown = replace(view, value=three_figures(view.value))  # as the page's script reads it
+    sinks = sorted(shown.rows(), key=lambda row: -row["sink"])[:MOST_HEADS]
+    whole = {"counts": {role: roles.count(role) for role in ROLES}, "every": sinks}
+    return head_view(census, view, names, row["layer"], row["head"]) | whole
 
 
 def head_view(census: Census, view: View, names: list[str], layer: int, head: int) -> dict[str, Any]:

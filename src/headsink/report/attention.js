@@ -290,6 +290,6 @@ class TextPane {
     if (shown.tiles) this.map?.show(shown, this.query);
     this.text.show(shown, this.query);
     const kept = this.box.querySelector(".kept-said");
-    if (kept) kept.textContent = shown.kept ? `The plan keeps ${figures(shown.kept.reduce((a, b) => a + b, 0))} of ${figures(shown.length)} tokens of KV head ${shown.kv} after this text as a prompt.` : "";
+    if (kept) kept.textContent = shown.kept ? `Kept: ${figures(shown.kept.reduce((a, b) => a + b, 0))} of ${figures(shown.length)} tokens (KV head ${shown.kv}).` : "";
   }
 }

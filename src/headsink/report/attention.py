@@ -23,6 +23,7 @@ from headsink.census.attention_maps import Head, PooledAttention, Request, all_h
 from headsink.census.first_view import flat_keys
 from headsink.census.views import token_views
 from headsink.errors import HeadsinkError
+from headsink.models.builtin import title
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
@@ -132,7 +133,8 @@ def attention_maps(
         flags = kept_tokens(model, plan, ids)
         kept = torch.stack([flags[layer, head // group] for layer, head in chosen])
     sliding = [shape.windows[shape.source(layer)] for layer in shape.attending]
-    return AttentionMaps(found, [tokenizer.decode([token]) for token in ids], kept, group, sliding, shape.name)
+    name = title(model.config.name_or_path) or shape.name
+    return AttentionMaps(found, [tokenizer.decode([token]) for token in ids], kept, group, sliding, name)
 
 
 # In the report of a census

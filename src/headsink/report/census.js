@@ -1,16 +1,12 @@
 "use strict";
 // The page of a census. `state` is the current choice; `show` draws it. Numbers come from views.py through page.py.
 
-const MOST_ROWS = 20; // of the table of all heads, until the reader asks for more
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
 
 let data, state, rows, statistics, layers, heads, group;
 const panes = []; // of texts; the second one is made when the reader asks for it
-const sorted = {by: "sink", down: true, rows: MOST_ROWS}; // the table of all heads
-const COLUMNS = ["sink", "first", "local", "far", "far_peak", "entropy", "distance", "window", "error_secondary", "output"]; // of the table of all heads
-const SHORT = {sink: "sinks", first: "first token", local: "last keys", far: "far", far_peak: "strongest far key", entropy: "entropy, nats", distance: "median distance",
-  window: "window needed", error_secondary: "error of near window", output: "output norm"};
+const sorted = {by: "sink", down: true, all: false}; // the table of all heads; `all`: with more than its first rows
 const shaded = {}; // text -> data of its token view, unpacked when first shown
 
 const array = name => data.arrays[name]?.data;
@@ -162,9 +158,9 @@ function showEvery() {
   const found = rows.filter(row => (!$("role").value || row.role === $("role").value) && inside(row));
   const value = row => sorted.by === "head" ? row.layer * heads + row.head : sorted.by === "role" ? data.roles.indexOf(row.role) : row[sorted.by] ?? -Infinity;
   found.sort((a, b) => (sorted.down ? value(b) - value(a) : value(a) - value(b)) || a.layer - b.layer || a.head - b.head);
-  const columns = [["head", "layer, head"], ["role", "role"], ...COLUMNS.filter(name => statistic(name)).map(name => [name, SHORT[name]])];
-  if (!COLUMNS.includes(sorted.by) && statistic(sorted.by)) columns.push([sorted.by, titleOf(statistic(sorted.by))]);
-  const styleOf = name => name === "role" ? "text" : ["head", sorted.by, ...COLUMNS.slice(0, 2)].includes(name) ? "" : "more"; // more: not on a phone
+  const columns = [["head", "layer, head"], ["role", "role"], ...data.columns];
+  if (!columns.some(([name]) => name === sorted.by)) columns.push([sorted.by, titleOf(statistic(sorted.by))]);
+  const styleOf = name => name === "role" ? "text" : ["head", "sink", "first", sorted.by].includes(name) ? "" : "more"; // more: not on a phone
   const heading = ([name, title]) => {
     const button = element("button", {type: "button", "data-by": name}, title, sorted.by === name ? sorted.down ? " ↓" : " ↑" : "");
     return element("th", {scope: "col", class: styleOf(name), ...sorted.by === name ? {"aria-sort": sorted.down ? "descending" : "ascending"} : {}}, button);
@@ -176,11 +172,10 @@ function showEvery() {
       element("td", {}, element("span", {class: `badge ${row.role}`}, row.role)), ...cells);
   };
   const focused = document.activeElement?.dataset?.by; // the header is made anew
-  $("every").hidden = false;
-  $("every").replaceChildren(element("thead", {}, element("tr", {}, ...columns.map(heading))), element("tbody", {}, ...found.slice(0, sorted.rows).map(line)));
+  $("every").replaceChildren(element("thead", {}, element("tr", {}, ...columns.map(heading))), element("tbody", {}, ...found.slice(0, sorted.all ? found.length : data.most_heads).map(line)));
   if (focused) $("every").querySelector(`button[data-by="${focused}"]`)?.focus();
   $("every-said").textContent = `${found.length} of ${rows.length} heads, ${state.length} tokens, ${data.domains[state.domain]}. Click a column to sort by it, a head to see it; the browser's back button returns here.`;
-  $("more").hidden = found.length <= sorted.rows;
+  $("more").hidden = sorted.all || found.length <= data.most_heads;
 }
 
 function sortBy(name) {
@@ -192,7 +187,7 @@ function sortBy(name) {
 function startEvery() {
   for (const id of ["role", "least", "most"]) $(id).addEventListener("input", showEvery);
   $("filter").addEventListener("change", () => { [sorted.by, sorted.down] = [$("filter").value, true]; showEvery(); });
-  $("more").addEventListener("click", () => { sorted.rows = Infinity; showEvery(); });
+  $("more").addEventListener("click", () => { sorted.all = true; showEvery(); });
   $("every").addEventListener("click", event => {
     const button = event.target.closest("button");
     if (button?.dataset.by) return sortBy(button.dataset.by);

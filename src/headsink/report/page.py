@@ -24,7 +24,7 @@ from headsink.report import attention, charts, maps
 from headsink.report.assets import environment, to_svg, write_picture
 from headsink.utils.files import new_folder
 from headsink.utils.format import capital
-from headsink.utils.pack import FAINTEST, STEPS, one_byte, pack
+from headsink.utils.pack import one_byte, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,6 +109,7 @@ def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.Tex
             specs=specs,
             boxes=_boxes(census, specs, pooled, shown),
             first=shown,
+            columns=first_view.COLUMNS,
             statistics={name: STATISTICS[name].title for name in statistics(census)},
             drawing=drawing_tokens(census, last),
             secondary=secondary_tokens(census, last),
@@ -246,8 +247,8 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         distances={n: distances(n) for n in census.lengths},
         windows={n: windows(n) for n in census.lengths},
         model=census.settings["model"]["name"],
-        faintest=FAINTEST,
-        steps=STEPS,
+        columns=list(first_view.COLUMNS.items()),
+        most_heads=first_view.MOST_HEADS,
     )
 
 
