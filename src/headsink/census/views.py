@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 POOLED = "all texts"
-TOKEN_VIEW = 2048  # shaded tokens of a text at most
-SHADES = 2**22  # shades of all heads and texts at most, one byte each, to keep the page small
+TOKEN_VIEW = 8192  # tokens of a mapped and shaded text at most
+SHADES = 2**20  # shades of all heads and texts at most, one byte each, to keep the page under 5 MB
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,8 @@ function source(text) {
   const n = read.findIndex(([layer, head]) => layer === state.layer && head === state.head);
   if (n >= 0) {
     const rows = arrays["detailed.tiles"].shape[1], top = arrays["detailed.keys"].shape[2];
-    return {...found, tile: detailed, rows, tiles: part("detailed.tiles", n, rows * rows), top,
+    const whole = shown < length ? {mean: part("detailed.mean", n, length)} : {};
+    return {...found, ...whole, tile: detailed, rows, tiles: part("detailed.tiles", n, rows * rows), top,
       keys: part("detailed.keys", n, length * top), weights: part("detailed.weights", n, length * top)};
   }
   if (!arrays.coarse) return found;
@@ -244,10 +245,10 @@ async function showTexts() {
     if (text === null) continue;
     shaded[text] ??= await unpack(`text-${text}`);
     if (state[TEXTS[n]] !== text) return; // another text was chosen meanwhile
-    const {box} = panes[n], {length, shown} = shaded[text];
+    const {box} = panes[n], {length} = shaded[text], there = source(text);
     box.querySelector(".shaded").value = text;
-    box.querySelector(".text-head").textContent = `first ${figures(shown)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
-    panes[n].show(source(text), state[QUERIES[n]]);
+    box.querySelector(".text-head").textContent = `first ${figures(there.mean.length)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
+    panes[n].show(there, state[QUERIES[n]]);
   }
 }
 
