@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from browser import _call, browser, needs_browser
+from browser import _call, needs_browser
 from families import tiny
 from plans import random_plan
 from small_census import Letters
@@ -151,12 +151,6 @@ def test_wrong_options_are_one_line(census, model, plan, tmp_path):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture

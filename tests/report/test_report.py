@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from browser import browser, needs_browser
+from browser import needs_browser
 from families import tiny
 from plans import random_plan
 
@@ -239,12 +239,6 @@ def test_a_missing_share_is_a_dash():
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture
