@@ -142,6 +142,7 @@ def test_wrong_options_are_one_line(census, model, plan, tmp_path):
         ({"plan": plan, "model": model, "maps": "none"}, "plan: it is marked"),
         ({"model": tiny("llama", seed=1)}, "model: the census was made with another model"),
         ({"model": model, "maps": [(9, 0)]}, r"heads: 9\.0 is not a head"),
+        ({"model": model, "maps": [(0, 0)] * 13}, "maps: 13 heads given, and a report holds 12"),
     ):
         with pytest.raises(HeadsinkError, match=message):
             write_report(census, tmp_path / "a", **options)

@@ -165,12 +165,11 @@ def analyze(options: AnalyzeOptions) -> None:
     folder = options.out_folder
     check_replaceable(folder, CENSUS, options.force)
 
-    from headsink.census.attention_maps import check_heads
     from headsink.census.head_statistics import Thresholds
     from headsink.census.run import analyze_again, remove_checkpoint
     from headsink.cli.analyze_output import census_json, print_census
     from headsink.models.distributed import is_main
-    from headsink.models.spec import describe
+    from headsink.report.attention import check_maps
 
     maps = read_heads("none" if options.tensor_parallel else options.maps)
     plan = None if options.plan is None else headsink.Plan.load(options.plan)
@@ -178,7 +177,7 @@ def analyze(options: AnalyzeOptions) -> None:
     with resumable(checkpoint):
         model, tokenizer, settings = _load(options, where)
         if not isinstance(maps, str):
-            check_heads(maps, describe(model))
+            check_maps(model, maps)
         if plan is not None:
             plan.check(model)
         if settings is not None:

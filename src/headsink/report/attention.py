@@ -1,10 +1,10 @@
 """Attention maps on pages: of chosen heads for any text (`attention_maps`), and of every head in the report of a census.
 
 What a page holds is bounded, whatever the length of the text (census/attention_maps.py says what tiles and top keys are). The
-report has a coarse map of every head on one text of each kind, at most COARSE bytes together, and, for the heads that stand out
-or that `--maps` names, a finer map and the top keys of every query on the first two of these texts, at most DETAILED bytes
-together. These heads can be read token by token, also of two texts side by side. Attention is stored in 8 bits, in steps of
-5.6 %. `attention_maps` has more room, since its page has no other heads: 128 rows of tiles and 16 top keys.
+report has a coarse map of every head on one text of each kind, at most COARSE bytes together. Of at most MOST_HEADS heads, those
+that stand out or that `--maps` names, it also has a finer map and the top keys of every query, on the first two of these texts,
+about DETAILED bytes together. These heads can be read token by token, also of two texts side by side. Attention is stored in 8
+bits, in steps of 5.6 %. `attention_maps` has more room, since its page has no other heads: 128 rows of tiles and 16 top keys.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from headsink.runtime.kept import kept_tokens
 from headsink.utils import notebook
 from headsink.utils.files import write_text
 from headsink.utils.pack import one_byte, pack
+from headsink.utils.progress import bar
 
 if TYPE_CHECKING:
     from headsink.census.results import Census
@@ -41,6 +42,7 @@ ROWS, TOP = 128, 16  # of a map of its own
 COARSE, MOST_COARSE_ROWS = 2**19, 64  # bytes of the coarse maps of a report
 DETAILED, DETAILED_ROWS, DETAILED_TEXTS = 3 * 2**18, 64, 2  # bytes, rows and texts of the finer maps of a report
 KEY_BYTES = 3  # of a top key: its position and its attention
+MOST_HEADS = 12  # that a report can hold in detail
 
 
 @dataclass(frozen=True)
@@ -168,20 +170,31 @@ def report_maps(model: PreTrainedModel, census: Census, maps: Maps, plan: Plan |
     if Fingerprint.of(model).weights != census.settings["model"]["weights"]:
         raise HeadsinkError("model: the census was made with another model, or with other weights")
     detailed = standing_out(census) if maps == "auto" else [(int(layer), int(head)) for layer, head in maps]
-    check_heads(detailed, shape)
+    check_maps(model, detailed)
     every, texts = all_heads(shape), token_views(census)
     rows = min(MOST_COARSE_ROWS, max(8, int((COARSE / (len(every) * len(texts))) ** 0.5)))
     found: dict[int, TextMaps] = {}
-    for n, (text, (length, _)) in enumerate(texts.items()):
-        ids = census.arrays[f"{text}.ids"][:length].tolist()
-        requests = [Request(every, rows, 0)]
-        if n < DETAILED_TEXTS and detailed:
-            room = DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
-            requests.append(Request(detailed, DETAILED_ROWS, min(TOP, max(2, int(room / (KEY_BYTES * length))))))
-        coarse, *finer = pooled_attention(model, ids, *requests)
-        kept = None if plan is None else kept_tokens(model, plan, ids)
-        found[text] = TextMaps(coarse, finer[0] if finer else None, kept)
+    with bar("attention maps", len(texts), True) as shown:
+        for n, (text, (length, _)) in enumerate(texts.items()):
+            ids = census.arrays[f"{text}.ids"][:length].tolist()
+            requests = [Request(every, rows, 0)]
+            if n < DETAILED_TEXTS and detailed:
+                room = DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
+                requests.append(Request(detailed, DETAILED_ROWS, min(TOP, max(2, int(room / (KEY_BYTES * length))))))
+            coarse, *finer = pooled_attention(model, ids, *requests)
+            kept = None if plan is None else kept_tokens(model, plan, ids)
+            found[text] = TextMaps(coarse, finer[0] if finer else None, kept)
+            shown.advance(shown.task_ids[0])
     return found
+
+
+def check_maps(model: PreTrainedModel, heads: Sequence[Head]) -> None:
+    """Raise for heads that a model does not have, or more of them than a report holds in detail."""
+    check_heads(heads, describe(model))
+    if len(heads) > MOST_HEADS:
+        raise HeadsinkError(
+            f"maps: {len(heads)} heads given, and a report holds {MOST_HEADS}; see headsink.attention_maps"
+        )
 
 
 def standing_out(census: Census) -> list[Head]:
