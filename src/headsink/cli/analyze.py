@@ -144,9 +144,7 @@ class AnalyzeOptions(RunOptions):
             "tensor_parallel": self.tensor_parallel,
         }
         if self.plan is not None and (self.maps == "none" or self.tensor_parallel):
-            raise HeadsinkError(
-                "plan: it is marked in the texts of the attention maps; leave out --maps none and --tensor-parallel"
-            )
+            raise HeadsinkError("plan: attention maps mark it; leave out --maps none and --tensor-parallel")
         if (self.device is not None) + (self.max_memory is not None) + self.tensor_parallel > 1:
             raise HeadsinkError("device: give one of --device, --max-memory and --tensor-parallel")
         if self.tensor_parallel:
