@@ -426,7 +426,7 @@ def test_models_and_doctor(run):
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
         (["analyze", "TINY", "--maps", "3", "--out", "new"], "maps: '3' is not auto, none, or heads as in 3.2,10.4"),
         (["analyze", "TINY", "--maps", "9.0", "--out", "new"], "heads: 9.0 is not a head of LlamaForCausalLM"),
-        (["analyze", "TINY", "--plan", "nosuch.json", "--out", "new"], "cannot read nosuch.json"),
+        (["analyze", "TINY", "--plan", "nosuch.json", "--out", "new"], "cannot read plan nosuch.json"),
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
         (
             ["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"],
