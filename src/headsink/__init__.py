@@ -21,6 +21,7 @@ _MODULES = {
     "models.loading": ("load",),
     "plan.packaged": ("packaged_plan",),
     "plan.plan": ("Plan",),
+    "report.attention": ("AttentionMaps", "attention_maps"),
     "report.page": ("write_report",),
     "runtime.apply": ("apply", "new_cache"),
     "runtime.compress": ("compress",),

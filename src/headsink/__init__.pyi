@@ -11,6 +11,7 @@ from headsink.generation.lossless import generate_lossless
 from headsink.models.loading import load
 from headsink.plan.packaged import packaged_plan
 from headsink.plan.plan import Plan
+from headsink.report.attention import AttentionMaps, attention_maps
 from headsink.report.page import write_report
 from headsink.runtime.apply import apply, new_cache
 from headsink.runtime.compress import compress
@@ -18,6 +19,7 @@ from headsink.runtime.prefix import load_prefix, save_prefix
 
 __all__ = [
     "Ablation",
+    "AttentionMaps",
     "AttentionWeights",
     "Census",
     "Comparison",
@@ -28,6 +30,7 @@ __all__ = [
     "ablate",
     "analyze",
     "apply",
+    "attention_maps",
     "attention_weights",
     "calibrate",
     "compare",

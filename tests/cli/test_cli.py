@@ -78,6 +78,22 @@ def test_analyze_writes_the_folder(census):
 
 
 @pytest.mark.slow
+def test_analyze_draws_chosen_heads_and_marks_a_plan(run, tiny_folder, tmp_path):
+    plan = random_plan(headsink.load(tiny_folder, dtype="float32")[0], 0).save(tmp_path / "plan.json")
+    words = ("analyze", tiny_folder, "--lengths", "64", "--domains", "prose", "--dtype", "float32", "--device", "cpu")
+    status, _, err = run(*words, "--maps", "2.1,0.3", "--plan", plan, "--out", tmp_path / "a")
+    assert status == 0, err
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "<canvas" in page
+    assert 'href="#?layer=2&amp;head=1"' in page
+    assert 'class="kept-said"' in page
+    assert run(*words, "--maps", "none", "--out", tmp_path / "b")[0] == 0
+    assert "<canvas" not in (tmp_path / "b" / "report.html").read_text()
+    status, _, err = run(*words, "--maps", "none", "--plan", plan, "--out", tmp_path / "c")
+    assert (status, err) == (2, "headsink: plan: attention maps mark it; leave out --maps none and --tensor-parallel\n")
+
+
+@pytest.mark.slow
 def test_rerunning_analyze_replaces_only_the_census(census, run, tiny_folder, tmp_path):
     _, first = census("a")
     _, again = census("a")
@@ -430,6 +446,9 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),
         (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
+        (["analyze", "TINY", "--maps", "3", "--out", "new"], "maps: '3' is not auto, none, or heads as in 3.2,10.4"),
+        (["analyze", "TINY", "--maps", "9.0", "--out", "new"], "heads: 9.0 is not a head of LlamaForCausalLM"),
+        (["analyze", "TINY", "--plan", "nosuch.json", "--out", "new"], "cannot read plan nosuch.json"),
         (["analyze", "TINY", "--lengths", "many", "--out", "new"], "not a list of whole numbers"),
         (
             ["analyze", "TINY", "--domains", "poems", "--lengths", "32", "--out", "new"],
@@ -509,6 +528,7 @@ REFUSED_AT_ONCE = (
     "plan nosuch.gguf",
     "plan --frontier new --budgets 2",
     "analyze --lengths 1",
+    "analyze --maps 3",
     "analyze --domains poems",
     "analyze --tau 2",
     "analyze --prompts nosuch",

@@ -9,18 +9,20 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from browser import browser, needs_browser
+from browser import needs_browser
 from families import tiny
+from plans import random_plan
 
 import headsink
+from headsink.census.first_view import flat_keys, flat_profile, short
 from headsink.census.head_statistics import distances
+from headsink.census.views import STATISTICS, token_views
 from headsink.report import charts
 from headsink.report.assets import write_picture
 from headsink.report.comparison import write_comparison, write_comparison_pictures
-from headsink.report.first_view import flat_keys, flat_profile, short
 from headsink.report.page import draw, write_page, write_report
-from headsink.report.views import FAINTEST, STATISTICS, STEPS, one_byte, token_views
 from headsink.utils.format import share
+from headsink.utils.pack import FAINTEST, STEPS, one_byte
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +62,8 @@ def census():
 
 @pytest.fixture(scope="module")
 def folder(census, tmp_path_factory):
-    return write_report(census, tmp_path_factory.mktemp("report") / "census")
+    model = tiny("llama")
+    return write_report(census, tmp_path_factory.mktemp("report") / "census", model=model, plan=random_plan(model, 1))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def test_every_kind_of_text_can_be_shaded(census, folder):
 
 
 def test_a_long_text_is_cut(census, monkeypatch):
-    monkeypatch.setattr("headsink.report.views.SHADES", 40 * LAYERS * HEADS * 3)
+    monkeypatch.setattr("headsink.census.views.SHADES", 40 * LAYERS * HEADS * 3)
     assert token_views(census) == {0: (200, 40), 2: (200, 40), 4: (64, 40)}
 
 
@@ -238,12 +241,6 @@ def test_a_missing_share_is_a_dash():
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 @pytest.fixture
 def report(chromium, folder):
     chromium.open(f"file://{folder}/report.html")
@@ -316,10 +313,12 @@ def test_arrow_keys_move_the_selected_head(report):
 def test_tab_reaches_every_control(report):
     report.run("document.body.focus()")
     reached = []
-    for _ in range(40):
+    for _ in range(70):
         report.press("tab")
         reached.append(report.run("return document.activeElement.id"))
-    assert {"length", "domain", "statistic", "layer", "head", "map-focus", "shaded", "tokens"} <= set(reached)
+    assert {"length", "domain", "statistic", "layer", "head", "map-focus", "role", "filter", "shaded", "tokens"} <= set(
+        reached
+    )
 
 
 @needs_browser
@@ -434,11 +433,12 @@ WHERE = """return Object.fromEntries([...document.querySelectorAll('section, h2,
   return [`${n} ${one.tagName} ${one.id}`, [box.top + scrollY, box.height]];
 }).concat([["page", [document.documentElement.scrollHeight, document.documentElement.scrollWidth]]]))"""
 SAID = """
-const names = ['counts', 'map-title', 'head-title', 'head-role', 'scores', 'keys', 'text-head', 'ramp', 'tokens', 'errors-title'];
+const names = ['counts', 'map-title', 'head-title', 'head-role', 'scores', 'keys', 'text-head'].concat(
+  ['tokens', 'every', 'every-said', 'errors-title']);
 const every = (selector, of) => [...document.querySelectorAll(selector)].map(of);
 return {
   said: names.map(id => document.getElementById(id).textContent.replace(/\\s+/g, ' ').trim()),
-  shades: every('#tokens span', one => one.className),
+  shades: every('#tokens span', one => one.className.replace(/ (kept|evicted)/, '')),
   bars: every('.bar i, .bar b', one => Math.round(10 * parseFloat(one.style.width || one.style.left))),
   chosen: every('tr.shown', one => one.dataset.name),
   menus: every('select, #controls input', one => one.value),

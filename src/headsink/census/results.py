@@ -25,10 +25,12 @@ from torch import Tensor
 from headsink.census.checks import SCHEMA, check
 from headsink.census.first_layer import RULES, Transfer, transfer
 from headsink.census.head_statistics import KEPT, SCORES, TOKENS, distance_within, windows
+from headsink.census.notebook import Head, census_page
 from headsink.census.options import CENSUS as MARKER
 from headsink.census.options import check_census
 from headsink.census.roles import EPSILON, MASSES, ROLES, law, required_window, roles
 from headsink.errors import HeadsinkError
+from headsink.utils import notebook
 from headsink.utils.files import new_folder, parse_json, read_text
 from headsink.utils.statistics import Interval, interval
 
@@ -186,6 +188,26 @@ class Census:
             transfer(self.score(score, length, domain) >= least, rule, group=self.group, seed=seed)
             for rule, (score, least) in RULES.items()
         ]
+
+    def head(self, layer: int, head: int) -> Head:
+        """One query head, which shows itself in a notebook; `.show()` elsewhere. Layers are counted over those with attention.
+
+        Raises HeadsinkError if there is no such head.
+        """
+        model = self.settings["model"]
+        if not (0 <= layer < model["layers"] and 0 <= head < model["query_heads"]):
+            raise HeadsinkError(
+                f"head: there is no layer {layer}, head {head}; the census has layers 0 to {model['layers'] - 1} of query heads "
+                f"0 to {model['query_heads'] - 1}"
+            )
+        return Head(self, layer, head)
+
+    def show(self) -> None:
+        """Show the roles and the strongest heads in a notebook, elsewhere in the browser."""
+        notebook.show(census_page(self))
+
+    def _repr_html_(self) -> str:
+        return notebook.frame(census_page(self), height=700)
 
     @cached_property
     def table(self) -> pa.Table:

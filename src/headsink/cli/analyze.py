@@ -6,9 +6,10 @@ Goes in: a model, and the texts and lengths to measure on. Comes out: the census
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +24,7 @@ from headsink.cli.options import (
     memory,
     names,
     numbers,
+    plan_path,
 )
 from headsink.cli.output import print_file
 from headsink.data import corpus
@@ -33,8 +35,23 @@ from headsink.models.builtin import BUILT_IN, processes
 from headsink.utils.files import check_replaceable
 from headsink.utils.terminal import emit, out, resumable
 
-if TYPE_CHECKING:
-    from headsink import Census
+AUTOMATIC: dict[str, Literal["auto", "none"]] = {"auto": "auto", "none": "none"}
+
+
+def map_heads(value: str) -> str:
+    """The value of --maps, if it can be read."""
+    read_heads(value)
+    return value
+
+
+def read_heads(value: str) -> Literal["auto", "none"] | list[tuple[int, int]]:
+    """The heads of --maps: auto, none, or (layer, query head) of each."""
+    if value in AUTOMATIC:
+        return AUTOMATIC[value]
+    found = [re.fullmatch(r"(\d+)\.(\d+)", part.strip()) for part in value.split(",")]
+    if not all(found):
+        raise HeadsinkError(f"maps: {value!r} is not auto, none, or heads as in 3.2,10.4 (layer.head)")
+    return [(int(one[1]), int(one[2])) for one in found if one]
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,18 @@ class AnalyzeOptions(RunOptions):
     tau: Annotated[
         float, typer.Option(help="Keys with a value norm below tau of the head's median can be secondary sinks.")
     ] = TAU
+    maps: Annotated[
+        str,
+        typer.Option(
+            help="Heads whose attention maps can be read token by token, as LAYER.HEAD, separated by commas; auto: those that "
+            "stand out; none: no maps, which saves a forward pass over one text of each kind.",
+            callback=map_heads,
+        ),
+    ] = "auto"
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Plan file: mark in the texts which tokens every head evicts under it.", callback=plan_path),
+    ] = None
     rerun: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +143,8 @@ class AnalyzeOptions(RunOptions):
             "max_memory": memory(self.max_memory),
             "tensor_parallel": self.tensor_parallel,
         }
+        if self.plan is not None and (self.maps == "none" or self.tensor_parallel):
+            raise HeadsinkError("plan: attention maps mark it; leave out --maps none and --tensor-parallel")
         if (self.device is not None) + (self.max_memory is not None) + self.tensor_parallel > 1:
             raise HeadsinkError("device: give one of --device, --max-memory and --tensor-parallel")
         if self.tensor_parallel:
@@ -132,19 +163,29 @@ def analyze(options: AnalyzeOptions) -> None:
     folder = options.out_folder
     check_replaceable(folder, CENSUS, options.force)
 
-    from headsink.census.run import remove_checkpoint
+    from headsink.census.head_statistics import Thresholds
+    from headsink.census.run import analyze_again, remove_checkpoint
     from headsink.cli.analyze_output import census_json, print_census
     from headsink.models.distributed import is_main
+    from headsink.report.attention import check_maps
 
+    maps = read_heads("none" if options.tensor_parallel else options.maps)
+    plan = None if options.plan is None else headsink.Plan.load(options.plan)
     checkpoint = folder.parent / f".{folder.name}.partial"
     with resumable(checkpoint):
-        if options.rerun is not None:
-            census = _rerun(options.rerun, options.model, where, checkpoint)
+        model, tokenizer, settings = _load(options, where)
+        if not isinstance(maps, str):
+            check_maps(model, maps)
+        if plan is not None:
+            plan.check(model)
+        if settings is not None:
+            census = analyze_again(model, tokenizer, settings, checkpoint=checkpoint)
         else:
-            census = _measure(options, arguments, where, checkpoint)
+            limits = Thresholds(tau=options.tau)
+            census = headsink.analyze(model, tokenizer, **arguments, limits=limits, checkpoint=checkpoint)
     if not is_main():
         return
-    headsink.write_report(census, folder, force=options.force)
+    headsink.write_report(census, folder, model=model, maps=maps, plan=plan, force=options.force)
     remove_checkpoint(checkpoint)
     if options.as_json:
         emit(census_json(census) | {"folder": str(folder)})
@@ -153,22 +194,13 @@ def analyze(options: AnalyzeOptions) -> None:
         print_file("Report", folder / "report.html")
 
 
-def _measure(options: AnalyzeOptions, arguments: dict[str, Any], where: dict[str, Any], checkpoint: Path) -> Census:
-    from headsink.census.head_statistics import Thresholds
-
-    model, tokenizer = headsink.load(options.model or "smollm2", dtype=options.dtype, **where)
-    limits = Thresholds(tau=options.tau)
-    return headsink.analyze(model, tokenizer, **arguments, limits=limits, checkpoint=checkpoint)
-
-
-def _rerun(folder: Path, model_name: str | None, where: dict[str, Any], checkpoint: Path) -> Census:
-    """A census with the texts and settings of the one in a folder."""
-    from headsink.census.run import analyze_again
-
-    settings = headsink.Census.load(folder).settings
-    source = model_name or _source(folder, settings["model"]["source"])
-    model, tokenizer = headsink.load(source, dtype=settings["dtype"], **where)
-    return analyze_again(model, tokenizer, settings, checkpoint=checkpoint)
+def _load(options: AnalyzeOptions, where: dict[str, Any]) -> tuple[Any, Any, dict[str, Any] | None]:
+    """The model, its tokenizer, and the settings of the census that is made again, if there is one."""
+    if options.rerun is None:
+        return *headsink.load(options.model or "smollm2", dtype=options.dtype, **where), None
+    settings = headsink.Census.load(options.rerun).settings
+    source = options.model or _source(options.rerun, settings["model"]["source"])
+    return *headsink.load(source, dtype=settings["dtype"], **where), settings
 
 
 def _source(folder: Path, source: str) -> str:

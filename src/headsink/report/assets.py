@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,9 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from headsink.report import charts, first_view
+from headsink.census import first_view
+from headsink.report import charts
+from headsink.utils.colours import ROLE_COLOURS, ramp
 from headsink.utils.format import capital, figures, p_value, percent, share, visible
 
 PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
@@ -46,7 +48,8 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "capital": capital,
     }
-    templates.globals |= {"asset": asset, "scripts": scripts, "role_colours": charts.ROLE_COLOURS}
+    templates.globals |= {"asset": asset, "scripts": scripts, "role_colours": ROLE_COLOURS}
+    templates.globals["ramp"] = partial(ramp, first_view.SHADES)
     return templates
 
 

@@ -1,11 +1,12 @@
 "use strict";
 // The page of a census. `state` is the current choice; `show` draws it. Numbers come from views.py through page.py.
 
-const SHADES = 10; // steps of the token view: 2, 4, ... 1024 times flat attention
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
 
 let data, state, rows, statistics, layers, heads, group;
+const panes = []; // of texts; the second one is made when the reader asks for it
+const sorted = {by: "sink", down: true, all: false}; // the table of all heads; `all`: with more than its first rows
 const shaded = {}; // text -> data of its token view, unpacked when first shown
 
 const array = name => data.arrays[name]?.data;
@@ -149,41 +150,106 @@ function showKeys() {
   });
 }
 
-// The token view
+// All heads, sorted and filtered
 
-async function showText() {
-  const text = state.text;
-  const {arrays, length, shown} = shaded[text] ??= await unpack(`text-${text}`);
-  if (text !== state.text) return; // another text was chosen meanwhile
-  $("text-head").textContent = `first ${figures(shown)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
-  const box = $("tokens");
-  if (box.dataset.text !== String(text)) {
-    box.dataset.text = text;
-    box.dataset.at = -1;
-    box.scrollTop = 0;
-    box.replaceChildren(...Array.from({length: shown}, (_, n) => element("span", {}, word(text, n).replaceAll("\n", "⏎\n"))));
-  }
-  const kv = Math.floor(state.head / group), [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length];
-  const secondary = new Set(arrays.secondary.data.subarray((state.layer * kvHeads + kv) * most, (state.layer * kvHeads + kv + 1) * most));
-  const shades = arrays.attention.data.subarray((state.layer * heads + state.head) * shown, (state.layer * heads + state.head + 1) * shown);
-  const flatly = flatOf(length).keys;
-  [...box.children].forEach((span, n) => {
-    const attention = shades[n] ? data.faintest ** (1 - (shades[n] - 1) / data.steps) : 0, times = flatly[n] ? attention / flatly[n] : 0;
-    const step = Math.min(SHADES, Math.max(0, Math.round(Math.log2(times)))), mark = secondary.has(n) ? " secondary-sink" : n < first ? " first-token" : "";
-    span.className = `s${step}${mark}`;
-    span.said = () => `${JSON.stringify(word(text, n))}, position ${n}: attention ${figures(attention, 2)}, ${figures(times, 2)} × flat` +
-      (secondary.has(n) ? `; secondary sink of KV head ${kv}` : n < first ? "; initial token" : "");
-  });
-  if (Number(box.dataset.at) >= 0) say(Number(box.dataset.at));
+function showEvery() {
+  const number = id => $(id).value === "" ? null : Number($(id).value), [least, most] = ["least", "most"].map(number), filter = $("filter").value;
+  const inside = row => (least === null || row[filter] >= least) && (most === null || row[filter] <= most);
+  const found = rows.filter(row => (!$("role").value || row.role === $("role").value) && inside(row));
+  const value = row => sorted.by === "head" ? row.layer * heads + row.head : sorted.by === "role" ? data.roles.indexOf(row.role) : row[sorted.by] ?? -Infinity;
+  found.sort((a, b) => (sorted.down ? value(b) - value(a) : value(a) - value(b)) || a.layer - b.layer || a.head - b.head);
+  const columns = [["head", "layer, head"], ["role", "role"], ...data.columns];
+  if (!columns.some(([name]) => name === sorted.by)) columns.push([sorted.by, titleOf(statistic(sorted.by))]);
+  const styleOf = name => name === "role" ? "text" : ["head", "sink", "first", sorted.by].includes(name) ? "" : "more"; // more: not on a phone
+  const heading = ([name, title]) => {
+    const button = element("button", {type: "button", "data-by": name}, title, sorted.by === name ? sorted.down ? " ↓" : " ↑" : "");
+    return element("th", {scope: "col", class: styleOf(name), ...sorted.by === name ? {"aria-sort": sorted.down ? "descending" : "ascending"} : {}}, button);
+  };
+  const line = row => {
+    const button = element("button", {type: "button", "data-layer": row.layer, "data-head": row.head}, `${row.layer}, ${row.head}`);
+    const cells = columns.slice(2).map(([name]) => element("td", {class: `n ${styleOf(name)}`}, figures(row[name] ?? NaN, 2)));
+    return element("tr", row.layer === state.layer && row.head === state.head ? {class: "shown"} : {}, element("th", {scope: "row"}, button),
+      element("td", {}, element("span", {class: `badge ${row.role}`}, row.role)), ...cells);
+  };
+  const focused = document.activeElement?.dataset?.by; // the header is made anew
+  $("every").replaceChildren(element("thead", {}, element("tr", {}, ...columns.map(heading))), element("tbody", {}, ...found.slice(0, sorted.all ? found.length : data.most_heads).map(line)));
+  if (focused) $("every").querySelector(`button[data-by="${focused}"]`)?.focus();
+  $("every-said").textContent = `${found.length} of ${rows.length} heads, ${state.length} tokens, ${data.domains[state.domain]}. Click a column to sort by it, a head to see it; the browser's back button returns here.`;
+  $("more").hidden = sorted.all || found.length <= data.most_heads;
 }
 
-function say(place) {
-  const box = $("tokens"), spans = box.children;
-  place = Math.min(spans.length - 1, Math.max(0, place));
-  spans[box.dataset.at]?.classList.remove("at");
-  spans[place].classList.add("at");
-  box.dataset.at = place;
-  $("token-said").textContent = spans[place].said();
+function sortBy(name) {
+  sorted.down = sorted.by === name ? !sorted.down : name !== "head" && name !== "role";
+  sorted.by = name;
+  showEvery();
+}
+
+function startEvery() {
+  for (const id of ["role", "least", "most"]) $(id).addEventListener("input", showEvery);
+  $("filter").addEventListener("change", () => { [sorted.by, sorted.down] = [$("filter").value, true]; showEvery(); });
+  $("more").addEventListener("click", () => { sorted.all = true; showEvery(); });
+  $("every").addEventListener("click", event => {
+    const button = event.target.closest("button");
+    if (button?.dataset.by) return sortBy(button.dataset.by);
+    if (!button) return;
+    choose({layer: Number(button.dataset.layer), head: Number(button.dataset.head)});
+    $("head-title").scrollIntoView();
+    $("head-title").focus({preventScroll: true});
+  });
+}
+
+// Texts: the attention map and the shaded text of the head, of one text or of two side by side
+
+function source(text) {
+  const {arrays, length, shown, coarse, detailed, heads: read = []} = shaded[text], place = state.layer * heads + state.head;
+  const part = (name, n, size) => arrays[name].data.subarray(n * size, (n + 1) * size), kv = Math.floor(state.head / group);
+  const [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length], secondary = new Set(part("secondary", state.layer * kvHeads + kv, most));
+  const found = {
+    text, length, kv, top: 0, mean: part("attention", place, shown), flat: flatOf(length).keys, words: position => word(text, position),
+    marks: position => secondary.has(position) ? "secondary-sink" : position < first ? "first-token" : "",
+    kept: arrays.kept ? part("kept", state.layer * kvHeads + kv, length) : null,
+  };
+  const n = read.findIndex(([layer, head]) => layer === state.layer && head === state.head);
+  if (n >= 0) {
+    const rows = arrays["detailed.tiles"].shape[1], top = arrays["detailed.keys"].shape[2];
+    const whole = shown < length ? {mean: part("detailed.mean", n, length)} : {};
+    return {...found, ...whole, tile: detailed, rows, tiles: part("detailed.tiles", n, rows * rows), top,
+      keys: part("detailed.keys", n, length * top), weights: part("detailed.weights", n, length * top)};
+  }
+  if (!arrays.coarse) return found;
+  const rows = arrays.coarse.shape[1];
+  return {...found, tile: coarse, rows, tiles: part("coarse", place, rows * rows)};
+}
+
+const TEXTS = ["text", "text2"], QUERIES = ["query", "query2"]; // in `state`, of each pane
+
+function addPane(box) {
+  const n = panes.length;
+  panes.push(new TextPane(box, query => choose({[QUERIES[n]]: query})));
+  box.querySelector(".shaded").addEventListener("change", event => choose({[TEXTS[n]]: Number(event.target.value), [QUERIES[n]]: null}));
+}
+
+async function showTexts() {
+  if (state.text2 !== null && panes.length < 2) {
+    const box = $("pane").cloneNode(true);
+    for (const part of [box, ...box.querySelectorAll("[id]")]) part.removeAttribute("id");
+    box.querySelector(".tokens").removeAttribute("aria-describedby");
+    $("panes").append(box);
+    addPane(box);
+  }
+  if (panes[1]) panes[1].box.hidden = state.text2 === null;
+  $("panes").classList.toggle("two", state.text2 !== null);
+  $("beside").textContent = state.text2 === null ? "another text beside it" : "one text only";
+  const chosen = TEXTS.map(name => state[name]);
+  for (const [n, text] of chosen.entries()) {
+    if (text === null) continue;
+    shaded[text] ??= await unpack(`text-${text}`);
+    if (state[TEXTS[n]] !== text) return; // another text was chosen meanwhile
+    const {box} = panes[n], {length} = shaded[text], there = source(text);
+    box.querySelector(".shaded").value = text;
+    box.querySelector(".text-head").textContent = `first ${figures(there.mean.length)} tokens, as layer ${state.layer}, head ${state.head} attends to them at ${figures(length)} tokens`;
+    panes[n].show(there, state[QUERIES[n]]);
+  }
 }
 
 // Other charts that follow the menus
@@ -208,13 +274,23 @@ function showLayers() {
 // The text of a kind that has a token view.
 const textOf = domain => [...$("shaded").options].find(option => data.texts[option.value].domain === data.domains[domain])?.value;
 
+// The next text in the menu, to be shown beside the first.
+function otherText() {
+  const texts = [...$("shaded").options].map(option => Number(option.value));
+  return texts[(texts.indexOf(state.text) + 1) % texts.length];
+}
+
 function readState() {
   const asked = fromAddress(), last = data.lengths.at(-1);
   const length = data.lengths.includes(Number(asked.length)) ? Number(asked.length) : last;
   const domain = Math.max(0, data.domains.indexOf(asked.domain));
   const name = asked.statistic === "role" || statistic(asked.statistic) ? asked.statistic : "sink";
   const texts = [...$("shaded").options].map(option => option.value);
-  state = {length, domain, statistic: name, text: Number(texts.includes(asked.text) ? asked.text : textOf(domain) ?? texts[0])};
+  const query = value => within(value, 0, data.lengths.at(-1) - 1, null);
+  state = {
+    length, domain, statistic: name, text: Number(texts.includes(asked.text) ? asked.text : textOf(domain) ?? texts[0]), query: query(asked.query),
+    text2: texts.includes(asked.text2) ? Number(asked.text2) : null, query2: query(asked.query2),
+  };
   limitDomains();
   rows = viewRows();
   state.layer = within(asked.layer, 0, layers - 1, Number($("layer").defaultValue));
@@ -223,26 +299,27 @@ function readState() {
 
 function showMenus() {
   for (const name of ["length", "domain", "statistic", "layer", "head"]) $(name).value = state[name];
-  $("shaded").value = state.text;
 }
 
 function show(wholeView) {
   showMenus();
-  const asked = [showMap(), showHead(), showText()];
+  const asked = [showMap(), showHead(), showTexts()];
+  showEvery();
   if (wholeView) showCounts(), asked.push(showLayers(), showPairs());
   return Promise.all(asked).catch(fail);
 }
 
-// Apply a choice by the reader: draw it and write it to the address.
-function choose(change) {
-  const before = key();
-  for (const name of ["layer", "head", "length", "domain", "statistic", "text"]) if (name in change) state[name] = change[name];
-  if (change.domain > 0) { // the token view shows a text of that kind
-    state.text = Number(textOf(state.domain));
+// Apply a choice by the reader: draw it and write it to the address. Another head is a new entry of the browser's history.
+function choose(change, turning = false) {
+  const before = key(), {layer, head} = state;
+  for (const name of ["layer", "head", "length", "domain", "statistic", ...TEXTS, ...QUERIES]) if (name in change) state[name] = change[name];
+  if (change.domain > 0) { // the first pane shows a text of that kind
+    [state.text, state.query] = [Number(textOf(state.domain)), null];
   }
   limitDomains();
   if (key() !== before) rows = viewRows();
-  toAddress({...state, domain: data.domains[state.domain]});
+  const there = Object.entries({...state, domain: data.domains[state.domain]}).filter(([, value]) => value !== null);
+  toAddress(Object.fromEntries(there), !turning && (state.layer !== layer || state.head !== head));
   return show(key() !== before);
 }
 
@@ -256,16 +333,13 @@ async function start() {
   readState();
   for (const name of ["length", "domain", "statistic"])
     $(name).addEventListener("change", () => choose({[name]: name === "statistic" ? $(name).value : Number($(name).value)}));
-  $("shaded").addEventListener("change", () => choose({text: Number($("shaded").value)}));
+  addPane($("pane"));
+  startEvery();
+  $("beside").addEventListener("click", () => choose({text2: state.text2 === null ? otherText() : null, query2: null}));
   for (const [name, count] of [["layer", layers], ["head", heads]])
     $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
-  arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
-  arrows($("tokens"), (down, right) => {
-    say(Number($("tokens").dataset.at) + right + 10 * down);
-    $("tokens").children[$("tokens").dataset.at].scrollIntoView({block: "nearest"});
-  });
-  $("tokens").addEventListener("mouseover", event => event.target.said && say([...$("tokens").children].indexOf(event.target)));
-  window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
+  arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}, true));
+  window.addEventListener("hashchange", () => { if (location.hash === "" || location.hash.startsWith("#?")) readState(), show(true); });
   await show(true);
   ready();
   await drawRest(["windows", "law", "norms", "tau", "lengths", "roles-by-text", "same-roles"]);

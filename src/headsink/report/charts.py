@@ -18,15 +18,13 @@ from headsink.census.first_layer import RULES
 from headsink.census.head_statistics import TOKENS
 from headsink.census.roles import ROLES
 from headsink.census.sink_tokens import tau_evidence
-from headsink.report.views import POOLED, number
+from headsink.census.views import POOLED, number
+from headsink.utils.colours import BLUE, GREEN, GREY, ORANGE, ROLE_COLOURS, SKY, VERMILION
 
 if TYPE_CHECKING:
     from headsink.census.results import Census
 
 
-# Okabe and Ito's colours, distinguishable with colour blindness.
-BLUE, ORANGE, SKY, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#BBBBBB"
-ROLE_COLOURS = {"sink": BLUE, "local": ORANGE, "mixed": SKY, "diffuse": GREY, "retrieval": VERMILION}
 MASS_COLOURS = {"sink": BLUE, "local": ORANGE, "far": GREY, "learned": GREEN}
 Drawn = Any  # an Altair chart, layered or not
 CONFIG: dict[str, Any] = {

@@ -2,7 +2,7 @@
 // Shared by all pages: unpack the numbers, draw charts, keyboard control of the map, the choice in the address.
 
 const $ = id => document.getElementById(id);
-const TYPES = {f4: Float32Array, i4: Int32Array, u1: Uint8Array};
+const TYPES = {f4: Float32Array, i4: Int32Array, u2: Uint16Array, u1: Uint8Array};
 
 // Text of tokens and prompts is only inserted as text, never as markup.
 function element(tag, attributes = {}, ...children) {
@@ -14,8 +14,8 @@ function element(tag, attributes = {}, ...children) {
 
 // Unpack what views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
 async function unpack(id) {
-  const response = await fetch("data:application/gzip;base64," + $(id).textContent);
-  const buffer = await new Response(response.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  const packed = Uint8Array.from(atob($(id).textContent), letter => letter.charCodeAt(0));
+  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
   const size = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
   for (const [name, [type, offset, shape]] of Object.entries(header.arrays)) {
@@ -85,7 +85,8 @@ function arrows(target, move) {
 
 // The choice is stored in the address after "#?", so that a view can be linked; "#name" is a link to a section.
 const fromAddress = () => location.hash.startsWith("#?") ? Object.fromEntries(new URLSearchParams(location.hash.slice(2))) : {};
-const toAddress = state => history.replaceState(null, "", "#?" + new URLSearchParams(state));
+// entry: a new entry of the browser's history, to which its back button returns.
+const toAddress = (state, entry = false) => history[entry ? "pushState" : "replaceState"](null, "", "#?" + new URLSearchParams(state));
 
 const within = (value, low, high, otherwise) => {
   const found = Math.trunc(Number(value));

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from headsink.census.roles import ROLES
+from headsink.census.views import STATISTICS
 from headsink.report import charts, maps
 from headsink.report.assets import environment, write_picture
 from headsink.report.page import draw
-from headsink.report.views import STATISTICS, pack
 from headsink.utils.files import write_text
 from headsink.utils.format import capital
+from headsink.utils.pack import pack
 
 if TYPE_CHECKING:
     from headsink.census.compare import Comparison, View

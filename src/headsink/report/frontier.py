@@ -11,7 +11,8 @@ import altair as alt
 from headsink.calibration.frontier import Frontier
 from headsink.evaluation.options import FRONTIER
 from headsink.report.assets import environment, write_picture
-from headsink.report.charts import BLUE, CONFIG, GREY, VERMILION, Drawn
+from headsink.report.charts import CONFIG, Drawn
+from headsink.utils.colours import BLUE, GREY, VERMILION
 from headsink.utils.files import new_folder
 
 SIZE: dict[str, Any] = {"width": 320, "height": 240}

@@ -10,7 +10,8 @@ from typing import Any
 import altair as alt
 
 from headsink.census.roles import EPSILON
-from headsink.report.charts import ABOVE, BLUE, ERROR_AXIS, VERMILION, Drawn, role_colour
+from headsink.report.charts import ABOVE, ERROR_AXIS, Drawn, role_colour
+from headsink.utils.colours import BLUE, VERMILION
 
 MAP_WIDTH, MAP_HEIGHT = 330, 620  # largest size of a map in pixels; cells that are smaller than LEAST_CELL enlarge it
 # Legend values of a nearly logarithmic (symlog) scale from 0 to high.

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from headsink.census import roles
+from headsink.census import first_view, roles
 from headsink.census.first_layer import sentence
 from headsink.census.head_statistics import Thresholds, distances, windows
 from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
 from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, tau_evidence
-from headsink.report import charts, first_view, maps
+from headsink.census.views import POOLED, STATISTICS, View, near_window, statistics, token_views, top_keys, view
+from headsink.errors import HeadsinkError
+from headsink.report import attention, charts, maps
 from headsink.report.assets import environment, to_svg, write_picture
-from headsink.report.views import (
-    FAINTEST,
-    POOLED,
-    STATISTICS,
-    STEPS,
-    View,
-    near_window,
-    one_byte,
-    pack,
-    token_views,
-    top_keys,
-    view,
-)
 from headsink.utils.files import new_folder
 from headsink.utils.format import capital
+from headsink.utils.pack import one_byte, pack
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from headsink.census.results import Census
+    from headsink.plan.plan import Plan
 
 
 SHAPES = ("linear", "log", "symlog")  # scales of the maps
@@ -51,24 +45,40 @@ OWN_DATA = {
 }
 
 
-def write_report(census: Census, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+def write_report(
+    census: Census,
+    folder: str | os.PathLike[str],
+    *,
+    model: PreTrainedModel | None = None,
+    maps: attention.Maps = "auto",
+    plan: Plan | None = None,
+    force: bool = False,
+) -> Path:
     """Write a census folder, atomically: the files of `Census.save`, report.html (without network), and every chart as PNG and
     SVG.
 
-    force: also replace files with the same names that headsink did not write.
+    model: the one of the census; the report then has attention maps, which takes a forward pass over one text of each kind. maps:
+    the heads that can be read token by token, as (layer, query head); "auto": those that stand out; "none": no maps. plan: mark
+    the tokens that each KV head keeps and evicts under it. force: also replace files with the same names that headsink did not
+    write. Raises HeadsinkError if the model is not the census's, for heads that it does not have, and for a plan without a model.
     """
+    if plan is not None and (model is None or maps == "none"):
+        raise HeadsinkError(
+            "plan: it is marked in the texts of the attention maps; give the model too, and do not leave out maps"
+        )
+    found = {} if model is None else attention.report_maps(model, census, maps, plan)
     with new_folder(folder, CENSUS, force) as part:
         census.write(part)
-        write_page(census, part / "report.html")
+        write_page(census, part / "report.html", found)
         write_pictures(census, part)
     return Path(folder)
 
 
-def write_page(census: Census, path: Path) -> None:
-    """Write `report.html`. Text that comes from models or prompts is escaped."""
+def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.TextMaps] = MappingProxyType({})) -> None:
+    """Write `report.html`. text_maps: attention maps of texts of `token_views`. Text of models and prompts is escaped."""
     last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
     pooled = {length: view(census, length, None) for length in census.lengths}
-    shown = first_view.first_view(census, pooled, _statistics(census))
+    shown = first_view.first_view(census, pooled, statistics(census))
     menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
         "map-role": maps.role_map(shape),
         "profile": maps.profile(),
@@ -89,12 +99,18 @@ def write_page(census: Census, path: Path) -> None:
             limits=census.settings["limits"],
             epsilon=EPSILON,
             data=_data(census, pooled),
-            shaded={text: _token_data(census, text, *room) for text, room in token_views(census).items()},
+            shaded={
+                text: _token_data(census, text, *room, text_maps.get(text))
+                for text, room in token_views(census).items()
+            },
+            mapped=bool(text_maps),
+            planned=any(of.kept is not None for of in text_maps.values()),
+            detailed=_detailed(census, text_maps),
             specs=specs,
             boxes=_boxes(census, specs, pooled, shown),
             first=shown,
-            ramp=first_view.ramp(),
-            statistics={name: STATISTICS[name].title for name in _statistics(census)},
+            columns=first_view.COLUMNS,
+            statistics={name: STATISTICS[name].title for name in statistics(census)},
             drawing=drawing_tokens(census, last),
             secondary=secondary_tokens(census, last),
             stability={length: stability(census, length) for length in census.lengths},
@@ -148,7 +164,7 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
     for length in census.lengths:
         pooled, at = view(census, length, None), f"{name}, {length} tokens"
         rows = pooled.rows()
-        shown = [n for n in _statistics(census) if length == last or n == "sink"]
+        shown = [n for n in statistics(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
@@ -222,7 +238,7 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         words=list(census.vocabulary.values()),
         shape=[*_shape(census), census.settings["model"]["kv_heads"]],
         roles=ROLES,
-        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in _statistics(census)],
+        statistics=[{"name": name} | asdict(STATISTICS[name]) for name in statistics(census)],
         names=list(STATISTICS),
         highs={n: {s: _high(s, n, [views[n, d] for d in has[n]]) for s in STATISTICS} for n in census.lengths},
         near={n: near_window(census, n) for n in census.lengths},
@@ -231,23 +247,27 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         distances={n: distances(n) for n in census.lengths},
         windows={n: windows(n) for n in census.lengths},
         model=census.settings["model"]["name"],
-        faintest=FAINTEST,
-        steps=STEPS,
+        columns=list(first_view.COLUMNS.items()),
+        most_heads=first_view.MOST_HEADS,
     )
 
 
-def _token_data(census: Census, text: int, length: int, shown: int) -> str:
-    """Data of the token view of one text: attention of every head to each token, and the secondary sinks, packed."""
+def _detailed(census: Census, text_maps: Mapping[int, attention.TextMaps]) -> dict[str, Any] | None:
+    """The heads that are read token by token, and on which texts."""
+    of = {text: one.detailed.heads for text, one in text_maps.items() if one.detailed is not None}
+    names = [census.settings["texts"][text] for text in of]
+    texts = [f"{text['domain']} {text['number']}" for text in names]
+    return {"heads": next(iter(of.values())), "texts": texts} if of else None
+
+
+def _token_data(census: Census, text: int, length: int, shown: int, maps: attention.TextMaps | None) -> str:
+    """Data of the token view of one text: attention of every head to each token, secondary sinks and maps, packed."""
     arrays = {
         "attention": one_byte(census.arrays[f"{text}.{length}.attention"][..., :shown]),
         "secondary": census.arrays[f"{text}.{length}.secondary"],
     }
-    return pack(arrays, length=length, shown=shown)
-
-
-def _statistics(census: Census) -> list[str]:
-    """Names of the statistics that apply to this model: `learned` only with learned sink logits."""
-    return [name for name in STATISTICS if name != "learned" or _sink_logits(census) is not None]
+    more = {} if maps is None else maps.pack(arrays)
+    return pack(arrays, length=length, shown=shown, **more)
 
 
 def _high(statistic: str, length: int, views: list[View]) -> float:

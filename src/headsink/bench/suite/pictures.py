@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from headsink.report.charts import BLUE, Drawn, spec
+from headsink.report.charts import Drawn, spec
+from headsink.utils.colours import BLUE
 
 WAYS = alt.Legend(orient="bottom", columns=3, labelLimit=300)
 

@@ -1,15 +1,7 @@
-"""The numbers of every head that a report shows, and their format in the page.
-
-A view is one length on one kind of text. The page contains the arrays as one compressed binary block in base64, which the browser
-unpacks without a library. It has a tenth of the size of JSON.
-"""
+"""The numbers of every head that a report shows: a view is one length on one kind of text."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,11 +18,8 @@ if TYPE_CHECKING:
 
 
 POOLED = "all texts"
-TOKEN_VIEW = 2048  # shaded tokens of a text at most
-SHADES = 2**22  # shades of all heads and texts at most, one byte each, to keep the page small
-FAINTEST = 2.0**-20  # attention below this is shown as 0
-STEPS = 254  # steps of the logarithmic scale of attention from FAINTEST to 1: 5.6 % each
-TYPES = {torch.float32: "f4", torch.int32: "i4", torch.uint8: "u1"}
+TOKEN_VIEW = 8192  # tokens of a mapped and shaded text at most
+SHADES = 2**20  # shades of all heads and texts at most, one byte each, to keep the page under 5 MB
 
 
 @dataclass(frozen=True)
@@ -96,6 +85,12 @@ class View:
         return heads
 
 
+def statistics(census: Census) -> list[str]:
+    """Names of the statistics that apply to the model: `learned` only with learned sink logits."""
+    learned = float(census.score("learned", census.lengths[-1]).max()) > 0
+    return [name for name in STATISTICS if name != "learned" or learned]
+
+
 def near_window(census: Census, length: int) -> int:
     """The largest measured window that is near at this length."""
     near = max(LEAST_WINDOW, Thresholds(**census.settings["limits"]).at(length).window)
@@ -157,35 +152,6 @@ def token_views(census: Census) -> dict[int, tuple[int, int]]:
     return shown
 
 
-def one_byte(attention: Tensor) -> Tensor:
-    """Attention on a logarithmic scale: uint8, 0 for less than FAINTEST, 1 + STEPS for 1."""
-    shade = 1 + STEPS * (1 - attention.float().clamp(min=FAINTEST / 2).log2() / torch.tensor(FAINTEST).log2())
-    return torch.where(attention < FAINTEST, 0, shade.round().clamp(1, 1 + STEPS)).to(torch.uint8)
-
-
 def number(value: Tensor) -> float | None:
     """A number for JSON and charts: None in place of NaN and infinity."""
     return float(value) if torch.isfinite(value) else None
-
-
-def three_figures(array: Tensor) -> Tensor:
-    """float32 with 11 bits of precision, enough for display, which compresses to half the size."""
-    return ((array.float().contiguous().view(torch.int32) + 0x800) & -0x1000).view(torch.float32)
-
-
-def pack(arrays: Mapping[str, Tensor], **more: Any) -> str:
-    """Pack arrays and JSON values (`more`) as text: length of the header, header, numbers; gzip; base64."""
-    parts, offset, entries = [], 0, {}
-    for name, array in arrays.items():
-        if array.is_floating_point():
-            array = three_figures(array)
-        elif array.dtype != torch.uint8:
-            array = array.int()
-        raw = array.contiguous().numpy().tobytes()
-        entries[name] = [TYPES[array.dtype], offset, list(array.shape)]
-        parts.append(raw + b"\0" * (-len(raw) % 4))
-        offset += len(parts[-1])
-    header = json.dumps({"arrays": entries} | more, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 4)  # typed arrays must begin at multiples of 4
-    whole = len(header).to_bytes(4, "little") + header + b"".join(parts)
-    return base64.b64encode(gzip.compress(whole, 6, mtime=0)).decode()

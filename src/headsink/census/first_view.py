@@ -7,6 +7,7 @@ census.js writes the same words into the same elements for every other view.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,8 @@ from torch import Tensor
 
 from headsink.census.head_statistics import Thresholds, distances, first_row, windows
 from headsink.census.roles import ROLES
-from headsink.report.views import (
-    FAINTEST,
-    STATISTICS,
-    STEPS,
-    View,
-    near_window,
-    number,
-    one_byte,
-    three_figures,
-    token_views,
-    top_keys,
-)
+from headsink.census.views import STATISTICS, View, near_window, number, token_views, top_keys
+from headsink.utils.pack import FAINTEST, STEPS, one_byte, three_figures
 
 if TYPE_CHECKING:
     from headsink.census.results import Census
@@ -35,9 +26,21 @@ if TYPE_CHECKING:
 MASSES = ("sink", "first", "local", "far", "far_peak", "learned")  # statistics that are shares of the attention
 ELSEWHERE = ("distance", "window", "window_first", "agreement")  # shown in the line above the table
 MOST_KEYS = 10
+MOST_HEADS = 20  # rows of the table of all heads
+COLUMNS = {  # of the table of all heads
+    "sink": "sinks",
+    "first": "first token",
+    "local": "last keys",
+    "far": "far",
+    "far_peak": "strongest far key",
+    "entropy": "entropy, nats",
+    "distance": "median distance",
+    "window": "window needed",
+    "error_secondary": "error of near window",
+    "output": "output norm",
+}
 AROUND = 5  # tokens of context on either side of a top key
 SHADES = 10  # steps of the token view: twice flat attention, four times, ... 1024 times
-PALE, DARK = (255, 255, 255), (8, 48, 107)  # one hue, light for little attention
 LEAST_ERROR = 1e-6  # lower end of a logarithmic axis
 
 
@@ -61,17 +64,25 @@ def _visible_keys(length: int, sliding: int | None) -> Tensor:
     return torch.arange(1, length + 1).double().clamp(max=sliding or length)
 
 
-def first_view(census: Census, views: dict[int, View], statistics: list[str]) -> dict[str, Any]:
+def first_view(census: Census, views: dict[int, View], names: list[str]) -> dict[str, Any]:
     """Everything that the page shows about the head with most attention to sinks other than the first token.
 
-    views: of all texts, by length. statistics: names of those that the page shows.
+    views: of all texts, by length. names: of the statistics that the page shows.
     """
-    length = census.lengths[-1]
-    rows = views[length].rows()
-    row = max(rows, key=lambda row: row["sink"] - row["first"])
-    layer, head = row["layer"], row["head"]
-    texts = len(census.texts(length))
-    roles = [row["role"] for row in rows]
+    view = views[census.lengths[-1]]
+    row = max(view.rows(), key=lambda row: row["sink"] - row["first"])
+    roles = [row["role"] for row in view.rows()]
+    shown = replace(view, value=three_figures(view.value))  # as the page's script reads it
+    sinks = sorted(shown.rows(), key=lambda row: -row["sink"])[:MOST_HEADS]
+    whole = {"counts": {role: roles.count(role) for role in ROLES}, "every": sinks}
+    return head_view(census, view, names, row["layer"], row["head"]) | whole
+
+
+def head_view(census: Census, view: View, names: list[str], layer: int, head: int) -> dict[str, Any]:
+    """What is said about one head at the longest length, over all texts. names: of the statistics that are shown."""
+    length, texts = census.lengths[-1], len(census.texts(census.lengths[-1]))
+    row = next(row for row in view.rows() if (row["layer"], row["head"]) == (layer, head))
+    near = near_window(census, length)
     return {
         "length": length,
         "layer": layer,
@@ -80,9 +91,8 @@ def first_view(census: Census, views: dict[int, View], statistics: list[str]) ->
         "row": row,
         "texts": texts,
         "same": round(row["agreement"] * texts),
-        "near": near_window(census, length),
-        "counts": {role: roles.count(role) for role in ROLES},
-        "scores": _scores(views[length], layer, head, statistics, near_window(census, length)),
+        "near": near,
+        "scores": _scores(view, layer, head, names, near),
         "keys": _keys(census, length, layer, head),
         "text": _text(census, layer, head),
     }
@@ -109,17 +119,6 @@ def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -
                 for window, one in zip(windows(length), error, strict=True)
             ]
     return {"profile": profile, "errors": errors}
-
-
-def ramp() -> list[tuple[str, str]]:
-    """Background and text colour of each step of the token view."""
-    mixed = (
-        [round(pale + (dark - pale) * n / SHADES) for pale, dark in zip(PALE, DARK, strict=True)]
-        for n in range(SHADES + 1)
-    )
-    return [
-        ("rgb({} {} {})".format(*colour), "white" if n > SHADES / 2 else "#1c2430") for n, colour in enumerate(mixed)
-    ]
 
 
 def short(value: float | None, digits: int = 3) -> str:
