@@ -4,9 +4,9 @@ from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headsink.attention.reference import masked_attention
 from headsink.models.distributed import rank_heads
 from headsink.models.spec import describe
 from headsink.serving.vllm.blocks import visible
@@ -33,17 +33,17 @@ def kept_by_head(plan, found, ranks=1):
     return kept
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **options):
-    kept, block = _running[-1]
-    if kept[module.layer_idx] is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    positions, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
+def _attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **_):
+    (kept, block), heads = _running[-1], key.shape[1]
+    positions, group = torch.arange(key.shape[2]), query.shape[1] // heads
     output = torch.empty_like(query)
-    for head, blocks in enumerate(kept[module.layer_idx]):
-        rows = slice(head * group, (head + 1) * group)
-        scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        mask = visible(blocks, block, positions, positions)
-        output[:, rows] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, head : head + 1]
+    for head, blocks in enumerate(kept[module.layer_idx] or [None] * heads):
+        rows, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        mask = attention_mask if blocks is None else visible(blocks, block, positions, positions)
+        sink_logits = None if s_aux is None else s_aux[rows]
+        output[:, rows] = masked_attention(
+            query[:, rows], key[:, one], value[:, one], mask, scaling, sink_logits=sink_logits
+        )
     return output.transpose(1, 2), None
 
 

@@ -23,7 +23,7 @@ def quarter(rng: random.Random) -> Pattern:
     return Pattern() if rng.random() < 0.15 else Pattern(4, 0, rng.choice([64, 128, 256, 512]))
 
 
-@pytest.mark.parametrize("family", [*tiny.DENSE, "qwen3-moe"])
+@pytest.mark.parametrize("family", [*tiny.DENSE, "qwen3-moe", "gpt-oss"])
 def test_every_family_under_a_random_plan(engine, model_folder, family):
     """Three prompts of different lengths in one batch, in chunks of 256 tokens."""
     model = tiny.tiny(family)

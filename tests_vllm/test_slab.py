@@ -134,7 +134,7 @@ def free_blocks(llm):
 @pytest.mark.parametrize(
     ("family", "prefill"),
     [(family, "dense") for family in tiny.SERVED]
-    + [("llama", "sparse"), ("llama-mha", "sparse"), ("gemma3", "sparse")],
+    + [(family, "sparse") for family in ("llama", "llama-mha", "gemma3", "gpt-oss")],
 )
 def test_every_family_equals_the_reference(engine, model_folder, family, prefill):
     """Prompts of different lengths in one batch, in chunks of 256 tokens."""
