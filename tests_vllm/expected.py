@@ -1,11 +1,15 @@
 """Expected outputs of vLLM: the model in transformers, with every head masked to the blocks of its grouping."""
 
+import sys
 from contextlib import contextmanager
 
+import pytest
+import reference
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from headsink.attention import reference as reference_module
 from headsink.attention.reference import masked_attention
 from headsink.models.distributed import rank_heads
 from headsink.models.spec import describe
@@ -33,8 +37,13 @@ def kept_by_head(plan, found, ranks=1):
     return kept
 
 
+def _stored(numbers):
+    return numbers
+
+
 def _attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **_):
     (kept, block), heads = _running[-1], key.shape[1]
+    key, value = _stored(key), _stored(value)
     positions, group = torch.arange(key.shape[2]), query.shape[1] // heads
     output = torch.empty_like(query)
     for head, blocks in enumerate(kept[module.layer_idx] or [None] * heads):
@@ -61,6 +70,43 @@ def masked(model, plan, block, context=1024, ranks=1):
     finally:
         _running.pop()
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def truncated(dtype):
+    """Let `masked` drop the bits of keys and values that a dtype with 8 bits does not have, as vLLM's kernels do."""
+
+    def stored(numbers):
+        near = numbers.to(dtype)
+        return torch.where(near.to(numbers).abs() > numbers.abs(), (near.view(torch.uint8) - 1).view(dtype), near).to(
+            numbers
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_stored", stored)
+        yield
+
+
+@contextmanager
+def in_8_bits(dtype, first=0):
+    """Let `reference.masked` round keys and values to the nearest floats of a dtype with 8 bits, as they enter the cache.
+
+    first: tokens of a prefix, which attended to each other before they were rounded.
+    """
+    given, most = reference.reference_attention, torch.finfo(dtype).max
+
+    def rounded(numbers):
+        return numbers.clamp(-most, most).to(dtype).to(numbers.dtype)
+
+    def attend(query, key, value, *rest):
+        *rest, _ = rest
+        key, value = (torch.cat([of[:, :, :first], rounded(of[:, :, first:])], 2) for of in (key, value))
+        return given(query, key, value, *rest, True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_module, "_rounded", rounded)
+        patch.setattr(reference, "reference_attention", attend)
+        yield
 
 
 @torch.no_grad()

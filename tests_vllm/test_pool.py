@@ -5,23 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import fp8
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from headsink.attention.reference import masked_attention
+from headsink.serving.vllm.fp8 import FP8
 from headsink.serving.vllm.slab_attention import Round, attend
-from headsink.serving.vllm.slab_pool import FP8, Pool
+from headsink.serving.vllm.slab_pool import Pool
 
 current_platform.import_kernels()
 DIM, BLOCKS, HEADS, GROUP = 32, 8, 2, 3
 # vLLM's kernels compute in the dtype of the model
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
-needs_avx512 = pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported(), reason="vLLM's kernels read 8-bit floats with AVX-512 only"
-)
 KINDS = [
-    pytest.param(*kind, marks=needs_avx512 if kind[1] in FP8 else ())
-    for kind in product(BOUNDS, ["auto", "fp8", "fp8_e5m2"])
+    pytest.param(*kind, marks=fp8 if kind[1] in FP8 else ()) for kind in product(BOUNDS, ["auto", "fp8", "fp8_e5m2"])
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import torch
 
 from headsink import HeadsinkError
 
@@ -18,7 +19,8 @@ def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
     ("options", "message"),
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
-        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "a quantised KV cache of another kind than fp8"),
+        ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "a quantised KV cache in some layers alone"),
         ({"enable_lora": True}, "a LoRA adapter"),
     ],
 )
@@ -26,3 +28,10 @@ def test_incompatible_settings_are_refused_at_startup(engine, served, options, m
     _, plan, folder = served
     with pytest.raises(HeadsinkError, match=f"{message} cannot be used together with a plan"):
         engine(folder, plan, **options)
+
+
+def test_an_8_bit_cache_without_the_instructions_is_refused(engine, served, monkeypatch):
+    _, plan, folder = served
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(HeadsinkError, match="a quantised KV cache on a processor without AVX-512 cannot be used"):
+        engine(folder, plan, kv_cache_dtype="fp8")

@@ -33,6 +33,7 @@ from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, describe
 from headsink.plan.plan import Plan
 from headsink.serving.vllm.attention import over_blocks
+from headsink.serving.vllm.fp8 import FP8
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
 from headsink.serving.vllm.prefixes import Prefix
@@ -41,7 +42,6 @@ from headsink.serving.vllm.skeleton import PassingWeights, rotary, skeleton
 from headsink.serving.vllm.slab import Slab
 from headsink.serving.vllm.slab_attention import over_slab
 from headsink.serving.vllm.slab_cache import SlabSpec
-from headsink.serving.vllm.slab_pool import FP8
 from headsink.utils.versions import check_vllm
 
 check_vllm()

@@ -3,9 +3,6 @@
 Keys of a head are in slots 0, 1, 2, ... of its pages. A head evicts in place: the newest keys move into the slots of evicted
 ones. Importance scores and positions of keys are in arrays that are indexed by the slots of the whole pool, so nothing is stored
 per sequence.
-
-With `--kv-cache-dtype fp8` the pages have one byte per element. vLLM's CPU kernels drop the bits that 8-bit floats do not have.
-The slab rounds keys and values to the nearest 8-bit float first, which the kernels then store as they are.
 """
 
 from __future__ import annotations
@@ -19,13 +16,9 @@ from vllm import _custom_ops as ops
 
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import Scorer
+from headsink.serving.vllm import fp8
 
 PROTECTED = float("inf")  # score of keys that are not evicted
-FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}  # by --kv-cache-dtype
 LAYOUT = "vLLM's KV cache has a layout that a plan with top-k keys does not support"
 
 
@@ -113,21 +106,16 @@ class Pool:
         ops.cpu_attn_reshape_and_cache(*given, keys, values, slots, self.isa, kv_cache_dtype=self.cache_dtype)
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """Return keys or values in the dtype of the pool, rounded to the nearest 8-bit float if it has these."""
-        fp8 = FP8.get(self.cache_dtype)
-        if fp8 is None:
-            return numbers
-        most = torch.finfo(fp8).max
-        return numbers.float().clamp(-most, most).to(fp8).view(torch.uint8)
+        """Return keys or values as the pool stores them."""
+        return fp8.encode(numbers, self.cache_dtype)
 
     def decode(self, stored: Tensor) -> Tensor:
         """Return keys or values of the pool in the dtype outside of it."""
-        fp8 = FP8.get(self.cache_dtype)
-        return stored if fp8 is None else stored.view(fp8).to(self.dtype)
+        return fp8.decode(stored, self.cache_dtype, self.dtype)
 
     def rounded(self, numbers: Tensor) -> Tensor:
         """Return keys or values as they come out of the pool."""
-        return self.decode(self.encode(numbers))
+        return fp8.rounded(numbers, self.cache_dtype)
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """key, value: [tokens, 1, dim]."""
