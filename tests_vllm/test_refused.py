@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from headsink import HeadsinkError
+from headsink.serving.vllm.launch import command
 
 
 def test_a_plan_of_another_model_is_refused(engine, served, model_folder):
@@ -30,8 +31,12 @@ def test_incompatible_settings_are_refused_at_startup(engine, served, options, m
         engine(folder, plan, **options)
 
 
-def test_an_8_bit_cache_without_the_instructions_is_refused(engine, served, monkeypatch):
+def test_an_8_bit_cache_without_the_instructions_is_refused(engine, served, monkeypatch, tmp_path):
     _, plan, folder = served
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    with pytest.raises(HeadsinkError, match="a quantised KV cache on a processor without AVX-512 cannot be used"):
+    with pytest.raises(HeadsinkError, match="fp8 needs a processor with AVX-512"):
         engine(folder, plan, kv_cache_dtype="fp8")
+    file = plan.save(tmp_path / "plan.json")
+    for options in (["--kv-cache-dtype", "fp8"], ["--port=1", "--kv_cache_dtype=fp8_e5m2"]):
+        with pytest.raises(HeadsinkError, match="fp8 needs a processor with AVX-512"):
+            command(str(folder), file, options)

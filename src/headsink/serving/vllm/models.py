@@ -33,7 +33,7 @@ from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, describe
 from headsink.plan.plan import Plan
 from headsink.serving.vllm.attention import over_blocks
-from headsink.serving.vllm.fp8 import FP8
+from headsink.serving.vllm.fp8 import FP8, check_processor
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
 from headsink.serving.vllm.prefixes import Prefix
@@ -233,7 +233,6 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
     unsuitable = {
         "on a GPU": not current_platform.is_cpu(),
         "of another kind than fp8": config.cache_config.cache_dtype not in FP8,
-        "on a processor without AVX-512": not torch.cpu._is_avx512_supported(),
         "in some layers alone": bool(config.cache_config.kv_cache_dtype_skip_layers),
         "of a quantised model": config.quant_config is not None,  # whose scales the layers of a plan would not get
     }
@@ -252,6 +251,8 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
     for feature, enabled in refused.items():
         if enabled:
             raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
+    if quantised:
+        check_processor()
 
 
 def _with_plan(base: Any) -> Any:
