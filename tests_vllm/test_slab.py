@@ -268,7 +268,7 @@ def test_random_requests_and_aborts_leak_no_block(engine, model_folder, prefill)
     assert not manager.reading
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-mha"])
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "gpt-oss"])
 def test_two_ranks(engine, model_folder, monkeypatch, family):
     """With one and with two KV heads per rank."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
