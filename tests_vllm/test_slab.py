@@ -1,7 +1,7 @@
 """Plans with top-k keys: vLLM gives the log-probabilities of the reference, whatever shares the batch, and frees every block."""
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from statistics import mean
@@ -287,14 +287,16 @@ def test_compiled(engine, model_folder):
     assert max(worst(model, plan, output) for output in outputs) < BOUND
 
 
-def test_bfloat16_is_close_to_the_reference(engine, model_folder):
+@pytest.mark.parametrize("cache", ["auto", pytest.param("fp8", marks=fp8)])
+def test_bfloat16_is_close_to_the_reference(engine, model_folder, cache):
     model = tiny.tiny("llama")
     plan = plan_for(model)
-    llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16")
+    llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16", kv_cache_dtype=cache)
+    rounding = nullcontext if cache == "auto" else partial(expected.in_8_bits, torch.float8_e4m3fn)
     outputs = llm.generate(tiny.prompts([300, 47]), ASK_ALL, use_tqdm=False)
     for output in outputs:  # rounded scores choose other keys now and then, so the largest difference says little
         prompt = len(output.prompt_token_ids)
-        with held(model, plan, prompt, prompt + len(output.outputs[0].token_ids)):
+        with held(model, plan, prompt, prompt + len(output.outputs[0].token_ids)), rounding():
             found = expected.differences(model, output)
         assert sum(found) / len(found) < 0.03
 
