@@ -1,6 +1,6 @@
 """Random requests against a server under a plan: no block is lost, and no request changes another one's output.
 
-.venv-vllm/bin/python benchmarks/serving_stress.py --requests 10000 --new 300 --out benchmarks/results/serving-stress.json
+.venv-vllm/bin/python benchmarks/serving_stress.py --requests 10000 --new 160 --out benchmarks/results/serving-stress.json
 .venv-vllm/bin/python benchmarks/serving_stress.py --requests 2000 --longest 120 --new 150 --again 400 \
     --out benchmarks/results/serving-preempted.json
 
