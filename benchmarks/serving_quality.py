@@ -95,12 +95,13 @@ def served(
     way: str,
     documents: list[list[int]],
     chunk: int | None,
+    cache_dtype: str,
     prefixes: Sequence[Path] = (),
 ) -> list[Tensor]:
     """Return the log-probabilities at the scored tokens of each part, after its document. way: how prompts are read."""
     longest = max(len(ids) + len(part["ids"]) for ids, part in zip(documents, PARTS, strict=True))
     block = int(defaults(plan)["--block-size"])
-    options: dict[str, Any] = {"block_size": block, "max_model_len": longest, "async_scheduling": False}
+    options: dict[str, Any] = {"block_size": block, "max_model_len": longest, "kv_cache_dtype": cache_dtype}
     if chunk:
         options["max_num_batched_tokens"] = chunk
     llm = LLM(
@@ -108,6 +109,7 @@ def served(
         dtype="float32",
         skip_tokenizer_init=True,
         logits_processors=[Forced],
+        async_scheduling=False,
         **options,
         **engine_args(plan, way, prefixes),
     )
@@ -172,13 +174,17 @@ def main() -> None:
     parser.add_argument("--cases", type=Path, required=True, help="from benchmarks/cases.py")
     parser.add_argument("--context", type=int, default=2000, help="of the cases")
     parser.add_argument("--limit", type=int, help="cases")
+    parser.add_argument("--text", action="store_true", help="score following text alone, ask nothing")
     parser.add_argument("--prefill", default="dense,sparse,prefix", help="how the server reads prompts")
     parser.add_argument("--chunk", type=int, help="tokens of a step; vLLM's default otherwise")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of the server: auto, fp8 or fp8_e5m2")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     plan, folder = Plan.load(arguments.plan), loading.find(arguments.model)[0]
     cases = [c for c in json.loads(read_text(arguments.cases))["cases"] if c["context"] == arguments.context]
     cases = cases[: arguments.limit]
+    for case in cases:
+        case["continuations"] = [p for p in case["continuations"] if p["form"] == TEXT or not arguments.text]
     PARTS[:] = [part for case in cases for part in case["continuations"]]
     owners = [case for case in cases for _ in case["continuations"]]
     names = [case["name"] for case in owners]
@@ -187,11 +193,12 @@ def main() -> None:
     found: dict[str, Any] = {
         "model": arguments.model,
         "context": arguments.context,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "plan": {"kv_budget": plan.kv_budget(arguments.context), "calibration": plan.calibration},
     }
     documents = [case["ids"] for case in owners]
     # vLLM comes first: it does not start in a process that has compiled kernels by numba.
-    given = documents, arguments.chunk
+    given = documents, arguments.chunk, arguments.kv_cache_dtype
     ways: dict[str, Callable[[], list[Tensor]]] = {
         f"served, {way} prefill": partial(served, folder, plan, way, *given) for way in arguments.prefill.split(",")
     }

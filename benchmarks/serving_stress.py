@@ -1,11 +1,14 @@
 """Random requests against a server under a plan: no block is lost, and no request changes another one's output.
 
-.venv-vllm/bin/python benchmarks/serving_stress.py --requests 10000 --out benchmarks/results/serving-stress.json
+.venv-vllm/bin/python benchmarks/serving_stress.py --requests 10000 --new 160 --out benchmarks/results/serving-stress.json
+.venv-vllm/bin/python benchmarks/serving_stress.py --requests 2000 --longest 120 --new 150 --again 400 \
+    --out benchmarks/results/serving-preempted.json
 
 A tiny random model in float32 gets requests of 1 token up to the maximum length into a pool so small that vLLM preempts. A
 quarter of the prompts begin like an earlier one, some with one of two prefixes that the server starts from, and some requests are
 aborted, while they wait, are read, or decode. Then every n-th finished request, and every one that was preempted, is sent again,
-alone. Runs in vLLM's environment (make test-vllm).
+alone. With shorter prompts (`--longest`) vLLM preempts more of them: a long prompt takes blocks while it is read, which are free
+for later tokens. Runs in vLLM's environment (make test-vllm).
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--again", type=int, default=40, help="every n-th finished request is sent again, alone")
+    parser.add_argument("--longest", type=int, default=CONTEXT - 1, help="tokens of a prompt at most, prefixes apart")
     parser.add_argument("--new", type=int, default=100, help="tokens to generate at most")
     parser.add_argument("--prefill", default="dense")
     parser.add_argument("--blocks", type=int, default=32, help="of the pool")
@@ -118,7 +122,7 @@ def main() -> None:
     writer.join()
     prompts: list[list[int]] = []
     for _ in range(arguments.requests):
-        length = rng.randint(1, rng.choice([60, CONTEXT - 1]))
+        length = rng.randint(1, rng.choice([60, arguments.longest]))
         ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
         if prompts and rng.random() < 0.25:
             shared = rng.choice(prompts[-50:])[: rng.randint(1, length)]
@@ -156,13 +160,22 @@ def main() -> None:
             core.abort_request([str(gone)])
             running.discard(gone)
             aborted += 1
-        if len(finished) % 1000 == 0 and finished:
-            print(len(finished), "finished", round(time.perf_counter() - begin), "s", flush=True)
+        if outputs and outputs[-1].finished and len(finished) % 100 == 0:
+            print(
+                len(finished),
+                "finished,",
+                len(preempted),
+                "preempted,",
+                round(time.perf_counter() - begin),
+                "s",
+                flush=True,
+            )
     metrics = {found.name: getattr(found, "value", None) for found in llm.get_metrics()}
     manager = core.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     found: dict[str, Any] = {
         "prefill": arguments.prefill,
         "requests": arguments.requests,
+        "longest_prompt": arguments.longest,
         "finished": len(finished),
         "finished_that_started_from_a_prefix": from_prefix,
         "aborted": aborted,

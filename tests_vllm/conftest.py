@@ -16,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import pytest
 import torch
 
+fp8 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's kernels read 8-bit floats with AVX-512 only"
+)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

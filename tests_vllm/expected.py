@@ -1,12 +1,16 @@
 """Expected outputs of vLLM: the model in transformers, with every head masked to the blocks of its grouping."""
 
+import sys
 from contextlib import contextmanager
 
+import pytest
+import reference
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headsink.attention import reference as reference_module
+from headsink.attention.reference import masked_attention
 from headsink.models.distributed import rank_heads
 from headsink.models.spec import describe
 from headsink.serving.vllm.blocks import visible
@@ -33,17 +37,22 @@ def kept_by_head(plan, found, ranks=1):
     return kept
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **options):
-    kept, block = _running[-1]
-    if kept[module.layer_idx] is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    positions, group = torch.arange(key.shape[2]), query.shape[1] // key.shape[1]
+def _stored(numbers):
+    return numbers
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **_):
+    (kept, block), heads = _running[-1], key.shape[1]
+    key, value = _stored(key), _stored(value)
+    positions, group = torch.arange(key.shape[2]), query.shape[1] // heads
     output = torch.empty_like(query)
-    for head, blocks in enumerate(kept[module.layer_idx]):
-        rows = slice(head * group, (head + 1) * group)
-        scores = query[:, rows] @ key[:, head : head + 1].transpose(-1, -2) * scaling
-        mask = visible(blocks, block, positions, positions)
-        output[:, rows] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, head : head + 1]
+    for head, blocks in enumerate(kept[module.layer_idx] or [None] * heads):
+        rows, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        mask = attention_mask if blocks is None else visible(blocks, block, positions, positions)
+        sink_logits = None if s_aux is None else s_aux[rows]
+        output[:, rows] = masked_attention(
+            query[:, rows], key[:, one], value[:, one], mask, scaling, sink_logits=sink_logits
+        )
     return output.transpose(1, 2), None
 
 
@@ -61,6 +70,43 @@ def masked(model, plan, block, context=1024, ranks=1):
     finally:
         _running.pop()
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def truncated(dtype):
+    """Let `masked` drop the bits of keys and values that a dtype with 8 bits does not have, as vLLM's kernels do."""
+
+    def stored(numbers):
+        near = numbers.to(dtype)
+        return torch.where(near.to(numbers).abs() > numbers.abs(), (near.view(torch.uint8) - 1).view(dtype), near).to(
+            numbers
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_stored", stored)
+        yield
+
+
+@contextmanager
+def in_8_bits(dtype, first=0):
+    """Let `reference.masked` round keys and values to the nearest floats of a dtype with 8 bits, as they enter the cache.
+
+    first: tokens of a prefix, which attended to each other before they were rounded.
+    """
+    given, most = reference.reference_attention, torch.finfo(dtype).max
+
+    def rounded(numbers):
+        return numbers.clamp(-most, most).to(dtype).to(numbers.dtype)
+
+    def attend(query, key, value, *rest):
+        *rest, _ = rest
+        key, value = (torch.cat([of[:, :, :first], rounded(of[:, :, first:])], 2) for of in (key, value))
+        return given(query, key, value, *rest, True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_module, "_rounded", rounded)
+        patch.setattr(reference, "reference_attention", attend)
+        yield
 
 
 @torch.no_grad()

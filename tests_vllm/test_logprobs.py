@@ -1,10 +1,13 @@
 """vLLM under a plan gives the log-probabilities of the model in transformers, masked to the same blocks."""
 
 import random
+from statistics import mean
 
 import expected
 import pytest
 import tiny
+import torch
+from conftest import fp8
 from plans import random_plan
 from transformers import AutoTokenizer
 from vllm import SamplingParams
@@ -23,7 +26,7 @@ def quarter(rng: random.Random) -> Pattern:
     return Pattern() if rng.random() < 0.15 else Pattern(4, 0, rng.choice([64, 128, 256, 512]))
 
 
-@pytest.mark.parametrize("family", [*tiny.DENSE, "qwen3-moe"])
+@pytest.mark.parametrize("family", [*tiny.DENSE, "qwen3-moe", "gpt-oss"])
 def test_every_family_under_a_random_plan(engine, model_folder, family):
     """Three prompts of different lengths in one batch, in chunks of 256 tokens."""
     model = tiny.tiny(family)
@@ -33,6 +36,20 @@ def test_every_family_under_a_random_plan(engine, model_folder, family):
     with expected.masked(model, plan, 32):
         assert max(expected.worst(model, output) for output in outputs) < BOUND
     assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan changes outputs
+
+
+@fp8
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_keys_with_8_bits(engine, model_folder, name, dtype):
+    model = tiny.tiny("llama-mha")
+    plan = tiny.plan_for(model, seed=1)
+    llm = engine(model_folder(model), plan, block_size=32, kv_cache_dtype=name)
+    outputs = llm.generate(tiny.prompts([37, 300, 701]), ASK_ALL, use_tqdm=False)
+    for output in outputs:
+        with expected.masked(model, plan, 32):
+            unrounded = mean(expected.differences(model, output))
+            with expected.truncated(dtype):
+                assert mean(expected.differences(model, output)) < 1e-3 < 0.1 * unrounded
 
 
 @pytest.mark.parametrize("block", [64, 96, 128])

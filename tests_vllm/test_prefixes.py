@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from statistics import mean
 
+import expected
 import pytest
 import test_slab
 import tiny
+import torch
+from conftest import fp8
 from plans import random_plan
 from safetensors.torch import load_file
 from vllm import SamplingParams
@@ -96,6 +100,21 @@ def test_a_reconstructed_prefix_equals_its_cache_in_transformers(engine, model_f
     expected = load_file(out)["found"]
     for n, row in enumerate(answer.logprobs):
         assert all(abs(expected[9 + n, token] - found.logprob) < 1e-4 for token, found in row.items())
+
+
+@fp8
+def test_a_prefix_is_rounded_to_the_cache_of_the_server(engine, model_folder, prefix):
+    model = tiny.tiny("llama")
+    plan, folder = test_slab.plan_for(model), model_folder(model)
+    ids = tiny.prompts([400], seed=5)[0]["prompt_token_ids"]
+    llm = engine(folder, plan, prefixes=[prefix(folder, plan, ids)], block_size=32, kv_cache_dtype="fp8")
+    for output in llm.generate(after(ids, [1, 45, 130]), ASK, use_tqdm=False):
+        assert output.num_cached_tokens == 400
+        tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+        with test_slab.held(model, plan, 400, tokens, from_prefix=True):
+            unrounded = mean(expected.differences(model, output))
+            with expected.in_8_bits(torch.float8_e4m3fn, 400):
+                assert mean(expected.differences(model, output)) < 1e-3 < 0.1 * unrounded
 
 
 def test_preempted_requests_load_the_prefix_again(engine, model_folder, prefix):

@@ -1,15 +1,17 @@
 """Plans with top-k keys: vLLM gives the log-probabilities of the reference, whatever shares the batch, and frees every block."""
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
+from statistics import mean
 
 import expected
 import pytest
 import reference
 import tiny
 import torch
+from conftest import fp8
 from plans import random_plan
 from vllm import SamplingParams
 
@@ -134,7 +136,7 @@ def free_blocks(llm):
 @pytest.mark.parametrize(
     ("family", "prefill"),
     [(family, "dense") for family in tiny.SERVED]
-    + [("llama", "sparse"), ("llama-mha", "sparse"), ("gemma3", "sparse")],
+    + [(family, "sparse") for family in ("llama", "llama-mha", "gemma3", "gpt-oss")],
 )
 def test_every_family_equals_the_reference(engine, model_folder, family, prefill):
     """Prompts of different lengths in one batch, in chunks of 256 tokens."""
@@ -145,6 +147,27 @@ def test_every_family_equals_the_reference(engine, model_folder, family, prefill
     outputs = llm.generate(tiny.prompts([600, 333, 47, 470, 512, 1]), ASK_ALL, use_tqdm=False)
     assert max(worst(model, plan, output, dense=prefill == "dense") for output in outputs) < BOUND
     assert max(expected.worst(model, output) for output in outputs) > 0.01  # the plan changes outputs
+    assert free_blocks(llm) == before
+
+
+@fp8
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_keys_with_8_bits_equal_the_reference(engine, model_folder, prefill, name, dtype):
+    """A rounding error in the model may change the 8-bit float of an element, so single outputs differ more than their mean."""
+    model = tiny.tiny("llama")
+    plan = plan_for(model)
+    llm = engine(model_folder(model), plan, prefill, block_size=32, kv_cache_dtype=name)
+    config, before = scheduler(llm).kv_cache_config, free_blocks(llm)
+    heads = len(plan.layers) * plan.model.kv_heads
+    assert config.kv_cache_tensors[0].size == config.num_blocks * 32 * heads * 2 * plan.model.head_dim  # bytes
+    for output in llm.generate(tiny.prompts([600, 333, 47, 470]), ASK_ALL, use_tqdm=False):
+        prompt = len(output.prompt_token_ids)
+        first = prompt if prefill == "dense" else 0
+        with held(model, plan, first, prompt + len(output.outputs[0].token_ids)):
+            unrounded = mean(expected.differences(model, output))
+            with expected.in_8_bits(dtype):
+                assert mean(expected.differences(model, output)) < 1e-3 < 0.1 * unrounded
     assert free_blocks(llm) == before
 
 
@@ -245,7 +268,7 @@ def test_random_requests_and_aborts_leak_no_block(engine, model_folder, prefill)
     assert not manager.reading
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-mha"])
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "gpt-oss"])
 def test_two_ranks(engine, model_folder, monkeypatch, family):
     """With one and with two KV heads per rank."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -264,14 +287,16 @@ def test_compiled(engine, model_folder):
     assert max(worst(model, plan, output) for output in outputs) < BOUND
 
 
-def test_bfloat16_is_close_to_the_reference(engine, model_folder):
+@pytest.mark.parametrize("cache", ["auto", pytest.param("fp8", marks=fp8)])
+def test_bfloat16_is_close_to_the_reference(engine, model_folder, cache):
     model = tiny.tiny("llama")
     plan = plan_for(model)
-    llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16")
+    llm = engine(model_folder(model), plan, block_size=32, dtype="bfloat16", kv_cache_dtype=cache)
+    rounding = nullcontext if cache == "auto" else partial(expected.in_8_bits, torch.float8_e4m3fn)
     outputs = llm.generate(tiny.prompts([300, 47]), ASK_ALL, use_tqdm=False)
     for output in outputs:  # rounded scores choose other keys now and then, so the largest difference says little
         prompt = len(output.prompt_token_ids)
-        with held(model, plan, prompt, prompt + len(output.outputs[0].token_ids)):
+        with held(model, plan, prompt, prompt + len(output.outputs[0].token_ids)), rounding():
             found = expected.differences(model, output)
         assert sum(found) / len(found) < 0.03
 

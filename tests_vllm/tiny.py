@@ -11,6 +11,11 @@ from headsink import Pattern
 
 SIZE = {"head_dim": 32, "max_position_embeddings": 1024, "num_hidden_layers": 4}
 DENSE = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma3")
+# vLLM has sliding windows in every other layer of gpt-oss.
+LAYERS = {
+    "gemma3": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    "gpt-oss": ["sliding_attention", "full_attention"] * 2,
+}
 EXPERTS = {
     "mixtral": lambda: MixtralConfig(**families.SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "olmoe": lambda: OlmoeConfig(**families.SHAPE, num_experts=4, num_experts_per_tok=2),
@@ -18,24 +23,32 @@ EXPERTS = {
         **families.SHAPE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
     ),
 }
-SERVED = (*DENSE, *EXPERTS)
+SERVED = (*DENSE, *EXPERTS, "gpt-oss")
 
 
 def tiny(family, seed=0, **sizes):
     """A tiny model as in tests/support/families.py, with other sizes."""
     config = (families.CONFIGS | EXPERTS)[family]()
-    if family == "qwen2" or family in EXPERTS:  # its head dimension is hidden size / number of heads
+    if family in (
+        "qwen2",
+        "gpt-oss",
+        *EXPERTS,
+    ):  # the head dimension is hidden size / heads; experts need multiples of 32
         config.hidden_size = 32 * config.num_attention_heads
     for name, size in (SIZE | sizes).items():
         setattr(config, name, size)
     if getattr(config, "layer_types", None) is not None:
-        kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-        config.layer_types = kinds if family == "gemma3" else ["full_attention"] * config.num_hidden_layers
+        config.layer_types = LAYERS.get(family, ["full_attention"] * config.num_hidden_layers)
+    if family == "gpt-oss":  # vLLM rotates as many positions as this makes
+        config.rope_parameters["original_max_position_embeddings"] = 32
     config = type(config)(**config.to_dict())
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    attention = "eager" if family == "gpt-oss" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and "embed" not in name and "lm_head" not in name:
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter, std=2)
+        elif parameter.dim() >= 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     return model

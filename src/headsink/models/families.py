@@ -28,6 +28,7 @@ _RECORDS = (
     Family("qwen2", vllm="Qwen2ForCausalLM"),
     Family("qwen3", vllm="Qwen3ForCausalLM"),
     Family("gemma3_text", vllm="Gemma3ForCausalLM"),
+    Family("gpt_oss", vllm="GptOssForCausalLM"),
     Family("mixtral", vllm="MixtralForCausalLM"),
     Family("olmoe", vllm="OlmoeForCausalLM"),
     Family("qwen3_moe", vllm="Qwen3MoeForCausalLM"),

@@ -83,8 +83,9 @@ class SlabConnector(KVConnectorBase_V1, SupportsHMA):
                     "vLLM divides the layers with full attention of this model into several groups, which a plan with top-k keys "
                     "does not support; make one with `headsink plan --no-top-k`"
                 )
-            given = running.plan, running.shape, running.slab, running.heads, vllm_config.model_config.dtype
-            running.prefixes = [Prefix.load(file, *given) for file in files]
+            given = running.plan, running.shape, running.slab, running.heads
+            dtypes = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+            running.prefixes = [Prefix.load(file, *given, *dtypes) for file in files]
 
     # in the scheduler's process
 

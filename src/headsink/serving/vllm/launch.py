@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -52,11 +53,14 @@ def command(
     from headsink.models import loading
     from headsink.plan.plan import Plan
     from headsink.runtime.prefix import prefix_heads, prefix_tokens
+    from headsink.serving.vllm.fp8 import FP8, check_processor
     from headsink.serving.vllm.settings import check_servable, engine_args
     from headsink.serving.vllm.skeleton import check_folder
 
     plan = Plan.load(plan_file)
     check_servable(plan)
+    if not torch.cuda.is_available() and _value(options, "--kv-cache-dtype") in FP8:
+        check_processor()
     source, local = loading.find(model)
     arguments = engine_args(plan, prefill, prefixes)
     # For a model of the Hugging Face Hub, vLLM's workers compare the weights and the prefixes while loading.
@@ -71,6 +75,14 @@ def command(
     given = [_option(key, value) for key, value in arguments.items()]
     start = [*WITHOUT_SERVER, source] if "--headless" in named else [SERVER, "--model", source]
     return ["-m", *start, *chosen, *given, *options]
+
+
+def _value(options: list[str], name: str) -> str | None:
+    """Return the value of an option of vLLM, None if it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, "--" + name[2:].replace("-", "_"), dest="value", nargs="?")
+    value: str | None = parser.parse_known_args(options)[0].value
+    return value
 
 
 def _option(name: str, value: object) -> str:

@@ -20,9 +20,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models import gemma3, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
+from vllm.model_executor.models import gemma3, gpt_oss, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import get_dtype_size
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from headsink.errors import HeadsinkError
@@ -32,6 +33,7 @@ from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture, describe
 from headsink.plan.plan import Plan
 from headsink.serving.vllm.attention import over_blocks
+from headsink.serving.vllm.fp8 import FP8, check_processor
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
 from headsink.serving.vllm.prefixes import Prefix
@@ -59,7 +61,7 @@ class Running:
 
     @cached_property
     def grouping(self) -> Grouping:
-        dtype = self.config.model_config.dtype
+        dtype = kv_cache_dtype_str_to_dtype(self.config.cache_config.cache_dtype, self.config.model_config)
         found = choose(
             self.plan,
             self.shape.windows,
@@ -129,6 +131,7 @@ class SlabAttention(Attention):
             quant_config=running.config.quant_config,
             prefix=whole.layer_name,
             attn_backend=over_slab(whole.attn_backend),
+            sinks=whole.impl.sinks,
         )
         self.running, self.rotary, self.scorer = running, running.rotary, SCORERS[running.plan.scorer]
         self.number = sum(heads is not None for heads in running.plan.layers[:layer])  # among the layers of the slab
@@ -169,7 +172,10 @@ class SplitAttention(nn.Module):
             "quant_config": running.config.quant_config,
         }
         self.units = nn.ModuleList()
+        # Views, so that they have the values that the model loads.
+        sinks = [None] * self.kv_heads if whole.impl.sinks is None else whole.impl.sinks.detach().chunk(self.kv_heads)
         for unit in range(self.kv_heads):
+            options["sinks"] = sinks[self.order[unit]]
             name = f"{whole.layer_name}.unit{unit}"
             if running.plan.layers[layer] is None:
                 options |= {"per_layer_sliding_window": whole.sliding_window, "attn_backend": whole.attn_backend}
@@ -223,11 +229,18 @@ def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig)
 def _check_settings(plan: Plan, config: VllmConfig) -> None:
     """Raise HeadsinkError for features of vLLM that do not work with a plan, or are untested with one."""
     parallel, transfer = config.parallel_config, config.kv_transfer_config
+    quantised = is_quantized_kv_cache(config.cache_config.cache_dtype)
+    unsuitable = {
+        "on a GPU": not current_platform.is_cpu(),
+        "of another kind than fp8": config.cache_config.cache_dtype not in FP8,
+        "in some layers alone": bool(config.cache_config.kv_cache_dtype_skip_layers),
+        "of a quantised model": config.quant_config is not None,  # whose scales the layers of a plan would not get
+    }
     refused = {
         "speculative decoding": config.speculative_config is not None,
         "KV transfer and KV offloading": transfer is not None and transfer.kv_connector_module_path != CONNECTOR,
         "a LoRA adapter": config.lora_config is not None,  # makes other weights than the plan's
-        "a quantised KV cache": is_quantized_kv_cache(config.cache_config.cache_dtype),
+        **{f"a quantised KV cache {where}": quantised and wrong for where, wrong in unsuitable.items()},
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
@@ -238,6 +251,8 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
     for feature, enabled in refused.items():
         if enabled:
             raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
+    if quantised:
+        check_processor()
 
 
 def _with_plan(base: Any) -> Any:
@@ -261,6 +276,7 @@ def _with_plan(base: Any) -> Any:
 
 
 Gemma3ForCausalLM = _with_plan(gemma3.Gemma3ForCausalLM)
+GptOssForCausalLM = _with_plan(gpt_oss.GptOssForCausalLM)
 LlamaForCausalLM = _with_plan(llama.LlamaForCausalLM)
 MistralForCausalLM = _with_plan(mistral.MistralForCausalLM)
 MixtralForCausalLM = _with_plan(mixtral.MixtralForCausalLM)

@@ -19,6 +19,7 @@ from headsink.models.devices import dtype_name
 from headsink.models.spec import Architecture
 from headsink.plan.plan import Plan
 from headsink.runtime.prefix import prefix_heads
+from headsink.serving.vllm.fp8 import rounded
 from headsink.serving.vllm.slab import Slab
 
 
@@ -47,13 +48,14 @@ class Prefix:
         slab: Slab,
         heads: Sequence[int],
         dtype: torch.dtype,
+        cache_dtype: str,
     ) -> Prefix:
-        """heads, dtype: of the rank. Raises HeadsinkError for files that cannot be served under the plan."""
+        """heads, dtype: of the rank. cache_dtype: as for `rounded`. Raises HeadsinkError for files that cannot be served."""
         ids, layers = prefix_heads(path, plan, shape)
         if (given := layers[0][0].keys.dtype) != dtype:
             names = dtype_name(given), dtype_name(dtype)
             raise HeadsinkError(f"{path}: its keys and values are {names[0]}, the server's are {names[1]}")
-        missing, places, scores = torch.zeros_like(slab.keeps), [], []
+        missing, places, scores, keys, values = torch.zeros_like(slab.keeps), [], [], [], []
         held = [(layer, at, row[head]) for layer, row in enumerate(layers) for at, head in enumerate(heads)]
         for layer, at, head in held:
             count = len(head.keys)
@@ -62,17 +64,18 @@ class Prefix:
             missing[layer, at] = len(ids) - count
             places.append(torch.tensor([[layer, at, slot] for slot in range(count)]).view(count, 3))
             weights = plan.scores(layer)[heads[at]][None]
-            linear = SCORERS[plan.scorer].scores(head.keys[None], head.values[None], weights)[0].float()
+            keys.append(rounded(head.keys, cache_dtype))
+            values.append(rounded(head.values, cache_dtype))
+            linear = SCORERS[plan.scorer].scores(keys[-1][None], values[-1][None], weights)[0].float()
             scores.append(torch.where(head.scores == NONE, linear, head.scores))
-        kept = [head for *_, head in held]
         return cls(
             len(ids),
             missing,
             torch.cat(places),
-            torch.cat([head.keys for head in kept]),
-            torch.cat([head.values for head in kept]),
+            torch.cat(keys),
+            torch.cat(values),
             torch.cat(scores),
-            torch.cat([head.positions for head in kept]).int(),
+            torch.cat([head.positions for *_, head in held]).int(),
         )
 
 

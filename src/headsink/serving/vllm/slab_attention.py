@@ -2,7 +2,8 @@
 
 The order of a head's keys does not matter to attention, except that the newest tokens come last, so plain causal attention over
 its pages is right. Tokens of prompts are read apart (slab_prompt.py). Other tokens of a step are read in rounds. A round ends
-where a sequence evicts next.
+where a sequence evicts next. The kernel takes one set of learned sink logits per call (gpt-oss), so layers that have them call it
+once per KV head.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             del common_prefix_len, fast_build
             if self.tables is None:
                 slab = self.layers[0].slab
-                pool = Pool(self.layers, slab.block, self.isa, self.sequences)
+                pool = Pool(self.layers, slab.block, self.isa, self.sequences, self.dtype)
                 weights = torch.stack([layer.scorer_weights for layer in self.layers])
                 self.tables = Tables(slab, pool, self.layers[0].scorer, weights, self.layers[0].running.prefixes)
             self._load(self.tables, common_attn_metadata.block_table_tensor)
@@ -269,14 +270,15 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             if attn_metadata is None:  # a run that measures memory
                 return output
             tables, shaped = attn_metadata.tables, output.view(*query.shape)
+            softmax = self.scale, None if self.sinks is None else self.sinks.float()
             for part in attn_metadata.parts:
                 these = part.rows
-                shaped[these] = read(tables.pool, part, layer, query[these], key[these], value[these], self.scale)
+                shaped[these] = read(tables.pool, part, layer, query[these], key[these], value[these], *softmax)
             for number, one in enumerate(attn_metadata.rounds):
                 if number:
                     tables.evict(one, layer.number)
                 rows = slice(attn_metadata.num_actual_tokens) if one.rows is None else one.rows
-                shaped[rows] = attend(tables.pool, one, layer.number, query[rows], key[rows], value[rows], self.scale)
+                shaped[rows] = attend(tables.pool, one, layer.number, query[rows], key[rows], value[rows], *softmax)
             return output
 
     overrides = {
@@ -287,44 +289,60 @@ def over_slab(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend_with_overrides("HeadsinkSlab", backend, overrides)
 
 
-def attend(pool: Pool, one: Round, number: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend(
+    pool: Pool,
+    one: Round,
+    number: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
     """Append the tokens of a round to all heads of a layer, and return their attention, as `query`.
 
-    number: of the layer. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
+    number: of the layer. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim]. sink_logits: as for `read`.
     """
-    tokens, heads, table = len(query), key.shape[1], one.tables[number]
+    tokens, heads = len(query), key.shape[1]
     keys, values = (t.transpose(0, 1).reshape(heads * tokens, 1, pool.dim) for t in (key, value))
     pool.write(keys, values, one.slots[number].flatten())
     grouped = query.view(tokens, heads, -1, pool.dim).transpose(0, 1).contiguous()
     flat = grouped.view(heads * tokens, -1, pool.dim)
-    found, lengths = torch.empty_like(flat), one.lengths[number]
-    plan = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
-        num_heads=flat.shape[1],
-        num_kv_heads=1,
-        head_dim=pool.dim,
-        seq_lens=lengths,
-        dtype=flat.dtype,
-        query_start_loc=one.starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=pool.isa,
-        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-    )
-    ops.cpu_attention_with_kv_cache(
-        query=flat,
-        key_cache=pool.keys,
-        value_cache=pool.values,
-        output=found,
-        query_start_loc=one.starts,
-        seq_lens=lengths,
-        scale=scaling,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=-1,
-        block_table=table,
-        softcap=0,
-        scheduler_metadata=plan,
-        s_aux=None,
-    )
+    found = torch.empty_like(flat)
+    calls = 1 if sink_logits is None else heads
+    parts = (given.chunk(calls) for given in (flat, found, one.lengths[number], one.tables[number]))
+    logits = [None] if sink_logits is None else sink_logits.chunk(heads)
+    for given, output, lengths, table, own_logits in zip(*parts, logits, strict=True):
+        starts = one.starts[: len(lengths) + 1]
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(lengths),
+            num_heads=given.shape[1],
+            num_kv_heads=1,
+            head_dim=pool.dim,
+            seq_lens=lengths,
+            dtype=given.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=pool.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=pool.cache_dtype,
+        )
+        ops.cpu_attention_with_kv_cache(
+            query=given,
+            key_cache=pool.keys,
+            value_cache=pool.values,
+            output=output,
+            query_start_loc=starts,
+            seq_lens=lengths,
+            scale=scaling,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=plan,
+            s_aux=own_logits,
+            kv_cache_dtype=pool.cache_dtype,
+        )
     return found.view(heads, tokens, -1, pool.dim).transpose(0, 1).flatten(1, 2)

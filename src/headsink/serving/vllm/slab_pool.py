@@ -16,8 +16,10 @@ from vllm import _custom_ops as ops
 
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import Scorer
+from headsink.serving.vllm import fp8
 
 PROTECTED = float("inf")  # score of keys that are not evicted
+LAYOUT = "vLLM's KV cache has a layout that a plan with top-k keys does not support"
 
 
 @dataclass
@@ -60,10 +62,12 @@ class Pool:
     pages: [pages, elements of a page]. keys, values: as vLLM's kernels take them. rows: the same memory, as key and value of
     each slot, [slots, 2 x dim], for prompts that are being read. scores, positions: float32 and int32 by slot. places: in which
     elements of a page a slot's key and value are, int64 [block, 2 x dim]. skipped, prefix: how many blocks for its prompt a
-    sequence had, and from which prefix it started, counted from 1, int64 by its first block. reading: see there.
+    sequence had, and from which prefix it started, counted from 1, int64 by its first block. reading: see there. dtype: of keys
+    and values outside of the pool. cache_dtype: vLLM's name of that in the pool.
     """
 
-    def __init__(self, layers: list[Any], block: int, isa: str, sequences: int):
+    def __init__(self, layers: list[Any], block: int, isa: str, sequences: int, dtype: torch.dtype) -> None:
+        self.dtype, self.cache_dtype = dtype, layers[0].kv_cache_dtype
         caches = [layer.kv_cache for layer in layers]
         like, heads = caches[0], caches[0].shape[1]
         dim = like.shape[3] // 2
@@ -80,37 +84,53 @@ class Pool:
         # page of a lane of block 0
         self.first = torch.tensor([cache.storage_offset() // size + head for cache in caches for head in range(heads)])
         if any(cache.storage_offset() % size or not cache[0].is_contiguous() for cache in caches):
-            raise HeadsinkError("vLLM's KV cache has a layout that a plan with top-k keys does not support")
-        self.places = self._probe(like.dtype)
+            raise HeadsinkError(LAYOUT)
+        self.places = self._probe()
 
-    def _probe(self, dtype: torch.dtype) -> Tensor:
-        """Find where the kernel puts the elements of a slot, by writing one page of known numbers for each element."""
-        page = torch.zeros(1, 1, 2 * self.block, self.dim, dtype=dtype)
-        keys, values = page.chunk(2, dim=2)
-        places = torch.zeros(self.block, 2 * self.dim, dtype=torch.long)
-        for element in range(2 * self.dim):
-            page.zero_()
-            given = torch.zeros(self.block, 1, 2 * self.dim, dtype=dtype)
-            given[:, 0, element] = torch.arange(1, self.block + 1).to(dtype)  # exact in bfloat16 up to 256
-            self._store(torch.arange(self.block), keys, values, *given.split(self.dim, -1))
-            found = page.flatten().nonzero()[:, 0]
-            places[page.flatten()[found].long() - 1, element] = found
-        return places
+    def _probe(self) -> Tensor:
+        """Find where the kernel puts the elements of a slot, by writing pages with the bits of the elements' numbers."""
+        count = self.block * 2 * self.dim
+        page = torch.zeros(1, 1, 2 * self.block, self.dim, dtype=self.pages.dtype)
+        number, found = torch.arange(count).view(self.block, 1, -1), torch.zeros(count, dtype=torch.long)
+        for bit in range(count.bit_length()):
+            given = (number >> bit & 1).to(self.dtype)
+            self._store(torch.arange(self.block), *page.chunk(2, dim=2), *given.split(self.dim, -1))
+            found += (page.flatten() != 0).long() << bit
+        numbers, places = found.sort()
+        if not torch.equal(numbers, torch.arange(count)):
+            raise HeadsinkError(LAYOUT)
+        return places.view(self.block, -1)
 
     def _store(self, slots: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
-        ops.cpu_attn_reshape_and_cache(key.contiguous(), value.contiguous(), keys, values, slots, self.isa)
+        given = key.contiguous(), value.contiguous()
+        ops.cpu_attn_reshape_and_cache(*given, keys, values, slots, self.isa, kv_cache_dtype=self.cache_dtype)
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """Return keys or values as the pool stores them."""
+        return fp8.encode(numbers, self.cache_dtype)
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """Return keys or values of the pool in the dtype outside of it."""
+        return fp8.decode(stored, self.cache_dtype, self.dtype)
+
+    def rounded(self, numbers: Tensor) -> Tensor:
+        """Return keys or values as they come out of the pool."""
+        return fp8.rounded(numbers, self.cache_dtype)
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """key, value: [tokens, 1, dim]."""
-        self._store(slots, self.keys, self.values, key, value)
+        self._store(slots, self.keys, self.values, self.rounded(key), self.rounded(value))
+
+    def _stored(self, slots: Tensor) -> Tensor:
+        return self.pages[(slots // self.block)[:, None], self.places[slots % self.block]]
 
     def read(self, slots: Tensor) -> Tensor:
         """Return keys and values of slots, int64 [keys]: [keys, 2 x dim]."""
-        return self.pages[(slots // self.block)[:, None], self.places[slots % self.block]]
+        return self.decode(self._stored(slots))
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Move keys between slots, int64 [keys]."""
-        self.pages[(target // self.block)[:, None], self.places[target % self.block]] = self.read(source)
+        self.pages[(target // self.block)[:, None], self.places[target % self.block]] = self._stored(source)
         self.scores[target], self.positions[target] = self.scores[source], self.positions[source]
 
 

@@ -4,6 +4,8 @@ A layer compresses a prompt right after its own attention to it. The linear scor
 which ones stay, and the reference queries refit them (eviction/refitting.py). A prompt may come in several chunks. Of earlier
 chunks, keys and values are in the blocks for the prompt, prompt scores in the pool's scores, and the few queries that later
 chunks need in `Chunks`. A chunk that reaches the end of a prompt needs no such blocks.
+
+If the pool has 8-bit floats, keys and values are rounded before the attention, so that chunks make no difference.
 """
 
 from __future__ import annotations
@@ -42,19 +44,32 @@ class Part:
     kept: Tensor
 
 
-def read(pool: Pool, part: Part, layer: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def read(
+    pool: Pool,
+    part: Part,
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
     """Return the attention of tokens of a prompt, as `query`. If the prompt ends with them, compress it.
 
-    layer: a `SlabAttention`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim].
+    layer: a `SlabAttention`. query: [tokens, query heads, dim]; key, value: [tokens, KV heads, dim]. sink_logits: float [query
+    heads], learned logits in the softmax without a value (gpt-oss), or None.
     """
-    own_query, key, value = (given.transpose(0, 1) for given in (query, key, value))
+    own_query, key, value = (t.transpose(0, 1) for t in (query, pool.rounded(key), pool.rounded(value)))
     begin, number = part.begin, layer.number
     if begin:
-        cached = pool.rows[part.earlier[number]]
+        cached = pool.decode(pool.rows[part.earlier[number]])
         key, value = (torch.cat(pair, 1) for pair in zip(cached.chunk(2, -1), (key, value), strict=True))
     output, lse = _attend(own_query, key, value, begin, scaling)
+    if sink_logits is not None:
+        total = torch.logaddexp(lse, sink_logits[:, None])
+        output, lse = (output.float() * (lse - total).exp()[..., None]).to(query.dtype), total
     before = pool.reading.pop(number, part.first) if begin else None
-    softmax: Softmax = (scaling, None, None)
+    softmax: Softmax = (scaling, None, sink_logits)
     near = None
     if layer.rotary is not None and part.prompt >= LEAST and (not begin or before is not None):
         chunks = _with_queries(before, own_query, lse, part, len(own_query) // len(key))
@@ -64,7 +79,7 @@ def read(pool: Pool, part: Part, layer: Any, query: Tensor, key: Tensor, value: 
         near = first, nearby_shares(*given), chunks
     if part.end < part.prompt:
         these = part.these[number]
-        pool.rows[these] = torch.cat([key[:, begin:], value[:, begin:]], -1)
+        pool.rows[these] = pool.encode(torch.cat([key[:, begin:], value[:, begin:]], -1))
         if near is not None:
             _keep_shares(pool, part, number, *near)
     else:
@@ -116,7 +131,7 @@ def _compress(
         own = match_scale(standard(shares) + standard(scores), scores)
         reference = chunks.reference.unflatten(0, (len(key), -1))
     slots, keys, values, ranks, positions = [], [], [], [], []
-    columns = torch.arange(tokens)
+    columns, (scaling, softcap, sink_logits) = torch.arange(tokens), softmax
     for head in range(len(key)):
         keeps, sink, window = (int(of[number, head]) for of in (slab.keeps, slab.sink, slab.window))
         mine, kept, rank = (key[head], value[head]), columns, scores[head]
@@ -126,7 +141,8 @@ def _compress(
             if near is None or not pattern.top_k:
                 best = rank[sink : tokens - window].topk(pattern.top_k).indices + sink
             else:
-                given = reference[head], *mine, rank, pattern, softmax, layer.rotary
+                own_logits = None if sink_logits is None else sink_logits.view(len(key), -1)[head]
+                given = reference[head], *mine, rank, pattern, (scaling, softcap, own_logits), layer.rotary
                 best, new_key, new_value = refit_keys(*given)
                 mine = mine[0].index_copy(0, best, new_key.to(key)), mine[1].index_copy(0, best, new_value.to(value))
                 if len(best) > 1:
