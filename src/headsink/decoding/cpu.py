@@ -23,6 +23,7 @@ from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
 from headsink.attention.passes import enter_scope, extended
 from headsink.attention.visibility import KeyVisibility
+from headsink.cache.buffers import Overwritten
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
@@ -31,6 +32,7 @@ from headsink.decoding.fields import Field, Number
 from headsink.decoding.parts import parts_of
 from headsink.decoding.program import Program
 from headsink.errors import HeadsinkError, must_be
+from headsink.eviction.pattern import FOREVER
 from headsink.models.devices import dtype_name
 from headsink.models.spec import decoder, describe, unwrap, vocabulary
 from headsink.models.transformers_names import cache_argument, given_cache
@@ -156,6 +158,10 @@ class Decoder:
         self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
         self.inverse = [layer.rotary.inverse.double().numpy() for layer in self.layers if layer.rotary is not None]
         self.program: Program | None = None  # of the cache's number of sequences
+        # A window of the model overwrites keys, of which a pass may overwrite each once.
+        windows = [layer.sliding for layer in self.layers if layer.sliding is not None]
+        self.most = 1 if self.turned else min(windows, default=FOREVER)  # tokens of a pass at most
+        self.overwritten = list[Overwritten]()  # by the last `read`, if it read several tokens
         self.angles: dict[str, tuple[Any, Any]] = {}
         self.layouts = {kind: self._angle_layout(kind) for kind in sorted(set(self.shape.kinds))}
 
@@ -172,9 +178,9 @@ class Decoder:
         return self.read(tokens[:, None], None if positions is None else positions[:, None])[:, 0]
 
     def read(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Append tokens to every sequence, int64 [sequences, tokens]; several at once only with absolute positions.
+        """Append tokens to every sequence, int64 [sequences, tokens].
 
-        Returns the logits after each of them, float32 [sequences, tokens, vocabulary].
+        Returns the logits after each of them, float32 [sequences, tokens, vocabulary]: the same bits as one after the other.
         """
         self.cache_check.check(tuple(tokens.shape[:-1]))
         if [weight.data_ptr() for weight in self.parameters] != self.addresses:
@@ -183,11 +189,13 @@ class Decoder:
             must_be("decode: positions", positions.shape, tokens.shape)
         with torch.no_grad():
             embedded = self.parts.embedding(tokens)
-        logits, done, count = list[Tensor](), 0, tokens.shape[1]
+        logits, done, count, self.overwritten = list[Tensor](), 0, tokens.shape[1], []
         while done < count:
             if self.length + count - done > self.ready:
                 self._make_ready(count - done)
-            new = slice(done, min(count, done + 1 if self.turned else done + self.ready - self.length))
+            new = slice(done, min(count, done + self.most, done + self.ready - self.length))
+            if count > 1:
+                self._save(new.stop - done)
             logits.append(self._read(embedded[:, new], None if positions is None else positions[:, new]))
             done = new.stop
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
@@ -206,7 +214,9 @@ class Decoder:
         new = slice(None) if own is not None else slice(length - self.begun, length - self.begun + count)
         for kind, places in program.angles.items():
             for place, angles in zip(places, (self.angles if own is None else own)[kind], strict=True):
-                place[:rows] = np.broadcast_to(angles[:, new], (len(self.pads), count, place.shape[1])).reshape(rows, -1)
+                place[:rows] = np.broadcast_to(angles[:, new], (len(self.pads), count, place.shape[1])).reshape(
+                    rows, -1
+                )
         with exclusive_threads() as threads:
             scratch = np.empty(program.scratch * count * threads, np.float32)
             self.kernels.run(
@@ -222,6 +232,26 @@ class Decoder:
             )
         self.length += count
         return torch.from_numpy(program.logits[:rows].reshape(len(self.pads), count, -1)).clone()
+
+    def _save(self, count: int) -> None:
+        """Keep what the next tokens overwrite in windows of the model, for `crop`."""
+        columns = torch.arange(self.length, self.length + count)
+        for layer in self.layers:
+            for group in layer.groups if layer.sliding is not None else ():
+                if (old := group.overwrites(columns)) is not None:
+                    self.overwritten.append(old)
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last tokens of the last `read`, in a cache without patterns that evict."""
+        if any(group.evicts for layer in self.layers if layer.sliding is None for group in layer.groups):
+            raise HeadsinkError("decode: a cache that evicts cannot take tokens back")
+        self.length -= tokens
+        for old in reversed(self.overwritten):
+            old.restore(self.length)
+        self.overwritten = []
+        if self.length < self.begun:
+            self.ready = self.length
+        self.start_evicting()
 
     def start_evicting(self) -> None:
         """Update the cache's lengths with the tokens that were appended."""
