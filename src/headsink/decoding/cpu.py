@@ -39,6 +39,7 @@ from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
+SEVERAL = 16  # tokens of a sequence that activations have room for once there are several, or more if there are more
 SAME = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative difference of logits that differ by rounding
 
 _checked: weakref.WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = weakref.WeakKeyDictionary()
@@ -284,7 +285,8 @@ class Decoder:
         found, sequences = self.program, len(self.pads)
         if found is None or found.sequences != sequences or found.tokens < tokens:
             pairs = {kind: cos.shape[2] for kind, (cos, _) in self.angles.items()}
-            self.program = found = Program(self.parts, sequences, tokens, pairs, self.turned)
+            most = tokens if tokens == 1 else max(tokens, SEVERAL)
+            self.program = found = Program(self.parts, sequences, most, pairs, self.turned)
         return found
 
     def _rotations(self, positions: Tensor) -> dict[str, tuple[Any, Any]]:
