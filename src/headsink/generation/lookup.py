@@ -125,22 +125,6 @@ class LookupDecoder(Sequences):
         self.longest = describe(model).max_context
         self.follow = False  # whether positions are those of the columns
 
-    def start(
-        self,
-        logits: Tensor,
-        processed: Callable[[int, Tensor, Tensor], Tensor],
-        stop: Any,
-        *,
-        sample: bool,
-        told: Speculation,
-        streamer: Any = None,
-    ) -> None:
-        """Decode until all sequences end. logits: after the prompt, which the cache has, [rows, vocabulary]. Others as `run`."""
-        pick = accept_sampled if sample else accept_greedy
-        picks = [pick([processed(text, self.texts[text], logits[text].float())], [], []) for text in self.rows]
-        self._grow(picks, stop, streamer)
-        self.run(processed, stop, sample=sample, told=told, streamer=streamer)
-
     def run(
         self,
         processed: Callable[[int, Tensor, Tensor], Tensor],
@@ -149,9 +133,16 @@ class LookupDecoder(Sequences):
         sample: bool,
         told: Speculation,
         streamer: Any = None,
+        first: Tensor | None = None,
     ) -> None:
-        """Decode until all sequences end, whose last tokens the cache lacks; arguments as for `SpeculativeDecoder.run`."""
+        """Decode until all sequences end; arguments as for `SpeculativeDecoder.run`.
+
+        first: logits after the last token of each, [rows, vocabulary], if the cache has it; None if the cache lacks it.
+        """
         pick, pace = accept_sampled if sample else accept_greedy, LookupLength()
+        if first is not None:
+            picks = [pick([processed(text, self.texts[text], first[text].float())], [], []) for text in self.rows]
+            self._grow(picks, stop, streamer)
         pads = 0 if self.full.padding is None else self.full.padding.tokens
         self.follow = bool((self.position == self.full.get_seq_length() - pads).all())
         while self.rows:

@@ -122,7 +122,7 @@ def _loop(
             prepare(model)
             first = prompt.read(full)
             state = LookupDecoder(model, input_ids, position, full)
-            state.start(first, processed, stopping_criteria, sample=sample, told=counts, streamer=streamer)
+            state.run(processed, stopping_criteria, sample=sample, told=counts, streamer=streamer, first=first)
             counts.kv_bytes = full.nbytes()
         else:
             if input_ids.shape[1] > 1:
