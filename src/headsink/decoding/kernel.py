@@ -439,7 +439,7 @@ def run(
                             softcap,
                             logits,
                             *sums,
-                            (part + head) % threads,  # heads begin in turn with another thread
+                            (part + head % kv_heads) % threads,  # heads begin in turn with another thread
                             threads,
                         )
                 for head in range(count):
