@@ -17,7 +17,8 @@ from headsink import Plan, apply, new_cache
 from headsink.cache.cache import PlanCache, nbytes
 from headsink.decoding.cuda import Decoder, Pass
 from headsink.eviction.scorers import LINEAR
-from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
+from headsink.generation.sequences import Speculation
+from headsink.generation.speculative import SpeculativeDecoder, draft_cache
 from headsink.models.transformers_names import cache_argument
 
 WIDTHS = {"Llama-3.1-8B": (4096, 14_336, 32, 128_256, False), "Llama-3.2-1B": (2048, 8192, 16, 128_256, True)}

@@ -1,4 +1,4 @@
-"""TPOT of lossless mode (self-speculative decoding) against decoding with the full cache, for several sequences at once.
+"""TPOT of lossless mode on a CPU against decoding with the full cache, for one sequence or several at once.
 
 python benchmarks/lossless.py --plan runs/plan-7500.json --out benchmarks/results/lossless-smollm2.json
 python benchmarks/lossless.py --plan runs/plan-7500.json --dtype float32 --batches 1 --tokens 128 --drafts pays \
@@ -6,8 +6,8 @@ python benchmarks/lossless.py --plan runs/plan-7500.json --dtype float32 --batch
 
 Different held-out texts are read once, or a document with an instruction (`TASKS`). Then these decode greedily, alternately, from
 copies of the cache: transformers with the full cache; the model under the all-full plan; the compiled decode step under that
-plan; lossless mode with drafts of 2, 4 and 8 tokens of the compressed cache, and as it chooses itself ("pays"). Sequences whose
-tokens differ from those of the full cache are counted.
+plan; lossless mode with drafts of 2, 4 and 8 tokens of the compressed cache, and as it chooses itself from the text ("pays").
+Sequences whose tokens differ from those of the full cache, and from those of the compiled step, are counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from headsink.bench.heading import provenance
 from headsink.cache.cache import PlanCache
 from headsink.data import corpus
 from headsink.decoding.step import open_decoder, prepare
-from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
+from headsink.generation.lookup import LookupDecoder
+from headsink.generation.sequences import Speculation
+from headsink.generation.speculative import SpeculativeDecoder, draft_cache
 from headsink.generation.templates import document_prompt, question_prompt
 from headsink.models.transformers_names import cache_argument
 from headsink.utils.files import write_text
@@ -71,37 +73,37 @@ def compiled(model: PreTrainedModel, cache: PlanCache, last: Tensor, tokens: int
     found = [last[:, 0]]
     with open_decoder(model, cache) as step:
         for _ in range(tokens):
-            found.append(step.run(found[-1]).argmax(-1))
+            found.append(step.run(found[-1]).to(model.dtype).float().argmax(-1))  # rounded as the model's logits
     return torch.stack(found[1:], 1)
 
 
 def lossless(
     model: PreTrainedModel,
     full: PlanCache,
-    draft: PlanCache,
+    draft: PlanCache | None,
     ids: Tensor,
     tokens: int,
     drafted: int | None,
     counts: Speculation,
 ) -> Tensor:
-    """Decode greedily in lossless mode: int64 [batch, tokens]. The run adds its counts to `counts`."""
+    """Decode greedily in lossless mode: int64 [batch, tokens]. draft: None to draft from the text. The run adds to `counts`."""
     length = ids.shape[1] + tokens
     positions = torch.full((len(ids),), ids.shape[1] - 1)
 
     def stop(text: Tensor, _: Any) -> Tensor:
         return torch.tensor([text.shape[1] >= length])
 
-    state = SpeculativeDecoder(model, ids, positions, full, draft)
-    state.run(lambda _, ids, logits: logits, stop, sample=False, drafted=drafted, told=counts)
+    def logits_of(_: int, ids: Tensor, logits: Tensor) -> Tensor:
+        return logits
+
+    state: LookupDecoder | SpeculativeDecoder
+    if draft is None:
+        state = LookupDecoder(model, ids, positions, full)
+        state.run(logits_of, stop, sample=False, told=counts)
+    else:
+        state = SpeculativeDecoder(model, ids, positions, full, draft)
+        state.run(logits_of, stop, sample=False, drafted=drafted, told=counts)
     return torch.stack(state.texts)[:, ids.shape[1] :]
-
-
-def copy_without_past(cache: PlanCache) -> PlanCache:
-    """Return a copy that does not record its past, as the compiled decode step needs."""
-    copied = copy.deepcopy(cache)
-    for layer in copied.layers:
-        layer.record_past = False  # type: ignore[attr-defined]
-    return copied
 
 
 def main() -> None:
@@ -138,7 +140,8 @@ def main() -> None:
             for start in range(0, arguments.context - 1, 1024):
                 chunk = ids[:, start : min(start + 1024, arguments.context - 1)]
                 model(chunk, **cache_argument(full), use_cache=True, logits_to_keep=1)
-        draft, last = draft_cache(model, plan, full), ids[:, -1:]
+        last, recording = ids[:, -1:], copy.deepcopy(full)
+        draft = draft_cache(model, plan, recording)
         counts: dict[str, Speculation] = {}
 
         def transformers_cache(full: PlanCache = full) -> DynamicCache:
@@ -150,13 +153,16 @@ def main() -> None:
         def with_draft(
             count: int | None,
             full: PlanCache = full,
+            recording: PlanCache = recording,
             draft: PlanCache = draft,
             counts: dict[str, Speculation] = counts,
             ids: Tensor = ids,
         ) -> tuple[Callable[[], tuple[Any, ...]], Callable[..., Tensor]]:
             counts[str(count)] = Speculation()
             return (
-                lambda: (copy.deepcopy(full), copy.deepcopy(draft)),
+                lambda: (
+                    (copy.deepcopy(full), None) if count is None else (copy.deepcopy(recording), copy.deepcopy(draft))
+                ),
                 lambda *pair: lossless(model, *pair, ids, arguments.tokens, count, counts[str(count)]),
             )
 
@@ -170,7 +176,7 @@ def main() -> None:
                 lambda c, last=last: passes(model, c, last, arguments.tokens),
             ),
             "headsink, full, compiled": (
-                lambda full=full: (copy_without_past(full),),
+                lambda full=full: (copy.deepcopy(full),),
                 lambda c, last=last: compiled(model, c, last, arguments.tokens),
             ),
         } | {f"lossless, drafts of {count or 'as many as pay'}": with_draft(count) for count in drafts}
@@ -193,7 +199,11 @@ def main() -> None:
         for method in methods:
             row: dict[str, Any] = {"task": task, "texts": batch, "way": method, "token_s": spread(times[method])}
             row["ratio_to_own_full"] = best / row["token_s"]["median"]
-            row["texts_that_part"] = int((outputs[method] != outputs["headsink, full"]).any(1).sum())
+            for name, other in (
+                ("texts_that_part", "headsink, full"),
+                ("texts_that_part_from_step", "headsink, full, compiled"),
+            ):
+                row[name] = int((outputs[method] != outputs[other]).any(1).sum())
             if method.startswith("lossless"):
                 one = counts[method.removeprefix("lossless, drafts of ").replace("as many as pay", "None")]
                 row |= {"acceptance": one.acceptance, "passes": one.passes / arguments.rounds, "lengths": one.lengths}

@@ -20,7 +20,8 @@ from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
 from headsink.decoding.cuda import Decoder
 from headsink.decoding.step import open_decoder, refusal
-from headsink.generation.speculative import Speculation, draft_cache
+from headsink.generation.sequences import Speculation
+from headsink.generation.speculative import draft_cache
 from headsink.models.transformers_names import cache_argument
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.decoding.step import refusal
-from headsink.generation import speculative
-from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength, Lookup
+from headsink.generation.acceptance import AGAIN, FIRST, MOST, DraftLength
 from headsink.generation.lossless import generate_lossless
-from headsink.generation.speculative import Speculation
+from headsink.generation.sequences import Speculation
 from headsink.models.transformers_names import cache_argument
 
 NEW = 24
@@ -148,97 +146,28 @@ def test_under_autocast_in_inference_mode_and_in_a_thread_next_to_a_plan():
 def test_the_draft_length_is_adapted_to_measured_times():
     pace = DraftLength()
     for _ in range(FIRST):
-        assert pace.choose(5) == (pace.cache, 0)
-        pace.update(pace.cache, 0, 0.0, 1.0, 0.0)
-    assert pace.choose(5) == (pace.cache, 3)
+        assert pace.choose() == 0
+        pace.update(0, 0.0, 1.0, 0.0)
+    assert pace.choose() == 3
     # A draft costs a tenth of a pass, all tokens are accepted, and verifying more is free.
-    pace.update(pace.cache, 3, 0.3, 1.0, 3.0)
+    pace.update(3, 0.3, 1.0, 3.0)
     for _ in range(50):
-        pace.update(pace.cache, 8, 0.8, 1.0, 8.0)
-    assert pace.choose() == (pace.cache, MOST)
+        pace.update(8, 0.8, 1.0, 8.0)
+    assert pace.choose() == MOST
     for _ in range(50):
-        pace.update(pace.cache, 8, 0.8, 1.0, 0.0)  # none is accepted
-    assert pace.choose() == (pace.cache, 0)
+        pace.update(8, 0.8, 1.0, 0.0)  # none is accepted
+    assert pace.choose() == 0
     for again in (AGAIN, 2 * AGAIN, 4 * AGAIN):
         for _ in range(again):
-            assert pace.choose() == (pace.cache, 0)
-            pace.update(pace.cache, 0, 0.0, 1.0, 0.0)
-        assert pace.choose() == (pace.cache, 1)  # to measure the acceptance again, less and less often
-        pace.update(pace.cache, 1, 0.1, 1.0, 0.0)
+            assert pace.choose() == 0
+            pace.update(0, 0.0, 1.0, 0.0)
+        assert pace.choose() == 1  # to measure the acceptance again, less and less often
+        pace.update(1, 0.1, 1.0, 0.0)
     slow = DraftLength()
     for _ in range(FIRST):
-        slow.update(slow.cache, 0, 0.0, 1.0, 0.0)
-    slow.update(slow.cache, 3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
-    assert slow.choose() == (slow.cache, 0)
-
-
-def test_lookups_are_drafted_where_they_were_right_so_far():
-    pace = DraftLength()
-    for _ in range(FIRST):
-        pace.update(pace.cache, 0, 0.0, 1.0, 0.0)
-    pace.update(pace.cache, 3, 3.0, 2.5, 3.0)  # drafts of the cache cost too much
-    for _ in range(30):
-        pace.lookup.judge(0.0)
-    assert pace.choose(8) == (pace.cache, 0)
-    for _ in range(60):
-        pace.lookup.judge(1.0)
-    assert pace.choose(8) == (pace.lookup, 8)
-    assert pace.choose(5) == (pace.lookup, 5)
-    assert pace.choose(0) == (pace.cache, 0)
-
-
-def test_a_lookup_finds_what_followed_the_last_tokens_before():
-    lookup = Lookup([1, 2, 3, 4, 5, 6, 2, 3])
-    assert lookup.find() == []
-    lookup.append(4)
-    assert lookup.find() == [5, 6, 2, 3, 4, 5, 6, 2]
-    lookup.append(5)
-    assert lookup.find() == [6, 2, 3, 4, 5, 6, 2, 3]
-    for token in (9, 2, 3, 4):
-        lookup.append(token)
-    assert lookup.find() == [5, 9, 2, 3, 4, 5, 9, 2]  # the last place, not the first
-    assert Lookup([1, 2]).find() == []
-    assert Lookup([7] * 40).find() == [7] * MOST
-    assert Lookup([*range(20), 0, 1, 2]).find() == list(range(3, 3 + MOST))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "llama-mha", "qwen3", "phi3"])
-@pytest.mark.parametrize("verify", [1, 5])
-def test_all_kinds_of_rounds_in_a_padded_batch_of_the_compiled_step(family, verify, monkeypatch, case_seed):
-    """Rows accept different numbers of tokens and end at different times. verify: seconds of a pass of several tokens."""
-    model, (ids, mask), speculation = tiny(family), padded(), Speculation()
-    assert refusal(model) is None
-    clock = iter(range(10**9)).__next__
-    passes = speculative._forward
-
-    def slow_pass(*args, **options):
-        for _ in range(verify - 1):
-            clock()
-        return passes(*args, **options)
-
-    monkeypatch.setattr(speculative.time, "perf_counter", clock)
-    monkeypatch.setattr(speculative, "_forward", slow_pass)
-    options = {"attention_mask": mask, "max_new_tokens": 150, "eos_token_id": [7, 8, 9], "pad_token_id": 0}
-    found = lossless(model, random_plan(model, case_seed), ids, speculation=speculation, **options)
-    assert torch.equal(found, own(model, ids, **options))
-    assert len(set(speculation.lengths)) >= (3 if verify == 1 else 2)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_text_that_repeats_is_drafted_from_itself(rows, monkeypatch):
-    """With the time of a pass that does not depend on its tokens; all three kinds of rounds take place."""
-    model = tiny("llama")
-    model.generation_config.eos_token_id = None
-    for layer in model.model.layers:  # the next token depends on the last one only, so text repeats
-        layer.self_attn.o_proj.weight.data.zero_()
-    monkeypatch.setattr(speculative.time, "perf_counter", iter(range(10**9)).__next__)
-    ids, plan, speculation = torch.randint(3, 211, (rows, 40)), random_plan(model, 1), Speculation()
-    expected = own(model, ids, max_new_tokens=400)
-    found = lossless(model, plan, ids, max_new_tokens=400, speculation=speculation)
-    assert torch.equal(found, expected)
-    assert {0, 3, MOST} <= set(speculation.lengths)
-    assert speculation.passes < 400
+        slow.update(0, 0.0, 1.0, 0.0)
+    slow.update(3, 2.7, 2.0, 3.0)  # a draft costs as much as a pass
+    assert slow.choose() == 0
 
 
 @pytest.mark.slow

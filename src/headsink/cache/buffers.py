@@ -14,6 +14,7 @@ In 8 bits, buffers have rows of int8 (attention/int8.py). Keys are rounded when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,16 @@ class Buffers:
         end = self.prefix_slots + self.length - self.start
         return self._decode(self.keys[:, :, end - columns : end]), self._decode(self.values[:, :, end - columns : end])
 
+    def overwrites(self, columns: Tensor) -> Overwritten | None:
+        """Return what the ring holds where it will hold the next columns, None if it has not wrapped by then."""
+        columns = columns if self.window is None else columns[columns - self.start >= self.window]
+        if self.window is None or not len(columns):
+            return None
+        slots = self._slots(columns)
+        return Overwritten(
+            self, columns, slots, self.keys[:, :, slots], self.values[:, :, slots], self.visible[:, :, slots]
+        )
+
     @outside_inference_mode
     def hide(self, hidden: Tensor) -> None:
         """Hide some of the last columns: bool [batch, columns]. They still count in the window."""
@@ -221,3 +232,20 @@ class Buffers:
             yield from self.recent
         if self.padding is not None:
             yield self.padding.tokens
+
+
+class Overwritten(NamedTuple):
+    """What a ring held in some slots before other columns were written there: keys and values, [batch, heads, columns, dim]."""
+
+    buffers: Buffers
+    columns: Tensor
+    slots: Tensor
+    keys: Tensor
+    values: Tensor
+    visible: Tensor
+
+    def restore(self, length: int) -> None:
+        """Put it back where the columns from `length` on were written."""
+        back, own = self.columns >= length, self.buffers
+        for buffer, old in ((own.keys, self.keys), (own.values, self.values), (own.visible, self.visible)):
+            buffer[:, :, self.slots[back]] = old[:, :, back]

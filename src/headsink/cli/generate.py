@@ -72,7 +72,7 @@ class GenerateOptions(RunOptions):
         bool,
         typer.Option(
             "--lossless",
-            help="The plan drafts and the model verifies: its own text, faster at most; the full KV cache is kept too.",
+            help="The full cache verifies drafts, of the text itself on a CPU, of the plan on a GPU: its own text.",
         ),
     ] = False
     other_weights: OtherWeights = False

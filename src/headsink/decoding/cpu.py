@@ -1,4 +1,5 @@
-"""Compiled decode step on a CPU: one numba call per token over the model's weights and its cache (decoding/kernel.py).
+"""Compiled decode step on a CPU: one numba call over the model's weights and its cache (decoding/kernel.py) for one token of
+every sequence, or for a few, which are read at once and have the same logits, bit for bit, as one after the other.
 
 Activations stay in float32, so in bfloat16 the logits are closer to those of the exact model than the model's own are.
 """
@@ -22,6 +23,7 @@ from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
 from headsink.attention.passes import enter_scope, extended
 from headsink.attention.visibility import KeyVisibility
+from headsink.cache.buffers import Overwritten
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
@@ -30,12 +32,14 @@ from headsink.decoding.fields import Field, Number
 from headsink.decoding.parts import parts_of
 from headsink.decoding.program import Program
 from headsink.errors import HeadsinkError, must_be
+from headsink.eviction.pattern import FOREVER
 from headsink.models.devices import dtype_name
 from headsink.models.spec import decoder, describe, unwrap, vocabulary
 from headsink.models.transformers_names import cache_argument, given_cache
 from headsink.plan.plan import Plan
 
 AHEAD = 64  # tokens that buffers and positions are made ready for at once
+SEVERAL = 16  # tokens of a sequence that activations have room for once there are several, or more if there are more
 SAME = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative difference of logits that differ by rounding
 
 _checked: weakref.WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = weakref.WeakKeyDictionary()
@@ -122,7 +126,7 @@ def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
     kernels.decode(key, rows, rows, key[..., 0] == 0, 1, params)
     kernels.prefill(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), params)
     operations = np.zeros((0, len(Field)), np.int64)  # a model without layers
-    numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((0, len(KVField)), np.int64)
+    numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((1, 0, len(KVField)), np.int64)
     turns, scratch = np.zeros((2, 0, 0, 0), np.float32), np.zeros(0, np.float32)
     like, kv_like = (np.empty(0, NUMPY[kind]) for kind in (model.dtype, rows.dtype))
     kernel.run(operations, numbers, heads, turns, scratch, like, kv_like, 1, 1)
@@ -155,6 +159,10 @@ class Decoder:
         self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
         self.inverse = [layer.rotary.inverse.double().numpy() for layer in self.layers if layer.rotary is not None]
         self.program: Program | None = None  # of the cache's number of sequences
+        # A window of the model overwrites keys, of which a pass may overwrite each once.
+        windows = [layer.sliding for layer in self.layers if layer.sliding is not None]
+        self.most = 1 if self.turned else min(windows, default=FOREVER)  # tokens of a pass at most
+        self.overwritten = list[Overwritten]()  # by the last `read`, if it read several tokens
         self.angles: dict[str, tuple[Any, Any]] = {}
         self.layouts = {kind: self._angle_layout(kind) for kind in sorted(set(self.shape.kinds))}
 
@@ -168,32 +176,54 @@ class Decoder:
 
         Returns the logits of the next tokens, float32 [sequences, vocabulary].
         """
-        self.cache_check.check(tuple(tokens.shape))
+        return self.read(tokens[:, None], None if positions is None else positions[:, None])[:, 0]
+
+    def read(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Append tokens to every sequence, int64 [sequences, tokens].
+
+        Returns the logits after each of them, float32 [sequences, tokens, vocabulary]: the same bits as one after the other.
+        """
+        self.cache_check.check(tuple(tokens.shape[:-1]))
         if [weight.data_ptr() for weight in self.parameters] != self.addresses:
             raise HeadsinkError("decode: the model was changed since the step was made: make a new one")
         if positions is not None:
             must_be("decode: positions", positions.shape, tokens.shape)
         with torch.no_grad():
-            embedded = self.parts.embedding(tokens[:, None])[:, 0]
-        if self.length >= self.ready:
-            self._make_ready()
-        self.plan.check_length(self.length + 1, self.shape.max_context)
-        if self.warns and self.length == self.plan.verified:  # for longer prompts the prefill has warned already
-            self.plan.warn_beyond_verified(self.length + 1)
-        length, program = self.length, self.program
-        assert program is not None  # made with the room
-        advance(self.heads, length)
-        program.hidden[:] = embedded.float().numpy() * self.parts.scale
-        own = None if positions is None else self._rotations(positions[:, None])
+            embedded = self.parts.embedding(tokens)
+        logits, done, count, self.overwritten = list[Tensor](), 0, tokens.shape[1], []
+        while done < count:
+            if self.length + count - done > self.ready:
+                self._make_ready(count - done)
+            new = slice(done, min(count, done + self.most, done + self.ready - self.length))
+            if count > 1:
+                self._save(new.stop - done)
+            logits.append(self._read(embedded[:, new], None if positions is None else positions[:, new]))
+            done = new.stop
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+
+    def _read(self, embedded: Tensor, positions: Tensor | None) -> Tensor:
+        """As `read`, of tokens for which there is room. embedded: [sequences, tokens, hidden]."""
+        length, count = self.length, embedded.shape[1]
+        self.plan.check_length(length + count, self.shape.max_context)
+        if self.warns and length <= (self.plan.verified or -1) < length + count:  # the prefill warns of longer prompts
+            self.plan.warn_beyond_verified(length + count)
+        program = self._program(count)
+        heads = np.stack([advance(self.heads.copy(), length + n) for n in range(count)])
+        rows = len(self.pads) * count
+        program.hidden[:rows] = embedded.float().flatten(0, 1).numpy() * self.parts.scale
+        own = None if positions is None else self._rotations(positions)
+        new = slice(None) if own is not None else slice(length - self.begun, length - self.begun + count)
         for kind, places in program.angles.items():
             for place, angles in zip(places, (self.angles if own is None else own)[kind], strict=True):
-                place[:] = angles[:, 0 if own is not None else length - self.begun]
+                place[:rows] = np.broadcast_to(angles[:, new], (len(self.pads), count, place.shape[1])).reshape(
+                    rows, -1
+                )
         with exclusive_threads() as threads:
-            scratch = np.empty(program.scratch * threads, np.float32)
+            scratch = np.empty(program.scratch * count * threads, np.float32)
             self.kernels.run(
                 program.operations,
                 program.numbers,
-                self.heads,
+                heads,
                 self._turns(length),
                 scratch,
                 self.like,
@@ -201,8 +231,28 @@ class Decoder:
                 len(self.pads),
                 threads,
             )
-        self.length += 1
-        return torch.from_numpy(program.logits).clone()
+        self.length += count
+        return torch.from_numpy(program.logits[:rows].reshape(len(self.pads), count, -1)).clone()
+
+    def _save(self, count: int) -> None:
+        """Keep what the next tokens overwrite in windows of the model, for `crop`."""
+        columns = torch.arange(self.length, self.length + count)
+        for layer in self.layers:
+            for group in layer.groups if layer.sliding is not None else ():
+                if (old := group.overwrites(columns)) is not None:
+                    self.overwritten.append(old)
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last tokens of the last `read`, in a cache without patterns that evict."""
+        if any(group.evicts for layer in self.layers if layer.sliding is None for group in layer.groups):
+            raise HeadsinkError("decode: a cache that evicts cannot take tokens back")
+        self.length -= tokens
+        for old in reversed(self.overwritten):
+            old.restore(self.length)
+        self.overwritten = []
+        if self.length < self.begun:
+            self.ready = self.length
+        self.start_evicting()
 
     def start_evicting(self) -> None:
         """Update the cache's lengths with the tokens that were appended."""
@@ -212,22 +262,32 @@ class Decoder:
                 group.length = self.length
         self.cache_check.length = self.length
 
-    def _make_ready(self) -> None:
-        """Allocate room in the buffers and rotary positions for the next tokens, and rebuild the KV table."""
+    def _make_ready(self, count: int) -> None:
+        """Allocate room in the buffers and rotary positions for the next tokens, and rebuild the KV table.
+
+        count: tokens that come next. There may be room for fewer, if a head starts evicting then.
+        """
         self.start_evicting()
+        ahead = max(AHEAD, count)
         for layer in self.layers:
             layer.layout = None  # it has the addresses of buffers that may move now
-        layouts = [KVTable(layer.groups, AHEAD) for layer in self.layers]
+        layouts = [KVTable(layer.groups, ahead) for layer in self.layers]
         # buffers may have been reallocated
         self.cache_check = CacheCheck(self.shape, self.layers, self.dtype)
-        self.begun, self.ready = self.length, min(self.length + AHEAD, *(layout.until for layout in layouts))
+        self.begun, self.ready = self.length, min(self.length + ahead, *(layout.until for layout in layouts))
         self.heads = np.concatenate([layout.table.reshape(-1, len(KVField)) for layout in layouts])
         self.pads = layouts[0].table[:, :1, KVField.PAD]
-        columns = torch.arange(self.length, self.length + AHEAD)
+        columns = torch.arange(self.length, self.length + ahead)
         self.angles = self._rotations((columns - torch.from_numpy(self.pads)).clamp(min=0))
-        if self.program is None or self.program.sequences != len(self.pads):
+
+    def _program(self, tokens: int) -> Program:
+        """The program for the cache's sequences, with room for as many tokens of each, or more."""
+        found, sequences = self.program, len(self.pads)
+        if found is None or found.sequences != sequences or found.tokens < tokens:
             pairs = {kind: cos.shape[2] for kind, (cos, _) in self.angles.items()}
-            self.program = Program(self.parts, len(self.pads), pairs, self.turned)
+            most = tokens if tokens == 1 else max(tokens, SEVERAL)
+            self.program = found = Program(self.parts, sequences, most, pairs, self.turned)
+        return found
 
     def _rotations(self, positions: Tensor) -> dict[str, tuple[Any, Any]]:
         """cos and sin of positions, int64 [sequences, tokens], for every kind of layer: float32 [sequences, tokens, pairs]."""

@@ -27,19 +27,19 @@ class Op(IntEnum):
 
 
 class Field(IntEnum):
-    """A column of the table of operations. Addresses of buffers, float32 [sequences, columns], and of weights.
+    """A column of the table of operations. Addresses of buffers, float32 [rows, columns], and of weights.
 
     TOGETHER: operations in this parallel region. INPUT, OUTPUT: addresses of buffers. WIDTH: columns of the output. COLUMNS:
     columns of the input, or of a group (NORM). STRIDE: columns of the output's buffer. WEIGHT, BIAS: addresses, 0 for none. KIND:
     `Activation`, `NormKind` or `Scores`. PERIOD: rows of the weight of a norm; groups use them in turn.
 
     ATTEND: QUERY, KEY, VALUE: addresses of buffers. FIRST: the row of the layer's first head in the table of heads. KV_HEADS,
-    GROUP, COLUMNS: KV heads, query heads per KV head, head size. COS, SIN: addresses, [sequences, PAIRS]. INTERLEAVED:
+    GROUP, COLUMNS: KV heads, query heads per KV head, head size. COS, SIN: addresses, [rows, PAIRS]. INTERLEAVED:
     coordinates 2n and 2n + 1 rotate together, not n and n + pairs. QUERY_NORM, KEY_NORM: addresses of [PERIOD, head size], 0 for
     none. LATE: norms come after the rotation. SINKS: address of a logit per query head, 0 for none. TURN: row of the layer in
     `turns`, -1.
 
-    ROUTE, EXPERTS_*: CHOSEN, SHARES: addresses of int64 and float32 [sequences, TOP_K]. WIDTH of ROUTE: number of experts. BIAS
+    ROUTE, EXPERTS_*: CHOSEN, SHARES: addresses of int64 and float32 [rows, TOP_K]. WIDTH of ROUTE: number of experts. BIAS
     of ROUTE: added to the scores for the choice only. LATE of ROUTE: shares are divided by their sum.
     """
 

@@ -1,8 +1,10 @@
-"""The kernel of the compiled decode step on a CPU: one token of every sequence through all layers.
+"""The kernel of the compiled decode step on a CPU: one token or a few of every sequence through all layers.
 
 A decode step reads every weight and every cached key once, so memory bandwidth limits it if nothing else takes time. All layers
 are one call, because torch and Python would add about 300 calls of ten microseconds. What a layer computes is a list of
-operations, a row of a table each (decoding/fields.py), so one kernel runs every family.
+operations, a row of a table each (decoding/fields.py), so one kernel runs every family. Several tokens of a sequence are rows of
+the buffers, as several sequences are, and read every weight once. Logits of a token are the same bits in any company: sums of
+products are added in an order that depends on their length only.
 
 Weights, keys and values stay in torch's memory and are accessed by address. They are float32, or bfloat16 (as uint16, since numba
 has no bfloat16). Activations, sums, norms and biases are float32.
@@ -19,6 +21,7 @@ from numba import carray, njit, prange
 from headsink.attention.cpu.decode import BLOCK, append, attend_part, cap, combine, share
 from headsink.attention.cpu.memory import AHEAD, fetch
 from headsink.attention.cpu.vectors import FAST, exp, pointer, products_in_order, wide
+from headsink.attention.kv_table import KVField
 from headsink.decoding.fields import Activation, Field, NormKind, Number, Op, Scores
 
 # As numbers, because numba does not support enumerations as array indices.
@@ -31,6 +34,7 @@ _SCALE, _EPS, _CAP_AT, _BETA = (number.value for number in Number)
 _NORM, _ATTEND_OP, _ROUTE, _LINEAR, _GATE, _ACTIVATE, _ADD, _CAP, *_MORE = (int(op) for op in Op)
 _EXPERTS_IN, _EXPERTS_OUT, _EXPERTS_IN_T, _EXPERTS_OUT_T, _XIELU = _MORE
 _SILU, _GELU_TANH, _GELU, _RELU, _RELU_SQUARED, _SIGMOID = (int(kind) for kind in Activation)
+_END = int(KVField.END)
 _RMS, _LAYER = (int(kind) for kind in NormKind)
 _SOFTMAX, _ = (int(kind) for kind in Scores)
 _FLOATS = np.empty(0, np.float32)
@@ -113,17 +117,7 @@ def _linear(op: Any, scale: Any, like: Any, sequences: Any, start: Any, end: Any
     """Compute columns `start` to `end` of LINEAR."""
     columns, stride = op[_COLUMNS], op[_STRIDE]
     at = op[_WEIGHT] + start * columns * like.itemsize
-    if sequences > 1:
-        products_in_order(at, like, end - start, columns, op[_INPUT], sequences, op[_OUTPUT] + start * 4, stride)
-    else:
-        x, out = _floats(op[_INPUT], columns), _floats(op[_OUTPUT], op[_WIDTH])
-        weight = carray(pointer(at, like), (end - start, columns))
-        for row in range(end - start):  # in the order of memory, which is fastest
-            fetch(at + row * columns * like.itemsize + AHEAD, columns * like.itemsize)
-            total = np.float32(0)
-            for column in range(columns):
-                total += wide(weight[row, column]) * x[column]
-            out[start + row] = total
+    products_in_order(at, like, end - start, columns, op[_INPUT], sequences, op[_OUTPUT] + start * 4, stride)
     if op[_BIAS] or scale != 1:
         for sequence in range(sequences):
             out = _floats(op[_OUTPUT] + sequence * stride * 4, op[_WIDTH])
@@ -334,27 +328,44 @@ def _turn_head(x: Any, op: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None
 
 
 @njit(fastmath=FAST)
-def _append_head(op: Any, numbers: Any, like: Any, head: Any, table: Any, query: Any, turned: Any, turns: Any) -> None:
+def _append_head(
+    op: Any, numbers: Any, like: Any, row: Any, head: Any, table: Any, query: Any, turned: Any, turns: Any
+) -> None:
     """Finish the query, key and value of a head, and append them to its cache.
 
-    head: number of the head among all sequences. query: float32 [group, dim]. turned: output, the queries for the sink tokens.
+    row: of the buffers, one per sequence and token. head: number of the head among all sequences. query, turned: outputs, float32
+    [group, dim], the scaled queries and those for the sink tokens.
     """
     kv_heads, group, dim, pairs = op[_KV_HEADS], op[_GROUP], op[_COLUMNS], op[_PAIRS]
-    sequence, number = head // kv_heads, head % kv_heads
-    eps, period = numbers[_EPS], max(op[_PERIOD], 1)
-    key, value = _floats(op[_KEY] + head * dim * 4, dim), _floats(op[_VALUE] + head * dim * 4, dim)
-    cos, sin = (_floats(op[_COS] + sequence * pairs * 4, pairs), _floats(op[_SIN] + sequence * pairs * 4, pairs))
+    number = head % kv_heads
+    at, eps, period = (row * kv_heads + number) * dim * 4, numbers[_EPS], max(op[_PERIOD], 1)
+    key, value = _floats(op[_KEY] + at, dim), _floats(op[_VALUE] + at, dim)
+    given = _floats(op[_QUERY] + at * group, (group, dim))
+    cos, sin = _floats(op[_COS] + row * pairs * 4, pairs), _floats(op[_SIN] + row * pairs * 4, pairs)
     norm = op[_KEY_NORM] + number % period * dim * 4 if op[_KEY_NORM] else 0
     _turn_head(key, op, norm, eps, cos, sin)
-    for row in range(group):
-        norm = op[_QUERY_NORM] + (number * group + row) % period * dim * 4 if op[_QUERY_NORM] else 0
-        _turn_head(query[row], op, norm, eps, cos, sin)
+    for one in range(group):
+        norm = op[_QUERY_NORM] + (number * group + one) % period * dim * 4 if op[_QUERY_NORM] else 0
+        _turn_head(given[one], op, norm, eps, cos, sin)
         for n in range(dim):
-            query[row, n] *= numbers[_SCALE]
+            query[one, n] = given[one, n] * numbers[_SCALE]
         if turned.shape[0]:
-            turned[row] = query[row]
-            _rotate(turned[row], turns[0, op[_TURN], head], turns[1, op[_TURN], head], op[_INTERLEAVED])
+            turned[one] = query[one]
+            _rotate(turned[one], turns[0, op[_TURN], head], turns[1, op[_TURN], head], op[_INTERLEAVED])
     append(table, key, value, like)
+
+
+@njit
+def _at_once(heads: Any, first: Any, count: Any) -> Any:
+    """How many tokens a layer appends before it attends: all of them if no key leaves a window.
+
+    heads: int64 [tokens, heads of all layers, fields]; first, count: those of the layer.
+    """
+    tokens = heads.shape[0]
+    for head in range(first, first + count):
+        if heads[tokens - 1, head, _END] - heads[0, head, _END] < tokens - 1:
+            return 1
+    return tokens
 
 
 @njit(fastmath=FAST, parallel=True, nogil=True, cache=True)
@@ -371,61 +382,76 @@ def run(
 ) -> None:
     """Run a list of operations.
 
-    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)]. heads: int64 [heads of all layers,
-    len(KVField)], of every layer sequence by sequence. turns: float32 [2, layers, sequences x KV heads, pairs], cos and sin of
-    the angle by which queries are rotated for the sink tokens (cache-relative positions). scratch: float32, for the largest layer
-    threads x sequences x query heads x (head size + 2). like, kv_like: empty arrays of the dtype of the weights, and
-    of the cached keys and values.
+    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)]. heads: int64 [tokens, heads of all
+    layers, len(KVField)], of every layer sequence by sequence, for each new token of a sequence. turns: float32 [2, layers,
+    sequences x KV heads, pairs], cos and sin of the angle by which queries are rotated for the sink tokens (cache-relative
+    positions). scratch: float32, for the largest layer threads x sequences x tokens x query heads x (head size + 2). like,
+    kv_like: empty arrays of the dtype of the weights, and of the cached keys and values. Row s x tokens + t of a buffer belongs
+    to token t of sequence s.
     """
-    number = 0
+    number, tokens = 0, heads.shape[0]
+    rows = sequences * tokens
     while number < operations.shape[0]:
         op, together = operations[number], operations[number, _TOGETHER]
         if op[_OP] == _NORM:
-            _norm_groups(op, numbers[number, _EPS], sequences)
+            _norm_groups(op, numbers[number, _EPS], rows)
         elif op[_OP] == _ROUTE:
-            _route(op, numbers[number, _SCALE], sequences)
+            _route(op, numbers[number, _SCALE], rows)
         elif op[_OP] == _ATTEND_OP:
             kv_heads, group, dim, first = op[_KV_HEADS], op[_GROUP], op[_COLUMNS], op[_FIRST]
-            count = sequences * kv_heads
-            rows = count * threads * group
+            count, softcap = sequences * kv_heads, numbers[number, _CAP_AT]
+            step = _at_once(heads, first, count)
+            queries = group * step
+            size = count * threads * queries
             top, total = (
-                scratch[:rows].reshape((count, threads, group)),
-                scratch[rows : 2 * rows].reshape((count, threads, group)),
+                scratch[:size].reshape((count, threads, queries)),
+                scratch[size : 2 * size].reshape((count, threads, queries)),
             )
-            parts = scratch[2 * rows : (2 + dim) * rows].reshape((count, threads, group, dim))
-            query = _floats(op[_QUERY], (count, group, dim))
-            attended = _floats(op[_OUTPUT], (count, group, dim))
-            turned = np.empty((count, group if op[_TURN] >= 0 else 0, dim), np.float32)
-            softcap = numbers[number, _CAP_AT]
-            for part in prange(threads):
-                for head in range(part, count, threads):
-                    _append_head(
-                        op, numbers[number], kv_like, head, heads[first + head], query[head], turned[head], turns
-                    )
-            for part in prange(threads):
-                logits = np.empty((group + 1, BLOCK), np.float32)
+            parts = scratch[2 * size : (2 + dim) * size].reshape((count, threads, queries, dim))
+            query = np.empty((count, group, step, dim), np.float32)
+            turned = np.empty((count, group if op[_TURN] >= 0 else 0, step, dim), np.float32)
+            attended = _floats(op[_OUTPUT], (rows, kv_heads, group, dim))
+            for begin in range(0, tokens, step):
+                for part in prange(threads):
+                    for head in range(part, count, threads):
+                        for token in range(step):
+                            _append_head(
+                                op,
+                                numbers[number],
+                                kv_like,
+                                head // kv_heads * tokens + begin + token,
+                                head,
+                                heads[begin + token, first + head],
+                                query[head, :, token],
+                                turned[head, :, token],
+                                turns,
+                            )
+                for part in prange(threads):
+                    logits = np.empty((queries + 1, BLOCK), np.float32)
+                    for head in range(count):
+                        sums = top[head, part], total[head, part], parts[head, part]
+                        attend_part(
+                            heads[begin + step - 1, first + head],
+                            kv_like,
+                            query[head].reshape((queries, dim)),
+                            turned[head].reshape((turned.shape[1] * step, dim)),
+                            step,
+                            softcap,
+                            logits,
+                            *sums,
+                            (part + head % kv_heads) % threads,  # heads begin in turn with another thread
+                            threads,
+                        )
                 for head in range(count):
-                    sums = top[head, part], total[head, part], parts[head, part]
-                    attend_part(
-                        heads[first + head],
-                        kv_like,
-                        query[head],
-                        turned[head],
-                        1,
-                        softcap,
-                        logits,
-                        *sums,
-                        part,
-                        threads,
-                    )
-            for head in range(count):
-                for row in range(group):
-                    sink = np.float32(-np.inf)
-                    if op[_SINKS]:
-                        sink = _floats(op[_SINKS], kv_heads * group)[head % kv_heads * group + row]
-                    combine(top[head, :, row], total[head, :, row], parts[head, :, row], sink, attended[head, row])
+                    for one in range(queries):
+                        sink = np.float32(-np.inf)
+                        if op[_SINKS]:
+                            sink = _floats(op[_SINKS], kv_heads * group)[head % kv_heads * group + one // step]
+                        row = head // kv_heads * tokens + begin + one % step
+                        result = attended[row, head % kv_heads, one // step]
+                        combine(top[head, :, one], total[head, :, one], parts[head, :, one], sink, result)
         else:
             for part in prange(threads):
                 for n in range(number, number + together):
-                    _columns(operations[n], numbers[n], like, sequences, part, threads)
+                    _columns(operations[n], numbers[n], like, rows, part, threads)
         number += together

@@ -13,19 +13,20 @@ from headsink.decoding.parts import MLP, Attention, Block, Experts, Linear, Part
 
 
 class Program:
-    """The operations of one token per sequence, and the buffers that they read and write.
+    """The operations of up to `tokens` tokens per sequence, and the buffers that they read and write.
 
-    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)] (`kernel.run`). hidden: float32
-    [sequences, hidden], the embeddings; logits: float32 [sequences, vocabulary]. angles: for every kind of layer, cos and sin of
-    the position, float32 [sequences, pairs] each. first: row of every layer's first head in the table of heads.
+    operations: int64 [operations, len(Field)]; numbers: float32 [operations, len(Number)] (`kernel.run`). Buffers have a row for
+    each token of each sequence. hidden: float32 [rows, hidden], the embeddings; logits: float32 [rows, vocabulary]. angles: for
+    every kind of layer, cos and sin of the position, float32 [rows, pairs] each. first: row of every layer's first head in the
+    table of heads. scratch: float32 numbers that a thread needs for one token per sequence.
     """
 
-    def __init__(self, parts: Parts, sequences: int, pairs: dict[str, int], turned: list[int]):
-        self.parts, self.sequences = parts, sequences
+    def __init__(self, parts: Parts, sequences: int, tokens: int, pairs: dict[str, int], turned: list[int]):
+        self.parts, self.sequences, self.tokens = parts, sequences, tokens
         self._rows: list[dict[Any, Any]] = []
         self._kept: list[Any] = [parts]  # memory that addresses point to
         heads, hidden = parts.shape.heads, len(parts.blocks[0].attention.output.weight)
-        self.hidden, self.logits = self._buffer(hidden), np.empty((sequences, len(parts.head.weight)), np.float32)
+        self.hidden, self.logits = self._buffer(hidden), self._buffer(len(parts.head.weight))
         self._input, self._added, self._other = (self._buffer(hidden) for _ in range(3))
         self._mlp_input = self._buffer(hidden)
         widths = [(query * dim, kv * dim, kv * dim) for query, kv, dim in heads]
@@ -41,7 +42,7 @@ class Program:
         routed = [mlp for b in parts.blocks for mlp in b.mlps if isinstance(mlp, Experts)]
         most = max((mlp.top_k for mlp in routed), default=1)
         self._router = self._buffer(max((len(mlp.gate_up) for mlp in routed), default=1))
-        self._chosen, self._shares = np.empty((sequences, most), np.int64), self._buffer(most)
+        self._chosen, self._shares = np.empty((sequences * tokens, most), np.int64), self._buffer(most)
         self.angles = {kind: (self._buffer(count), self._buffer(count)) for kind, count in pairs.items()}
         counts = [sequences * kv_heads for _, kv_heads, _ in heads]
         self.first = np.cumsum([0, *counts])
@@ -62,7 +63,7 @@ class Program:
         )
 
     def _buffer(self, columns: int) -> Any:
-        buffer = np.zeros((self.sequences, columns), np.float32)
+        buffer = np.zeros((self.sequences * self.tokens, columns), np.float32)
         self._kept.append(buffer)
         return buffer
 

@@ -23,7 +23,7 @@ from headsink.decoding.step import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.generation.lossless import generate_lossless
 from headsink.generation.prompt import cached_padding
-from headsink.generation.speculative import Speculation
+from headsink.generation.sequences import Speculation
 from headsink.models.distributed import input_device
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument

@@ -1,4 +1,5 @@
-"""Lossless mode: `model.generate` by self-speculative decoding (speculative.py)."""
+"""Lossless mode: `model.generate` by self-speculative decoding (speculative.py), or with the compiled step of a CPU by prompt
+lookup decoding (lookup.py)."""
 
 from __future__ import annotations
 
@@ -11,15 +12,20 @@ from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from headsink.cache.cache import KVDtype
+from headsink.decoding.step import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.generation.acceptance import MOST
+from headsink.generation.lookup import LookupDecoder
 from headsink.generation.prompt import Prompt, check_call
-from headsink.generation.speculative import Speculation, SpeculativeDecoder, draft_cache
+from headsink.generation.sequences import Speculation
+from headsink.generation.speculative import SpeculativeDecoder, draft_cache
+from headsink.models.distributed import input_device
 from headsink.models.spec import RECURRENT
 from headsink.models.transformers_names import given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
 from headsink.runtime.options import check_kv_dtype
+from headsink.utils import device
 
 
 def generate_lossless(
@@ -32,14 +38,16 @@ def generate_lossless(
     speculation: Speculation | None = None,
     **options: Any,
 ) -> Tensor:
-    """`model.generate(input_ids, **options)` by self-speculative decoding with `plan` as draft. Returns int64 [batch, tokens].
+    """`model.generate(input_ids, **options)` by speculative decoding. Returns int64 [batch, tokens].
 
-    Greedy output equals that of the full cache (up to ties within rounding); sampled output has its distribution. Memory is that
-    of the full KV cache and the plan's.
+    On a GPU, or with `draft_tokens`, the plan's cache drafts. Greedy output equals that of the full cache up to ties within
+    rounding, and memory is that of both caches. On a CPU where the model has a compiled decode step, drafts come from the text
+    itself, the plan is not used, and greedy output is that of `model.generate` inside `apply(model, Plan.full(model),
+    exact=False)`, token for token. Sampled output has the distribution of the full cache.
 
-    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the compressed cache, per round,
-    0 to 8. If None, they and tokens from the text itself are drafted as measured acceptance and times say, or none where decoding
-    with the full cache is faster. kv_dtype: of the plan's cache, as for `new_cache`. speculation: filled with counts. options: of
+    input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the plan's cache, per round, 0 to
+    8. If None, as many are drafted as measured acceptance and times say, or none where that is faster. kv_dtype: of the plan's
+    cache, as for `new_cache`. speculation: filled with counts. options: of
     `model.generate`, greedy or sampling: max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer
     (for one sequence), ... Raises HeadsinkError if the plan was made for another model, and for beam search, a cache of your own
     and return_dict_in_generate.
@@ -104,28 +112,37 @@ def _loop(
         raise HeadsinkError("lossless: a streamer takes one sequence")
     prompt = Prompt.of(model, input_ids, generation_config, given)
     full_plan = Plan.full(model)
+    batch = len(input_ids) if any(map(_by_number, logits_processor)) else None
+    processed = partial(_process_logits, logits_processor, batch)
+    state: LookupDecoder | SpeculativeDecoder
     with torch.no_grad(), apply_here(model, full_plan):
         full = new_cache(model, full_plan, exact=False)
-        if input_ids.shape[1] > 1:
-            prompt.read(full)
-        draft = draft_cache(model, plan, full, kv_dtype)
-        state = SpeculativeDecoder(model, input_ids, prompt.positions[..., -1], full, draft)
-        state.run(
-            partial(
-                _process_logits, logits_processor, len(input_ids) if any(map(_by_number, logits_processor)) else None
-            ),
-            stopping_criteria,
-            sample=generation_config.do_sample,
-            drafted=fixed,
-            told=counts,
-            streamer=streamer,
-        )
-    counts.kv_bytes = full.nbytes() + draft.nbytes()
+        position, sample = prompt.positions[..., -1], generation_config.do_sample
+        if fixed is None and _decodes_on_cpu(model, prompt):
+            prepare(model)
+            first = prompt.read(full)
+            state = LookupDecoder(model, input_ids, position, full)
+            state.run(processed, stopping_criteria, sample=sample, told=counts, streamer=streamer, first=first)
+            counts.kv_bytes = full.nbytes()
+        else:
+            if input_ids.shape[1] > 1:
+                prompt.read(full, left_out=1)
+            draft = draft_cache(model, plan, full, kv_dtype)
+            state = SpeculativeDecoder(model, input_ids, position, full, draft)
+            state.run(processed, stopping_criteria, sample=sample, drafted=fixed, told=counts, streamer=streamer)
+            counts.kv_bytes = full.nbytes() + draft.nbytes()
     if streamer is not None:
         streamer.end()
     padding = generation_config._pad_token_tensor
     filler = 0 if padding is None else int(padding.flatten()[0])
     return torch.nn.utils.rnn.pad_sequence(state.texts, batch_first=True, padding_value=filler)
+
+
+def _decodes_on_cpu(model: PreTrainedModel, prompt: Prompt) -> bool:
+    """Whether the compiled step on a CPU decodes, and drafts come from the text."""
+    kind = input_device(model).type
+    on_cpu = kind == "cpu" and kind not in device.DEVICES
+    return on_cpu and prompt.positions.dim() == 2 and refusal(model, Plan.full(model)) is None
 
 
 def _by_number(processor: Any) -> bool:

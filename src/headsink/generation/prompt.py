@@ -72,14 +72,21 @@ class Prompt:
         positions = positions.expand(*positions.shape[:-2], rows, positions.shape[-1])
         return cls(model, ids, mask, positions, {name: value for name, value in given.items() if name not in OURS})
 
-    def read(self, cache: Cache) -> None:
-        """Prefill all tokens but the last into a cache, with the arguments of `generate`, such as images."""
+    def read(self, cache: Cache, left_out: int = 0) -> Tensor:
+        """Prefill all tokens but the last `left_out` into a cache, with the arguments of `generate`, such as images.
+
+        Returns the logits after the last one, [sequences, vocabulary].
+        """
         kinds = {name: value for name, value in self.given.items() if name.endswith("token_type_ids")}
         rest = {name: value for name, value in self.given.items() if name not in kinds}
         by_column = {"attention_mask": self.mask, "position_ids": self.positions, **kinds}
-        sliced = {name: value if value is None else value[..., :-1] for name, value in by_column.items()}
+        end = self.ids.shape[1] - left_out
+        dropped = slice(None, -left_out or None)
+        sliced = {name: value if value is None else value[..., dropped] for name, value in by_column.items()}
         given = {**sliced, **rest, **cache_argument(cache), "use_cache": True, "is_first_iteration": True}
-        self.model(**self.model.prepare_inputs_for_generation(self.ids[:, :-1], **given), return_dict=True)  # type: ignore[operator]
+        given = self.model.prepare_inputs_for_generation(self.ids[:, :end], **given)  # type: ignore[operator]
+        logits: Tensor = self.model(**given, return_dict=True).logits
+        return logits[:, -1]
 
 
 def cached_padding(cache: Cache | None) -> Padding | None:

@@ -2,11 +2,10 @@
 with the full cache verifies several of them in one pass.
 
 There are two caches, the full one and the plan's, so memory is higher than with the full cache alone. It saves time where
-decoding is limited by reading the full cache (long contexts, large batches). On a CPU drafts also come from the text itself,
-where its last tokens stood before (prompt lookup). Where neither pays, by measured times, the compiled step (decode.py) decodes
-with the full cache. Keys and values of accepted tokens are copied from the full cache into the plan's, so the draft only uses
-exact ones. The compiled step drafts if it supports the model. Rows of a batch may accept different numbers of tokens: rejected
-tokens stay in a row's cache but are hidden, and its positions continue without a gap.
+decoding is limited by reading the full cache (long contexts, large batches). Keys and values of accepted tokens are copied from
+the full cache into the plan's, so the draft only uses exact ones. The compiled step drafts and verifies if it supports the model.
+Rows of a batch may accept different numbers of tokens: rejected tokens stay in a row's cache but are hidden, and its positions
+continue without a gap.
 
 Greedy output equals that of the full cache; sampled output has the same distribution. A drafted token x is accepted with
 probability min(1, p(x) / q(x)), otherwise a token is drawn from max(0, p - q); p and q are taken after the logits processors.
@@ -17,7 +16,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -27,7 +25,8 @@ from transformers import PreTrainedModel
 from headsink.cache.cache import KVDtype, PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.decoding.step import Decoder, decoder, prepare, refusal
-from headsink.generation.acceptance import DraftLength, Lookup, accept_greedy, accept_sampled
+from headsink.generation.acceptance import DraftLength, accept_greedy, accept_sampled
+from headsink.generation.sequences import Sequences, Speculation
 from headsink.models.spec import describe
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan
@@ -35,43 +34,23 @@ from headsink.runtime.apply import new_cache
 from headsink.utils import device
 
 
-@dataclass
-class Speculation:
-    """Counts of a lossless generation. drafted, accepted: tokens over all rows. passes: forward passes with the full cache,
-    without the prefill. kv_bytes: of both caches at the end. lengths: drafted tokens per row in each pass."""
-
-    drafted: int = 0
-    accepted: int = 0
-    passes: int = 0
-    kv_bytes: int = 0
-    lengths: list[int] = field(default_factory=list)
-
-    @property
-    def acceptance(self) -> float | None:
-        return self.accepted / self.drafted if self.drafted else None
-
-
-class SpeculativeDecoder:
-    """State of a batch. texts: each sequence so far, int64 [tokens]. position: of the last token of every unfinished
-    sequence, int64 [rows], or [axes, rows] where positions have several axes; neither cache has that token yet. full: the full
-    cache, with all tokens before it. draft: the plan's, which may lack the last `lag` of these."""
+class SpeculativeDecoder(Sequences):
+    """State of a batch. draft: the plan's cache, with the tokens of the full one; neither has the last token yet."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, position: Tensor, full: PlanCache, draft: PlanCache):
-        self.model, self.texts, self.position, self.full, self.draft = model, list(input_ids), position, full, draft
-        self.rows = list(range(len(input_ids)))  # unfinished sequences
+        super().__init__(input_ids, position, full)
+        self.model, self.draft = model, draft
         self.step: Decoder | None = None  # drafts, if it supports the model
-        self.judge: Any = None  # verifies, on a GPU
-        self.single: Decoder | None = None  # decodes with the full cache, on a CPU
-        self.lag = 0
-        # A compiled step cannot take tokens back from a window. Hidden columns would count in it: there all rows accept as many
-        # tokens as the row with the fewest.
+        self.judge: Any = None  # verifies, if it supports the model
+        # Hidden columns would count in a window: there all rows accept as many tokens as the row with the fewest. A cache that
+        # records tokens for it has no compiled step.
         windows = any(window is not None for window in describe(model).windows)
         self.ragged = not windows
         self.compiled = position.dim() == 1 and not windows and refusal(model, draft.plan) is None
+        self.on_card = input_ids.device.type in device.DEVICES
         if self.compiled:
-            prepare(model, draft.kv_dtype)  # not part of the measured times
-        on_cpu = self.compiled and input_ids.device.type not in device.DEVICES
-        self.lookups = [Lookup(text.tolist()) for text in self.texts] if on_cpu else []
+            for kv_dtype in ("auto", draft.kv_dtype):
+                prepare(model, kv_dtype)  # not part of the measured times
 
     def run(
         self,
@@ -91,17 +70,9 @@ class SpeculativeDecoder:
         """
         pick, pace, fixed = accept_sampled if sample else accept_greedy, DraftLength(), drafted
         while self.rows:
-            guesses = self._look_up()
-            source, drafted = pace.choose(len(guesses)) if fixed is None else (pace.cache, fixed)
-            if not drafted and self.lookups and self.full.get_seq_length():
-                self._decode(pace, fixed, processed, pick, stop, told, streamer)
-                continue
+            drafted = pace.choose() if fixed is None else fixed
             start = time.perf_counter()
-            if source is pace.lookup:
-                given = torch.stack([self.texts[text][-1] for text in self.rows])
-                tokens, proposals = torch.stack([given, *guesses[:drafted]], 1), list[list[Tensor]]()
-            else:
-                tokens, proposals = self._draft(drafted, processed, pick)
+            tokens, proposals = self._draft(drafted, processed, pick)
             middle = time.perf_counter()
             positions = self.position[..., None] + torch.arange(drafted + 1, device=self.position.device)
             logits = self._verify(tokens, positions)
@@ -114,7 +85,7 @@ class SpeculativeDecoder:
                 picks.append(pick(probabilities, own.tolist(), [one[row] for one in proposals]))
             least = min(len(accepted) for accepted, _ in picks)
             mean = sum(len(accepted) for accepted, _ in picks) / len(picks)
-            pace.update(source, drafted, middle - start, time.perf_counter() - middle, mean)
+            pace.update(drafted, middle - start, time.perf_counter() - middle, mean)
             told.passes, told.drafted = told.passes + 1, told.drafted + drafted * len(picks)
             told.lengths.append(drafted)
             unfinished = []
@@ -122,53 +93,9 @@ class SpeculativeDecoder:
                 if not self.ragged and len(accepted) > least:
                     accepted, last = accepted[:least], accepted[least]
                 told.accepted += len(accepted)
-                unfinished.append(self._append(row, [*accepted, last], stop, streamer))
+                unfinished.append(self.append(row, [*accepted, last], stop, streamer))
             kept = [len(accepted) if self.ragged else least for accepted, _ in picks]
-            self._update_caches(drafted, source is pace.cache, kept, unfinished)
-
-    def _look_up(self) -> list[Tensor]:
-        """Return the tokens that followed the last ones before, int64 [rows] each; none if a row has none."""
-        if not self.lookups:
-            return []
-        found = [self.lookups[text].find() for text in self.rows]
-        least = min(map(len, found))
-        return list(torch.tensor([one[:least] for one in found], device=self.position.device).T)
-
-    def _decode(
-        self,
-        pace: DraftLength,
-        fixed: int | None,
-        processed: Callable[..., Tensor],
-        pick: Callable[..., Any],
-        stop: Any,
-        told: Speculation,
-        streamer: Any,
-    ) -> None:
-        """Decode with the full cache, token by token, until a sequence ends or drafts are expected to be faster.
-
-        The tokens say without cost whether lookups would have been accepted.
-        """
-        if self.single is None:
-            self.single = decoder(self.model, self.full)
-        else:
-            self.single.resume()
-        unfinished = [True] * len(self.rows)
-        while True:
-            start, guesses = time.perf_counter(), self._look_up()
-            logits = self.single.run(torch.stack([self.texts[text][-1] for text in self.rows]), self.position)
-            for row, text in enumerate(self.rows):
-                _, token = pick([processed(text, self.texts[text], logits[row])], [], [])
-                if guesses:
-                    pace.lookup.judge(float(token == int(guesses[0][row])))
-                unfinished[row] = self._append(row, [token], stop, streamer)
-            self.position, self.lag = self.position + 1, self.lag + 1
-            pace.update(pace.cache, 0, 0.0, time.perf_counter() - start, 0.0)
-            told.passes += 1
-            told.lengths.append(0)
-            if not all(unfinished) or (fixed is None and pace.choose(len(self._look_up()))[1]):
-                break
-        self.single.start_evicting()
-        self._drop(unfinished)
+            self._update_caches(drafted, kept, unfinished)
 
     def _draft(
         self, count: int, processed: Callable[..., Tensor], pick: Callable[..., Any]
@@ -176,7 +103,6 @@ class SpeculativeDecoder:
         """Draft `count` tokens: int64 [rows, 1 + count], with each sequence's last token first, and their processed logits."""
         tokens = torch.stack([self.texts[text][-1:] for text in self.rows])
         proposals = []
-        self._catch_up()
         if self.compiled and self.step is None and self.draft.get_seq_length():
             self.step = decoder(self.model, self.draft)
         elif self.step is not None:
@@ -198,8 +124,8 @@ class SpeculativeDecoder:
         return tokens, proposals
 
     def _verify(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the full cache after each token, [rows, tokens, vocabulary]; on a GPU by the CUDA graph where supported."""
-        if self.judge is None and self.compiled and self.full.get_seq_length() and tokens.device.type in device.DEVICES:
+        """Logits of the full cache after each token, [rows, tokens, vocabulary], by the compiled step where supported."""
+        if self.judge is None and self.compiled and self.full.get_seq_length():
             self.judge = decoder(self.model, self.full)
         if self.judge is None:
             return _forward(self.model, self.full, tokens, positions).float()
@@ -208,62 +134,17 @@ class SpeculativeDecoder:
         self.judge.start_evicting()
         return logits
 
-    def _append(self, row: int, new: list[int], stop: Any, streamer: Any) -> bool:
-        """Append tokens to a sequence, up to the one that ends it. Returns whether it is unfinished."""
-        text = self.rows[row]
-        for token in new:
-            self.texts[text] = torch.cat([self.texts[text], self.texts[text].new_tensor([token])])
-            if self.lookups:
-                self.lookups[text].append(token)
-            if streamer is not None:
-                streamer.put(self.texts[text][-1:])
-            if bool(stop(self.texts[text][None], None).all()):
-                return False
-        return True
-
-    def _update_caches(self, drafted: int, by_draft: bool, accepted: list[int], unfinished: list[bool]) -> None:
-        """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows.
-
-        by_draft: whether the draft's cache has the drafted tokens.
-        """
+    def _update_caches(self, drafted: int, accepted: list[int], unfinished: list[bool]) -> None:
+        """Leave in both caches the accepted tokens, with keys and values of the full cache, and only unfinished rows."""
         counts = torch.tensor(accepted, device=self.position.device)
         columns = int(counts.max()) + 1
-        if by_draft:
-            _crop(self.draft, drafted)
+        _crop(self.draft, drafted)
         recent = [_recent(layer, columns) for layer in _layers(self.full)]
         _crop(self.full, drafted + 1 - columns)
         hidden = torch.arange(columns, device=counts.device) > counts[:, None]
-        if self.lookups:
-            self._append_later(columns, hidden)
-        else:
-            self._copy_to_draft(columns, hidden, recent)
+        self._copy_to_draft(columns, hidden, recent)
         self.position = self.position + counts + 1
-        self._drop(unfinished)
-
-    def _drop(self, unfinished: list[bool]) -> None:
-        """Keep only unfinished rows."""
-        remaining = [row for row, goes_on in enumerate(unfinished) if goes_on]
-        self.rows = [self.rows[row] for row in remaining]
-        if remaining and not all(unfinished):
-            rows = torch.tensor(remaining, device=self.position.device)
-            self.position = self.position[..., rows]
-            for cache in (self.full, self.draft):
-                cache.batch_select_indices(rows)
-
-    def _append_later(self, columns: int, hidden: Tensor) -> None:
-        """Leave the last columns of the full cache for `_catch_up`, unless some are hidden, bool [rows, columns]."""
-        self.lag += columns
-        if bool(hidden.any()):
-            self._catch_up()
-            for cache in (self.full, self.draft):
-                cache.hide(hidden)
-
-    def _catch_up(self) -> None:
-        """Append to the draft the columns that it lacks."""
-        for mine, theirs in zip(_layers(self.draft), _layers(self.full), strict=True):
-            if self.lag:
-                mine.append(*theirs.groups[0].last(self.lag))
-        self.lag = 0
+        self.drop(unfinished, self.full, self.draft)
 
     def _copy_to_draft(self, columns: int, hidden: Tensor, recent: list[tuple[Tensor, Tensor] | None]) -> None:
         """Append the last columns of the full cache to the draft's.
@@ -271,7 +152,7 @@ class SpeculativeDecoder:
         hidden: bool [rows, columns], rejected tokens of a row. recent: keys and values of these columns in layers with a window.
         """
         some = bool(hidden.any())
-        if self.judge is not None and self.step is not None:
+        if self.on_card and self.judge is not None and self.step is not None:
             both = self.judge, cast(Any, self.step)
             for one in both:
                 one.resume()

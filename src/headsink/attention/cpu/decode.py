@@ -116,7 +116,9 @@ def attend_part(
     part: Any,
     parts: Any,
 ) -> None:
-    """Attend from all queries of a KV head over part of its keys, block by block.
+    """Attend from all queries of a KV head over part of its keys: one block of every `parts`.
+
+    Blocks begin at multiples of BLOCK, and hidden keys add nothing, so outputs for a query do not depend on the keys after it.
 
     query: float32 [group, dim], scaled. rotated: the queries for the sink tokens, or [0, dim]. tokens: adjacent queries per
     head of the group; the last slots are their keys, which earlier queries do not see. softcap: logits become
@@ -126,17 +128,16 @@ def attend_part(
     """
     group, dim = query.shape
     size, width = head[_END], row_bytes(dim, like)
-    start, end = share(size, part, parts)
     keys = carray(pointer(head[_KEYS], like), (size, width // like.itemsize))
     visible = carray(pointer(head[_VISIBLE], np.empty(0, np.uint8)), size)
     for row in range(group):
         top[row], total[row] = -np.inf, 0
         for n in range(dim):
             out[row, n] = 0
-    for first in range(start, end, BLOCK):
-        count = min(BLOCK, end - first)
+    for first in range(part * BLOCK, size, parts * BLOCK):
+        count = min(BLOCK, size - first)
         fetch(head[_VALUES] + first * width, count * width)
-        fetch(head[_KEYS] + (first + count) * width, count * width)
+        fetch(head[_KEYS] + (first + parts * BLOCK) * width, count * width)
         products(head[_KEYS] + first * width, like, count, dim, query.ctypes.data, group, logits.ctypes.data, BLOCK)
         for slot in range(first, min(first + count, head[_SINK])):
             for row in range(rotated.shape[0]):
@@ -147,8 +148,11 @@ def attend_part(
         scale_columns(head[_KEYS] + first * width, like, count, dim, logits)
         if softcap:
             for row in range(group):
-                for n in range(count):
+                for n in range(BLOCK):  # of which a compiler makes the same code for every number of keys
                     logits[row, n] = cap(logits[row, n], softcap)
+        for row in range(group):
+            for n in range(count, BLOCK):
+                logits[row, n] = -np.inf
         seen = np.int32(0)
         for slot in range(first, first + count):
             seen += np.int32(visible[slot])
@@ -162,7 +166,7 @@ def attend_part(
                 for row in range(token, group, tokens):
                     logits[row, slot - first] = -np.inf
         for row in range(group):
-            most = largest(logits.ctypes.data + row * BLOCK * 4, count)
+            most = largest(logits.ctypes.data + row * BLOCK * 4, BLOCK)
             if most > top[row]:
                 if top[row] > -np.inf:
                     scale = exp(top[row] - most)
@@ -172,12 +176,13 @@ def attend_part(
                 top[row] = most
             most, sum_ = top[row], np.float32(0)
             if most > -np.inf:
-                for n in range(count):
+                for n in range(BLOCK):
                     weight = exp(logits[row, n] - most)
+                    weight = weight if logits[row, n] > -np.inf else np.float32(0)
                     logits[row, n] = weight
                     sum_ += weight
             else:
-                for n in range(count):
+                for n in range(BLOCK):
                     logits[row, n] = 0
             total[row] += sum_
         rows = head[_VALUES] + first * width
@@ -225,7 +230,8 @@ def attend(head_table: Any, like: Any, key: Any, value: Any, query: Any, tokens:
         logits = np.empty((group + 1, BLOCK), np.float32)
         for head in range(heads):
             sums = top[head, part], total[head, part], parts[head, part]
-            attend_part(head_table[head], like, query[head], rotated, tokens, none, logits, *sums, part, threads)
+            own = (part + head) % threads  # heads begin in turn with another thread
+            attend_part(head_table[head], like, query[head], rotated, tokens, none, logits, *sums, own, threads)
     for head in range(heads):
         for row in range(group):
             combine(top[head, :, row], total[head, :, row], parts[head, :, row], nothing, out[head, row])

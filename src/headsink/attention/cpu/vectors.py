@@ -98,7 +98,7 @@ def exp(x: Any) -> Any:
 
 # Numbers per vector: as many as a register holds, so that twelve sums, keys and queries stay in 16 registers.
 LANES = 16 if binding.get_host_cpu_features().get("avx512f", False) else 8
-IN_ORDER = 16  # where one row is read at a time, so that enough sums are independent
+IN_ORDER = 2 * LANES  # where one row is read at a time, so that enough sums are independent
 _I64 = ir.IntType(64)
 
 
@@ -132,7 +132,7 @@ def _row(builder: Any, columns: Any, size: int) -> Any:
 def _add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
     """Compute total += a b, where `total` is on the stack; the compiler turns it into a register."""
     product = builder.fmul(a, b, flags=("contract",))
-    builder.store(builder.fadd(product, builder.load(total), flags=("contract", "reassoc")), total)
+    builder.store(builder.fadd(product, builder.load(total), flags=("contract",)), total)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
@@ -143,8 +143,7 @@ def _pairs_added(builder: Any, a: Any, b: Any) -> Any:
     """Return for every four lanes the sums of two pairs of `a`, then of `b`: one instruction on many processors."""
     count = a.type.count
     even = [n + base for first in range(0, count, 4) for base in (0, count) for n in (first, first + 2)]
-    halves = (_shuffled(builder, a, b, lanes) for lanes in (even, [lane + 1 for lane in even]))
-    return builder.fadd(*halves, flags=("reassoc",))
+    return builder.fadd(*(_shuffled(builder, a, b, lanes) for lanes in (even, [lane + 1 for lane in even])))
 
 
 def _four_sums(builder: Any, vectors: list[Any]) -> Any:
@@ -153,17 +152,16 @@ def _four_sums(builder: Any, vectors: list[Any]) -> Any:
     found = _pairs_added(builder, first, second)
     while found.type.count > 4:
         half = found.type.count // 2
-        low, high = (_shuffled(builder, found, found, list(range(n, n + half))) for n in (0, half))
-        found = builder.fadd(low, high, flags=("reassoc",))
+        found = builder.fadd(*(_shuffled(builder, found, found, list(range(n, n + half))) for n in (0, half)))
     return found
 
 
 def _dots(rows: int, lines: int = 4, lanes: int = LANES) -> Callable[..., None]:
     """Return a function for the products of `lines` rows of a matrix with `rows` vectors, over whole vectors of `lanes`.
 
-    lines: 4 or 1.
+    lines: 4 or 1. Numbers are added in an order that depends on `lanes` only.
     """
-    kind, add_up = ir.VectorType(_F32, lanes), f"llvm.vector.reduce.fadd.v{lanes}f32"
+    kind = ir.VectorType(_F32, lanes)
 
     @intrinsic
     def products(context: Any, matrix: Any, like: Any, columns: Any, vectors: Any, out: Any, stride: Any) -> Any:
@@ -188,15 +186,15 @@ def _dots(rows: int, lines: int = 4, lanes: int = LANES) -> Callable[..., None]:
                     vector = _lanes(builder, offset(given, row, 4), 4, lanes)
                     for n in range(lines):
                         _add_product(builder, loaded[n], vector, sums[row][n])
-            for row in range(rows):
-                totals = [builder.load(total) for total in sums[row]]
+            totals = [[builder.load(total) for total in own] for own in sums]
+            if lines == 4:
+                found = [_four_sums(builder, own) for own in totals]
+            else:
+                together = _four_sums(builder, [totals[min(row, rows - 1)][0] for row in range(4)])
+                found = [builder.extract_element(together, ir.Constant(_I32, row)) for row in range(rows)]
+            for row, one in enumerate(found):
                 where = builder.add(written, builder.mul(builder.mul(apart, _number(row)), _number(4)))
-                if lines == 4:
-                    found = _four_sums(builder, totals)
-                else:
-                    reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32, kind]), add_up)
-                    found = builder.call(reduce, [ir.Constant(_F32, 0.0), *totals], fastmath=("reassoc",))
-                builder.store(found, builder.inttoptr(where, found.type.as_pointer()), align=4)
+                builder.store(one, builder.inttoptr(where, one.type.as_pointer()), align=4)
             return target.get_dummy_value()
 
         return types.none(types.int64, like, types.int64, types.int64, types.int64, types.int64), generate
@@ -251,6 +249,7 @@ def _weighted_sums(rows: int, chunks: int) -> Callable[..., None]:
 
 
 _dots1, _dots2, _dots3, _dots4 = (_dots(rows) for rows in (1, 2, 3, 4))
+_dot1 = _dots(1, 1)
 _line1, _line2, _line3, _line4 = (_dots(rows, 1, IN_ORDER) for rows in (1, 2, 3, 4))
 _wide1, _wide2, _wide3, _wide4 = (_weighted_sums(rows, 4) for rows in (1, 2, 3, 4))
 _thin1, _thin2, _thin3, _thin4 = (_weighted_sums(rows, 1) for rows in (1, 2, 3, 4))
@@ -345,7 +344,7 @@ def _dot(matrix: Any, like: Any, columns: Any, vector: Any, begin: Any) -> Any:
 def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any) -> None:
     """Compute the products of `count` rows of a matrix, `columns` long, with `rows` contiguous vectors of float32.
 
-    Output: float32 out[r x stride + n] for vector r and row n of the matrix.
+    Output: float32 out[r x stride + n] for vector r and row n of the matrix, which does not depend on `count` and `rows`.
     """
     width, whole = row_bytes(columns, like), columns // LANES * LANES
     first = 0
@@ -364,20 +363,23 @@ def products(matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, row
                 _dots1(four, like, columns, given, to, stride)
             row += 4
         first += 4
-    if count < 4 or whole < columns:
+    while first < count:
+        for row in range(rows):
+            line, given, to = matrix + first * width, vectors + row * columns * 4, out + (row * stride + first) * 4
+            _dot1(line, like, columns, given, to, stride)
+        first += 1
+    if whole < columns:
         written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
         for row in range(rows):
             for n in range(count):
-                begin = whole if count >= 4 else 0
-                rest = _dot(matrix + n * width, like, columns, vectors + row * columns * 4, begin)
-                written[row * stride + n] = rest + (written[row * stride + n] if count >= 4 else np.float32(0))
+                written[row * stride + n] += _dot(matrix + n * width, like, columns, vectors + row * columns * 4, whole)
 
 
 @njit(fastmath=FAST)
 def products_in_order(
     matrix: Any, like: Any, count: Any, columns: Any, vectors: Any, rows: Any, out: Any, stride: Any
 ) -> None:
-    """Compute `products` one row of the matrix at a time, in the order of memory."""
+    """Compute `products` one row of the matrix at a time, in the order of memory. They do not depend on `rows`."""
     width, whole = columns * like.itemsize, columns // IN_ORDER * IN_ORDER
     written = carray(pointer(out, np.empty(0, np.float32)), rows * stride)
     for n in range(count):
