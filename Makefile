@@ -88,7 +88,7 @@ $(HARNESS_READY): $(READY)
 	@$(PYTHON) -m venv .venv-harness
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(HARNESS)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headsink.pth"
-	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt lm-eval
+	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt 'lm-eval[ruler,longbench]'
 	@touch $(HARNESS_READY)
 
 # Warnings are errors: broken links and anchors, pages without a place, docstrings that cannot be read.

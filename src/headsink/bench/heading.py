@@ -19,7 +19,8 @@ def provenance(what: str) -> dict[str, Any]:
     return {"what": what, "command": command, "versions": versions(), "machine": machine()}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:  # not installed, or run from its sources
@@ -28,7 +29,7 @@ def _version(package: str) -> str | None:
 
 def versions() -> dict[str, str | None]:
     packages = ("headsink", "torch", "transformers", "numba", "triton")
-    return {name: _version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: version_of(name) for name in packages} | {"python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:
