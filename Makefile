@@ -80,7 +80,7 @@ $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 	@touch $(VLLM_READY)
 
 test-harness: $(HARNESS_READY)
-	$(HARNESS)/python -m pytest tests/integrations/test_harness.py
+	$(HARNESS)/python -m pytest tests/integrations/test_harness.py tests/bench/test_longcontext.py
 
 # Uses the packages of .venv. Separate, because transformers imports some of the harness's packages, which takes a second each time.
 $(HARNESS_READY): $(READY)

@@ -34,15 +34,27 @@ from headsink.generation.templates import chat_prompt, encode
 Record = dict[str, Any]
 PREFIX = 32  # tokens of the answer's beginning that RULER gives, which its sizes leave out
 LONGBENCH = {"squad": "multifieldqa_en", "hotpotqa": "hotpotqa", "qasper": "qasper", "multiturn": "multifieldqa_en"}
+RULER_QA = ("qa_squad", "qa_hotpot")
 SCORES = {"4096", "score"}  # names of the harness's scores, of RULER (by a length) and of LongBench
 
 
 def make_records(
-    suite: str, task: str, tokenizer: PreTrainedTokenizerBase, items: int, length: int, seed: int, chat: bool
+    suite: str,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    items: int,
+    length: int,
+    seed: int,
+    *,
+    chat: bool = False,
+    most: int | None = None,
 ) -> list[Record]:
-    """Make the records of a task: prompts of at most `length` tokens with the answer, in the model's chat format if `chat`."""
+    """Make the records of a task: prompts of at most `length` tokens with the answer.
+
+    As in the harness, the model's chat format (`chat`) comes on top, unless all would be over `most` tokens.
+    """
     frame = len(encode(tokenizer, chat_prompt(tokenizer, [{"role": "user", "content": ""}]))) if chat else 0
-    room = length - frame - PREFIX
+    room = min(length, (most or 2 * length) - frame - PREFIX)
     if suite == "ruler":
         return ruler_records(task, tokenizer, items, room, seed)
     if suite == "needles":
@@ -64,9 +76,15 @@ def load_task(suite: str, task: str, records: list[Record]) -> Task:
     def data(**_: Any) -> dict[str, hf_datasets.Dataset]:
         return {"test": hf_datasets.Dataset.from_list(records)}
 
+    settings = {"task": name, "custom_dataset": data} | ({"process_results": _any_answer} if task in RULER_QA else {})
     # the harness overrides settings of a task only where it is part of a group
-    loaded = _tasks().load({"group": "suite", "task": [{"task": name, "custom_dataset": data}]})
+    loaded = _tasks().load({"group": "suite", "task": [settings]})
     return loaded["tasks"][name]
+
+
+def _any_answer(record: Record, results: list[str]) -> dict[str, float]:
+    """Return 1 if an answer of a question is in the text, as RULER does. The harness takes the share of its answers."""
+    return {"4096": float(any(answer.lower() in results[0].lower() for answer in record["outputs"]))}
 
 
 @cache

@@ -25,6 +25,7 @@ from headsink.data import corpus
 from headsink.errors import HeadsinkError
 
 Record = dict[str, Any]
+HARNESS_LEAST = 4096  # tokens, the harness's shortest length
 DEPTHS = tuple(range(0, 101, 10))  # percent of a text
 
 
@@ -86,7 +87,7 @@ def needle_records(tokenizer: PreTrainedTokenizerBase, items: int, length: int, 
         prompt = template.format(type_needle_v="number", context=" ".join(text), query=key)
         records.append(
             {"input": prompt, "outputs": [value], "gen_prefix": prefix, "depth": depth}
-            | {"max_length": 4096, "document": prompt.rpartition("\n")[0]}
+            | {"max_length": HARNESS_LEAST, "document": prompt.rpartition("\n")[0]}
         )
     return records
 
@@ -117,8 +118,9 @@ def _generate(task: str, tokenizer: PreTrainedTokenizerBase, items: int, length:
         else:
             questions, documents = _questions(task)
             random.shuffle(questions)
-            made = qa_utils.generate_samples(tokenizer, documents, questions, **common)
-    return [record | {"max_length": 4096} for record in made]  # the harness names a score by it
+            step = 10 if length >= HARNESS_LEAST else 1  # the harness's own, and for lengths that it does not have
+            made = qa_utils.generate_samples(tokenizer, documents, questions, incremental=step, **common)
+    return [record | {"max_length": HARNESS_LEAST} for record in made]  # the harness names a score by it
 
 
 def _questions(task: str) -> tuple[list[Record], list[str]]:

@@ -47,19 +47,21 @@ def run(
     items: int,
     seed: int,
     chat: bool,
+    most: int,
     checkpoints: Path,
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Measure engines, the full cache first, on tasks of a suite at every length.
 
     engines: given a length in tokens. items: prompts of a task; needles for each depth; documents of multiturn. chat: use the
-    model's chat format. checkpoints: a folder for finished items; settings: what they depend on.
+    model's chat format. most: the model's maximum, in tokens. checkpoints: a folder for finished items; settings: what
+    they depend on.
     """
     found, refused = [], dict[str, str]()
     for length in lengths:
         usable = engines(length)
         for task in tasks:
-            records = make_records(suite, task, tokenizer, items, length, seed, chat)
+            records = make_records(suite, task, tokenizer, items, length, seed, chat=chat, most=most)
             loaded = load_task(suite, task, records)
             done = Checkpoint(checkpoints / f"{task}-{length}.jsonl", settings | {"task": task, "length": length})
             scores, measured = dict[str, list[float]](), dict[str, list[Record]]()

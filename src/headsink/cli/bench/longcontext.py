@@ -60,6 +60,7 @@ def measure_suite(
             items=options.items,
             seed=seed,
             chat=not options.raw,
+            most=most,
             checkpoints=checkpoint,
             settings=run_settings(model, plans, **about),
         )
