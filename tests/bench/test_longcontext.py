@@ -60,7 +60,7 @@ class Echo:
     def __init__(self, tokenizer, answers):
         self.tokenizer, self.answers, self.documents, self.questions = tokenizer, iter(answers), [], []
 
-    def read(self, document):
+    def read(self, document):  # first a part of the first document, to warm up
         from headsink.bench.longcontext.engines import Document
 
         self.documents.append(self.tokenizer.decode(document))
@@ -69,6 +69,9 @@ class Echo:
     def answer(self, question, tokens, stops, keep):
         from headsink.bench.longcontext.engines import Answer
 
+        if tokens == 3:
+            self.documents.clear()
+            return Answer([0], 0.5, [])
         self.questions.append(self.tokenizer.decode(question))
         return Answer(self.tokenizer(next(self.answers)).input_ids, 0.5, [0.1])
 
@@ -172,7 +175,7 @@ def test_needles_are_at_their_depths(tokenizer):
 
     for record in needle_records(tokenizer, 1, 3000, seed=0):
         found = record["document"].index(record["outputs"][0]) / len(record["document"])
-        assert found == pytest.approx(record["depth"] / 100, abs=0.12)
+        assert found == pytest.approx(record["depth"] / 100, abs=0.06)
     assert [record["depth"] for record in needle_records(tokenizer, 2, 1000, seed=0)] == list(DEPTHS) * 2
 
 
@@ -214,7 +217,7 @@ def test_a_plan_that_keeps_everything_answers_as_the_full_cache(tiny, tmp_path, 
     from headsink.bench.longcontext.run import run, table
 
     model, tokenizer = tiny
-    plans = {"all": Plan.full(model), "0.1": Plan.uniform(model, Pattern(4, 16, 32))}
+    plans = {"all": Plan.full(model), "0.1": Plan.uniform(model, Pattern(4, 0, 48))}
 
     def columns(length):
         return engines(model, tokenizer, plans, length, kv_dtype="auto", kvpress=None, presses=[])
@@ -245,7 +248,7 @@ def test_a_later_turn_is_answered_as_from_a_document_that_was_just_read(tiny, tm
     from headsink.bench.longcontext.harness import make_records
 
     model, tokenizer = tiny
-    plan = Plan.uniform(model, Pattern(4, 16, 32))
+    plan = Plan.uniform(model, Pattern(4, 0, 48))
     records = make_records("multiturn", "multiturn", tokenizer, 1, 1200, seed=0, chat=False)
     document = tokenizer(records[0]["document"]).input_ids
     questions = [tokenizer(f"\n\nQuestion: {record['question']}\nAnswer:").input_ids for record in records]
@@ -297,7 +300,7 @@ def test_a_python_without_kvpress_is_refused(tiny, tiny_folder, tmp_path):
 
 @HARNESS
 def test_the_command(bench, tiny, tiny_folder, tmp_path, monkeypatch):
-    plan = Plan.uniform(tiny[0], Pattern(4, 16, 32)).save(tmp_path / "small.json")
+    plan = Plan.uniform(tiny[0], Pattern(4, 0, 48)).save(tmp_path / "small.json")
     words = (tiny_folder, "--suite", "ruler", "--tasks", "niah_single_1", "--items", 1, "--out", tmp_path / "out.json")
     status, out, err = bench(*words, "--lengths", 700, "--plan", plan, "--json")
     assert status == 0, err

@@ -78,12 +78,14 @@ def needle_records(tokenizer: PreTrainedTokenizerBase, items: int, length: int, 
         question = template.format(type_needle_v="number", context="", query=key)
         prefix = f"The special magic number for {key} mentioned in the provided text is"
         left = length - 128 - sum(len(tokenizer(text).input_ids) for text in (needle, question, prefix))
-        text: list[str] = []
+        text, ends = list[str](), [0]  # tokens up to the end of each sentence
         for sentence in sentences[start:]:
-            if (left := left - len(tokenizer(f" {sentence}").input_ids)) < 0:
+            end = ends[-1] + len(tokenizer(f" {sentence}").input_ids)
+            if end > left:
                 break
             text.append(sentence)
-        text.insert(round(len(text) * depth / 100), needle)
+            ends.append(end)
+        text.insert(min(range(len(ends)), key=lambda n: abs(ends[n] - ends[-1] * depth / 100)), needle)
         prompt = template.format(type_needle_v="number", context=" ".join(text), query=key)
         records.append(
             {"input": prompt, "outputs": [value], "gen_prefix": prefix, "depth": depth}
@@ -119,7 +121,8 @@ def _generate(task: str, tokenizer: PreTrainedTokenizerBase, items: int, length:
             questions, documents = _questions(task)
             random.shuffle(questions)
             step = 10 if length >= HARNESS_LEAST else 1  # the harness's own, and for lengths that it does not have
-            made = qa_utils.generate_samples(tokenizer, documents, questions, incremental=step, **common)
+            common["num_samples"] = 2 * items  # questions whose passages do not fit are left out
+            made = qa_utils.generate_samples(tokenizer, documents, questions, incremental=step, **common)[:items]
     return [record | {"max_length": HARNESS_LEAST} for record in made]  # the harness names a score by it
 
 

@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 def measure_suite(
     options: QualityOptions, suite: Suite, tasks: list[str], lengths: list[int], budgets: list[float]
 ) -> None:
-    """Run a suite. An interrupted run continues when it is started again with the same options."""
+    """Run a suite; of needles, draw a heat map next to --out.
+
+    An interrupted run continues when it is started again with the same options.
+    """
     from headsink.bench.checkpoint import run_settings
     from headsink.bench.longcontext.columns import engines, plans_of_budgets
     from headsink.bench.longcontext.engines import start_kvpress
+    from headsink.bench.longcontext.heat_map import heat_map
     from headsink.bench.longcontext.run import run, table
     from headsink.models.spec import describe
+    from headsink.report.assets import write_picture
 
     given = {file.stem: headsink.Plan.load(file) for file in options.plan_files or ()}
     model, tokenizer = headsink.load(options.model, dtype=options.dtype, device=options.device)
@@ -67,5 +72,7 @@ def measure_suite(
     result = options.describe(model, plans, longest) | about | {"results": results}
     text = json.dumps(result, indent=1) + "\n"
     write_text(file, text, options.force)
+    if suite.name == "needles":
+        write_picture(file.with_suffix(""), heat_map(results, options.model))
     remove(checkpoint, [f"{task}-{length}.jsonl" for task in tasks for length in lengths])
     write(text if options.as_json else f"{table(results)}\n\nResults: {file}\n")
