@@ -194,10 +194,15 @@ def _within(before: Any, now: Any, interval: list[float]) -> Verdict:
     return "within" if now is not None and interval[0] <= now <= interval[1] else "outside"
 
 
+def overlap(one: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two ranges (median, min, max) overlap, each made wider by a tenth of its median at both ends."""
+    room = WIDER * (abs(one["median"]) + abs(other["median"]))
+    return one["min"] - room <= other["max"] and other["min"] - room <= one["max"]
+
+
 def _ranges(before: dict[str, Any], now: dict[str, Any]) -> Verdict:
     if before == now:
         return "the same"
     if not {"median", "min", "max"} <= now.keys():
         return "changed"
-    room = WIDER * (abs(before["median"]) + abs(now["median"]))
-    return "overlaps" if before["min"] - room <= now["max"] and now["min"] - room <= before["max"] else "outside"
+    return "overlaps" if overlap(before, now) else "outside"
