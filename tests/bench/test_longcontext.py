@@ -12,7 +12,6 @@ from headsink import HeadsinkError, Pattern, Plan
 from headsink.bench.longcontext import suites
 from headsink.bench.longcontext.suites import SUITES, check_lengths, check_tasks, find_suite
 from headsink.bench.tasks import datasets
-from headsink.cli import main
 
 WITHOUT_PACKAGES = [("ruler", task) for task, file in SUITES["ruler"].tasks.items() if file is None] + [
     ("needles", "needles")
@@ -30,17 +29,6 @@ SETTINGS = {"headsink": "a test"}
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
     return headsink.load(str(tiny_folder), device="cpu")
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    def bench(*words):
-        monkeypatch.setattr("sys.argv", ["headsink", "bench", "quality", *map(str, words), "--device", "cpu"])
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return bench
 
 
 @pytest.fixture
@@ -239,6 +227,15 @@ def test_a_plan_that_keeps_everything_answers_as_the_full_cache(tiny, tmp_path, 
         patch.setattr(HeadsinkEngine, "read", None)  # nothing is measured again
         assert run("ruler", tokenizer, columns, **settings(tmp_path)) == results
     assert table(results).count("\n") == 3 + 1 + len(found["ways"]) + 1
+
+
+def test_a_calibrated_plan_is_scaled_to_each_document(tiny):
+    from headsink.bench.longcontext.engines import fit
+
+    plan = headsink.packaged_plan("smollm2", 0.25, 6000)
+    assert fit(plan, 3000).kv_budget(3000) == pytest.approx(0.25, abs=0.005)
+    uniform = Plan.uniform(tiny[0], Pattern(4, 0, 48))
+    assert fit(uniform, 3000) is uniform
 
 
 @HARNESS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.bench.longcontext.engines import Engine, HeadsinkEngine, KvpressEngine
+from headsink.bench.longcontext.engines import Engine, HeadsinkEngine, KvpressEngine, fit
 from headsink.bench.longcontext.run import FULL
 from headsink.bench.peers.process import Process
 from headsink.bench.plans import calibrate_plans
@@ -57,12 +57,11 @@ def engines(
 ) -> list[Engine]:
     """Return an engine for each column at a length in tokens."""
     columns: list[Engine] = [HeadsinkEngine(FULL, model, tokenizer, Plan.full(model))]
-    scaled = {name: plan.scale(length) for name, plan in plans.items()}
-    for name, plan in scaled.items():
+    for name, plan in plans.items():
         columns.append(HeadsinkEngine(name, model, tokenizer, plan, kv_dtype=kv_dtype))
         columns.append(HeadsinkEngine(f"{name}, reconstruction", model, tokenizer, plan, True, kv_dtype))
     if kvpress is not None:
-        for name, plan in scaled.items():
-            budget = round(plan.kv_budget(length), 4)
+        for name, plan in plans.items():
+            budget = round(fit(plan, length).kv_budget(length), 4)
             columns += [KvpressEngine(f"{press} {name}", kvpress, press, budget) for press in presses]
     return columns

@@ -70,8 +70,13 @@ class Engine(Protocol):
     def peak_bytes(self) -> int | None: ...
 
 
+def fit(plan: Plan, tokens: int) -> Plan:
+    """Return a calibrated plan scaled to a document, so that its budget is that of the document, and any other as it is."""
+    return plan.scale(tokens) if "context" in plan.calibration else plan
+
+
 class HeadsinkEngine:
-    """A model under a plan. reconstruct: compress documents by context reconstruction."""
+    """A model under a plan, scaled to each document. reconstruct: compress documents by context reconstruction."""
 
     def __init__(
         self,
@@ -83,7 +88,8 @@ class HeadsinkEngine:
         kv_dtype: KVDtype = "auto",
     ):
         self.name, self.model, self.tokenizer, self.kv_dtype = name, model, tokenizer, kv_dtype
-        self.plan = plan.model_copy(update={"quality": ()})  # quality is measured here, so no warning about it
+        self.given = plan.model_copy(update={"quality": ()})  # quality is measured here, so no warning about it
+        self.plan = self.given
         self.reconstruct = reconstruct
         self.document: list[int] = []
         self.cache: Cache | None = None
@@ -91,6 +97,7 @@ class HeadsinkEngine:
 
     def read(self, document: list[int]) -> Document:
         self.cache, self.document = None, document
+        self.plan = fit(self.given, len(document))
         self._forget_peak()
         start = perf_counter()
         cache = empty_cache(self.model, self.plan, exact=False, kv_dtype=self.kv_dtype)
