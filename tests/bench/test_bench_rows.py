@@ -381,7 +381,7 @@ def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, fo
     assert by_name["TTFT ratio", "512 x 1"][-1] == "0.802"
     assert by_name["score change", "gsm8k, 50 prompts"][-1] == "-0.077"
     assert ("peak memory ratio", "512 x 1") not in by_name  # only one of them has it
-    assert [line for line in lines if line[0] == "other"][0][3:] == [
+    assert next(line for line in lines if line[0] == "other")[3:] == [
         *("0123456789ab", "headsink 0.1.0, torch 2.13.0"),
         *("80", "100, 300", "aten._a / aten._b"),
     ]
