@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from headsink.bench.peers.process import Failed, Process, forget_peak, resident_memory
+from headsink.bench.peers.process import Failed, Process, forget_peak, release_memory, resident_memory
 from headsink.bench.stops import Stops
 from headsink.cache.cache import KVDtype, nbytes
 from headsink.errors import HeadsinkError
@@ -130,6 +130,7 @@ class HeadsinkEngine:
             torch.cuda.reset_peak_memory_stats(self.model.device)
             self.held = torch.cuda.memory_allocated(self.model.device)
         else:
+            release_memory()
             forget_peak(os.getpid())
             self.held = resident_memory(os.getpid(), "VmRSS") or 0
 

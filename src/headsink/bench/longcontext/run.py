@@ -115,7 +115,7 @@ def _summary(way: str, scores: dict[str, list[float]], measured: dict[str, list[
         "kv_bytes": round(statistics.fmean(record["kv_bytes"] for record in read)),
         "ttft_s": spread([record["read_s"] + record["first_s"] for record in read]),
         "tpot_s": spread(steps) if steps else None,
-        "peak_bytes": max(peaks) if all(peaks := [record["peak_bytes"] for record in read]) else None,
+        "peak_bytes": None if None in (peaks := [record["peak_bytes"] for record in read]) else max(peaks),
     }
     if way != FULL:
         changes = [score - full for score, full in zip(own, scores[FULL], strict=True)]
@@ -165,5 +165,5 @@ def _costs(own: list[dict[str, Any]]) -> list[str]:
         f"{statistics.fmean(row['kept'] for row in own):.1%}",
         f"{statistics.fmean(row['kv_bytes'] for row in own) / 1e6:.1f}",
         *times,
-        f"{max(peaks) / 1e6:,.0f}" if all(peaks) else UNKNOWN,
+        UNKNOWN if None in peaks else f"{max(peaks) / 1e6:,.0f}",
     ]

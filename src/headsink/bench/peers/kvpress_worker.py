@@ -14,6 +14,7 @@ them, and kvpress keeps their memory. A question does not change the compressed 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -56,6 +57,9 @@ class Worker:
     def forget(self) -> dict[str, Any]:
         self.cache = DynamicCache(config=self.model.config)
         if self.device.type != "cuda":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # freed memory goes back to the system (glibc only)
+            if trim is not None:
+                trim(0)
             return {"allocated_bytes": None}
         torch.cuda.reset_peak_memory_stats(self.device)
         return {"allocated_bytes": torch.cuda.memory_allocated(self.device)}

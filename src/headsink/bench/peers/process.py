@@ -8,6 +8,7 @@ headsink loads, in the same dtype. A peer that is not installed is left out and 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -78,6 +79,13 @@ class Missing:
 
     def to_dict(self) -> dict[str, Any]:
         return {"peer": self.name, "missing": self.reason} | ({"install": self.install} if self.install else {})
+
+
+def release_memory() -> None:
+    """Return freed memory of this process to the system (glibc only), so that resident memory is what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def forget_peak(pid: int) -> None:
