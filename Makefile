@@ -80,7 +80,7 @@ $(VLLM_READY): pyproject.toml tests_vllm/requirements.txt
 	@touch $(VLLM_READY)
 
 test-harness: $(HARNESS_READY)
-	$(HARNESS)/python -m pytest tests/integrations/test_harness.py
+	$(HARNESS)/python -m pytest tests/integrations/test_harness.py tests/bench/test_longcontext.py
 
 # Uses the packages of .venv. Separate, because transformers imports some of the harness's packages, which takes a second each time.
 $(HARNESS_READY): $(READY)
@@ -88,7 +88,7 @@ $(HARNESS_READY): $(READY)
 	@$(PYTHON) -m venv .venv-harness
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(HARNESS)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headsink.pth"
-	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt lm-eval
+	@$(HARNESS)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt 'lm-eval[ruler,longbench]'
 	@touch $(HARNESS_READY)
 
 # Warnings are errors: broken links and anchors, pages without a place, docstrings that cannot be read.

@@ -1,13 +1,15 @@
-"""What eviction during decoding costs: delta NLL of a text right after a document, and after 512 more tokens.
+"""What eviction during decoding costs as generation goes on: agreement with the full cache on thousands of decoded tokens.
 
 python benchmarks/long_generation.py --out benchmarks/results/long-generation-smollm2.json
+python benchmarks/long_generation.py --tokens 2304 --budgets 0.25,0.125 --out benchmarks/results/long-generation-2304-smollm2.json
 
-A document is read under a packaged plan, scaled to it. Then the source text that follows is decoded, teacher-forced, while the
-plan evicts at every token. The first and the last 256 of its 768 tokens are compared with the full cache. What 512 tokens of
-eviction add is the difference of the two.
+A document (prose, code, worked maths problems, chat) is read under a packaged plan, scaled to it. Then the source text that
+follows is decoded, teacher-forced, while the plan evicts at every token. Every 256 tokens are compared with the full cache: delta
+NLL, KL(full || plan), the share of tokens with the same most likely next token, and the bytes of the cache. What eviction adds is
+the difference between the last and the first 256.
 
-The text goes through the model in one call under sparse prefill, which keeps the same keys for every token as one call per token
-(tests/runtime/test_table_of_calls.py).
+A part of 256 tokens goes through the model in one call under sparse prefill, which keeps the same keys for every token as one
+call per token (tests/runtime/test_table_of_calls.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from transformers import Cache, PreTrainedModel
 
 import headsink
 from headsink.bench.heading import provenance
+from headsink.cache.cache import nbytes
 from headsink.cache.layer import PlanLayer
 from headsink.data import corpus
 from headsink.data import documents as probes
@@ -34,17 +37,35 @@ from headsink.runtime.scoring import forward
 from headsink.utils.files import write_text
 from headsink.utils.statistics import interval
 
-GENERATED, SCORED, SEED = 512, 256, 2000
+PART, SEED = 256, 2000  # tokens of a part; seed of the first documents
+FIGURES = ("delta_nll", "kl", "same_top")
 
 
-def nll(model: PreTrainedModel, plan: Plan | None, ids: list[int], text: list[int]) -> Tensor:
-    """Negative log-likelihood of each token of a text after a document but the first, float64 [tokens - 1]."""
+def decode(model: PreTrainedModel, plan: Plan | None, ids: list[int], text: list[int]) -> tuple[Tensor, list[int]]:
+    """Log-probabilities of a text after a document, float32 [tokens, vocabulary], and the bytes after each part."""
     cache: Cache = prefill(model, plan, torch.tensor([ids], device=model.device), exact=False)
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):
             layer.prefill = replace(layer.prefill, dense=False)
-    log_probs = forward(model, cache, text, len(text))[:-1].float().log_softmax(-1)
-    return -log_probs.gather(1, torch.tensor(text[1:], device=model.device)[:, None])[:, 0].double()
+    parts, sizes = list[Tensor](), list[int]()
+    for start in range(0, len(text), PART):
+        part = text[start : start + PART]
+        parts.append(forward(model, cache, part, len(part)).float().log_softmax(-1))
+        sizes.append(nbytes(cache))
+    return torch.cat(parts), sizes
+
+
+def compare(full: Tensor, plan: Tensor, text: list[int]) -> Tensor:
+    """Delta NLL, KL and agreement of each part, float64 [3, parts]. The text's first token is not scored."""
+    full, plan, targets = full[:-1], plan[:-1], torch.tensor(text[1:], device=full.device)[:, None]
+    each = torch.stack(
+        [
+            (full.gather(1, targets) - plan.gather(1, targets))[:, 0],
+            (full.exp() * (full - plan)).sum(-1).clamp(min=0),
+            (full.argmax(-1) == plan.argmax(-1)).float(),
+        ]
+    ).double()
+    return torch.stack([part.mean(1) for part in each.split(PART, 1)], 1)
 
 
 def main() -> None:
@@ -52,8 +73,11 @@ def main() -> None:
     parser.add_argument("--budgets", default="0.5,0.25,0.125")
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--documents", type=int, default=2, help="of each domain")
+    parser.add_argument("--tokens", type=int, default=768, help=f"decoded; a multiple of {PART}")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.tokens < 2 * PART or arguments.tokens % PART:
+        parser.error(f"--tokens: {arguments.tokens} is not a multiple of {PART}, from {2 * PART}")
     model, tokenizer = headsink.load("smollm2", dtype="float32", device="cpu")
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
     records: list[dict[str, Any]] = []
@@ -65,27 +89,35 @@ def main() -> None:
                 split="heldout",
                 seed=SEED + number,
                 domains=(domain,),
-                continuation=GENERATED + SCORED,
+                continuation=arguments.tokens,
             )
-            full = nll(model, None, document.ids, document.continuation)
+            full, full_bytes = decode(model, None, document.ids, document.continuation)
             for budget in budgets:
-                plan = headsink.packaged_plan("smollm2", budget, len(document.ids))
-                change = nll(model, plan.model_copy(update={"quality": ()}), document.ids, document.continuation) - full
-                first, last = (float(part.mean()) for part in (change[:SCORED], change[-SCORED:]))
-                records.append({"document": f"{domain}-{number}", "budget": budget, "first": first, "last": last})
+                plan = headsink.packaged_plan("smollm2", budget, len(document.ids)).model_copy(update={"quality": ()})
+                own, sizes = decode(model, plan, document.ids, document.continuation)
+                found = dict(zip(FIGURES, compare(full, own, document.continuation).tolist(), strict=True))
+                name = {"document": f"{domain}-{number}", "domain": domain, "budget": budget}
+                records.append(name | found | {"kv_bytes": sizes, "kv_bytes_full": full_bytes})
                 print(records[-1], file=sys.stderr)
     summary = {}
     for budget in budgets:
-        own = torch.tensor([[r["first"], r["last"], r["last"] - r["first"]] for r in records if r["budget"] == budget])
-        mean, half = interval(own.double())
-        names = ("delta_nll_first", "delta_nll_last", "added")
-        summary[budget] = {name: [float(m), float(h)] for name, m, h in zip(names, mean, half, strict=True)}
-    what = (
-        "delta NLL of the first and last 256 of 768 decoded tokens, and what was added; mean, half of the 95 % interval"
-    )
-    found = provenance(what) | {"context": arguments.context, "summary": summary, "records": records}
-    write_text(arguments.out, json.dumps(found, indent=1))
+        own_records = [record for record in records if record["budget"] == budget]
+        summary[budget] = {figure: _intervals([record[figure] for record in own_records]) for figure in FIGURES}
+        changes = [[record["delta_nll"][-1] - record["delta_nll"][0]] for record in own_records]
+        summary[budget] |= {
+            "added": _intervals(changes)[0],
+            "kv_bytes": _intervals([r["kv_bytes"] for r in own_records]),
+        }
+    what = f"agreement with the full cache by {PART} decoded tokens: mean and half of the 95 % interval over documents"
+    result = provenance(what) | {"context": arguments.context, "tokens": arguments.tokens, "summary": summary}
+    write_text(arguments.out, json.dumps(result | {"records": records}, indent=1))
     print(json.dumps(summary, indent=1))
+
+
+def _intervals(values: list[list[float]]) -> list[list[float]]:
+    """Mean over documents and half of its interval, for each part. values: [documents, parts]."""
+    mean, half = interval(torch.tensor(values, dtype=torch.float64))
+    return [[float(m), float(h)] for m, h in zip(mean, half, strict=True)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from headsink.bench import quality
 from headsink.bench.quality import run, table
 from headsink.bench.tasks import datasets, scoring
 from headsink.bench.tasks.tasks import TASKS, Room, task
-from headsink.cli import main
 
 absent = [requirement for module, requirement in datasets.PACKAGES.items() if find_spec(module) is None]
 PACKAGES = pytest.mark.skipif(bool(absent), reason=f"needs the data of {', '.join(absent)}")
@@ -303,17 +302,6 @@ def test_a_chat_continues_from_the_full_caches_answer(tiny):
     found = run(model, tokenizer, "mtbench", {"a": Plan.full(model)}, items=1, context=900, progress=False)
     assert (found["metric"], found["ways"][0]["score"], found["ways"][1]["score"]) == ("same tokens", 1, 1)
     assert found["prompt_tokens"]["max"] + found["new_tokens"]["limit"] <= 900 + 8
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    def bench(*words):
-        monkeypatch.setattr("sys.argv", ["headsink", "bench", "quality", *map(str, words), "--device", "cpu"])
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return bench
 
 
 def test_the_command(bench, tiny, tiny_folder, tmp_path):

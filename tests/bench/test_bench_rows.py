@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from headsink import HeadsinkError
+from headsink.bench.suite import joined, pictures, records
 from headsink.bench.suite import page as results
-from headsink.bench.suite import pictures, records
 from headsink.bench.suite.records import Row
 from headsink.utils.statistics import spread
 
@@ -111,6 +111,9 @@ def test_a_row_is_measured_once_for_its_settings(tmp_path):
     made = records.measure(row, tmp_path / "partial")
     assert made["found"] == {"figure": 3}
     assert made["command"] == "headsink bench all --out DIR --only a/b --items 1,2"
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", made["commit"])  # of the sources that the tests run
+    assert made["limits"].keys() == {"read_bytes_per_s", "float32_flops", "bfloat16_flops"}
+    assert 1e7 < min(made["limits"].values()) < 1e15
     records.save(tmp_path, made)
     assert records.state(row, records.read_rows(tmp_path)) == "measured"
     other = Row("a/b", {"items": (1, 3)}, row.measure, 60)
@@ -357,3 +360,50 @@ def test_the_leaderboard_tells_older_records_from_those_of_today():
     assert names == ["headsink, online eviction", "headsink"]
     assert leaderboard["NAMES"]["headsink"] not in plans["METHODS"]
     assert leaderboard["NAMES"]["headsink, retold"] in plans["METHODS"]
+
+
+# several machines
+
+
+def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, folder, tmp_path):
+    other = tmp_path / "other"
+    for name in ("quality/smollm2/gsm8k", "speed/smollm2/512x1"):
+        row = copy.deepcopy(done[name]) | {"machine": MACHINE | {"threads": 1}, "commit": "0123456789ab"}
+        row["limits"] = {"read_bytes_per_s": 8e10, "float32_flops": 1e11, "bfloat16_flops": 3e11}
+        if "results" in row["found"]:
+            row["found"]["baseline_kernels"] = {"attention": "sdpa", "prefill": ["aten._a"], "decode": ["aten._b"]}
+            row["found"]["results"][1] = timed("headsink, 0.25", [0.02, 0.021], [0.63, 0.62], 3 * 10**6)
+        records.save(other, row)
+    text = joined.write([folder, other], tmp_path / "joined.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    by_name = {(line[0], line[2]): line for line in lines if line[1] == "smollm2"}
+    assert by_name["TPOT ratio", "512 x 1"][-1] == "**1.952–3.667**"
+    assert by_name["TTFT ratio", "512 x 1"][-1] == "0.802"
+    assert by_name["score change", "gsm8k, 50 prompts"][-1] == "-0.077"
+    assert ("peak memory ratio", "512 x 1") not in by_name  # only one of them has it
+    assert next(line for line in lines if line[0] == "other")[3:] == [
+        *("0123456789ab", "headsink 0.1.0, torch 2.13.0"),
+        *("80", "100, 300", "aten._a / aten._b"),
+    ]
+    joined.write([folder, other], tmp_path / "joined.md")  # replaces its own page
+    with pytest.raises(HeadsinkError, match=r"^folders: two are called all; columns go by it, so rename one$"):
+        joined.write([folder, folder], tmp_path / "joined.md")
+    records.file_of(other, "speed/smollm2/512x1").unlink()
+    records.file_of(other, "quality/smollm2/gsm8k").unlink()
+    with pytest.raises(HeadsinkError, match=r"other: no row in it was measured"):
+        joined.write([folder, other], tmp_path / "joined.md")
+    records.save(other, done["memory/smollm2/512x1"])
+    records.file_of(folder, "memory/smollm2/512x1").unlink()
+    with pytest.raises(HeadsinkError, match=r"^folders: no row is in two of all, other; measure the same rows"):
+        joined.write([folder, other], tmp_path / "joined.md")
+
+
+def test_the_baselines_operators_are_named(tiny_folder):
+    import headsink
+    from headsink.bench.comparison import attention_kernels
+
+    found = attention_kernels(headsink.load(str(tiny_folder), device="cpu")[0])
+    assert found["attention"] == "sdpa"
+    for key in ("prefill", "decode"):
+        assert found[key]
+        assert all(name.startswith("aten._scaled_dot_product") for name in found[key])

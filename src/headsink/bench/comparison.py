@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink.bench.heading import provenance
@@ -17,9 +20,11 @@ from headsink.cache.cache import KVDtype
 from headsink.data import corpus
 from headsink.models.devices import dtype_name
 from headsink.models.spec import describe
+from headsink.models.transformers_names import cache_argument, returned_cache
 from headsink.plan.plan import Plan
 
 BASE = "transformers"  # the baseline of all ratios, in the requested dtype
+ATTENTION = re.compile(r"aten\._(scaled_dot_product|flash_attention|efficient_attention)")  # operators of torch
 Prompts = list[list[int]]  # token ids of a batch, all of one length
 
 
@@ -73,6 +78,7 @@ class Cases:
             "model": options.model_name,
             "dtype": dtype_name(self.model.dtype),
             "device": str(self.model.device),
+            "baseline_kernels": attention_kernels(self.model),
             "plans": {name: plan.counts() for name, plan in plans.items()},
             "peers": [{"peer": peer.name, "version": peer.version} for peer in self.installed]
             + [peer.to_dict() for peer in missing],
@@ -113,6 +119,34 @@ class Cases:
         for one in self.found["peers"]:
             if one["peer"] == peer:
                 one["missing"] = str(error)
+
+
+class _Operators(TorchDispatchMode):
+    """Record which of torch's attention operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if ATTENTION.match(str(func)):
+            self.names.add(str(func).removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_kernels(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the attention that transformers runs the model with, and torch's operators that it ends in.
+
+    For prompts and for single tokens; there are none for "eager".
+    """
+    prompt = torch.ones(1, 64, dtype=torch.long, device=model.device)
+    found: dict[str, Any] = {"attention": model.config._attn_implementation}
+    cache: Cache | None = None
+    for what, ids in (("prefill", prompt), ("decode", prompt[:, :1])):
+        with torch.no_grad(), _Operators() as operators:
+            cache = returned_cache(model(ids, use_cache=True, **cache_argument(cache)))
+        found[what] = sorted(operators.names)
+    return found
 
 
 def kv_token_bytes(model: PreTrainedModel) -> int:

@@ -1,10 +1,12 @@
-"""Provenance recorded with every benchmark result: command, package versions, machine."""
+"""Provenance recorded with every benchmark result: command, commit, package versions, machine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +18,29 @@ def provenance(what: str) -> dict[str, Any]:
     script = Path(sys.argv[0])
     program = f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "headsink"
     command = " ".join([program, *sys.argv[1:]])
-    return {"what": what, "command": command, "versions": versions(), "machine": machine()}
+    return {"what": what, "command": command, "commit": commit(), "versions": versions(), "machine": machine()}
 
 
-def _version(package: str) -> str | None:
+def commit() -> str | None:
+    """Return the Git commit of headsink's sources, with "+" if they have changes since; None for an installed package."""
+    if shutil.which("git") is None:
+        return None
+    folder = Path(__file__).parents[1]
+    commands = (
+        ("ls-files", "--error-unmatch", __file__),
+        ("rev-parse", "--short=12", "HEAD"),
+        ("status", "--porcelain", "."),
+    )
+    done = [
+        subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False) for words in commands
+    ]
+    if any(one.returncode for one in done):  # no repository, or another one around an installed package
+        return None
+    return done[1].stdout.strip() + ("+" if done[2].stdout else "")
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:  # not installed, or run from its sources
@@ -28,7 +49,7 @@ def _version(package: str) -> str | None:
 
 def versions() -> dict[str, str | None]:
     packages = ("headsink", "torch", "transformers", "numba", "triton")
-    return {name: _version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: version_of(name) for name in packages} | {"python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:

@@ -30,33 +30,28 @@ Generated text is stored in the checkpoint only, because it may quote the data s
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import StoppingCriteria
 
+from headsink.bench.checkpoint import Checkpoint, run_settings
+from headsink.bench.stops import Stops
 from headsink.bench.tasks.scoring import cut, interval, p_value
 from headsink.bench.tasks.tasks import NLL, SAME, TASKS, Item, Task
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
-from headsink.models.devices import dtype_name
 from headsink.models.distributed import input_device
-from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import empty_cache, prefill
 from headsink.runtime.scoring import continuation_log_probs
-from headsink.utils.files import check_file, read_text, write_text
 from headsink.utils.progress import bar
 
 __all__ = ["TASKS", "run", "table"]
@@ -102,7 +97,7 @@ def run(
     chosen = find_task(task)
     for plan in plans.values():
         plan.check(model)
-    done = _Checkpoint(checkpoint, _settings(model, task, plans, context, seed, kv_dtype))
+    done = Checkpoint(checkpoint, run_settings(model, plans, task=task, context=context, seed=seed, kv_dtype=kv_dtype))
     measured = {FULL: Plan.full(model)} | {
         name: plan.model_copy(update={"quality": ()})  # quality is measured here, so no warning about it
         for name, plan in plans.items()
@@ -129,17 +124,6 @@ def run(
 
 
 # one item
-
-
-class _Stops(StoppingCriteria):
-    """Stop a sequence once its generated text contains a stop string."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, stops: Sequence[str]):
-        self.tokenizer, self.prompt_tokens, self.stops = tokenizer, prompt_tokens, stops
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_tokens :])
-        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
 class _Answer(NamedTuple):
@@ -203,7 +187,7 @@ def _answer(
         plan,
         cache=cache,
         max_new_tokens=task.new_tokens,
-        stopping_criteria=[_Stops(tokenizer, len(ids), task.stops)],
+        stopping_criteria=[Stops(tokenizer, len(ids), task.stops)],
     )
     scoring_cache.activate_past_recording()
     along = along or done.ids
@@ -260,48 +244,3 @@ def table(found: dict[str, Any]) -> str:
             )
         lines.append(line)
     return "\n".join(lines)
-
-
-# checkpoint
-
-
-def _settings(
-    model: PreTrainedModel, task: str, plans: Mapping[str, Plan], context: int, seed: int, kv_dtype: KVDtype
-) -> dict[str, Any]:
-    return {
-        "task": task,
-        "context": context,
-        "seed": seed,
-        "model": Fingerprint.of(model).weights,
-        "dtype": dtype_name(model.dtype),
-        "device": input_device(model).type,
-        "plans": {name: hashlib.sha256(plan.to_json().encode()).hexdigest() for name, plan in plans.items()},
-        "kv_dtype": kv_dtype,
-        "versions": {name: version(name) for name in ("headsink", "torch", "transformers")},
-    }
-
-
-class _Checkpoint:
-    """Records of items in a JSON-lines file, whose first line has the settings."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]):
-        self.path, self.records = path, dict[str, Record]()
-        if path is None:
-            return
-        check_file(path, force=True)  # the contents are checked below
-        lines = read_text(path).split("\n")[:-1] if path.exists() else []  # drops a last line without a line break
-        try:
-            found = [dict(json.loads(line)) for line in lines]
-            self.records = {record["item"]: record for record in found[1:]}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise HeadsinkError(f"{path}: not a checkpoint of headsink; remove it") from error
-        for key, value in settings.items() if found else ():
-            if found[0].get(key) != value:
-                raise HeadsinkError(f"{path}: it belongs to a run with another {key}; remove it, or write elsewhere")
-        write_text(path, "".join(f"{json.dumps(line)}\n" for line in [settings, *self.records.values()]))
-
-    def add(self, record: Record) -> None:
-        self.records[record["item"]] = record
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(record)}\n")

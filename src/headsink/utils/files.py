@@ -34,7 +34,7 @@ OWN = re.compile(
         | \s*\{.*?"command"\s*:\s*"headsink\ bench\       # rows of `headsink bench all`
         | .{8}\{"__metadata__":\{"headsink":              # safetensors: a prefix
         | <!DOCTYPE\ html>.*<meta\ name="generator"\ content="headsink">
-        | \#\ Results\n\nMade\ by\ `headsink\ bench\      # docs/results.md
+        | \#\ Results[^\n]*\n\nMade\ by\ `headsink\ bench\      # pages of `bench results`
     )""",
     re.DOTALL | re.VERBOSE,
 )

@@ -8,6 +8,7 @@ headsink loads, in the same dtype. A peer that is not installed is left out and 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -80,6 +81,27 @@ class Missing:
         return {"peer": self.name, "missing": self.reason} | ({"install": self.install} if self.install else {})
 
 
+def release_memory() -> None:
+    """Return freed memory of this process to the system (glibc only), so that resident memory is what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def forget_peak(pid: int) -> None:
+    """Reset the peak memory counter of a process (Linux only; elsewhere do nothing)."""
+    if sys.platform == "linux":
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def resident_memory(pid: int, which: str = "VmHWM") -> int | None:
+    """Return the resident memory of a process in bytes, peak (VmHWM) or current (VmRSS); None except on Linux."""
+    if sys.platform != "linux":
+        return None
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split(f"{which}:")[1].split()[0])
+
+
 class Failed(Exception):
     """A worker ended before it answered; the message is the last line of its standard error."""
 
@@ -127,16 +149,10 @@ class Process:
         return Failed(without_paths(f"ended with status {status}: {lines[-1] if lines else 'no error message'}"))
 
     def forget_peak(self) -> None:
-        """Reset the process's peak memory counter (Linux only; elsewhere do nothing)."""
-        if sys.platform == "linux":
-            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        forget_peak(self.process.pid)
 
     def memory(self, which: str = "VmHWM") -> int | None:
-        """Return the resident memory in bytes, peak (VmHWM) or current (VmRSS); None except on Linux."""
-        if sys.platform != "linux":
-            return None
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(status.split(f"{which}:")[1].split()[0])
+        return resident_memory(self.process.pid, which)
 
     def close(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):

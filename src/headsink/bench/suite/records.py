@@ -1,7 +1,8 @@
 """Rows: named measurements, one JSON file each, and whether measuring one again finds the same.
 
     {"row": "quality/smollm2/gsm8k", "command": "headsink bench all --out DIR --only quality/smollm2/gsm8k", "versions": {...},
-     "machine": {...}, "date": "2026-11-26", "seconds": 812.0, "settings": {...}, "found": {...}}
+     "commit": "597dd0b1c2d3", "machine": {...}, "limits": {"read_bytes_per_s": 8.1e10, "float32_flops": 1.9e11, ...},
+     "date": "2026-11-26", "seconds": 812.0, "settings": {...}, "found": {...}}
 
 What could not be measured has "missing", the reason and what to install, in place of "found". "resumed" is there, and true, where
 the seconds are those since the row was stopped last. A row that is there with the same settings is kept. There are no paths of a
@@ -26,12 +27,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from headsink.bench.heading import machine, versions, without_paths
+from headsink.bench.heading import commit, machine, versions, without_paths
+from headsink.bench.limit import limits
 from headsink.errors import HeadsinkError
+from headsink.models.devices import parse_device
 from headsink.utils.files import read_text, write_text
 
 ROWS = "rows"
-COPIED = ("command", "versions", "machine")  # of a measurement: a row says them itself
+COPIED = ("command", "commit", "versions", "machine")  # of a measurement: a row says them itself
 UNCOMPARED = ("p", "records", "seconds", "peers")
 WIDER = 0.1
 Verdict = Literal["the same", "within", "overlaps", "outside", "changed", "not compared"]
@@ -94,14 +97,19 @@ def state(row: Row, done: dict[str, dict[str, Any]]) -> str:
     return "measured" if same else "measured with other settings"
 
 
-def measure(row: Row, checkpoint: Path) -> dict[str, Any]:
-    """Measure a row. What the user could mend, a package that is not installed, makes it a missing one."""
+def measure(row: Row, checkpoint: Path, device: str | None = None) -> dict[str, Any]:
+    """Measure a row, and what the device allows (limit.py).
+
+    What the user could mend, a package that is not installed, makes it a missing one.
+    """
     start, resumed = time.perf_counter(), checkpoint.exists()
     record: dict[str, Any] = {
         "row": row.name,
         "command": row.command,
+        "commit": commit(),
         "versions": versions(),
         "machine": machine(),
+        "limits": limits(parse_device(device)),
         "date": datetime.now(UTC).date().isoformat(),
     }
     try:
@@ -186,10 +194,15 @@ def _within(before: Any, now: Any, interval: list[float]) -> Verdict:
     return "within" if now is not None and interval[0] <= now <= interval[1] else "outside"
 
 
+def overlap(one: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two ranges (median, min, max) overlap, each made wider by a tenth of its median at both ends."""
+    room = WIDER * (abs(one["median"]) + abs(other["median"]))
+    return one["min"] - room <= other["max"] and other["min"] - room <= one["max"]
+
+
 def _ranges(before: dict[str, Any], now: dict[str, Any]) -> Verdict:
     if before == now:
         return "the same"
     if not {"median", "min", "max"} <= now.keys():
         return "changed"
-    room = WIDER * (abs(before["median"]) + abs(now["median"]))
-    return "overlaps" if before["min"] - room <= now["max"] and now["min"] - room <= before["max"] else "outside"
+    return "overlaps" if overlap(before, now) else "outside"

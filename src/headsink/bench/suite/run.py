@@ -62,7 +62,7 @@ def run(options: Options, folder: Path, only: Sequence[str] = ()) -> dict[str, s
         console.print(
             f"[{list(left).index(name) + 1}/{len(left)}] {name}: {_time_left(wanted, done, name)}", highlight=False
         )
-        record = records.measure(row, records.checkpoint_of(folder, row))
+        record = records.measure(row, records.checkpoint_of(folder, row), options.device)
         if "missing" not in record or "found" not in done.get(name, {}):
             records.save(folder, record)
         if "missing" in record:
@@ -103,7 +103,7 @@ def again(options: Options, folder: Path, name: str) -> list[Compared]:
         row = next((row for row in rows_of(options, made) if row.name == name), None)
         if row is None:
             raise HeadsinkError(f"row: {name} is of a model that --models does not name")
-        return records.compare(before, records.measure(row, Path(temporary) / "row.partial"))
+        return records.compare(before, records.measure(row, Path(temporary) / "row.partial", options.device))
 
 
 def plan_file(options: Options, folder: Path, model: str, budget: float) -> Path:

@@ -201,13 +201,13 @@ def _reading(how: str, closed: bool, records: Callable[[], Sequence[Reading]], r
             end += f"Question: {reading.question}\nAnswer:"
             needed = [passage for one in (reading, *others) for passage in one.needed]
             left = room.tokens - room.size(start) - room.size(end)
-            if (chosen := _choose_passages(room, needed, [reading, *room.shuffle(filler)], left)) is not None:
-                text = start + _documents(room, chosen) + end
+            if (chosen := choose_passages(room, needed, [reading, *room.shuffle(filler)], left)) is not None:
+                text = start + join_passages(room, chosen) + end
                 yield Item(reading.name, room.encode(text), partial(_word_scores, reading.answers, closed))
                 break
 
 
-def _choose_passages(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
+def choose_passages(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
     """Return the needed passages and others of the readings that fit into `left` tokens; None if the needed ones do not."""
     chosen: dict[Passage, None] = {}
     titles: set[str] = set()
@@ -228,7 +228,7 @@ def _choose_passages(room: Room, needed: list[Passage], readings: Sequence[Readi
     return list(chosen)
 
 
-def _documents(room: Room, passages: Sequence[Passage]) -> str:
+def join_passages(room: Room, passages: Sequence[Passage]) -> str:
     """Format passages under the titles of their documents: documents in random order, passages in document order."""
     by_title: dict[str, list[Passage]] = {}
     for passage in passages:

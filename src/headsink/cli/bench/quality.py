@@ -1,4 +1,4 @@
-"""`headsink bench quality`: what plans cost on tasks (bench/quality.py)."""
+"""`headsink bench quality`: what plans cost on tasks (bench/quality.py), or on a long-context suite (bench/longcontext)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import headsink
+from headsink.bench.longcontext.suites import SUITES, Suite, check_lengths, check_tasks, find_suite
 from headsink.bench.tasks.tasks import TASKS
 from headsink.bench.tasks.tasks import task as find_task
+from headsink.cli.bench.longcontext import measure_suite
 from headsink.cli.options import (
     Force,
     KVDtype,
     Model,
     OtherWeights,
     PlanFiles,
+    Raw,
     RunOptions,
     Seed,
     check_other_weights,
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 
 BUDGETS = "0.5,0.25,0.125"
+SUITE_BUDGETS = f"{BUDGETS},0.0625"
+PRESSES = "KVzip,KVzap-linear,ExpectedAttention,SnapKV"
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,35 @@ class QualityOptions(RunOptions):
     """Options of `headsink bench quality`."""
 
     model: Model = "smollm2"
-    tasks: Annotated[str, typer.Option(help=f"Separated by commas, of {', '.join(TASKS)}.")] = ",".join(TASKS)
+    suite: Annotated[
+        str | None,
+        typer.Option(help=f"Run a long-context suite with the lm-evaluation-harness instead: {', '.join(SUITES)}."),
+    ] = None
+    tasks: Annotated[
+        str | None, typer.Option(help=f"Separated by commas, of {', '.join(TASKS)}, or of the suite; all of them.")
+    ] = None
     plan_files: PlanFiles = None
     budgets: Annotated[
         str | None,
-        typer.Option(help=f"Instead: plans of these budgets, made first and kept next to --out; {BUDGETS}."),
+        typer.Option(
+            help="Instead: plans of these budgets, made first and kept next to --out; a suite uses packaged ones. "
+            f"{BUDGETS}; with a suite {SUITE_BUDGETS}."
+        ),
     ] = None
     kv_dtype: KVDtype = "auto"
-    items: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 30
+    items: Annotated[
+        int, typer.Option(min=1, help="Prompts of each task; needles for each depth, documents of multiturn.")
+    ] = 30
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer together; plans are made for it.")] = 2000
+    lengths: Annotated[
+        str | None, typer.Option(help="Of a suite instead of --context, separated by commas, such as 4096,8192.")
+    ] = None
+    raw: Raw = False
+    kvpress: Annotated[
+        Path | None,
+        typer.Option(help="Measure presses of kvpress on the suite too: the Python of an environment that has it."),
+    ] = None
+    presses: Annotated[str, typer.Option(help="Presses of kvpress, separated by commas.")] = PRESSES
     out_file: Annotated[Path, typer.Option("--out", help="Where the JSON goes.")] = Path("quality.json")
     other_weights: OtherWeights = False
     seed: Seed = 0
@@ -61,22 +86,56 @@ class QualityOptions(RunOptions):
     def __post_init__(self) -> None:
         if self.plan_files and self.budgets is not None:
             raise HeadsinkError("budgets: give --plan or --budgets, one of the two")
+        for name in ("lengths", "raw", "kvpress"):
+            if self.suite is None and getattr(self, name):
+                raise HeadsinkError(f"{name}: it is for a suite; give --suite, one of {', '.join(SUITES)}")
+        if unknown := set(names(self.presses)) - set(names(PRESSES)):
+            raise HeadsinkError(f"presses: {min(unknown)!r} is unknown; of {PRESSES}")
         check_file(self.out_file, self.force)
 
     def chosen_tasks(self) -> list[str]:
         """The names of the tasks."""
-        return [find_task(name.strip()).name for name in names(self.tasks)]
+        return [find_task(name).name for name in (list(TASKS) if self.tasks is None else names(self.tasks))]
+
+    def chosen_suite(self) -> tuple[Suite, list[str], list[int]]:
+        """The suite, its tasks and lengths. Raises HeadsinkError for unknown ones and for packages that are not installed."""
+        suite = find_suite(self.suite or "")
+        tasks = list(suite.tasks) if self.tasks is None else names(self.tasks)
+        lengths = list(suite.lengths) if self.lengths is None else numbers("lengths", self.lengths)
+        check_lengths(lengths)
+        check_tasks(suite, tasks)
+        return suite, tasks, lengths
 
     def shares(self) -> list[float]:
         """The budgets of the plans to make: none if there are plans, which must have different names."""
         stems = [file.stem for file in self.plan_files or ()]
         if len(set(stems)) < len(stems):
             raise HeadsinkError("plan: two files have the same name; results go by it, so give them names of their own")
-        found = [] if self.plan_files else numbers("budgets", self.budgets or BUDGETS, float)
+        found = (
+            []
+            if self.plan_files
+            else numbers("budgets", self.budgets or (SUITE_BUDGETS if self.suite else BUDGETS), float)
+        )
         for share in found:
             check_budget(share)
         check_other_weights(self.other_weights, self.plan_files)
         return found
+
+    def describe(self, model: PreTrainedModel, plans: dict[str, Plan], context: int) -> dict[str, Any]:
+        """What results begin with: the command, the machine, the model and the plans, with their budgets at `context` tokens."""
+        from headsink.bench.heading import provenance
+        from headsink.models.devices import dtype_name
+
+        return provenance("scores of tasks under plans, and agreement with the full cache") | {
+            "model": self.model,
+            "dtype": dtype_name(model.dtype),
+            "device": str(model.device),
+            "kv_dtype": self.kv_dtype,
+            "plans": {
+                way: {"kept": round(plan.kv_budget(context), 4), "patterns": plan.counts()}
+                for way, plan in plans.items()
+            },
+        }
 
 
 def quality(options: QualityOptions) -> None:
@@ -84,7 +143,13 @@ def quality(options: QualityOptions) -> None:
 
     Takes hours for all tasks on 2 cores. An interrupted run continues when it is started again with the same options.
     """
-    tasks, shares = options.chosen_tasks(), options.shares()
+    shares = options.shares()
+    if options.suite is not None:
+        suite, tasks, lengths = options.chosen_suite()
+
+        measure_suite(options, suite, tasks, lengths, shares)
+        return
+    tasks = options.chosen_tasks()
 
     from headsink.bench.plans import calibrate_plans
     from headsink.bench.quality import run, table
@@ -107,25 +172,8 @@ def quality(options: QualityOptions) -> None:
             found = run(model, tokenizer, name, plans, items=options.items, checkpoint=kept, **given)
             results.append(found)
             console.print(table(found), highlight=False)
-    result = _described(model, options, plans) | {"results": results}
+    result = options.describe(model, plans, options.context) | {"results": results}
     text = json.dumps(result, indent=1) + "\n"
     write_text(file, text, options.force)
     remove(checkpoint, [f"{name}.jsonl" for name in tasks])
     write(text if options.as_json else "\n".join(map(table, results)) + f"\n\nResults: {file}\n")
-
-
-def _described(model: PreTrainedModel, options: QualityOptions, plans: dict[str, Plan]) -> dict[str, Any]:
-    """What results begin with: the command, the machine, the model and the plans."""
-    from headsink.bench.heading import provenance
-    from headsink.models.devices import dtype_name
-
-    return provenance("scores of tasks under plans, and agreement with the full cache") | {
-        "model": options.model,
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
-        "kv_dtype": options.kv_dtype,
-        "plans": {
-            way: {"kept": round(plan.kv_budget(options.context), 4), "patterns": plan.counts()}
-            for way, plan in plans.items()
-        },
-    }

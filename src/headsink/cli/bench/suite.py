@@ -150,7 +150,9 @@ def rerun(options: RerunOptions) -> None:
 class ResultsOptions:
     """Options of `headsink bench results`."""
 
-    folder: Folder
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folder that headsink bench all filled; several to join machines.")
+    ]
     out_file: Annotated[
         Path, typer.Option("--out", help="The page (Markdown); pictures go into pictures/ next to it.")
     ] = Path("docs/results.md")
@@ -158,13 +160,20 @@ class ResultsOptions:
 
 
 def results(options: ResultsOptions) -> None:
-    """Write the page of results from the rows of a folder, and from nothing else."""
+    """Write the page of results from the rows of a folder, and from nothing else.
+
+    Several folders, of several machines or settings, become one table of ratios; where they disagree it shows the range.
+    """
     check_file(options.out_file, options.force)
-    _check_filled(options.folder)
+    for folder in options.folders:
+        _check_filled(folder)
 
-    from headsink.bench.suite import page as results_bench
+    from headsink.bench.suite import joined, page
 
-    results_bench.write(options.folder, options.out_file, options.force)
+    if len(options.folders) == 1:
+        page.write(options.folders[0], options.out_file, options.force)
+    else:
+        joined.write(options.folders, options.out_file, options.force)
     write(f"{options.out_file}\n")
 
 

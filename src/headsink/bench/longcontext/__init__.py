@@ -1,0 +1,1 @@
+"""`headsink bench quality --suite`: long-context suites, scored by the lm-evaluation-harness."""
