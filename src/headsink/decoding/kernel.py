@@ -19,8 +19,9 @@ import numpy as np
 from numba import carray, njit, prange
 
 from headsink.attention.cpu.decode import BLOCK, append, attend_part, cap, combine, share
+from headsink.attention.cpu.elements import FAST, FLOATS, exp, pointer, wide
 from headsink.attention.cpu.memory import AHEAD, fetch
-from headsink.attention.cpu.vectors import FAST, exp, pointer, products_in_order, wide
+from headsink.attention.cpu.vectors import products_in_order
 from headsink.attention.kv_table import KVField
 from headsink.decoding.fields import Activation, Field, NormKind, Number, Op, Scores
 
@@ -37,13 +38,12 @@ _SILU, _GELU_TANH, _GELU, _RELU, _RELU_SQUARED, _SIGMOID = (int(kind) for kind i
 _END = int(KVField.END)
 _RMS, _LAYER = (int(kind) for kind in NormKind)
 _SOFTMAX, _ = (int(kind) for kind in Scores)
-_FLOATS = np.empty(0, np.float32)
 _INTEGERS = np.empty(0, np.int64)
 
 
 @njit
 def _floats(address: Any, shape: Any) -> Any:
-    return carray(pointer(address, _FLOATS), shape)
+    return carray(pointer(address, FLOATS), shape)
 
 
 @njit(fastmath=FAST)

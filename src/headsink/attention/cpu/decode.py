@@ -12,20 +12,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
+from headsink.attention.cpu.elements import FAST, FLOATS, encode, exp, pointer, row_bytes, scale_columns, scale_of, wide
 from headsink.attention.cpu.memory import fetch
-from headsink.attention.cpu.vectors import (
-    FAST,
-    add_weighted_sum,
-    encode,
-    exp,
-    largest,
-    pointer,
-    products,
-    row_bytes,
-    scale_columns,
-    scale_of,
-    wide,
-)
+from headsink.attention.cpu.vectors import add_weighted_sum, largest, products
 from headsink.attention.kv_table import KVField
 
 BLOCK = 128  # keys per block, which fit into the L1 cache
@@ -83,8 +72,8 @@ def append(head: Any, key: Any, value: Any, like: Any) -> None:
         if leaving < sink:
             target = leaving
         elif top_k:
-            scores = carray(pointer(head[_SCORES], np.empty(0, np.float32)), top_k)
-            weights = carray(pointer(head[_WEIGHTS], np.empty(0, np.float32)), 2 * dim + dim // 2)
+            scores = carray(pointer(head[_SCORES], FLOATS), top_k)
+            weights = carray(pointer(head[_WEIGHTS], FLOATS), 2 * dim + dim // 2)
             score, least = _score(old_key, old_value, weights, dim, like), 0
             for n in range(top_k):
                 if scores[n] < scores[least]:

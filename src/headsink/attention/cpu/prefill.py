@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from headsink.attention.cpu.elements import FAST, narrow, wide
 from headsink.attention.cpu.tiles import (
     KEYS,
     LANES,
@@ -24,7 +25,6 @@ from headsink.attention.cpu.tiles import (
     products_of_tile,
     to_columns,
 )
-from headsink.attention.cpu.vectors import FAST, narrow, wide
 
 QUERIES = 128  # tokens of a head that share a tile
 CACHE_LINE = 64  # bytes
