@@ -207,6 +207,19 @@ def test_guesses_are_drafted_where_they_pay():
         assert [pace.choose([3]) for _ in range(again)] == [0] * (again - 1) + [1]
 
 
+def test_a_text_that_keeps_few_promises_is_drafted_less():
+    """And more again, once guesses are right."""
+    pace = LookupLength()
+    pace.update(0, 1.0)
+    before = pace.choose([5])
+    for _ in range(30):
+        pace.settle([5], before, 0)
+    assert pace.choose([5]) == 0
+    for _ in range(30):
+        pace.settle([5], before, before)
+    assert pace.choose([5]) >= before > 0
+
+
 def test_drafts_end_at_the_maximum_of_the_model(drafts):
     model = repeating("llama")
     ids = torch.randint(3, 211, (1, 500))

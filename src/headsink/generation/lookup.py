@@ -65,10 +65,15 @@ class Lookup:
 
 
 class LookupLength:
-    """Choose how many tokens to draft, by expected tokens per second. right: share of guesses that are right, by match."""
+    """Choose how many tokens to draft, by expected tokens per second.
+
+    right: share of guesses that are right, by match. hoped, held: right guesses per pass that these shares promised, and that
+    there were. A text that keeps fewer of them is drafted less, at once for all matches.
+    """
 
     def __init__(self) -> None:
         self.right = list(RIGHT)
+        self.hoped, self.held = 2.0, 1.0  # at first, half of a promise is believed
         self.slope, self.single, self.several = SLOPE, 0.0, 0  # relative, seconds, passes of several tokens
         self.idle, self.patience = 0, AGAIN
 
@@ -76,7 +81,9 @@ class LookupLength:
         """Return the number of tokens to draft. matches: of each row, 0 if it has no guess."""
         if not any(matches) or not self.single:
             return 0
-        best = max(range(MOST + 1), key=lambda count: self._expected(matches, count) / (1 + self.slope * count))
+        trust = min(1.0, self.held / self.hoped)
+        gains = [len(matches) + trust * self._promised(matches, count) for count in range(MOST + 1)]
+        best = max(range(MOST + 1), key=lambda count: gains[count] / (1 + self.slope * count))
         if best:
             self.idle = 0
         elif (idle := self.idle + 1) >= self.patience:  # measure again
@@ -85,14 +92,14 @@ class LookupLength:
             self.idle = idle
         return best
 
-    def _expected(self, matches: list[int], count: int) -> float:
-        """Tokens of all rows that a pass with `count` drafts yields. A token that was right lengthens the match."""
+    def _promised(self, matches: list[int], count: int) -> float:
+        """Right guesses of all rows in a pass with `count` drafts. A token that was right lengthens the match."""
         total = 0.0
-        for match in matches:
+        for match in filter(None, matches):
             chance = 1.0
-            for n in range(count + 1):
+            for n in range(count):
+                chance *= self._chance(match + n)
                 total += chance
-                chance *= self._chance(match + n) if match else 0.0
         return total
 
     def _chance(self, match: int) -> float:
@@ -102,6 +109,12 @@ class LookupLength:
         """Record whether a guess after `match` tokens was right."""
         match = min(match, len(self.right) - 1)
         self.right[match] = running_mean(self.right[match], float(right))
+
+    def settle(self, matches: list[int], drafted: int, accepted: int) -> None:
+        """Record how many tokens of a pass were accepted, of all rows, before `judge` learns from them."""
+        if drafted:
+            self.hoped = running_mean(self.hoped, self._promised(matches, drafted))
+            self.held = running_mean(self.held, accepted)
 
     def update(self, drafted: int, seconds: float) -> None:
         """Record a pass. The first of several tokens also allocates memory."""
@@ -157,7 +170,9 @@ class LookupDecoder(Sequences):
                 ahead = torch.cat([ids, ids.new_tensor(own)])
                 scores = [processed(text, ahead[: len(ids) + n], logits[row, n]) for n in range(len(own) + 1)]
                 picks.append(pick(scores, own, []))
-                _judge(pace, guess, drafted, *picks[row])
+            pace.settle([guess.match for guess in guesses], drafted, sum(len(accepted) for accepted, _ in picks))
+            for guess, (accepted, last) in zip(guesses, picks, strict=True):
+                _judge(pace, guess, drafted, accepted, last)
             least = min(len(accepted) for accepted, _ in picks)
             if not self.ragged:
                 picks = [(own[:least], [*own, last][least]) for own, last in picks]
