@@ -9,7 +9,7 @@ import pytest
 import torch
 from numba import njit
 
-from headsink.attention.cpu import decode, vectors
+from headsink.attention.cpu import decode, elements
 from headsink.attention.cpu.backend import NUMPY
 from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.kv_table import KVField
@@ -26,7 +26,7 @@ def test_powers_of_e():
     @njit
     def every(x, out):
         for n in range(len(x)):
-            out[n] = vectors.exp(x[n])
+            out[n] = elements.exp(x[n])
 
     out = np.empty_like(x)
     every(x, out)
@@ -43,8 +43,8 @@ def test_conversions_round_as_torch_does(dtype):
     @njit
     def round_trip(x, narrow, wide, like):
         for n in range(len(x)):
-            narrow[n] = vectors.narrow(x[n], like)
-            wide[n] = vectors.wide(narrow[n])
+            narrow[n] = elements.narrow(x[n], like)
+            wide[n] = elements.wide(narrow[n])
 
     narrow, wide = np.empty(5000, like.dtype), np.empty(5000, np.float32)
     round_trip(values.numpy(), narrow, wide, like)
@@ -112,7 +112,7 @@ def test_keys_are_rounded_to_8_bits_as_in_torch(dim):
     @njit
     def encode(numbers, like, rows):
         for n in range(len(rows)):
-            vectors.encode(numbers[n], like, rows[n])
+            elements.encode(numbers[n], like, rows[n])
 
     encode(numbers.numpy(), found[0, :0], found)
     expected = quantize(numbers)
