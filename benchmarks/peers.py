@@ -13,6 +13,8 @@ compressed cache. The result has one record per case, press, budget and continua
   so that no query attends to them. Here marked keys are masked per head, which gives the same results without a search that can
   fail. Their bytes count as freed, although the library keeps them.
 - Layers with a sliding window are left unchanged and not counted.
+- With --quantized N, every compressed cache is measured a second time after transformers' QuantizedCache has rounded it to N bits
+  with HQQ, in its default settings. The bytes of its scales and zero points count. Continuations are not rounded, as there.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -44,6 +46,7 @@ import torch
 from kvpress.presses import duo_attention_press
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.cache_utils import HQQQuantizedLayer
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
@@ -118,18 +121,37 @@ class Reading:
 
 @dataclass
 class Compressed:
-    """A compressed cache. marked: layer -> bool [KV heads, keys], True for keys in it that count as removed."""
+    """A compressed cache.
+
+    marked: layer -> bool [KV heads, keys], True for keys in it that count as removed. sizes: layer -> bytes of all its keys and
+    values, where they are not those of the tensors in `cache`.
+    """
 
     cache: DynamicCache
     marked: dict[int, Tensor]
+    sizes: dict[int, int] = field(default_factory=dict)
 
     def nbytes(self, model: PreTrainedModel) -> int:
         """Return the bytes of unmarked keys and values, in the layers without a sliding window."""
         total = 0
         for index in (module.layer_idx for module in compressible(model)):
             layer, marked = self.cache.layers[index], self.marked[index]
-            total += (layer.keys.nbytes + layer.values.nbytes) * int((~marked).sum()) // marked.numel()
+            size = self.sizes.get(index, layer.keys.nbytes + layer.values.nbytes)
+            total += size * int((~marked).sum()) // marked.numel()
         return total
+
+    def quantize(self, model: PreTrainedModel, bits: int) -> Compressed:
+        """Return the cache as transformers' QuantizedCache holds it, in the layers without a sliding window."""
+        cache, sizes = fork(self.cache), {}
+        for index in (module.layer_idx for module in compressible(model)):
+            layer, own = cache.layers[index], HQQQuantizedLayer(nbits=bits)
+            own.update(layer.keys, layer.values)
+            stored = own._quantized_keys, own._quantized_values  # packed integers, and scales and zero points
+            sizes[index] = sum(
+                packed.nbytes + sum(meta[name].nbytes for name in ("scale", "zero")) for packed, meta in stored
+            )
+            layer.keys, layer.values = (own._dequantize(part).view_as(layer.keys).to(layer.keys) for part in stored)
+        return Compressed(cache, self.marked, sizes)
 
 
 def attention(model: PreTrainedModel) -> list[nn.Module]:
@@ -312,7 +334,9 @@ def check(model: PreTrainedModel, names: list[str]) -> None:
                 sys.exit(f"self-check: replayed, {name} keeps other keys in layer {index}")
 
 
-def run_case(model: PreTrainedModel, case: dict[str, Any], names: list[str], budgets: list[float]) -> dict[str, Any]:
+def run_case(
+    model: PreTrainedModel, case: dict[str, Any], names: list[str], budgets: list[float], bits: int | None
+) -> dict[str, Any]:
     """Return the records of one case, the refused presses and budgets, and the seconds of each part."""
     done: dict[str, Any] = {"records": [], "refused": {}, "seconds": {}}
     context, tokens, start = case["context"], len(case["ids"]), time.perf_counter()
@@ -327,6 +351,8 @@ def run_case(model: PreTrainedModel, case: dict[str, Any], names: list[str], bud
         kv_bytes = compressed.nbytes(model)
         if kv_bytes > budget * full + full // tokens:  # one token per head more, for rounding
             print(f"over budget: {method} keeps {kv_bytes} of {full} bytes at {budget}", file=sys.stderr)
+        if bits is not None and not compressed.sizes:
+            record(f"{method}, QuantizedCache int{bits}", budget, compressed.quantize(model, bits))
         identity = {"method": method, "budget": budget, "context": context, "case": case["name"]}
         for continuation in case["continuations"]:
             nll, right = score(model, compressed, tokens, continuation)
@@ -380,6 +406,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="0.5,0.25,0.125", help="shares of the context's KV entries that are kept")
     parser.add_argument("--presses", default=",".join(PRESSES))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--quantized", type=int, choices=(1, 2, 3, 4, 8), metavar="BITS", help="needs pip install hqq")
     parser.add_argument("--limit", type=int, help="cases of each context")
     parser.add_argument("--contexts", help="only cases of these contexts")
     arguments = parser.parse_args()
@@ -408,6 +435,7 @@ def main() -> None:
     # Finished cases are reused if the cases, presses, budgets and versions are the same.
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     key = [hashlib.sha256(case_text.encode()).hexdigest(), budgets, about["versions"], about["dtype"], about["presses"]]
+    key.append(arguments.quantized)
     done: dict[str, Any] = {"key": key, "cases": {}}
     if partial.exists():
         done = json.loads(partial.read_text(encoding="utf-8"))
@@ -422,7 +450,7 @@ def main() -> None:
         for case in cases:
             name = f"{case['context']} {case['name']}"
             if name not in done["cases"]:
-                done["cases"][name] = run_case(model, case, names, budgets)
+                done["cases"][name] = run_case(model, case, names, budgets, arguments.quantized)
                 write(partial, done)
             found[name] = done["cases"][name]
     refused = {name: reason for one in found.values() for name, reason in one["refused"].items()}
