@@ -434,8 +434,14 @@ def main() -> None:
 
     # Finished cases are reused if the cases, presses, budgets and versions are the same.
     partial = arguments.out.with_name(arguments.out.name + ".partial")
-    key = [hashlib.sha256(case_text.encode()).hexdigest(), budgets, about["versions"], about["dtype"], about["presses"]]
-    key.append(arguments.quantized)
+    key = [
+        hashlib.sha256(case_text.encode()).hexdigest(),
+        budgets,
+        about["versions"],
+        about["dtype"],
+        about["presses"],
+        arguments.quantized,
+    ]
     done: dict[str, Any] = {"key": key, "cases": {}}
     if partial.exists():
         done = json.loads(partial.read_text(encoding="utf-8"))

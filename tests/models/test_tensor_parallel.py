@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import headsink
-from headsink import HeadsinkError
+from headsink import HeadsinkError, Pattern
 from headsink.attention.interface import observe_attention
+from headsink.data.documents import Document
+from headsink.evaluation.limited import Limit, LimitedDocument
 from headsink.models.distributed import input_device, is_main
 from headsink.models.spec import decoder
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.slow
 SPLIT = ("llama", "llama-mha", "qwen2", "qwen3", "gemma3")  # each process has some heads
 SEEN_BY_ALL = ("phi3", "olmo2")  # each process has all heads, only the projections are split
 ALONE = "gemma3-one-kv-head"
+REFUSED = "not with tensor parallelism, where a process has some of the heads"
 
 
 def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
@@ -41,10 +44,29 @@ def measure(folder: Path, tensor_parallel: bool) -> dict[str, Tensor]:
     return found
 
 
+def refusals(folder: Path) -> str:
+    """What the functions say that need all heads of a layer in one process."""
+    model, tokenizer = headsink.load(folder, tensor_parallel=True)
+    text = LimitedDocument(model, Document(list(range(3, 40)), list(range(5, 15)), []))
+    calls = (
+        lambda: headsink.attention_weights(model, tokenizer, "yield a value"),
+        lambda: headsink.attention_maps(model, tokenizer, "yield a value", [(0, 0)]),
+        lambda: text.log_probs(Limit({0: [0]}, Pattern(4, 0, 8))),
+    )
+    said = []
+    for call in calls:
+        with pytest.raises(HeadsinkError) as raised:
+            call()
+        said.append(str(raised.value))
+    return "\n".join(said)
+
+
 def main(folder: Path) -> None:
     for place in sorted(folder.iterdir()):
         try:
             found = measure(place, tensor_parallel=True)
+            if place.name in SPLIT:
+                found["refusals"] = torch.tensor(list(refusals(place).encode()))
         except HeadsinkError as error:
             assert place.name == ALONE, error  # noqa: PT017
             found = {"refused": torch.tensor(list(str(error).encode()))}
@@ -75,6 +97,9 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("family", [*SPLIT, *SEEN_BY_ALL])
 def test_two_processes_equal_one(folder, family):
     expected, found = measure(folder / family, tensor_parallel=False), load_file(folder / f"{family}.safetensors")
+    said = bytes(found.pop("refusals").tolist()).decode() if family in SPLIT else ""
+    names = ("attention_weights", "attention maps", "ablate") if family in SPLIT else ()
+    assert said.splitlines() == [f"{name}: {REFUSED}" for name in names]
     assert found.keys() == expected.keys()
     everyone = expected.pop("kv")
     assert found["kv"] == (everyone if family in SEEN_BY_ALL else everyone / 2)

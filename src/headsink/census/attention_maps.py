@@ -25,7 +25,7 @@ from headsink.attention.chunked import blocks
 from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.census.head_statistics import first_row
 from headsink.errors import HeadsinkError
-from headsink.models.distributed import input_device
+from headsink.models.distributed import check_all_heads, input_device
 from headsink.models.spec import Architecture, decoder, describe
 
 Head = tuple[int, int]  # layer, counted over the layers with attention, and query head
@@ -95,8 +95,7 @@ def pooled_attention(model: PreTrainedModel, ids: Sequence[int], *requests: Requ
     found: list[dict[Head, dict[str, Tensor]]] = [{} for _ in requests]
 
     def observe(seen: AttentionRecord) -> None:
-        if seen.query.shape[1] != shape.heads[seen.layer][0]:
-            raise HeadsinkError("attention maps: not with tensor parallelism, where a process has some of the heads")
+        check_all_heads("attention maps", shape, seen.layer, seen.query.shape[1])
         layer = shape.attending.index(seen.layer)
         for request, tile, maps in zip(requests, tiles, found, strict=True):
             heads = [head for own, head in request.heads if own == layer]

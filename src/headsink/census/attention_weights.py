@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headsink.attention.chunked import blocks
 from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.errors import HeadsinkError
-from headsink.models.distributed import input_device
+from headsink.models.distributed import check_all_heads, input_device
 from headsink.models.spec import decoder, describe
 
 MOST_TOKENS = 1024  # a layer of 32 heads takes 128 MiB
@@ -54,7 +54,8 @@ def attention_weights(
     """The attention matrices of a short text, computed as the model computes them, in float32 on the CPU.
 
     layers: numbers of layers in the model; by default all with attention. Raises HeadsinkError for an empty text, for more than
-    1,024 tokens, for layers without attention, and if the layers have different numbers of query heads.
+    1,024 tokens, for layers without attention, if the layers have different numbers of query heads, and for a model that tensor
+    parallelism splits.
     """
     shape = describe(model)
     shape.refuse("attention_weights", "chunked_attention")
@@ -75,6 +76,7 @@ def attention_weights(
     weights = torch.zeros(len(chosen), shape.heads[chosen[0]][0], len(ids), len(ids))
 
     def keep(seen: AttentionRecord) -> None:
+        check_all_heads("attention_weights", shape, seen.layer, seen.query.shape[1])
         if seen.layer in chosen:
             of_layer = weights[chosen.index(seen.layer)]
             for part in blocks(seen):

@@ -153,8 +153,8 @@ def ablate(
     -------
     Ablation.
 
-    Raises HeadsinkError for heads that the model does not have, for a context that is too short or too long, and if random sets
-    could only be `heads` again.
+    Raises HeadsinkError for heads that the model does not have, for a context that is too short or too long, if random sets
+    could only be `heads` again, and for a model that tensor parallelism splits.
     """
     shape = describe(model)
     _check(shape)

@@ -22,7 +22,7 @@ from headsink.attention.params import QUERY_BLOCK, AttentionParams, Inputs
 from headsink.compression.continuations import Continuations
 from headsink.data.documents import Document
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.models.distributed import input_device
+from headsink.models.distributed import check_all_heads, input_device
 from headsink.models.spec import decoder, describe
 
 
@@ -124,7 +124,7 @@ class LimitedDocument:
         shape, every = describe(model), document.continuations
         together = shape.prefix_free and not shape.recurrent
         parts = [every] if together else [[one] for one in every]
-        self.model = model
+        self.model, self.shape = model, shape
         self.texts = [LimitedText(document.ids, part, input_device(model)) for part in parts]
         self.targets = [torch.tensor(ids[-count:], device=input_device(model)) for _, ids, count in every]
 
@@ -134,10 +134,14 @@ class LimitedDocument:
         found: list[Tensor] = []
         for text in self.texts:
             arguments = {"position_ids": text.positions[None], "use_cache": False, "logits_to_keep": text.scored}
-            with replace_attention(self.model, partial(text.attend, limit=limit)):
+            with replace_attention(self.model, partial(self._attend, text, limit)):
                 logits = self.model(text.ids[None], **arguments).logits[0]
             found += logits.float().log_softmax(-1).split(text.counts)
         return found
+
+    def _attend(self, text: LimitedText, limit: Limit, inputs: Inputs) -> Tensor:
+        check_all_heads("ablate", self.shape, inputs.layer, inputs.query.shape[1])
+        return text.attend(inputs, limit)
 
 
 def mean_outputs(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> dict[int, Tensor]:

@@ -20,7 +20,13 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headsink.errors import HeadsinkError
-from headsink.models.spec import heads_of, output_projection
+from headsink.models.spec import Architecture, heads_of, output_projection
+
+
+def check_all_heads(what: str, shape: Architecture, layer: int, heads: int) -> None:
+    """Raise HeadsinkError if this process has a share of a layer's query heads. heads: those that it has."""
+    if heads != shape.heads[layer][0]:
+        raise HeadsinkError(f"{what}: not with tensor parallelism, where a process has some of the heads")
 
 
 @contextmanager
