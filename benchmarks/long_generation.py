@@ -1,7 +1,6 @@
 """What eviction during decoding costs as generation goes on: agreement with the full cache on thousands of decoded tokens.
 
 python benchmarks/long_generation.py --out benchmarks/results/long-generation-smollm2.json
-python benchmarks/long_generation.py --tokens 2304 --budgets 0.25,0.125 --out benchmarks/results/long-generation-2304-smollm2.json
 
 A document (prose, code, worked maths problems, chat) is read under a packaged plan, scaled to it. Then the source text that
 follows is decoded, teacher-forced, while the plan evicts at every token. Every 256 tokens are compared with the full cache: delta
@@ -17,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink.bench.heading import provenance
@@ -31,13 +33,16 @@ from headsink.cache.cache import nbytes
 from headsink.cache.layer import PlanLayer
 from headsink.data import corpus
 from headsink.data import documents as probes
+from headsink.data.documents import Document
+from headsink.errors import HeadsinkError
 from headsink.plan.plan import Plan
 from headsink.runtime.prefill import prefill
 from headsink.runtime.scoring import forward
 from headsink.utils.files import write_text
 from headsink.utils.statistics import interval
 
-PART, SEED = 256, 2000  # tokens of a part; seed of the first documents
+PART = 256  # tokens of a part
+SEED, TRIED = 2000, 50  # seed of the first document of a domain, and how many are tried
 FIGURES = ("delta_nll", "kl", "same_top")
 
 
@@ -68,12 +73,28 @@ def compare(full: Tensor, plan: Tensor, text: list[int]) -> Tensor:
     return torch.stack([part.mean(1) for part in each.split(PART, 1)], 1)
 
 
+def documents(
+    tokenizer: PreTrainedTokenizerBase, domain: corpus.Domain, arguments: argparse.Namespace
+) -> Iterator[Document]:
+    """Yield held-out documents of a domain that are followed by enough text."""
+    for seed in range(SEED, SEED + TRIED):
+        with suppress(HeadsinkError):  # the text of this seed ends before
+            yield probes.document(
+                tokenizer,
+                arguments.context,
+                split="heldout",
+                seed=seed,
+                domains=(domain,),
+                continuation=arguments.tokens,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", default="0.5,0.25,0.125")
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--documents", type=int, default=2, help="of each domain")
-    parser.add_argument("--tokens", type=int, default=768, help=f"decoded; a multiple of {PART}")
+    parser.add_argument("--tokens", type=int, default=2304, help=f"decoded; a multiple of {PART}")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.tokens < 2 * PART or arguments.tokens % PART:
@@ -81,16 +102,8 @@ def main() -> None:
     model, tokenizer = headsink.load("smollm2", dtype="float32", device="cpu")
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
     records: list[dict[str, Any]] = []
-    for number in range(arguments.documents):
-        for domain in corpus.DOMAINS:
-            document = probes.document(
-                tokenizer,
-                arguments.context,
-                split="heldout",
-                seed=SEED + number,
-                domains=(domain,),
-                continuation=arguments.tokens,
-            )
+    for domain in corpus.DOMAINS:
+        for number, document in enumerate(islice(documents(tokenizer, domain, arguments), arguments.documents)):
             full, full_bytes = decode(model, None, document.ids, document.continuation)
             for budget in budgets:
                 plan = headsink.packaged_plan("smollm2", budget, len(document.ids)).model_copy(update={"quality": ()})

@@ -87,7 +87,7 @@ def test_there_is_no_network():
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        found = quickly(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)\n")
+        found = judge(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)\n", "")
         if found.passed:
             pytest.skip("this kernel allows no namespaces")
         assert found.reason.startswith("failed: OSError")
