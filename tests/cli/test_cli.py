@@ -406,7 +406,10 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--file", "nosuch.txt"], "cannot read nosuch.txt: No such file"),
         (["generate", "TINY", "--prefix", "nosuch.kv", "--prompt", "x"], "cannot read nosuch.kv: No such file"),
         (["generate", "TINY", "--prefix", "file", "--prompt", "x"], "file: not a prefix that headsink has"),
-        (["generate", "TINY", "--prompt", "x", "--lossless"], "lossless: it needs a plan that drafts: --plan FILE"),
+        (
+            ["generate", "TINY", "--prompt", "x", "--lossless", "--prefix", "file"],
+            "lossless: it needs every key of the text",
+        ),
         (["prefill", "TINY", "--file", "file"], "plan: give --plan FILE, or --budget for a plan that comes with"),
         (["generate", "TINY", "--prompt", "x", "--budget", "0.25"], "the package has plans for smollm2 only"),
         (["generate", "smollm2", "--prompt", "x", "--budget", "0.3"], "0.3 is not packaged for smollm2; one of 0.125"),

@@ -78,8 +78,9 @@ def test_lossless_generation_equals_the_model(tiny_folder):
     assert len(done.steps_s) == 11
     assert done.acceptance is None or 0 <= done.acceptance <= 1
     assert done.kv_bytes > own.kv_bytes  # both caches
-    with pytest.raises(HeadsinkError, match="lossless: give a plan for the draft"):
-        generate(model, tokenizer, ids, max_new_tokens=12, lossless=True)
+    assert generate(model, tokenizer, ids, max_new_tokens=12, lossless=True).ids == own.ids  # drafts come from the text
+    with pytest.raises(HeadsinkError, match="lossless: the cache of a plan drafts here; give a plan"):
+        generate(model, tokenizer, ids, max_new_tokens=12, lossless=True, draft_tokens=2)
 
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])

@@ -72,7 +72,7 @@ class GenerateOptions(RunOptions):
         bool,
         typer.Option(
             "--lossless",
-            help="The full cache verifies drafts, of the text itself on a CPU, of the plan on a GPU: its own text.",
+            help="Speculative decoding: the full cache's output. On a CPU drafts come from the text, on a GPU from the plan.",
         ),
     ] = False
     other_weights: OtherWeights = False
@@ -85,11 +85,11 @@ class GenerateOptions(RunOptions):
             )
         if self.prefix is not None and self.kv_dtype != "auto":
             raise HeadsinkError("kv_dtype: a prefix is cached in the dtype that it was read in; leave out --kv-dtype")
+        if self.prefix is not None and self.lossless:
+            raise HeadsinkError("lossless: it needs every key of the text, a prefix has lost some; leave out --prefix")
         check_plan_choice(self.model, self.plan_file, self.budget)
         if self.reconstruct and (not self.planned or self.lossless):
             raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE, or --budget")
-        if self.lossless and not self.planned:
-            raise HeadsinkError("lossless: it needs a plan that drafts: --plan FILE, or --budget")
         check_prefill(self.prefill, self.chunk_size)
         changed = self.prefill == "sparse" or self.chunk_size is not None
         if changed and (not self.planned or self.lossless or self.reconstruct):
@@ -142,7 +142,7 @@ def generate(options: GenerateOptions) -> None:
     if plan is not None and cache is None and not options.lossless:
         how: dict[str, Any] = {"prefill": options.prefill, "chunk_size": options.chunk_size}
         cache = headsink.new_cache(model, plan, exact=False, kv_dtype=dtype, **how)
-    compile_step(model, plan, dtype)
+    compile_step(model, headsink.Plan.full(model) if plan is None and options.lossless else plan, dtype)
     torch.manual_seed(options.seed)
     done = generate_text(
         model,

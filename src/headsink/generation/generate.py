@@ -104,7 +104,7 @@ def generate(
 
     cache: continue a cache that holds a prefix of `ids`; its own plan applies. temperature: 0 for greedy decoding. show: called
     with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step if they
-    support the model. lossless: self-speculative decoding with the plan as draft (speculative.py). reconstruct: compress the
+    support the model. lossless: speculative decoding (`generate_lossless`). reconstruct: compress the
     prompt by context reconstruction, as `headsink.compress` does. kv_dtype: as for `new_cache`, of the draft in lossless mode;
     without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or
     one that does not fit the model.
@@ -131,8 +131,8 @@ def generate(
     if cached_padding(cache) is not None:
         raise HeadsinkError("cache: it holds a padded batch; give the cache of one sequence without padding")
     if lossless:
-        if plan is None or cache.get_seq_length():
-            raise HeadsinkError("lossless: give a plan for the draft, and no cache")
+        if cache.get_seq_length():
+            raise HeadsinkError("lossless: it makes its own caches; give none")
         options |= sampling | {"kv_dtype": kv_dtype}
         return _lossless(model, plan, text, clock, max_new_tokens=max_new_tokens, **options)
     compiled = compiled and isinstance(cache, PlanCache) and refusal(model, cache.plan) is None
@@ -158,7 +158,7 @@ def generate(
     return _generation(clock, ids, start, nbytes(cache))
 
 
-def _lossless(model: PreTrainedModel, plan: Plan, text: Tensor, clock: _Clock, **options: Any) -> Generation:
+def _lossless(model: PreTrainedModel, plan: Plan | None, text: Tensor, clock: _Clock, **options: Any) -> Generation:
     counts, start = Speculation(), time.perf_counter()
     mask = torch.ones_like(text)
     generate_lossless(model, plan, text, attention_mask=mask, streamer=clock, speculation=counts, **options)

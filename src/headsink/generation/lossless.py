@@ -20,7 +20,7 @@ from headsink.generation.prompt import Prompt, check_call
 from headsink.generation.sequences import Speculation
 from headsink.generation.speculative import SpeculativeDecoder, draft_cache
 from headsink.models.distributed import input_device
-from headsink.models.spec import RECURRENT
+from headsink.models.spec import RECURRENT, describe
 from headsink.models.transformers_names import given_cache
 from headsink.plan.plan import Plan
 from headsink.runtime.apply import apply_here, new_cache
@@ -30,7 +30,7 @@ from headsink.utils import device
 
 def generate_lossless(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: Plan | None,
     input_ids: Tensor,
     *,
     draft_tokens: int | None = None,
@@ -42,20 +42,20 @@ def generate_lossless(
 
     On a GPU, or with `draft_tokens`, the plan's cache drafts. Greedy output equals that of the full cache up to ties within
     rounding, and memory is that of both caches. On a CPU where the model has a compiled decode step, drafts come from the text
-    itself, the plan is not used, and greedy output is that of `model.generate` inside `apply(model, Plan.full(model),
+    itself and `plan` may be None; greedy output is that of `model.generate` inside `apply(model, Plan.full(model),
     exact=False)`, token for token. Sampled output has the distribution of the full cache.
 
     input_ids: int64 [batch, tokens], padded on the left with `attention_mask`. draft_tokens: of the plan's cache, per round, 0 to
     8. If None, as many are drafted as measured acceptance and times say, or none where that is faster. kv_dtype: of the plan's
     cache, as for `new_cache`. speculation: filled with counts. options: of
     `model.generate`, greedy or sampling: max_new_tokens, do_sample, temperature, logits processors, stopping criteria, streamer
-    (for one sequence), ... Raises HeadsinkError if the plan was made for another model, and for beam search, a cache of your own
-    and return_dict_in_generate.
+    (for one sequence), ... Raises HeadsinkError if the plan was made for another model, if there is none where it drafts, and for
+    beam search, a cache of your own and return_dict_in_generate.
     """
     if draft_tokens is not None and not 0 <= draft_tokens <= MOST:
         raise HeadsinkError(f"draft_tokens: {draft_tokens} is outside 0 to {MOST}")
     check_kv_dtype(kv_dtype)
-    if plan.positions == "cache-relative":
+    if plan is not None and plan.positions == "cache-relative":
         raise HeadsinkError(
             "positions: cache-relative, unlike those of the full cache; use a plan with absolute positions"
         )
@@ -65,9 +65,11 @@ def generate_lossless(
         )
     if options.pop("use_cache", True) is False:
         raise HeadsinkError("lossless: it needs two caches; leave out use_cache=False")
-    plan.check(model).refuse("lossless", "chunked_attention", *RECURRENT)
+    shape = describe(model) if plan is None else plan.check(model)
+    shape.refuse("lossless", "chunked_attention", *RECURRENT)
     options = with_stop_strings(options)
-    plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
+    if plan is not None:
+        plan = plan.model_copy(update={"quality": ()})  # no warning about the context: all tokens are verified
     loop = partial(
         _loop,
         plan=plan,
@@ -99,7 +101,7 @@ def _loop(
     stopping_criteria: Any,
     generation_config: Any,
     *,
-    plan: Plan,
+    plan: Plan | None,
     fixed: int | None,
     kv_dtype: KVDtype,
     counts: Speculation,
@@ -124,6 +126,8 @@ def _loop(
             state = LookupDecoder(model, input_ids, position, full)
             state.run(processed, stopping_criteria, sample=sample, told=counts, streamer=streamer, first=first)
             counts.kv_bytes = full.nbytes()
+        elif plan is None:
+            raise HeadsinkError("lossless: the cache of a plan drafts here; give a plan")
         else:
             if input_ids.shape[1] > 1:
                 prompt.read(full, left_out=1)
