@@ -104,6 +104,12 @@ class PlanOptions(RunOptions):
     def __post_init__(self) -> None:
         if self.budget is not None and self.max_kl is not None:
             raise HeadsinkError("max-kl: give --budget or --max-kl, one of the two, or neither")
+        if self.frontier_folder is None and self.budgets is not None:
+            raise HeadsinkError("budgets: they are those of --frontier FOLDER; for one plan give --budget")
+        if self.frontier_folder is not None and (self.budget, self.max_kl, self.quality_contexts) != (None, None, None):
+            raise HeadsinkError(
+                "frontier: it takes --budgets, not --budget, --max-kl or --quality, which are for one plan"
+            )
         if self.budget is not None:
             check_budget(self.budget)
         if self.max_kl is not None:
