@@ -4,12 +4,14 @@ import base64
 import gzip
 import json
 import re
+import struct
+import time
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from browser import needs_browser
+from browser import PATIENCE, needs_browser
 from families import tiny
 from plans import random_plan
 
@@ -319,6 +321,66 @@ def test_tab_reaches_every_control(report):
     assert {"length", "domain", "statistic", "layer", "head", "map-focus", "role", "filter", "shaded", "tokens"} <= set(
         reached
     )
+
+
+def saved(page, folder, selector, *names):
+    """Focus buttons of the page and press Enter; return the files that this saves."""
+    page.save_to(folder)
+    for n in range(len(names)):
+        page.run("document.querySelectorAll(arguments[0])[arguments[1]].focus()", selector, n)
+        page.press("enter")
+    files = [folder / name for name in names]
+    end = time.monotonic() + PATIENCE
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end, sorted(path.name for path in folder.iterdir())
+        time.sleep(0.02)
+    return files
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
+
+
+@needs_browser
+def test_a_figure_is_saved_as_it_is_shown(report, census, tmp_path):
+    """By keyboard, as a file that needs no style sheet."""
+    choose(report, "length", 64)
+    choose(report, "statistic", "first")
+    names = "figure-first-64.svg", "figure-first-64.png"
+    svg, png = saved(report, tmp_path, "[data-of=map]", *names)
+    root = ElementTree.fromstring(svg.read_text())
+    cells = [one for one in root.iter() if "mark-rect" in one.get("class", "")]
+    fills = [path.get("fill") for group in cells for path in group if path.get("fill", "").startswith("rgb")]
+    shown = report.run(
+        "return [...document.querySelectorAll('#map .mark-rect path')].map(path => path.getAttribute('fill'))"
+        ".filter(fill => fill?.startsWith('rgb'))"
+    )
+    assert fills == shown
+    assert len(fills) >= 12
+    assert all(text.get("font-family") for text in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "url(file:" not in svg.read_text()
+    width, height = (float(root.get(side)) for side in ("width", "height"))
+    assert png_size(png) == pytest.approx((3 * width, 3 * height), abs=3)
+
+
+@needs_browser
+def test_every_figure_has_buttons_that_save_it(chromium, folder, comparison, tmp_path):
+    for path in (folder / "report.html", comparison):
+        chromium.open(f"file://{path}")
+        figures = chromium.run("return [...document.querySelectorAll('figure')].map(figure => figure.id)")
+        buttons = chromium.run(
+            "return [...document.querySelectorAll('[data-save=svg]')].map(button => button.dataset.of)"
+        )
+        assert figures == buttons
+        chromium.run("saved = []; saveFile = (content, name) => saved.push([content.size, name])")
+        chromium.run("document.querySelectorAll('[data-save]').forEach(button => button.click())")
+        chromium.wait(f"return saved.length === {2 * len(figures)}")
+        found = chromium.run("return saved")
+        assert min(size for size, _ in found) > 1000
+        assert len({name for _, name in found}) == 2 * len(figures)
+        assert chromium.console() == []
 
 
 @needs_browser

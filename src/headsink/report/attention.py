@@ -27,7 +27,8 @@ from headsink.models.builtin import title
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
-from headsink.report.assets import environment
+from headsink.report import charts, maps
+from headsink.report.assets import environment, save_picture
 from headsink.runtime.kept import kept_tokens
 from headsink.utils import notebook
 from headsink.utils.files import write_text
@@ -93,8 +94,16 @@ class AttentionMaps:
         )
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the page to a file. force: also replace a file that headsink did not write."""
-        return write_text(path, self.html(), force)
+        """Write the maps to a file: if its name ends in .svg or .png, the tiles as a picture, otherwise the page.
+
+        A picture shows every query and key of a text of up to 128 tokens, tiles of a longer one. force: also replace a file that
+        headsink did not write.
+        """
+        kind = Path(path).suffix.lower()
+        if kind not in (".svg", ".png"):
+            return write_text(path, self.html(), force)
+        chart = maps.attention_tiles(self.attention)
+        return save_picture(path, charts.spec(chart, f"{self.model}, {len(self.words)} tokens"), force)
 
     def show(self) -> None:
         """Show the maps in a notebook, elsewhere in the browser."""

@@ -49,9 +49,7 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
     const place = element("div"); // the old chart stays until the new one is complete
     const {view} = await vegaEmbed(place, spec, {
       renderer: "svg",
-      actions: {export: true, source: false, compiled: false, editor: false},
-      scaleFactor: {png: 3, svg: 1},
-      downloadFileName: `headsink-${name}`,
+      actions: false, // its links save nothing when they are chosen by the keyboard
     });
     if (onClick) view.addEventListener("click", (_, item) => item?.datum?.layer !== undefined && onClick(item.datum));
     drawn[id]?.view.finalize();
@@ -60,6 +58,28 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
   });
   return queue[id];
 }
+
+// Offer a file to save. content: a Blob.
+function saveFile(content, name) {
+  const url = URL.createObjectURL(content);
+  element("a", {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // when the browser has read it
+}
+
+let figureName = id => id; // a page whose figures follow its menus adds the choice
+
+// The buttons of figure.html.j2. A chart is saved in the colours of light ground, its styles in the file, PNG at 300 dpi.
+document.addEventListener("click", async event => {
+  const {save, of} = event.target.dataset;
+  if (!(of in drawn)) return;
+  const {view} = drawn[of], name = `figure-${figureName(of)}.${save}`;
+  try {
+    if (save === "svg") saveFile(new Blob([await view.toSVG()], {type: "image/svg+xml"}), name);
+    else (await view.toCanvas(3)).toBlob(image => saveFile(image, name));
+  } catch (error) {
+    fail(error);
+  }
+});
 
 // Draw the charts that do not follow the menus one by one, after the others.
 async function drawRest(names) {
