@@ -87,6 +87,7 @@ def test_maps_of_any_text_are_a_small_page(maps, model, plan):
     close(arrays["tiles"], found.tiles)
     close(arrays["mean"], found.mean)
     assert "".join(header["words"]) == TEXT
+    assert maps.model == "LlamaForCausalLM"  # which was not loaded, and has no name
     kept = kept_tokens(model, plan, ids)
     np.testing.assert_array_equal(arrays["kept"], torch.stack([kept[0, 0], kept[2, 1]]))
     (one,) = unpack(maps[2, 3].html(), "data")[0]["heads"]

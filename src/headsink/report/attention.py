@@ -144,7 +144,7 @@ def attention_maps(
         flags = kept_tokens(model, plan, ids)
         kept = torch.stack([flags[layer, head // group] for layer, head in chosen])
     sliding = [shape.windows[shape.source(layer)] for layer in shape.attending]
-    name = title(model.config.name_or_path) or shape.name
+    name = title(model.config.name_or_path, shape.name)
     return AttentionMaps(found, [tokenizer.decode([token]) for token in ids], kept, group, sliding, name)
 
 
