@@ -87,6 +87,7 @@ def test_maps_of_any_text_are_a_small_page(maps, model, plan):
     close(arrays["tiles"], found.tiles)
     close(arrays["mean"], found.mean)
     assert "".join(header["words"]) == TEXT
+    assert repr(maps) == "AttentionMaps of LlamaForCausalLM: heads 0.1, 2.3, 400 tokens"
     assert maps.model == "LlamaForCausalLM"  # which was not loaded, and has no name
     kept = kept_tokens(model, plan, ids)
     np.testing.assert_array_equal(arrays["kept"], torch.stack([kept[0, 0], kept[2, 1]]))
@@ -152,6 +153,18 @@ def test_markup_in_a_text_of_a_map_is_not_markup(model):
 
 
 def test_a_census_and_its_heads_show_themselves(census, model):
+    shape = "3 layers of 4 query heads and 2 KV heads, 3 texts (prose, code, short) at 64, 200 tokens"
+    assert repr(census) == f"Census of LlamaForCausalLM: {shape}"
+    assert repr(census.head(2, 1)) == f"Layer 2, head 1 of: {census!r}"
+    assert repr(headsink.compare(census, census)).endswith(
+        ": 0 of 84 roles changed"
+    )  # 12 heads, 7 lengths and kinds of text
+    with pytest.raises(HeadsinkError, match="score: 'snk' is unknown; one of first, sink"):
+        census.score("snk", 200)
+    with pytest.raises(
+        HeadsinkError, match="at length 200 on short; it has lengths 64, 200 and texts prose, code, short"
+    ):
+        census.score("sink", 200, "short")
     page = census.head(2, 1).html()
     assert f"{float(census.score('sink', 200)[2, 1]):.3g}" in page
     assert "layer 2, head 1 (KV head 0)" in page

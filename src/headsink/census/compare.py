@@ -94,6 +94,9 @@ class Comparison:
     changed: list[dict[str, Any]]
     heads: int
 
+    def __repr__(self) -> str:
+        return f"Comparison of {' and '.join(self.names)}: {len(self.changed)} of {self.heads} roles changed"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "runs": list(self.names),

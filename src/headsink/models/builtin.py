@@ -64,7 +64,7 @@ BUILT_IN = {model.name: model for model in _MODELS}
 
 
 def title(name: str, nameless: str) -> str:
-    """Return the display name of a model that was loaded as `name`; `nameless` for one that was not loaded, whose name is empty."""
+    """Return the display name of a model that was loaded as `name`; `nameless` for one without a name."""
     if name in BUILT_IN:
         return BUILT_IN[name].title
     return os.path.basename(os.path.abspath(name)) if name else nameless

@@ -76,6 +76,10 @@ class AttentionMaps:
         attention = PooledAttention((head,), own.tile, **parts)
         return AttentionMaps(attention, self.words, kept, self.group, self.sliding, self.model)
 
+    def __repr__(self) -> str:
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.attention.heads)
+        return f"AttentionMaps of {self.model}: heads {heads}, {len(self.words)} tokens"
+
     def html(self) -> str:
         """A page of its own, which needs no network."""
         arrays = _packable(self.attention)
