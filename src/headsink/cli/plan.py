@@ -237,8 +237,8 @@ def _bytes(made: Plan, quality: Quality) -> str:
     """Why the cache's share of bytes is another one than the share of entries that a plan keeps at this length."""
     tokens, share = max(1, quality.context - CONTINUATION), quality.kv_bytes / quality.kv_bytes_full
     return (
-        f"KV cache at {quality.context}: {share:.1%} of the bytes and {made.kv_budget(tokens):.1%} of the entries after {tokens} "
-        "tokens, for the rest is what is scored; bytes include bookkeeping and spare slots."
+        f"At {quality.context} tokens the document has {tokens}, and the rest is scored: the KV cache of the document has "
+        f"{share:.1%} of the bytes and {made.kv_budget(tokens):.1%} of the entries. Bytes include bookkeeping and spare slots."
     )
 
 
