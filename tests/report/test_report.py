@@ -18,13 +18,13 @@ from plans import random_plan
 import headsink
 from headsink.census.first_view import flat_keys, flat_profile, short
 from headsink.census.head_statistics import distances
-from headsink.census.views import STATISTICS, token_views
+from headsink.census.views import STATISTICS, share_of_room, token_views, top_keys
 from headsink.report import charts
 from headsink.report.assets import write_picture
 from headsink.report.comparison import write_comparison, write_comparison_pictures
 from headsink.report.page import draw, write_page, write_report
 from headsink.utils.format import share
-from headsink.utils.pack import FAINTEST, STEPS, one_byte
+from headsink.utils.pack import FAINTEST, STEPS, one_byte, two_figures
 
 pytestmark = pytest.mark.slow
 
@@ -87,10 +87,13 @@ def unpack(page, name):
     raw = gzip.decompress(base64.b64decode(re.search(f'id="{name}">([^<]*)<', page)[1]))
     size = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + size])
-    arrays = {
-        key: np.frombuffer(raw, f"<{kind}", int(np.prod(shape)), 4 + size + offset).reshape(shape)
-        for key, (kind, offset, shape) in header["arrays"].items()
-    }
+    arrays = {}
+    for key, (kind, offset, shape) in header["arrays"].items():
+        if kind == "f4":  # the first bytes of all numbers, then the second bytes, ...
+            flat = np.frombuffer(raw, np.uint8, 4 * int(np.prod(shape)), 4 + size + offset)
+            arrays[key] = np.ascontiguousarray(flat.reshape(4, -1).T).view("<f4").reshape(shape)
+        else:
+            arrays[key] = np.frombuffer(raw, f"<{kind}", int(np.prod(shape)), 4 + size + offset).reshape(shape)
     return header, arrays
 
 
@@ -143,6 +146,22 @@ def test_every_kind_of_text_can_be_shaded(census, folder):
 def test_a_long_text_is_cut(census, monkeypatch):
     monkeypatch.setattr("headsink.census.views.SHADES", 40 * LAYERS * HEADS * 3)
     assert token_views(census) == {0: (200, 40), 2: (200, 40), 4: (64, 40)}
+
+
+def test_a_model_with_many_heads_has_fewer_top_keys_and_shades(census, monkeypatch):
+    whole, keys = token_views(census), top_keys(census, 0, 200)["top"]
+    monkeypatch.setattr("headsink.census.views.MANY_HEADS", LAYERS * HEADS // 2)
+    monkeypatch.setattr("headsink.census.views.SHADES", 40 * LAYERS * HEADS * 3)
+    assert [shown for _, shown in token_views(census).values()] == [20, 20, 20]
+    assert whole != token_views(census)
+    assert top_keys(census, 0, 200)["top"].equal(keys[..., : keys.shape[-1] // 2])
+    assert share_of_room(census) == 0.5
+
+
+def test_two_figures_are_precise_to_half_a_percent():
+    numbers = torch.tensor([0.0, 1.0, -1.0, 0.39177, 1.108894, 8192.0, 1e-6, torch.nan])
+    np.testing.assert_allclose(two_figures(numbers), numbers, rtol=2**-8)
+    assert not (two_figures(numbers).view(torch.int32) & 0xFFFF).any()
 
 
 def test_one_byte_represents_0_and_1():

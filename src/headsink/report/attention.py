@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.census.attention_maps import Head, PooledAttention, Request, all_heads, check_heads, pooled_attention
 from headsink.census.first_view import flat_keys
-from headsink.census.views import token_views
+from headsink.census.views import share_of_room, token_views
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import title
 from headsink.models.fingerprint import Fingerprint
@@ -184,15 +184,15 @@ def report_maps(model: PreTrainedModel, census: Census, maps: Maps, plan: Plan |
         raise HeadsinkError("model: the census was made with another model, or with other weights")
     detailed = standing_out(census) if maps == "auto" else [(int(layer), int(head)) for layer, head in maps]
     check_maps(model, detailed)
-    every, texts = all_heads(shape), token_views(census)
-    rows = min(MOST_COARSE_ROWS, max(8, int((COARSE / (len(every) * len(texts))) ** 0.5)))
+    every, texts, share = all_heads(shape), token_views(census), share_of_room(census)
+    rows = min(MOST_COARSE_ROWS, max(8, int((share * COARSE / (len(every) * len(texts))) ** 0.5)))
     found: dict[int, TextMaps] = {}
     with bar("attention maps", len(texts), True) as shown:
         for n, (text, (length, _)) in enumerate(texts.items()):
             ids = census.arrays[f"{text}.ids"][:length].tolist()
             requests = [Request(every, rows, 0)]
             if n < DETAILED_TEXTS and detailed:
-                room = DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
+                room = share * DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
                 requests.append(Request(detailed, DETAILED_ROWS, min(TOP, max(2, int(room / (KEY_BYTES * length))))))
             coarse, *finer = pooled_attention(model, ids, *requests)
             kept = None if plan is None else kept_tokens(model, plan, ids)

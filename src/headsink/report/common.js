@@ -12,7 +12,14 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Unpack what views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
+// float32 numbers whose first bytes come first, then their second bytes, ... (utils/pack.py).
+function joined(buffer, from, count) {
+  const apart = new Uint8Array(buffer, from, 4 * count), bytes = new Uint8Array(4 * count);
+  for (let n = 0; n < 4 * count; n++) bytes[4 * (n % count) + Math.floor(n / count)] = apart[n];
+  return new Float32Array(bytes.buffer);
+}
+
+// Unpack what utils/pack.py wrote into the script element `id`: the header, with `arrays` as {data, shape}.
 async function unpack(id) {
   const packed = Uint8Array.from(atob($(id).textContent), letter => letter.charCodeAt(0));
   const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
@@ -20,7 +27,7 @@ async function unpack(id) {
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
   for (const [name, [type, offset, shape]] of Object.entries(header.arrays)) {
     const count = shape.reduce((a, b) => a * b, 1);
-    header.arrays[name] = {data: new TYPES[type](buffer, 4 + size + offset, count), shape};
+    header.arrays[name] = {data: type === "f4" ? joined(buffer, 4 + size + offset, count) : new TYPES[type](buffer, 4 + size + offset, count), shape};
   }
   return header;
 }
