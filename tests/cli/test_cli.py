@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from plans import random_plan
 
 import headsink
 from headsink.bench.options import contexts_for
-from headsink.cli import doctor, main
+from headsink.cli import doctor, loading, main
 from headsink.cli.ablate import strongest_heads
 from headsink.errors import HeadsinkError
 from headsink.models import builtin, timing
@@ -156,6 +158,15 @@ def test_incomparable_runs_are_refused(census, run, tmp_path):
     status, _, err = run("compare", a, b)
     assert status == 2
     assert "no kind of text in common" in err
+    right = re.search(r"name both, as in (\S+) (\S+)\n", err)
+    assert right[1].endswith(":prose")
+    assert right[2].endswith(":maths")
+    assert run("compare", *right.groups(), "--json")[0] == 0
+    short, _ = census("short", "--domains", "prose", "--lengths", "64")
+    status, _, err = run("compare", a, short)
+    assert status == 2
+    assert f"no length in common; name both, as in {a}@200 {short}@64" in err
+    assert run("compare", f"{a}@200", f"{short}@64", "--json")[0] == 0
     status, _, err = run("compare", a, tmp_path / "nothing")
     assert status == 2
     assert "nothing: no such folder" in err
@@ -446,6 +457,10 @@ def test_models_and_doctor(run):
         (["plan", "TINY", "--positions", "cache-relative"], "positions: cache-relative positions need the policy"),
         (["plan", "TINY", "--frontier", "file"], "it is a file"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "a,b"], "not a list of numbers"),
+        (["plan", "TINY", "--frontier", "new", "--budget", "0.5"], "frontier: it takes --budgets, not --budget"),
+        (["plan", "TINY", "--frontier", "new", "--quality", "600"], "frontier: it takes --budgets, not --budget"),
+        (["plan", "TINY", "--budgets", "0.5,0.25"], "budgets: they are those of --frontier FOLDER"),
+        (["chat", "smollm2", "--budget", "2"], "budget: 2.0 is outside (0, 1]"),
         (["plan", "TINY", "--frontier", "new", "--budgets", "0.5,2"], "outside (0, 1]"),
         (["analyze", "TINY", "--lengths", "100000", "--out", "new"], "over the model's maximum of 2048"),
         (["analyze", "TINY", "--lengths", "1", "--out", "new"], "too short"),
@@ -596,6 +611,54 @@ def test_the_package_has_its_public_names_before_and_after_a_module_of_the_name_
     subprocess.run([sys.executable, "-c", code], check=True)
     stub = Path(headsink.__file__).with_name("__init__.pyi").read_text()
     assert sorted(headsink.__all__) == sorted(ast.literal_eval(stub.partition("__all__ = ")[2]))
+
+
+def test_a_warning_is_one_line_without_its_place_in_the_code():
+    code = (
+        "import typer, warnings; from headsink.utils.terminal import run; app = typer.Typer()\n"
+        "@app.command()\n"
+        "def warn(): warnings.warn('too long'); warnings.warn('old', FutureWarning)\n"
+        "run(app)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=True)
+    first, *others = done.stderr.splitlines()
+    assert first == "headsink: too long"
+    assert others[0].endswith("FutureWarning: old")
+
+
+def test_the_terminal_says_that_it_compiles_while_the_step_is_compared(monkeypatch):
+    shown = []
+
+    @contextmanager
+    def status(message):
+        shown.append(message)
+        yield
+        shown.clear()
+
+    monkeypatch.setattr(loading.err, "status", status)
+    monkeypatch.setattr("headsink.decoding.step.refusal", lambda *_: "no" if shown else pytest.fail("nothing said"))
+    loading.compile_step(None, None, "int8")
+    loading.compile_step(None, None)  # nothing to compile: `refusal` is not asked
+
+
+def test_help_is_wrapped_by_the_terminal_alone(run, monkeypatch):
+    for words in (["serve"], ["bench", "serving"], ["plan"]):
+        monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+        text = run(*words, "--help")[1].partition("─ Arguments")[0]
+        lines = [line.strip() for line in text.splitlines()]
+        # a line ends only where its next word does not fit, or with its paragraph
+        broken = [a for a, b in pairwise(lines) if a and b and len(f"{a} {b.split()[0]}") <= 78]
+        assert len(lines) > 8
+        assert broken == []
+
+
+def test_the_command_that_installs_a_model_is_not_cut(run, monkeypatch):
+    monkeypatch.setattr(builtin.BuiltIn, "paths", lambda self: None)
+    monkeypatch.setattr("headsink.utils.terminal.out.width", 60)
+    text = run("models")[1]
+    for model in builtin.BUILT_IN.values():
+        assert f"To install {model.name}: {model.install}\n" in text
+    assert "…" not in text
 
 
 def test_version_and_completion(run, monkeypatch):

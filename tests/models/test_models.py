@@ -185,7 +185,7 @@ def test_split_files_are_joined_before_conversion(tmp_path, monkeypatch):
     model, tokenizer = headsink.load("tiny", device="cpu")
     assert describe(model).kv_heads == 2
     assert model.config.name_or_path == "tiny"
-    assert builtin.title("tiny") == "Tiny"
+    assert builtin.title("tiny", "") == "Tiny"
     assert tokenizer("ab")["input_ids"] == [1, 29]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"tiny-{digest[:12]}"]
     (folders[1] / "tiny.gguf.part").write_bytes(whole[1000:-1])

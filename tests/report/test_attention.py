@@ -1,6 +1,7 @@
 """Attention maps on pages: what they hold, and their use by mouse, keyboard and on a phone."""
 
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from browser import _call, needs_browser
 from families import tiny
 from plans import random_plan
 from small_census import Letters
-from test_report import unpack
+from test_report import png_size, saved, unpack
 
 import headsink
 from headsink.census.attention_maps import Request, pooled_attention
@@ -86,6 +87,8 @@ def test_maps_of_any_text_are_a_small_page(maps, model, plan):
     close(arrays["tiles"], found.tiles)
     close(arrays["mean"], found.mean)
     assert "".join(header["words"]) == TEXT
+    assert repr(maps) == "AttentionMaps of LlamaForCausalLM: heads 0.1, 2.3, 400 tokens"
+    assert maps.model == "LlamaForCausalLM"  # which was not loaded, and has no name
     kept = kept_tokens(model, plan, ids)
     np.testing.assert_array_equal(arrays["kept"], torch.stack([kept[0, 0], kept[2, 1]]))
     (one,) = unpack(maps[2, 3].html(), "data")[0]["heads"]
@@ -101,6 +104,35 @@ def test_maps_are_saved_without_replacing_files_of_others(maps, tmp_path):
     path.write_text("years of work")
     with pytest.raises(HeadsinkError, match="headsink did not write"):
         maps.save(path)
+
+
+def test_maps_are_saved_as_pictures(maps, tmp_path):
+    """With every tile where it belongs, darker for more attention; saved again over what headsink wrote alone."""
+    one = maps[2, 3]
+    svg, png = one.save(tmp_path / "map.svg"), one.save(tmp_path / "map.PNG")
+    tiles, tile = one.attention.tiles[0], one.attention.tile
+    root = ElementTree.fromstring(svg.read_text())
+    group = next(one for one in root.iter() if "mark-rect" in one.get("class", ""))
+    fills = [sum(map(int, re.findall(r"\d+", path.get("fill")))) for path in group]
+    places = [tuple(map(float, re.match(r"M([\d.]+),([\d.]+)", path.get("d")).groups())) for path in group]
+    rows, columns = torch.tril_indices(*tiles.shape)
+    values = tiles[rows, columns].clamp(0.001, 1)
+    assert len(fills) == len(values)
+    order = values.argsort()
+    assert np.all(np.diff(np.array(fills)[order]) <= 2)
+    side = 330 / len(tiles)
+    np.testing.assert_allclose(places, torch.stack([columns, rows], 1) * side, atol=0.01)
+    assert f"tiles of {tile} × {tile}" in svg.read_text()
+    assert "Layer 2, head 3" in svg.read_text()
+    width, height = (float(root.get(name)) for name in ("width", "height"))
+    assert png_size(png) == pytest.approx((3 * width, 3 * height), abs=3)
+    for path in (svg, png):
+        assert one.save(path) == path
+        path.write_bytes(path.read_bytes().replace(b"headsink", b"inkscape"))
+        with pytest.raises(HeadsinkError, match="headsink did not write"):
+            one.save(path)
+        one.save(path, force=True)
+    assert maps.save(tmp_path / "both.svg").read_text().count("mark-rect") >= 2
 
 
 def test_a_long_text_stays_a_small_page():
@@ -121,6 +153,18 @@ def test_markup_in_a_text_of_a_map_is_not_markup(model):
 
 
 def test_a_census_and_its_heads_show_themselves(census, model):
+    shape = "3 layers of 4 query heads and 2 KV heads, 3 texts (prose, code, short) at 64, 200 tokens"
+    assert repr(census) == f"Census of LlamaForCausalLM: {shape}"
+    assert repr(census.head(2, 1)) == f"Layer 2, head 1 of: {census!r}"
+    assert repr(headsink.compare(census, census)).endswith(
+        ": 0 of 84 roles changed"
+    )  # 12 heads, 7 lengths and kinds of text
+    with pytest.raises(HeadsinkError, match="score: 'snk' is unknown; one of first, sink"):
+        census.score("snk", 200)
+    with pytest.raises(
+        HeadsinkError, match="at length 200 on short; it has lengths 64, 200 and texts prose, code, short"
+    ):
+        census.score("sink", 200, "short")
     page = census.head(2, 1).html()
     assert f"{float(census.score('sink', 200)[2, 1]):.3g}" in page
     assert "layer 2, head 1 (KV head 0)" in page
@@ -239,6 +283,45 @@ def test_the_canvas_shows_the_attention_of_its_cells(report, census, model):
         assert pixel == [colour & 255, colour >> 8 & 255, colour >> 16 & 255]
         assert attention == {"value": pytest.approx(weight, rel=0.04), "exact": True}
     assert report.run("return panes[0].map.attention(10, 11)") == {"value": 0, "exact": True}
+
+
+@needs_browser
+def test_a_map_is_saved_at_a_whole_number_of_pixels_for_a_token(report, census, model, tmp_path):
+    """Of the part that is shown; token by token if the head was read so, otherwise by tiles."""
+    (png,) = saved(report, tmp_path, "[data-do=save]", "figure-attention-2.3-prose-0.png")
+    assert png_size(png) == (1200, 1200)
+    (found,) = pooled_attention(model, census.arrays["0.ids"][:200].tolist(), Request([(2, 3)], 64, TOP))
+    query, key = 180, int(found.keys[0, 180, 0])
+    read = (
+        "const [query, key] = arguments, {map} = panes[0], canvas = map.picture(), n = 6;"
+        "const {data} = canvas.getContext('2d').getImageData(n * key, n * query, n, n);"
+        "const colours = new Set(new Uint32Array(data.buffer)), {shown} = map;"
+        "const top = Array.from({length: shown.top}, (_, t) => query * shown.top + t).find(t => shown.keys[t] === key);"
+        "return [[...colours], palette(false)[shown.weights[top]]]"
+    )
+    colours, colour = report.run(read, query, key)
+    assert colours == [colour]
+    report.run("panes[0].map.zoom(0.25, {query: 100, key: 50})")
+    part = report.run("const {map} = panes[0]; return [map.picture().width, map.span]")
+    assert part[1] == 50
+    assert part[0] % 24 == 0 or part[0] % 23 == 0  # 50 or 51 tokens of 23 or 24 pixels
+    report.run("choose({layer: 0, head: 0})")
+    report.wait("return panes[0].shown.top === 0")
+    tile = report.run("return panes[0].shown.tile")
+    report.run("panes[0].map.act('whole')")
+    tiles = -(-200 // tile)
+    assert report.run("return panes[0].map.picture().width") == tiles * round(1200 / tiles)
+
+
+@needs_browser
+def test_two_fingers_zoom_the_map(report):
+    x, y = on_the_map(report, 150, 100)
+    report.pinch(((x - 20, y), (x - 60, y)), ((x + 20, y), (x + 60, y)))
+    span, left, above = report.run("const {map} = panes[0]; return [map.span, map.left, map.above]")
+    assert span == pytest.approx(200 / 3, rel=0.1)
+    assert left + span / 2 == pytest.approx(100, abs=8)
+    assert above < 150 < above + span
+    assert report.run("return [state.query, panes[0].map.fingers.size]") == [None, 0]
 
 
 @needs_browser

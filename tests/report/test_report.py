@@ -4,25 +4,27 @@ import base64
 import gzip
 import json
 import re
+import struct
+import time
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from browser import needs_browser
+from browser import PATIENCE, needs_browser
 from families import tiny
 from plans import random_plan
 
 import headsink
 from headsink.census.first_view import flat_keys, flat_profile, short
 from headsink.census.head_statistics import distances
-from headsink.census.views import STATISTICS, token_views
+from headsink.census.views import STATISTICS, share_of_room, token_views, top_keys
 from headsink.report import charts
 from headsink.report.assets import write_picture
 from headsink.report.comparison import write_comparison, write_comparison_pictures
 from headsink.report.page import draw, write_page, write_report
 from headsink.utils.format import share
-from headsink.utils.pack import FAINTEST, STEPS, one_byte
+from headsink.utils.pack import FAINTEST, STEPS, one_byte, two_figures
 
 pytestmark = pytest.mark.slow
 
@@ -85,10 +87,13 @@ def unpack(page, name):
     raw = gzip.decompress(base64.b64decode(re.search(f'id="{name}">([^<]*)<', page)[1]))
     size = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + size])
-    arrays = {
-        key: np.frombuffer(raw, f"<{kind}", int(np.prod(shape)), 4 + size + offset).reshape(shape)
-        for key, (kind, offset, shape) in header["arrays"].items()
-    }
+    arrays = {}
+    for key, (kind, offset, shape) in header["arrays"].items():
+        if kind == "f4":  # the first bytes of all numbers, then the second bytes, ...
+            flat = np.frombuffer(raw, np.uint8, 4 * int(np.prod(shape)), 4 + size + offset)
+            arrays[key] = np.ascontiguousarray(flat.reshape(4, -1).T).view("<f4").reshape(shape)
+        else:
+            arrays[key] = np.frombuffer(raw, f"<{kind}", int(np.prod(shape)), 4 + size + offset).reshape(shape)
     return header, arrays
 
 
@@ -141,6 +146,22 @@ def test_every_kind_of_text_can_be_shaded(census, folder):
 def test_a_long_text_is_cut(census, monkeypatch):
     monkeypatch.setattr("headsink.census.views.SHADES", 40 * LAYERS * HEADS * 3)
     assert token_views(census) == {0: (200, 40), 2: (200, 40), 4: (64, 40)}
+
+
+def test_a_model_with_many_heads_has_fewer_top_keys_and_shades(census, monkeypatch):
+    whole, keys = token_views(census), top_keys(census, 0, 200)["top"]
+    monkeypatch.setattr("headsink.census.views.MANY_HEADS", LAYERS * HEADS // 2)
+    monkeypatch.setattr("headsink.census.views.SHADES", 40 * LAYERS * HEADS * 3)
+    assert [shown for _, shown in token_views(census).values()] == [20, 20, 20]
+    assert whole != token_views(census)
+    assert top_keys(census, 0, 200)["top"].equal(keys[..., : keys.shape[-1] // 2])
+    assert share_of_room(census) == 0.5
+
+
+def test_two_figures_are_precise_to_half_a_percent():
+    numbers = torch.tensor([0.0, 1.0, -1.0, 0.39177, 1.108894, 8192.0, 1e-6, torch.nan])
+    np.testing.assert_allclose(two_figures(numbers), numbers, rtol=2**-8)
+    assert not (two_figures(numbers).view(torch.int32) & 0xFFFF).any()
 
 
 def test_one_byte_represents_0_and_1():
@@ -319,6 +340,66 @@ def test_tab_reaches_every_control(report):
     assert {"length", "domain", "statistic", "layer", "head", "map-focus", "role", "filter", "shaded", "tokens"} <= set(
         reached
     )
+
+
+def saved(page, folder, selector, *names):
+    """Focus buttons of the page and press Enter; return the files that this saves."""
+    page.save_to(folder)
+    for n in range(len(names)):
+        page.run("document.querySelectorAll(arguments[0])[arguments[1]].focus()", selector, n)
+        page.press("enter")
+    files = [folder / name for name in names]
+    end = time.monotonic() + PATIENCE
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end, sorted(path.name for path in folder.iterdir())
+        time.sleep(0.02)
+    return files
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
+
+
+@needs_browser
+def test_a_figure_is_saved_as_it_is_shown(report, census, tmp_path):
+    """By keyboard, as a file that needs no style sheet."""
+    choose(report, "length", 64)
+    choose(report, "statistic", "first")
+    names = "figure-first-64.svg", "figure-first-64.png"
+    svg, png = saved(report, tmp_path, "[data-of=map]", *names)
+    root = ElementTree.fromstring(svg.read_text())
+    cells = [one for one in root.iter() if "mark-rect" in one.get("class", "")]
+    fills = [path.get("fill") for group in cells for path in group if path.get("fill", "").startswith("rgb")]
+    shown = report.run(
+        "return [...document.querySelectorAll('#map .mark-rect path')].map(path => path.getAttribute('fill'))"
+        ".filter(fill => fill?.startsWith('rgb'))"
+    )
+    assert fills == shown
+    assert len(fills) >= 12
+    assert all(text.get("font-family") for text in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "url(file:" not in svg.read_text()
+    width, height = (float(root.get(side)) for side in ("width", "height"))
+    assert png_size(png) == pytest.approx((3 * width, 3 * height), abs=3)
+
+
+@needs_browser
+def test_every_figure_has_buttons_that_save_it(chromium, folder, comparison, tmp_path):
+    for path in (folder / "report.html", comparison):
+        chromium.open(f"file://{path}")
+        figures = chromium.run("return [...document.querySelectorAll('figure')].map(figure => figure.id)")
+        buttons = chromium.run(
+            "return [...document.querySelectorAll('[data-save=svg]')].map(button => button.dataset.of)"
+        )
+        assert figures == buttons
+        chromium.run("saved = []; saveFile = (content, name) => saved.push([content.size, name])")
+        chromium.run("document.querySelectorAll('[data-save]').forEach(button => button.click())")
+        chromium.wait(f"return saved.length === {2 * len(figures)}")
+        found = chromium.run("return saved")
+        assert min(size for size, _ in found) > 1000
+        assert len({name for _, name in found}) == 2 * len(figures)
+        assert chromium.console() == []
 
 
 @needs_browser

@@ -239,6 +239,18 @@ def test_the_server_is_started_with_the_plan_and_vllm_options(vllm_of, tmp_path)
         launch.command(folder, plan, [], "dence")
     with pytest.raises(HeadsinkError, match="--hf-overrides: headsink serve sets it itself"):
         launch.command(folder, plan, ["--hf_overrides={}"])
+    assert "--enable-prefix-caching" in launch.command(folder, plan, ["--enable-prefix-caching"])
+    assert "--no-enable-lora" in launch.command(folder, plan, ["--no-enable-lora", "-pp", "1"])
+    top_k = random_plan(model, 1).save(tmp_path / "top_k.json")
+    for options, feature in (
+        (["--enable-lora"], "a LoRA adapter"),
+        (["--speculative_config={}"], "speculative decoding"),
+        (["--port", "80", "--pipeline_parallel_size=2"], "pipeline parallelism"),
+        (["-pp", "2"], "pipeline parallelism"),
+        (["--enable-prefix-caching"], "prefix caching"),
+    ):
+        with pytest.raises(HeadsinkError, match=f"{feature} cannot be used together with a plan"):
+            launch.command(folder, top_k, options)
 
 
 def test_serve_without_vllm_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):

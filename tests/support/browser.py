@@ -21,7 +21,7 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004"}
+KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004", "enter": "\ue007"}
 PATIENCE = 30.0  # seconds that a page may take before a test gives up
 
 
@@ -63,6 +63,25 @@ class Browser:
         """Press keys, named as in KEYS, on the focused element."""
         actions = [{"type": kind, "value": KEYS[key]} for key in keys for kind in ("keyDown", "keyUp")]
         _call("POST", f"{self.session}/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    def pinch(self, *fingers: tuple[tuple[float, float], tuple[float, float]]) -> None:
+        """Touch the viewport with fingers, each from a point to another, at the same time."""
+        actions = []
+        for n, (start, end) in enumerate(fingers):
+            (x, y), (to_x, to_y) = (tuple(map(round, point)) for point in (start, end))
+            steps = [{"type": "pointerMove", "x": x, "y": y}, {"type": "pointerDown", "button": 0}]
+            steps += [
+                {"type": "pointerMove", "duration": 100, "x": to_x, "y": to_y},
+                {"type": "pointerUp", "button": 0},
+            ]
+            kind = {"type": "pointer", "parameters": {"pointerType": "touch"}}
+            actions.append(kind | {"id": f"finger{n}", "actions": steps})
+        _call("POST", f"{self.session}/actions", actions=actions)
+
+    def save_to(self, folder) -> None:
+        """Save what a page offers to save, without asking, in a folder."""
+        allow = {"behavior": "allow", "downloadPath": str(folder)}
+        _call("POST", f"{self.session}/goog/cdp/execute", cmd="Browser.setDownloadBehavior", params=allow)
 
     def console(self) -> list[str]:
         """Return errors and warnings of the page since the last call."""

@@ -94,6 +94,9 @@ class Comparison:
     changed: list[dict[str, Any]]
     heads: int
 
+    def __repr__(self) -> str:
+        return f"Comparison of {' and '.join(self.names)}: {len(self.changed)} of {self.heads} roles changed"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "runs": list(self.names),
@@ -190,10 +193,17 @@ def _pairs(one: Run, two: Run) -> list[tuple[tuple[int, int], tuple[str | None, 
     ]
     if not pairs:
         what = "kind of text" if lengths else "length"
-        raise HeadsinkError(
-            f"{one.name} and {two.name} cannot be compared: they have no {what} in common; name one, as in {two.name}@512:code"
-        )
+        name = "both, as in " + " ".join(_with_part(run, not lengths, not domains) for run in (one, two))
+        raise HeadsinkError(f"{one.name} and {two.name} cannot be compared: they have no {what} in common; name {name}")
     return pairs
+
+
+def _with_part(run: Run, length: bool, domain: bool) -> str:
+    """The name of a run with its longest length, its first kind of text, or both."""
+    folder, own_length, own_domain = run_parts(run.name)
+    longest = own_length or (run.census.lengths[-1] if length else None)
+    kind = own_domain or (run.census.domains[0] if domain else None)
+    return f"{folder}{f'@{longest}' if longest else ''}{f':{kind}' if kind else ''}"
 
 
 def _same_texts(one: tuple[Census, int, str | None], two: tuple[Census, int, str | None]) -> bool:

@@ -31,6 +31,9 @@ class Head:
     layer: int
     head: int
 
+    def __repr__(self) -> str:
+        return f"Layer {self.layer}, head {self.head} of: {self.census!r}"
+
     def html(self) -> str:
         """A page of its own, which needs no network and no scripts."""
         of_all = view(self.census, self.census.lengths[-1], None)

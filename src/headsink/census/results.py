@@ -61,6 +61,12 @@ class Census:
     vocabulary: dict[int, str]
     arrays: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        model, lengths = self.settings["model"], ", ".join(map(str, self.lengths))
+        shape = f"{model['layers']} layers of {model['query_heads']} query heads and {model['kv_heads']} KV heads"
+        texts = f"{len(self.settings['texts'])} texts ({', '.join(self.domains)})"
+        return f"Census of {model['name']}: {shape}, {texts} at {lengths} tokens"
+
     @property
     def lengths(self) -> list[int]:
         return list(self.settings["lengths"])
@@ -73,7 +79,10 @@ class Census:
         """Numbers of the texts with `length` tokens of a domain (None for all). Raises HeadsinkError if there are none."""
         numbers = self._reaching(length, domain)
         if not numbers:
-            raise HeadsinkError(f"the census has nothing at length {length}" + (f" on {domain}" if domain else ""))
+            raise HeadsinkError(
+                f"the census has nothing at length {length}{f' on {domain}' if domain else ''}; it has lengths "
+                f"{', '.join(map(str, self.lengths))} and texts {', '.join(self.domains)}"
+            )
         return numbers
 
     def has(self, length: int, domain: str | None = None) -> bool:
@@ -93,12 +102,17 @@ class Census:
         return int(self.settings["model"]["query_heads"] // self.settings["model"]["kv_heads"])
 
     def samples(self, name: str, length: int, domain: str | None = None) -> Tensor:
-        """An array of every text, stacked: float64 [texts, layers, ...]. name: an array, a score, or "uniform_" and a score."""
-        array, column = name, None
+        """An array of every text, stacked: float64 [texts, layers, ...]. name: an array, a score, or "uniform_" and a score.
+
+        Raises HeadsinkError for a name, a length or a domain that the census does not have.
+        """
+        array, column, texts = name, None, self.texts(length, domain)
         if name.removeprefix("uniform_") in SCORES:
             array = "uniform" if name.startswith("uniform_") else "scores"
             column = list(SCORES).index(name.removeprefix("uniform_"))
-        stacked = torch.stack([self.arrays[f"{text}.{length}.{array}"] for text in self.texts(length, domain)]).double()
+        elif f"{texts[0]}.{length}.{name}" not in self.arrays:
+            raise HeadsinkError(f"score: {name!r} is unknown; one of {', '.join(SCORES)}")
+        stacked = torch.stack([self.arrays[f"{text}.{length}.{array}"] for text in texts]).double()
         return stacked if column is None else stacked[..., column]
 
     def score(self, name: str, length: int, domain: str | None = None) -> Tensor:

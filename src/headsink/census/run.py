@@ -144,7 +144,7 @@ def _settings(model: PreTrainedModel, shape: Architecture, chosen: Sequence[Text
         "schema": SCHEMA,
         "headsink": version("headsink"),
         "model": {
-            "name": title(model.config.name_or_path),
+            "name": title(model.config.name_or_path, shape.name),
             "source": model.config.name_or_path,
             **Fingerprint.of(model).model_dump(exclude={"float16", "values"}),
             "layers": len(shape.attending),

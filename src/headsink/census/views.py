@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 POOLED = "all texts"
 TOKEN_VIEW = 8192  # tokens of a mapped and shaded text at most
 SHADES = 2**20  # shades of all heads and texts at most, one byte each, to keep the page under 5 MB
+MANY_HEADS = 400  # above which the scores take so much of the page that texts, maps and top keys get less
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,12 @@ def view(census: Census, length: int, domain: str | None) -> View:
 
 
 def top_keys(census: Census, text: int, length: int) -> dict[str, Tensor]:
-    """The keys with most attention of every query head on a text: positions, attention, and whether they are secondary sinks."""
+    """The keys with most attention of every query head on a text: positions, attention, and whether they are secondary sinks.
+
+    Of a model with many heads, fewer of them.
+    """
     top = census.arrays[f"{text}.{length}.top"]
+    top = top[..., : max(2, int(share_of_room(census) * top.shape[-1]))]
     attention = census.arrays[f"{text}.{length}.attention"].float().gather(-1, top.clamp(min=0).long())
     secondary = census.arrays[f"{text}.{length}.secondary"]
     secondary = secondary.repeat_interleave(top.shape[1] // secondary.shape[1], 1)
@@ -140,10 +145,18 @@ def top_keys(census: Census, text: int, length: int) -> dict[str, Tensor]:
     return {"top": top, "drawn": attention, "sink": sink.to(torch.uint8)}
 
 
+def share_of_room(census: Census) -> float:
+    """The share of the usual room that shades, attention maps and top keys get in a report, so that it stays under 5 MB."""
+    model = census.settings["model"]
+    return min(1.0, MANY_HEADS / (model["layers"] * model["query_heads"]))
+
+
 def token_views(census: Census) -> dict[int, tuple[int, int]]:
     """The texts of the token view, one of each kind: text -> length of its statistics and number of shown tokens."""
     model = census.settings["model"]
-    room = max(16, SHADES // (model["layers"] * model["query_heads"] * len(census.domains)))
+    room = max(
+        16, int(share_of_room(census) * SHADES) // (model["layers"] * model["query_heads"] * len(census.domains))
+    )
     shown = {}
     for domain in census.domains:
         lengths = [n for n in census.lengths if census.has(n, domain)]

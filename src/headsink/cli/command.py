@@ -26,4 +26,6 @@ def add_command(app: typer.Typer, function: Callable[[Any], None], name: str | N
         function(options(**given))
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # typer breaks lines where the docstring does: one line a paragraph, so that help fits every terminal
+    call.__doc__ = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(function) or "").split("\n\n"))
     app.command(name=name, **settings)(call)

@@ -28,6 +28,8 @@ def compile_step(model: PreTrainedModel, plan: Plan | None, kv_dtype: KVDtype = 
     """Compile the decode step, which runs under a plan or with a cache of another dtype, before the clock starts."""
     from headsink.decoding.step import prepare, refusal
 
-    if (plan is not None or kv_dtype != "auto") and refusal(model, plan) is None:
+    if plan is not None or kv_dtype != "auto":
+        # `refusal` compares the step with the model, which compiles most of it
         with err.status("compiling: about a minute, once on a machine"):
-            prepare(model, kv_dtype)
+            if refusal(model, plan) is None:
+                prepare(model, kv_dtype)

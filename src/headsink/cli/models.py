@@ -62,8 +62,11 @@ def list_models() -> dict[str, Any]:
 def print_models(found: dict[str, Any]) -> None:
     table = new_table("Built-in models", "name", "model", "licence", "installed")
     for model in found["built_in"]:
-        state = f"yes, {model['bytes'] / MEGABYTE:.0f} MB" if model["installed"] else f"no; {model['install']}"
+        state = f"yes, {model['bytes'] / MEGABYTE:.0f} MB" if model["installed"] else "no"
         table.add_row(model["name"], model["title"], model["licence"], state)
     out.print(table)
+    for model in found["built_in"]:
+        if not model["installed"]:  # below the table, where no column cuts the command
+            out.print(f"To install {model['name']}: {model['install']}", highlight=False)
     out.print(f"Also: {found['others']}.", highlight=False)
-    out.print(f"Tested families: {', '.join(found['tested_families'])}.", highlight=False)
+    out.print(f"Tested families: {', '.join(found['tested_families'])} and others (docs/families.md).", highlight=False)

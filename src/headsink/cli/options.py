@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from headsink.errors import HeadsinkError
+from headsink.evaluation.options import check_budget
 from headsink.models.builtin import check_device, check_dtype, check_name, check_tokenizer
 from headsink.plan.packaged import packaged_contexts
 from headsink.runtime.options import check_kv_dtype
@@ -154,6 +155,7 @@ def check_plan_choice(model: str, plan_file: Path | None, budget: float | None) 
         return
     if plan_file is not None:
         raise HeadsinkError("budget: give --plan FILE or --budget, one of the two")
+    check_budget(budget)
     packaged_contexts(model, budget)  # raises if there is none
 
 

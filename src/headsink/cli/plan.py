@@ -104,6 +104,12 @@ class PlanOptions(RunOptions):
     def __post_init__(self) -> None:
         if self.budget is not None and self.max_kl is not None:
             raise HeadsinkError("max-kl: give --budget or --max-kl, one of the two, or neither")
+        if self.frontier_folder is None and self.budgets is not None:
+            raise HeadsinkError("budgets: they are those of --frontier FOLDER; for one plan give --budget")
+        if self.frontier_folder is not None and (self.budget, self.max_kl, self.quality_contexts) != (None, None, None):
+            raise HeadsinkError(
+                "frontier: it takes --budgets, not --budget, --max-kl or --quality, which are for one plan"
+            )
         if self.budget is not None:
             check_budget(self.budget)
         if self.max_kl is not None:
@@ -231,8 +237,8 @@ def _bytes(made: Plan, quality: Quality) -> str:
     """Why the cache's share of bytes is another one than the share of entries that a plan keeps at this length."""
     tokens, share = max(1, quality.context - CONTINUATION), quality.kv_bytes / quality.kv_bytes_full
     return (
-        f"KV cache at {quality.context}: {share:.1%} of the bytes and {made.kv_budget(tokens):.1%} of the entries after {tokens} "
-        "tokens, for the rest is what is scored; bytes include bookkeeping and spare slots."
+        f"At {quality.context} tokens the document has {tokens}, and the rest is scored: the KV cache of the document has "
+        f"{share:.1%} of the bytes and {made.kv_budget(tokens):.1%} of the entries. Bytes include bookkeeping and spare slots."
     )
 
 

@@ -179,7 +179,7 @@ def ablate(
     asked = [one for document in scores[chosen] for one in document if one.form != TEXT]
     nll = torch.cat([one.nll_full for document in scores[chosen] for one in document if one.form == TEXT])
     return Ablation(
-        model=title(model.config.name_or_path),
+        model=title(model.config.name_or_path, type(model).__name__),
         pattern=str(pattern),
         kv_heads=kv_heads,
         null=null,

@@ -63,9 +63,11 @@ _MODELS = (
 BUILT_IN = {model.name: model for model in _MODELS}
 
 
-def title(name: str) -> str:
-    """Return the display name of a model that was loaded as `name`."""
-    return BUILT_IN[name].title if name in BUILT_IN else os.path.basename(os.path.abspath(name))
+def title(name: str, nameless: str) -> str:
+    """Return the display name of a model that was loaded as `name`; `nameless` for one without a name."""
+    if name in BUILT_IN:
+        return BUILT_IN[name].title
+    return os.path.basename(os.path.abspath(name)) if name else nameless
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -14,9 +17,11 @@ from markupsafe import Markup
 from headsink.census import first_view
 from headsink.report import charts
 from headsink.utils.colours import ROLE_COLOURS, ramp
+from headsink.utils.files import new_file
 from headsink.utils.format import capital, figures, p_value, percent, share, visible
 
 PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
+PNG_HEADER = 8 + 25  # bytes of the signature and of the first chunk
 
 
 def to_svg(spec: dict[str, Any]) -> str:
@@ -28,6 +33,19 @@ def write_picture(path: Path, spec: dict[str, Any]) -> None:
     svg = to_svg(spec)
     path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
     path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=PIXELS))
+
+
+def save_picture(path: str | os.PathLike[str], spec: dict[str, Any], force: bool = False) -> Path:
+    """Write a chart with its data as one file, .svg or .png, atomically. It says that headsink made it (utils/files.py)."""
+    svg = to_svg(spec).replace("<svg ", '<svg data-generator="headsink" ', 1)
+    with new_file(path, force) as part:
+        if Path(path).suffix.lower() == ".svg":
+            part.write_text(svg, encoding="utf-8")
+        else:
+            png, text = vl_convert.svg_to_png(svg, scale=PIXELS), b"tEXtSoftware\0headsink"
+            chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+            part.write_bytes(png[:PNG_HEADER] + chunk + png[PNG_HEADER:])
+    return Path(path)
 
 
 def environment() -> jinja2.Environment:

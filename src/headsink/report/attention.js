@@ -11,6 +11,8 @@ const STEPS = 254, OCTAVES = 20; // of the scale of the bytes
 const LISTED = 8; // keys that are listed
 const SHADES = 10; // steps of the shaded text: 2, 4, ... 1024 times flat attention
 const LEAST_SPAN = 16; // tokens that are seen at the largest zoom
+const PICTURE = 1200; // pixels of a side of a saved map, about
+const MOST_DRAWN = 4096; // tokens of a saved map in which single keys are drawn
 const YELLOW_TO_BLUE = ["ffffd9", "edf8b1", "c7e9b4", "7fcdbb", "41b6c4", "1d91c0", "225ea8", "253494", "081d58"];
 const GROUND = {light: [255, 255, 255], dark: [18, 23, 30]};
 
@@ -19,9 +21,9 @@ const attentionOf = byte => byte ? 2 ** (-OCTAVES * (1 - (byte - 1) / STEPS)) : 
 const shadeOf = times => Math.min(SHADES, Math.max(0, Math.round(Math.log2(times))));
 
 // Colour of each byte: the darkest colour, or the lightest on dark ground, is an attention of 1.
-function palette() {
+function palette(night = dark.matches) {
   const stops = YELLOW_TO_BLUE.map(hex => [0, 2, 4].map(at => parseInt(hex.slice(at, at + 2), 16)));
-  const ground = GROUND[dark.matches ? "dark" : "light"], colours = [ground, ...dark.matches ? stops.reverse() : stops];
+  const ground = GROUND[night ? "dark" : "light"], colours = [ground, ...night ? stops.reverse() : stops];
   return Uint32Array.from({length: 256}, (_, byte) => {
     const place = byte ? Math.max(0, 1 - (1 - (byte - 1) / STEPS) * OCTAVES / FAINT) * (colours.length - 1) : 0;
     const low = Math.min(colours.length - 2, Math.floor(place)), share = place - low;
@@ -34,12 +36,12 @@ class AttentionMap {
   // box: the element of attention.html.j2. onQuery(position or null): the reader chose a query.
   constructor(box, onQuery) {
     [this.box, this.canvas, this.said, this.onQuery] = [box, box.querySelector("canvas"), box.querySelector(".map-said"), onQuery];
-    this.cursor = null;
+    [this.cursor, this.fingers] = [null, new Map()]; // fingers: id of the pointer -> its last event
     this.canvas.addEventListener("keydown", event => this.press(event));
     for (const button of box.querySelectorAll("button[data-do]")) button.addEventListener("click", () => this.act(button.dataset.do));
     this.canvas.addEventListener("pointerdown", event => this.grab(event));
     this.canvas.addEventListener("pointermove", event => this.move(event));
-    for (const name of ["pointerup", "pointercancel"]) this.canvas.addEventListener(name, () => { this.held = null; });
+    for (const name of ["pointerup", "pointercancel"]) this.canvas.addEventListener(name, event => { this.held = null; this.fingers.delete(event.pointerId); });
     this.canvas.addEventListener("pointerleave", () => { if (!this.held) this.point(null); });
     this.canvas.addEventListener("click", event => { if (!this.dragged) this.choose(this.place(event).query); });
     this.canvas.addEventListener("wheel", event => {
@@ -72,25 +74,8 @@ class AttentionMap {
     const side = Math.round(this.canvas.clientWidth * devicePixelRatio);
     if (!side) return;
     if (this.canvas.width !== side) this.canvas.width = this.canvas.height = side;
-    const {length, tile, rows, tiles, top, keys, weights} = this.shown, colours = palette();
-    const context = this.canvas.getContext("2d"), image = context.createImageData(side, side), per = side / this.span;
-    const pixels = new Uint32Array(image.data.buffer);
-    const near = per >= 1 && (top > 0 || tile === 1); // single keys are drawn
-    const less = near ? Math.round(STEPS * Math.log2(tile) / OCTAVES) : 0; // from a tile's attention to that of one of its keys
-    const columns = Int32Array.from({length: side}, (_, x) => Math.floor(this.left + x / per));
-    for (let y = 0; y < side; y++) {
-      const query = Math.floor(this.above + y / per), row = Math.floor(query / tile) * rows;
-      for (let x = 0; x < side; x++) {
-        const key = columns[x];
-        const byte = key > query || query >= length ? 0 : tiles[row + Math.floor(key / tile)];
-        pixels[y * side + x] = colours[byte && Math.max(1, byte - less)];
-      }
-      if (!near) continue;
-      for (let n = query * top; n < (query + 1) * top && query < length; n++) {
-        const from = Math.max(0, Math.round((keys[n] - this.left) * per)), to = Math.min(side, Math.round((keys[n] + 1 - this.left) * per));
-        for (let x = from; weights[n] && x < to; x++) pixels[y * side + x] = colours[weights[n]];
-      }
-    }
+    const {length, tile, top} = this.shown, context = this.canvas.getContext("2d"), per = side / this.span;
+    const {image, near} = this.image(side, this.left, this.above, this.span, palette());
     context.putImageData(image, 0, 0);
     context.strokeStyle = "#D55E00";
     context.lineWidth = 2 * devicePixelRatio;
@@ -108,6 +93,39 @@ class AttentionMap {
     this.box.querySelector(".map-cell").textContent = near ? (tile === 1 ? "every query and key" : `the ${top} top keys of every query; other keys: mean of a tile of ${tile} × ${tile}`) :
       tile === 1 ? "every query and key" : `tiles of ${tile} × ${tile} tokens: mean over the queries, sum over the keys`;
     this.canvas.style.touchAction = this.span === length ? "pan-y" : "none";
+  }
+
+  // A square of side x side pixels of the map, from a key and a query on, `span` tokens wide. near: single keys are drawn.
+  image(side, left, above, span, colours) {
+    const {length, tile, rows, tiles, top, keys, weights} = this.shown, image = new ImageData(side, side), per = side / span;
+    const pixels = new Uint32Array(image.data.buffer), near = per >= 1 && (top > 0 || tile === 1);
+    const less = near ? Math.round(STEPS * Math.log2(tile) / OCTAVES) : 0; // from a tile's attention to that of one of its keys
+    const columns = Int32Array.from({length: side}, (_, x) => Math.floor(left + (x + 0.5) / per));
+    for (let y = 0; y < side; y++) {
+      const query = Math.floor(above + (y + 0.5) / per), row = Math.floor(query / tile) * rows;
+      for (let x = 0; x < side; x++) {
+        const key = columns[x];
+        const byte = key > query || query >= length ? 0 : tiles[row + Math.floor(key / tile)];
+        pixels[y * side + x] = colours[byte && Math.max(1, byte - less)];
+      }
+      if (!near) continue;
+      for (let n = query * top; n < (query + 1) * top && query < length; n++) {
+        const from = Math.max(0, Math.round((keys[n] - left) * per)), to = Math.min(side, Math.round((keys[n] + 1 - left) * per));
+        for (let x = from; weights[n] && x < to; x++) pixels[y * side + x] = colours[weights[n]];
+      }
+    }
+    return {image, near};
+  }
+
+  // What is shown as a picture on light ground, without the lines of the query: a token, or a tile of a head that was read in tiles
+  // only or of a very long text, is a whole number of pixels wide.
+  picture() {
+    const {length, tile, top} = this.shown, unit = top > 0 && this.span <= MOST_DRAWN ? 1 : tile, every = Math.ceil(length / unit);
+    const [left, above] = [this.left, this.above].map(at => at / unit), last = Math.ceil(Math.max(left % 1, above % 1) + this.span / unit);
+    const cells = Math.min(every, last), [key, query] = [left, above].map(at => unit * Math.min(every - cells, Math.floor(at)));
+    const side = cells * Math.max(1, Math.round(PICTURE / cells)), canvas = element("canvas", {width: side, height: side});
+    canvas.getContext("2d").putImageData(this.image(side, key, query, cells * unit, palette(false)).image, 0, 0);
+    return canvas;
   }
 
   // What a query attends to, or all queries on average.
@@ -150,10 +168,12 @@ class AttentionMap {
     if (event.button) return;
     this.held = {x: event.clientX, y: event.clientY, left: this.left, above: this.above};
     this.dragged = false;
+    this.fingers.set(event.pointerId, event);
     this.canvas.setPointerCapture(event.pointerId);
   }
 
   move(event) {
+    if (this.fingers.size === 2 && this.fingers.has(event.pointerId)) return this.pinch(event);
     if (!this.held) return this.point(this.place(event));
     const scale = this.span / this.canvas.clientWidth, [x, y] = [event.clientX - this.held.x, event.clientY - this.held.y];
     this.dragged = Math.hypot(x, y) > 4;
@@ -161,6 +181,19 @@ class AttentionMap {
     [this.left, this.above] = [this.held.left - x * scale, this.held.above - y * scale];
     this.limit();
     this.draw();
+  }
+
+  // Two fingers: zoom by the change of their distance, around the point between them.
+  pinch(event) {
+    const apart = () => {
+      const [one, two] = this.fingers.values();
+      return Math.hypot(one.clientX - two.clientX, one.clientY - two.clientY);
+    };
+    const before = apart();
+    this.fingers.set(event.pointerId, event);
+    const [one, two] = this.fingers.values(), middle = {clientX: (one.clientX + two.clientX) / 2, clientY: (one.clientY + two.clientY) / 2};
+    this.dragged = true;
+    if (apart() > 0) this.zoom(before / apart(), this.place(middle));
   }
 
   limit() {
@@ -188,6 +221,7 @@ class AttentionMap {
     if (name === "in") this.zoom(0.5, middle);
     else if (name === "out") this.zoom(2, middle);
     else if (name === "whole") this.zoom(this.shown.length, middle);
+    else if (name === "save") this.picture().toBlob(image => saveFile(image, `figure-attention-${this.shown.name}.png`));
     else this.onQuery(null);
   }
 

@@ -21,13 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.census.attention_maps import Head, PooledAttention, Request, all_heads, check_heads, pooled_attention
 from headsink.census.first_view import flat_keys
-from headsink.census.views import token_views
+from headsink.census.views import share_of_room, token_views
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import title
 from headsink.models.fingerprint import Fingerprint
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan
-from headsink.report.assets import environment
+from headsink.report import charts, maps
+from headsink.report.assets import environment, save_picture
 from headsink.runtime.kept import kept_tokens
 from headsink.utils import notebook
 from headsink.utils.files import write_text
@@ -75,6 +76,10 @@ class AttentionMaps:
         attention = PooledAttention((head,), own.tile, **parts)
         return AttentionMaps(attention, self.words, kept, self.group, self.sliding, self.model)
 
+    def __repr__(self) -> str:
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.attention.heads)
+        return f"AttentionMaps of {self.model}: heads {heads}, {len(self.words)} tokens"
+
     def html(self) -> str:
         """A page of its own, which needs no network."""
         arrays = _packable(self.attention)
@@ -93,8 +98,16 @@ class AttentionMaps:
         )
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the page to a file. force: also replace a file that headsink did not write."""
-        return write_text(path, self.html(), force)
+        """Write the maps to a file: if its name ends in .svg or .png, the tiles as a picture, otherwise the page.
+
+        A picture shows every query and key of a text of up to 128 tokens, tiles of a longer one. force: also replace a file that
+        headsink did not write.
+        """
+        kind = Path(path).suffix.lower()
+        if kind not in (".svg", ".png"):
+            return write_text(path, self.html(), force)
+        chart = maps.attention_tiles(self.attention)
+        return save_picture(path, charts.spec(chart, f"{self.model}, {len(self.words)} tokens"), force)
 
     def show(self) -> None:
         """Show the maps in a notebook, elsewhere in the browser."""
@@ -135,7 +148,7 @@ def attention_maps(
         flags = kept_tokens(model, plan, ids)
         kept = torch.stack([flags[layer, head // group] for layer, head in chosen])
     sliding = [shape.windows[shape.source(layer)] for layer in shape.attending]
-    name = title(model.config.name_or_path) or shape.name
+    name = title(model.config.name_or_path, shape.name)
     return AttentionMaps(found, [tokenizer.decode([token]) for token in ids], kept, group, sliding, name)
 
 
@@ -171,15 +184,15 @@ def report_maps(model: PreTrainedModel, census: Census, maps: Maps, plan: Plan |
         raise HeadsinkError("model: the census was made with another model, or with other weights")
     detailed = standing_out(census) if maps == "auto" else [(int(layer), int(head)) for layer, head in maps]
     check_maps(model, detailed)
-    every, texts = all_heads(shape), token_views(census)
-    rows = min(MOST_COARSE_ROWS, max(8, int((COARSE / (len(every) * len(texts))) ** 0.5)))
+    every, texts, share = all_heads(shape), token_views(census), share_of_room(census)
+    rows = min(MOST_COARSE_ROWS, max(8, int((share * COARSE / (len(every) * len(texts))) ** 0.5)))
     found: dict[int, TextMaps] = {}
     with bar("attention maps", len(texts), True) as shown:
         for n, (text, (length, _)) in enumerate(texts.items()):
             ids = census.arrays[f"{text}.ids"][:length].tolist()
             requests = [Request(every, rows, 0)]
             if n < DETAILED_TEXTS and detailed:
-                room = DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
+                room = share * DETAILED / (len(detailed) * min(len(texts), DETAILED_TEXTS)) - DETAILED_ROWS**2
                 requests.append(Request(detailed, DETAILED_ROWS, min(TOP, max(2, int(room / (KEY_BYTES * length))))))
             coarse, *finer = pooled_attention(model, ids, *requests)
             kept = None if plan is None else kept_tokens(model, plan, ids)

@@ -10,7 +10,7 @@ async function start() {
     const n = Number($("head").value), [layer, head] = data.heads[n];
     const part = (array, size) => array.data.subarray(n * size, (n + 1) * size);
     pane.show({
-      text: 0, length, tile: data.tile, rows, top, kv: Math.floor(head / data.group),
+      text: 0, name: `${layer}.${head}`, length, tile: data.tile, rows, top, kv: Math.floor(head / data.group),
       tiles: part(tiles, rows * rows), mean: part(mean, length), keys: part(keys, length * top), weights: part(weights, length * top),
       kept: kept ? part(kept, length) : null, flat: data.arrays[`flat.${data.sliding[layer] ?? 0}`].data,
       words: position => data.words[position], marks: () => "",

@@ -205,7 +205,7 @@ function source(text) {
   const part = (name, n, size) => arrays[name].data.subarray(n * size, (n + 1) * size), kv = Math.floor(state.head / group);
   const [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length], secondary = new Set(part("secondary", state.layer * kvHeads + kv, most));
   const found = {
-    text, length, kv, top: 0, mean: part("attention", place, shown), flat: flatOf(length).keys, words: position => word(text, position),
+    text, name: `${state.layer}.${state.head}-${data.texts[text].name.replaceAll(/[^\w.-]+/g, "-")}`, length, kv, top: 0, mean: part("attention", place, shown), flat: flatOf(length).keys, words: position => word(text, position),
     marks: position => secondary.has(position) ? "secondary-sink" : position < first ? "first-token" : "",
     kept: arrays.kept ? part("kept", state.layer * kvHeads + kv, length) : null,
   };
@@ -324,6 +324,13 @@ function choose(change, turning = false) {
 }
 
 const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
+
+// Names of files: what a figure shows, as in figure-sink-4096-code.svg.
+figureName = id => {
+  const choice = {map: [state.statistic, state.length], layers: [id, state.length], errors: [id, state.length], pairs: [id, state.length],
+    profile: [id, `${state.layer}.${state.head}`], window: [id, `${state.layer}.${state.head}`]}[id];
+  return choice ? [...choice, ...state.domain ? [data.domains[state.domain]] : []].join("-").replaceAll(/[^\w.-]+/g, "-") : id;
+};
 
 async function start() {
   data = await unpack("data");

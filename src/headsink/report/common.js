@@ -12,7 +12,14 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Unpack what views.packed wrote into the script element `id`: the header, with `arrays` as {data, shape}.
+// float32 numbers whose first bytes come first, then their second bytes, ... (utils/pack.py).
+function joined(buffer, from, count) {
+  const apart = new Uint8Array(buffer, from, 4 * count), bytes = new Uint8Array(4 * count);
+  for (let n = 0; n < 4 * count; n++) bytes[4 * (n % count) + Math.floor(n / count)] = apart[n];
+  return new Float32Array(bytes.buffer);
+}
+
+// Unpack what utils/pack.py wrote into the script element `id`: the header, with `arrays` as {data, shape}.
 async function unpack(id) {
   const packed = Uint8Array.from(atob($(id).textContent), letter => letter.charCodeAt(0));
   const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
@@ -20,7 +27,7 @@ async function unpack(id) {
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
   for (const [name, [type, offset, shape]] of Object.entries(header.arrays)) {
     const count = shape.reduce((a, b) => a * b, 1);
-    header.arrays[name] = {data: new TYPES[type](buffer, 4 + size + offset, count), shape};
+    header.arrays[name] = {data: type === "f4" ? joined(buffer, 4 + size + offset, count) : new TYPES[type](buffer, 4 + size + offset, count), shape};
   }
   return header;
 }
@@ -49,9 +56,7 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
     const place = element("div"); // the old chart stays until the new one is complete
     const {view} = await vegaEmbed(place, spec, {
       renderer: "svg",
-      actions: {export: true, source: false, compiled: false, editor: false},
-      scaleFactor: {png: 3, svg: 1},
-      downloadFileName: `headsink-${name}`,
+      actions: false, // its links save nothing when they are chosen by the keyboard
     });
     if (onClick) view.addEventListener("click", (_, item) => item?.datum?.layer !== undefined && onClick(item.datum));
     drawn[id]?.view.finalize();
@@ -60,6 +65,28 @@ function draw(id, name, datasets = {}, params = {}, onClick = null) {
   });
   return queue[id];
 }
+
+// Offer a file to save. content: a Blob.
+function saveFile(content, name) {
+  const url = URL.createObjectURL(content);
+  element("a", {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // when the browser has read it
+}
+
+let figureName = id => id; // a page whose figures follow its menus adds the choice
+
+// The buttons of figure.html.j2. A chart is saved in the colours of light ground, its styles in the file, PNG at 300 dpi.
+document.addEventListener("click", async event => {
+  const {save, of} = event.target.dataset;
+  if (!(of in drawn)) return;
+  const {view} = drawn[of], name = `figure-${figureName(of)}.${save}`;
+  try {
+    if (save === "svg") saveFile(new Blob([await view.toSVG()], {type: "image/svg+xml"}), name);
+    else (await view.toCanvas(3)).toBlob(image => saveFile(image, name));
+  } catch (error) {
+    fail(error);
+  }
+});
 
 // Draw the charts that do not follow the menus one by one, after the others.
 async function drawRest(names) {

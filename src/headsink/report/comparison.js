@@ -106,6 +106,8 @@ function readState() {
 
 const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
 
+figureName = () => `change-${[state.score, state.length, state.domain].join("-")}`.replaceAll(/[^\w.-]+/g, "-");
+
 async function start() {
   data = await unpack("data");
   [layers, heads] = data.shape;

@@ -5,13 +5,16 @@ All read named data from the page: "heads" (a row for each head), "selected" (la
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
 from headsink.census.roles import EPSILON
 from headsink.report.charts import ABOVE, ERROR_AXIS, Drawn, role_colour
 from headsink.utils.colours import BLUE, VERMILION
+
+if TYPE_CHECKING:
+    from headsink.census.attention_maps import PooledAttention
 
 MAP_WIDTH, MAP_HEIGHT = 330, 620  # largest size of a map in pixels; cells that are smaller than LEAST_CELL enlarge it
 # Legend values of a nearly logarithmic (symlog) scale from 0 to high.
@@ -91,6 +94,37 @@ def cell(shape: tuple[int, int]) -> tuple[float, float]:
     """Width and height of a cell of the maps, in pixels."""
     layers, heads = shape
     return tuple(min(MOST_CELL, max(LEAST_CELL, size)) for size in (MAP_WIDTH // heads, MAP_HEIGHT // layers))  # type: ignore[return-value]
+
+
+def attention_tiles(attention: PooledAttention) -> Drawn:
+    """The tiles of attention maps beside each other, query x key, on a logarithmic scale."""
+    tile, charts = attention.tile, []
+    for (layer, head), tiles in zip(attention.heads, attention.tiles.tolist(), strict=True):
+        rows = [
+            {"query": row * tile, "key": column * tile, "attention": value}
+            for row, line in enumerate(tiles)
+            for column, value in enumerate(line[: row + 1])
+        ]
+        ends = {"query_end": f"datum.query + {tile}", "key_end": f"datum.key + {tile}"}
+        axis, end = alt.Axis(format="d", grid=False), alt.Scale(domain=[0, tile * len(tiles)], nice=False)
+        unit = "" if tile == 1 else f", tiles of {tile} × {tile}"
+        chart = (
+            alt.Chart(alt.Data(values=rows))
+            .transform_calculate(**ends)
+            .mark_rect(aria=False)
+            .encode(
+                x=alt.X("key:Q", title=f"key{unit}", axis=axis, scale=end),
+                x2="key_end:Q",
+                y=alt.Y("query:Q", title="query", axis=axis, scale=end, sort="descending"),
+                y2="query_end:Q",
+                color=alt.Color("attention:Q").scale(
+                    type="log", scheme="yellowgreenblue", domain=[0.001, 1], clamp=True
+                ),
+            )
+            .properties(width=MAP_WIDTH, height=MAP_WIDTH, title=f"Layer {layer}, head {head}")
+        )
+        charts.append(chart)
+    return alt.hconcat(*charts)
 
 
 def _cells(shape: tuple[int, int]) -> alt.Chart:

@@ -18,13 +18,23 @@ from headsink.census.head_statistics import Thresholds, distances, windows
 from headsink.census.options import CENSUS
 from headsink.census.roles import EPSILON, ROLES
 from headsink.census.sink_tokens import drawing_tokens, secondary_tokens, stability, tau_evidence
-from headsink.census.views import POOLED, STATISTICS, View, near_window, statistics, token_views, top_keys, view
+from headsink.census.views import (
+    POOLED,
+    STATISTICS,
+    View,
+    near_window,
+    share_of_room,
+    statistics,
+    token_views,
+    top_keys,
+    view,
+)
 from headsink.errors import HeadsinkError
 from headsink.report import attention, charts, maps
 from headsink.report.assets import environment, to_svg, write_picture
 from headsink.utils.files import new_folder
 from headsink.utils.format import capital
-from headsink.utils.pack import one_byte, pack
+from headsink.utils.pack import one_byte, pack, two_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +224,12 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
     every = [None, *census.domains]
     has = {n: [d for d, domain in enumerate(every) if census.has(n, domain)] for n in census.lengths}
     views = {(n, d): view(census, n, every[d]) if d else pooled[n] for n, domains in has.items() for d in domains}
-    arrays = {f"{n}.{d}.{name}": array for (n, d), one in views.items() for name, array in vars(one).items()}
+    short = ("profile", "errors") if share_of_room(census) < 1 else ()  # points of charts
+    arrays = {
+        f"{n}.{d}.{name}": two_figures(array) if name in short else array
+        for (n, d), one in views.items()
+        for name, array in vars(one).items()
+    }
     sliding = census.settings["model"]["sliding"]
     for n in census.lengths:
         for window in set(sliding):

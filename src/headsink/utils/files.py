@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, which never overwrite what headsink did not write.
 
 Output goes to a temporary name in the same folder and is renamed when it is complete. An existing file is replaced only if it is
-empty, if headsink wrote it (`is_own`), or with `force`. Devices, pipes, sockets and links are never replaced. When headsink
+empty, if headsink wrote it (`is_ours`), or with `force`. Devices, pipes, sockets and links are never replaced. When headsink
 rewrites a folder, it removes only the files that the folder's marker lists.
 """
 
@@ -27,13 +27,15 @@ from safetensors import SafetensorError
 
 from headsink.errors import HeadsinkError
 
-HEAD = 4096  # bytes of a file that `is_own` reads
+HEAD = 4096  # bytes of a file that `is_ours` reads
 OWN = re.compile(
     rb"""\A(?:
         (?:\xef\xbb\xbf)?\s*\{.*?"headsink"\s*:           # JSON (lines): plans, checkpoints and results name the version
         | \s*\{.*?"command"\s*:\s*"headsink\ bench\       # rows of `headsink bench all`
         | .{8}\{"__metadata__":\{"headsink":              # safetensors: a prefix
         | <!DOCTYPE\ html>.*<meta\ name="generator"\ content="headsink">
+        | <svg\ data-generator="headsink"
+        | \x89PNG.{33}tEXtSoftware\x00headsink              # after the signature and the first chunk
         | \#\ Results[^\n]*\n\nMade\ by\ `headsink\ bench\      # pages of `bench results`
     )""",
     re.DOTALL | re.VERBOSE,

@@ -30,8 +30,16 @@ def three_figures(array: Tensor) -> Tensor:
     return ((array.float().contiguous().view(torch.int32) + 0x800) & -0x1000).view(torch.float32)
 
 
+def two_figures(array: Tensor) -> Tensor:
+    """float32 with 8 bits of precision, enough for the points of a chart."""
+    return ((array.float().contiguous().view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+
+
 def pack(arrays: Mapping[str, Tensor], **more: Any) -> str:
-    """Pack arrays and JSON values (`more`) as text: length of the header, header, numbers; gzip; base64."""
+    """Pack arrays and JSON values (`more`) as text: length of the header, header, numbers; gzip; base64.
+
+    float32 has 3 significant figures, and its four bytes lie in four runs.
+    """
     parts, offset, entries = [], 0, {}
     for name, array in arrays.items():
         if array.is_floating_point():
@@ -39,6 +47,8 @@ def pack(arrays: Mapping[str, Tensor], **more: Any) -> str:
         elif array.dtype not in TYPES:
             array = array.int()
         raw = array.contiguous().numpy().tobytes()
+        if array.dtype == torch.float32:  # first bytes, second bytes, ...: they compress better apart
+            raw = b"".join(raw[n::4] for n in range(4))
         entries[name] = [TYPES[array.dtype], offset, list(array.shape)]
         parts.append(raw + b"\0" * (-len(raw) % 4))
         offset += len(parts[-1])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,7 @@ def new_table(title: str | None, *columns: str) -> Table:
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for column in columns:
-        table.add_column(column, header_style="dim")
+        table.add_column(column, header_style="dim", overflow="fold")  # wrap words that are too long, do not cut them
     return table
 
 
@@ -73,8 +74,17 @@ def resumable(*checkpoints: Path) -> Iterator[None]:
         raise
 
 
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning of headsink's own as one line, without the place in the code where it arose."""
+    return f"headsink: {message}\n" if category is UserWarning else _with_place(message, category, *place)
+
+
+_with_place = warnings.formatwarning
+
+
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command line. Every user error becomes one line and exit status 2."""
+    """Run a command line. Every user error becomes one line and exit status 2, every warning one line."""
+    warnings.formatwarning = _format_warning  # type: ignore[assignment]
     received: list[int] = []
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -87,6 +97,7 @@ def run(app: typer.Typer) -> NoReturn:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = _with_place
     if status == INTERRUPTED:
         note("stopped")
     sys.exit(128 + received[0] if received and status == INTERRUPTED else status)

@@ -23,6 +23,13 @@ WITHOUT_SERVER = ("vllm.entrypoints.cli.main", "serve")
 
 
 OURS = ("--model", "--hf-overrides", "--additional-config", "--kv-transfer-config")
+# Options that models.py refuses in vLLM's processes, whose logs are long: what they turn on.
+REFUSED = {
+    "--enable-lora": "a LoRA adapter",
+    "--speculative-config": "speculative decoding",
+    "--enable-dbo": "dual batch overlap",
+    "--disable-hybrid-kv-cache-manager": "--disable-hybrid-kv-cache-manager",
+}
 
 
 def defaults(plan: Plan) -> dict[str, str]:
@@ -59,6 +66,13 @@ def command(
 
     plan = Plan.load(plan_file)
     check_servable(plan)
+    refused = REFUSED | ({"--enable-prefix-caching": "prefix caching"} if plan.has_top_k else {})
+    for option, feature in refused.items():
+        if option in named:
+            raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
+    for option in ("--pipeline-parallel-size", "-pp"):
+        if (_value(options, option) or "1") != "1":
+            raise HeadsinkError("pipeline parallelism cannot be used together with a plan; start without it")
     if not torch.cuda.is_available() and _value(options, "--kv-cache-dtype") in FP8:
         check_processor()
     source, local = loading.find(model)
@@ -80,7 +94,7 @@ def command(
 def _value(options: list[str], name: str) -> str | None:
     """Return the value of an option of vLLM, None if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(name, "--" + name[2:].replace("-", "_"), dest="value", nargs="?")
+    parser.add_argument(name, name[:2] + name[2:].replace("-", "_"), dest="value", nargs="?")
     value: str | None = parser.parse_known_args(options)[0].value
     return value
 
