@@ -3,7 +3,7 @@
 import pytest
 
 from headsink import HeadsinkError, Plan, packaged_plan
-from headsink.plan.packaged import FOLDER
+from headsink.plan.packaged import FOLDER, packaged_file
 
 FILES = sorted(FOLDER.glob("*.json"))
 
@@ -24,7 +24,16 @@ def test_a_packaged_plan_has_its_budget_at_any_context(budget):
     for context in (700, 2000, 3000, 8000):
         plan = packaged_plan("SmolLM2-135M-Instruct", budget, context)
         assert budget - 0.01 <= plan.kv_budget(context) <= budget
-        assert plan.quality[0].context >= min(context, 6000)
+
+
+@pytest.mark.parametrize(
+    ("context", "calibrated"),
+    [(700, 2000), (2000, 2000), (2048, 2000), (3464, 2000), (3465, 6000), (6000, 6000), (8192, 6000)],
+)
+def test_the_packaged_plan_is_the_one_whose_context_is_nearest_in_ratio(context, calibrated):
+    plan = packaged_plan("smollm2", 0.25, context)
+    assert plan == Plan.load(packaged_file("smollm2", calibrated, 0.25)).scale(context)
+    assert plan.calibration["scaled_from"] == calibrated
 
 
 @pytest.mark.parametrize(
