@@ -2,7 +2,8 @@
 
 python benchmarks/long_generation.py --out benchmarks/results/long-generation-smollm2.json
 
-A document (prose, code, worked maths problems, chat) is read under a packaged plan, scaled to it. Then the source text that
+A document (prose, code, worked maths problems, chat) is read under a packaged plan. A plan keeps a fixed number of keys, so it is
+scaled once to the document and once to document and output together. Then the source text that
 follows is decoded, teacher-forced, while the plan evicts at every token. Every 256 tokens are compared with the full cache: delta
 NLL, KL(full || plan), the share of tokens with the same most likely next token, and the bytes of the cache. What eviction adds is
 the difference between the last and the first 256.
@@ -101,23 +102,25 @@ def main() -> None:
         parser.error(f"--tokens: {arguments.tokens} is not a multiple of {PART}, from {2 * PART}")
     model, tokenizer = headsink.load("smollm2", dtype="float32", device="cpu")
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
+    ways = {f"{budget:g} of the document": (budget, 0) for budget in budgets}
+    ways |= {f"{budget:g} of document and output": (budget, arguments.tokens) for budget in budgets}
     records: list[dict[str, Any]] = []
     for domain in corpus.DOMAINS:
         for number, document in enumerate(islice(documents(tokenizer, domain, arguments), arguments.documents)):
             full, full_bytes = decode(model, None, document.ids, document.continuation)
-            for budget in budgets:
-                plan = headsink.packaged_plan("smollm2", budget, len(document.ids)).model_copy(update={"quality": ()})
-                own, sizes = decode(model, plan, document.ids, document.continuation)
+            for way, (budget, more) in ways.items():
+                plan = headsink.packaged_plan("smollm2", budget, len(document.ids) + more)
+                own, sizes = decode(model, plan.model_copy(update={"quality": ()}), document.ids, document.continuation)
                 found = dict(zip(FIGURES, compare(full, own, document.continuation).tolist(), strict=True))
-                name = {"document": f"{domain}-{number}", "domain": domain, "budget": budget}
+                name = {"document": f"{domain}-{number}", "domain": domain, "way": way}
                 records.append(name | found | {"kv_bytes": sizes, "kv_bytes_full": full_bytes})
                 print(records[-1], file=sys.stderr)
-    summary = {}
-    for budget in budgets:
-        own_records = [record for record in records if record["budget"] == budget]
-        summary[budget] = {figure: _intervals([record[figure] for record in own_records]) for figure in FIGURES}
+    summary: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        own_records = [record for record in records if record["way"] == way]
+        summary[way] = {figure: _intervals([record[figure] for record in own_records]) for figure in FIGURES}
         changes = [[record["delta_nll"][-1] - record["delta_nll"][0]] for record in own_records]
-        summary[budget] |= {
+        summary[way] |= {
             "added": _intervals(changes)[0],
             "kv_bytes": _intervals([r["kv_bytes"] for r in own_records]),
         }
