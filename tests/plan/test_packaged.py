@@ -47,3 +47,9 @@ def test_the_packaged_plan_is_the_one_whose_context_is_nearest_in_ratio(context,
 def test_a_plan_that_is_not_packaged_is_refused(model, budget, reason):
     with pytest.raises(HeadsinkError, match=reason):
         packaged_plan(model, budget, 1000)
+
+
+@pytest.mark.parametrize("context", [0, -5])
+def test_a_context_below_one_is_refused(context):
+    with pytest.raises(HeadsinkError, match=f"context: {context} is below 1"):
+        packaged_plan("smollm2", 0.25, context)

@@ -19,10 +19,12 @@ def packaged_plan(model: str, budget: float, context: int) -> Plan:
     """Return a packaged plan with a KV budget for texts of `context` tokens.
 
     model: name of a built-in model. The plan whose context is nearest in ratio is used, and scaled to `context` (`Plan.scale`).
-    Raises HeadsinkError if there is no packaged plan for the model or the budget.
+    Raises HeadsinkError if there is no packaged plan for the model or the budget, and for a context below 1.
     """
     from headsink.plan.plan import Plan
 
+    if context < 1:
+        raise HeadsinkError(f"context: {context} is below 1")
     # Heads share a budget differently at other lengths: the plan for 6,000 tokens loses facts in texts of 2,000.
     nearest = min(packaged_contexts(model, budget), key=lambda found: abs(log(found / context)))
     return Plan.load(packaged_file(model, nearest, budget)).scale(context)
