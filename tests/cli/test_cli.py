@@ -24,11 +24,12 @@ from plans import random_plan
 
 import headsink
 from headsink.bench.options import contexts_for
-from headsink.cli import doctor, loading, main
+from headsink.cli import doctor, generate, loading, main
 from headsink.cli.ablate import strongest_heads
 from headsink.errors import HeadsinkError
 from headsink.models import builtin, timing
 from headsink.models.builtin import check_name
+from headsink.plan.packaged import packaged_plan
 from headsink.plan.plan import Plan
 from headsink.utils import files, versions
 
@@ -356,13 +357,16 @@ def test_chat_uses_one_cache(run, tiny_folder):
 
 
 @pytest.mark.slow
-def test_a_budget_needs_no_plan_file(run, tmp_path):
+def test_a_budget_needs_no_plan_file(run, tmp_path, monkeypatch):
+    tokens = []  # of prompt and answer, to which the plan is scaled
+    monkeypatch.setattr(generate, "packaged_plan", lambda *given: tokens.append(given[2]) or packaged_plan(*given))
     text = "The lighthouse keeper counted ships. On Monday there were seven of them, and on Tuesday none came by. " * 9
     (tmp_path / "text.txt").write_text(text)
     words = ("smollm2", "--budget", "0.25", "--file", tmp_path / "text.txt", "--device", "cpu", "--json")
     status, out, err = run("generate", *words, "--prompt", "How many?", "--max-new-tokens", "4")
     found = json.loads(out)
     assert (status, found["budget"], found["plan"]) == (0, 0.25, None), err
+    assert tokens == [found["prompt_tokens"] + 4]
     token = 2 * 30 * 3 * 64 * 4  # bytes in float32
     assert found["kv_bytes"] < 0.5 * found["prompt_tokens"] * token  # buffers of short texts have spare room
     for how in (("--prefill", "sparse"), ("--chunk-size", "64")):

@@ -137,7 +137,7 @@ def generate(options: GenerateOptions) -> None:
     else:
         ids = _prompt(tokenizer, text, options.raw)
     if options.budget is not None:
-        plan = packaged_plan(options.model, options.budget, len(ids))
+        plan = packaged_plan(options.model, options.budget, len(ids) + options.max_new_tokens)
     dtype: Any = options.kv_dtype if cache is None else cache.kv_dtype
     if plan is not None and cache is None and not options.lossless:
         how: dict[str, Any] = {"prefill": options.prefill, "chunk_size": options.chunk_size}

@@ -64,7 +64,9 @@ class PlanOptions(RunOptions):
     ] = None
     context: Annotated[
         str | None,
-        typer.Option(help="Tokens of context that the plan is for, or a range as in 2000-8000; the model's maximum."),
+        typer.Option(
+            help="Tokens of prompt and output that the plan is for, or a range as in 2000-8000; the model's maximum."
+        ),
     ] = None
     policy: Annotated[str, typer.Option(help=f"How patterns are chosen: {', '.join(POLICIES)}.")] = "headsink"
     out_file: Annotated[Path, typer.Option("--out", help="Where the plan goes (JSON).")] = Path("plan.json")

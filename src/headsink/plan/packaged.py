@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent / "packaged"
 
 
 def packaged_plan(model: str, budget: float, context: int) -> Plan:
-    """Return a packaged plan with a KV budget for texts of `context` tokens.
+    """Return a packaged plan with a KV budget for texts of `context` tokens, prompt and output together.
 
     model: name of a built-in model. The plan whose context is nearest in ratio is used, and scaled to `context` (`Plan.scale`).
     Raises HeadsinkError if there is no packaged plan for the model or the budget, and for a context below 1.
