@@ -189,7 +189,8 @@ def main() -> None:
     print(json.dumps(found), flush=True)
     core.engine_core.shutdown()
     del llm, core
-    llm = start(*given, max_num_batched_tokens=CONTEXT)
+    # A small pool here too: requests go through all blocks in turn, and vLLM's default pool takes nearly all memory.
+    llm = start(*given, num_gpu_blocks_override=4 * arguments.blocks, max_num_batched_tokens=CONTEXT)
     numbers = sorted({*sorted(finished)[:: arguments.again], *(preempted & set(finished))})
     different = [
         number
