@@ -17,10 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +73,26 @@ def compare(full: Tensor, plan: Tensor, text: list[int]) -> Tensor:
 
 def documents(
     tokenizer: PreTrainedTokenizerBase, domain: corpus.Domain, arguments: argparse.Namespace
-) -> Iterator[Document]:
-    """Yield held-out documents of a domain that are followed by enough text."""
-    for seed in range(SEED, SEED + TRIED):
-        with suppress(HeadsinkError):  # the text of this seed ends before
-            yield probes.document(
-                tokenizer,
-                arguments.context,
-                split="heldout",
-                seed=seed,
-                domains=(domain,),
-                continuation=arguments.tokens,
+) -> list[Document]:
+    """Return held-out documents of a domain that are followed by enough text. Raises HeadsinkError if there are too few."""
+    found, seed = list[Document](), SEED
+    while len(found) < arguments.documents:
+        try:
+            found.append(
+                probes.document(
+                    tokenizer,
+                    arguments.context,
+                    split="heldout",
+                    seed=seed,
+                    domains=(domain,),
+                    continuation=arguments.tokens,
+                )
             )
+        except HeadsinkError:  # the text of this seed ends before
+            if seed >= SEED + TRIED:
+                raise
+        seed += 1
+    return found
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def main() -> None:
     ways |= {f"{budget:g} of document and output": (budget, arguments.tokens) for budget in budgets}
     records: list[dict[str, Any]] = []
     for domain in corpus.DOMAINS:
-        for number, document in enumerate(islice(documents(tokenizer, domain, arguments), arguments.documents)):
+        for number, document in enumerate(documents(tokenizer, domain, arguments)):
             full, full_bytes = decode(model, None, document.ids, document.continuation)
             for way, (budget, more) in ways.items():
                 plan = headsink.packaged_plan("smollm2", budget, len(document.ids) + more)

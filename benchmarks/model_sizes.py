@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import headsink
 from headsink import Plan
+from headsink.bench.comparison import BASE
 from headsink.bench.heading import provenance
 from headsink.bench.limit import limits, read_bandwidth, token_bytes
 from headsink.bench.peers.process import summarize_times
 from headsink.bench.speed import Configuration
 from headsink.eviction.scorers import LINEAR
+from headsink.models.spec import describe
 from headsink.utils.files import write_text
 from headsink.utils.statistics import spread
 
@@ -67,20 +69,19 @@ def drawn_plan(model: PreTrainedModel, budget: float, context: int) -> Plan:
     patterns = [
         head.pattern for layer in headsink.packaged_plan("smollm2", budget, context).layers for head in layer or ()
     ]
-    config, rng = model.config, random.Random(0)
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rows = [[rng.choice(patterns) for _ in range(heads)] for _ in range(layers)]
-    return Plan.of(model, rows, 0.1 * torch.randn(layers, heads, LINEAR.n_features(dim)))
+    shape, rng = describe(model), random.Random(0)
+    rows = [[rng.choice(patterns) for _ in range(shape.kv_heads)] for _ in shape.attending]
+    return Plan.of(model, rows, 0.1 * torch.randn(len(rows), shape.kv_heads, LINEAR.n_features(shape.head_dim)))
 
 
 def measure(model: PreTrainedModel, arguments: argparse.Namespace, context: int) -> dict[str, Any]:
     plan = drawn_plan(model, arguments.budget, context)
-    ways = {
-        "transformers": Configuration("transformers", model, None),
-        "headsink, full": Configuration("headsink, full", model, Plan.full(model), compiled=True),
-        "headsink, plan": Configuration("headsink, plan", model, plan, compiled=True),
-    }
+    configurations = (
+        Configuration(BASE, model, None),
+        Configuration("headsink, full", model, Plan.full(model), compiled=True),
+        Configuration("headsink, plan", model, plan, compiled=True),
+    )
+    ways = {one.name: one for one in configurations}
     prompt = [torch.randint(5, 2000, (context,)).tolist()]
     for way in ways.values():
         way.run([prompt[0][:256]], 3)  # kernels are compiled here
@@ -96,22 +97,24 @@ def measure(model: PreTrainedModel, arguments: argparse.Namespace, context: int)
         row: dict[str, Any] = {"kv_bytes": runs[0]["kv_bytes"]}
         for key, label in (("prefill_s", "ttft"), ("decode_s", "tpot")):
             row[f"{label}_s"] = spread([run[key] for run in runs])
-            pairs = zip(runs, found["transformers"], strict=True)
+            pairs = zip(runs, found[BASE], strict=True)
             row[f"{label}_of_transformers"] = spread([own[key] / base[key] for own, base in pairs])
         row["limit_s"] = (token_bytes(model) + row["kv_bytes"]) / max(bandwidth)
         rows[name] = row
-        print(f"{context} {name}: TTFT {row['ttft_s']['median']:.2f} s, {row['ttft_of_transformers']['median']:.2f}x; "
-              f"TPOT {1e3 * row['tpot_s']['median']:.1f} ms, {row['tpot_of_transformers']['median']:.2f}x, "
-              f"memory allows {1e3 * row['limit_s']:.1f}")  # fmt: skip
+        print(
+            f"{context} {name}: TTFT {row['ttft_s']['median']:.2f} s, {row['ttft_of_transformers']['median']:.2f}x; "
+            f"TPOT {1e3 * row['tpot_s']['median']:.1f} ms, {row['tpot_of_transformers']['median']:.2f}x, "
+            f"memory allows {1e3 * row['limit_s']:.1f}"
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CONFIGS))
-    parser.add_argument("--contexts", default="2000,7500")
+    parser.add_argument("--contexts", default="2000")
     parser.add_argument("--budget", type=float, default=0.25)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -128,7 +131,7 @@ def main() -> None:
         for context in map(int, arguments.contexts.split(",")):
             found["models"][name]["results"].append(measure(model, arguments, context))
             write_text(arguments.out, json.dumps(found, indent=1))
-        del model
+        del model  # before the next one is made: two do not fit into memory
     print(f"-> {arguments.out}")
 
 

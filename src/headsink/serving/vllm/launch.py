@@ -61,18 +61,19 @@ def command(
     from headsink.plan.plan import Plan
     from headsink.runtime.prefix import prefix_heads, prefix_tokens
     from headsink.serving.vllm.fp8 import FP8, check_processor
-    from headsink.serving.vllm.settings import check_servable, engine_args
+    from headsink.serving.vllm.settings import check_servable, engine_args, refuse
     from headsink.serving.vllm.skeleton import check_folder
 
     plan = Plan.load(plan_file)
     check_servable(plan)
-    refused = REFUSED | ({"--enable-prefix-caching": "prefix caching"} if plan.has_top_k else {})
-    for option, feature in refused.items():
-        if option in named:
-            raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
-    for option in ("--pipeline-parallel-size", "-pp"):
-        if (_value(options, option) or "1") != "1":
-            raise HeadsinkError("pipeline parallelism cannot be used together with a plan; start without it")
+    refuse({feature: option in named for option, feature in REFUSED.items()})
+    parts = (_value(options, option) or "1" for option in ("--pipeline-parallel-size", "-pp"))
+    refuse(
+        {
+            "prefix caching": plan.has_top_k and "--enable-prefix-caching" in named,
+            "pipeline parallelism": any(number != "1" for number in parts),
+        }
+    )
     if not torch.cuda.is_available() and _value(options, "--kv-cache-dtype") in FP8:
         check_processor()
     source, local = loading.find(model)

@@ -37,7 +37,7 @@ from headsink.serving.vllm.fp8 import FP8, check_processor
 from headsink.serving.vllm.groups import Grouping, choose, widest_first
 from headsink.serving.vllm.kv_cache import SinkWindowSpec
 from headsink.serving.vllm.prefixes import Prefix
-from headsink.serving.vllm.settings import CONNECTOR, PREFILL, given_plan
+from headsink.serving.vllm.settings import CONNECTOR, PREFILL, given_plan, refuse
 from headsink.serving.vllm.skeleton import PassingWeights, rotary, skeleton
 from headsink.serving.vllm.slab import Slab
 from headsink.serving.vllm.slab_attention import over_slab
@@ -248,9 +248,7 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
     }
     if plan.has_top_k:
         refused["prefix caching"] = bool(config.cache_config.enable_prefix_caching)
-    for feature, enabled in refused.items():
-        if enabled:
-            raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
+    refuse(refused)
     if quantised:
         check_processor()
 

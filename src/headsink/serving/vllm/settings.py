@@ -9,7 +9,7 @@ An override of the configuration's `architectures` selects the model class (`hea
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ def check_servable(plan: Plan) -> None:
         raise HeadsinkError(
             "the plan has cache-relative positions, but vLLM supports absolute ones only; use --positions absolute"
         )
+
+
+def refuse(features: Mapping[str, bool]) -> None:
+    """Raise HeadsinkError for the first feature of vLLM that is on. features: name -> whether it is, of what a plan excludes."""
+    for feature, enabled in features.items():
+        if enabled:
+            raise HeadsinkError(f"{feature} cannot be used together with a plan; start without it")
 
 
 def engine_args(plan: Plan, prefill: str = "dense", prefixes: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
