@@ -100,11 +100,12 @@ def test_matched_scores_have_their_own_order_and_lie_between_those_of_the_scale(
 
 
 def expected_scores(query, key, scores):
-    """Return the scores of one text: both kinds standardised and added, on the scale of `scores`."""
+    """Return the scores of one text: log(exp(a) + exp(b)) of both kinds, standardised, on the scale of `scores`."""
     sums = sum(
-        (t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True) for t in (slow_shares(query, key, None, None), scores)
+        ((t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True)).exp()
+        for t in (slow_shares(query, key, None, None), scores)
     )
-    return match_scale(sums, scores)
+    return match_scale(sums.log(), scores)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["lse computed", "lse given"])

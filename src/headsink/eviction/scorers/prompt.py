@@ -5,8 +5,9 @@ by the largest attention that it receives meanwhile. Rotary embeddings compose, 
 prompt's own query, rotated on to where the repeat would stand. The score of a key is the largest logit that such queries of
 tokens near it give to the key, relative to the log-sum-exp of the prompt's own queries.
 
-These scores and those of the plan's scorer are standardised and added. The sums are then mapped, rank by rank, to the scale of
-the plan's scorer, so that they compare with the scores of later keys.
+These scores and those of the plan's scorer are standardised and joined by logaddexp, a smooth maximum: a key counts if either of
+them is high. The result is then mapped, rank by rank, to the scale of the plan's scorer, so that it compares with the scores of
+later keys.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def segment_scores(
             own = slice(first, tokens)
             total = None if lse is None else lse[row, :, own]
             shares = largest_shares(query[row, :, own], key[row, :, own], softmax, rotary, total)
-            found[row, :, own] = match_scale(standard(shares) + standard(scores[row, :, own]), scores[row, :, own])
+            found[row, :, own] = join_scores(shares, scores[row, :, own])
     return found
 
 
@@ -135,6 +136,14 @@ def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
     return found if softcap is None else softcap * torch.tanh(found / softcap)
 
 
+def join_scores(shares: Tensor, scores: Tensor) -> Tensor:
+    """Return the importance scores of a prompt's keys, on the scale of `scores`: [heads, keys].
+
+    shares: the log of the largest attention to each key; scores: of the plan's scorer; both [heads, keys].
+    """
+    return match_scale(torch.logaddexp(_standard(shares), _standard(scores)), scores)
+
+
 def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
     """Return values on the scale of `scale` in the order of `scores`, both [heads, keys].
 
@@ -148,6 +157,6 @@ def match_scale(scores: Tensor, scale: Tensor) -> Tensor:
     return found.where(scores != ALWAYS, ALWAYS)
 
 
-def standard(scores: Tensor) -> Tensor:
+def _standard(scores: Tensor) -> Tensor:
     """Return the scores of each head with mean 0 and standard deviation 1."""
     return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-12)

@@ -19,7 +19,7 @@ from torch import Tensor
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import refit_keys, stride
 from headsink.eviction.scorers import ALWAYS
-from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, Softmax, match_scale, nearby_shares, standard
+from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, Softmax, join_scores, nearby_shares
 from headsink.serving.vllm.slab_pool import Chunks, Pool
 from headsink.utils import flash
 
@@ -128,7 +128,7 @@ def _compress(
         known = pool.scores[part.earlier[number]]
         shares = torch.cat([known[:, :first], shares], 1)
         shares[:, first : part.begin] = shares[:, first : part.begin].maximum(known[:, first:])
-        own = match_scale(standard(shares) + standard(scores), scores)
+        own = join_scores(shares, scores)
         reference = chunks.reference.unflatten(0, (len(key), -1))
     slots, keys, values, ranks, positions = [], [], [], [], []
     columns, (scaling, softcap, sink_logits) = torch.arange(tokens), softmax
