@@ -13,6 +13,12 @@ from headsink.models.rope import Rotary, rotate
 ROTARY = Rotary(10000 ** -(torch.arange(8) / 8))
 
 
+def refit(query, key, value, scores, pattern, softmax, rotary):
+    """Refit one KV head."""
+    queries, key, value, scores = (given[None] for given in (reference_queries(query), key, value, scores))
+    return refit_keys(queries, key, value, scores, [pattern], softmax, rotary)[0]
+
+
 @pytest.mark.parametrize("ridge", [0.01, 10.0])
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5)])
 def test_the_dual_form_is_ridge_regression(shape, ridge):
@@ -20,6 +26,14 @@ def test_the_dual_form_is_ridge_regression(shape, ridge):
     penalty = ridge * weights.square().sum(0).mean()
     primal = torch.linalg.solve(weights.T @ weights + penalty * torch.eye(shape[1]), weights.T @ residual)
     torch.testing.assert_close(ridge_regression(weights, residual, ridge), primal)
+
+
+@pytest.mark.parametrize("shape", [(200, 500), (500, 200)])
+def test_the_ridge_hides_the_rounding_of_products_in_bfloat16(shape):
+    weights, residual = torch.randn(shape).mul(3).softmax(-1), torch.randn(shape[0], 16)
+    exact = ridge_regression(weights, residual, refitting.RIDGE)
+    rounded = ridge_regression(weights, residual, refitting.RIDGE, torch.bfloat16)
+    assert 0 < (rounded - exact).norm() < 0.002 * exact.norm()
 
 
 def test_without_kept_keys_or_attention_to_them_nothing_changes():
@@ -37,12 +51,28 @@ def test_keys_and_values_equal_the_reference(pattern, group, softcap, learned, m
     query, (key, value) = torch.randn(group, tokens, 16).double(), torch.randn(2, tokens, 16).double()
     scores, sink_logits = torch.randn(tokens).double(), torch.randn(group).double() if learned else None
     given = query, key, value, scores, pattern, (0.25, softcap, sink_logits), ROTARY
-    best, keys, values = refit_keys(reference_queries(query), *given[1:])
+    best, keys, values = refit(*given)
     assert len(best) == pattern.top_k
     expected = reference_refit(*given)
     torch.testing.assert_close(key.index_copy(0, best, keys), expected[0])
     torch.testing.assert_close(value.index_copy(0, best, values), expected[1])
     assert ((key != expected[0]).any(1).sum() == 1) == (pattern.top_k > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("learned", [False, True])
+def test_heads_of_a_layer_are_refitted_as_each_alone(learned, dtype):
+    patterns, tokens = [Pattern(4, 8, 16), Pattern(0, 1, 3), Pattern(2, 60, 5)], 101
+    query, (key, value) = torch.randn(3, 2, tokens, 16, dtype=dtype), torch.randn(2, 3, tokens, 16, dtype=dtype)
+    scores, sink_logits = torch.randn(3, tokens, dtype=torch.float64), torch.randn(3, 2) if learned else None
+    logits = None if sink_logits is None else sink_logits.flatten()
+    together = refit_keys(reference_queries(query), key, value, scores, patterns, (0.25, None, logits), ROTARY)
+    for head, pattern in enumerate(patterns):
+        own = None if sink_logits is None else sink_logits[head]
+        alone = refit(query[head], key[head], value[head], scores[head], pattern, (0.25, None, own), ROTARY)
+        assert torch.equal(together[head][0], alone[0])
+        for found, expected in zip(together[head][1:], alone[1:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_come_closer_to_full_attention():
@@ -51,7 +81,7 @@ def test_outputs_come_closer_to_full_attention():
     query, (key, value) = torch.randn(1, tokens, 16).double() * 2, torch.randn(2, tokens, 16).double()
     value += key.roll(1, 0)
     scores = torch.randn(tokens).double()
-    best, keys, values = refit_keys(reference_queries(query), key, value, scores, pattern, (0.25, None, None), ROTARY)
+    best, keys, values = refit(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
     kept = torch.zeros(tokens, dtype=torch.bool)
     kept[torch.cat([best, torch.arange(4), torch.arange(tokens - 16, tokens)])] = True
     again = rotate(query[:, 1::2], tokens + AHEAD, ROTARY)[None]
@@ -74,7 +104,7 @@ def test_evicted_keys_without_attention_get_none():
     key[:, 7] = -40.0
     key[[*range(4), *range(50, 57), *range(tokens - 16, tokens)], 7] = -1.0
     scores = torch.zeros(tokens).index_fill(0, torch.arange(50, 57), 1.0).index_fill(0, torch.tensor(57), 0.5)
-    best, keys, values = refit_keys(reference_queries(query), key, value, scores, pattern, (0.25, None, None), ROTARY)
+    best, keys, values = refit(query, key, value, scores, pattern, (0.25, None, None), ROTARY)
     assert sorted(best.tolist()) == list(range(50, 58))
     assert keys.isfinite().all()
     assert values.isfinite().all()

@@ -84,6 +84,8 @@ class DensePrefill:
             whole = HeadGroup.over(key, value, padding, exact=not evicting).attend_held(self.module, query, softmax)
         scored = [group for group in evicting if group.pattern.top_k]
         scores = self._scores(query, key, value, lse) if scored else None
+        if scores is not None and not apart:
+            key, value, scores = self._refit(scored, grouped, key, value, scores)
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
             # Keys are rounded to 8 bits after their own segment.
@@ -97,8 +99,6 @@ class DensePrefill:
                 output[:, group.index] = found.view(batch, len(group.heads), -1, tokens, query.shape[3])
             if group in evicting:
                 own = scores[:, group.index] if scores is not None and group in scored else None
-                if own is not None and not apart:
-                    own_key, own_value, own = self._refit(group, grouped[:, group.index], own_key, own_value, own)
                 group.append_segment(own_key, own_value, own)
             elif first or not apart:
                 group.append_keys(own_key, own_value)
@@ -117,25 +117,28 @@ class DensePrefill:
 
     @torch.no_grad()
     def _refit(
-        self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, scores: Tensor
+        self, groups: Sequence[HeadGroup], query: Tensor, key: Tensor, value: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and scores of a first segment with its top-k keys refitted (eviction/refitting.py).
+        """Return keys, values and scores of a first segment with the top-k keys of groups refitted (eviction/refitting.py).
 
-        A synthetic key is never evicted. Rows without prompt scores, and those that evict nothing, stay as they are.
-        query: [batch, heads, group, tokens, dim]; key, value: [batch, heads, tokens, dim]; scores: [batch, heads, tokens].
+        A synthetic key is never evicted. Rows without prompt scores, and heads that evict nothing, stay as they are.
+        query: [batch, KV heads, group, tokens, dim]; key, value: [batch, KV heads, tokens, dim]; scores: [batch, KV heads,
+        tokens].
         """
-        tokens, rotary = key.shape[2], self.options.rotary
+        tokens, padding, rotary = key.shape[2], self.groups[0].padding, self.options.rotary
         key, value, scores = key.clone(), value.clone(), scores.clone()
-        for row, first in enumerate([0] * len(key) if group.padding is None else group.padding.tokens.tolist()):
-            length = tokens - first
-            if rotary is None or length < LEAST or group.segment_pattern.size(length) == length:
+        for row, first in enumerate([0] * len(key) if padding is None else padding.tokens.tolist()):
+            length, part = tokens - first, slice(first, None)
+            evicting = [group for group in groups if group.segment_pattern.size(length) < length]
+            if rotary is None or length < LEAST or not evicting:
                 continue
-            for n, head in enumerate(group.heads):
-                queries = reference_queries(query[row, n, :, first:])
-                own = queries, key[row, n, first:], value[row, n, first:], scores[row, n, first:]
-                softmax = self.softmax.of([head], self.weights.shape[0])
-                best, keys, values = refit_keys(*own, group.segment_pattern, softmax, rotary)
-                key[row, n, first + best], value[row, n, first + best] = keys.to(key), values.to(value)
+            heads = [head for group in evicting for head in group.heads]
+            patterns = [group.segment_pattern for group in evicting for _ in group.heads]
+            queries, softmax = reference_queries(query[row, heads, :, part]), self.softmax.of(heads, key.shape[1])
+            own_key, own_value, own_scores = (given[row, heads, part] for given in (key, value, scores))
+            found = refit_keys(queries, own_key, own_value, own_scores, patterns, softmax, rotary)
+            for head, (best, keys, values) in zip(heads, found, strict=True):
+                key[row, head, first + best], value[row, head, first + best] = keys.to(key), values.to(value)
                 if len(best) > 1:
-                    scores[row, n, first + best[-1:]] = ALWAYS
+                    scores[row, head, first + best[-1:]] = ALWAYS
         return key, value, scores

@@ -10,11 +10,14 @@ or uses extra memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers.prompt import AHEAD, Softmax
+from headsink.models.devices import has_matrix_units
 from headsink.models.rope import Rotary, rotate
 from headsink.utils import flash
 
@@ -31,101 +34,122 @@ def stride(group: int, tokens: int) -> int:
 
 
 def reference_queries(query: Tensor) -> Tensor:
-    """Return the reference queries of a prompt. query: of all its tokens, [group, tokens, dim]."""
-    return query[:, :: stride(*query.shape[:2])]
+    """Return the reference queries of a prompt. query: of all its tokens, [..., group, tokens, dim]."""
+    return query[..., :: stride(*query.shape[-3:-1]), :]
 
 
 def refit_keys(
-    queries: Tensor, key: Tensor, value: Tensor, scores: Tensor, pattern: Pattern, softmax: Softmax, rotary: Rotary
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top-k keys of a KV head, int64 [top_k], with new keys and new values for them, [top_k, dim].
+    queries: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    patterns: Sequence[Pattern],
+    softmax: Softmax,
+    rotary: Rotary,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return, for each KV head, its top-k keys, int64 [top_k], with new keys and new values for them, [top_k, dim].
 
     Only the last of the new keys differs: it is the synthetic key, if there are two top-k keys or more.
 
-    queries: the reference queries, [group, queries, dim]; key, value: [tokens, dim], of a prompt that is longer than what the
-    pattern keeps; queries and keys are rotated. scores: importance scores, [tokens]. softmax, rotary: as for
-    `prompt.segment_scores`, of this KV head.
+    queries: the reference queries, [heads, group, queries, dim]; key, value: [heads, tokens, dim], of a prompt that is longer
+    than what any of the patterns keeps; queries and keys are rotated. scores: importance scores, [heads, tokens]. softmax,
+    rotary: as for `prompt.segment_scores`, of these heads.
     """
-    kind, tokens, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), len(key), softmax
-    end = tokens - (pattern.window or 0)
-    best = scores[pattern.sink : end].topk(pattern.top_k).indices + pattern.sink
-    columns = torch.arange(tokens, device=key.device)
-    kept = torch.cat([best, columns[: pattern.sink], columns[end:]])
+    kind, tokens, (scaling, softcap, sink_logits) = torch.promote_types(key.dtype, torch.float32), key.shape[1], softmax
     # In the keys' dtype, so that all products are of the same numbers.
-    again = rotate(queries, tokens + AHEAD, rotary).flatten(0, 1).to(key.dtype)  # [queries, dim]
-    rows = again.to(kind)
-    extra = None if sink_logits is None else sink_logits.to(kind).repeat_interleave(queries.shape[1])[:, None]
+    again = rotate(queries, tokens + AHEAD, rotary).flatten(1, 2).to(key.dtype)  # [heads, queries, dim]
+    extra = None
+    if sink_logits is not None:
+        extra = sink_logits.to(kind).view(len(key), -1).repeat_interleave(queries.shape[2], 1)[..., None]
+    rows = again.to(kind) * scaling
 
     def logits_of(rows: Tensor, keys: Tensor) -> Tensor:
-        found = scaling * (rows @ keys.T.to(kind))
+        found = rows @ keys.to(kind).mT
         return found if softcap is None else softcap * torch.tanh(found / softcap)
 
     if softcap is None and extra is None and flash.has_kernel(again):  # does not store the attention to every key
-        found, lse = flash.attend(again[None, None], key[None, None], value[None, None], scaling, is_causal=False)
-        output, total = found[0, 0].to(kind), lse[0, 0, :, None]
+        found, lse = flash.attend(again[None], key[None], value[None], scaling, is_causal=False)
+        outputs, totals = found[0].to(kind), lse[0, ..., None]
     else:
-        logits = logits_of(rows, key)
-        total = logits.logsumexp(-1, keepdim=True)
-        total = total if extra is None else torch.logaddexp(total, extra)
-        output = (logits - total).exp() @ value.to(kind)
-    keys, values, last = key[kept].to(kind), value[kept].to(kind), len(best) - 1
-    logits = logits_of(rows, keys)
-    if last > 0:
-        share = (logits - total).exp_()
-        share[:, last] = 0  # the synthetic key replaces this one
-        share = 1 - share.sum(-1, keepdim=True)  # attention to evicted keys
-        if extra is not None:
-            share = share - (extra - total).exp()
-        some = slice(None, None, MASS_STRIDE)
-        evicted = torch.ones_like(scores, dtype=kind).index_fill_(0, kept, 0)
-        evicted[best[-1]] = 1
-        mass = (logits_of(rows[some], key) - total[some]).exp_().sum(0) * evicted
-        mean, values[last] = (mean_of(mass, evicted, given) for given in (key, value))
-        share = share.where(share > 100 * torch.finfo(kind).eps, 0)[:, 0]  # less is rounding
-        keys[last] = synthetic_key(scaling * rows, share, total[:, 0], mean)
-        logits[:, last] = logits_of(rows, keys[last:][:1])[:, 0]
-    weights = (logits if extra is None else torch.cat([logits, extra], -1)).softmax(-1)[:, : len(kept)]
-    residual = output - weights @ values
-    return best, keys[: len(best)], values[: len(best)] + ridge_regression(weights[:, : len(best)], residual, RIDGE)
+        outputs, totals = torch.empty_like(rows), rows.new_empty(*rows.shape[:2], 1)
+        for head in range(len(key)):  # one head's logits at a time
+            logits = logits_of(rows[head], key[head])
+            total = logits.logsumexp(-1, keepdim=True)
+            totals[head] = total if extra is None else torch.logaddexp(total, extra[head])
+            outputs[head] = (logits - totals[head]).exp() @ value[head].to(kind)
+    columns, some = torch.arange(tokens, device=key.device), slice(None, None, MASS_STRIDE)
+    kept, near, share = [], [], rows.new_empty(rows.shape[:2])  # attention to evicted keys
+    mean, mean_value = rows.new_empty(len(key), key.shape[2]), rows.new_empty(len(key), value.shape[2])
+    for head, pattern in enumerate(patterns):
+        end, last = tokens - (pattern.window or 0), pattern.top_k - 1
+        best = scores[head, pattern.sink : end].topk(pattern.top_k).indices + pattern.sink
+        kept.append(torch.cat([best, columns[: pattern.sink], columns[end:]]))
+        keys, total = key[head].to(kind), totals[head]
+        near.append(logits_of(rows[head], keys[kept[head]]))
+        weights = (near[head] - total).exp_()
+        share[head] = 1 - (weights.sum(-1) - weights[:, last])  # the synthetic key replaces the last one
+        evicted = torch.ones_like(keys[:, 0]).index_fill_(0, kept[head], 0).index_fill_(0, best[last:], 1)
+        mass = (logits_of(rows[head, some], keys) - total[some]).exp_().sum(0) * evicted
+        mean[head], mean_value[head] = mean_of(mass, evicted, keys), mean_of(mass, evicted, value[head])
+    if extra is not None:
+        share -= (extra - totals).exp_()[..., 0]
+    share = share.where(share > 100 * torch.finfo(kind).eps, 0)  # less is rounding
+    synthetic = synthetic_key(rows, share, totals[..., 0], mean)
+    towards = logits_of(rows, synthetic[:, None])[..., 0]
+    # The ridge is much larger than the rounding of this product, which takes the most time.
+    gram = key.dtype if has_matrix_units(key) else kind
+    results = []
+    for head, (own, logits, pattern) in enumerate(zip(kept, near, patterns, strict=True)):
+        top, last = slice(0, pattern.top_k), pattern.top_k - 1
+        keys, values = key[head, own[top]].to(kind), value[head, own].to(kind)
+        if last > 0:
+            keys[last], values[last], logits[:, last] = synthetic[head], mean_value[head], towards[head]
+        weights = (logits if extra is None else torch.cat([logits, extra[head]], -1)).softmax(-1)[:, : len(own)]
+        residual = outputs[head] - weights @ values
+        results.append((own[top], keys, values[top] + ridge_regression(weights[:, top], residual, RIDGE, gram)))
+    return results
 
 
 def mean_of(mass: Tensor, evicted: Tensor, given: Tensor) -> Tensor:
-    """Return the mean of the evicted keys or values, `given` [tokens, dim], weighted by the attention to them.
+    """Return the mean of the evicted keys or values, `given` [..., tokens, dim], weighted by the attention to them: [..., dim].
 
-    mass: attention to each evicted key, 0 for the others, [tokens]. evicted: 1 for evicted keys, 0 for the others, [tokens]; all
-    count the same if no query attends to any of them.
+    mass: attention to each evicted key, 0 for the others, [..., tokens]. evicted: 1 for evicted keys, 0 for the others,
+    [..., tokens]; all count the same if no query attends to any of them.
     """
     mass = mass + torch.finfo(mass.dtype).tiny * evicted
-    return (mass / mass.sum()) @ given.to(mass.dtype)
+    return ((mass / mass.sum(-1, keepdim=True))[..., None, :] @ given.to(mass.dtype))[..., 0, :]
 
 
 def synthetic_key(queries: Tensor, share: Tensor, total: Tensor, mean: Tensor) -> Tensor:
-    """Return a key that stands for the evicted keys, [dim].
+    """Return a key that stands for the evicted keys, [..., dim].
 
     Ridge regression moves their mean, so that its logits come closer to the log-sum-exp of those of the evicted keys. A query
     counts by its attention to them.
 
-    queries: scaled, [queries, dim]; share: attention to the evicted keys, [queries]; total: log-sum-exp of all logits, [queries];
-    mean: of the evicted keys, weighted by attention, [dim].
+    queries: scaled, [..., queries, dim]; share: attention to the evicted keys, [..., queries]; total: log-sum-exp of all logits,
+    [..., queries]; mean: of the evicted keys, weighted by attention, [..., dim].
     """
     tiny = torch.finfo(share.dtype).tiny
-    weight = share / share.mean().clamp(min=tiny)
-    rows = queries * weight[:, None]
-    products = rows.T @ queries
-    penalty = KEY_RIDGE / len(mean) * products.trace()
-    products.diagonal().add_(penalty.clamp(min=tiny))
-    missing = share.clamp(min=tiny).log() + total - queries @ mean
+    weight = share / share.mean(-1, keepdim=True).clamp(min=tiny)
+    rows = (queries * weight[..., None]).mT
+    products = rows @ queries
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    penalty = KEY_RIDGE / mean.shape[-1] * diagonal.sum(-1, keepdim=True)
+    diagonal.add_(penalty.clamp(min=tiny))
+    missing = share.clamp(min=tiny).log() + total - (queries @ mean[..., None])[..., 0]
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host
-    return mean + torch.cholesky_solve((rows.T @ missing)[:, None], factor)[:, 0]
+    return mean + torch.cholesky_solve(rows @ missing[..., None], factor)[..., 0]
 
 
-def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:
+def ridge_regression(weights: Tensor, residual: Tensor, ridge: float, kind: torch.dtype | None = None) -> Tensor:
     """Return the change of values, [keys, dim], whose product with `weights` is closest to `residual`.
 
-    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`.
+    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`. kind: dtype in which `weights`
+    are multiplied with themselves; by default their own.
     """
     dual = len(weights) < weights.shape[1]  # the smaller of the two systems of equations
-    products = weights @ weights.T if dual else weights.T @ weights
+    factors = weights.to(kind)
+    products = (factors @ factors.T if dual else factors.T @ factors).to(weights.dtype)
     penalty = (ridge / max(weights.shape[1], 1) * products.trace()).clamp(min=torch.finfo(products.dtype).tiny)
     products.diagonal().add_(penalty)
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host

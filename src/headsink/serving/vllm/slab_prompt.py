@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headsink.eviction.pattern import Pattern
+from headsink.attention.params import AttentionParams
+from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.refitting import refit_keys, stride
 from headsink.eviction.scorers import ALWAYS
-from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, Softmax, join_scores, nearby_shares
+from headsink.eviction.scorers.prompt import AFTER, BEFORE, LEAST, STRIDE, join_scores, nearby_shares
+from headsink.serving.vllm.slab import Slab
 from headsink.serving.vllm.slab_pool import Chunks, Pool
 from headsink.utils import flash
 
@@ -69,7 +71,7 @@ def read(
         total = torch.logaddexp(lse, sink_logits[:, None])
         output, lse = (output.float() * (lse - total).exp()[..., None]).to(query.dtype), total
     before = pool.reading.pop(number, part.first) if begin else None
-    softmax: Softmax = (scaling, None, sink_logits)
+    softmax = AttentionParams(scaling, None, sink_logits)
     near = None
     if layer.rotary is not None and part.prompt >= LEAST and (not begin or before is not None):
         chunks = _with_queries(before, own_query, lse, part, len(own_query) // len(key))
@@ -117,7 +119,7 @@ def _compress(
     key: Tensor,
     value: Tensor,
     near: tuple[int, Tensor, Chunks] | None,
-    softmax: Softmax,
+    softmax: AttentionParams,
 ) -> None:
     """Evict from a whole prompt, key and value [KV heads, tokens, dim], and write what is kept."""
     number, tokens, slab = layer.number, part.prompt, layer.slab
@@ -130,26 +132,26 @@ def _compress(
         shares[:, first : part.begin] = shares[:, first : part.begin].maximum(known[:, first:])
         own = join_scores(shares, scores)
         reference = chunks.reference.unflatten(0, (len(key), -1))
+    patterns = [_pattern(slab, number, head, tokens) for head in range(len(key))]
+    refitted = {}
+    if near is not None and (heads := [head for head, pattern in enumerate(patterns) if pattern.top_k]):
+        given = reference[heads], key[heads], value[heads], own[heads], [patterns[head] for head in heads]
+        refitted = dict(zip(heads, refit_keys(*given, softmax.of(heads, len(key)), layer.rotary), strict=True))
     slots, keys, values, ranks, positions = [], [], [], [], []
-    columns, (scaling, softcap, sink_logits) = torch.arange(tokens), softmax
-    for head in range(len(key)):
-        keeps, sink, window = (int(of[number, head]) for of in (slab.keeps, slab.sink, slab.window))
+    columns = torch.arange(tokens)
+    for head, pattern in enumerate(patterns):
         mine, kept, rank = (key[head], value[head]), columns, scores[head]
-        if keeps < tokens:
-            pattern = Pattern(sink, keeps - sink - window, window)
-            rank = own[head]
-            if near is None or not pattern.top_k:
-                best = rank[sink : tokens - window].topk(pattern.top_k).indices + sink
-            else:
-                own_logits = None if sink_logits is None else sink_logits.view(len(key), -1)[head]
-                given = reference[head], *mine, rank, pattern, (scaling, softcap, own_logits), layer.rotary
-                best, new_key, new_value = refit_keys(*given)
+        if pattern.window is not None:
+            sink, end, rank = pattern.sink, tokens - pattern.window, own[head]
+            if head in refitted:
+                best, new_key, new_value = refitted[head]
                 mine = mine[0].index_copy(0, best, new_key.to(key)), mine[1].index_copy(0, best, new_value.to(value))
                 if len(best) > 1:
                     rank = rank.index_fill(0, best[-1:], ALWAYS)
-            kept = torch.cat([columns[:sink], best, columns[tokens - window :]])
-            late = tokens - window  # keys in the window have not been ranked
-            rank = torch.cat([rank[:late], scores[head, late:]])
+            else:
+                best = rank[sink:end].topk(pattern.top_k).indices + sink
+            kept = torch.cat([columns[:sink], best, columns[end:]])
+            rank = torch.cat([rank[:end], scores[head, end:]])  # keys in the window have not been ranked
         slots.append(part.kept[number, head, : len(kept)])
         keys.append(mine[0][kept])
         values.append(mine[1][kept])
@@ -158,6 +160,12 @@ def _compress(
     into = torch.cat(slots)
     pool.write(torch.cat(keys)[:, None], torch.cat(values)[:, None], into)
     pool.scores[into], pool.positions[into] = torch.cat(ranks), torch.cat(positions).int()
+
+
+def _pattern(slab: Slab, layer: int, head: int, tokens: int) -> Pattern:
+    """Return what a head keeps of a prompt."""
+    keeps, sink, window = (int(of[layer, head]) for of in (slab.keeps, slab.sink, slab.window))
+    return FULL if keeps >= tokens else Pattern(sink, keeps - sink - window, window)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, begin: int, scaling: float) -> tuple[Tensor, Tensor]:
