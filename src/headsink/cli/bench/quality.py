@@ -158,6 +158,8 @@ class QualityOptions(RunOptions):
 def quality(options: QualityOptions) -> None:
     """What plans cost on tasks: scores, and agreement with the full cache, on prompts as long as the plans are made for.
 
+    Questions about documents are in --suite longbench, retrieval in --suite needles and --suite ruler.
+
     Takes hours for all tasks on 2 cores. An interrupted run continues when it is started again with the same options.
     """
     shares = options.shares()
