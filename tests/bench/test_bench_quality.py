@@ -45,21 +45,13 @@ def streaming(model):
     ("text", "answer"),
     [
         ("So 3 + 4 = 7. So the answer is 1,207.50. Then 9.", "1207.5"),
-        ("3 and then $-4", "-4"),
-        ("So the answer is -10.", "-10"),
-        ("The answer is 18.0 dollars", "18"),
-        ("So the answer is 3 + 4 = 7 apples.", "7"),
         (r"It was \frac{1}{3}, so it is \boxed{\frac{2}{3}}.", r"\frac23"),
         (r"Thus \boxed{7}.\nFinal Answer: The final answer is $8$.", "8"),
         (r"The final answer is $\frac12$.", "0.5"),
         ("The final answer is $x = 5$.", "5"),
-        ("The final answer is $10,000$.", r"10,\!000"),
         (r"The final answer is $5\text{ cm}^2$.", "5"),
-        (r"The final answer is $90^\circ$.", "90"),
-        (r"The final answer is $\left[ 2, 5 \right)$.", "[2,5)"),
         (r"The final answer is $\text{Tuesday}$.", r"\text{Tuesday}"),
         ("The final answer is $x*2$.", "2x"),
-        (r"The final answer is $25\%$.", "25"),
     ],
 )
 def test_right_answers_in_maths(text, answer):
@@ -73,10 +65,7 @@ def test_right_answers_in_maths(text, answer):
         ("The answer is 180", "18"),
         ("The answer is 5. No, the answer is 6.", "5"),
         ("no number, so the answer is unknown", "5"),
-        ("", "5"),
-        (r"an open \boxed{1", "1"),
         ("The final answer is $x+5$.", "5"),
-        (r"The final answer is $\frac{5}{2}$.", "5"),
         (r"The final answer is $\text{Monday}$.", r"\text{Tuesday}"),
         (r"The final answer is $9^{9^{9^9}}$.", "5"),  # takes too long
     ],
