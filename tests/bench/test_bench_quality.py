@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from decimal import Decimal
 from importlib.util import find_spec
 
 import pytest
@@ -14,12 +13,13 @@ import headsink
 from headsink import HeadsinkError, Pattern, Plan
 from headsink.bench import quality
 from headsink.bench.quality import run, table
-from headsink.bench.tasks import datasets, scoring
+from headsink.bench.tasks import datasets, scoring, tasks
 from headsink.bench.tasks.tasks import TASKS, Room, task
 
 absent = [requirement for module, requirement in datasets.PACKAGES.items() if find_spec(module) is None]
 PACKAGES = pytest.mark.skipif(bool(absent), reason=f"needs the data of {', '.join(absent)}")
-SUMMED = {"way", "kept", "score", "score_interval", "also"}
+MATHS = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed: make setup")
+SUMMED = {"way", "kept", "score", "score_interval"}
 COMPARED = {
     "change",
     "change_interval",
@@ -40,59 +40,47 @@ def streaming(model):
 # scorers
 
 
-def test_a_numeric_answer_follows_answer_is_or_is_the_last_number():
-    assert scoring.last_number("So 3 + 4 = 7. So the answer is 1,207.50. Then 9.") == Decimal("1207.5")
-    assert scoring.last_number("3 and then $-4") == Decimal(-4)
-    assert scoring.last_number("So the answer is - 10.") == Decimal(-10)
-    assert scoring.last_number("no number, so the answer is unknown") is None
-    assert scoring.same_number("The answer is 18.0 dollars", "18")
-    assert not scoring.same_number("The answer is 180", "18")
-
-
+@MATHS
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("text", "answer"),
     [
-        (r"\frac12", "1/2"),
-        (r"\dfrac{3}{4}", r"\frac34"),
-        ("0.5", r"\tfrac{1}{2}"),
-        ("x = 5", "5"),
-        ("10,000", "10000"),
-        (r"5\text{ cm}^2", "5"),
-        (r"90^\circ", "90"),
-        (r"\$3.50", "3.5"),
-        (".75", "0.75"),
-        (r"\left[ 2, 5 \right)", "[2,5)"),
-        (r"\text{Tuesday}", "Tuesday"),
-        (r"2\sqrt3", r"2 \sqrt{3}"),
-        (r"25\%", "25"),
+        ("So 3 + 4 = 7. So the answer is 1,207.50. Then 9.", "1207.5"),
+        (r"It was \frac{1}{3}, so it is \boxed{\frac{2}{3}}.", r"\frac23"),
+        (r"Thus \boxed{7}.\nFinal Answer: The final answer is $8$.", "8"),
+        (r"The final answer is $\frac12$.", "0.5"),
+        ("The final answer is $x = 5$.", "5"),
+        (r"The final answer is $5\text{ cm}^2$.", "5"),
+        (r"The final answer is $\text{Tuesday}$.", r"\text{Tuesday}"),
+        ("The final answer is $x*2$.", "2x"),
     ],
 )
-def test_equal_maths_answers(one, other):
-    assert scoring.normal_maths(one) == scoring.normal_maths(other)
+def test_right_answers_in_maths(text, answer):
+    assert scoring.same_answer(text, answer)
 
 
-def test_unequal_maths_answers():
-    assert len({scoring.normal_maths(answer) for answer in ("5", "-5", "50", "x+5", "2x+5", r"\frac{5}{2}")}) == 6
+@MATHS
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 180", "18"),
+        ("The answer is 5. No, the answer is 6.", "5"),
+        ("no number, so the answer is unknown", "5"),
+        ("The final answer is $x+5$.", "5"),
+        (r"The final answer is $\text{Monday}$.", r"\text{Tuesday}"),
+        (r"The final answer is $9^{9^{9^9}}$.", "5"),  # takes too long
+    ],
+)
+def test_wrong_answers_in_maths(text, answer):
+    assert not scoring.same_answer(text, answer)
 
 
-def test_final_answer_of_a_maths_solution():
-    assert scoring.boxed(r"so \boxed{1}, and \boxed{\frac{2}{3}}.") == r"\frac{2}{3}"
-    assert scoring.boxed(r"an open \boxed{1") is None
-    assert scoring.final_answer("The final answer is $4$. I hope it is correct.") == "$4$"
-    assert scoring.same_maths(r"Thus \boxed{7}.\nFinal Answer: The final answer is $8$. I hope it is correct.", "8")
-    assert scoring.same_maths(r"Thus \boxed{7}.", "7")
-    assert not scoring.same_maths("It is 7.", "7")
-
-
-def test_words_are_compared_without_case_punctuation_and_articles():
-    assert scoring.f1("The big, green house!", ["a green house"]) == pytest.approx(0.8)
-    assert scoring.f1("x", ["y", "X."]) == 1
-    assert scoring.f1("", ["y"]) == 0
-    assert scoring.exact("the Green House", ["green house"]) == 1
-    assert scoring.contains("in the green house there", ["Green House"]) == 1
-    assert scoring.contains("greenhouse", ["green"]) == 0
-    assert scoring.f1("yes of course", ["yes"]) > 0
-    assert scoring.f1("yes of course", ["yes"], closed=True) == 0
+def test_maths_without_the_package_that_scores_it_is_refused_before_anything_runs(tokenizer, monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    for name in ("gsm8k", "math500"):
+        with pytest.raises(
+            HeadsinkError, match=r"^tasks: math-verify, .* not installed: pip install 'headsink\[eval\]'$"
+        ):
+            task(name).items(tokenizer, 1, 2000, seed=0)
 
 
 def test_an_answer_ends_at_the_first_stop():
@@ -137,8 +125,8 @@ def test_p_of_many_items_is_close_to_the_exact_one(monkeypatch):
 # prompts
 
 
-@pytest.mark.parametrize("name", ["retrieval", "perplexity"])
-def test_prompts_of_tasks_without_packages(name, tokenizer):
+def test_prompts_of_a_task_without_packages(tokenizer):
+    name = "perplexity"
     made = task(name).items(tokenizer, 5, 700, seed=0)
     assert [item.ids for item in made] == [item.ids for item in task(name).items(tokenizer, 7, 700, seed=0)][:5]
     assert [item.ids for item in made] != [item.ids for item in task(name).items(tokenizer, 5, 700, seed=1)]
@@ -146,6 +134,7 @@ def test_prompts_of_tasks_without_packages(name, tokenizer):
         assert 330 < len(item.ids) <= 700 - task(name).new_tokens - len(item.target or ())
 
 
+@MATHS
 @PACKAGES
 @pytest.mark.parametrize("name", list(TASKS))
 def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
@@ -158,6 +147,7 @@ def test_prompts_fill_the_context_and_the_answer_fits(name, tokenizer):
         assert 0.8 * context < whole <= context + (0 if item.follow is None else 8)
 
 
+@MATHS
 @PACKAGES
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "gsm8k", "math500"])
 def test_filler_is_never_part_of_a_question(name, tokenizer):
@@ -170,13 +160,13 @@ def test_filler_is_never_part_of_a_question(name, tokenizer):
             assert together.count(prompts[item.name]) == 1
 
 
+@MATHS
 @PACKAGES
 def test_reference_solutions_are_correct():
     for name in ("humaneval", "mbpp"):
         problems = getattr(datasets, name)()
         assert all(scoring.cut(f"\n{one.solution}", TASKS[name].stops) == f"\n{one.solution}" for one in problems)
-    assert all(scoring.same_number(one.solution, one.answer) for one in datasets.gsm8k())
-    assert all(scoring.same_maths(one.solution, one.answer) for one in datasets.math500())
+    assert all(scoring.same_answer(one.solution, one.answer) for one in (*datasets.gsm8k(), *datasets.math500()))
 
 
 @PACKAGES
@@ -184,17 +174,8 @@ def test_reference_solutions_are_correct():
 def test_code_passes_if_its_tests_do(name, tokenizer):
     solutions = {one.name: f"\n{one.solution}" for one in getattr(datasets, name)()}
     for item in task(name).items(tokenizer, 3, 1500, seed=0):
-        assert item.score(solutions[item.name]) == {"pass@1": 1}
-        assert item.score("\n    return None\n") == {"pass@1": 0}
-
-
-@PACKAGES
-@pytest.mark.parametrize("name", ["squad", "hotpotqa", "qasper"])
-def test_the_passages_of_a_question_are_in_its_prompt(name, tokenizer):
-    needed = {reading.name: reading.needed for reading in getattr(datasets, name)()}
-    for item in task(name).items(tokenizer, 4, 1500, seed=0):
-        prompt = str(tokenizer.decode(item.ids))
-        assert all(passage.text in prompt and passage.title in prompt for passage in needed[item.name])
+        assert item.score(solutions[item.name]) == 1
+        assert item.score("\n    return None\n") == 0
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
@@ -204,8 +185,8 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
 
 
 def test_errors_for_contexts_that_are_too_short_and_unknown_tasks(tokenizer):
-    with pytest.raises(HeadsinkError, match="context: 200 tokens are too few for retrieval"):
-        task("retrieval").items(tokenizer, 1, 200, seed=0)
+    with pytest.raises(HeadsinkError, match="context: 200 tokens are too few for perplexity"):
+        task("perplexity").items(tokenizer, 1, 200, seed=0)
     with pytest.raises(HeadsinkError, match=r"tasks: 'nothing' is unknown; one of humaneval, mbpp"):
         task("nothing")
 
@@ -222,7 +203,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(tiny):
     model, tokenizer = tiny
     plans = {"all": Plan.full(model), "0.1": streaming(model)}
     settings = {"items": 2, "context": 450, "progress": False}
-    found = run(model, tokenizer, "retrieval", plans, **settings)
+    found = run(model, tokenizer, "perplexity", plans, **settings)
     full, same, streamed = found["ways"]
     assert set(full) == SUMMED
     assert set(same) == set(streamed) == SUMMED | COMPARED
@@ -232,14 +213,14 @@ def test_a_plan_that_keeps_everything_changes_nothing(tiny):
     assert streamed["kept"] < 0.5
     assert streamed["kl_interval"][0] <= streamed["kl"] <= streamed["kl_interval"][1]
     assert json.loads(json.dumps(found)) == found
-    assert found == run(model, tokenizer, "retrieval", plans, **settings)
+    assert found == run(model, tokenizer, "perplexity", plans, **settings)
     assert table(found).count("\n") == 3
 
 
 def test_caches_in_8_bits(tiny):
     model, tokenizer = tiny
     settings = {"items": 2, "context": 450, "progress": False, "kv_dtype": "int8"}
-    full, rounded = run(model, tokenizer, "retrieval", {"all": Plan.full(model)}, **settings)["ways"]
+    full, rounded = run(model, tokenizer, "perplexity", {"all": Plan.full(model)}, **settings)["ways"]
     head = model.config.head_dim
     assert 1 < rounded["kept"] / ((head + 4) / (4 * head)) < 1.15  # of float32, and bookkeeping
     assert 1e-9 < rounded["kl"] < 1e-2
@@ -266,22 +247,22 @@ def test_a_stopped_run_resumes_also_with_more_items(tiny, tmp_path, monkeypatch)
     plans = {"a": streaming(model)}
     file = tmp_path / "done.jsonl"
     settings = {"context": 500, "checkpoint": file, "progress": False}
-    first = run(model, tokenizer, "retrieval", plans, items=1, **settings)
+    first = run(model, tokenizer, "perplexity", plans, items=1, **settings)
     with file.open("a") as opened:
         opened.write('{"item": "cut o')
-    both = run(model, tokenizer, "retrieval", plans, items=2, **settings)
+    both = run(model, tokenizer, "perplexity", plans, items=2, **settings)
     assert both["records"][:1] == first["records"]
-    assert both == run(model, tokenizer, "retrieval", plans, items=2, context=500, progress=False)
+    assert both == run(model, tokenizer, "perplexity", plans, items=2, context=500, progress=False)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line.get("item") for line in lines[1:]] == [record["item"] for record in both["records"]]
     with monkeypatch.context() as patch:
         patch.setattr(quality, "_measure", None)  # nothing is remeasured
-        assert both == run(model, tokenizer, "retrieval", plans, items=2, **settings)
+        assert both == run(model, tokenizer, "perplexity", plans, items=2, **settings)
     with pytest.raises(HeadsinkError, match="a run with another seed; remove it, or write elsewhere"):
-        run(model, tokenizer, "retrieval", plans, items=2, seed=1, **settings)
+        run(model, tokenizer, "perplexity", plans, items=2, seed=1, **settings)
     file.write_text("nothing\n")
     with pytest.raises(HeadsinkError, match="not a checkpoint of headsink; remove it"):
-        run(model, tokenizer, "retrieval", plans, items=2, **settings)
+        run(model, tokenizer, "perplexity", plans, items=2, **settings)
 
 
 def test_invalid_arguments_are_refused(tiny):
@@ -291,9 +272,9 @@ def test_invalid_arguments_are_refused(tiny):
         ({"context": 9000}, "context: 9000 is over the model's maximum of 2048"),
     ):
         with pytest.raises(HeadsinkError, match=said):
-            run(model, tokenizer, "retrieval", {}, **({"items": 1, "context": 700} | wrong))
+            run(model, tokenizer, "perplexity", {}, **({"items": 1, "context": 700} | wrong))
     with pytest.raises(HeadsinkError, match="plan: 'full' is the name of the full cache"):
-        run(model, tokenizer, "retrieval", {"full": Plan.full(model)}, items=1, context=700)
+        run(model, tokenizer, "perplexity", {"full": Plan.full(model)}, items=1, context=700)
 
 
 @PACKAGES
@@ -306,7 +287,7 @@ def test_a_chat_continues_from_the_full_caches_answer(tiny):
 
 def test_the_command(bench, tiny, tiny_folder, tmp_path):
     plan = streaming(tiny[0]).save(tmp_path / "streaming.json")
-    words = (tiny_folder, "--tasks", "retrieval", "--items", 1, "--context", 500, "--out", tmp_path / "out.json")
+    words = (tiny_folder, "--tasks", "perplexity", "--items", 1, "--context", 500, "--out", tmp_path / "out.json")
     status, out, err = bench(*words, "--plan", plan, "--json")
     assert status == 0, err
     assert json.loads(out) == json.loads((tmp_path / "out.json").read_text())
@@ -319,7 +300,7 @@ def test_the_command(bench, tiny, tiny_folder, tmp_path):
 
 
 def test_plans_are_calibrated_once_and_saved(bench, tiny_folder, tmp_path, monkeypatch):
-    words = (tiny_folder, "--tasks", "retrieval", "--items", 1, "--context", 500, "--budgets", "1")
+    words = (tiny_folder, "--tasks", "perplexity", "--items", 1, "--context", 500, "--budgets", "1")
     first = bench(*words, "--out", tmp_path / "out.json", "--json")
     assert first[0] == 0, first[2]
     assert [path.name for path in (tmp_path / "out-plans").iterdir()] == ["500-1-0.json"]

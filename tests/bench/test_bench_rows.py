@@ -62,7 +62,11 @@ def timed(way, decode, prefill, kv):
 def done():
     """A row of each kind, and one that could not be measured. The plan is slower than transformers at prefill."""
     quality = {"task": "gsm8k", "metric": "right", "higher_is_better": True, "context": 2000, "items": 50, "seed": 0}
-    quality |= {"prompt_tokens": {"median": 1800, "min": 1500, "max": 1999}, "ways": [FULL, PLAN], "records": [[1, 0]]}
+    quality |= {
+        "prompt_tokens": {"median": 1800, "min": 1500, "max": 1999},
+        "ways": [dict(FULL), dict(PLAN)],
+        "records": [[1, 0]],
+    }
     ways = [
         timed("transformers", [0.04, 0.041], [0.5, 0.51], 10**7),
         timed("headsink, 0.25", [0.01, 0.012], [0.625, 0.62], 3 * 10**6),
@@ -218,7 +222,7 @@ def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
         "budget": 0.25,
         "kept": 0.249,
         "verified": {"kl_text": 0.01, "kl_answers": 0.02},
-        "patterns": {"4+9k+32": 80, "full": 10},
+        "patterns": {"4+9k+32": 70, "full": 10} | {f"4+{n}k+32": 1 for n in range(20, 30)},
     }
     records.save(folder, record("plan/smollm2", {"plans": [plan]}))
     text = results.write(folder, tmp_path / "results.md").read_text()
@@ -230,7 +234,8 @@ def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     )
     assert f"| smollm2 | transformers |  |  |  | {timed_row} | 40.5 | 0.51 | 10.0 |" in part
     assert f"| smollm2 | llama.cpp |  |  |  | {timed_row} | 250.0 | 0.90 | not reported |" in part
-    assert f"| {plan_row} | 25.0% | 24.9% | 0.0100 | 0.0200 | 80x 4+9k+32, 10x full |" in part
+    ones = ", ".join(f"1x 4+{n}k+32" for n in range(20, 26))
+    assert f"| {plan_row} | 25.0% | 24.9% | 0.0100 | 0.0200 | 70x 4+9k+32, 10x full, {ones}, 4 others |" in part
     squad["found"]["ways"][1] |= {"way": "0.5"}  # which was not timed
     records.save(folder, squad | {"row": "quality/smollm2/squad"})
     text = results.write(folder, tmp_path / "results.md").read_text()
@@ -381,11 +386,18 @@ def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, fo
     assert by_name["TTFT ratio", "512 x 1"][-1] == "0.802"
     assert by_name["score change", "gsm8k, 50 prompts"][-1] == "-0.077"
     assert ("peak memory ratio", "512 x 1") not in by_name  # only one of them has it
-    assert next(line for line in lines if line[0] == "other")[3:] == [
-        *("0123456789ab", "headsink 0.1.0, torch 2.13.0"),
+    assert [line[2] for line in lines if line[0] == "all"] == ["a CPU (x86_64), 2 cores, 2 threads"]
+    assert next(line for line in lines if line[0] == "other")[2:] == [
+        *("a CPU (x86_64), 2 cores, 1 thread", "0123456789ab", "headsink 0.1.0, torch 2.13.0"),
         *("80", "100, 300", "aten._a / aten._b"),
     ]
-    joined.write([folder, other], tmp_path / "joined.md")  # replaces its own page
+    records.save(folder, records.read_rows(other)["speed/smollm2/512x1"])  # one row with other threads
+    text = joined.write([folder, other], tmp_path / "joined.md").read_text()  # replaces its own page
+    machines = re.findall(r"^\| all \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE)
+    assert machines == [
+        ("memory, quality", "a CPU (x86_64), 2 cores, 2 threads"),
+        ("speed", "a CPU (x86_64), 2 cores, 1 thread"),
+    ]
     with pytest.raises(HeadsinkError, match=r"^folders: two are called all; columns go by it, so rename one$"):
         joined.write([folder, folder], tmp_path / "joined.md")
     records.file_of(other, "speed/smollm2/512x1").unlink()

@@ -157,6 +157,18 @@ def test_a_larger_number_of_items_begins_with_the_same(tokenizer):
         assert more[: len(few)] == few
 
 
+@PACKAGES
+@pytest.mark.parametrize("name", SUITES["longbench"].tasks)
+def test_the_passages_of_a_question_are_in_its_document(name, tokenizer):
+    from headsink.bench.longcontext.reading import READINGS, longbench_records
+
+    needed = {(reading.question, *reading.answers): reading.needed for reading in READINGS[name]()}
+    for record in longbench_records(name, tokenizer, 4, 1500, seed=0):
+        for passage in needed[record["question"], *record["answers"]]:
+            assert passage.text in record["document"]
+            assert passage.title in record["document"]
+
+
 @HARNESS
 def test_needles_are_at_their_depths(tokenizer):
     from headsink.bench.longcontext.ruler import DEPTHS, needle_records

@@ -319,7 +319,7 @@ def base_plan(tiny_folder, tmp_path):
     return plan.save(tmp_path / "base.json")
 
 
-BENCH_QUALITY = ("--tasks", "retrieval", "--items", 1, "--context", 500)
+BENCH_QUALITY = ("--tasks", "perplexity", "--items", 1, "--context", 500)
 COMMANDS = {
     "generate": ("generate", ("--prompt", "Hello", "--max-new-tokens", 2)),
     "prefill": ("prefill", ("--file", "text")),

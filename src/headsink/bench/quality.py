@@ -8,11 +8,10 @@ the same text. `run` returns:
      "prompt_tokens": {"median": 1790.0, "min": 1702, "max": 1808},
      "new_tokens": {"median": 70.0, "min": 31, "max": 192, "limit": 192},   # of the full cache's answers
      "ways": [
-      {"way": "full", "kept": 1.0, "score": 0.4, "score_interval": [low, high], "also": {}},
+      {"way": "full", "kept": 1.0, "score": 0.4, "score_interval": [low, high]},
       {"way": "0.25",                       # name of the plan
        "kept": 0.26,                        # cache bytes at the end / bytes of the full cache; mean
        "score": 0.37, "score_interval": [low, high],
-       "also": {},                          # means of other scores; squad, hotpotqa, qasper: {"exact": ..., "contains": ...}
        "change": -0.03, "change_interval": [low, high],   # of the score against the full cache, on the same items
        "p": 0.5,                            # of the hypothesis of no change (scoring.p_value)
        "same_output": 0.6, "same_output_interval": [low, high],   # share of items with the same text, up to the first stop
@@ -20,7 +19,7 @@ the same text. `run` returns:
        "kl": 0.01, "kl_interval": [low, high]}],   # KL(full || plan), nats per token, along the full cache's output
      "records": [
       {"item": "GSM8K/12", "prompt_tokens": 1790, "new_tokens": 70, "score": {"full": 1.0, "0.25": 0.0},
-       "also": {"full": {}, "0.25": {}}, "kept": {"0.25": 0.26}, "same_output": {"0.25": false},
+       "kept": {"0.25": 0.26}, "same_output": {"0.25": false},
        "same_tokens": {"0.25": 0.31}, "kl": {"0.25": 0.02}}]}
 
 Means and 95 % intervals (tasks/scoring.py) are over items, with equal weights. For perplexity, kl is along the scored text.
@@ -42,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headsink.bench.checkpoint import Checkpoint, run_settings
 from headsink.bench.stops import Stops
 from headsink.bench.tasks.scoring import cut, interval, p_value
-from headsink.bench.tasks.tasks import NLL, SAME, TASKS, Item, Task
+from headsink.bench.tasks.tasks import SAME, TASKS, Item, Task
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
@@ -151,13 +150,15 @@ def _measure(
     record: Record = {"item": item.name, "prompt_tokens": len(ids), "new_tokens": len(full.ids)}
     for name, plan in plans.items():
         own = full if name == FULL else _answer(model, tokenizer, task, plan, ids, along, kv_dtype)
-        scores, same = item.score(own.text), _common_prefix(own.ids, full.ids) / len(full.ids)
-        if task.metric == SAME:
-            scores = {SAME: same}
-        elif task.metric == NLL:
+        same = _common_prefix(own.ids, full.ids) / len(full.ids)
+        if item.score is not None:
+            score = item.score(own.text)
+        elif task.metric == SAME:
+            score = same
+        else:
             targets = torch.tensor(along, device=input_device(model))
-            scores = {NLL: -float(own.log_probs.gather(1, targets[:, None]).double().mean())}
-        found: Record = {"score": scores.pop(task.metric), "also": scores, "output": own.text}
+            score = -float(own.log_probs.gather(1, targets[:, None]).double().mean())
+        found: Record = {"score": score, "output": own.text}
         if name != FULL:
             kl = (full.log_probs.exp() * (full.log_probs - own.log_probs)).sum(-1).clamp(min=0)
             found |= {"kept": own.kv_bytes / full.kv_bytes, "same_output": own.text == full.text}
@@ -212,8 +213,6 @@ def _summary(name: str, records: Sequence[Record], seed: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"way": name, "kept": 1.0 if name == FULL else statistics.fmean(values_of("kept"))}
     found |= mean("score", values_of("score"))
-    others = records[0]["also"][name]
-    found["also"] = {key: statistics.fmean(record["also"][name][key] for record in records) for key in others}
     if name != FULL:
         changes = [own - full for own, full in zip(values_of("score"), values_of("score", FULL), strict=True)]
         found |= mean("change", changes) | {"p": p_value(changes, seed)}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from headsink.bench.tasks import datasets
 from headsink.bench.tasks.datasets import Passage, Reading
-from headsink.bench.tasks.tasks import Room, choose_passages, join_passages
+from headsink.bench.tasks.tasks import MISSES, Room
 from headsink.errors import HeadsinkError
 
 Record = dict[str, Any]
@@ -31,9 +32,9 @@ def longbench_records(
     filler, rest = room.split(READINGS[task]())
     records: list[Record] = []
     for reading in rest:
-        passages = choose_passages(room, reading.needed, [reading, *room.shuffle(filler)], room.tokens)
+        passages = _choose(room, reading.needed, [reading, *room.shuffle(filler)], room.tokens)
         if passages is not None:
-            records.append(_record(join_passages(room, passages), reading.question, reading.answers))
+            records.append(_record(_join(room, passages), reading.question, reading.answers))
         if len(records) == items:
             return records
     raise HeadsinkError(f"items: {task} has {len(records)} at {length} tokens, fewer than {items}")
@@ -49,10 +50,10 @@ def multiturn_records(tokenizer: PreTrainedTokenizerBase, items: int, length: in
     records: list[Record] = []
     for number, title in enumerate(titles[:items]):
         others = [reading for other in titles[number + 1 :] + titles[:number] for reading in articles[other]]
-        passages: list[Passage] = choose_passages(room, [], [*articles[title], *others], room.tokens) or []
+        passages: list[Passage] = _choose(room, [], [*articles[title], *others], room.tokens) or []
         chosen = set(passages)
         asked = room.shuffle([reading for reading in articles[title] if reading.needed[0] in chosen])[:TURNS]
-        document, before = join_passages(room, passages), ""
+        document, before = _join(room, passages), ""
         for reading in asked:
             records.append(_record(document, before + reading.question, reading.answers))
             before += f"{reading.question}\nAnswer: {reading.answers[0]}\n\nQuestion: "
@@ -64,3 +65,35 @@ def multiturn_records(tokenizer: PreTrainedTokenizerBase, items: int, length: in
 def _record(document: str, question: str, answers: list[str]) -> Record:
     document = document.strip()
     return {"context": document, "document": document, "question": question, "answers": answers}
+
+
+def _choose(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
+    """Return the needed passages and others of the readings that fit into `left` tokens; None if the needed ones do not."""
+    chosen: dict[Passage, None] = {}
+    titles: set[str] = set()
+    misses = 0
+    rest = (passage for reading in readings for passage in (*reading.needed, *reading.near))
+    for number, passage in enumerate(chain(needed, rest)):
+        if passage in chosen:
+            continue
+        size = room.size(f"{passage.text}\n") + (0 if passage.title in titles else room.size(f"{passage.title}\n\n"))
+        if size <= left:
+            left -= size
+            chosen[passage] = None
+            titles.add(passage.title)
+        elif number < len(needed):
+            return None
+        elif (misses := misses + 1) == MISSES:
+            break
+    return list(chosen)
+
+
+def _join(room: Room, passages: Sequence[Passage]) -> str:
+    """Format passages under the titles of their documents: documents in random order, passages in document order."""
+    by_title: dict[str, list[Passage]] = {}
+    for passage in passages:
+        by_title.setdefault(passage.title, []).append(passage)
+    return "".join(
+        "\n".join([title, *(passage.text for passage in sorted(by_title[title], key=lambda p: p.number))]) + "\n\n"
+        for title in room.shuffle(list(by_title))
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headsink.bench.suite.records import overlap, read_rows
-from headsink.bench.suite.tables import UNKNOWN, Record, emphasize, format_range, relative, table
+from headsink.bench.suite.tables import UNKNOWN, Record, emphasize, format_range, hardware, relative, table
 from headsink.errors import HeadsinkError
 from headsink.utils.files import write_text
 
@@ -109,9 +109,8 @@ def _machines(name: str, rows: dict[str, Record]) -> Iterator[list[str]]:
     """Yield a line for each machine and version of a folder, with the kinds of its rows."""
     lines: dict[tuple[str, ...], dict[str, list[Any]]] = {}
     for row in rows.values():
-        on = row["machine"]
         packages = ", ".join(f"{package} {number}" for package, number in row["versions"].items() if number)
-        about = f"{on['cpu']}, {on['cores']} cores, {on['threads']} threads", row.get("commit") or UNKNOWN, packages
+        about = hardware(row["machine"]), row.get("commit") or UNKNOWN, packages
         own = lines.setdefault(about, {"kinds": [], "limits": [], "baseline": []})
         own["kinds"].append(row["row"].split("/")[0])
         own["limits"] += [row["limits"]] if "limits" in row else []

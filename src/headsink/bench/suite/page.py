@@ -22,6 +22,7 @@ from headsink.bench.suite.tables import (
     Record,
     emphasize,
     format_range,
+    hardware,
     of_kind,
     relative,
     sure,
@@ -107,7 +108,7 @@ def machines(found: dict[str, Record]) -> list[str]:
         on, versions = row["machine"], row["versions"]
         memory = f", {on['memory_bytes'] / 2**30:.0f} GiB" if on.get("memory_bytes") else ""
         packages = ", ".join(f"{package} {number}" for package, number in versions.items() if number)
-        text = f"{on['cpu']}, {on['cores']} cores, {on['threads']} threads{memory}; {packages}"
+        text = f"{hardware(on)}{memory}; {packages}"
         kind = name.split("/")[0]
         if kind not in kinds.setdefault(text, []):
             kinds[text].append(kind)

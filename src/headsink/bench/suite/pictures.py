@@ -47,7 +47,7 @@ def _quality(tasks: list[dict[str, Any]]) -> Drawn:
     interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(y=alt.Y("low:Q", title="score change"), y2="high:Q")
     middle = base.mark_point(filled=True, color=BLUE, size=50, opacity=1).encode(y="change:Q")
     layered = alt.layer(zero, interval, middle, data=alt.Data(values=points)).properties(width=130, height=110)
-    return layered.facet(facet=alt.Facet("task:N", title=None), columns=5).resolve_scale(y="independent")
+    return layered.facet(facet=alt.Facet("task:N", title=None), columns=3).resolve_scale(y="independent")
 
 
 def _divergences(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:

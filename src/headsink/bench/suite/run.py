@@ -1,13 +1,14 @@
 """`headsink bench all`: every measurement of the results page as rows in a folder, one after the other, resumable.
 
-The plans of a model come first, whatever else is asked for; then what they cost on tasks (quality.py), what kinds of prompts
-differ in (families.py), and, once for every context and batch, speed and memory. Plans are made for one context. For speed and
-memory at another one they are scaled (`Plan.scale`). How long a plan runs depends on how many keys each head keeps, not on which
-keys they are.
+The plans of a model come first, whatever else is asked for: those that come with the package, and calibrated ones where there is
+none (bench/plans.py). Then what they cost on tasks (quality.py), what kinds of prompts differ in (families.py), and, once for
+every context and batch, speed and memory. Plans are for one context. For speed and memory at another one they are scaled
+(`Plan.scale`). How long a plan runs depends on how many keys each head keeps, not on which keys they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
@@ -23,11 +24,10 @@ from headsink.bench import domains, memory, quality, speed
 from headsink.bench.comparison import Comparison
 from headsink.bench.options import Options, label
 from headsink.bench.peers import process
-from headsink.bench.plans import calibrate_plans
+from headsink.bench.plans import packaged_plans, plans_of_budgets
 from headsink.bench.suite import records
 from headsink.bench.suite.records import Compared, Row
 from headsink.errors import HeadsinkError
-from headsink.models.devices import dtype_name
 from headsink.plan.plan import Plan
 from headsink.utils.files import sha256
 from headsink.utils.progress import console
@@ -36,6 +36,7 @@ SPEED_DTYPE = "bfloat16"  # of speed and memory, unless a dtype is given: what o
 MEMORY_ROUNDS = 2  # peaks hardly differ
 # typical seconds of a row on 2 cores, for a token of its context; ITEM for each item too
 PLAN, FAMILIES, ITEM = 0.5, 4.5, 0.01
+PACKAGED = 5  # seconds of a row of packaged plans: the model is loaded
 STARTED = {"speed": (60, 0.09), "memory": (200, 0.03)}  # seconds to start, and for a token of all texts
 
 
@@ -113,7 +114,12 @@ def plan_file(options: Options, folder: Path, model: str, budget: float) -> Path
 def _quality_rows(options: Options, folder: Path, model: str) -> Iterator[Row]:
     name, command_line = label(model), options.command_line()
     common = {"model": name, **options.of("context", "budgets", "seed", "dtype")}
-    yield Row(f"plan/{name}", common, partial(_plan, options, folder, model), PLAN * options.context, command_line)
+    packaged = packaged_plans(model, options.budgets, options.context)
+    settings = common | (
+        {"packaged": {str(budget): _digest(plan) for budget, plan in packaged.items()}} if packaged else {}
+    )
+    typical = PACKAGED if len(packaged) == len(options.budgets) else PLAN * options.context
+    yield Row(f"plan/{name}", settings, partial(_plan, options, folder, model), typical, command_line)
     hashes = _hashes(options, folder, model)
     for task in options.tasks:
         settings = {**common, "tasks": [task], "items": options.items, "plans": hashes}
@@ -141,6 +147,11 @@ def _hashes(options: Options, folder: Path, model: str) -> dict[str, str]:
     return {budget: sha256(file)[:12] for budget, file in files.items() if file.is_file()}
 
 
+def _digest(plan: Plan) -> str:
+    """The hash of the plan's file."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]
+
+
 def _plans(options: Options, folder: Path, model: str) -> dict[str, Plan]:
     files = {budget: plan_file(options, folder, model, budget) for budget in options.budgets}
     if absent := [file for file in files.values() if not file.is_file()]:
@@ -156,13 +167,18 @@ def _load(model: str, dtype: str | None, device: str | None) -> tuple[PreTrained
 def _plan(options: Options, folder: Path, model: str, checkpoint: Path) -> dict[str, Any]:
     loaded, tokenizer = _load(model, options.dtype, options.device)
     files = {budget: plan_file(options, folder, model, budget) for budget in options.budgets}
-    plans = calibrate_plans(loaded, tokenizer, files, context=options.context, seed=options.seed, checkpoint=checkpoint)
+    settings: dict[str, Any] = {"context": options.context, "seed": options.seed, "checkpoint": checkpoint}
+    plans = plans_of_budgets(model, loaded, tokenizer, files, **settings)
     found = [
-        {key: plan.calibration[key] for key in ("budget", "kept", "verified")}
+        {key: plan.calibration[key] for key in ("budget", "verified", "dtype")}
+        | {
+            "kept": round(plan.kv_budget(options.context), 4),
+            "calibrated_for": plan.calibration.get("scaled_from", options.context),
+        }
         | {"patterns": plan.counts(), "file": f"plans/{files[budget].name}"}
         for budget, plan in plans.items()
     ]
-    return {"context": options.context, "dtype": dtype_name(loaded.dtype), "plans": found}
+    return {"context": options.context, "plans": found}
 
 
 def _quality(options: Options, folder: Path, model: str, task: str, checkpoint: Path) -> dict[str, Any]:

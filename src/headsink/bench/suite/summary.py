@@ -18,6 +18,7 @@ HEADS = [
     "TTFT, s",
     "KV cache, MB",
 ]
+MOST_PATTERNS = 8  # of a plan that are listed; a packaged plan has nearly as many as KV heads
 SAID = (
     "*Tasks worse*: tasks whose score change has its 95 % interval on the worse side of 0, among those on which the full cache "
     "scores above 0. Few prompts show only large changes. KL and *same tokens* (share of greedy tokens before the first "
@@ -58,7 +59,7 @@ def plans(found: dict[str, Record], link: Link) -> list[str]:
         [
             *(link(row["row"], model), f"{one['budget']:.1%}", f"{one['kept']:.1%}"),
             *(f"{one['verified'][kind]:.4f}" for kind in ("kl_text", "kl_answers")),
-            ", ".join(f"{count}x {pattern(name)}" for name, count in one["patterns"].items()),
+            _patterns(one["patterns"]),
         ]
         for model, cases in of_kind(found, "plan").items()
         for row in cases.values()
@@ -70,6 +71,13 @@ def plans(found: dict[str, Record], link: Link) -> list[str]:
     )
     heads = ["model", "KV budget", "cached", "KL, text", "KL, answers", "KV heads"]
     return [said, table(heads, lines)] if lines else [NOT_MEASURED]
+
+
+def _patterns(counts: dict[str, int]) -> str:
+    """The most frequent patterns, and how many KV heads have another one."""
+    named, others = list(counts.items())[:MOST_PATTERNS], list(counts.values())[MOST_PATTERNS:]
+    listed = [f"{count}x {pattern(name)}" for name, count in named]
+    return ", ".join(listed + ([f"{sum(others)} others"] if others else []))
 
 
 def _single_sequence_rows(found: dict[str, Record], model: str) -> list[Record]:

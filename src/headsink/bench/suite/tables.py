@@ -41,6 +41,12 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\d)f\b", "k", name)
 
 
+def hardware(machine: Record) -> str:
+    """What tells machines apart: the CPU, its cores, and the threads of torch."""
+    counts = (f"{machine[what]} {what if machine[what] != 1 else what[:-1]}" for what in ("cores", "threads"))
+    return ", ".join([machine["cpu"], *counts])
+
+
 def relative(path: Path, place: Path) -> str:
     return Path(os.path.relpath(path.absolute(), place.absolute())).as_posix()
 

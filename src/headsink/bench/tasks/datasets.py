@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headsink.bench.tasks.scoring import boxed
 from headsink.errors import HeadsinkError
 
 PACKAGES = {
@@ -113,9 +112,14 @@ def mbpp() -> list[Problem]:
 
 @cache
 def gsm8k() -> list[Sum]:
-    """Load GSM8K. Solutions end with "So the answer is N."."""
+    """Load GSM8K. Solutions end with "So the answer is N."; two have "- N"."""
     return [
-        Sum(f"GSM8K/{doc['id']}", doc["question"].strip(), doc["choices"][0], doc["short_answer"])
+        Sum(
+            f"GSM8K/{doc['id']}",
+            doc["question"].strip(),
+            doc["choices"][0].replace("answer is - ", "answer is -"),
+            doc["short_answer"],
+        )
         for doc in _olmo("gsm8k/gold_bpb_5shot")
     ]
 
@@ -124,9 +128,20 @@ def gsm8k() -> list[Sum]:
 def math500() -> list[Sum]:
     r"""Load MATH-500. The answer is in the last \boxed{...} of the solution."""
     return [
-        Sum(f"MATH-500/{doc['index']}", doc["problem"].strip(), doc["solution"].strip(), boxed(doc["solution"]) or "")
+        Sum(f"MATH-500/{doc['index']}", doc["problem"].strip(), doc["solution"].strip(), _boxed(doc["solution"]))
         for doc in _olmo("minerva_math_500/gold_bpb_0shot")
     ]
+
+
+def _boxed(text: str) -> str:
+    r"""Return the content of the last closed \boxed{...}. The package's own answers have lost letters."""
+    for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
+        depth = 1
+        for index, character in enumerate(text[start:], start):
+            depth += {"{": 1, "}": -1}.get(character, 0)
+            if not depth:
+                return text[start:index].strip()
+    return ""
 
 
 @cache

@@ -4,35 +4,30 @@ A plan calibrated for a long context keeps all of a short prompt, so every promp
 most `context` tokens, and nearly as many. The filler is of the task's own kind and is never part of a question:
 
 - humaneval, mbpp: solved problems, then an unsolved one. Score: pass@1, by the data set's tests (sandbox.py).
-- gsm8k, math500: worked problems, then an unsolved one. Score: whether the final answer is correct.
-- squad, hotpotqa, qasper: the passages of the question among passages of other documents, in random order; two questions with
-  answers; then the question. qasper has the yes-or-no questions about papers (two thirds are "yes"); of a paper that is too long
-  the evidence is kept. Score: F1 of the words, as the data sets define it.
+- gsm8k, math500: worked problems, then an unsolved one. Score: whether the final answer is correct, by math-verify.
 - mtbench: a chat in the model's format. Turns about Python's language reference come first, then the prompt's first turn, the
   full cache's answer to it, and the second turn, whose answer counts. There is no reference answer. Score: the share of the full
   cache's answer that is reproduced.
-- retrieval: needles in text and a question about one of them (held-out forms, data/documents.py). Score: whether the answer
-  starts with the correct value.
 - perplexity: held-out text (data/corpus.py). Score: mean NLL of the next 256 tokens in nats; lower is better.
 
 All tasks but mtbench are plain text to continue, so that base and chat models get the same prompts. A quarter of a data set's
-problems or questions is reserved for filler.
+problems is reserved for filler. Reading and retrieval are tasks of the long-context suites (bench/longcontext).
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, islice
+from importlib.util import find_spec
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headsink.bench.tasks import datasets, scoring
-from headsink.bench.tasks.datasets import Passage, Problem, Reading, Sum
+from headsink.bench.tasks.datasets import Problem, Sum
 from headsink.bench.tasks.sandbox import judge
-from headsink.data import corpus, documents
+from headsink.data import corpus
 from headsink.errors import HeadsinkError
 
 if TYPE_CHECKING:
@@ -40,14 +35,11 @@ if TYPE_CHECKING:
 
 
 TARGET = 256  # tokens of text that perplexity scores
-QUESTION = 80  # maximum tokens of a retrieval question
-EXAMPLES = 2  # questions with answers before the question, in reading tasks
 ANSWER_CHARACTERS = 1500  # maximum length of an answer in the filler turns of mtbench
 TURN = 12  # maximum tokens that a chat format adds to a turn
 SAME, NLL = "same tokens", "nll"  # metrics that need no reference
 MISSES = 50  # stop filling after so many parts that do not fit
 
-Scores = dict[str, float]
 Message = dict[str, str]
 Record = TypeVar("Record")
 
@@ -56,13 +48,13 @@ Record = TypeVar("Record")
 class Item:
     """One prompt of a task.
 
-    score: scores of the generated text, up to the first stop string; includes the task's metric. follow: for a chat, makes the
-    prompt of the second turn from the answer to `ids`. target: token ids after `ids`, scored by their NLL.
+    score: the task's metric of the generated text, up to the first stop string, where it is made of the text alone. follow: for a
+    chat, makes the prompt of the second turn from the answer to `ids`. target: token ids after `ids`, scored by their NLL.
     """
 
     name: str
     ids: list[int]
-    score: Callable[[str], Scores] = field(default=lambda text: {})
+    score: Callable[[str], float] | None = None
     follow: Callable[[str], list[int]] | None = None
     target: list[int] | None = None
 
@@ -137,7 +129,7 @@ def task(name: str) -> Task:
 def _problems(
     records: Callable[[], Sequence[Any]],
     render: Callable[[Any, bool], str],
-    score: Callable[[Any, str], Scores],
+    score: Callable[[Any, str], float],
     room: Room,
 ) -> Iterator[Item]:
     """Make prompts of solved records followed by an unsolved one. render: record as text, with its solution or without."""
@@ -164,9 +156,22 @@ def _mbpp(problem: Problem, solved: bool) -> str:
     return prompt + (f"\n{problem.solution}\n[DONE]\n\n" if solved else "")
 
 
-def _pass_at_1(continues_prompt: bool, problem: Problem, text: str) -> Scores:
+def _pass_at_1(continues_prompt: bool, problem: Problem, text: str) -> float:
     solution = problem.prompt.strip() + text if continues_prompt else text
-    return {"pass@1": float(judge(solution, problem.tests).passed)}
+    return float(judge(solution, problem.tests).passed)
+
+
+def _maths(records: Callable[[], Sequence[Sum]], render: Callable[[Any, bool], str], room: Room) -> Iterator[Item]:
+    """Make prompts of worked maths problems. Raises HeadsinkError without the package that scores their answers."""
+    if find_spec("math_verify") is None:
+        raise HeadsinkError(
+            "tasks: math-verify, which scores answers in maths, is not installed: pip install 'headsink[eval]'"
+        )
+    yield from _problems(records, render, _exact, room)
+
+
+def _exact(problem: Sum, text: str) -> float:
+    return float(scoring.same_answer(text, problem.answer))
 
 
 def _gsm8k(problem: Sum, solved: bool) -> str:
@@ -177,74 +182,6 @@ def _math500(problem: Sum, solved: bool) -> str:
     """The prompt of Minerva (Lewkowycz et al., arXiv 2206.14858)."""
     end = f" {problem.solution}\nFinal Answer: The final answer is ${problem.answer}$. I hope it is correct.\n\n"
     return f"Problem:\n{problem.prompt}\n\nSolution:" + (end if solved else "")
-
-
-def _same_number(problem: Sum, text: str) -> Scores:
-    return {"exact": float(scoring.same_number(text, problem.answer))}
-
-
-def _same_maths(problem: Sum, text: str) -> Scores:
-    return {"exact": float(scoring.same_maths(text, problem.answer))}
-
-
-# reading
-
-
-def _reading(how: str, closed: bool, records: Callable[[], Sequence[Reading]], room: Room) -> Iterator[Item]:
-    """Make prompts of passages and questions. how: instruction on the form of answers. closed: see scoring.f1."""
-    filler, rest = room.split(records())
-    start = f"Read the passages, then answer the questions about them {how}.\n\n"
-    for reading in rest:
-        for examples in range(EXAMPLES, -1, -1):  # fewer where they do not fit
-            others = room.rng.sample(filler, examples)
-            end = "".join(f"Question: {other.question}\nAnswer: {other.answers[0]}\n\n" for other in others)
-            end += f"Question: {reading.question}\nAnswer:"
-            needed = [passage for one in (reading, *others) for passage in one.needed]
-            left = room.tokens - room.size(start) - room.size(end)
-            if (chosen := choose_passages(room, needed, [reading, *room.shuffle(filler)], left)) is not None:
-                text = start + join_passages(room, chosen) + end
-                yield Item(reading.name, room.encode(text), partial(_word_scores, reading.answers, closed))
-                break
-
-
-def choose_passages(room: Room, needed: list[Passage], readings: Sequence[Reading], left: int) -> list[Passage] | None:
-    """Return the needed passages and others of the readings that fit into `left` tokens; None if the needed ones do not."""
-    chosen: dict[Passage, None] = {}
-    titles: set[str] = set()
-    misses = 0
-    rest = (passage for reading in readings for passage in (*reading.needed, *reading.near))
-    for number, passage in enumerate(chain(needed, rest)):
-        if passage in chosen:
-            continue
-        size = room.size(f"{passage.text}\n") + (0 if passage.title in titles else room.size(f"{passage.title}\n\n"))
-        if size <= left:
-            left -= size
-            chosen[passage] = None
-            titles.add(passage.title)
-        elif number < len(needed):
-            return None
-        elif (misses := misses + 1) == MISSES:
-            break
-    return list(chosen)
-
-
-def join_passages(room: Room, passages: Sequence[Passage]) -> str:
-    """Format passages under the titles of their documents: documents in random order, passages in document order."""
-    by_title: dict[str, list[Passage]] = {}
-    for passage in passages:
-        by_title.setdefault(passage.title, []).append(passage)
-    return "".join(
-        "\n".join([title, *(passage.text for passage in sorted(by_title[title], key=lambda p: p.number))]) + "\n\n"
-        for title in room.shuffle(list(by_title))
-    )
-
-
-def _word_scores(answers: Sequence[str], closed: bool, text: str) -> Scores:
-    return {
-        "f1": scoring.f1(text, answers, closed),
-        "exact": scoring.exact(text, answers),
-        "contains": scoring.contains(text, answers),
-    }
 
 
 # chat
@@ -290,24 +227,6 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
 # text
 
 
-def _retrieval(room: Room) -> Iterator[Item]:
-    length = room.tokens - QUESTION
-    for number in count() if length >= documents.LEAST_LENGTH else ():
-        domains = (corpus.DOMAINS[number % len(corpus.DOMAINS)],)
-        seed = 1000 * room.seed + number
-        document = documents.document(
-            room.tokenizer, length, split="heldout", seed=seed, domains=domains, continuation=1
-        )
-        question = room.rng.choice(document.questions)
-        prompt, answer = question.ids[: -question.answer_tokens], question.ids[-question.answer_tokens :]
-        expected = re.compile(re.escape(str(room.tokenizer.decode(answer)).strip()) + r"(?!\w)")
-        yield Item(f"{domains[0]} {number}, {question.form}", document.ids + prompt, partial(_starts_with, expected))
-
-
-def _starts_with(expected: re.Pattern[str], text: str) -> Scores:
-    return {"exact": float(expected.match(text.strip()) is not None)}
-
-
 def _perplexity(room: Room) -> Iterator[Item]:
     for number in count() if room.tokens > TARGET else ():
         domain = corpus.DOMAINS[number % len(corpus.DOMAINS)]
@@ -315,7 +234,6 @@ def _perplexity(room: Room) -> Iterator[Item]:
         yield Item(f"{domain} {number}", ids[:-TARGET], target=ids[-TARGET:])
 
 
-FEW_WORDS, YES_OR_NO = "with a few words from them", "with yes or no"
 _TASKS = (
     Task(
         "humaneval",
@@ -325,19 +243,15 @@ _TASKS = (
         partial(_problems, datasets.humaneval, _humaneval, partial(_pass_at_1, True)),
     ),
     Task("mbpp", "pass@1", 192, ("[DONE]",), partial(_problems, datasets.mbpp, _mbpp, partial(_pass_at_1, False))),
-    Task("gsm8k", "exact", 192, ("\nQuestion:", "\n\n"), partial(_problems, datasets.gsm8k, _gsm8k, _same_number)),
+    Task("gsm8k", "exact", 192, ("\nQuestion:", "\n\n"), partial(_maths, datasets.gsm8k, _gsm8k)),
     Task(
         "math500",
         "exact",
         256,
         ("\nProblem:", "I hope it is"),
-        partial(_problems, datasets.math500, _math500, _same_maths),
+        partial(_maths, datasets.math500, _math500),
     ),
-    Task("squad", "f1", 32, ("\n",), partial(_reading, FEW_WORDS, False, datasets.squad)),
-    Task("hotpotqa", "f1", 32, ("\n",), partial(_reading, FEW_WORDS, True, datasets.hotpotqa)),
-    Task("qasper", "f1", 8, ("\n",), partial(_reading, YES_OR_NO, False, datasets.qasper)),
     Task("mtbench", SAME, 128, ("\nUser:",), _mtbench),
-    Task("retrieval", "exact", 32, ("\n",), _retrieval),
     Task("perplexity", NLL, 64, (), _perplexity, higher_is_better=False),
 )
 TASKS = {task.name: task for task in _TASKS}

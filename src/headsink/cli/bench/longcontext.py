@@ -27,7 +27,7 @@ def measure_suite(
     An interrupted run continues when it is started again with the same options.
     """
     from headsink.bench.checkpoint import run_settings
-    from headsink.bench.longcontext.columns import engines, plans_of_budgets
+    from headsink.bench.longcontext.columns import engines
     from headsink.bench.longcontext.engines import start_kvpress
     from headsink.bench.longcontext.heat_map import heat_map
     from headsink.bench.longcontext.run import run, table
@@ -43,12 +43,12 @@ def measure_suite(
     if not options.raw and tokenizer.chat_template is None:
         raise HeadsinkError(f"model: {options.model} has no chat template; give --raw to ask it without a chat format")
     file, longest = options.out_file, max(lengths)
-    folder, checkpoint = file.with_name(f"{file.stem}-plans"), file.with_name(f".{file.name}.partial")
-    with resumable(checkpoint, folder), ExitStack() as stack:
+    checkpoint = file.with_name(f".{file.name}.partial")
+    with resumable(checkpoint, options.plan_folder), ExitStack() as stack:
         process = None
         if options.kvpress is not None:
             process = stack.enter_context(start_kvpress(options.kvpress, options.model, model))
-        plans = plans_of_budgets(options.model, model, tokenizer, budgets, length=longest, seed=seed, folder=folder) | {
+        plans = options.made_plans(model, tokenizer, budgets, longest) | {
             name: plan.for_model(model) if options.other_weights else plan for name, plan in given.items()
         }
         for plan in plans.values():

@@ -34,7 +34,7 @@ from headsink.utils.progress import console
 from headsink.utils.terminal import resumable, write
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from headsink.plan.plan import Plan
 
@@ -60,7 +60,7 @@ class QualityOptions(RunOptions):
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Instead: plans of these budgets, made first and kept next to --out; a suite uses packaged ones. "
+            help="Instead: plans of these budgets, packaged or calibrated first, kept next to --out. "
             f"{BUDGETS}; with a suite {SUITE_BUDGETS}."
         ),
     ] = None
@@ -121,6 +121,23 @@ class QualityOptions(RunOptions):
         check_other_weights(self.other_weights, self.plan_files)
         return found
 
+    @property
+    def plan_folder(self) -> Path:
+        """Where plans of budgets are kept."""
+        return self.out_file.with_name(f"{self.out_file.stem}-plans")
+
+    def made_plans(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shares: list[float], context: int
+    ) -> dict[str, Plan]:
+        """The plans of budgets for `context` tokens, packaged or calibrated, by their names in results."""
+        from headsink.bench.plans import plans_of_budgets
+
+        files = {share: self.plan_folder / f"{context}-{share:g}-{self.seed}.json" for share in shares}
+        checkpoint = self.plan_folder / "calibration.partial"
+        settings: dict[str, Any] = {"context": context, "seed": self.seed, "checkpoint": checkpoint}
+        made = plans_of_budgets(self.model, model, tokenizer, files, **settings)
+        return {f"{share:g}": plan for share, plan in made.items()}
+
     def describe(self, model: PreTrainedModel, plans: dict[str, Plan], context: int) -> dict[str, Any]:
         """What results begin with: the command, the machine, the model and the plans, with their budgets at `context` tokens."""
         from headsink.bench.heading import provenance
@@ -141,6 +158,8 @@ class QualityOptions(RunOptions):
 def quality(options: QualityOptions) -> None:
     """What plans cost on tasks: scores, and agreement with the full cache, on prompts as long as the plans are made for.
 
+    Questions about documents are in --suite longbench, retrieval in --suite needles and --suite ruler.
+
     Takes hours for all tasks on 2 cores. An interrupted run continues when it is started again with the same options.
     """
     shares = options.shares()
@@ -151,7 +170,6 @@ def quality(options: QualityOptions) -> None:
         return
     tasks = options.chosen_tasks()
 
-    from headsink.bench.plans import calibrate_plans
     from headsink.bench.quality import run, table
 
     plans = {file.stem: headsink.Plan.load(file) for file in options.plan_files or ()}
@@ -159,12 +177,9 @@ def quality(options: QualityOptions) -> None:
     if options.other_weights:
         plans = {name: plan.for_model(model) for name, plan in plans.items()}
     file, context, seed = options.out_file, options.context, options.seed
-    folder, checkpoint = file.with_name(f"{file.stem}-plans"), file.with_name(f".{file.name}.partial")
-    with resumable(checkpoint, folder):
-        files = {share: folder / f"{context}-{share:g}-{seed}.json" for share in shares}
-        partial = folder / "calibration.partial"
-        made = calibrate_plans(model, tokenizer, files, context=context, seed=seed, checkpoint=partial)
-        plans |= {f"{share:g}": plan for share, plan in made.items()}
+    checkpoint = file.with_name(f".{file.name}.partial")
+    with resumable(checkpoint, options.plan_folder):
+        plans |= options.made_plans(model, tokenizer, shares, context)
         results = []
         for name in tasks:
             kept = checkpoint / f"{name}.jsonl"
