@@ -134,7 +134,7 @@ class DensePrefill:
                 continue
             heads = [head for group in evicting for head in group.heads]
             patterns = [group.segment_pattern for group in evicting for _ in group.heads]
-            queries, softmax = reference_queries(query[row, heads, :, part]), self.softmax.of(heads, key.shape[1])
+            queries, softmax = reference_queries(query[row, :, :, part])[heads], self.softmax.of(heads, key.shape[1])
             own_key, own_value, own_scores = (given[row, heads, part] for given in (key, value, scores))
             found = refit_keys(queries, own_key, own_value, own_scores, patterns, softmax, rotary)
             for head, (best, keys, values) in zip(heads, found, strict=True):
