@@ -38,7 +38,7 @@ process.exit(0);
 async function score(sequence, { ids, scored }) {
   const first = ids.length - scored - 1;
   const input = ids.slice(0, -1).map((token, n) => {
-    const logits = { filter: { tokens: [ids[n + 1]], includeMax: true } };
+    const logits = { filter: { tokens: [ids[n + 1]], includeTop: 1 } }; // includeMax leaves it out in version 3.22.1
     return n < first ? token : [token, { generateNext: { logits, totalLogitWeight: true } }];
   });
   const found = (await sequence.controlledEvaluate(input)).slice(first);
