@@ -158,9 +158,8 @@ def score(
     base: log-probabilities of texts with the same plan in bfloat16; filled if it is empty.
     """
     tokens, groups = len(case["ids"]), [] if form is None else cache_groups(cache)
-    exact = [(group.keys, group.values) for group in groups]
+    exact = [(group.keys.clone(), group.values.clone()) for group in groups]
     for group in groups:
-        group.keys, group.values = group.keys.clone(), group.values.clone()
         round_slots(group, form, tokens, slice(0, group.keys.shape[2]))
     texts, records = dict[str, Tensor](), []
     for part in case["continuations"]:
@@ -178,12 +177,13 @@ def score(
                 before = base.setdefault(question, log_probs)
                 records[-1]["kl"] = float((before.exp() * (before - log_probs)).sum(-1).double().mean())
     for group, (keys, values) in zip(groups, exact, strict=True):
-        group.keys, group.values = keys, values
+        slots = slice(0, keys.shape[2])  # the buffers may have grown
+        group.keys[:, :, slots], group.values[:, :, slots] = keys, values
     return records
 
 
 def summary(records: list[dict[str, Any]], budget: float, form: str) -> dict[str, Any]:
-    """Compare a form with the same plan in bfloat16 and with the full cache.
+    """Compare a form with the same plan in bfloat16, and with the full cache if budget 1 was measured.
 
     KL and differences of NLL are means over cases with half of their 95 % interval.
     """
@@ -196,10 +196,11 @@ def summary(records: list[dict[str, Any]], budget: float, form: str) -> dict[str
         ours = {key: record for key, record in own.items() if key[1] == question}
         for name, changes in {
             f"delta NLL to the plan, {question}": [r["nll"] - plan[key]["nll"] for key, r in ours.items()],
-            f"delta NLL, {question}": [r["nll"] - full[key]["nll"] for key, r in ours.items()],
+            f"delta NLL, {question}": [r["nll"] - full[key]["nll"] for key, r in ours.items() if full],
             f"KL, {question}": [r["kl"] for r in ours.values()],
         }.items():
-            found[name] = [round(float(x), 5) for x in interval(torch.tensor(changes))]
+            if changes:
+                found[name] = [round(float(x), 5) for x in interval(torch.tensor(changes))]
     for name, base in (("answers of the plan", plan), ("answers", full)):
         right = [key for key, r in base.items() if r["right"] and not key[1].startswith("text")]
         found[name] = [sum(own[key]["right"] for key in right), len(right)]
@@ -211,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=Path, required=True, help="from benchmarks/cases.py")
     parser.add_argument("--context", type=int, default=2000)
-    parser.add_argument("--budgets", default="1,0.25", help="the first is 1: every key, in bfloat16 the full cache")
+    parser.add_argument("--budgets", default="1,0.25", help="1: every key, in bfloat16 the full cache")
     parser.add_argument("--forms", default=";".join(FORMS), help="separated by ';'")
     parser.add_argument("--block", type=int, default=0, help="also read the text in blocks of this many tokens")
     parser.add_argument("--float32-products", action="store_true", help="as in plans.py")
