@@ -188,7 +188,7 @@ class Decoder:
     def _pass(self, one: Pass) -> None:
         """Run the model over the tokens of a pass and write its logits. Does not synchronise with the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
-            layer.on_card = DeviceTable(table, self.columns, layer.int8)
+            layer.on_card = DeviceTable(table, self.columns, layer.options.int8)
         try:
             with torch.no_grad():
                 output = self.model(one.token, position_ids=one.place, **cache_argument(self.cache()), use_cache=True)
