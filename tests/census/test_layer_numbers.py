@@ -21,6 +21,7 @@ from headsink.evaluation.head_sets import Heads
 from headsink.models.spec import describe
 from headsink.report.attention import standing_out
 from headsink.runtime.kept import kept_tokens
+from headsink.utils.format import ranges
 
 LAYERS, LENGTH = [1, 3], 64
 TEXT = "".join(chr(40 + 7 * n % 61) for n in range(LENGTH))
@@ -102,6 +103,13 @@ def test_a_layer_without_attention_is_refused_by_its_number(model, census):
     ):
         with pytest.raises(HeadsinkError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [(range(30), "0 to 29"), ([1, 3], "1, 3"), ([0, 1, 3, 4, 5, 9], "0, 1, 3 to 5, 9"), ([7], "7")]
+)
+def test_layers_in_a_message_are_ranges(numbers, text):
+    assert ranges(numbers) == text
 
 
 def test_a_folder_keeps_the_numbers(model, census, tmp_path):
