@@ -18,10 +18,8 @@ model, tokenizer = headsink.load(arguments.model)
 census = headsink.analyze(model, tokenizer, texts=[arguments.file.read_text(encoding="utf-8")])
 length = census.lengths[-1]
 sink, roles = census.score("sink", length), census.roles(length)
-for place in sink.flatten().argsort(descending=True)[:10].tolist():
-    layer, head = divmod(place, sink.shape[1])
-    print(
-        f"layer {layer}, head {head}: {roles[layer][head]}, {sink[layer, head]:.0%} of its attention goes to sink tokens"
-    )
+for layer, head in census.strongest("sink", 10):
+    row = census.layers.index(layer)
+    print(f"layer {layer}, head {head}: {roles[row][head]}, {sink[row, head]:.0%} of its attention goes to sink tokens")
 if arguments.out:
     print(headsink.write_report(census, arguments.out) / "report.html")

@@ -12,6 +12,7 @@ from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache import prefill_cuda
 from headsink.cache.layer import PlanLayer
+from headsink.cache.options import LayerOptions
 from headsink.cache.segments import PrefillOptions
 from headsink.eviction.pattern import FULL, Pattern
 from headsink.eviction.scorers import LINEAR
@@ -148,7 +149,9 @@ def test_one_launch_for_all_heads_equals_one_per_group(device, dtype, patterns, 
             read(*given)
 
     monkeypatch.setattr(prefill_cuda, "read", watched)
-    one, other = (PlanLayer(patterns, weights, exact=False, prefill=PrefillOptions(dense=False)) for _ in range(2))
+    one, other = (
+        PlanLayer(patterns, LayerOptions(weights, exact=False), prefill=PrefillOptions(dense=False)) for _ in range(2)
+    )
     monkeypatch.setattr(other, "_at_once", lambda query: [])
     error = TYPES[dtype]
     for part in (slice(tokens), slice(tokens, tokens + 40), slice(tokens + 40, tokens + more)):  # and further chunks

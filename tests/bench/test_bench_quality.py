@@ -293,7 +293,7 @@ def test_the_command(bench, tiny, tiny_folder, tmp_path):
     assert json.loads(out) == json.loads((tmp_path / "out.json").read_text())
     assert [way["way"] for way in json.loads(out)["results"][0]["ways"]] == ["full", "streaming"]
     assert json.loads(out)["kv_dtype"] == "auto"
-    assert "kv_dtype: 'int3' is" in bench(*words, "--plan", plan, "--kv-dtype", "int3")[2]
+    assert "kv-dtype: 'int3' is" in bench(*words, "--plan", plan, "--kv-dtype", "int3")[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "streaming.json"]
     assert "give --plan or --budgets, one of the two" in bench(*words, "--plan", plan, "--budgets", "0.5")[2]
     assert "tasks: 'x' is unknown" in bench(*words, "--plan", plan, "--tasks", "x")[2]

@@ -12,6 +12,7 @@ from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.reference import reference_attention, reference_refit
 from headsink.cache.head_group import QUERY_BLOCK
 from headsink.cache.layer import PlanLayer
+from headsink.cache.options import LayerOptions
 from headsink.cache.segments import PrefillOptions
 from headsink.eviction.scorers import ALWAYS, LINEAR
 from headsink.eviction.scorers.prompt import LEAST, segment_scores
@@ -131,7 +132,7 @@ WAYS = [[1000], [1], [3, 129, 1, 1, 31], [200, 1], [7], [1, 150, 13]]
 def test_any_division_into_chunks_equals_the_reference(patterns, group, pads, sizes, prefill, window, length, seed):
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), group, length, seed)
-    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
+    layer = PlanLayer(patterns, LayerOptions(weights, decode_window=window), prefill)
     output = feed(layer, query, key, value, padding_of(pads), sizes)
     expected = expected_attention(query, key, value, patterns, weights, pads, sizes, prefill, decode_window=window)
     close(output, expected, pads)
@@ -155,7 +156,9 @@ def test_logits_may_be_capped_and_some_learned(patterns, pads, sizes, prefill, s
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
     sink_logits = torch.linspace(-2, 3, 2 * len(patterns)) if some else None
     softmax = AttentionParams(SCALE, softcap, sink_logits)
-    output = feed(PlanLayer(patterns, weights, prefill=prefill), query, key, value, padding_of(pads), sizes, softmax)
+    output = feed(
+        PlanLayer(patterns, LayerOptions(weights), prefill=prefill), query, key, value, padding_of(pads), sizes, softmax
+    )
     exact = [t.double() for t in (query, key, value)]
     expected = expected_attention(*exact, patterns, weights, pads, sizes, prefill, softmax=softmax)
     close(output.double(), expected, pads, atol=1e-12 if dtype == torch.float64 else 1e-4)
@@ -177,7 +180,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 16, 100)], ids=str)
 def test_logits_of_a_long_text_are_not_made_at_once(pattern, prefill, softcap):
     query, key, value, weights = text(1, 2, 1, 2000, 1)
-    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
+    layer = PlanLayer([pattern] * 2, LayerOptions(weights), prefill=PREFILLS[prefill])
     with torch.no_grad(), Largest() as largest:
         feed(layer, query, key, value, None, [1500, 500], AttentionParams(SCALE, softcap))
     assert largest.elements <= 2 * QUERY_BLOCK * 2000
@@ -196,7 +199,7 @@ def test_logits_of_a_long_text_are_not_made_at_once(pattern, prefill, softcap):
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 3, 0), Pattern(4, 16, 20)], ids=str)
 def test_the_top_k_slots_hold_the_best_keys_past_the_window(pattern, pads, prefill, sizes):
     query, key, value, weights = text(len(pads), 2, 2, 400, 1)
-    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
+    layer = PlanLayer([pattern] * 2, LayerOptions(weights), prefill=PREFILLS[prefill])
     feed(layer, query, key, value, padding_of(pads), sizes)
     (group,), scores = layer.groups, LINEAR.scores(key, value, weights)
     if PREFILLS[prefill].rotary is not None:
@@ -237,7 +240,7 @@ def test_cropped_tokens_leave_no_trace(patterns, pads, steps, prefill, window, s
     """While recording: after each forward pass some of its tokens are cropped and replaced by others."""
     length = 65 + sum(tokens for tokens, _ in steps)
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed)
-    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
+    layer = PlanLayer(patterns, LayerOptions(weights, decode_window=window), prefill)
     padding, start = padding_of(pads), 60
     outputs = [attend(layer, query, key, value, padding, 0, start)]
     layer.activate_past_recording()
@@ -264,7 +267,7 @@ def test_a_recorded_prompt_is_one_segment(prefill, window):
     """Of a cache that records from the start; later calls are read token by token."""
     patterns, length, prefill = [Pattern(1, 5, 9), Pattern(0, 30, 0), Pattern(2, 0, 20)], 150, PREFILLS[prefill]
     query, key, value, weights = text(2, 3, 2, length, 1)
-    layer, padding = PlanLayer(patterns, weights, prefill=prefill, decode_window=window), padding_of([0, 13])
+    layer, padding = PlanLayer(patterns, LayerOptions(weights, decode_window=window), prefill), padding_of([0, 13])
     layer.activate_past_recording()
     outputs = [feed(layer, *(t[:, :, :111] for t in (query, key, value)), padding, [100, 1, 10])]
     wrong = text(2, 3, 2, 150, 2)[:3]
@@ -296,7 +299,7 @@ def test_no_slot_is_written_twice_in_one_write(pattern, sizes, prefill):
     query, key, value, weights = text(2, 2, 1, 400, 1)
     if sizes == [1]:
         query, key, value = (t[:, :, :60] for t in (query, key, value))
-    layer = PlanLayer([pattern] * 2, weights, prefill=PREFILLS[prefill])
+    layer = PlanLayer([pattern] * 2, LayerOptions(weights), prefill=PREFILLS[prefill])
     with Writes():
         feed(layer, query, key, value, padding_of([0, 40]), sizes)
 
@@ -305,7 +308,7 @@ def test_no_slot_is_written_twice_in_one_write(pattern, sizes, prefill):
 def test_reordered_rows_keep_their_scores(prefill):
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0)], [0, 13, 30]
     query, key, value, weights = text(3, 2, 2, 130, 5)
-    layer = PlanLayer(patterns, weights, prefill=PREFILLS[prefill])
+    layer = PlanLayer(patterns, LayerOptions(weights), prefill=PREFILLS[prefill])
     feed(layer, *(t[:, :, :100] for t in (query, key, value)), padding_of(pads), [100])
     rows = torch.tensor([2, 0, 1, 2])
     layer.reorder_cache(rows)
@@ -340,7 +343,7 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(
     length = freeze + sum(tokens for tokens, _ in steps) + 3
     pads = [min(pad, length - 1) for pad in pads]
     query, key, value, weights = text(len(pads), len(patterns), 2, length, seed, dtype)
-    layer = PlanLayer(patterns, weights, prefill=prefill, decode_window=window)
+    layer = PlanLayer(patterns, LayerOptions(weights, decode_window=window), prefill)
     padding, start, outputs = padding_of(pads), freeze, []
     before = segments_of(sizes, freeze, prefill)
     if recording and prefill.dense:  # after the first call, token by token
@@ -373,7 +376,7 @@ def test_a_frozen_layer_evicts_only_cropped_tokens(
 @pytest.mark.parametrize("pattern", [Pattern(2, 1, 5), Pattern(0, 0, 0), Pattern(0, 3, 90)], ids=str)
 def test_tokens_cached_before_freeze_cannot_be_cropped(pattern):
     query, key, value, weights = text(1, 2, 1, 60, 1)
-    layer = PlanLayer([pattern] * 2, weights)
+    layer = PlanLayer([pattern] * 2, LayerOptions(weights))
     attend(layer, query, key, value, None, 0, 50)
     layer.freeze()
     attend(layer, query, key, value, None, 50, 60)
@@ -386,7 +389,7 @@ def test_tokens_cached_before_freeze_cannot_be_cropped(pattern):
 def test_rows_reordered_after_freeze_keep_everything(prefill):
     patterns, pads = [Pattern(1, 2, 4), Pattern(0, 5, 0), Pattern()], [0, 13, 30]
     query, key, value, weights = text(3, 3, 2, 130, 5)
-    layer, prefill = PlanLayer(patterns, weights, prefill=PREFILLS[prefill]), PREFILLS[prefill]
+    layer, prefill = PlanLayer(patterns, LayerOptions(weights), prefill=PREFILLS[prefill]), PREFILLS[prefill]
     feed(layer, *(t[:, :, :60] for t in (query, key, value)), padding_of(pads), [50, 1])
     layer.freeze()
     attend(layer, query, key, value, padding_of(pads), 60, 100)
@@ -402,7 +405,7 @@ def test_rows_reordered_after_freeze_keep_everything(prefill):
 
 def test_a_reset_layer_evicts_again():
     query, key, value, weights = text(1, 1, 1, 60, 1)
-    layer = PlanLayer([Pattern(1, 2, 5)], weights)
+    layer = PlanLayer([Pattern(1, 2, 5)], LayerOptions(weights))
     layer.freeze()
     attend(layer, query, key, value, None, 0, 60)
     assert layer.groups[0].keys.shape[2] >= 60
@@ -478,7 +481,7 @@ def test_columns_between_tokens_can_be_hidden(patterns, pad, end, count, sizes, 
     start_hidden = end + count + 2
     length, pad = start_hidden + 60, min(pad, end - 1)
     query, key, value, weights = text(2, len(patterns), 1, length, seed, dtype)
-    layer, pads = PlanLayer(patterns, weights, prefill=prefill), torch.tensor([0, pad])
+    layer, pads = PlanLayer(patterns, LayerOptions(weights), prefill=prefill), torch.tensor([0, pad])
     before = Padding(pads, pad) if pad else None
     outputs = [attend(layer, query, key, value, before, 0, start_hidden)]
     hidden = torch.zeros(2, length, dtype=torch.bool)

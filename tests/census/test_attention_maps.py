@@ -87,7 +87,7 @@ def test_wrong_heads_and_texts_are_one_line():
         (
             [(3, 0)],
             [5, 6],
-            r"heads: 3\.0 is not a head of .*, which has layers 0 to 2 with attention, of query heads 0 to 3",
+            r"heads: 3\.0 is not a head of .*, which has attention in layers 0 to 2, with query heads 0 to 3",
         ),
         ([(0, -1)], [5, 6], r"heads: 0\.-1 is not a head"),
         ([(0, 0)], [5], "text: it has 1 tokens; give 2 to 512"),

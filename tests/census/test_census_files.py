@@ -177,6 +177,8 @@ CASES = [
     (("kv_heads",), 0, "model.kv_heads: Input should be greater than 0"),
     (("kv_heads",), 3, "4 query heads cannot share 3 KV heads"),
     (("query_heads",), 2, "does not fit the settings"),
+    (("numbers",), [0, 1], "numbers: 2 given for 3 layers"),
+    (("numbers",), [0, 2, 2], "numbers: they must increase"),
 ]
 
 

@@ -14,6 +14,7 @@ from headsink.census.head_statistics import Thresholds, head_statistics
 from headsink.utils import device as gpu
 
 census = pytest.importorskip("headsink.attention.cuda.statistics")  # triton may not be installed
+bands = pytest.importorskip("headsink.attention.cuda.bands")
 LIMITS = Thresholds(first=2, secondary=9, tau=0.8, window=9)
 CASES = {
     "group-of-two": {"length": 77},
@@ -64,7 +65,7 @@ def test_kernels_equal_the_blockwise_statistics(name, device, monkeypatch):
     case = dict(CASES[name])
     length, queries = case["length"], case.pop("queries", 512)
     layer = seen(device, **case)
-    monkeypatch.setattr(census, "WIDEST", 50)
+    monkeypatch.setattr(bands, "WIDEST", 50)
     ran = []
     monkeypatch.setattr(census, "masses", lambda *a, masses=census.masses: ran.append(1) or masses(*a))
     found = head_statistics(layer, length, LIMITS, queries)

@@ -437,7 +437,7 @@ def test_models_and_doctor(run):
         (["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "0"], "chunk-size"),
         (
             ["generate", "TINY", "--prompt", "x", "--plan", "PLAN", "--chunk-size", "9", "--prefill", "sparse"],
-            "chunk_size: sparse prefill evicts at every token",
+            "chunk-size: sparse prefill evicts at every token; leave chunk-size out",
         ),
         (["prefill", "TINY", "--file", "file", "--plan", "nosuch.json"], "cannot read plan nosuch.json: No such"),
         (["generate", "TINY", "--prompt", "x", "--temperature", "-1"], "temperature"),
@@ -453,7 +453,7 @@ def test_models_and_doctor(run):
         (["compare", "a", "b", "--out", "file"], "headsink did not write the file that is there"),
         (["bench", "speed", "TINY", "--out", "file"], "headsink did not write the file that is there"),
         (["plan", "TINY", "--budget", "0.2", "--max-kl", "0.1"], "one of the two"),
-        (["plan", "TINY", "--max-kl", "0"], "max_kl: 0.0 is not above 0"),
+        (["plan", "TINY", "--max-kl", "0"], "max-kl: 0.0 is not above 0"),
         (["plan", "TINY", "--context", "long"], "neither a number of tokens nor a range"),
         (["plan", "TINY", "--context", "900-700"], "context: 900 to 700 is not a range"),
         (["plan", "TINY", "--policy", "best"], "policy: 'best' is unknown; one of headsink, streaming-llm"),

@@ -212,8 +212,8 @@ def test_random_heads_follow_the_seed(heads):
         ([1, 2], "all", "heads: give pairs of layer and head"),
         ([(1, 0.5)], "all", "heads: give pairs of layer and head"),
         ([], "all", "heads: none are given"),
-        ("1.*", "layers", "random heads of the same layers are the same heads; give null='all'"),
-        ("0.*,1.*,2.*", "all", "the same heads; give draws=0"),
+        ("1.*", "layers", "random heads of the same layers are the same heads; give 'all' as null"),
+        ("0.*,1.*,2.*", "all", "the same heads; give 0 as draws"),
         ("1.1", "none", "null: 'none' is unknown; one of layers, all"),
     ],
 )

@@ -1,14 +1,9 @@
-"""Choose the plan of each forward pass, and check that every layer applied it.
+"""Run each forward pass under the plan of the block that it belongs to, and check that every layer applied it.
 
 While a model is *engaged*, its attention goes to the function that attention/interface.py registers with transformers, and hooks
-run around every forward pass. An open `with apply(model, plan)` block is a `Scope` of the model. It applies in every thread:
-
-- If all open blocks of a model have the same plan, every pass runs under it.
-- If they have several plans, a pass belongs to the block that called it: the block whose frame is on the call stack, also for a
-  generator that other code resumes. If there is none, it belongs to the last block that the calling thread entered.
-
-A pass that begins in a block ends under its plan, even if another thread leaves the block meanwhile. After a pass, every layer
-with patterns in the plan must have attended through the plan's cache.
+run around every forward pass. An open `with apply(model, plan)` block is a `Scope` of the model (scopes.py says which passes
+belong to it). A pass that begins in a block ends under its plan, even if another thread leaves the block meanwhile. After a pass,
+every layer with patterns in the plan must have attended through the plan's cache.
 
 A block may have a compiled decode step (decoding/token.py). While a model is engaged its `forward` is wrapped, so that the step
 can take the place of a pass of one token.
@@ -17,14 +12,12 @@ can take the place of a pass of one token.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +25,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from headsink.attention.scopes import Prepare, Scope, Step, scope_of
 from headsink.errors import HeadsinkError
 from headsink.models.spec import decoder, unwrap
 from headsink.models.transformers_names import cache_argument, given_cache, named_arguments, with_cache, without_cache
@@ -39,26 +33,6 @@ from headsink.models.transformers_names import cache_argument, given_cache, name
 ATTENTION = "headsink"  # the name that attention/interface.py registers with transformers
 
 CAPTURES = "transformers.utils.output_capturing"
-
-Prepare = Callable[[dict[str, Any], bool], Cache]
-Step = Callable[[], torch.Tensor]  # returns the logits of a pass
-
-
-@dataclass(eq=False)
-class Scope:
-    """An open block.
-
-    plan: None for the full cache. prepare: creates or checks the cache of a pass, given its arguments. private: the block is
-    headsink's own, and applies only to calls from it. step: finds the compiled decode step that can take the place of a pass of
-    the model, given its arguments and its cache.
-    """
-
-    plan: Any
-    prepare: Prepare | None
-    private: bool = False
-    step: Callable[[dict[str, Any], Any], Step | None] | None = None
-    thread: int = field(default_factory=threading.get_ident)
-    frame: tuple[int, Any] = field(default_factory=lambda: _caller())
 
 
 @dataclass(eq=False)
@@ -223,39 +197,6 @@ def watch() -> Iterator[None]:
         _thread.watchers -= 1
 
 
-def _caller() -> tuple[int, Any]:
-    """Return the frame that enters a block: the first outside this module, `contextlib` and headsink.runtime.apply."""
-    frame: FrameType | None = sys._getframe(1)
-    skipped = (__name__, "contextlib", "dataclasses", "headsink.runtime.apply")
-    while frame is not None and (frame.f_globals.get("__name__") in skipped or frame.f_code.co_filename == "<string>"):
-        frame = frame.f_back
-    return (0, None) if frame is None else (id(frame), frame.f_code)
-
-
-def _scope(state: _State) -> Scope | None:
-    """Return the block of a pass of the calling thread, or None."""
-    scopes = list(state.scopes)
-    public = [scope for scope in scopes if not scope.private]
-    if len(public) == len(scopes) and all(
-        scope.plan is scopes[0].plan or scope.plan == scopes[0].plan for scope in scopes
-    ):
-        return scopes[-1] if scopes else None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        for scope in reversed(scopes):
-            if scope.frame == (id(frame), frame.f_code):
-                return scope
-        frame = frame.f_back
-    own = [scope for scope in scopes if scope.thread == threading.get_ident()]
-    if own:
-        return own[-1]
-    if any(scope.plan != public[0].plan for scope in public):
-        raise HeadsinkError(
-            "several plans are applied to this model by other threads: enter `with headsink.apply(model, plan):` in this one too"
-        )
-    return public[-1] if public else None
-
-
 def check_pass(layer: Any) -> None:
     """Raise unless this thread runs a pass with the cache that contains `layer`."""
     current = _thread.passes[-1] if _thread.passes else None
@@ -271,7 +212,7 @@ def check_uncached(module: nn.Module) -> None:
     state = _owners.get(module)
     if state is None or _thread.watchers:
         return
-    scope = _thread.passes[-1].scope if _thread.passes else _scope(state)
+    scope = _thread.passes[-1].scope if _thread.passes else scope_of(list(state.scopes))
     if scope is not None and scope.plan is not None and scope.plan.layers[module.layer_idx] is not None:
         raise HeadsinkError(
             f"layer {module.layer_idx}: it attended without the plan's cache, so the plan was not applied. Call the "
@@ -294,7 +235,7 @@ def _begin(state: _State, module: nn.Module, args: tuple[Any, ...], kwargs: dict
                 f"{type(current.module).__name__} makes its own cache, which a plan cannot use"
             )
         return None
-    scope = _scope(state)
+    scope = scope_of(list(state.scopes))
     if given.get("output_attentions") or (
         given.get("output_attentions") is None and getattr(state.config, "output_attentions", False)
     ):

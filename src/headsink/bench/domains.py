@@ -252,7 +252,8 @@ def _part(census: Census, numbers: Sequence[int], length: int) -> Census:
         for new, old in enumerate(numbers)
         for name in ("scores", "uniform")
     } | {f"{new}.ids": census.arrays[f"{old}.ids"] for new, old in enumerate(numbers)}
-    shape = census.settings["model"] | {"layers": len(full), "sliding": [None] * len(full)}
+    layers = [census.layers[row] for row in full]
+    shape = census.settings["model"] | {"layers": len(full), "numbers": layers, "sliding": [None] * len(full)}
     texts = [census.settings["texts"][old] | {"domain": "part"} for old in numbers]
     return Census(census.settings | {"model": shape, "texts": texts}, census.vocabulary, arrays)
 

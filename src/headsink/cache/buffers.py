@@ -23,10 +23,10 @@ from torch import Tensor
 from headsink.attention.int8 import dequantize, quantize
 from headsink.attention.params import Padding
 from headsink.cache.inference_mode import outside_inference_mode
+from headsink.cache.options import LayerOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FOREVER, Pattern
-from headsink.eviction.scorers import LINEAR, NONE, Scorer
-from headsink.models.rope import Rotary
+from headsink.eviction.scorers import NONE
 from headsink.utils import device
 
 GROWTH = 128  # slots by which a ring grows until it is as long as its window
@@ -35,11 +35,8 @@ GROWTH = 128  # slots by which a ring grows until it is as long as its window
 class Buffers:
     """Keys and values of the KV heads `heads` of one layer, all with `pattern`, which they keep at the end of a segment.
 
-    decode_window: the window at least while decoding; `self.pattern` has it. weights: scorer weights, [KV heads of the layer,
-    features]. rotary: how the layer rotates queries, for cache-relative positions (models/rope.py), else None. exact: heads with
-    full attention use the same call as transformers where `sdpa` can express it, even if a kernel is faster. scorer: of the
-    weights. int8: keys and values are cached in 8 bits. Columns count from the start of the batch, positions from a row's first
-    real token.
+    key: new keys of the layer, [batch, KV heads, tokens, dim], whose batch, dim, dtype and device the buffers get. `self.pattern`
+    has the window of decoding. Columns count from the start of the batch, positions from a row's first real token.
     """
 
     @outside_inference_mode
@@ -47,19 +44,14 @@ class Buffers:
         self,
         pattern: Pattern,
         heads: list[int],
-        weights: Tensor,
+        options: LayerOptions,
         key: Tensor,
         padding: Padding | None,
-        rotary: Rotary | None = None,
-        exact: bool = True,
-        scorer: Scorer = LINEAR,
-        decode_window: int = 0,
-        int8: bool = False,
     ):
-        self.int8, self.dtype, self.head_dim = int8, key.dtype, key.shape[3]
-        self.segment_pattern, self.pattern = pattern, pattern.widen(decode_window)
-        self.heads, self.exact, self.scorer = heads, exact, scorer
-        self.rotary = rotary if pattern.sink else None
+        self.int8, self.dtype, self.head_dim = options.int8, key.dtype, key.shape[3]
+        self.segment_pattern, self.pattern = pattern, pattern.widen(options.decode_window)
+        self.heads, self.exact, self.scorer = heads, options.exact, options.scorer
+        self.rotary = options.rotary if pattern.sink else None
         self.below_capacity = not pattern.full and self.rotary is None
         self.window = None if self.below_capacity else pattern.window  # None: nothing is evicted
         # slots before the ring; grows by those of top-k keys
@@ -72,7 +64,7 @@ class Buffers:
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
         self.index = device.index(heads, key.device)
-        weights = device.on_card(weights, key.device)
+        weights = device.on_card(options.weights, key.device)
         self.weights = weights[self.index] if pattern.top_k else weights[:0]
         self.length = 0  # columns appended so far
         self.recording = False

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 
 from headsink.attention.params import Padding
 from headsink.cache.layer import PlanLayer
+from headsink.cache.options import LayerOptions
 from headsink.cache.segments import DENSE, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.scorers import SCORERS
@@ -49,7 +50,7 @@ class PlanCache(Cache):
         int8 = kv_dtype == "int8"
         if int8 and (odd := [dim for _, _, dim in shape.heads if dim % 4]):
             raise HeadsinkError(
-                f"kv_dtype: 'int8' takes head sizes that are multiples of 4, and the model has {odd[0]}"
+                f"int8: a cache in 8 bits takes head sizes that are multiples of 4, and the model has {odd[0]}"
             )
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
@@ -61,10 +62,9 @@ class PlanCache(Cache):
                 patterns = [head.pattern for head in heads]
                 rotation = None if rotations is None else rotations[index]
                 rotary = rotation if plan.positions == "cache-relative" else None
-                options = replace(prefill, rotary=rotation)
                 scorer = SCORERS[plan.scorer]
-                own = patterns, plan.scores(index), rotary, exact, scorer, options, plan.decode_window
-                layers.append(PlanLayer(*own, shared=shape.shared[index], int8=int8))
+                own = LayerOptions(plan.scores(index), scorer, plan.decode_window, rotary, exact, int8)
+                layers.append(PlanLayer(patterns, own, replace(prefill, rotary=rotation), shared=shape.shared[index]))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill, self.heads = plan, exact, prefill, shape.heads
         self.kv_dtype: KVDtype = kv_dtype
@@ -164,7 +164,7 @@ def nbytes(cache: Cache) -> int:
     storages: dict[int, int] = {}
     for layer in cache.layers:
         if isinstance(layer, PlanLayer):
-            tensors = [layer.weights, *(t for group in layer.groups for t in group.tensors())]
+            tensors = [layer.options.weights, *(t for group in layer.groups for t in group.tensors())]
         else:
             values = (value.values() if isinstance(value, dict) else [value] for value in vars(layer).values())
             tensors = [state for value in values for state in value if isinstance(state, Tensor)]

@@ -20,6 +20,7 @@ from headsink.attention import backends
 from headsink.attention.eager import attend_rows
 from headsink.attention.params import QUERY_BLOCK, AttentionParams, Padding
 from headsink.attention.visibility import KeyVisibility
+from headsink.cache.options import LayerOptions
 from headsink.cache.slots import Slots
 from headsink.eviction.lifetimes import lifetimes
 from headsink.eviction.pattern import FOREVER, FULL
@@ -58,9 +59,8 @@ class HeadGroup(Slots):
     @classmethod
     def over(cls, key: Tensor, value: Tensor, padding: Padding | None, exact: bool) -> HeadGroup:
         """All heads with full attention over given keys and values, [batch, heads, tokens, dim], which are not copied."""
-        group = cls(
-            FULL, list(range(key.shape[1])), key.new_zeros(key.shape[1], 0), key[:, :, :0], padding, exact=exact
-        )
+        options = LayerOptions(key.new_zeros(key.shape[1], 0), exact=exact)
+        group = cls(FULL, list(range(key.shape[1])), options, key[:, :, :0], padding)
         group.keys, group.values, group.length = key, value, key.shape[2]
         real = group._positions(torch.arange(key.shape[2], device=key.device)) >= 0
         group.visible = real.expand(*key.shape[:2], -1).contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
 from headsink.cache.head_group import HeadGroup, View
+from headsink.cache.options import LayerOptions
+from headsink.cache.padding import continue_padding
 from headsink.cache.segments import DENSE, DensePrefill, PrefillOptions
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import FULL, Pattern
-from headsink.eviction.scorers import LINEAR, Scorer
+from headsink.eviction.scorers import LINEAR
 from headsink.eviction.scorers.prompt import match_scale
-from headsink.models.rope import Rotary
 from headsink.models.transformers_names import drafted
 from headsink.utils import device
 
@@ -34,8 +36,8 @@ from headsink.utils import device
 class PlanLayer(CacheLayerMixin):
     """One layer of a plan's cache: its KV heads, grouped by pattern.
 
-    sliding: the window in tokens of a layer that has one in the model; no plan changes such a layer. shared: later layers of the
-    model attend to its keys. int8: cache keys and values in 8 bits.
+    patterns: of every KV head. prefill: how calls of several tokens are read. sliding: the window in tokens of a layer that has
+    one in the model; no plan changes such a layer. shared: later layers of the model attend to its keys.
     """
 
     is_compileable, is_croppable = False, True
@@ -43,20 +45,14 @@ class PlanLayer(CacheLayerMixin):
     def __init__(
         self,
         patterns: list[Pattern],
-        weights: Tensor,
-        rotary: Rotary | None = None,
-        exact: bool = True,
-        scorer: Scorer = LINEAR,
+        options: LayerOptions,
         prefill: PrefillOptions = DENSE,
-        decode_window: int = 0,
         sliding: int | None = None,
         shared: bool = False,
-        int8: bool = False,
     ):
         super().__init__()
-        self.patterns, self.weights, self.rotary, self.exact, self.scorer = patterns, weights, rotary, exact, scorer
-        self.prefill, self.decode_window, self.sliding, self.shared = prefill, decode_window, sliding, shared
-        self.int8 = int8
+        self.patterns, self.options, self.prefill = patterns, options, prefill
+        self.sliding, self.shared = sliding, shared
         self.attended = 0  # calls of `attend`; attention/passes.py checks that the plan was applied
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -70,9 +66,8 @@ class PlanLayer(CacheLayerMixin):
     ) -> PlanLayer:
         """A layer with a sliding window of the model."""
         weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
-        options = PrefillOptions(dense=False)
-        patterns = [Pattern(window=window)] * kv_heads
-        return cls(patterns, weights, exact=exact, prefill=options, sliding=window, shared=shared, int8=int8)
+        options = LayerOptions(weights, exact=exact, int8=int8)
+        return cls([Pattern(window=window)] * kv_heads, options, PrefillOptions(dense=False), window, shared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
         """Copy the layer without the tables of addresses."""
@@ -114,11 +109,11 @@ class PlanLayer(CacheLayerMixin):
                 "dtype": first.dtype,
                 "device": first.keys.device,
             }
-        if self.scorer.n_features(key.shape[3]) != self.weights.shape[-1] or key.shape != value.shape:
+        features = self.options.weights.shape[-1]
+        if self.options.scorer.n_features(key.shape[3]) != features or key.shape != value.shape:
             raise HeadsinkError(
                 f"this cache is for another model: it got keys {list(key.shape)} and values {list(value.shape)}, "
-                f"[batch, KV heads, tokens, head size], and has {self.weights.shape[-1]} scorer weights for "
-                f"{len(self.patterns)} KV heads"
+                f"[batch, KV heads, tokens, head size], and has {features} scorer weights for {len(self.patterns)} KV heads"
             )
         for what, expected in fits.items():
             if found[what] != expected:
@@ -144,29 +139,25 @@ class PlanLayer(CacheLayerMixin):
         self.attended += 1
         if not self.groups:
             self._make_groups(update.key, padding)
-        elif self.groups[0].padding is not None and self.groups[0].padding.right:
-            raise HeadsinkError(
-                "this cache begins with a batch that is padded on the right: pad on the left (tokenizer.padding_side "
-                "= 'left') to continue it"
-            )
-        elif padding is not None:
-            self._check_padding(padding)
+        elif continue_padding(self.groups, self.seen, padding):
+            self.layout = None
         key, value = update.key, update.value
         cached = self.groups[0].keys
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or cached.requires_grad):
-            if self.int8:
+            if self.options.int8:
                 raise HeadsinkError("kv_dtype: 'int8' has no gradients; leave it out to train, or use torch.no_grad()")
             # The query decides whether kernels run, which have no gradients. An adapter may be on keys or values only.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
-            rotated = None if self.rotary is None else self.on_card.rotated(query, self.rotary)
+            rotary = self.options.rotary
+            rotated = None if rotary is None else self.on_card.rotated(query, rotary)
             return self.on_card.attend(query, key, value, softmax, rotated).transpose(1, 2)
         self.is_initialized = True
         self.seen += key.shape[2]
         if self._reads_densely(key.shape[2]):
             self.layout = None
             views = update.views if self.shared else None
-            dense = DensePrefill(self.groups, self.weights, self.prefill, module, softmax, views)
+            dense = DensePrefill(self.groups, self.options.weights, self.prefill, module, softmax, views)
             return dense.attend(query, key, value).transpose(1, 2)
         backend = backends.backend_for(query, softmax)
         if backend and not self.shared and self._steps(backend, query, softmax):
@@ -246,10 +237,10 @@ class PlanLayer(CacheLayerMixin):
             and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not where the output must equal the full cache's bit for bit
             and not (
-                softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not self.int8
+                softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not groups[0].int8
             )
             and not any(g.recording or g.rotary is not None for g in groups)
-            and (self.scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
+            and (groups[0].scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))
         )
 
     def _at_once(self, query: Tensor) -> list[HeadGroup]:
@@ -275,62 +266,15 @@ class PlanLayer(CacheLayerMixin):
             group.length += 1
         return backend.step(self.layout, length, query, key, value, softmax)
 
-    def _check_padding(self, padding: Padding) -> None:
-        """Check that the padding of a later mask agrees with the earlier one, except in rows of padding only, and store it."""
-        before = self.groups[0].padding
-        if padding.tokens.shape[0] != self.groups[0].keys.shape[0]:
-            raise HeadsinkError(
-                f"attention_mask: it has {len(padding.tokens)} rows and this cache {len(self.groups[0].keys)}"
-            )
-        same = padding.tokens == (before.tokens if before is not None else 0)
-        if before is not None:
-            same |= (before.tokens >= self.seen) & (padding.tokens >= self.seen)
-        if not same.all():
-            raise HeadsinkError("attention_mask: the left padding is not the one that this cache was started with")
-        self._hide(padding.hidden, None if before is None else before.hidden)
-        for group in self.groups:
-            group.padding = padding
-
-    def _hide(self, hidden: Tensor | None, before: Tensor | None) -> None:
-        """Hide the columns of a mask, bool [batch, columns], except those that were already hidden (`before`)."""
-        new = torch.zeros(self.groups[0].keys.shape[0], self.seen, dtype=torch.bool, device=self.groups[0].keys.device)
-        old = torch.zeros_like(new)
-        for target, given in ((new, hidden), (old, before)):
-            if given is not None:
-                target[:, : given.shape[1]] = given[:, : self.seen]
-        if (old & ~new).any():
-            raise HeadsinkError("attention_mask: it shows tokens that it hid before; they may have been evicted")
-        new &= ~old
-        if not new.any():
-            return
-        for group in self.groups:
-            group.check_hide(new)
-        for group in self.groups:
-            group.hide(new)
-        self.layout = None
-
     def _make_groups(self, key: Tensor, padding: Padding | None) -> None:
         by_pattern: dict[Pattern, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
             by_pattern.setdefault(FULL if self.frozen else pattern, []).append(head)
         self.layout = None
-        self.weights = device.on_card(self.weights, key.device)  # once for all groups
-        exact = self.exact and len(by_pattern) == 1
-        self.groups = [
-            HeadGroup(
-                pattern,
-                heads,
-                self.weights,
-                key,
-                padding,
-                self.rotary,
-                exact,
-                self.scorer,
-                self.decode_window,
-                self.int8,
-            )
-            for pattern, heads in by_pattern.items()
-        ]
+        weights = device.on_card(self.options.weights, key.device)  # once for all groups
+        self.options = replace(self.options, weights=weights)
+        own = replace(self.options, exact=self.options.exact and len(by_pattern) == 1)
+        self.groups = [HeadGroup(pattern, heads, own, key, padding) for pattern, heads in by_pattern.items()]
         for group in self.groups:
             group.recording = self.recording
 
@@ -372,7 +316,7 @@ class PlanLayer(CacheLayerMixin):
         """
         self._make_groups(key, padding)
         if scores is not None:
-            linear, scores = self.scorer.scores(key, value, self.weights), scores.clone()
+            linear, scores = self.options.scorer.scores(key, value, self.options.weights), scores.clone()
             for row, first in enumerate([0] * len(key) if padding is None else padding.tokens.tolist()):
                 scores[row, :, first:] = match_scale(scores[row, :, first:], linear[row, :, first:])
         for group in self.groups:

@@ -72,8 +72,8 @@ def calibrate(
 
     Parameters
     ----------
-    context : context of the plan in tokens. With a range (shortest, longest) the budget holds at the shortest context, and so at
-        all of them, since windows are constant; errors are measured at both ends.
+    context : tokens of prompt and output together that the plan is for. With a range (shortest, longest) the budget holds at the
+        shortest context, and so at all of them, since windows are constant; errors are measured at both ends.
     budget : fraction of the full KV cache that is kept, over layers without a sliding window; above 0, at most 1. By default the
         smallest of `BUDGETS` without visible loss on the calibration documents: delta NLL of text at most 0.01 nats per token,
         and every needle found that the full cache finds. It is 1 if 0.75 loses more.

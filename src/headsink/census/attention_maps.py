@@ -27,8 +27,9 @@ from headsink.census.head_statistics import first_row
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import check_all_heads, input_device
 from headsink.models.spec import Architecture, decoder, describe
+from headsink.utils.format import ranges
 
-Head = tuple[int, int]  # layer, counted over the layers with attention, and query head
+Head = tuple[int, int]  # number of the layer in the model, and query head
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PooledAttention:
 
 def all_heads(shape: Architecture) -> list[Head]:
     """Every query head of a model."""
-    return [(n, head) for n, layer in enumerate(shape.attending) for head in range(shape.heads[layer][0])]
+    return [(layer, head) for layer in shape.attending for head in range(shape.heads[layer][0])]
 
 
 def check_heads(heads: Sequence[Head], shape: Architecture) -> None:
@@ -69,8 +70,8 @@ def check_heads(heads: Sequence[Head], shape: Architecture) -> None:
         if (layer, head) not in known:
             most = max(shape.heads[one][0] for one in shape.attending)
             raise HeadsinkError(
-                f"heads: {layer}.{head} is not a head of {shape.name}, which has layers 0 to {len(shape.attending) - 1} with "
-                f"attention, of query heads 0 to {most - 1}"
+                f"heads: {layer}.{head} is not a head of {shape.name}, which has attention in layers {ranges(shape.attending)}, "
+                f"with query heads 0 to {most - 1}"
             )
 
 
@@ -96,13 +97,12 @@ def pooled_attention(model: PreTrainedModel, ids: Sequence[int], *requests: Requ
 
     def observe(seen: AttentionRecord) -> None:
         check_all_heads("attention maps", shape, seen.layer, seen.query.shape[1])
-        layer = shape.attending.index(seen.layer)
         for request, tile, maps in zip(requests, tiles, found, strict=True):
-            heads = [head for own, head in request.heads if own == layer]
+            heads = [head for layer, head in request.heads if layer == seen.layer]
             if heads:
                 parts = _pool(seen, heads, tile, request.top)
                 for n, head in enumerate(heads):
-                    maps[layer, head] = {name: part[n].cpu() for name, part in parts.items()}
+                    maps[seen.layer, head] = {name: part[n].cpu() for name, part in parts.items()}
 
     with torch.no_grad(), observe_attention(model, observe):
         decoder(model)(torch.tensor([list(ids)], device=input_device(model)), use_cache=False)

@@ -17,6 +17,7 @@ from headsink.attention.interface import AttentionRecord, observe_attention
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import check_all_heads, input_device
 from headsink.models.spec import decoder, describe
+from headsink.utils.format import ranges
 
 MOST_TOKENS = 1024  # a layer of 32 heads takes 128 MiB
 
@@ -62,9 +63,7 @@ def attention_weights(
     chosen = list(shape.attending) if layers is None else sorted(set(layers))
     if not chosen or (wrong := [layer for layer in chosen if layer not in shape.attending]):
         given = str(wrong[0]) if chosen else "none"
-        raise HeadsinkError(
-            f"layers: {given} given; the layers with attention are {', '.join(map(str, shape.attending))}"
-        )
+        raise HeadsinkError(f"layers: {given} given; the layers with attention are {ranges(shape.attending)}")
     if len({shape.heads[layer][0] for layer in chosen}) > 1:
         raise HeadsinkError("layers: they have different numbers of query heads; ask for one layer at a time")
     ids = list(tokenizer(text, verbose=False)["input_ids"])

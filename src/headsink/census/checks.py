@@ -59,6 +59,8 @@ class _Model(_Part):
             raise ValueError(f"sliding: {len(self.sliding)} given for {self.layers} layers")
         if self.numbers is not None and len(self.numbers) != self.layers:
             raise ValueError(f"numbers: {len(self.numbers)} given for {self.layers} layers")
+        if any(a >= b for a, b in pairwise(self.numbers or ())):
+            raise ValueError("numbers: they must increase")
         return self
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from headsink.census.options import run_parts
 from headsink.census.results import Census
 from headsink.errors import HeadsinkError
+from headsink.utils.format import ranges
 from headsink.utils.statistics import Interval, difference, rank_correlation
 
 COMPARED = ("sink", "first", "local", "far", "entropy", "legacy", "output")
@@ -37,14 +38,15 @@ class Run:
 class View:
     """A score at a length on a kind of text, in the first run and in another (`run`).
 
-    before, after: float64 [layers, query heads]. change: mean change with the half width of its 95 % interval over texts, NaN if
-    a run has only one text. paired: both runs used the same texts.
+    layers: numbers of the layers. before, after: float64 [layers, query heads]. change: mean change with the half width of its
+    95 % interval over texts, NaN if a run has only one text. paired: both runs used the same texts.
     """
 
     run: str
     lengths: tuple[int, int]
     domains: tuple[str | None, str | None]
     score: str
+    layers: list[int]
     before: Tensor
     after: Tensor
     change: Interval
@@ -54,7 +56,7 @@ class View:
         change = self.change.mean.abs()
         beyond = change > self.change.half  # False where the half width is NaN
         order = change.flatten().argsort(descending=True)[:MOST_MOVED].tolist()
-        heads = [divmod(index, change.shape[1]) for index in order]
+        places = [divmod(index, change.shape[1]) for index in order]
         return {
             "run": self.run,
             "lengths": list(self.lengths),
@@ -64,18 +66,18 @@ class View:
             "mean_b": float(self.after.mean()),
             "mean_difference": float(change.mean()),
             "largest_difference": float(change.max()),
-            "largest_at": list(heads[0]),
+            "largest_at": [self.layers[places[0][0]], places[0][1]],
             "rank_correlation": rank_correlation(self.before.flatten(), self.after.flatten()),
             "paired": self.paired,
             "beyond_chance": None if self.change.half.isnan().all() else float(beyond.double().mean()),
             "most_moved": [
                 {
-                    "layer": layer,
+                    "layer": self.layers[row],
                     "head": head,
-                    "change": float(self.change.mean[layer, head]),
-                    "half": _number(self.change.half[layer, head]),
+                    "change": float(self.change.mean[row, head]),
+                    "half": _number(self.change.half[row, head]),
                 }
-                for layer, head in heads
+                for row, head in places
             ],
         }
 
@@ -126,9 +128,10 @@ def compare(*runs: str | os.PathLike[str] | Census) -> Comparison:
             for score in COMPARED:
                 one, two = (census.samples(score, length, domain) for census, length, domain in sides)
                 change = difference(one, two, paired)
-                views.append(View(other.name, lengths, domains, score, one.mean(0), two.mean(0), change, paired))
+                layers, means = first.census.layers, (one.mean(0), two.mean(0))
+                views.append(View(other.name, lengths, domains, score, layers, *means, change, paired))
             before, after = (census.roles(length, domain) for census, length, domain in sides)
-            for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+            for layer, old, new in zip(first.census.layers, before, after, strict=True):
                 heads += len(old)
                 for head, (was, now) in enumerate(zip(old, new, strict=True)):
                     if was != now:
@@ -167,6 +170,11 @@ def _check(one: Run, two: Run) -> None:
             raise HeadsinkError(
                 f"these runs cannot be compared head by head: {field} is {a} in {one.name} and {b} in {two.name}"
             )
+    if one.census.layers != two.census.layers:
+        a, b = (ranges(run.census.layers) for run in (one, two))
+        raise HeadsinkError(
+            f"these runs cannot be compared head by head: the layers with attention are {a} in {one.name} and {b} in {two.name}"
+        )
     if one.census.settings["limits"] != two.census.settings["limits"]:
         raise HeadsinkError(
             f"{one.name} and {two.name} cannot be compared: their thresholds for sinks and local keys differ (`limits`)"

@@ -28,9 +28,9 @@ class Transfer:
     """Agreement between layers on which head numbers are sinks.
 
     rate: share of heads that are sinks. pair_rate: P(head h is a sink in layer b | head h is a sink in layer a), over all a < b.
-    pair_chance: the same with random head numbers. first_*: the same for a = layer 0. *_p: share of permutations with at least as
-    much agreement. significant_pairs: of testable_pairs, pairs of layers with p < 0.05. None where no head of the earlier layers
-    is a sink.
+    pair_chance: the same with random head numbers. first_*: the same where a is the first layer. *_p: share of permutations with
+    at least as much agreement. significant_pairs: of testable_pairs, pairs of layers with p < 0.05. None where no head of the
+    earlier layers is a sink.
     """
 
     rule: str

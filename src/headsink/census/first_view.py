@@ -70,18 +70,19 @@ def first_view(census: Census, views: dict[int, View], names: list[str]) -> dict
     views: of all texts, by length. names: of the statistics that the page shows.
     """
     view = views[census.lengths[-1]]
-    row = max(view.rows(), key=lambda row: row["sink"] - row["first"])
-    roles = [row["role"] for row in view.rows()]
+    rows = view.rows(census.layers)
+    row = max(rows, key=lambda row: row["sink"] - row["first"])
+    roles = [row["role"] for row in rows]
     shown = replace(view, value=three_figures(view.value))  # as the page's script reads it
-    sinks = sorted(shown.rows(), key=lambda row: -row["sink"])[:MOST_HEADS]
+    sinks = sorted(shown.rows(census.layers), key=lambda row: -row["sink"])[:MOST_HEADS]
     whole = {"counts": {role: roles.count(role) for role in ROLES}, "every": sinks}
     return head_view(census, view, names, row["layer"], row["head"]) | whole
 
 
 def head_view(census: Census, view: View, names: list[str], layer: int, head: int) -> dict[str, Any]:
     """What is said about one head at the longest length, over all texts. names: of the statistics that are shown."""
-    length, texts = census.lengths[-1], len(census.texts(census.lengths[-1]))
-    row = next(row for row in view.rows() if (row["layer"], row["head"]) == (layer, head))
+    length, texts, at = census.lengths[-1], len(census.texts(census.lengths[-1])), (census.layers.index(layer), head)
+    row = next(row for row in view.rows(census.layers) if (row["layer"], row["head"]) == (layer, head))
     near = near_window(census, length)
     return {
         "length": length,
@@ -92,26 +93,26 @@ def head_view(census: Census, view: View, names: list[str], layer: int, head: in
         "texts": texts,
         "same": round(row["agreement"] * texts),
         "near": near,
-        "scores": _scores(view, layer, head, names, near),
-        "keys": _keys(census, length, layer, head),
-        "text": _text(census, layer, head),
+        "scores": _scores(view, at, names, near),
+        "keys": _keys(census, length, at),
+        "text": _text(census, at),
     }
 
 
 def head_charts(census: Census, views: dict[int, View], layer: int, head: int) -> dict[str, list[dict[str, Any]]]:
     """Data of the charts of one head, see `maps.profile` and `maps.window_errors`."""
-    profile, errors, last = [], [], census.lengths[-1]
+    profile, errors, last, row = [], [], census.lengths[-1], census.layers.index(layer)
     for length, view in views.items():
-        lines = {"this head": view.profile[layer, head]}
+        lines = {"this head": view.profile[row, head]}
         if length == last:
-            lines["flat attention"] = flat_profile(length, census.settings["model"]["sliding"][layer])
+            lines["flat attention"] = flat_profile(length, census.settings["model"]["sliding"][row])
         for line, within in lines.items():
             profile += [
                 {"distance": distance, "within": share, "line": line, "length": length, "chosen": length == last}
                 for distance, share in zip(distances(length), within.tolist(), strict=True)
             ]
         for kept, error in zip(
-            ("initial tokens", "with secondary sinks"), view.errors[layer, head].tolist(), strict=True
+            ("initial tokens", "with secondary sinks"), view.errors[row, head].tolist(), strict=True
         ):
             errors += [
                 {"window": window, "error": max(one, LEAST_ERROR), "kept": kept, "length": length}
@@ -133,26 +134,29 @@ def short(value: float | None, digits: int = 3) -> str:
     return f"{rounded:f}"
 
 
-def _scores(view: View, layer: int, head: int, statistics: list[str], near: int) -> list[dict[str, Any]]:
+Place = tuple[int, int]  # row of the layer and head, in the tensors of a census
+
+
+def _scores(view: View, at: Place, statistics: list[str], near: int) -> list[dict[str, Any]]:
     """Rows of the table of scores."""
     lines = []
     for name in statistics:
         if name in ELSEWHERE:
             continue
         n = list(STATISTICS).index(name)
-        numbers = (number(three_figures(of[n, layer, head])) for of in (view.value, view.half, view.uniform))
+        numbers = (number(three_figures(of[n, *at])) for of in (view.value, view.half, view.uniform))
         title = STATISTICS[name].title.replace("the near window", f"a window of {near}")
         title = title.removeprefix("attention to ").removeprefix("the ")
         lines.append({"name": name, "title": title, "share": name in MASSES, "numbers": list(numbers)})
     return lines
 
 
-def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, Any]]:
+def _keys(census: Census, length: int, at: Place) -> list[dict[str, Any]]:
     """Rows of the table of top keys."""
-    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer]))
+    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][at[0]]))
     first, lines = Thresholds(**census.settings["limits"]).at(length).first, []
     for text in census.texts(length):
-        top = {name: array[layer, head] for name, array in top_keys(census, text, length).items()}
+        top = {name: array[at] for name, array in top_keys(census, text, length).items()}
         words, name = _words(census, text, length), census.settings["texts"][text]
         received = three_figures(top["drawn"]).tolist()
         for position, attention, sink in zip(top["top"].tolist(), received, top["sink"].tolist(), strict=True):
@@ -172,15 +176,15 @@ def _keys(census: Census, length: int, layer: int, head: int) -> list[dict[str, 
     return sorted(lines, key=lambda line: -line["attention"])[:MOST_KEYS]
 
 
-def _text(census: Census, layer: int, head: int) -> dict[str, Any]:
+def _text(census: Census, at: Place) -> dict[str, Any]:
     """The first text, with the word, the colour step and the kind of sink of each token."""
     text, (length, shown) = next(iter(token_views(census).items()))
-    shade = one_byte(census.arrays[f"{text}.{length}.attention"][layer, head, :shown]).double()
+    shade = one_byte(census.arrays[f"{text}.{length}.attention"][at][:shown]).double()
     attention = torch.where(shade > 0, FAINTEST ** (1 - (shade - 1) / STEPS), 0)
-    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][layer])[:shown])
+    flat = three_figures(flat_keys(length, census.settings["model"]["sliding"][at[0]])[:shown])
     times = torch.where(flat > 0, attention / flat, 0)
     steps = times.log2().round().clamp(0, SHADES).int().tolist()
-    secondary = set(census.arrays[f"{text}.{length}.secondary"][layer, head // census.group].tolist())
+    secondary = set(census.arrays[f"{text}.{length}.secondary"][at[0], at[1] // census.group].tolist())
     first = Thresholds(**census.settings["limits"]).at(length).first
     marks = ["secondary-sink" if n in secondary else "first-token" if n < first else "" for n in range(shown)]
     return {

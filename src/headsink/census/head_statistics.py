@@ -3,31 +3,31 @@
 Statistics are means over the queries i0 <= i < n of a text of n tokens, with i0 = max(1, n // 4), because early queries see few
 keys: the first one gives all attention to one key. If there are more than `queries` of them, about that many are sampled, evenly
 spaced, and a quarter as many for the errors of windows; each is weighted by the number of queries since the previous one.
-Attention is computed in blocks of queries (attention/chunked.py) or in GPU kernels (attention/cuda/statistics.py), so memory is
+Attention is computed in blocks of queries (block_statistics.py) or in GPU kernels (attention/cuda/statistics.py), so memory is
 O(n) per head. For every score, `uniform` is its value under flat attention over the visible keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headsink.attention.backends import backend_for
-from headsink.attention.chunked import Block, attend, block, normaliser, rows_per_block
+from headsink.attention.chunked import block, rows_per_block
 from headsink.attention.interface import AttentionRecord
 from headsink.attention.output_norms import OutputNorms
+from headsink.census import block_statistics
+from headsink.census.block_statistics import TINY, SinkKeys
 from headsink.census.options import QUERIES, TAU
 from headsink.models.distributed import gather_heads
 
 LEAST_WINDOW = 16  # the smallest window above 0 whose output error is measured
 # relative value norms below which keys and their attention are counted
 TAUS = tuple(round(0.1 * n, 1) for n in range(1, 11))
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def head_statistics(seen: AttentionRecord, length: int, limits: Thresholds, quer
         else:
             part = block(inputs, rows)
             attention[:, part.begin : part.begin + part.weights.shape[2]] += share.float() @ part.weights
-            sums = _masses(part, sinks, limits.window, distances(length))
+            sums = block_statistics.masses(part, sinks, limits.window, distances(length))
         layer = norms.layer(output[:, rows]).clamp(min=TINY)
         return sums | {"output": (norms.heads(output[:, rows]) / layer).sqrt()}
 
@@ -198,11 +198,13 @@ def head_statistics(seen: AttentionRecord, length: int, limits: Thresholds, quer
         if fused:
             outputs = fused.pattern_outputs(inputs, rows, sinks.flags, limits.first, windows(length))
         else:
-            outputs = _window_outputs(block(inputs, rows), value, sinks)
+            outputs = block_statistics.pattern_outputs(block(inputs, rows), value, sinks, windows(length))
         return _errors(outputs, output[:, rows], norms)
 
     def first_and_all(rows: Tensor, _: Tensor) -> dict[str, Tensor]:
-        return {"both": fused.first_and_all(inputs, rows) if fused else _first_and_all(block(inputs, rows))}
+        return {
+            "both": fused.first_and_all(inputs, rows) if fused else block_statistics.first_and_all(block(inputs, rows))
+        }
 
     start = first_row(length)
     means = mean_over(start, length, queries, masses)
@@ -245,114 +247,6 @@ def _sink_norms(value_norm: Tensor, key_norm: Tensor, median: Tensor, secondary:
     }
 
 
-class SinkKeys:
-    """The sink tokens of every KV head as indices, padded to the same number.
-
-    flags: bool [KV heads, keys]. index: int [KV heads, most], ascending where `real`. first: number of initial tokens.
-    """
-
-    def __init__(self, flags: Tensor, first: int):
-        self.flags = flags
-        most = max(1, int(flags.sum(-1).max()))
-        order = torch.arange(flags.shape[1], 0, -1, device=flags.device) * flags
-        self.index = order.topk(most, dim=-1).indices
-        self.real = flags.gather(1, self.index)
-        self.opening = self.real & (self.index < first)
-
-    def weights(self, part: Block) -> Tensor:
-        """Attention to sink tokens in a block: [KV heads, group, queries, most]. Sets these weights of the block to 0."""
-        _, queries, keys = part.weights.shape
-        grouped = part.weights.view(len(self.flags), -1, queries, keys)
-        index = self.index - part.begin
-        inside = self.real & (index >= 0) & (index < keys)
-        index = index.clamp(0, keys - 1)[:, None, None].expand(*grouped.shape[:3], -1)
-        weights = grouped.gather(3, index) * inside[:, None, None]
-        head, rank = inside.nonzero(as_tuple=True)
-        grouped[head, :, :, (self.index - part.begin)[head, rank]] = 0
-        return weights
-
-
-def _near(part: Block, most: int) -> Tensor:
-    """Indices in the block of the last `most` keys of every query, newest first: int [queries, most], negative outside."""
-    ages = torch.arange(most, device=part.rows.device)
-    return part.rows[:, None] - part.begin - ages
-
-
-def _bands(part: Block, cuts: list[int]) -> Iterator[tuple[int, int, Tensor]]:
-    """The weights between two successive distances: (distance, first key, weights [query heads, queries, keys]).
-
-    With cuts [a, b, c]: keys a to b - 1 back, with distance b; then keys b to c - 1 back, with distance c. Other weights are 0.
-    """
-    rows, begin = part.rows, part.begin
-    first, last = int(rows[0]), int(rows[-1])
-    for low, high in pairwise(cuts):
-        start, stop = max(begin, first - high + 1), max(begin, last - low + 1)
-        age = rows[:, None] - torch.arange(start, stop, device=rows.device)
-        yield high, start, part.weights[:, :, start - begin : stop - begin] * ((age >= low) & (age < high))
-
-
-def _masses(part: Block, sinks: SinkKeys, window: int, steps: list[int]) -> dict[str, Tensor]:
-    """Masses and other scores for each query of a block: float32 [query heads, queries]. Overwrites the block's weights."""
-    logits, weights, sink_logits = part.logits, part.weights, part.sink_logits
-    real = 1 - sink_logits
-    spread = torch.linalg.vecdot(weights, logits) / real
-    entropy = (normaliser(logits, weights, real) - spread).clamp(min=0)
-    first = weights[:, :, 0].clone() if part.begin == 0 else torch.zeros_like(sink_logits)
-    at_sinks = sinks.weights(part)  # from here on `weights` has no sink tokens
-    ages = part.rows[:, None] - sinks.index[:, None, None]  # of sink tokens: [KV heads, 1, queries, most]
-    near = _near(part, window)
-    others = weights.gather(2, near.clamp(min=0).expand(len(weights), -1, -1)) * (near >= 0)
-    others = others.cumsum(-1)  # [query heads, queries, window], without sink tokens
-    within = {step: others[:, :, step - 1] for step in steps if step <= window}
-    local = others[:, :, -1]
-    kept, peak = local, torch.zeros_like(sink_logits)
-    for step, _, tile in _bands(part, [window, *(step for step in steps if step > window)]):
-        if tile.shape[2]:
-            kept = kept + tile.sum(-1)
-            peak = torch.maximum(peak, tile.amax(-1))
-        within[step] = kept
-    profile = {
-        f"within_{step}": mass + (at_sinks * (ages < step)).sum(-1).view_as(mass)  # weights of future keys are 0
-        for step, mass in within.items()
-    }
-    return profile | {
-        "first": first,
-        "sink": at_sinks.sum(-1).view_as(local),
-        "local": local,
-        "far": kept - local,
-        "far_peak": peak,
-        "learned": sink_logits,
-        "entropy": entropy,
-        "effective": entropy.exp(),
-    }
-
-
-def _window_outputs(part: Block, value: Tensor, sinks: SinkKeys) -> dict[str, Tensor]:
-    """Outputs under every window for each query of a block: float32 [query heads, queries, dim]. Overwrites its weights."""
-    heads, queries, _ = part.weights.shape
-    sink_logits = part.sink_logits
-    at_sinks = sinks.weights(part)  # [KV heads, group, queries, most]; from here on the block has no sink tokens
-    ages = part.rows[:, None] - sinks.index[:, None, None]
-    sink_values = value.gather(1, sinks.index[..., None].expand(-1, -1, value.shape[2]))[:, None]
-    opening = at_sinks * sinks.opening[:, None, None]
-    total = value.new_zeros(heads, queries, value.shape[2])  # weighted values of a window's keys, without sink tokens
-    mass = torch.zeros_like(sink_logits)
-    outputs = {}
-
-    def record(window: int) -> None:
-        close = opening + (at_sinks - opening) * (ages < window)
-        for kept, tokens in (("first", close), ("secondary", at_sinks)):
-            visible = (mass + tokens.sum(-1).view_as(mass) + sink_logits).clamp(min=TINY)
-            outputs[f"{kept}_{window}"] = (total + (tokens @ sink_values).view_as(total)) / visible[..., None]
-
-    record(0)
-    for window, start, tile in _bands(part, windows(value.shape[1])):
-        if tile.shape[2]:
-            total, mass = total + attend(tile, start, value), mass + tile.sum(-1)
-        record(window)
-    return outputs
-
-
 def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dict[str, Tensor]:
     """Output errors of every window for each query: float32 [query or KV heads, queries].
 
@@ -367,12 +261,6 @@ def _errors(outputs: dict[str, Tensor], full: Tensor, norms: OutputNorms) -> dic
         for suffix, size in sizes.items()
         for name, of_window in zip(outputs, size.split(full.shape[1], -1), strict=True)
     }
-
-
-def _first_and_all(part: Block) -> Tensor:
-    """Attention to the first token and to all keys: float32 [2, query heads, queries]."""
-    first = part.weights[:, :, 0]
-    return torch.stack([first if part.begin == 0 else torch.zeros_like(first), 1 - part.sink_logits])
 
 
 def _uniform(sinks: Tensor, length: int, limits: Thresholds, sliding: int | None) -> dict[str, Tensor]:

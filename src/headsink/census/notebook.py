@@ -52,7 +52,7 @@ class Head:
 def census_page(census: Census) -> str:
     """A page with the roles of all heads, a grid of the attention to sink tokens, and the strongest heads."""
     length = census.lengths[-1]
-    rows = view(census, length, None).rows()
+    rows = view(census, length, None).rows(census.layers)
     listed = sorted(rows, key=lambda row: -row["sink"])[:STRONGEST]
     counts = {role: sum(row["role"] == role for row in rows) for role in ROLES}
     return _page("census", census, {"length": length, "rows": rows, "listed": listed, "counts": counts})

@@ -32,6 +32,7 @@ from headsink.census.roles import EPSILON, MASSES, ROLES, law, required_window, 
 from headsink.errors import HeadsinkError
 from headsink.utils import notebook
 from headsink.utils.files import new_folder, parse_json, read_text
+from headsink.utils.format import ranges
 from headsink.utils.statistics import Interval, interval
 
 QUANTILES = (0.1, 0.5, 0.9)  # of the attention distance, in the table
@@ -41,9 +42,9 @@ QUANTILES = (0.1, 0.5, 0.9)  # of the attention distance, in the table
 class Census:
     """Results of `analyze`.
 
-    settings: how they were made. vocabulary: token id -> its text. Layers are those with attention, whose numbers in the model
-    are `settings["model"]["numbers"]`. A layer with fewer KV heads than others repeats its own. arrays["{text}.{length}.{name}"],
-    with texts numbered as in `settings["texts"]`, for every length that the text has (see `HeadStatistics`):
+    settings: how they were made. vocabulary: token id -> its text. Tensors have a row for each of `layers`. A layer with fewer KV
+    heads than others repeats its own. arrays["{text}.{length}.{name}"], with texts numbered as in `settings["texts"]`, for every
+    length that the text has (see `HeadStatistics`):
 
     scores, uniform : float64 [layers, query heads, SCORES], uniform is NaN for scores that flat attention does not have
     profile : float32 [layers, query heads, distances], attention within 1, 2, 4, ... keys
@@ -66,6 +67,12 @@ class Census:
         shape = f"{model['layers']} layers of {model['query_heads']} query heads and {model['kv_heads']} KV heads"
         texts = f"{len(self.settings['texts'])} texts ({', '.join(self.domains)})"
         return f"Census of {model['name']}: {shape}, {texts} at {lengths} tokens"
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers, in the model, of its layers with attention: one for each row of layers in the tensors of a census."""
+        model = self.settings["model"]
+        return list(model.get("numbers") or range(model["layers"]))
 
     @property
     def lengths(self) -> list[int]:
@@ -124,17 +131,20 @@ class Census:
     ) -> list[tuple[int, int]]:
         """The query heads with the highest `score`, first the highest: pairs of layer and head, as `headsink.ablate` takes them.
 
-        Layers are the model's own numbers. length: the longest if not given. Raises HeadsinkError for an unknown score, and for
-        more heads than the model has.
+        length: the longest if not given. Raises HeadsinkError for an unknown score, and for more heads than the model has.
         """
         if name not in SCORES:
             raise HeadsinkError(f"score: {name!r} is unknown; one of {', '.join(SCORES)}")
         score = self.score(name, self.lengths[-1] if length is None else length, domain)
         if not 1 <= count <= score.numel():
             raise HeadsinkError(f"strongest: {count} heads were asked for; the census has {score.numel()}")
-        numbers = self.settings["model"].get("numbers") or range(score.shape[0])
         best = score.flatten().argsort(descending=True, stable=True)[:count].tolist()
-        return [(numbers[place // score.shape[1]], place % score.shape[1]) for place in best]
+        return [self.place(index) for index in best]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Layer and head of an element of a flattened tensor [layers, query heads]."""
+        row, head = divmod(index, self.settings["model"]["query_heads"])
+        return self.layers[row], head
 
     def interval(self, name: str, length: int, domain: str | None = None) -> Interval:
         """Mean with its 95 % confidence interval over texts."""
@@ -204,15 +214,15 @@ class Census:
         ]
 
     def head(self, layer: int, head: int) -> Head:
-        """One query head, which shows itself in a notebook; `.show()` elsewhere. Layers are counted over those with attention.
+        """One query head, which shows itself in a notebook; `.show()` elsewhere. layer: one of `layers`.
 
         Raises HeadsinkError if there is no such head.
         """
-        model = self.settings["model"]
-        if not (0 <= layer < model["layers"] and 0 <= head < model["query_heads"]):
+        heads = self.settings["model"]["query_heads"]
+        if not (layer in self.layers and 0 <= head < heads):
             raise HeadsinkError(
-                f"head: there is no layer {layer}, head {head}; the census has layers 0 to {model['layers'] - 1} of query heads "
-                f"0 to {model['query_heads'] - 1}"
+                f"head: there is no layer {layer}, head {head}; the census has layers {ranges(self.layers)} of query heads "
+                f"0 to {heads - 1}"
             )
         return Head(self, layer, head)
 
@@ -229,8 +239,8 @@ class Census:
         return pa.concat_tables(self._tables(), promote_options="default")  # longer texts have more windows
 
     def _tables(self) -> Iterator[pa.Table]:
-        model = self.settings["model"]
-        layer, head = torch.meshgrid(torch.arange(model["layers"]), torch.arange(model["query_heads"]), indexing="ij")
+        heads = torch.arange(self.settings["model"]["query_heads"])
+        layer, head = torch.meshgrid(torch.tensor(self.layers), heads, indexing="ij")
         for length in self.lengths:
             for number, role in zip(self.texts(length), self.text_roles(length), strict=True):
                 text, of = self.settings["texts"][number], f"{number}.{length}"

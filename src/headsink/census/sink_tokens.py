@@ -16,7 +16,7 @@ LEAST_SHARE = 0.0005  # least share of all attention of a listed token
 LEAST_DENSITY = 2.0  # least attention per key of sinks, as a multiple of flat attention
 
 
-def drawing_tokens(census: Census, length: int, domain: str | None = None, most: int = 12) -> list[dict[str, Any]]:
+def drawing_tokens(census: Census, length: int, most: int = 12) -> list[dict[str, Any]]:
     """The tokens that receive most attention over all heads and texts.
 
     token: its text. first: whether it is the first token of a text. share: of all attention, counting the top keys of every head.
@@ -26,7 +26,7 @@ def drawing_tokens(census: Census, length: int, domain: str | None = None, most:
     heads: dict[tuple[int, bool], set[tuple[int, int]]] = defaultdict(set)
     texts: dict[tuple[int, bool], set[int]] = defaultdict(set)
     total = 0
-    for text in census.texts(length, domain):
+    for text in census.texts(length):
         ids, top = census.arrays[f"{text}.ids"], census.arrays[f"{text}.{length}.top"].long()
         attention = census.arrays[f"{text}.{length}.attention"].float()
         total += attention.shape[0] * attention.shape[1]
@@ -50,7 +50,7 @@ def drawing_tokens(census: Census, length: int, domain: str | None = None, most:
     ]
 
 
-def secondary_tokens(census: Census, length: int, domain: str | None = None, most: int = 20) -> list[dict[str, Any]]:
+def secondary_tokens(census: Census, length: int, most: int = 20) -> list[dict[str, Any]]:
     """The tokens that are secondary sinks, by the attention that they receive as such.
 
     occurrences: number in the texts. taken: share of the occurrences that are a secondary sink of some KV head. heads: number of
@@ -63,7 +63,7 @@ def secondary_tokens(census: Census, length: int, domain: str | None = None, mos
     texts: dict[int, set[int]] = defaultdict(set)
     attention: dict[int, float] = defaultdict(float)
     norms: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    chosen = census.texts(length, domain)
+    chosen = census.texts(length)
     value_column, key_column = (list(TOKENS).index(name) for name in ("secondary_value", "secondary_key"))
     for text in chosen:
         ids = census.arrays[f"{text}.ids"][:length].tolist()
@@ -97,14 +97,14 @@ def secondary_tokens(census: Census, length: int, domain: str | None = None, mos
     ]
 
 
-def stability(census: Census, length: int, domain: str | None = None) -> dict[str, Any]:
+def stability(census: Census, length: int) -> dict[str, Any]:
     """Whether a KV head has the same secondary sinks, by their text, in every text.
 
     heads_with: number of KV heads with secondary sinks in every text. mean_count: their secondary sinks per text. overlap: mean
     Jaccard index of a head's sets of tokens in two texts. chance: the same for two heads of different layers. Both are None with
     one text, or if no head has secondary sinks.
     """
-    chosen = census.texts(length, domain)
+    chosen = census.texts(length)
     sets: list[list[frozenset[int]]] = []  # [texts][KV heads of all layers]
     counts = []
     for text in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,13 +77,13 @@ class View:
     pairs: Tensor
     rate: Tensor
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each head, for the charts."""
+    def rows(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        """A row for each head, for the charts. layers: `Census.layers`."""
         heads = []
-        for layer, names in enumerate(self.roles.tolist()):
+        for row, names in enumerate(self.roles.tolist()):
             for head, role in enumerate(names):
-                values = {name: number(self.value[n, layer, head]) for n, name in enumerate(STATISTICS)}
-                heads.append({"layer": layer, "head": head, "role": ROLES[role]} | values)
+                values = {name: number(self.value[n, row, head]) for n, name in enumerate(STATISTICS)}
+                heads.append({"layer": layers[row], "head": head, "role": ROLES[role]} | values)
         return heads
 
 

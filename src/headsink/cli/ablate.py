@@ -120,8 +120,8 @@ def strongest_heads(folder: Path, model: PreTrainedModel, score: str, count: int
     from headsink.models.spec import describe
 
     census, shape = headsink.Census.load(folder), describe(model)
-    measured = tuple(census.settings["model"][name] for name in ("architecture", "layers", "query_heads"))
-    if measured != (shape.name, len(shape.attending), shape.query_heads):
+    measured = census.settings["model"]["architecture"], census.layers, census.settings["model"]["query_heads"]
+    if measured != (shape.name, list(shape.attending), shape.query_heads):
         raise HeadsinkError(f"census: {folder} is of another model, {census.settings['model']['name']}")
     return census.strongest(score, count)
 

@@ -27,6 +27,7 @@ def census_json(census: Census) -> dict[str, Any]:
     law = census.window_law()
     return {
         "settings": {key: value for key, value in census.settings.items() if key != "own_texts"},
+        "layers": census.layers,
         "roles": {length: role_counts(census, length) for length in census.lengths},
         "role_agreement": {length: float(census.role_agreement(length).mean()) for length in census.lengths},
         "windows": {length: windows_json(census, length) for length in census.lengths},
@@ -84,13 +85,13 @@ def _sinks(census: Census, length: int) -> Table:
     title = f"Strongest sinks at {length} tokens; errors of initial sinks + last {windows(length)[at]}"
     table = new_table(title, "head", "sink tokens", "of it first", "error", "with secondary sinks")
     for place in sink.mean.flatten().argsort(descending=True)[:STRONGEST].tolist():
-        layer, head = divmod(place, sink.mean.shape[1])
-        half = sink.half[layer, head]
+        (layer, head), at = census.place(place), divmod(place, sink.mean.shape[1])
+        half = sink.half[at]
         table.add_row(
             f"layer {layer} head {head}",
-            f"{sink.mean[layer, head]:.2f}" + ("" if half.isnan() else f" ± {half:.2f}"),
-            f"{first.mean[layer, head]:.2f}",
-            *(f"{errors[layer, head, KEPT.index(kept)]:.4f}" for kept in KEPT),
+            f"{sink.mean[at]:.2f}" + ("" if half.isnan() else f" ± {half:.2f}"),
+            f"{first.mean[at]:.2f}",
+            *(f"{errors[at][KEPT.index(kept)]:.4f}" for kept in KEPT),
         )
     return table
 
@@ -141,7 +142,19 @@ def _growth(exponents: torch.Tensor) -> str:
 
 def _first_question(census: Census) -> Table:
     title = "The first question: is a head that is a sink in one layer also one, by number, in a later layer?"
-    columns = ("tokens", "score", "sinks", "in layer 0", "from layer 0", "chance", "p", "from any layer", "chance", "p")
+    layer = f"layer {census.layers[0]}"
+    columns = (
+        "tokens",
+        "score",
+        "sinks",
+        f"in {layer}",
+        f"from {layer}",
+        "chance",
+        "p",
+        "from any layer",
+        "chance",
+        "p",
+    )
     table = new_table(title, *columns)
     for length in census.lengths:
         for t in census.first_question(length):

@@ -100,6 +100,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     from headsink.attention.params import AttentionParams
     from headsink.attention.reference import reference_attention
     from headsink.cache.head_group import HeadGroup
+    from headsink.cache.options import LayerOptions
     from headsink.eviction.pattern import Pattern
     from headsink.eviction.scorers import LINEAR
     from headsink.models.devices import dtype_name
@@ -112,7 +113,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     for pattern in (Pattern(*numbers) for numbers in PATTERNS):
         exact = [t.cpu().double() for t in (query, key, value)]
         expected = reference_attention(exact[0], exact[1], exact[2], [pattern] * 2, weights, scaling)
-        group, found = HeadGroup(pattern, [0, 1], weights, key, None), []
+        group, found = HeadGroup(pattern, [0, 1], LayerOptions(weights), key, None), []
         for part in (slice(0, 280), *(slice(n, n + 1) for n in range(280, 300))):
             new = (t[:, :, part] for t in (query, key, value))
             asked = next(new)

@@ -84,13 +84,13 @@ class GenerateOptions(RunOptions):
                 "prefix: it has a plan, a document and a format of its own; leave out --plan, --budget, --file, --raw"
             )
         if self.prefix is not None and self.kv_dtype != "auto":
-            raise HeadsinkError("kv_dtype: a prefix is cached in the dtype that it was read in; leave out --kv-dtype")
+            raise HeadsinkError("kv-dtype: a prefix is cached in the dtype that it was read in; leave out --kv-dtype")
         if self.prefix is not None and self.lossless:
             raise HeadsinkError("lossless: it needs every key of the text, a prefix has lost some; leave out --prefix")
         check_plan_choice(self.model, self.plan_file, self.budget)
         if self.reconstruct and (not self.planned or self.lossless):
             raise HeadsinkError("reconstruct: it needs a plan without --lossless: --plan FILE, or --budget")
-        check_prefill(self.prefill, self.chunk_size)
+        check_prefill(self.prefill, self.chunk_size, "chunk-size")
         changed = self.prefill == "sparse" or self.chunk_size is not None
         if changed and (not self.planned or self.lossless or self.reconstruct):
             raise HeadsinkError(

@@ -41,7 +41,7 @@ def known_device(device: str | None) -> str | None:
 
 
 def known_kv_dtype(kv_dtype: str) -> str:
-    check_kv_dtype(kv_dtype)
+    check_kv_dtype(kv_dtype, "kv-dtype")
     return kv_dtype
 
 

@@ -115,7 +115,7 @@ class PlanOptions(RunOptions):
         if self.budget is not None:
             check_budget(self.budget)
         if self.max_kl is not None:
-            check_max_kl(self.max_kl)
+            check_max_kl(self.max_kl, "max-kl")
 
     def arguments(self) -> dict[str, Any]:
         """What calibration takes for a plan as for a frontier, read and checked. context: None is the model's maximum."""

@@ -156,8 +156,9 @@ class Decoder:
         )
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # first and last column of the allocated room
-        self.turned = [number for number, layer in enumerate(self.layers) if layer.rotary is not None]
-        self.inverse = [layer.rotary.inverse.double().numpy() for layer in self.layers if layer.rotary is not None]
+        rotaries = [layer.options.rotary for layer in self.layers]
+        self.turned = [number for number, rotary in enumerate(rotaries) if rotary is not None]
+        self.inverse = [rotary.inverse.double().numpy() for rotary in rotaries if rotary is not None]
         self.program: Program | None = None  # of the cache's number of sequences
         # A window of the model overwrites keys, of which a pass may overwrite each once.
         windows = [layer.sliding for layer in self.layers if layer.sliding is not None]

@@ -168,12 +168,11 @@ class Decoder:
 
         if self.length + count > self.ready:
             self._make_ready(count)
-        kind = self.layers[0].groups[0].dtype
-        int8 = self.layers[0].int8
+        first = self.layers[0].groups[0]
         for theirs, table in zip(other.layers, self.tables, strict=True):
             key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
-            must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (kind, self.shape.head_dim))
-            append_keys(key.contiguous(), value.contiguous(), table, self.columns, int8)
+            must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (first.dtype, self.shape.head_dim))
+            append_keys(key.contiguous(), value.contiguous(), table, self.columns, first.int8)
         self.columns.add_(count)
         self.length += count
 
@@ -188,7 +187,7 @@ class Decoder:
     def _pass(self, one: Pass) -> None:
         """Run the model over the tokens of a pass and write its logits. Does not synchronise with the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
-            layer.on_card = DeviceTable(table, self.columns, layer.int8)
+            layer.on_card = DeviceTable(table, self.columns, layer.options.int8)
         try:
             with torch.no_grad():
                 output = self.model(one.token, position_ids=one.place, **cache_argument(self.cache()), use_cache=True)

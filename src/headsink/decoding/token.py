@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headsink.attention.passes import Step, changed
+from headsink.attention.passes import changed
+from headsink.attention.scopes import Step
 from headsink.cache.cache import PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.decoding.step import Decoder, decoder, prepare, refusal

@@ -67,7 +67,7 @@ class Heads:
             layers = Counter(layer for layer, _ in like)
             pools = [([one for one in every if one[0] == layer], number) for layer, number in layers.items()]
         if all(len(pool) == number for pool, number in pools):
-            right = "draws=0" if len(like) == len(every) else "null='all'"
+            right = "0 as draws" if len(like) == len(every) else "'all' as null"
             raise HeadsinkError(
                 f"null: all heads of the layers are chosen, so random heads of the same layers are the same heads; give {right}"
             )

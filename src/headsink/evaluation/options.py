@@ -23,9 +23,10 @@ def check_budget(budget: float) -> None:
         raise HeadsinkError(f"budget: {budget} is outside (0, 1]; 0.25 keeps a quarter of the KV cache")
 
 
-def check_max_kl(max_kl: float) -> None:
+def check_max_kl(max_kl: float, name: str = "max_kl") -> None:
+    """Raise for a KL that is not positive. name: of the argument or option."""
     if not max_kl > 0:
-        raise HeadsinkError(f"max_kl: {max_kl} is not above 0 nats per token; try 0.02")
+        raise HeadsinkError(f"{name}: {max_kl} is not above 0 nats per token; try 0.02")
 
 
 def check_context(shortest: int, longest: int, most: int | None = None) -> None:

@@ -140,6 +140,6 @@ def processes() -> int:
     """Return the number of processes that torchrun started."""
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         raise HeadsinkError(
-            "tensor_parallel: start the program with `torchrun --nproc-per-node N`, one process per device"
+            "tensor parallelism: start the program with `torchrun --nproc-per-node N`, one process per device"
         )
     return int(os.environ["WORLD_SIZE"])

@@ -217,9 +217,10 @@ class Plan(Part):
         return self.model_copy(update={"model": Fingerprint.of(model), "quality": (), "calibration": origin})
 
     def scale(self, context: int) -> Plan:
-        """Return this plan for another context, in tokens: with the same KV budget there, shared by the heads in the same way.
+        """Return this plan for another context: with the same KV budget there, shared by the heads in the same way.
 
-        The numbers of top-k keys change; in a plan without any, the windows. `quality` stays as measured at its own context.
+        context: tokens of prompt and output together. The numbers of top-k keys change; in a plan without any, the windows.
+        `quality` stays as measured at its own context.
         """
         base = contexts(self)[0]
         heads = [head for layer in self.layers for head in layer or () if head.window is not None]

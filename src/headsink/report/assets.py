@@ -18,7 +18,7 @@ from headsink.census import first_view
 from headsink.report import charts
 from headsink.utils.colours import ROLE_COLOURS, ramp
 from headsink.utils.files import new_file
-from headsink.utils.format import capital, figures, p_value, percent, share, visible
+from headsink.utils.format import capital, figures, p_value, percent, ranges, share, visible
 
 PIXELS = 3.0  # of a picture per CSS pixel: 300 dpi at its size on the page
 PNG_HEADER = 8 + 25  # bytes of the signature and of the first chunk
@@ -64,6 +64,7 @@ def environment() -> jinja2.Environment:
         "visible": visible,
         "short": first_view.short,
         "percent": percent,
+        "ranges": ranges,
         "capital": capital,
     }
     templates.globals |= {"asset": asset, "scripts": scripts, "role_colours": ROLE_COLOURS}

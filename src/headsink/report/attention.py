@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headsink.census.attention_maps import Head, PooledAttention, Request, all_heads, check_heads, pooled_attention
 from headsink.census.first_view import flat_keys
+from headsink.census.roles import ROLES, Role
 from headsink.census.views import share_of_room, token_views
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import title
@@ -54,7 +55,7 @@ class AttentionMaps:
     queries and sum over the keys of a tile of `tile` x `tile` tokens; `mean` float32 [maps, tokens]; `keys`, `weights` [maps,
     tokens, 16], the keys with most attention of every query. words: the text of every token. kept: bool [maps, tokens], the
     tokens whose keys the head's KV head caches under a plan after the text as a prompt; None without a plan. group: query heads
-    per KV head. sliding: the model's own window of every layer, or None. model: its name.
+    per KV head. sliding: the model's own window of each of its layers, or None. model: its name.
     """
 
     attention: PooledAttention
@@ -130,7 +131,7 @@ def attention_maps(
     Parameters
     ----------
     text : at most as long as the model reads; 8,192 tokens make a page of about half a megabyte for each head.
-    heads : (layer, query head) of each. Layers are counted over those with attention, as in a census.
+    heads : (layer, query head) of each. Layers are the model's own, from 0.
     plan : also mark the tokens that each head's KV head keeps and evicts under it, after the text as a prompt.
 
     Returns
@@ -146,8 +147,8 @@ def attention_maps(
     kept, group = None, shape.heads[shape.attending[0]][0] // max(shape.heads[layer][1] for layer in shape.attending)
     if plan is not None:
         flags = kept_tokens(model, plan, ids)
-        kept = torch.stack([flags[layer, head // group] for layer, head in chosen])
-    sliding = [shape.windows[shape.source(layer)] for layer in shape.attending]
+        kept = torch.stack([flags[shape.attending.index(layer), head // group] for layer, head in chosen])
+    sliding = [None if source is None else shape.windows[source] for source in shape.keys_of]
     name = title(model.config.name_or_path, shape.name)
     return AttentionMaps(found, [tokenizer.decode([token]) for token in ids], kept, group, sliding, name)
 
@@ -214,20 +215,19 @@ def standing_out(census: Census) -> list[Head]:
     """The heads that stand out at the longest length: the clearest of each role, and of secondary sinks."""
     length = census.lengths[-1]
     score = {name: census.score(name, length) for name in ("sink", "first", "local", "far", "far_peak", "entropy")}
-    clear = {
+    clear: dict[Role, Tensor] = {
         "sink": score["sink"],
         "local": score["local"],
         "mixed": score["sink"].minimum(score["local"]),
         "diffuse": score["entropy"],
         "retrieval": score["far_peak"],
     }
-    found = [divmod(int((score["sink"] - score["first"]).argmax()), score["sink"].shape[1])]
-    roles = census.roles(length)
+    found, roles = [int((score["sink"] - score["first"]).argmax())], census.mean_roles(length)
     for role, by in clear.items():
-        own = [(layer, head) for layer, names in enumerate(roles) for head, name in enumerate(names) if name == role]
-        if own:
-            found.append(max(own, key=lambda place: float(by[place])))
-    return list(dict.fromkeys(found))
+        own = roles == ROLES.index(role)
+        if own.any():
+            found.append(int(torch.where(own, by, -torch.inf).argmax()))
+    return [census.place(index) for index in dict.fromkeys(found)]
 
 
 def _packable(attention: PooledAttention) -> dict[str, Tensor]:

@@ -4,13 +4,15 @@
 const AROUND = 5; // tokens of context on either side of a top key
 const MOST_KEYS = 10;
 
-let data, state, rows, statistics, layers, heads, group;
+let data, state, rows, statistics, layers, heads, group; // layers: their numbers in the model, one for each row of the arrays
 const panes = []; // of texts; the second one is made when the reader asks for it
 const sorted = {by: "sink", down: true, all: false}; // the table of all heads; `all`: with more than its first rows
 const shaded = {}; // text -> data of its token view, unpacked when first shown
 
 const array = name => data.arrays[name]?.data;
-const ofHead = (name, per, layer = state.layer, head = state.head) => array(name).subarray((layer * heads + head) * per, (layer * heads + head + 1) * per);
+const rowOf = layer => layers.indexOf(layer);
+const placeOf = (layer = state.layer, head = state.head) => rowOf(layer) * heads + head;
+const ofHead = (name, per) => array(name).subarray(placeOf() * per, (placeOf() + 1) * per);
 const key = (length = state.length, domain = state.domain) => `${length}.${domain}`;
 const word = (text, position) => data.words[array(`ids.${text}`)[position]];
 const titleOf = ({title}) => title.replace("the near window", `a window of ${data.near[state.length]}`);
@@ -21,11 +23,11 @@ const statistic = name => statistics.find(one => one.name === name);
 function viewRows() {
   const [value, half, uniform, roles] = ["value", "half", "uniform", "roles"].map(name => array(`${key()}.${name}`));
   const found = [];
-  for (let layer = 0; layer < layers; layer++)
+  for (const layer of layers)
     for (let head = 0; head < heads; head++) {
-      const row = {layer, head, role: data.roles[roles[layer * heads + head]], halves: {}, uniforms: {}};
+      const own = placeOf(layer, head), row = {layer, head, role: data.roles[roles[own]], halves: {}, uniforms: {}};
       data.names.forEach((name, n) => {
-        const place = (n * layers + layer) * heads + head;
+        const place = n * layers.length * heads + own;
         row[name] = number(value[place]);
         row.halves[name] = number(half[place]);
         row.uniforms[name] = number(uniform[place]);
@@ -37,7 +39,7 @@ function viewRows() {
 
 // Flat attention to each key and within each distance, in the selected layer, which may have a sliding window.
 function flatOf(length) {
-  const [keys, profile] = ["keys", "profile"].map(name => array(`flat.${length}.${data.sliding[state.layer] ?? 0}.${name}`));
+  const [keys, profile] = ["keys", "profile"].map(name => array(`flat.${length}.${data.sliding[rowOf(state.layer)] ?? 0}.${name}`));
   return {keys, profile};
 }
 
@@ -65,7 +67,7 @@ function showCounts() {
 // One head
 
 function showHead() {
-  const row = rows[state.layer * heads + state.head], texts = textsOf(state.length, state.domain).length;
+  const row = rows[placeOf()], texts = textsOf(state.length, state.domain).length;
   const kv = Math.floor(state.head / group), same = Math.round(row.agreement * texts);
   $("head-title").textContent = `Layer ${state.layer}, head ${state.head} (KV head ${kv})`;
   const badge = element("span", {class: `badge ${row.role}`}, row.role);
@@ -201,13 +203,14 @@ function startEvery() {
 // Texts: the attention map and the shaded text of the head, of one text or of two side by side
 
 function source(text) {
-  const {arrays, length, shown, coarse, detailed, heads: read = []} = shaded[text], place = state.layer * heads + state.head;
+  const {arrays, length, shown, coarse, detailed, heads: read = []} = shaded[text], place = placeOf();
   const part = (name, n, size) => arrays[name].data.subarray(n * size, (n + 1) * size), kv = Math.floor(state.head / group);
-  const [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length], secondary = new Set(part("secondary", state.layer * kvHeads + kv, most));
+  const [, kvHeads, most] = arrays.secondary.shape, {first} = data.limits[length], ofKv = rowOf(state.layer) * kvHeads + kv;
+  const secondary = new Set(part("secondary", ofKv, most));
   const found = {
     text, name: `${state.layer}.${state.head}-${data.texts[text].name.replaceAll(/[^\w.-]+/g, "-")}`, length, kv, top: 0, mean: part("attention", place, shown), flat: flatOf(length).keys, words: position => word(text, position),
     marks: position => secondary.has(position) ? "secondary-sink" : position < first ? "first-token" : "",
-    kept: arrays.kept ? part("kept", state.layer * kvHeads + kv, length) : null,
+    kept: arrays.kept ? part("kept", ofKv, length) : null,
   };
   const n = read.findIndex(([layer, head]) => layer === state.layer && head === state.head);
   if (n >= 0) {
@@ -255,10 +258,10 @@ async function showTexts() {
 // Other charts that follow the menus
 
 function showPairs() {
-  const pairs = array(`${key()}.pairs`), rate = array(`${key()}.rate`), found = [];
-  for (let a = 0; a < layers; a++)
-    for (let b = a + 1; b < layers; b++)
-      if (rate[a] > 0) found.push({a, b, found: pairs[a * layers + b], base: rate[b], lift: pairs[a * layers + b] - rate[b]});
+  const pairs = array(`${key()}.pairs`), rate = array(`${key()}.rate`), count = layers.length, found = [];
+  for (let a = 0; a < count; a++)
+    for (let b = a + 1; b < count; b++)
+      if (rate[a] > 0) found.push({a: layers[a], b: layers[b], found: pairs[a * count + b], base: rate[b], lift: pairs[a * count + b] - rate[b]});
   return draw("pairs", "pairs", {pairs: found});
 }
 
@@ -293,7 +296,7 @@ function readState() {
   };
   limitDomains();
   rows = viewRows();
-  state.layer = within(asked.layer, 0, layers - 1, Number($("layer").defaultValue));
+  state.layer = layers.includes(Number(asked.layer)) ? Number(asked.layer) : Number([...$("layer").options].find(one => one.defaultSelected).value);
   state.head = within(asked.head, 0, heads - 1, Number($("head").defaultValue));
 }
 
@@ -323,8 +326,6 @@ function choose(change, turning = false) {
   return show(key() !== before);
 }
 
-const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
-
 // Names of files: what a figure shows, as in figure-sink-4096-code.svg.
 figureName = id => {
   const choice = {map: [state.statistic, state.length], layers: [id, state.length], errors: [id, state.length], pairs: [id, state.length],
@@ -334,18 +335,18 @@ figureName = id => {
 
 async function start() {
   data = await unpack("data");
-  ({statistics} = data);
-  [layers, heads] = data.shape;
-  group = heads / data.shape[2];
+  ({statistics, layers} = data);
+  [heads] = data.heads;
+  group = heads / data.heads[1];
   readState();
   for (const name of ["length", "domain", "statistic"])
     $(name).addEventListener("change", () => choose({[name]: name === "statistic" ? $(name).value : Number($(name).value)}));
   addPane($("pane"));
   startEvery();
   $("beside").addEventListener("click", () => choose({text2: state.text2 === null ? otherText() : null, query2: null}));
-  for (const [name, count] of [["layer", layers], ["head", heads]])
-    $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
-  arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}, true));
+  $("layer").addEventListener("change", () => choose({layer: Number($("layer").value)}));
+  $("head").addEventListener("change", () => choose({head: within($("head").value, 0, heads - 1, state.head)}));
+  arrows($("map-focus"), (down, right) => choose(besides(down, right), true));
   window.addEventListener("hashchange", () => { if (location.hash === "" || location.hash.startsWith("#?")) readState(), show(true); });
   await show(true);
   ready();

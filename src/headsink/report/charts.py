@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +118,14 @@ def errors_by_layer() -> alt.Chart:
     )
 
 
-def pairs(layers: int) -> alt.Chart:
-    """P(sink in layer b | sink in layer a) minus the base rate of b. Named data: pairs (a, b, found, base, lift)."""
-    side = max(180, layers * max(3, min(14, 420 // layers)))  # room for the axis titles in any font
+def pairs(layers: Sequence[int]) -> alt.Chart:
+    """P(sink in layer b | sink in layer a) minus the base rate of b. layers: their numbers.
+
+    Named data: pairs (a, b, found, base, lift).
+    """
+    side = max(180, len(layers) * max(3, min(14, 420 // len(layers))))  # room for the axis titles in any font
     axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False, domain=False)
-    every = alt.Scale(domain=list(range(layers)))
+    every = alt.Scale(domain=list(layers))
     return (
         alt.Chart(alt.NamedData("pairs"))
         .mark_rect(aria=False)
@@ -173,7 +177,9 @@ def norms_by_layer(census: Census, length: int) -> alt.Chart:
     rows = [
         {"layer": layer, "norm": norm if norm == norm else None, "of": title}  # NaN leaves a gap
         for name, title in names.items()
-        for layer, norm in enumerate(tokens[..., list(TOKENS).index(name)].nanmean((0, 2)).tolist())
+        for layer, norm in zip(
+            census.layers, tokens[..., list(TOKENS).index(name)].nanmean((0, 2)).tolist(), strict=True
+        )
     ]
     return (
         alt.Chart(alt.Data(values=rows))
@@ -248,7 +254,7 @@ def exponents(census: Census) -> alt.Chart | None:
         return None
     scale, exponent = law
     last = census.required_window(census.lengths[-1], heads="kv")
-    rows = each({"exponent": exponent, "scale": scale, "window": last})
+    rows = each({"exponent": exponent, "scale": scale, "window": last}, census.layers)
     return (
         alt.Chart(alt.Data(values=rows))
         .mark_point(filled=True, size=45, opacity=0.85)
@@ -327,11 +333,11 @@ def thirds(high: float) -> list[int]:
     return [round((1 + high) ** (n / 3) - 1) for n in range(4)]
 
 
-def each(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """A row for every layer and head. columns: [layers, heads] each."""
-    layers, heads = next(iter(columns.values())).shape
+def each(columns: dict[str, Tensor], layers: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for every layer and head. columns: [layers, heads] each. layers: their numbers."""
+    heads = next(iter(columns.values())).shape[1]
     return [
-        {"layer": layer, "head": head} | {name: number(column[layer, head]) for name, column in columns.items()}
-        for layer in range(layers)
+        {"layer": layer, "head": head} | {name: number(column[row, head]) for name, column in columns.items()}
+        for row, layer in enumerate(layers)
         for head in range(heads)
     ]

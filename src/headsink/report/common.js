@@ -110,6 +110,12 @@ function arrows(target, move) {
   });
 }
 
+// The head of the map so many rows below and columns to the right of the chosen one; at an edge, the last one.
+function besides(down, right) {
+  const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
+  return {layer: layers[clamp(layers.indexOf(state.layer) + down, layers.length)], head: clamp(state.head + right, heads)};
+}
+
 // The choice is stored in the address after "#?", so that a view can be linked; "#name" is a link to a section.
 const fromAddress = () => location.hash.startsWith("#?") ? Object.fromEntries(new URLSearchParams(location.hash.slice(2))) : {};
 // entry: a new entry of the browser's history, to which its back button returns.

@@ -1,18 +1,18 @@
 "use strict";
 // The page of a comparison. The menus choose a group: a run, a pair of lengths, a pair of kinds of text.
 
-let data, state, layers, heads, groups;
+let data, state, layers, heads, groups; // layers: their numbers in the model, one for each row of the arrays
 
 const both = ([a, b]) => a === b ? String(a) : `${a} → ${b}`;
 const groupName = ({run, lengths, domains}) => JSON.stringify([run, both(lengths), both(domains)]);
 const group = () => groups.get(JSON.stringify([state.run, state.length, state.domain]));
 const viewOf = score => group().find(view => view.score === score);
 const signed = value => (value > 0 ? "+" : "") + figures(value);
-const value = (view, name, layer = state.layer, head = state.head) => data.arrays[`${view.n}.${name}`].data[layer * heads + head];
+const value = (view, name, layer = state.layer, head = state.head) => data.arrays[`${view.n}.${name}`].data[layers.indexOf(layer) * heads + head];
 
 function rowsOf(view) {
   const found = [];
-  for (let layer = 0; layer < layers; layer++)
+  for (const layer of layers)
     for (let head = 0; head < heads; head++) {
       const [before, after, change, half] = ["before", "after", "change", "half"].map(name => value(view, name, layer, head));
       found.push({layer, head, before, after, value: change, half: number(half), beyond: Math.abs(change) > half});
@@ -72,7 +72,7 @@ function showScores() {
     figures(view.rank_correlation ?? NaN), view.beyond_chance === null ? "–" : `${Math.round(100 * view.beyond_chance)}%`,
   ], view.score === state.score ? {class: "shown"} : {}]));
   const changed = changedHere();
-  $("roles-said").textContent = `${changed.length} of ${layers * heads} heads have another role (${state.length} tokens, ${state.domain}). Rows: before; columns: after.`;
+  $("roles-said").textContent = `${changed.length} of ${layers.length * heads} heads have another role (${state.length} tokens, ${state.domain}). Rows: before; columns: after.`;
   table("flow", ["", ...data.roles], data.roles.map(before => [[before, ...data.roles.map(after => before === after ? "·" :
     String(changed.filter(head => head.before === before && head.after === after).length || ""))]]));
 }
@@ -100,17 +100,15 @@ function readState() {
   };
   limitMenus();
   const [layer, head] = viewOf(state.score).largest_at;
-  state.layer = within(asked.layer, 0, layers - 1, layer);
+  state.layer = layers.includes(Number(asked.layer)) ? Number(asked.layer) : layer;
   state.head = within(asked.head, 0, heads - 1, head);
 }
-
-const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
 
 figureName = () => `change-${[state.score, state.length, state.domain].join("-")}`.replaceAll(/[^\w.-]+/g, "-");
 
 async function start() {
   data = await unpack("data");
-  [layers, heads] = data.shape;
+  [layers, heads] = data.grid;
   groups = new Map();
   data.views.forEach((view, n) => {
     view.n = n;
@@ -120,9 +118,9 @@ async function start() {
   options($("score"), data.scores.map(score => [score.name, score.title]));
   readState();
   for (const name of ["run", "length", "domain", "score"]) $(name).addEventListener("change", () => choose({[name]: $(name).value}));
-  for (const [name, count] of [["layer", layers], ["head", heads]])
-    $(name).addEventListener("change", () => choose({[name]: within($(name).value, 0, count - 1, state[name])}));
-  arrows($("map-focus"), (down, right) => choose({layer: clamp(state.layer + down, layers), head: clamp(state.head + right, heads)}));
+  $("layer").addEventListener("change", () => choose({layer: Number($("layer").value)}));
+  $("head").addEventListener("change", () => choose({head: within($("head").value, 0, heads - 1, state.head)}));
+  arrows($("map-focus"), (down, right) => choose(besides(down, right)));
   window.addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) readState(), show(true); });
   const shown = show(true);
   $(location.hash.slice(1))?.scrollIntoView(); // the tables above it were empty when the browser scrolled

@@ -28,7 +28,7 @@ def write_comparison(comparison: Comparison, path: Path, *, force: bool = False)
     """Write one HTML file. Text that comes from models, prompts or names of runs is escaped."""
     first = _first_view(comparison)
     layer, head = first.to_dict()["largest_at"]
-    spec = charts.spec(maps.change_map(_shape(comparison), _high(comparison, first.score)))
+    spec = charts.spec(maps.change_map(_grid(comparison), _high(comparison, first.score)))
     text = (
         environment()
         .get_template("comparison.html.j2")
@@ -37,7 +37,7 @@ def write_comparison(comparison: Comparison, path: Path, *, force: bool = False)
             differing=_differences(comparison),
             heads=comparison.heads,
             changed=len(comparison.changed),
-            shape=comparison.views[0].before.shape,
+            grid=_grid(comparison),
             specs={"map": spec},
             box=draw("map", charts.fill(spec, heads=_rows(first), selected=[{"layer": layer, "head": head}])),
             data=_data(comparison),
@@ -54,7 +54,7 @@ def write_comparison_pictures(comparison: Comparison, folder: Path) -> None:
             continue
         high = _high(comparison, view.score)
         spec = charts.spec(
-            maps.change_map(_shape(comparison), high), [_title(view.score), f"{comparison.names[0]} → {view.run}"]
+            maps.change_map(_grid(comparison), high), [_title(view.score), f"{comparison.names[0]} → {view.run}"]
         )
         number = f"-{runs.index(view.run) + 2}" if len(runs) > 1 else ""
         name = f"figure-change-{view.score}-{view.lengths[1]}{number}"
@@ -70,7 +70,7 @@ def _data(comparison: Comparison) -> str:
     return pack(
         arrays,
         names=comparison.names,
-        shape=_shape(comparison),
+        grid=_grid(comparison),
         roles=ROLES,
         scores=[{"name": name, "title": _title(name), "high": _high(comparison, name)} for name in scores],
         views=[view.to_dict() for view in comparison.views],
@@ -89,7 +89,7 @@ def _first_view(comparison: Comparison) -> View:
 def _rows(view: View) -> list[dict[str, Any]]:
     """A row for each head, for `maps.change_map`."""
     columns = {"before": view.before, "after": view.after, "value": view.change.mean, "half": view.change.half}
-    rows = charts.each(columns)
+    rows = charts.each(columns, view.layers)
     return [row | {"beyond": row["half"] is not None and abs(row["value"]) > row["half"]} for row in rows]
 
 
@@ -127,6 +127,5 @@ def _title(score: str) -> str:
     return capital(STATISTICS[score].title)
 
 
-def _shape(comparison: Comparison) -> tuple[int, int]:
-    layers, heads = comparison.views[0].before.shape
-    return layers, heads
+def _grid(comparison: Comparison) -> maps.Grid:
+    return comparison.views[0].layers, comparison.views[0].before.shape[1]

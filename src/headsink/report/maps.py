@@ -5,6 +5,7 @@ All read named data from the page: "heads" (a row for each head), "selected" (la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -16,6 +17,7 @@ from headsink.utils.colours import BLUE, VERMILION
 if TYPE_CHECKING:
     from headsink.census.attention_maps import PooledAttention
 
+Grid = tuple[Sequence[int], int]  # numbers of the layers, and query heads of each
 MAP_WIDTH, MAP_HEIGHT = 330, 620  # largest size of a map in pixels; cells that are smaller than LEAST_CELL enlarge it
 # Legend values of a nearly logarithmic (symlog) scale from 0 to high.
 THIRDS = [f"round(exp({n} / 3 * log(1 + high)) - 1)" for n in range(4)]
@@ -24,7 +26,7 @@ LEAST_CELL, MOST_CELL = 9, 30
 LETTERED = 14  # least size of a cell in pixels in which the letter of its role is readable
 
 
-def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1) -> Drawn:
+def head_map(scale: str, grid: Grid, low: float = 0, high: float = 1) -> Drawn:
     """Layer x head, coloured by `value`. Named data: heads (layer, head, role, value, half, uniform), selected (layer, head)."""
     calculate = {
         "shown": "format(datum.value, '.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
@@ -40,32 +42,32 @@ def head_map(scale: str, shape: tuple[int, int], low: float = 0, high: float = 1
     legend: dict[str, Any] = {"values": values[scale], "labelExpr": WHOLE} if scale in values else {}
     colour = alt.Color("value:Q", title=None, scale=alt.Scale(type=scale, scheme="viridis", **limits))  # type: ignore[arg-type]
     cells = (
-        _cells(shape)
+        _cells(grid)
         .transform_calculate(**calculate)
         .encode(color=colour.legend(gradientLength=160, **legend), tooltip=tooltip)
     )
-    return _map(shape, cells).add_params(alt.param("low", value=low), alt.param("high", value=high))
+    return _map(grid, cells).add_params(alt.param("low", value=low), alt.param("high", value=high))
 
 
-def role_map(shape: tuple[int, int]) -> Drawn:
+def role_map(grid: Grid) -> Drawn:
     """Layer x head, coloured by role, with its letter if cells are large enough. Named data as for `head_map`."""
-    cells = _cells(shape).encode(color=role_colour(), tooltip=_head_tooltip())
+    cells = _cells(grid).encode(color=role_colour(), tooltip=_head_tooltip())
     letters = (
         alt.Chart(alt.NamedData("heads"))
         .transform_calculate(letter="upper(substring(datum.role, 0, 1))")
         .mark_text(fontSize=10, aria=False, tooltip=False)
         .encode(
-            **_axes(shape),
+            **_axes(grid),
             text="letter:N",
             color=alt.condition(
                 "datum.role == 'sink' || datum.role == 'retrieval'", alt.value("white"), alt.value("black")
             ),
         )
     )
-    return _map(shape, cells, *([letters] if min(cell(shape)) >= LETTERED else []))
+    return _map(grid, cells, *([letters] if min(cell(grid)) >= LETTERED else []))
 
 
-def change_map(shape: tuple[int, int], high: float = 1) -> Drawn:
+def change_map(grid: Grid, high: float = 1) -> Drawn:
     """Change of each head. Named data: heads (layer, head, value, half, beyond), selected."""
     calculate = {
         "shown": "format(datum.value, '+.3~g') + (isValid(datum.half) ? ' ± ' + format(datum.half, '.2~g') : '')",
@@ -80,20 +82,20 @@ def change_map(shape: tuple[int, int], high: float = 1) -> Drawn:
         alt.Tooltip("sides:N", title="means"),
         alt.Tooltip("shown:N", title="change ± 95 %"),
     ]
-    cells = _cells(shape).transform_calculate(**calculate).encode(color=colour, tooltip=tooltip)
+    cells = _cells(grid).transform_calculate(**calculate).encode(color=colour, tooltip=tooltip)
     beyond = (
         alt.Chart(alt.NamedData("heads"))
         .transform_filter("datum.beyond")
         .mark_point(shape="circle", filled=True, size=14, color="black", aria=False, tooltip=False)
-        .encode(**_axes(shape))
+        .encode(**_axes(grid))
     )
-    return _map(shape, cells, beyond).add_params(alt.param("high", value=high))
+    return _map(grid, cells, beyond).add_params(alt.param("high", value=high))
 
 
-def cell(shape: tuple[int, int]) -> tuple[float, float]:
+def cell(grid: Grid) -> tuple[float, float]:
     """Width and height of a cell of the maps, in pixels."""
-    layers, heads = shape
-    return tuple(min(MOST_CELL, max(LEAST_CELL, size)) for size in (MAP_WIDTH // heads, MAP_HEIGHT // layers))  # type: ignore[return-value]
+    layers, heads = grid
+    return tuple(min(MOST_CELL, max(LEAST_CELL, size)) for size in (MAP_WIDTH // heads, MAP_HEIGHT // len(layers)))  # type: ignore[return-value]
 
 
 def attention_tiles(attention: PooledAttention) -> Drawn:
@@ -127,32 +129,32 @@ def attention_tiles(attention: PooledAttention) -> Drawn:
     return alt.hconcat(*charts)
 
 
-def _cells(shape: tuple[int, int]) -> alt.Chart:
-    return alt.Chart(alt.NamedData("heads")).mark_rect(aria=False, cursor="pointer").encode(**_axes(shape))
+def _cells(grid: Grid) -> alt.Chart:
+    return alt.Chart(alt.NamedData("heads")).mark_rect(aria=False, cursor="pointer").encode(**_axes(grid))
 
 
-def _selected(shape: tuple[int, int]) -> list[alt.Chart]:
+def _selected(grid: Grid) -> list[alt.Chart]:
     """A frame that is visible on any colour: black around white."""
-    frame = alt.Chart(alt.NamedData("selected")).encode(**_axes(shape))
+    frame = alt.Chart(alt.NamedData("selected")).encode(**_axes(grid))
     return [
         frame.mark_rect(fill=None, stroke=colour, strokeWidth=width, aria=False, tooltip=False)
         for colour, width in (("black", 4.5), ("white", 1.5))
     ]
 
 
-def _axes(shape: tuple[int, int]) -> dict[str, Any]:
-    layers, heads = shape
+def _axes(grid: Grid) -> dict[str, Any]:
+    layers, heads = grid
     axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False)
     return {
         "x": alt.X("head:O", title="query head", axis=axis, scale=alt.Scale(domain=list(range(heads)))),
-        "y": alt.Y("layer:O", title="layer", axis=axis, scale=alt.Scale(domain=list(range(layers)))),
+        "y": alt.Y("layer:O", title="layer", axis=axis, scale=alt.Scale(domain=list(layers))),
     }
 
 
-def _map(shape: tuple[int, int], *marks: alt.Chart) -> Drawn:
-    layers, heads = shape
-    width, height = cell(shape)
-    return alt.layer(*marks, *_selected(shape)).properties(width=width * heads, height=height * layers)
+def _map(grid: Grid, *marks: alt.Chart) -> Drawn:
+    layers, heads = grid
+    width, height = cell(grid)
+    return alt.layer(*marks, *_selected(grid)).properties(width=width * heads, height=height * len(layers))
 
 
 def _head_tooltip() -> list[Any]:

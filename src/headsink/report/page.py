@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -86,16 +87,16 @@ def write_report(
 
 def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.TextMaps] = MappingProxyType({})) -> None:
     """Write `report.html`. text_maps: attention maps of texts of `token_views`. Text of models and prompts is escaped."""
-    last, shape, own = census.lengths[-1], _shape(census), _own_data(census)
+    last, grid, own = census.lengths[-1], _grid(census), _own_data(census)
     pooled = {length: view(census, length, None) for length in census.lengths}
     shown = first_view.first_view(census, pooled, statistics(census))
-    menu = {f"map-{scale}": maps.head_map(scale, shape) for scale in SHAPES} | {
-        "map-role": maps.role_map(shape),
+    menu = {f"map-{scale}": maps.head_map(scale, grid) for scale in SHAPES} | {
+        "map-role": maps.role_map(grid),
         "profile": maps.profile(),
         "window": maps.window_errors(),
         "layers": charts.masses_by_layer(_sink_logits(census) is not None),
         "errors": charts.errors_by_layer(),
-        "pairs": charts.pairs(shape[0]),
+        "pairs": charts.pairs(census.layers),
     }
     specs = {name: charts.spec(chart) for name, chart in (menu | own).items()}
     text = (
@@ -103,6 +104,7 @@ def write_page(census: Census, path: Path, text_maps: Mapping[int, attention.Tex
         .get_template("census.html.j2")
         .render(
             settings=census.settings,
+            layers=census.layers,
             domains=census.domains,
             lengths=census.lengths,
             last=last,
@@ -141,11 +143,11 @@ def _boxes(
     """The first picture of every chart of the page, by the name of its element. All maps share one element."""
     last = census.lengths[-1]
     view_of_all, layer, head = pooled[last], shown["layer"], shown["head"]
-    rows = [row | {"value": row["sink"]} for row in view_of_all.rows()]
+    rows = [row | {"value": row["sink"]} for row in view_of_all.rows(census.layers)]
     data = {
         "heads": rows,
         "selected": [{"layer": layer, "head": head}],
-        "pairs": _pair_rows(view_of_all),
+        "pairs": _pair_rows(view_of_all, census.layers),
         **first_view.head_charts(census, pooled, layer, head),
     }
     pictures = {name: draw(name, charts.fill(spec, **data)) for name, spec in specs.items()}
@@ -170,22 +172,22 @@ def write_pictures(census: Census, folder: Path) -> None:
 
 
 def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
-    name, shape, last = census.settings["model"]["name"], _shape(census), census.lengths[-1]
+    name, grid, last = census.settings["model"]["name"], _grid(census), census.lengths[-1]
     for length in census.lengths:
         pooled, at = view(census, length, None), f"{name}, {length} tokens"
-        rows = pooled.rows()
+        rows = pooled.rows(census.layers)
         shown = [n for n in statistics(census) if length == last or n == "sink"]
         for statistic in shown:
             meaning = STATISTICS[statistic]
             data = [row | {"value": row[statistic]} for row in rows]
             high = _high(statistic, length, [pooled])
-            chart = maps.head_map(meaning.scale, shape, meaning.low, high)
+            chart = maps.head_map(meaning.scale, grid, meaning.low, high)
             spec = charts.spec(
                 chart,
                 [capital(meaning.title.replace("the near window", f"a window of {near_window(census, length)}")), at],
             )
             yield f"{statistic.replace('_', '-')}-{length}", charts.fill(spec, heads=data, selected=[])
-        charts_of_length = {"roles": (maps.role_map(shape), "Roles of the heads")}
+        charts_of_length = {"roles": (maps.role_map(grid), "Roles of the heads")}
         if length == last:
             masses = charts.masses_by_layer(_sink_logits(census) is not None)
             charts_of_length["layers"] = masses, "Where attention goes"
@@ -193,10 +195,13 @@ def _pictures(census: Census) -> Iterator[tuple[str, dict[str, Any]]]:
                 charts.errors_by_layer(),
                 f"Output error of a window of {near_window(census, length)} keys",
             )
-            charts_of_length["pairs"] = charts.pairs(shape[0]), "P(sink in layer b | sink in layer a) − base rate of b"
+            charts_of_length["pairs"] = (
+                charts.pairs(census.layers),
+                "P(sink in layer b | sink in layer a) − base rate of b",
+            )
         for key, (chart, title) in charts_of_length.items():
             spec = charts.spec(chart, [title, at])
-            yield f"{key}-{length}", charts.fill(spec, heads=rows, selected=[], pairs=_pair_rows(pooled))
+            yield f"{key}-{length}", charts.fill(spec, heads=rows, selected=[], pairs=_pair_rows(pooled, census.layers))
     for key, chart in _own_data(census).items():
         yield key, charts.spec(chart, [OWN_DATA[key].format(last=last), name])
 
@@ -251,7 +256,8 @@ def _data(census: Census, pooled: dict[int, View]) -> str:
         has=has,
         texts=texts,
         words=list(census.vocabulary.values()),
-        shape=[*_shape(census), census.settings["model"]["kv_heads"]],
+        layers=census.layers,
+        heads=[census.settings["model"][name] for name in ("query_heads", "kv_heads")],
         roles=ROLES,
         statistics=[{"name": name} | asdict(STATISTICS[name]) for name in statistics(census)],
         names=list(STATISTICS),
@@ -294,14 +300,12 @@ def _high(statistic: str, length: int, views: list[View]) -> float:
     return float(length) if high is None else high
 
 
-def _pair_rows(pooled: View) -> list[dict[str, Any]]:
-    layers = range(len(pooled.rate))
+def _pair_rows(pooled: View, layers: list[int]) -> list[dict[str, Any]]:
     rates, pairs = pooled.rate.tolist(), pooled.pairs.tolist()
     return [
-        {"a": a, "b": b, "found": pairs[a][b], "base": rates[b], "lift": pairs[a][b] - rates[b]}
-        for a in layers
-        for b in layers
-        if a < b and rates[a] > 0
+        {"a": layers[a], "b": layers[b], "found": pairs[a][b], "base": rates[b], "lift": pairs[a][b] - rates[b]}
+        for a, b in combinations(range(len(layers)), 2)
+        if rates[a] > 0
     ]
 
 
@@ -337,10 +341,9 @@ def _sink_logits(census: Census) -> dict[str, Any] | None:
     sink_logits = census.score("learned", census.lengths[-1])
     if not bool(sink_logits.max() > 0):
         return None
-    layer, head = divmod(int(sink_logits.argmax()), sink_logits.shape[1])
+    layer, head = census.place(int(sink_logits.argmax()))
     return {"mean": float(sink_logits.mean()), "most": float(sink_logits.max()), "layer": layer, "head": head}
 
 
-def _shape(census: Census) -> tuple[int, int]:
-    model = census.settings["model"]
-    return model["layers"], model["query_heads"]
+def _grid(census: Census) -> maps.Grid:
+    return census.layers, census.settings["model"]["query_heads"]

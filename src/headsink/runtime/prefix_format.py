@@ -111,7 +111,7 @@ def groups_of(header: Header, cache: PlanCache) -> Iterator[Group]:
                 raise ValueError(f"{field}.{index}: {numbers}, of a layer with {len(patterns)} patterns")
         own = zip(patterns.items(), *given.values(), strict=True)
         for number, ((segment_pattern, heads), prefix_slots, start) in enumerate(own):
-            pattern = segment_pattern.widen(layer.decode_window)
+            pattern = segment_pattern.widen(layer.options.decode_window)
             window, most = pattern.window or 0, pattern.top_k
             below_capacity = prefix_slots == 0 and pattern.size(seen) == seen and not (streaming and pattern.sink)
             left = max(start, seen - window)  # columns that have left the ring
