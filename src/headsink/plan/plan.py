@@ -222,6 +222,8 @@ class Plan(Part):
         context: tokens of prompt and output together. The numbers of top-k keys change; in a plan without any, the windows.
         `quality` stays as measured at its own context.
         """
+        if contexts(self) == [context]:
+            return self
         base = contexts(self)[0]
         heads = [head for layer in self.layers for head in layer or () if head.window is not None]
         top_k = sum(head.top_k for head in heads)
