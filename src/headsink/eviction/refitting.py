@@ -17,7 +17,6 @@ from torch import Tensor
 
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.scorers.prompt import AHEAD, Softmax
-from headsink.models.devices import has_matrix_units
 from headsink.models.rope import Rotary, rotate
 from headsink.utils import flash
 
@@ -96,8 +95,6 @@ def refit_keys(
     share = share.where(share > 100 * torch.finfo(kind).eps, 0)  # less is rounding
     synthetic = synthetic_key(rows, share, totals[..., 0], mean)
     towards = logits_of(rows, synthetic[:, None])[..., 0]
-    # The ridge is much larger than the rounding of this product, which takes the most time.
-    gram = key.dtype if has_matrix_units(key) else kind
     results = []
     for head, (own, logits, pattern) in enumerate(zip(kept, near, patterns, strict=True)):
         top, last = slice(0, pattern.top_k), pattern.top_k - 1
@@ -106,7 +103,7 @@ def refit_keys(
             keys[last], values[last], logits[:, last] = synthetic[head], mean_value[head], towards[head]
         weights = (logits if extra is None else torch.cat([logits, extra[head]], -1)).softmax(-1)[:, : len(own)]
         residual = outputs[head] - weights @ values
-        results.append((own[top], keys, values[top] + ridge_regression(weights[:, top], residual, RIDGE, gram)))
+        results.append((own[top], keys, values[top] + ridge_regression(weights[:, top], residual, RIDGE)))
     return results
 
 
@@ -141,15 +138,13 @@ def synthetic_key(queries: Tensor, share: Tensor, total: Tensor, mean: Tensor) -
     return mean + torch.cholesky_solve(rows @ missing[..., None], factor)[..., 0]
 
 
-def ridge_regression(weights: Tensor, residual: Tensor, ridge: float, kind: torch.dtype | None = None) -> Tensor:
+def ridge_regression(weights: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """Return the change of values, [keys, dim], whose product with `weights` is closest to `residual`.
 
-    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`. kind: dtype in which `weights`
-    are multiplied with themselves; by default their own.
+    weights: attention to each key, [queries, keys]; residual: [queries, dim]. ridge: as `RIDGE`.
     """
     dual = len(weights) < weights.shape[1]  # the smaller of the two systems of equations
-    factors = weights.to(kind)
-    products = (factors @ factors.T if dual else factors.T @ factors).to(weights.dtype)
+    products = weights @ weights.T if dual else weights.T @ weights
     penalty = (ridge / max(weights.shape[1], 1) * products.trace()).clamp(min=torch.finfo(products.dtype).tiny)
     products.diagonal().add_(penalty)
     factor = torch.linalg.cholesky_ex(products).L  # does not block the host

@@ -1,4 +1,4 @@
-"""Names of dtypes and devices, and what a processor multiplies fast."""
+"""Parse names of dtypes and devices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import torch
 from headsink.errors import HeadsinkError
 from headsink.models.builtin import check_dtype
 from headsink.models.hf_logging import first_line
-
-_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -33,8 +31,3 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise HeadsinkError(f"device: {str(device)!r} is not available here: {first_line(error)}") from error
     return device
-
-
-def has_matrix_units(given: torch.Tensor) -> bool:
-    """Whether torch multiplies such tensors in the matrix units of the CPU (AMX)."""
-    return _AMX and given.device.type == "cpu" and given.dtype == torch.bfloat16

@@ -13,13 +13,13 @@ from headsink.attention.kv_table import KVField, check_buffers
 from headsink.attention.params import AttentionParams
 from headsink.attention.visibility import KeyVisibility, check_sight
 from headsink.errors import must_be
-from headsink.models.devices import has_matrix_units
 
 NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
     torch.int8: np.int8,
 }  # as kernels read
+MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # which torch uses in bfloat16
 FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
 
 
@@ -44,7 +44,7 @@ class CPUBackend:
 
     def beats_sdpa(self, query: Tensor, kv_heads: int) -> bool:
         """False in bfloat16 on a processor with matrix units (AMX): torch uses them, and reads prompts three times as fast."""
-        return not has_matrix_units(query)
+        return not (query.dtype == torch.bfloat16 and MATRIX_UNITS)
 
     def attend_full(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
         return None
