@@ -113,7 +113,7 @@ def test_continuations_are_scored_by_the_definition(batch, tiny_folder, plans):
         assert likelihood == pytest.approx(expected, rel=1e-5)
         assert is_greedy == greedy
     without = own.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    assert abs(found[0][0] - without[0][0]) > 1e-3
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, without, strict=True)) > 1e-2  # the plan matters
 
 
 def test_logits_of_a_batch_padded_on_the_right_are_those_of_each_text(tiny_folder, plans):
