@@ -204,6 +204,30 @@ def test_the_page_has_every_figure_and_names_its_row(done, folder, tmp_path):
         assert (tmp_path / "docs" / picture).stat().st_size > 1000
 
 
+@pytest.fixture
+def suite_row():
+    """A task of a suite, on which the plan is worse without reconstruction."""
+    worse = {"way": "0.25", "score": 0.5, "change": -0.375, "change_interval": [-0.75, -0.125], "p": 0.02}
+    same = {"way": "0.25, reconstruction", "score": 0.875, "change": 0.0, "change_interval": [0.0, 0.0], "p": 1.0}
+    ways = [{"way": "full", "score": 0.875, "score_interval": [0.6, 1.0], "kept": 1.0}]
+    ways += [one | {"score_interval": [0.1, 1.0], "kept": 0.2512} for one in (worse, same)]
+    task = {"suite": "ruler", "task": "vt", "length": 2000, "items": 8, "metric": "score", "higher_is_better": True}
+    sizes = {"median": 1900, "min": 1880, "max": 1904}
+    return record("suite/smollm2/ruler/vt", task | {"document_tokens": sizes, "ways": ways, "records": []})
+
+
+@pytest.mark.slow
+def test_suites_have_a_table_and_count_among_the_tasks(done, folder, suite_row, tmp_path):
+    records.save(folder, suite_row)
+    text = results.write(folder, tmp_path / "results.md").read_text()
+    row, quality = (f"all/rows/{name}.json" for name in ("suite/smollm2/ruler/vt", "quality/smollm2/gsm8k"))
+    assert "| suite and task | full cache | 25.0% | 25.0%, reconstruction | prompts, tokens |" in text
+    plan, reconstructed = "0.500<br>-0.375 [-0.750, -0.125]<br>25.1%", "0.875<br>+0.000 [+0.000, +0.000]<br>25.1%"
+    assert f"| [ruler/vt]({row}) | 0.875 [0.600, 1.000] | {plan} | {reconstructed} | 8<br>1,900 |" in text
+    assert "| **25.0%** | 2 of 2 | 0.123 (0.123–0.123) |" in text  # a suite has no KL
+    assert text.index(f"[vt]({row}) | 0.875 | 25.0%: 0.500") < text.index(f"[gsm8k]({quality}) | 0.500 | 25.0%: 0.423")
+
+
 @pytest.mark.slow
 def test_the_page_begins_with_a_line_for_each_plan(done, folder, tmp_path):
     squad = copy.deepcopy(done["quality/smollm2/gsm8k"])
@@ -370,8 +394,10 @@ def test_the_leaderboard_tells_older_records_from_those_of_today():
 # several machines
 
 
-def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, folder, tmp_path):
+def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, folder, suite_row, tmp_path):
     other = tmp_path / "other"
+    records.save(folder, suite_row)
+    records.save(other, suite_row)
     for name in ("quality/smollm2/gsm8k", "speed/smollm2/512x1"):
         row = copy.deepcopy(done[name]) | {"machine": MACHINE | {"threads": 1}, "commit": "0123456789ab"}
         row["limits"] = {"read_bytes_per_s": 8e10, "float32_flops": 1e11, "bfloat16_flops": 3e11}
@@ -385,6 +411,7 @@ def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, fo
     assert by_name["TPOT ratio", "512 x 1"][-1] == "**1.952–3.667**"
     assert by_name["TTFT ratio", "512 x 1"][-1] == "0.802"
     assert by_name["score change", "gsm8k, 50 prompts"][-1] == "-0.077"
+    assert by_name["score change", "vt, 8 prompts"][-2:] == ["0.000 (0.000–0.000)", "0.000"]
     assert ("peak memory ratio", "512 x 1") not in by_name  # only one of them has it
     assert [line[2] for line in lines if line[0] == "all"] == ["a CPU (x86_64), 2 cores, 2 threads"]
     assert next(line for line in lines if line[0] == "other")[2:] == [
@@ -395,13 +422,14 @@ def test_machines_are_joined_and_the_range_is_shown_where_they_disagree(done, fo
     text = joined.write([folder, other], tmp_path / "joined.md").read_text()  # replaces its own page
     machines = re.findall(r"^\| all \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE)
     assert machines == [
-        ("memory, quality", "a CPU (x86_64), 2 cores, 2 threads"),
+        ("memory, quality, suite", "a CPU (x86_64), 2 cores, 2 threads"),
         ("speed", "a CPU (x86_64), 2 cores, 1 thread"),
     ]
     with pytest.raises(HeadsinkError, match=r"^folders: two are called all; columns go by it, so rename one$"):
         joined.write([folder, folder], tmp_path / "joined.md")
     records.file_of(other, "speed/smollm2/512x1").unlink()
     records.file_of(other, "quality/smollm2/gsm8k").unlink()
+    records.file_of(other, suite_row["row"]).unlink()
     with pytest.raises(HeadsinkError, match=r"other: no row in it was measured"):
         joined.write([folder, other], tmp_path / "joined.md")
     records.save(other, done["memory/smollm2/512x1"])

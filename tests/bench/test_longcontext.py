@@ -9,18 +9,16 @@ import pytest
 
 import headsink
 from headsink import HeadsinkError, Pattern, Plan
-from headsink.bench.longcontext import suites
-from headsink.bench.longcontext.suites import SUITES, check_lengths, check_tasks, find_suite
-from headsink.bench.tasks import datasets
+from headsink.bench.tasks import datasets, suites
+from headsink.bench.tasks.suites import SUITES, check_lengths, check_tasks, find_suite, items_of
 
 WITHOUT_PACKAGES = [("ruler", task) for task, file in SUITES["ruler"].tasks.items() if file is None] + [
     ("needles", "needles")
 ]
 WITH_PACKAGES = [(name, task) for name, suite in SUITES.items() for task, file in suite.tasks.items() if file]
 ABSENT = [requirement for module, requirement in datasets.PACKAGES.items() if find_spec(module) is None]
-HARNESS = pytest.mark.skipif(
-    any(find_spec(module) is None for module in suites.HARNESS), reason="lm-eval is not installed: make test-harness"
-)
+WITH_HARNESS = all(find_spec(module) for module in suites.HARNESS)
+HARNESS = pytest.mark.skipif(not WITH_HARNESS, reason="lm-eval is not installed: make test-harness")
 PACKAGES = pytest.mark.skipif(bool(ABSENT), reason=f"needs the data of {', '.join(ABSENT)}")
 PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 SETTINGS = {"headsink": "a test"}
@@ -171,7 +169,8 @@ def test_the_passages_of_a_question_are_in_its_document(name, tokenizer):
 
 @HARNESS
 def test_needles_are_at_their_depths(tokenizer):
-    from headsink.bench.longcontext.ruler import DEPTHS, needle_records
+    from headsink.bench.longcontext.ruler import needle_records
+    from headsink.bench.tasks.suites import DEPTHS
 
     for record in needle_records(tokenizer, 1, 3000, seed=0):
         found = record["document"].index(record["outputs"][0]) / len(record["document"])
@@ -183,7 +182,7 @@ def test_needles_are_at_their_depths(tokenizer):
 @PACKAGES
 def test_a_document_of_many_questions_is_read_once(tokenizer):
     from headsink.bench.longcontext.harness import make_records
-    from headsink.bench.longcontext.reading import TURNS
+    from headsink.bench.tasks.suites import TURNS
 
     records = make_records("multiturn", "multiturn", tokenizer, 2, 1500, seed=0, chat=True)
     engine, _ = answer_all(tokenizer, "multiturn", "multiturn", records, ["x"] * 2 * TURNS)
@@ -330,3 +329,39 @@ def test_the_command(bench, tiny, tiny_folder, tmp_path, monkeypatch):
     assert status == 2
     assert err.splitlines()[-1].endswith("has no chat template; give --raw to ask it without a chat format")
     assert bench(*words, "--plan", plan, "--lengths", 700, "--raw")[0] == 0
+
+
+@HARNESS
+def test_rows_of_bench_all(tiny_folder, tmp_path):
+    from headsink.bench.options import Options
+    from headsink.bench.suite import records
+    from headsink.bench.suite import run as everything
+
+    options = Options(models=(str(tiny_folder),), suites=("ruler",), items=2, context=700, budgets=(0.5,), device="cpu")
+    name = "suite/tiny/ruler/niah_single_1"
+    assert everything.run(options, tmp_path, [name])[name] == "measured"
+    found = records.read_rows(tmp_path)[name]["found"]
+    assert [way["way"] for way in found["ways"]] == ["full", "0.5", "0.5, reconstruction"]
+    assert all(0.4 < way["kept"] < 0.75 for way in found["ways"][1:])  # buffers grow in steps of 128
+    assert (found["length"], found["items"], found["higher_is_better"]) == (700, 2, True)
+    assert not list((tmp_path / "partial").iterdir())
+    verdicts = {one.verdict for one in everything.again(options, tmp_path, name)}
+    assert verdicts <= {"the same", "within", "overlaps", "outside"}  # times may lie outside
+
+
+def test_items_of_a_suite():
+    assert [items_of(suite, 20) for suite in SUITES] == [20, 20, 2, 4]
+
+
+@pytest.mark.skipif(WITH_HARNESS, reason="the harness is installed: test_rows_of_bench_all")
+def test_rows_of_bench_all_without_the_harness(tiny_folder, tmp_path):
+    from headsink.bench.options import Options
+    from headsink.bench.suite import records
+    from headsink.bench.suite import run as everything
+
+    options = Options(
+        models=(str(tiny_folder),), suites=("needles",), items=2, context=700, budgets=(0.5,), device="cpu"
+    )
+    name = "suite/tiny/needles/needles"
+    assert everything.run(options, tmp_path, [name])[name] == "missing"
+    assert "pip install 'headsink[eval]'" in records.read_rows(tmp_path)[name]["missing"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from headsink.bench.tasks.suites import SUITES
 from headsink.bench.tasks.tasks import TASKS
 from headsink.data.corpus import Domain
 from headsink.data.domains import KINDS, check_domains
@@ -26,11 +27,12 @@ LEAST_PROMPT = 16  # tokens
 class Options:
     """Options of `headsink bench all`.
 
-    context: tokens, for plans, tasks and domains. contexts, batches: for speed and memory. budget: for domains.
+    context: tokens, for plans, tasks, suites and domains. contexts, batches: for speed and memory. budget: for domains.
     """
 
     models: tuple[str, ...] = ("smollm2", "gemma3-270m")
     tasks: tuple[str, ...] = tuple(TASKS)
+    suites: tuple[str, ...] = tuple(SUITES)
     items: int = 50
     context: int = 2000
     budgets: tuple[float, ...] = (0.5, 0.25, 0.125)

@@ -19,9 +19,9 @@ def engines(
     plans: dict[str, Plan],
     length: int,
     *,
-    kv_dtype: KVDtype,
-    kvpress: Process | None,
-    presses: Iterable[str],
+    kv_dtype: KVDtype = "auto",
+    kvpress: Process | None = None,
+    presses: Iterable[str] = (),
 ) -> list[Engine]:
     """Return an engine for each column at a length in tokens."""
     columns: list[Engine] = [HeadsinkEngine(FULL, model, tokenizer, Plan.full(model))]

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from headsink.bench.tasks import datasets
 from headsink.bench.tasks.datasets import Passage, Reading
+from headsink.bench.tasks.suites import TURNS
 from headsink.bench.tasks.tasks import MISSES, Room
 from headsink.errors import HeadsinkError
 
 Record = dict[str, Any]
-TURNS = 5  # questions about a document
 FRAME = 300  # tokens of LongBench's instructions, the question and the answer at most
 READINGS: dict[str, Callable[[], list[Reading]]] = {
     "squad": datasets.squad,

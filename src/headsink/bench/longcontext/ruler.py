@@ -21,12 +21,12 @@ from nltk.tokenize.punkt import PunktParameters, save_punkt_params
 from transformers import PreTrainedTokenizerBase
 
 from headsink.bench.tasks import datasets
+from headsink.bench.tasks.suites import DEPTHS
 from headsink.data import corpus
 from headsink.errors import HeadsinkError
 
 Record = dict[str, Any]
 HARNESS_LEAST = 4096  # tokens, the harness's shortest length
-DEPTHS = tuple(range(0, 101, 10))  # percent of a text
 
 
 class _Niah(NamedTuple):

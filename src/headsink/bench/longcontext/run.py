@@ -6,7 +6,7 @@
         "kept": 1.0, "kv_bytes": 360000000,          # of the compressed document: share of the full cache, and mean bytes
         "ttft_s": {"median": ..., "min": ..., "max": ..., "all": [...]},   # reading and compressing, up to the first token
         "tpot_s": {...},                             # later tokens
-        "peak_bytes": 120000000},                    # of memory while reading and answering, without weights; the largest
+        "peak_bytes": {...}},                        # peak memory while reading and answering, without weights
        {"way": "0.25", ..., "change": -0.1, "change_interval": [low, high], "p": 0.5}],   # against the full cache, same items
       "records": [{"score": {"full": 1.0, "0.25": 0.9}}, ...],   # needles: "depth" in percent; multiturn: "turn"
       "refused": {"KVzap-linear 0.25": "there are no published weights for this model"}}]
@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from headsink.bench.checkpoint import Checkpoint
 from headsink.bench.longcontext.engines import Engine, Refused
 from headsink.bench.longcontext.harness import Record, SuiteModel, evaluate, load_task, make_records
-from headsink.bench.longcontext.reading import TURNS
-from headsink.bench.suite.tables import UNKNOWN, format_range, sure
-from headsink.bench.suite.tables import table as markdown
+from headsink.bench.tables import UNKNOWN, format_range, sure
+from headsink.bench.tables import table as markdown
 from headsink.bench.tasks.scoring import interval, p_value
+from headsink.bench.tasks.suites import TURNS
 from headsink.utils.progress import bar
 from headsink.utils.statistics import spread
 
@@ -115,7 +115,7 @@ def _summary(way: str, scores: dict[str, list[float]], measured: dict[str, list[
         "kv_bytes": round(statistics.fmean(record["kv_bytes"] for record in read)),
         "ttft_s": spread([record["read_s"] + record["first_s"] for record in read]),
         "tpot_s": spread(steps) if steps else None,
-        "peak_bytes": None if None in (peaks := [record["peak_bytes"] for record in read]) else max(peaks),
+        "peak_bytes": None if None in (peaks := [record["peak_bytes"] for record in read]) else spread(peaks),
     }
     if way != FULL:
         changes = [score - full for score, full in zip(own, scores[FULL], strict=True)]
@@ -165,5 +165,5 @@ def _costs(own: list[dict[str, Any]]) -> list[str]:
         f"{statistics.fmean(row['kept'] for row in own):.1%}",
         f"{statistics.fmean(row['kv_bytes'] for row in own) / 1e6:.1f}",
         *times,
-        UNKNOWN if None in peaks else f"{max(peaks) / 1e6:,.0f}",
+        UNKNOWN if None in peaks else f"{max(peak['max'] for peak in peaks) / 1e6:,.0f}",
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headsink.bench.suite.records import overlap, read_rows
-from headsink.bench.suite.tables import UNKNOWN, Record, emphasize, format_range, hardware, relative, table
+from headsink.bench.tables import UNKNOWN, Record, budget_name, emphasize, format_range, hardware, relative, table
 from headsink.errors import HeadsinkError
 from headsink.utils.files import write_text
 
@@ -82,12 +82,12 @@ def _figures(row: Record) -> Iterator[tuple[_Figure, dict[str, float]]]:
     """Yield the figures of a row with their median, minimum and maximum."""
     kind, model, *_ = row["row"].split("/")
     found = row["found"]
-    if kind == "quality":
+    if kind in ("quality", "suite"):
         for way in found["ways"]:
             if "change" in way:
                 low, high = way["change_interval"]
                 figure = _Figure(
-                    "score change", model, f"{found['task']}, {found['items']} prompts", f"{float(way['way']):.1%}"
+                    "score change", model, f"{found['task']}, {found['items']} prompts", budget_name(way["way"])
                 )
                 yield figure, {"median": way["change"], "min": low, "max": high}
     for one in found["results"] if kind in RATIOS else ():

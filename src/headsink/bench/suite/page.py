@@ -15,11 +15,12 @@ from headsink.bench.suite import pictures
 from headsink.bench.suite.records import file_of, read_rows
 from headsink.bench.suite.regressions import find_regressions
 from headsink.bench.suite.summary import plans, summary
-from headsink.bench.suite.tables import (
+from headsink.bench.tables import (
     NOT_MEASURED,
     UNKNOWN,
     Link,
     Record,
+    budget_name,
     emphasize,
     format_range,
     hardware,
@@ -75,6 +76,8 @@ def page(folder: Path, done: dict[str, Record], out: Path, drawn: list[str]) -> 
         "## What a plan costs",
         *quality(found, link),
         *picture_links(drawn, "quality"),
+        "## Long-context suites",
+        *suites(found, link),
         "## Agreement with the full cache",
         *agreement(found, link),
         *picture_links(drawn, "agreement"),
@@ -130,13 +133,37 @@ def quality(found: dict[str, Record], link: Link) -> list[str]:
                 + [_score(ways[name]) if name in ways else "" for name in names]
                 + [f"{one['items']}<br>{prompts['median']:,.0f} ({prompts['min']:,}–{prompts['max']:,})"]
             )
-        columns = ["task", "metric", *("full cache" if name == "full" else f"{float(name):.1%}" for name in names)]
+        columns = ["task", "metric", *map(_column, names)]
         parts += [f"**{model}**", table([*columns, "prompts, tokens"], lines)]
     said = (
         "Under each KV budget: score, change on the same prompts, and bytes of the KV cache at the end relative to the full "
         "cache (the model's own sliding-window layers count in both). ↑: higher is better."
     )
     return [said, *parts] if parts else [NOT_MEASURED]
+
+
+def suites(found: dict[str, Record], link: Link) -> list[str]:
+    """A line for each task of a suite: the score with the full cache, and under every plan with its change."""
+    parts = []
+    for model, tasks in of_kind(found, "suite").items():
+        names = list(dict.fromkeys(way["way"] for row in tasks.values() for way in row["found"]["ways"]))
+        lines = []
+        for name, row in tasks.items():
+            one = row["found"]
+            ways = {way["way"]: way for way in one["ways"]}
+            cells = [_score(ways[name]) if name in ways else "" for name in names]
+            lines.append([link(row["row"], name), *cells, f"{one['items']}<br>{one['document_tokens']['median']:,.0f}"])
+        parts += [f"**{model}**", table(["suite and task", *map(_column, names), "prompts, tokens"], lines)]
+    said = (
+        "The document is compressed before the question is known ([how](evaluation.md#long-context-suites)). Scores are the "
+        "lm-evaluation-harness's, from 0 to 1, with the change on the same prompts and the bytes of the compressed document's KV "
+        "cache relative to the full cache."
+    )
+    return [said, *parts] if parts else [NOT_MEASURED]
+
+
+def _column(way: str) -> str:
+    return "full cache" if way == "full" else budget_name(way)
 
 
 def _score(way: Record) -> str:

@@ -12,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 from headsink.bench.options import SERVERS
-from headsink.bench.suite.tables import OURS, Link, Record, of_kind, table, values
+from headsink.bench.tables import OURS, Link, Record, budget_name, of_kind, table, tasks_of, values
 
 NONE = "None in these rows."
 
@@ -92,7 +92,7 @@ def _ratio(way: str, ratios: list[float]) -> str:
 
 def scores(found: dict[str, Record], link: Link) -> Iterator[Regression]:
     """Sorted by the share of the full cache's score that is left."""
-    for model, tasks in of_kind(found, "quality").items():
+    for model, tasks in tasks_of(found).items():
         for row in tasks.values():
             full = next(way["score"] for way in row["found"]["ways"] if way["way"] == "full")
             higher = row["found"]["higher_is_better"]
@@ -100,7 +100,7 @@ def scores(found: dict[str, Record], link: Link) -> Iterator[Regression]:
                 if "change" in way and is_worse(row["found"], way):
                     left = way["score"] / full if higher else full / way["score"]
                     case = (model, link(row["row"], row["found"]["task"]), f"{full:.3f}")
-                    yield Regression(left, case, f"{float(way['way']):.1%}: {way['score']:.3f}")
+                    yield Regression(left, case, f"{budget_name(way['way'])}: {way['score']:.3f}")
 
 
 def is_worse(task: Record, way: Record) -> bool:

@@ -1,9 +1,10 @@
 """`headsink bench all`: every measurement of the results page as rows in a folder, one after the other, resumable.
 
 The plans of a model come first, whatever else is asked for: those that come with the package, and calibrated ones where there is
-none (bench/plans.py). Then what they cost on tasks (quality.py), what kinds of prompts differ in (families.py), and, once for
-every context and batch, speed and memory. Plans are for one context. For speed and memory at another one they are scaled
-(`Plan.scale`). How long a plan runs depends on how many keys each head keeps, not on which keys they are.
+none (bench/plans.py). Then what they cost on tasks (quality.py) and in long-context suites (longcontext), what kinds of prompts
+differ in (families.py), and, once for every context and batch, speed and memory. Plans are for one context. For speed and memory
+at another one they are scaled (`Plan.scale`). How long a plan runs depends on how many keys each head keeps, not on which keys
+they are.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
 from headsink.bench import domains, memory, quality, speed
+from headsink.bench.checkpoint import run_settings
 from headsink.bench.comparison import Comparison
 from headsink.bench.options import Options, label
 from headsink.bench.peers import process
 from headsink.bench.plans import packaged_plans, plans_of_budgets
 from headsink.bench.suite import records
 from headsink.bench.suite.records import Compared, Row
+from headsink.bench.tasks.suites import SUITES, check_lengths, check_tasks, items_of
 from headsink.errors import HeadsinkError
+from headsink.models.spec import describe
 from headsink.plan.plan import Plan
-from headsink.utils.files import sha256
+from headsink.utils.files import remove, sha256
 from headsink.utils.progress import console
 
 SPEED_DTYPE = "bfloat16"  # of speed and memory, unless a dtype is given: what one would serve in
 MEMORY_ROUNDS = 2  # peaks hardly differ
 # typical seconds of a row on 2 cores, for a token of its context; ITEM for each item too
 PLAN, FAMILIES, ITEM = 0.5, 4.5, 0.01
+SUITE = 0.002  # of a suite's row, for a token of its context, an item and a column
 PACKAGED = 5  # seconds of a row of packaged plans: the model is loaded
 STARTED = {"speed": (60, 0.09), "memory": (200, 0.03)}  # seconds to start, and for a token of all texts
 
@@ -125,6 +130,12 @@ def _quality_rows(options: Options, folder: Path, model: str) -> Iterator[Row]:
         settings = {**common, "tasks": [task], "items": options.items, "plans": hashes}
         measure = partial(_quality, options, folder, model, task)
         yield Row(f"quality/{name}/{task}", settings, measure, ITEM * options.context * options.items, command_line)
+    for suite in options.suites:
+        settings = {**common, "suites": [suite], "items": options.items, "plans": hashes}
+        typical = SUITE * options.context * options.items * (1 + 2 * len(options.budgets))
+        for task in SUITES[suite].tasks:
+            measure = partial(_suite, options, folder, model, suite, task)
+            yield Row(f"suite/{name}/{suite}/{task}", settings, measure, typical, command_line)
     settings = {**common, **options.of("budget", "families", "documents", "texts")}
     yield Row(
         f"families/{name}", settings, partial(_families, options, model), FAMILIES * options.context, command_line
@@ -186,6 +197,33 @@ def _quality(options: Options, folder: Path, model: str, task: str, checkpoint: 
     loaded, tokenizer = _load(model, options.dtype, options.device)
     settings = {**options.of("items", "context", "seed"), "checkpoint": checkpoint, "progress": True}
     return quality.run(loaded, tokenizer, task, plans, **settings)
+
+
+def _suite(options: Options, folder: Path, model: str, suite: str, task: str, checkpoint: Path) -> dict[str, Any]:
+    check_tasks(SUITES[suite], [task])
+    # These need the harness.
+    from headsink.bench.longcontext.columns import engines
+    from headsink.bench.longcontext.run import run as run_suite
+
+    plans = _plans(options, folder, model)
+    loaded, tokenizer = _load(model, options.dtype, options.device)
+    length, most, chat = options.context, describe(loaded).max_context, tokenizer.chat_template is not None
+    check_lengths([length], most)
+    (found,) = run_suite(
+        suite,
+        tokenizer,
+        partial(engines, loaded, tokenizer, plans),
+        tasks=[task],
+        lengths=[length],
+        items=items_of(suite, options.items),
+        seed=options.seed,
+        chat=chat,
+        most=most,
+        checkpoints=checkpoint,
+        settings=run_settings(loaded, plans, suite=suite, seed=options.seed),
+    )
+    remove(checkpoint, [f"{task}-{length}.jsonl"])
+    return found | {"suite": suite, "metric": "score", "higher_is_better": True, "chat_format": chat}
 
 
 def _families(options: Options, model: str, checkpoint: Path) -> dict[str, Any]:

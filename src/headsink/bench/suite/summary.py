@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from headsink.bench.suite.regressions import is_worse
-from headsink.bench.suite.tables import NOT_MEASURED, OURS, UNKNOWN, Link, Record, of_kind, pattern, table
+from headsink.bench.tables import NOT_MEASURED, OURS, UNKNOWN, Link, Record, of_kind, pattern, table, tasks_of
 
 HEADS = [
     "model",
@@ -30,21 +30,23 @@ SAID = (
 def summary(found: dict[str, Record], link: Link) -> list[str]:
     """A line for each model and budget, and one for each other engine that ran the model."""
     lines = []
-    for model, tasks in of_kind(found, "quality").items():
+    for model, tasks in tasks_of(found).items():
         measured = [row["found"] for row in tasks.values()]
         longest = max(
             _single_sequence_rows(found, model), key=lambda row: row["found"]["results"][0]["context"], default=None
         )
         results = {one["way"]: one for one in longest["found"]["results"]} if longest else {}
-        for budget in dict.fromkeys(way["way"] for one in measured for way in one["ways"] if "change" in way):
+        # Columns with reconstruction are in the table of suites alone.
+        budgets = (way["way"] for one in measured for way in one["ways"] if "change" in way and "," not in way["way"])
+        for budget in dict.fromkeys(budgets):
             ways = [(one, way) for one in measured for way in one["ways"] if way["way"] == budget]
             bad = sum(is_worse(one, way) for one, way in ways)
             able = sum(not one["higher_is_better"] or one["ways"][0]["score"] > 0 for one, _ in ways)
             lines.append(
                 [
                     *(link(f"plan/{model}", model), f"**{float(budget):.1%}**", f"{bad} of {able}"),
-                    _over([way["kl"] for _, way in ways], ".3f"),
-                    _over([way["same_tokens"] for _, way in ways], ".0%"),
+                    _over([way.get("kl") for _, way in ways], ".3f"),
+                    _over([way.get("same_tokens") for _, way in ways], ".0%"),
                     *_costs(longest, _ours(results, budget), link),
                 ]
             )

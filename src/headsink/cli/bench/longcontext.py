@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import headsink
 from headsink.bench.heading import version_of
-from headsink.bench.longcontext.suites import Suite, check_lengths
+from headsink.bench.tasks.suites import Suite, check_lengths
 from headsink.cli.options import names
 from headsink.errors import HeadsinkError
 from headsink.utils.files import remove, write_text

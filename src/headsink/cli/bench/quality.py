@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import headsink
-from headsink.bench.longcontext.suites import SUITES, Suite, check_lengths, check_tasks, find_suite
+from headsink.bench.tasks.suites import SUITES, Suite, check_lengths, check_tasks, find_suite
 from headsink.bench.tasks.tasks import TASKS
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cli.bench.longcontext import measure_suite

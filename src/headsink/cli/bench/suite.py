@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from headsink.bench.options import Options, check_contexts, check_families, model_names
+from headsink.bench.tasks.suites import find_suite
 from headsink.bench.tasks.tasks import task as find_task
 from headsink.cli.bench.shared import Batches, LlamaCpp, NewTokens, Rounds, Vllm, join_values
 from headsink.cli.options import Device, Force, Json, RunOptions, Seed, batch_sizes, names, numbers
@@ -37,8 +38,11 @@ class AllOptions(RunOptions):
         typer.Option(help="Rows to measure, as patterns: 'speed/*', '*/smollm2/gsm8k'; may be repeated."),
     ] = None
     tasks: Annotated[str, typer.Option(help="Tasks of the quality rows, with commas.")] = join_values(DEFAULT.tasks)
+    suites: Annotated[str, typer.Option(help="Long-context suites, with commas.")] = join_values(DEFAULT.suites)
     items: Annotated[int, typer.Option(min=1, help="Items of a task.")] = DEFAULT.items
-    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks and domains.")] = DEFAULT.context
+    context: Annotated[int, typer.Option(help="Tokens of context of plans, tasks, suites and domains.")] = (
+        DEFAULT.context
+    )
     budgets: Annotated[str, typer.Option(help="Budgets of the plans, with commas.")] = join_values(DEFAULT.budgets)
     families: Annotated[str, typer.Option("--domains", help="Domains to compare, separated by commas.")] = join_values(
         DEFAULT.families
@@ -60,6 +64,7 @@ class AllOptions(RunOptions):
         options = Options(
             models=model_names(names(self.models)),
             tasks=tuple(names(self.tasks)),
+            suites=tuple(names(self.suites)),
             items=self.items,
             context=self.context,
             budgets=tuple(numbers("budgets", self.budgets, float)),
@@ -83,6 +88,8 @@ def _check(options: Options) -> None:
     """Raise for what no row can be measured with."""
     for name in options.tasks:
         find_task(name)
+    for suite in options.suites:
+        find_suite(suite)
     for budget in options.budgets:
         check_budget(budget)
     check_families(options.families, options.documents, options.texts, options.budget)

@@ -32,6 +32,18 @@ def of_kind(found: dict[str, Record], kind: str) -> dict[str, dict[str, Record]]
     return models
 
 
+def tasks_of(found: dict[str, Record]) -> dict[str, dict[str, Record]]:
+    """Rows of tasks, those of long-context suites included: by model, by what comes after the model in their names."""
+    both = of_kind(found, "quality"), of_kind(found, "suite")
+    return {model: both[0].get(model, {}) | both[1].get(model, {}) for model in both[0] | both[1]}
+
+
+def budget_name(way: str) -> str:
+    """The name of a plan's column: `25.0%`, or `25.0%, reconstruction`."""
+    budget, *how = way.split(", ")
+    return ", ".join([f"{float(budget):.1%}", *how])
+
+
 def emphasize(way: str) -> str:
     return f"**{way}**" if way.startswith(OURS) else way
 

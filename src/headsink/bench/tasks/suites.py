@@ -20,6 +20,8 @@ from headsink.errors import HeadsinkError
 # modules of the harness, and of what it needs for these tasks
 HARNESS = ("lm_eval", "nltk", "wonderwords", "scipy", "jieba", "fuzzywuzzy", "rouge")
 INSTALL = "pip install 'headsink[eval]'"
+DEPTHS = tuple(range(0, 101, 10))  # of needles, in percent of a text
+TURNS = 5  # questions about a document of multiturn
 LEAST_LENGTH = 500  # tokens; the prompts and the answer alone take up to 300
 
 
@@ -64,6 +66,11 @@ def check_tasks(suite: Suite, tasks: Sequence[str]) -> None:
         raise HeadsinkError(f"suite: it needs {missing[0]}, which is not installed: {INSTALL}")
     for file in filter(None, (suite.tasks[task] for task in tasks)):
         datasets.find(file)
+
+
+def items_of(suite: str, prompts: int) -> int:
+    """Return the items of a task that make about so many prompts: needles have one at each depth, multiturn's documents five."""
+    return -(-prompts // {"needles": len(DEPTHS), "multiturn": TURNS}.get(suite, 1))
 
 
 def check_lengths(lengths: Sequence[int], most: int | None = None) -> None:
