@@ -9,9 +9,10 @@ import pytest
 import torch
 from numba import njit
 
+from headsink.attention import formats
 from headsink.attention.cpu import decode, elements
 from headsink.attention.cpu.backend import NUMPY
-from headsink.attention.int8 import dequantize, quantize
+from headsink.attention.formats import INT4, INT8
 from headsink.attention.kv_table import KVField
 from headsink.decoding import kernel as step_kernel
 from headsink.decoding.fields import Field
@@ -84,23 +85,23 @@ def test_matrix_vector_products(shape, dtype, parts, texts):
 @pytest.mark.parametrize("dim", [2, 6, 64])
 def test_scores_of_keys(dim):
     key, value, weights = torch.randn(dim), torch.randn(dim), torch.randn(1, LINEAR.n_features(dim))
-    for dtype in (torch.float32, torch.int8) if dim % 4 == 0 else (torch.float32,):
-        rows, numbers = zip(*(cached(one, dtype) for one in (key, value)), strict=True)
-        like = np.empty(0, NUMPY[dtype])
+    for kind in ("auto", "int8", "k8v4") if dim % 32 == 0 else ("auto",):
+        rows, numbers, likes = cached(key, value, kind, torch.float32)
 
         @njit
-        def score(key, value, weights, dim, like):
-            return decode._score(key, value, weights, dim, like)
+        def score(key, value, weights, dim, key_like, value_like):
+            return decode._score(key, value, weights, dim, key_like, value_like)
 
-        found = score(*(row.numpy() for row in rows), weights[0].numpy(), dim, like)
+        found = score(*(row.numpy() for row in rows), weights[0].numpy(), dim, *likes)
         expected = LINEAR.scores(*(one[None, None] for one in numbers), weights)
         assert found == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
 
 
-def cached(numbers, dtype):
-    """Numbers, [..., dim], as a cache of a dtype holds them, and as float32 again."""
-    rows = quantize(numbers) if dtype == torch.int8 else numbers.to(dtype)
-    return rows, dequantize(rows, torch.float32) if dtype == torch.int8 else rows.float()
+def cached(key, value, kv_dtype, dtype):
+    """Keys and values, [..., dim], as a cache holds them, as float32 again, and empty arrays of their dtypes."""
+    rows = formats.encode(kv_dtype, key.to(dtype), value.to(dtype))
+    numbers = [one.float() for one in formats.decode(kv_dtype, *rows, torch.float32)]
+    return rows, numbers, [np.empty(0, NUMPY[one.dtype]) for one in rows]
 
 
 @pytest.mark.parametrize("dim", [4, 20, 64, 80])
@@ -115,7 +116,7 @@ def test_keys_are_rounded_to_8_bits_as_in_torch(dim):
             elements.encode(numbers[n], like, rows[n])
 
     encode(numbers.numpy(), found[0, :0], found)
-    expected = quantize(numbers)
+    expected = INT8.quantize(numbers)
     difference = (torch.from_numpy(found)[:, :-4].int() - expected[:, :-4].int()).abs()
     assert difference.max() <= 1
     assert difference.sum() <= 2
@@ -124,21 +125,51 @@ def test_keys_are_rounded_to_8_bits_as_in_torch(dim):
     )
 
 
+@pytest.mark.parametrize("dim", [32, 64, 96])
+def test_values_are_rounded_to_4_bits_as_in_torch(dim):
+    numbers = torch.randn(500, dim) * 10.0 ** torch.randint(-20, 20, (500, 1)) + torch.randint(-3, 4, (500, 1))
+    numbers[3], numbers[4] = 0, -7
+    found, unpacked = np.empty((500, INT4.width(dim)), np.uint8), np.empty((500, dim), np.float32)
+
+    @njit
+    def encode(numbers, like, rows, unpacked):
+        for n in range(len(rows)):
+            elements.encode(numbers[n], like, rows[n])
+            elements.unpack(rows[n].ctypes.data, numbers.shape[1], unpacked[n])
+
+    encode(numbers.numpy(), found[0, :0], found, unpacked)
+    expected = INT4.quantize(numbers)
+    codes = dim // 2
+    assert torch.equal(torch.from_numpy(found)[:, codes:], expected[:, codes:])  # scales and zero points
+    others = (torch.from_numpy(found) != expected).sum()
+    assert others <= 2  # numbers next to the middle of two
+    torch.testing.assert_close(
+        torch.from_numpy(unpacked), INT4.dequantize(torch.from_numpy(found), torch.float32), rtol=1e-6, atol=0
+    )
+    groups = numbers.unflatten(1, (-1, 32))
+    error = (INT4.dequantize(expected, torch.float32) - numbers).abs().unflatten(1, (-1, 32)).amax(-1)
+    # half a step, and the rounding of the scale and of the zero point to 8 bits
+    assert (error <= (groups.amax(-1) - groups.amin(-1)) / 28 + groups.abs().amax(-1) / 250).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 5, 301])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "dim"),
+    [(kind, "auto", dim) for kind in (torch.float32, torch.bfloat16) for dim in (12, 16, 80)]
+    + [(torch.float32, "int8", dim) for dim in (12, 16, 80)]
+    + [(torch.float32, "k8v4", dim) for dim in (32, 96)],
+)
 @pytest.mark.parametrize(("turned_sinks", "tokens"), [(False, 1), (True, 1), (False, 2), (False, 5)])
-@pytest.mark.parametrize("dim", [12, 16, 80])
-def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
+def test_attention_in_parts(size, parts, dtype, kv_dtype, dim, turned_sinks, tokens):
     group = 3 * tokens
-    (key_rows, keys), (value_rows, values) = (cached(torch.randn(size, dim), dtype) for _ in range(2))
+    (key_rows, value_rows), (keys, values), likes = cached(*torch.randn(2, size, dim), kv_dtype, dtype)
     query = torch.randn(group, dim) * 2
     visible = torch.rand(size) < 0.7 if size > 2 else torch.tensor([False] * (size - 1) + [True])
     head = np.zeros(len(KVField), np.int64)
     head[[KVField.KEYS, KVField.VALUES, KVField.VISIBLE]] = [t.data_ptr() for t in (key_rows, value_rows, visible)]
     head[KVField.END] = size
-    like = np.empty(0, NUMPY[dtype])
     top, total = np.full((2, parts, group), np.nan, np.float32)
     out, result = np.full((parts, group, dim), np.nan, np.float32), np.empty((group, dim), np.float32)
     logits = np.empty((group + 1, decode.BLOCK), np.float32)
@@ -148,7 +179,7 @@ def test_attention_in_parts(size, parts, dtype, dim, turned_sinks, tokens):
     cap, sink = np.float32(size % 2 * 3), np.float32(-np.inf if size % 3 else 0.5)
     given = query.numpy(), rotated.numpy(), tokens, cap, logits
     for part in range(parts):
-        decode.attend_part(head, like, *given, top[part], total[part], out[part], part, parts)
+        decode.attend_part(head, *likes, *given, top[part], total[part], out[part], part, parts)
     for row in range(group):
         decode.combine(top[:, row], total[:, row], out[:, row], sink, result[row])
     every = query @ keys.T

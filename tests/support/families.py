@@ -86,11 +86,17 @@ def tiny(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     layers: int = SHAPE["num_hidden_layers"],
+    head_dim: int | None = None,
 ) -> PreTrainedModel:
-    """A random model whose attention is far from uniform, so that a wrong mask changes its outputs."""
+    """A random model whose attention is far from uniform, so that a wrong mask changes its outputs.
+
+    head_dim: instead of the family's own.
+    """
     torch.manual_seed(seed)
     config, attention = CONFIGS[family](), "eager" if family in EAGER else attention
     config.num_hidden_layers = layers
+    if head_dim is not None:
+        config.head_dim = head_dim
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

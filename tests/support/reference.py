@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from headsink import Plan
-from headsink.attention.int8 import dequantize, quantize
+from headsink.attention.formats import decode, encode
 from headsink.attention.reference import reference_attention
 from headsink.attention.rotary import layer_rotations
 from headsink.eviction.scorers import SCORERS
@@ -31,15 +31,14 @@ def own_attention(module, query, key, value, mask, **kwargs):
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    plan, padding, segments, rotations, freeze, int8 = _running[-1]
+    plan, padding, segments, rotations, freeze, kv_dtype = _running[-1]
     tokens = key.shape[2]
     if isinstance(segments, int):
         segments = [min(segments, tokens)] + [1] * (tokens - segments)
     layer, scoring, _ = _owners.setdefault(id(key), (module.layer_idx, query, key))
     heads = plan.layers[layer]
     if heads is None:
-        if int8:
-            key, value = (dequantize(quantize(given), given.dtype) for given in (key, value))
+        key, value = decode(kv_dtype, *encode(kv_dtype, key, value), key.dtype)
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     patterns = [head.pattern for head in heads]
     output = reference_attention(
@@ -58,7 +57,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         freeze,
         plan.decode_window,
         scoring,
-        int8,
+        kv_dtype,
     )
     return output.transpose(1, 2), None
 
@@ -69,11 +68,11 @@ AttentionMaskInterface.register("headsink_reference", eager_mask)
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, segments=None, freeze=None, int8=False
+    model: PreTrainedModel, plan: Plan, padding: torch.Tensor | None = None, segments=None, freeze=None, kv_dtype="auto"
 ):
     before, rotations = model.config._attn_implementation, layer_rotations(model)
     model.set_attn_implementation("headsink_reference")
-    _running.append((plan, padding, segments, rotations, freeze, int8))
+    _running.append((plan, padding, segments, rotations, freeze, kv_dtype))
     try:
         yield model
     finally:
@@ -83,14 +82,14 @@ def masked(
 
 
 @torch.no_grad()
-def reference_logits(model, plan, ids, attention_mask=None, segments=None, freeze=None, int8=False):
+def reference_logits(model, plan, ids, attention_mask=None, segments=None, freeze=None, kv_dtype="auto"):
     """Return the logits [batch, tokens, vocabulary] of `model` under `plan`.
 
     segments: tokens of each segment; a number: those of the prompt, after which every token is one; None: the whole text is one
     segment. freeze: the column from which on nothing is
-    evicted; a segment begins there. int8: keys and values are cached in 8 bits.
+    evicted; a segment begins there. kv_dtype: of cached keys and values.
     """
     padding = None if attention_mask is None else attention_mask.int().argmax(1)
     position_ids = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
-    with masked(model, plan, padding, ids.shape[1] if segments is None else segments, freeze, int8):
+    with masked(model, plan, padding, ids.shape[1] if segments is None else segments, freeze, kv_dtype):
         return model(ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits

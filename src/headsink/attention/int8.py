@@ -1,4 +1,4 @@
-"""Cached keys and values in 8 bits.
+"""Cached keys and values in 8 bits (attention/int4.py: values in 4 bits).
 
 A row of a cache holds the coordinates of one key or value as int8, and after them one float32 scale: a coordinate is about its
 number times the scale. Scale and numbers lie side by side, so that a cache moves, copies and saves rows as they are. vLLM's
@@ -12,6 +12,11 @@ from torch import Tensor
 
 LARGEST = 127  # rounding is symmetric
 SCALE_BYTES = 4
+
+
+def width(dim: int) -> int:
+    """Return the bytes of a row of `dim` coordinates."""
+    return dim + SCALE_BYTES
 
 
 def quantize(numbers: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headsink.attention.int8 import SCALE_BYTES
+from headsink.attention.formats import FORMATS, stored
 from headsink.errors import must_be
 
 
 class KVField(IntEnum):
     """The fields of the table for one KV head of one sequence.
 
-    KEYS, VALUES: address of [slots, dim], or of int8 [slots, dim + 4] (attention/int8.py). VISIBLE: address of bool [slots].
+    KEYS, VALUES: address of [slots, dim], or of rows of attention/formats.py. VISIBLE: address of bool [slots].
     SCORES: address of float32 [top-k keys]. WEIGHTS: address of the scorer weights, float32 [features]. SINK, TOP_K: number of
     slots of sink tokens, and of top-k keys after them. PREFIX_SLOTS: number of slots before the ring. START: the column in the
     first slot of the ring, before it wraps. WINDOW: slots of the ring, FOREVER if it never wraps. PAD: tokens of left padding.
@@ -55,12 +55,14 @@ def advance(table: Any, length: int) -> Any:
 
 def check_buffers(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int) -> None:
     """Raise unless buffers have the shapes that `Backend.decode` expects."""
-    batch, heads, slots, width = keys.shape
-    int8 = keys.dtype == torch.int8
-    dim = width - SCALE_BYTES * int8
-    like = keys.shape, torch.int8 if int8 else query.dtype, query.device
-    must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1), query.shape[3]), (batch, 0, dim))
-    must_be("attention: keys", (keys.shape, keys.dtype, keys.device), like)
-    must_be("attention: values", (values.shape, values.dtype, values.device), like)
-    must_be("attention: flags", (visible.shape, visible.dtype, visible.device), (like[0][:3], torch.bool, query.device))
+    (batch, heads, slots, _), dim = keys.shape, query.shape[3]
+    kinds = [stored(kv_dtype, dim, query.dtype) for kv_dtype in ("auto", *FORMATS)]
+    found = (keys.shape[3], keys.dtype), (values.shape[3], values.dtype)
+    right = found if found in kinds else kinds[0]
+    must_be("attention: queries", (query.shape[0], query.shape[1] % max(heads, 1)), (batch, 0))
+    for name, rows, (width, dtype) in zip(("keys", "values"), (keys, values), right, strict=True):
+        expected = (batch, heads, slots, width), dtype, query.device
+        must_be(f"attention: {name}", (tuple(rows.shape), rows.dtype, rows.device), expected)
+    flags = (batch, heads, slots), torch.bool, query.device
+    must_be("attention: flags", (tuple(visible.shape), visible.dtype, visible.device), flags)
     must_be("attention: slots up to the last token's", end, min(max(end, 0), slots))

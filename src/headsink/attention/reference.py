@@ -6,8 +6,8 @@ KV head evicts: it keeps its `sink` initial tokens, the last `window` tokens and
 While decoding a segment is one token, and the head evicts before that token attends, so that it never holds more than the
 pattern, whose window is then at least the plan's `decode_window`.
 
-In 8 bits, keys and values are rounded when they enter the cache: the queries of a segment of several tokens see its own keys as
-they were before.
+With another `kv_dtype` than the model's, keys and values are rounded when they enter the cache: the queries of a segment of
+several tokens see its own keys as they were before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from headsink.attention.int8 import dequantize, quantize
+from headsink.attention.formats import KVDtype, decode, encode
 from headsink.eviction.pattern import Pattern
 from headsink.eviction.refitting import KEY_RIDGE, MASS_STRIDE, RIDGE, ROWS
 from headsink.eviction.scorers import ALWAYS, LINEAR, NONE, Scorer
@@ -42,7 +42,7 @@ def reference_attention(
     frozen: int | None = None,
     decode_window: int = 0,
     scoring: Tensor | None = None,
-    int8: bool = False,
+    kv_dtype: KVDtype = "auto",
 ) -> Tensor:
     """Return the attention of a text under one pattern per KV head.
 
@@ -51,7 +51,7 @@ def reference_attention(
     segments: number of columns of each segment; None: one token each, as in sparse prefill and decoding. rotary: how queries are
     rotated, for prompt scores; None: the scorer alone. frozen: the column from which on nothing is evicted. decode_window: the
     window at least after segments of one token. scoring: the queries of the layer whose keys these are, if it is another one:
-    they give the prompt scores. int8: keys and values are cached in 8 bits. Returns [batch, query heads, tokens, dim] in the
+    they give the prompt scores. kv_dtype: of cached keys and values. Returns [batch, query heads, tokens, dim] in the
     query's dtype; zero where a query sees no key.
     """
     batch, kv_heads, tokens, _ = key.shape
@@ -60,7 +60,7 @@ def reference_attention(
     offsets = torch.zeros(batch, dtype=torch.long, device=key.device) if padding is None else padding
     positions = torch.arange(tokens, device=key.device) - offsets[:, None]
     exact = scorer.scores(key, value, weights)
-    linear = scorer.scores(_rounded(key), _rounded(value), weights) if int8 else exact
+    linear = exact if kv_dtype == "auto" else scorer.scores(*_rounded(kv_dtype, key, value), weights)
     sizes = [1] * tokens if segments is None else list(segments)
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     own = linear.clone()  # scores by which a key is ranked at the end of its segment
@@ -83,8 +83,7 @@ def reference_attention(
                 refitted = reference_refit(*prompt, pattern, (scaling, softcap, extra), rotary)
                 keys[row, 0, real], values[row, 0, real], own[row, head, real] = refitted
         mask = segment_mask(pattern, positions, linear[:, head], own[:, head], ends, frozen, decode_window)[:, None]
-        if int8:
-            keys, values = _rounded(keys), _rounded(values)
+        keys, values = _rounded(kv_dtype, keys, values)
         output[:, rows] = masked_attention(query[:, rows], keys, values, mask, scaling, softcap, extra)
         for begin, end in pairwise(ends):
             part = slice(begin, end)
@@ -96,8 +95,8 @@ def reference_attention(
     return output
 
 
-def _rounded(numbers: Tensor) -> Tensor:
-    return dequantize(quantize(numbers), numbers.dtype)
+def _rounded(kv_dtype: KVDtype, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return decode(kv_dtype, *encode(kv_dtype, key, value), key.dtype)
 
 
 def reference_refit(

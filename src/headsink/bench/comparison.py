@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import headsink
+from headsink.attention.formats import KVDtype
 from headsink.bench.heading import provenance
 from headsink.bench.options import check_contexts, contexts_for
 from headsink.bench.peers import process as peers
-from headsink.cache.cache import KVDtype
 from headsink.data import corpus
 from headsink.models.devices import dtype_name
 from headsink.models.spec import describe

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headsink.attention.formats import KVDtype
 from headsink.bench.checkpoint import Checkpoint, run_settings
 from headsink.bench.stops import Stops
 from headsink.bench.tasks.scoring import cut, interval, p_value
 from headsink.bench.tasks.tasks import SAME, TASKS, Item, Task
 from headsink.bench.tasks.tasks import task as find_task
-from headsink.cache.cache import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.distributed import input_device

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import headsink
+from headsink.attention.formats import KVDtype
 from headsink.bench.comparison import BASE, Cases, Comparison, Prompts, format_kv, kv_token_bytes
 from headsink.bench.limit import read_bandwidth, token_bytes
 from headsink.bench.peers import process as peers
 from headsink.bench.peers.process import Failed, summarize_times
-from headsink.cache.cache import KVDtype, nbytes
+from headsink.cache.cache import nbytes
 from headsink.decoding.step import prepare, refusal
 from headsink.models.transformers_names import cache_argument
 from headsink.plan.plan import Plan

@@ -8,7 +8,8 @@ The ring of a full head never wraps, nor does any ring after `freeze`, when it s
 longer than what a head keeps (`below_capacity`), the ring does not wrap either. The order of the slots does not matter, because
 the keys are already rotated. cache/slots.py says which keys are evicted.
 
-In 8 bits, buffers have rows of int8 (attention/int8.py). Keys are rounded when they enter the cache, and moved as they are.
+With another `kv_dtype` than the model's, buffers have rows of attention/formats.py, and those of keys and values may differ in
+width. Keys are rounded when they enter the cache, and moved as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headsink.attention.int8 import dequantize, quantize
+from headsink.attention.formats import decode, encode
 from headsink.attention.params import Padding
 from headsink.cache.inference_mode import outside_inference_mode
 from headsink.cache.options import LayerOptions
@@ -48,7 +49,7 @@ class Buffers:
         key: Tensor,
         padding: Padding | None,
     ):
-        self.int8, self.dtype, self.head_dim = options.int8, key.dtype, key.shape[3]
+        self.kv_dtype, self.dtype, self.head_dim = options.kv_dtype, key.dtype, key.shape[3]
         self.segment_pattern, self.pattern = pattern, pattern.widen(options.decode_window)
         self.heads, self.exact, self.scorer = heads, options.exact, options.scorer
         self.rotary = options.rotary if pattern.sink else None
@@ -59,7 +60,7 @@ class Buffers:
         self.start = 0  # column in the first slot of the ring, before it wraps
         self.padding = padding
         shape = (key.shape[0], len(heads), self.prefix_slots, key.shape[3])
-        self.keys, self.values = self._encode(key.new_zeros(shape)), self._encode(key.new_zeros(shape))
+        self.keys, self.values = self._encode(key.new_zeros(shape), key.new_zeros(shape))
         self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         kind = torch.promote_types(key.dtype, torch.float32)
         self.scores = torch.full((*shape[:2], 0), NONE, dtype=kind, device=key.device)
@@ -73,17 +74,22 @@ class Buffers:
         self.recent_scores: Tensor | None = None  # importance scores of a prompt among them
         self.recent_segment = False  # whether they are a segment
 
-    def _encode(self, numbers: Tensor) -> Tensor:
-        """Return keys or values, [..., dim], as the buffers hold them. Those that are in this form stay as they are."""
-        return quantize(numbers) if self.int8 and numbers.dtype != torch.int8 else numbers
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are rounded when they enter the cache."""
+        return self.kv_dtype != "auto"
 
-    def _decode(self, rows: Tensor) -> Tensor:
+    def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, [..., dim], as the buffers hold them. Those that are in this form stay as they are."""
+        return encode(self.kv_dtype, key, value)
+
+    def _decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows of the buffers, [..., slots, columns], as numbers of the model's dtype: [..., slots, dim]."""
-        return dequantize(rows, self.dtype) if self.int8 else rows
+        return decode(self.kv_dtype, keys, values, self.dtype)
 
-    def rounded(self, numbers: Tensor) -> Tensor:
-        """Return keys or values as they will be when they are cached."""
-        return self._decode(self._encode(numbers))
+    def rounded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as they will be when they are cached."""
+        return self._decode(*self._encode(key, value))
 
     @property
     def evicts(self) -> bool:
@@ -122,7 +128,7 @@ class Buffers:
     def last(self, columns: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of the last columns of a group that does not evict: [batch, heads, columns, dim]."""
         end = self.prefix_slots + self.length - self.start
-        return self._decode(self.keys[:, :, end - columns : end]), self._decode(self.values[:, :, end - columns : end])
+        return self._decode(self.keys[:, :, end - columns : end], self.values[:, :, end - columns : end])
 
     def overwrites(self, columns: Tensor) -> Overwritten | None:
         """Return what the ring holds where it will hold the next columns, None if it has not wrapped by then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from headsink.attention.formats import FORMATS, KVDtype
 from headsink.attention.params import Padding
 from headsink.cache.layer import PlanLayer
 from headsink.cache.options import LayerOptions
@@ -28,14 +29,12 @@ from headsink.models.rope import Rotary
 from headsink.models.spec import Architecture
 from headsink.plan.plan import Plan
 
-KVDtype = Literal["auto", "int8"]
-
 
 class PlanCache(Cache):
     """The KV cache of one plan, a transformers `Cache`. `nbytes()` is its memory in bytes.
 
     heads: query heads, KV heads and head size of every layer.
-    rotations: of every layer (attention/rotary.py). kv_dtype: "auto", the model's, or "int8".
+    rotations: of every layer (attention/rotary.py). kv_dtype: "auto", the model's, or one of `FORMATS`.
     """
 
     def __init__(
@@ -47,15 +46,17 @@ class PlanCache(Cache):
         prefill: PrefillOptions = DENSE,
         kv_dtype: KVDtype = "auto",
     ):
-        int8 = kv_dtype == "int8"
-        if int8 and (odd := [dim for _, _, dim in shape.heads if dim % 4]):
+        multiple = max((rows.multiple for rows in FORMATS.get(kv_dtype, ())), default=1)
+        if odd := [dim for _, _, dim in shape.heads if dim % multiple]:
             raise HeadsinkError(
-                f"int8: a cache in 8 bits takes head sizes that are multiples of 4, and the model has {odd[0]}"
+                f"kv_dtype: {kv_dtype!r} takes head sizes that are multiples of {multiple}, and the model has {odd[0]}"
             )
         layers: list[CacheLayerMixin] = []
         for index, heads in enumerate(plan.layers):
             if (window := shape.windows[index]) is not None:
-                layers.append(PlanLayer.of_window(window, *shape.heads[index][1:], exact, shape.shared[index], int8))
+                layers.append(
+                    PlanLayer.of_window(window, *shape.heads[index][1:], exact, shape.shared[index], kv_dtype)
+                )
             elif heads is None:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[shape.kinds[index]](**shape.cache_arguments[index]))
             else:
@@ -63,7 +64,7 @@ class PlanCache(Cache):
                 rotation = None if rotations is None else rotations[index]
                 rotary = rotation if plan.positions == "cache-relative" else None
                 scorer = SCORERS[plan.scorer]
-                own = LayerOptions(plan.scores(index), scorer, plan.decode_window, rotary, exact, int8)
+                own = LayerOptions(plan.scores(index), scorer, plan.decode_window, rotary, exact, kv_dtype)
                 layers.append(PlanLayer(patterns, own, replace(prefill, rotary=rotation), shared=shape.shared[index]))
         super().__init__(layers=layers)
         self.plan, self.exact, self.prefill, self.heads = plan, exact, prefill, shape.heads

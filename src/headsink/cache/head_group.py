@@ -69,7 +69,7 @@ class HeadGroup(Slots):
     def attend_held(self, module: nn.Module, query: Tensor, softmax: AttentionParams) -> Tensor:
         """Attention of the last token, or of the last tokens of a group that does not evict, as `Attend`."""
         backend, length = self._backend(query, softmax), self.length
-        whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes and not self.int8
+        whole = softmax.plain and (self.pattern.full or self.below_capacity) and not self.holes and not self.quantized
         inexact = backend and (self.below_capacity or not self.exact) and self._beats_sdpa(backend, query)
         if whole and not inexact:
             return self._attend_full(module, query, softmax)
@@ -86,9 +86,8 @@ class HeadGroup(Slots):
         """Return the attention of new tokens over all cached keys and their own, which are not appended."""
         ring = self._slots(torch.arange(self.length - self._held(), self.length, device=key.device))
         slots = torch.cat([torch.arange(self.prefix_slots, device=key.device), ring])
-        keys, values = (
-            torch.cat([self._decode(own[:, :, slots]), new], 2) for own, new in ((self.keys, key), (self.values, value))
-        )
+        held = self._decode(self.keys[:, :, slots], self.values[:, :, slots])
+        keys, values = (torch.cat(parts, 2) for parts in zip(held, (key, value), strict=True))
         everything = HeadGroup.over(keys, values, self.padding, exact=False)
         columns = torch.arange(self.length, self.length + key.shape[2], device=key.device)
         new = (self._positions(columns) >= 0).expand(*key.shape[:2], -1)
@@ -116,7 +115,7 @@ class HeadGroup(Slots):
 
         It holds until the next tokens are appended.
         """
-        key, value = self._encode(key), self._encode(value)
+        key, value = self._encode(key, value)
         if self.recent_segment:  # later tokens are read token by token, after its end
             self.crop(0)
         if self.below_capacity and self.exceeds_capacity(key.shape[2]):
@@ -171,13 +170,13 @@ class HeadGroup(Slots):
                 return backend.decode(query, self.keys, self.values, self.visible, end, softmax)
             until = torch.where(self.visible, FOREVER, 0).flatten(0, 1)
             sight = self._sight(until, self.length - query.shape[2], self.start, self.prefix_slots)
-            keys, values = (self._decode(rows.flatten(0, 1)) for rows in (self.keys, self.values))
+            keys, values = self._decode(self.keys.flatten(0, 1), self.values.flatten(0, 1))
             return backend.prefill(query, keys, values, sight, softmax)
         mask = self.visible[:, :, None, :end]
         if query.shape[2] > 1:
             slots = torch.arange(end, device=query.device)
             mask = mask & (slots <= slots[end - query.shape[2] :, None])
-        keys, values = (self._decode(rows[:, :, :end]) for rows in (self.keys, self.values))
+        keys, values = self._decode(self.keys[:, :, :end], self.values[:, :, :end])
         rotated = self._rotated_queries(query, self.length - query.shape[2])
         return attend_rows(query, keys, values, mask, softmax, rotated, self.pattern.sink)
 
@@ -189,8 +188,9 @@ class HeadGroup(Slots):
         """
         first, end = self.length - self._held(), self.length + key.shape[2]
         ring_keys, ring_values = self._in_order()
-        keys = self._decode(torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2))
-        values = self._decode(torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2))
+        keys = torch.cat([self.keys[:, :, : self.prefix_slots], ring_keys, key], 2)
+        values = torch.cat([self.values[:, :, : self.prefix_slots], ring_values, value], 2)
+        keys, values = self._decode(keys, values)
         until, scores = self._until(keys, values, first, end)
         return partial(self._attend_window, _Keys(keys, values, until, first, end, self.prefix_slots)), scores
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headsink.attention.int8 import SCALE_BYTES
+from headsink.attention.formats import stored
 from headsink.attention.kv_table import KVField, advance
 from headsink.cache.slots import Slots
 from headsink.errors import must_be
@@ -19,14 +19,14 @@ from headsink.eviction.pattern import FOREVER
 class KVTable:
     """The table of the KV heads of `groups`, for every sequence of a batch.
 
-    table: int64 [sequences, KV heads, len(KVField)]; dtype: of the buffers. It contains addresses, so the buffers must not be
-    reallocated. They get room for `tokens` more tokens, or for fewer if a head would start evicting. until: the first column
-    without room.
+    table: int64 [sequences, KV heads, len(KVField)]; dtypes: of the buffers of keys and of values. It contains addresses, so the
+    buffers must not be reallocated. They get room for `tokens` more tokens, or for fewer if a head would start evicting. until:
+    the first column without room.
     """
 
     def __init__(self, groups: Sequence[Slots], tokens: int):
         heads, sequences = sum(len(group.heads) for group in groups), len(groups[0].keys)
-        self.dtype = groups[0].keys.dtype
+        self.dtypes = groups[0].keys.dtype, groups[0].values.dtype
         self.table: Any = np.full((sequences, heads, len(KVField)), -1)
         must_be("KV heads of a layer", sorted(head for group in groups for head in group.heads), list(range(heads)))
         for group in groups:
@@ -56,14 +56,14 @@ class KVTable:
 
 def _check(group: Slots, first: Slots) -> None:
     """Raise unless the buffers of a group have the shapes, dtypes and devices that the kernels expect."""
-    width, dtype = (first.head_dim + SCALE_BYTES, torch.int8) if first.int8 else (first.head_dim, first.dtype)
+    (key_width, key_dtype), (value_width, value_dtype) = stored(first.kv_dtype, first.head_dim, first.dtype)
     slots = (len(first.keys), len(group.heads), group.keys.shape[2])
-    numbers = dtype, first.keys.device, True
+    place = first.keys.device, True
     for what, buffer, right in (
-        ("keys", group.keys, ((*slots, width), *numbers)),
-        ("values", group.values, ((*slots, width), *numbers)),
-        ("flags", group.visible, (slots, torch.bool, *numbers[1:])),
-        ("scores", group.scores, ((*slots[:2], group.scores.shape[2]), torch.float32, *numbers[1:])),
+        ("keys", group.keys, ((*slots, key_width), key_dtype, *place)),
+        ("values", group.values, ((*slots, value_width), value_dtype, *place)),
+        ("flags", group.visible, (slots, torch.bool, *place)),
+        ("scores", group.scores, ((*slots[:2], group.scores.shape[2]), torch.float32, *place)),
     ):
         found = tuple(buffer.shape), buffer.dtype, buffer.device, buffer.is_contiguous()
         must_be(f"cache: {what} of KV heads {group.heads}", found, right)

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headsink.attention import backends
 from headsink.attention.cuda.table import DeviceTable
+from headsink.attention.formats import KVDtype
 from headsink.attention.interface import PlanLength, Update, cast
 from headsink.attention.params import AttentionParams, Padding
 from headsink.attention.passes import check_pass
@@ -62,11 +63,11 @@ class PlanLayer(CacheLayerMixin):
 
     @classmethod
     def of_window(
-        cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool, int8: bool = False
+        cls, window: int, kv_heads: int, head_dim: int, exact: bool, shared: bool, kv_dtype: KVDtype = "auto"
     ) -> PlanLayer:
         """A layer with a sliding window of the model."""
         weights = torch.zeros(1, LINEAR.n_features(head_dim)).expand(kv_heads, -1)  # of no top-k keys
-        options = LayerOptions(weights, exact=exact, int8=int8)
+        options = LayerOptions(weights, exact=exact, kv_dtype=kv_dtype)
         return cls([Pattern(window=window)] * kv_heads, options, PrefillOptions(dense=False), window, shared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanLayer:
@@ -144,8 +145,10 @@ class PlanLayer(CacheLayerMixin):
         key, value = update.key, update.value
         cached = self.groups[0].keys
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or cached.requires_grad):
-            if self.options.int8:
-                raise HeadsinkError("kv_dtype: 'int8' has no gradients; leave it out to train, or use torch.no_grad()")
+            if (kind := self.options.kv_dtype) != "auto":
+                raise HeadsinkError(
+                    f"kv_dtype: {kind!r} has no gradients; leave it out to train, or use torch.no_grad()"
+                )
             # The query decides whether kernels run, which have no gradients. An adapter may be on keys or values only.
             query = query if query.requires_grad else query.detach().requires_grad_()
         if self.on_card is not None:
@@ -226,7 +229,7 @@ class PlanLayer(CacheLayerMixin):
             self.prefill.dense
             and tokens > 1
             and not cropped
-            and any(group.evicts or group.int8 for group in self.groups)
+            and any(group.evicts or group.quantized for group in self.groups)
         )
 
     def _steps(self, backend: backends.Backend, query: Tensor, softmax: AttentionParams) -> bool:
@@ -237,7 +240,11 @@ class PlanLayer(CacheLayerMixin):
             and (padding is None or padding.most <= groups[0].length or backend.decodes_padding)
             # not where the output must equal the full cache's bit for bit
             and not (
-                softmax.plain and len(groups) == 1 and groups[0].pattern.full and groups[0].exact and not groups[0].int8
+                softmax.plain
+                and len(groups) == 1
+                and groups[0].pattern.full
+                and groups[0].exact
+                and not groups[0].quantized
             )
             and not any(g.recording or g.rotary is not None for g in groups)
             and (groups[0].scorer.name in backend.scorers or not any(g.pattern.top_k for g in groups))

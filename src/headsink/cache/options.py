@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from headsink.attention.formats import KVDtype
 from headsink.eviction.scorers import LINEAR, Scorer
 from headsink.models.rope import Rotary
 
@@ -16,8 +17,8 @@ class LayerOptions:
 
     weights: scorer weights, [KV heads, features]. scorer: of the weights. decode_window: the window of every head at least while
     decoding. rotary: how the layer rotates queries, for cache-relative positions (models/rope.py), else None. exact: heads with
-    full attention use the same call as transformers where `sdpa` can express it, even if a kernel is faster. int8: keys and
-    values are cached in 8 bits.
+    full attention use the same call as transformers where `sdpa` can express it, even if a kernel is faster. kv_dtype: of cached
+    keys and values (attention/formats.py).
     """
 
     weights: Tensor
@@ -25,4 +26,4 @@ class LayerOptions:
     decode_window: int = 0
     rotary: Rotary | None = None
     exact: bool = True
-    int8: bool = False
+    kv_dtype: KVDtype = "auto"

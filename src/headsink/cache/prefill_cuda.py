@@ -35,7 +35,7 @@ def read(
     patterns = [group.pattern for group in groups for _ in group.heads]
     kv_heads, (batch, _, tokens, _) = key.shape[1], key.shape
     own = index(heads, key.device)
-    query, key, value = query[:, own], *(groups[0].rounded(new[:, own]) for new in (key, value))
+    query, (key, value) = query[:, own], groups[0].rounded(key[:, own], value[:, own])
     numbers = torch.tensor([[p.sink, p.top_k, p.window or 0] for p in patterns])
     sink, top_k, window = on_card(numbers, key.device).T[..., None]
     columns = torch.arange(tokens, device=key.device)

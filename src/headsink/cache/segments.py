@@ -88,8 +88,8 @@ class DensePrefill:
             key, value, scores = self._refit(scored, grouped, key, value, scores)
         for group in groups:
             own_key, own_value = key[:, group.index], value[:, group.index]
-            # Keys are rounded to 8 bits after their own segment.
-            first = group in evicting or (group.int8 and tokens > 1)
+            # Keys are rounded after their own segment.
+            first = group in evicting or (group.quantized and tokens > 1)
             if apart:
                 own_query = grouped[:, group.index].flatten(1, 2)
                 attend = (group.over_all if first else group.append)(own_key, own_value)

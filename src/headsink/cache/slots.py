@@ -53,9 +53,9 @@ class Slots(Buffers):
         self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, self.pattern.sink
         keys, values, seen = (t[:, :, : self.length] for t in (self.keys, self.values, self.visible))
         self.length = 0
-        shape = (*keys.shape[:2], self.prefix_slots, keys.shape[3])
-        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
-        self.visible = torch.zeros(shape[:3], dtype=torch.bool, device=keys.device)
+        shape = (*keys.shape[:2], self.prefix_slots)
+        self.keys, self.values = (rows.new_zeros(*shape, rows.shape[3]) for rows in (keys, values))
+        self.visible = torch.zeros(shape, dtype=torch.bool, device=keys.device)
         if not self.holes:
             self.append_keys(keys, values)
             return
@@ -73,7 +73,7 @@ class Slots(Buffers):
 
     def _linear_scores(self, keys: Tensor, values: Tensor) -> Tensor:
         """Return the scores of rows of the buffers, [batch, heads, slots], by the plan's scorer."""
-        return self.scorer.scores(self._decode(keys), self._decode(values), self.weights)
+        return self.scorer.scores(*self._decode(keys, values), self.weights)
 
     def _eligible_scores(self, scores: Tensor, first: int) -> Tensor:
         """Return `scores` of the columns from `first` on, [batch, heads, columns], with -inf for sink tokens and padding."""
@@ -93,7 +93,7 @@ class Slots(Buffers):
 
         scores: [batch, heads, columns from the first in the ring on], importance scores that replace those of the plan's scorer.
         """
-        key, value = self._encode(key), self._encode(value)
+        key, value = self._encode(key, value)
         tokens, end = key.shape[2], self.length + key.shape[2]
         self.make_room(tokens)
         window = end - self.start if self.window is None else self.window
@@ -132,8 +132,9 @@ class Slots(Buffers):
             parts.insert(1, kept)
             self.scores = scores.gather(2, kept)
         indices = torch.cat(parts, 2)
-        at = indices[..., None].expand(*indices.shape, key.shape[3])
-        self.keys, self.values = self._encode(key.gather(2, at)), self._encode(value.gather(2, at))
+        at = indices[..., None]
+        chosen = (rows.gather(2, at.expand(*indices.shape, rows.shape[3])) for rows in (key, value))
+        self.keys, self.values = self._encode(*chosen)
         self.visible = torch.ones_like(indices, dtype=torch.bool)
         self.below_capacity, self.window, self.prefix_slots = False, self.pattern.window, indices.shape[2] - window
         self.start, self.length = end - window, end
@@ -144,7 +145,7 @@ class Slots(Buffers):
 
         scores: importance scores of its keys, [batch, heads, tokens]; None: those of the plan's scorer.
         """
-        key, value = self._encode(key), self._encode(value)
+        key, value = self._encode(key, value)
         window, sink, top_k = self.segment_pattern.window or 0, self.pattern.sink, self.pattern.top_k
         if not self.length and self.padding is None:
             kept = None

@@ -11,7 +11,7 @@ from headsink.utils.terminal import err
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from headsink.cache.cache import KVDtype
+    from headsink.attention.formats import KVDtype
     from headsink.plan.plan import Plan
 
 

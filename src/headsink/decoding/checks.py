@@ -32,15 +32,15 @@ class CacheCheck:
                 len(layer.patterns),
                 first.head_dim,
                 first.dtype,
-                first.int8,
+                first.kv_dtype,
                 len(first.keys),
                 layer.seen,
                 first.length,
             )
             _, kv_heads, head_dim = model.heads[number]
-            right = kv_heads, head_dim, kind, groups[0][0].int8, self.rows, self.length, self.length
+            right = kv_heads, head_dim, kind, groups[0][0].kv_dtype, self.rows, self.length, self.length
             must_be(
-                f"decode: KV heads, head size, dtype, 8 bits, sequences and tokens of the cache in layer {number}",
+                f"decode: KV heads, head size, dtype, kv_dtype, sequences and tokens of the cache in layer {number}",
                 actual,
                 right,
             )

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from headsink.attention.cpu.backend import NUMPY, CPUBackend
 from headsink.attention.cpu.threads import claim, exclusive_threads, usable
-from headsink.attention.int8 import quantize
+from headsink.attention.formats import KVDtype, encode
 from headsink.attention.kv_table import KVField, advance
 from headsink.attention.params import AttentionParams
 from headsink.attention.passes import enter_scope, extended
 from headsink.attention.visibility import KeyVisibility
 from headsink.cache.buffers import Overwritten
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.cache.cache import PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.decoding.checks import CacheCheck
@@ -120,16 +120,16 @@ def prepare(model: PreTrainedModel, kv_dtype: KVDtype) -> None:
     claim()
     from headsink.decoding import kernel
 
-    key = torch.zeros(1, 1, 1, 16, dtype=model.dtype)
+    key = torch.zeros(1, 1, 1, 32, dtype=model.dtype)
     kernels, params = CPUBackend(), AttentionParams(1.0)
-    rows = quantize(key) if kv_dtype == "int8" else key
-    kernels.decode(key, rows, rows, key[..., 0] == 0, 1, params)
+    rows = encode(kv_dtype, key, key)
+    kernels.decode(key, *rows, key[..., 0] == 0, 1, params)
     kernels.prefill(key, key[0], key[0], KeyVisibility(torch.ones(1, 1), 0, 0, 0, None, False, 0, 0), params)
     operations = np.zeros((0, len(Field)), np.int64)  # a model without layers
     numbers, heads = np.zeros((0, len(Number)), np.float32), np.zeros((1, 0, len(KVField)), np.int64)
     turns, scratch = np.zeros((2, 0, 0, 0), np.float32), np.zeros(0, np.float32)
-    like, kv_like = (np.empty(0, NUMPY[kind]) for kind in (model.dtype, rows.dtype))
-    kernel.run(operations, numbers, heads, turns, scratch, like, kv_like, 1, 1)
+    likes = [np.empty(0, NUMPY[kind]) for kind in (model.dtype, *(one.dtype for one in rows))]
+    kernel.run(operations, numbers, heads, turns, scratch, *likes, 1, 1)
 
 
 class Decoder:
@@ -151,9 +151,8 @@ class Decoder:
         self.addresses = [weight.data_ptr() for weight in self.parameters]
         self.dtype = self.parameters[1].dtype
         self.cache_check = CacheCheck(self.shape, self.layers, self.dtype)
-        self.like, self.kv_like = (
-            np.empty(0, NUMPY[kind]) for kind in (self.dtype, self.layers[0].groups[0].keys.dtype)
-        )
+        first = self.layers[0].groups[0]
+        self.likes = [np.empty(0, NUMPY[kind]) for kind in (self.dtype, first.keys.dtype, first.values.dtype)]
         self.length = cache.get_seq_length()
         self.begun = self.ready = self.length  # first and last column of the allocated room
         rotaries = [layer.options.rotary for layer in self.layers]
@@ -227,8 +226,7 @@ class Decoder:
                 heads,
                 self._turns(length),
                 scratch,
-                self.like,
-                self.kv_like,
+                *self.likes,
                 len(self.pads),
                 threads,
             )

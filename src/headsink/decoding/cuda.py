@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.attention.cuda.table import DeviceTable
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.attention.formats import KVDtype
+from headsink.cache.cache import PlanCache
 from headsink.cache.kv_table import KVTable
 from headsink.cache.layer import PlanLayer
 from headsink.decoding.checks import CacheCheck
@@ -172,7 +173,7 @@ class Decoder:
         for theirs, table in zip(other.layers, self.tables, strict=True):
             key, value = theirs.groups[0].last(count)  # type: ignore[attr-defined]
             must_be("decode: keys of the other cache", (key.dtype, key.shape[3]), (first.dtype, self.shape.head_dim))
-            append_keys(key.contiguous(), value.contiguous(), table, self.columns, first.int8)
+            append_keys(key.contiguous(), value.contiguous(), table, self.columns, first.quantized)
         self.columns.add_(count)
         self.length += count
 
@@ -187,7 +188,7 @@ class Decoder:
     def _pass(self, one: Pass) -> None:
         """Run the model over the tokens of a pass and write its logits. Does not synchronise with the host."""
         for layer, table in zip(self.layers, self.tables, strict=True):
-            layer.on_card = DeviceTable(table, self.columns, layer.options.int8)
+            layer.on_card = DeviceTable(table, self.columns, layer.groups[0].quantized)
         try:
             with torch.no_grad():
                 output = self.model(one.token, position_ids=one.place, **cache_argument(self.cache()), use_cache=True)

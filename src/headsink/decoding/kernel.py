@@ -195,7 +195,16 @@ def _turn_head(x: Any, op: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None
 
 @njit(fastmath=FAST)
 def _append_head(
-    op: Any, numbers: Any, like: Any, row: Any, head: Any, table: Any, query: Any, turned: Any, turns: Any
+    op: Any,
+    numbers: Any,
+    key_like: Any,
+    value_like: Any,
+    row: Any,
+    head: Any,
+    table: Any,
+    query: Any,
+    turned: Any,
+    turns: Any,
 ) -> None:
     """Finish the query, key and value of a head, and append them to its cache.
 
@@ -218,7 +227,7 @@ def _append_head(
         if turned.shape[0]:
             turned[one] = query[one]
             _rotate(turned[one], turns[0, op[TURN], head], turns[1, op[TURN], head], op[INTERLEAVED])
-    append(table, key, value, like)
+    append(table, key, value, key_like, value_like)
 
 
 @njit
@@ -242,7 +251,8 @@ def run(
     turns: Any,
     scratch: Any,
     like: Any,
-    kv_like: Any,
+    key_like: Any,
+    value_like: Any,
     sequences: Any,
     threads: Any,
 ) -> None:
@@ -252,8 +262,8 @@ def run(
     layers, len(KVField)], of every layer sequence by sequence, for each new token of a sequence. turns: float32 [2, layers,
     sequences x KV heads, pairs], cos and sin of the angle by which queries are rotated for the sink tokens (cache-relative
     positions). scratch: float32, for the largest layer threads x sequences x tokens x query heads x (head size + 2). like,
-    kv_like: empty arrays of the dtype of the weights, and of the cached keys and values. Row s x tokens + t of a buffer belongs
-    to token t of sequence s.
+    key_like, value_like: empty arrays of the dtype of the weights, and of the cached keys and values. Row s x tokens + t of a
+    buffer belongs to token t of sequence s.
     """
     number, tokens = 0, heads.shape[0]
     rows = sequences * tokens
@@ -284,7 +294,8 @@ def run(
                             _append_head(
                                 op,
                                 numbers[number],
-                                kv_like,
+                                key_like,
+                                value_like,
                                 head // kv_heads * tokens + begin + token,
                                 head,
                                 heads[begin + token, first + head],
@@ -298,7 +309,8 @@ def run(
                         sums = top[head, part], total[head, part], parts[head, part]
                         attend_part(
                             heads[begin + step - 1, first + head],
-                            kv_like,
+                            key_like,
+                            value_like,
                             query[head].reshape((queries, dim)),
                             turned[head].reshape((turned.shape[1] * step, dim)),
                             step,

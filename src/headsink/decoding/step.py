@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headsink.attention.backends import backend_of
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.attention.formats import KVDtype
+from headsink.cache.cache import PlanCache
 from headsink.decoding.checks import CacheCheck
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import input_device

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from headsink.cache.cache import KVDtype, PlanCache, nbytes
+from headsink.attention.formats import KVDtype
+from headsink.cache.cache import PlanCache, nbytes
 from headsink.decoding.step import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.generation.lossless import generate_lossless

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from headsink.cache.cache import KVDtype
+from headsink.attention.formats import KVDtype
 from headsink.decoding.step import prepare, refusal
 from headsink.errors import HeadsinkError
 from headsink.generation.acceptance import MOST

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.attention.formats import KVDtype
+from headsink.cache.cache import PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.decoding.step import Decoder, decoder, prepare, refusal
 from headsink.generation.acceptance import DraftLength, accept_greedy, accept_sampled

@@ -22,7 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import Cache
 
-from headsink.cache.cache import KVDtype
+from headsink.attention.formats import KVDtype
 from headsink.errors import HeadsinkError
 from headsink.models import loading
 from headsink.plan.plan import Plan

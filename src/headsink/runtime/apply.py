@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from headsink.attention.formats import KVDtype
 from headsink.attention.passes import enter_scope
 from headsink.attention.rotary import layer_rotations
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.cache.cache import PlanCache
 from headsink.cache.segments import PrefillOptions
 from headsink.decoding.token import TokenSteps
 from headsink.errors import HeadsinkError

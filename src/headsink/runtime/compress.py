@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headsink.attention.formats import KVDtype
 from headsink.attention.interface import GAPS, left_padding
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe
 from headsink.plan.plan import Plan

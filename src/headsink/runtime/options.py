@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from headsink.errors import HeadsinkError
 
+KV_DTYPES = ("auto", "int8", "k8v4")  # of cached keys and values (attention/formats.py)
+
 
 def check_prefill(prefill: str, chunk_size: int | None, name: str = "chunk_size") -> None:
     """Raise HeadsinkError for values that `headsink.new_cache` does not take. name: of the argument or option `chunk_size`."""
@@ -17,5 +19,5 @@ def check_prefill(prefill: str, chunk_size: int | None, name: str = "chunk_size"
 
 def check_kv_dtype(kv_dtype: str, name: str = "kv_dtype") -> None:
     """Raise HeadsinkError for a value that `headsink.new_cache` does not take. name: of the argument or option."""
-    if kv_dtype not in ("auto", "int8"):
-        raise HeadsinkError(f"{name}: {kv_dtype!r} is neither 'auto', the model's dtype, nor 'int8'")
+    if kv_dtype not in KV_DTYPES:
+        raise HeadsinkError(f"{name}: {kv_dtype!r} is none of {', '.join(KV_DTYPES)}; auto is the model's dtype")

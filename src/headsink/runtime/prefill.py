@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from headsink.attention.formats import KVDtype
 from headsink.attention.interface import left_padding
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.cache.cache import PlanCache
 from headsink.compression.reconstruction import reconstruct as reconstruct_context
 from headsink.errors import HeadsinkError
 from headsink.models.spec import describe

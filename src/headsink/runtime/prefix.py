@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headsink.attention.int8 import dequantize
+from headsink.attention.formats import decode
 from headsink.attention.params import Padding
 from headsink.cache.cache import PlanCache
 from headsink.cache.head_group import HeadGroup
@@ -157,8 +157,7 @@ def _split(header: Header, group: Group, tensors: dict[str, Tensor]) -> Iterator
     order = torch.cat([torch.arange(group.prefix_slots), group.prefix_slots + columns.argsort()])
     positions = torch.cat([torch.arange(sinks), torch.full((top_k,), sinks), columns.sort().values])
     keys, values = (tensors[group.name + name][0][:, order] for name in ("keys", "values"))
-    if header.kv_dtype == "int8":
-        keys, values = (dequantize(rows, getattr(torch, header.dtype)) for rows in (keys, values))
+    keys, values = decode(header.kv_dtype, keys, values, getattr(torch, header.dtype))
     scores = torch.full(keys.shape[:2], NONE)
     if "scores" in group.stored:
         scores[:, sinks : group.prefix_slots] = tensors[group.name + "scores"][0].float()

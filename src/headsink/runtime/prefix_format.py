@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headsink.attention.int8 import SCALE_BYTES, dequantize
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.attention.formats import FORMATS, KVDtype, stored
+from headsink.cache.cache import PlanCache
 from headsink.cache.layer import PlanLayer
 from headsink.errors import HeadsinkError
 from headsink.eviction.pattern import Pattern
@@ -172,8 +172,9 @@ def check_parts(header: Header, tensors: dict[str, Tensor], cache: PlanCache, la
     if "padding" in tensors:
         _check_range("padding", tensors["padding"], header.seen)
     for name, tensor in tensors.items():
-        if tensor.dtype == torch.int8:
-            tensor = dequantize(tensor, torch.float32)
+        for rows in FORMATS.get(header.kv_dtype, ()):
+            if tensor.dtype == rows.dtype:
+                tensor = rows.dequantize(tensor, torch.float32)
         if tensor.is_floating_point():
             finite = tensor.isfinite()
             if not (~tensor.isnan() if name.endswith(".scores") else finite).all():
@@ -194,10 +195,10 @@ def _expected_tensors(header: Header, cache: PlanCache, rows: int) -> dict[str, 
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"input_ids": (torch.int64, (rows, header.seen))}
     for group in groups_of(header, cache):
         dim, layout = group.head_dim, (rows, group.heads, group.slots)
-        cached = (torch.int8, (*layout, dim + SCALE_BYTES)) if header.kv_dtype == "int8" else (dtype, (*layout, dim))
+        (key_width, key_dtype), (value_width, value_dtype) = stored(header.kv_dtype, dim, dtype)
         kinds = {
-            "keys": cached,
-            "values": cached,
+            "keys": (key_dtype, (*layout, key_width)),
+            "values": (value_dtype, (*layout, value_width)),
             "scores": (
                 torch.promote_types(dtype, torch.float32),
                 (*layout[:2], group.prefix_slots - group.pattern.sink),

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from headsink.cache.cache import KVDtype, PlanCache
+from headsink.attention.formats import KVDtype
+from headsink.cache.cache import PlanCache
 from headsink.errors import HeadsinkError
 from headsink.models.distributed import input_device
 from headsink.models.transformers_names import cache_argument

@@ -1,4 +1,4 @@
-"""The CPU backend: kernels compiled by numba, in float32 and bfloat16, with cached keys and values in int8 too."""
+"""The CPU backend: kernels compiled by numba, for models in float32 and bfloat16 and the formats of attention/formats.py."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
     torch.int8: np.int8,
+    torch.uint8: np.uint8,
 }  # as kernels read
 MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # which torch uses in bfloat16
 FEW = 3  # tokens up to which keys are read in place; for more, copying them to tiles first is faster
@@ -53,17 +54,17 @@ class CPUBackend:
         self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, end: int, params: AttentionParams
     ) -> Tensor:
 
-        batch, heads, slots, width = keys.shape
+        batch, heads, slots, _ = keys.shape
         check_buffers(query, keys, values, visible, end)
         keys, values, visible = (buffer.contiguous() for buffer in (keys, values, visible))
 
         table = np.zeros((batch * heads, len(KVField)), np.int64)
         number = np.arange(batch * heads) * slots
         for field, buffer in ((KVField.KEYS, keys), (KVField.VALUES, values)):
-            table[:, field] = buffer.data_ptr() + number * width * keys.element_size()
+            table[:, field] = buffer.data_ptr() + number * buffer.shape[3] * buffer.element_size()
         table[:, KVField.VISIBLE] = visible.data_ptr() + number
         table[:, KVField.END] = end
-        return attend_table(table, keys.dtype, query, query.shape[2], params.scaling)
+        return attend_table(table, (keys.dtype, values.dtype), query, query.shape[2], params.scaling)
 
     def prefill(
         self, query: Tensor, keys: Tensor, values: Tensor, visibility: KeyVisibility, params: AttentionParams
@@ -96,12 +97,12 @@ class CPUBackend:
         self, table: Any, length: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> Tensor:
         found = table.at(length)
-        return attend_table(found.reshape(-1, found.shape[-1]), table.dtype, query, 1, params.scaling, key, value)
+        return attend_table(found.reshape(-1, found.shape[-1]), table.dtypes, query, 1, params.scaling, key, value)
 
 
 def attend_table(
     table: Any,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     query: Tensor,
     tokens: int,
     scaling: float,
@@ -110,8 +111,8 @@ def attend_table(
 ) -> Tensor:
     """Attend on a CPU over the heads of a table, int64 [batch x heads, len(KVField)].
 
-    dtype: of the heads' buffers. query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1, dim], a token to
-    append before.
+    dtypes: of the heads' buffers of keys and of values. query: [batch, heads x group, tokens, dim]. key, value: [batch, heads, 1,
+    dim], a token to append before.
     """
     claim()  # before numba is imported: another thread may have been importing it when this process was forked
     from headsink.attention.cpu import decode
@@ -127,9 +128,9 @@ def attend_table(
     out = torch.empty_like(rows)
     none = rows.new_empty(0, dim)
     new = [none if t is None else t.detach().float().reshape(-1, dim).contiguous() for t in (key, value)]
-    like: Any = np.empty(0, NUMPY[dtype])
+    likes = [np.empty(0, NUMPY[dtype]) for dtype in dtypes]
     with exclusive_threads() as threads:
-        decode.attend(table, like, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
+        decode.attend(table, *likes, new[0].numpy(), new[1].numpy(), rows.numpy(), tokens, out.numpy(), threads)
     return out.view_as(query).to(query.dtype)
 
 

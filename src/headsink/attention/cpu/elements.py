@@ -1,7 +1,7 @@
-"""The numbers that CPU kernels read and write: float32, bfloat16 as uint16, and rows of int8 that end with a float32 scale.
+"""The numbers that CPU kernels read and write: float32, bfloat16 as uint16, and rows of numbers in 8 or 4 bits with their scales.
 
 numba has no bfloat16 and no exponential that a compiler vectorises. Numbers are passed by address. Their dtype is that of the
-array `like`. attention/int8.py says how rows of int8 are rounded.
+array `like`: int8 for rows of attention/int8.py, uint8 for those of attention/int4.py, which say how they are rounded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from headsink.attention.int4 import FACTOR_BYTES, GROUP, GROUP_BYTES, STEPS
 from headsink.attention.int8 import LARGEST, SCALE_BYTES
 
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # sums in any order; infinities must work
-FLOATS = np.empty(0, np.float32)
-_I32, _F32, _I16, _I8 = ir.IntType(32), ir.FloatType(), ir.IntType(16), ir.IntType(8)
+FLOATS, BFLOATS, BYTES = (np.empty(0, kind) for kind in (np.float32, np.uint16, np.uint8))
+_I64, _I32, _I16, _I8, _F32 = (*map(ir.IntType, (64, 32, 16, 8)), ir.FloatType())
 
 
 @intrinsic
@@ -33,13 +34,15 @@ def pointer(context: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def wide(context: Any, value: Any) -> Any:
-    """Convert a float32, a bfloat16 stored as uint16, or an int8 to float32."""
+    """Convert a float32, a bfloat16 stored as uint16, an int8 or a uint8 to float32."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value == types.float32:
             return arguments[0]
         if value == types.int8:
             return builder.sitofp(arguments[0], _F32)
+        if value == types.uint8:
+            return builder.uitofp(arguments[0], _F32)
         return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16)), _F32)
 
     return types.float32(value), generate
@@ -47,12 +50,12 @@ def wide(context: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(context: Any, value: Any, like: Any) -> Any:
-    """Convert a float32 to the dtype of the array `like`: float32, or bfloat16 or int8 rounded to nearest even."""
+    """Convert a float32 to the dtype of the array `like`: float32, or bfloat16, int8 or uint8 rounded to nearest even."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like.dtype == types.float32:
             return arguments[0]
-        if like.dtype == types.int8:
+        if like.dtype in (types.int8, types.uint8):
             kind = ir.FunctionType(_F32, [_F32])
             nearest = cgutils.get_or_insert_function(builder.module, kind, "llvm.rint.f32")
             return builder.trunc(builder.fptosi(builder.call(nearest, arguments[:1]), _I32), _I8)
@@ -91,25 +94,82 @@ def exp(x: Any) -> Any:
     return p * _power_of_two(np.int32(n))
 
 
+@intrinsic
+def bits(context: Any, like: Any) -> Any:
+    """Return the bits of a number of a row whose dtype is that of the array `like`: a constant, 4 for uint8."""
+    number = 4 if like.dtype == types.uint8 else like.dtype.bitwidth
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_I64, number)
+
+    return types.int64(like), generate
+
+
 @njit
 def row_bytes(columns: Any, like: Any) -> Any:
     """Return the bytes of a row of numbers of the dtype of the array `like`."""
-    return columns * like.itemsize + (SCALE_BYTES if like.itemsize == 1 else 0)
+    if bits(like) == 4:
+        return columns // GROUP * (GROUP_BYTES + FACTOR_BYTES)
+    return columns * like.itemsize + (SCALE_BYTES if bits(like) == 8 else 0)
 
 
 @njit
 def scale_of(row: Any, like: Any, columns: Any) -> Any:
     """Return the scale of a row at an address, 1 unless it is int8."""
-    if like.itemsize == 1:
+    if bits(like) == 8:
         return carray(pointer(row + columns, FLOATS), 1)[0]
     return np.float32(1)
 
 
 @njit(fastmath=FAST)
+def unpack(row: Any, columns: Any, out: Any) -> None:
+    """Write a row of numbers in 4 bits at an address to float32 [columns]."""
+    groups = columns // GROUP
+    codes = carray(pointer(row, BYTES), groups * GROUP_BYTES)
+    factors = carray(pointer(row + groups * GROUP_BYTES, BFLOATS), 2 * groups)
+    for group in range(groups):
+        scale, zero = wide(factors[2 * group]), wide(factors[2 * group + 1])
+        for n in range(GROUP_BYTES):
+            code = codes[group * GROUP_BYTES + n]
+            out[group * GROUP + n] = np.float32(code & STEPS) * scale + zero
+            out[group * GROUP + GROUP_BYTES + n] = np.float32(code >> 4) * scale + zero
+
+
+@njit
+def _nearest(number: Any, factor: Any) -> Any:
+    """Return the number of 4 bits that is nearest to number x factor."""
+    return narrow(min(max(number * factor, np.float32(0)), np.float32(STEPS)), BYTES)
+
+
+@njit
+def _pack(numbers: Any, row: Any) -> None:
+    """Write float32 [columns] to a row of numbers in 4 bits at an address."""
+    groups = numbers.shape[0] // GROUP
+    codes = carray(pointer(row, BYTES), groups * GROUP_BYTES)
+    factors = carray(pointer(row + groups * GROUP_BYTES, BFLOATS), 2 * groups)
+    for group in range(groups):
+        own = numbers[group * GROUP : (group + 1) * GROUP]
+        least, most = own[0], own[0]
+        for n in range(GROUP):
+            least, most = min(least, own[n]), max(most, own[n])
+        factors[2 * group + 1] = narrow(least, BFLOATS)
+        zero = wide(factors[2 * group + 1])
+        factors[2 * group] = narrow((most - zero) / np.float32(STEPS), BFLOATS)
+        scale = wide(factors[2 * group])
+        factor = np.float32(1) / scale if scale > 0 else np.float32(0)
+        for n in range(GROUP_BYTES):
+            low, high = _nearest(own[n] - zero, factor), _nearest(own[n + GROUP_BYTES] - zero, factor)
+            codes[group * GROUP_BYTES + n] = low | (high << 4)
+
+
+@njit(fastmath=FAST)
 def encode(numbers: Any, like: Any, row: Any) -> None:
-    """Write float32 [dim] to an array, a row of numbers of the dtype of `like`, as attention/int8.py rounds."""
+    """Write float32 [dim] to an array, a row of numbers of the dtype of `like`."""
+    if bits(like) == 4:
+        _pack(numbers, row.ctypes.data)
+        return
     factor = np.float32(1)
-    if like.itemsize == 1:
+    if bits(like) == 8:
         most = np.float32(0)
         for n in range(numbers.shape[0]):
             most = max(most, abs(numbers[n]))
@@ -125,7 +185,7 @@ def scale_columns(rows: Any, like: Any, count: Any, columns: Any, numbers: Any) 
 
     The last row of `numbers` is scratch.
     """
-    if like.itemsize == 1:
+    if bits(like) == 8:
         scales, width = numbers[-1], row_bytes(columns, like)
         for n in range(count):
             scales[n] = scale_of(rows + n * width, like, columns)

@@ -27,7 +27,7 @@ class DeviceTable:
     def of(cls, layout: Any, length: int, device: torch.device) -> DeviceTable:
         """layout: a `KVTable`."""
         columns = torch.tensor([length], device=device)
-        return cls(torch.from_numpy(layout.table).to(device), columns, layout.dtype == torch.int8)
+        return cls(torch.from_numpy(layout.table).to(device), columns, layout.dtypes[0] == torch.int8)
 
     def rotated(self, query: Tensor, rotary: Rotary) -> Tensor:
         """Return the queries of a token rotated for the sink tokens, for cache-relative positions (models/rope.py)."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headsink.attention.formats import KVDtype
 from headsink.bench.longcontext.engines import Engine, HeadsinkEngine, KvpressEngine, fit
 from headsink.bench.longcontext.run import FULL
 from headsink.bench.peers.process import Process
-from headsink.cache.cache import KVDtype
 from headsink.plan.plan import Plan
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from headsink.attention.formats import KVDtype
 from headsink.bench.peers.process import Failed, Process, forget_peak, release_memory, resident_memory
 from headsink.bench.stops import Stops
-from headsink.cache.cache import KVDtype, nbytes
+from headsink.cache.cache import nbytes
 from headsink.errors import HeadsinkError
 from headsink.generation.generate import generate
 from headsink.models.devices import dtype_name
