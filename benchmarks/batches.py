@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True, help="scaled to every context")
     parser.add_argument("--contexts", default="7500")
     parser.add_argument("--batches", default="1,2,4,8", help="batch sizes")
-    parser.add_argument("--kv-dtype", default="auto,int8")
+    parser.add_argument("--kv-dtype", default="auto,int8,k8v4")
     parser.add_argument("--ways", default="step,passes", help="passes: only with the dtype of the model")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

@@ -8,7 +8,7 @@ read in full attention and compressed before any continuation is known; then eve
 
 - "headsink": the default.
 - "headsink, reconstruction": the same plan; the case is compressed with context reconstruction.
-- "..., int8": the same, with keys and values in 8 bits; "full, int8" keeps every key.
+- "..., int8", "..., k8v4": the same with this `kv_dtype`; "full, int8" keeps every key.
 
 Records have the form of peers.py. Bytes are those of the layers without a sliding window.
 """
@@ -43,13 +43,11 @@ from headsink.runtime.scoring import continuation_log_probs, read
 from headsink.utils.files import write_text
 
 SCHEMA = 2  # of the records; in those without, "headsink" is online eviction (leaderboard.py)
-RECONSTRUCTION, INT8 = "headsink, reconstruction", ", int8"
+RECONSTRUCTION, QUANTIZED = "headsink, reconstruction", ("int8", "k8v4")
 METHODS = {
     "headsink": Method(),
     RECONSTRUCTION: Method(),
-    "headsink" + INT8: Method(),
-    RECONSTRUCTION + INT8: Method(),
-    "full" + INT8: Method(),
+    **{f"{name}, {kv_dtype}": Method() for name in ("headsink", RECONSTRUCTION, "full") for kv_dtype in QUANTIZED},
     "without top-k keys": Method(top_k=False),
     "equal head budgets": Method(importance=False),
     **{policy: Method(policy=policy) for policy in POLICIES if policy != "headsink"},
@@ -69,7 +67,8 @@ def score(
     model: PreTrainedModel, plan: Plan | None, case: dict[str, Any], method: str = "full"
 ) -> list[dict[str, Any]]:
     """Return a record for every continuation of a case."""
-    reconstruct, kv_dtype = method.startswith(RECONSTRUCTION), "int8" if method.endswith(INT8) else "auto"
+    reconstruct = method.startswith(RECONSTRUCTION)
+    kv_dtype: Any = next((name for name in QUANTIZED if method.endswith(name)), "auto")
     cache = read(model, plan, case["ids"], reconstruct=reconstruct, kv_dtype=kv_dtype)
     windows = [getattr(x, "sliding", None) or isinstance(x, DynamicSlidingWindowLayer) for x in cache.layers]
     compressible = SimpleNamespace(layers=[x for x, own in zip(cache.layers, windows, strict=True) if not own])
@@ -135,12 +134,12 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         made: dict[Method, tuple[Calibration, float]] = {}
         for name in methods:
             method = METHODS[name]
-            if name != "full" + INT8 and method not in made and not arguments.packaged and not arguments.plan:
+            if not name.startswith("full") and method not in made and not arguments.packaged and not arguments.plan:
                 start = time.perf_counter()
                 calibration = Calibration(model, tokenizer, context=shortest, method=method)
                 made = {method: (calibration, time.perf_counter() - start)}  # of one method at a time
             calibration, reading_seconds = made.get(method, (None, 0.0))
-            everything = Plan.full(model) if name == "full" + INT8 else None
+            everything = Plan.full(model) if name.startswith("full") else None
             for budget in [1.0] if everything else [float(budget) for budget in arguments.budgets.split(",")]:
                 start = time.perf_counter()
                 try:

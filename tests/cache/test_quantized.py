@@ -187,7 +187,9 @@ def test_refusals(kv_dtype):
     model, ids = tiny("llama", head_dim=DIMS[kv_dtype]), torch.randint(3, 211, (1, 20))
     plan = Plan.full(model)
     with (
-        pytest.raises(HeadsinkError, match=r"^kv_dtype: 'int4' is none of auto, int8, k8v4; auto is the model's dtype$"),
+        pytest.raises(
+            HeadsinkError, match=r"^kv_dtype: 'int4' is none of auto, int8, k8v4; auto is the model's dtype$"
+        ),
         headsink.apply(model, plan, kv_dtype="int4"),
     ):
         pass
@@ -200,3 +202,12 @@ def test_refusals(kv_dtype):
     multiple = {"int8": 4, "k8v4": 32}[kv_dtype]
     with pytest.raises(HeadsinkError, match=f"head sizes that are multiples of {multiple}, and the model has 6"):
         headsink.new_cache(narrow, Plan.full(narrow), kv_dtype=kv_dtype)
+
+
+def test_values_in_4_bits_are_refused_on_a_gpu(monkeypatch):
+    model = tiny("llama", head_dim=32)
+    monkeypatch.setattr("headsink.runtime.apply.input_device", lambda _: torch.device("cuda"))
+    with pytest.raises(
+        HeadsinkError, match=r"^kv_dtype: 'k8v4' runs on CPUs only, and the model is on cuda; use 'int8'$"
+    ):
+        headsink.new_cache(model, Plan.full(model), kv_dtype="k8v4")

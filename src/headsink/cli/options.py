@@ -108,7 +108,8 @@ Reconstruct = Annotated[
 KVDtype = Annotated[
     str,
     typer.Option(
-        help="auto, the model's dtype, or int8: keys and values in 8 bits, half of the bytes of bfloat16; without a plan too.",
+        help="auto, the model's dtype; int8: keys and values in 8 bits, half of the bytes of bfloat16; k8v4: values in 4 "
+        "bits, on CPUs. Without a plan too.",
         callback=known_kv_dtype,
     ),
 ]

@@ -107,8 +107,8 @@ def generate(
     with each new piece of text. compiled: under a plan, use headsink's kernels and the compiled decode step if they
     support the model. lossless: speculative decoding (`generate_lossless`). reconstruct: compress the
     prompt by context reconstruction, as `headsink.compress` does. kv_dtype: as for `new_cache`, of the draft in lossless mode;
-    without a plan, "int8" keeps every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty prompt or
-    one that does not fit the model.
+    without a plan, "int8" and "k8v4" keep every key. options: passed on to `model.generate`. Raises HeadsinkError for an empty
+    prompt or one that does not fit the model.
     """
     if not ids:
         raise HeadsinkError("prompt: it is empty")

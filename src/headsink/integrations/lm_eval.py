@@ -47,7 +47,7 @@ class HeadsinkLM(HFLM):
     pretrained : a model for `headsink.load`: smollm2, gemma3-270m, a folder, a .gguf file, a Hugging Face id.
     plan : the plan's file (JSON); without it the model runs with the full cache.
     dtype, device : as for `headsink.load`; dtype "auto" is the checkpoint's.
-    kv_dtype : as for `headsink.new_cache`; "int8" without a plan keeps every key.
+    kv_dtype : as for `headsink.new_cache`; "int8" and "k8v4" without a plan keep every key.
     options : options of the harness's HFLM (`OPTIONS`).
 
     Raises HeadsinkError for another option, an unknown kv_dtype, and for a plan of another model.

@@ -51,9 +51,9 @@ class SpeedOptions(RunOptions):
         ),
     ] = None
     batches: Batches = "1"
-    kv_dtypes: Annotated[str, typer.Option("--kv-dtype", help="Of the caches under plans, with commas: auto,int8.")] = (
-        "auto"
-    )
+    kv_dtypes: Annotated[
+        str, typer.Option("--kv-dtype", help="Of the caches under plans, with commas: auto,int8,k8v4.")
+    ] = "auto"
     tokens: NewTokens = 33
     rounds: Rounds = 5
     llama_cpp: LlamaCpp = None
