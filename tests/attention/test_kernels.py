@@ -139,17 +139,17 @@ def test_values_are_rounded_to_4_bits_as_in_torch(dim):
 
     encode(numbers.numpy(), found[0, :0], found, unpacked)
     expected = INT4.quantize(numbers)
-    codes = dim // 2
-    assert torch.equal(torch.from_numpy(found)[:, codes:], expected[:, codes:])  # scales and zero points
-    others = (torch.from_numpy(found) != expected).sum()
-    assert others <= 2  # numbers next to the middle of two
+    factors = [t[:, dim // 2 :].contiguous().view(torch.uint16).int() for t in (torch.from_numpy(found), expected)]
+    assert (factors[0] - factors[1]).abs().max() <= 1
+    others = (torch.from_numpy(found) != expected).any(1)
+    assert others.sum() <= 5  # scales and numbers next to the middle of two
     torch.testing.assert_close(
         torch.from_numpy(unpacked), INT4.dequantize(torch.from_numpy(found), torch.float32), rtol=1e-6, atol=0
     )
     groups = numbers.unflatten(1, (-1, 32))
     error = (INT4.dequantize(expected, torch.float32) - numbers).abs().unflatten(1, (-1, 32)).amax(-1)
-    # half a step, and the rounding of the scale and of the zero point to 8 bits
-    assert (error <= (groups.amax(-1) - groups.amin(-1)) / 28 + groups.abs().amax(-1) / 250).all()
+    # half a step, and that of the zero point's 8 bits
+    assert (error <= (groups.amax(-1) - groups.amin(-1)) / 29.5 + groups.abs().amax(-1) / 128 / 29).all()
 
 
 @pytest.mark.slow

@@ -24,12 +24,20 @@ def options(kv_dtype):
     return {"exact": False, "kv_dtype": kv_dtype}
 
 
+def neighbours(number):
+    """The bfloat16 next to a number, from the highest to the lowest, as float32."""
+    near = number.bfloat16()
+    ends = torch.tensor([float("inf"), float("-inf")], dtype=torch.bfloat16)
+    above, below = (torch.nextafter(near, end) for end in ends)
+    return [above.float(), near.float(), below.float()]
+
+
 def rounded_to_4_bits(numbers):
     """By definition, number by number."""
     found = torch.empty_like(numbers)
     for row, out in zip(numbers.view(-1, 32), found.view(-1, 32), strict=True):
-        zero = row.min().bfloat16().float()
-        scale = ((row.max() - zero) / 15).bfloat16().float()
+        zero = next(z for z in neighbours(row.min()) if z <= row.min())
+        scale = next(s for s in reversed(neighbours((row.max() - zero) / 15)) if s >= (row.max() - zero) / 15)
         for n, number in enumerate(row):
             out[n] = zero + scale * (round(float((number - zero) / scale)) if scale > 0 else 0)
     return found
@@ -48,10 +56,11 @@ def test_rounding_to_8_bits():
 
 
 def test_rounding_to_4_bits():
-    numbers = torch.randn(7, 64) * 10.0 ** torch.randint(-6, 6, (7, 1))
+    numbers = torch.randn(9, 64) * 10.0 ** torch.randint(-6, 6, (9, 1))
     numbers[0], numbers[1] = 0, 3.5
+    numbers[2:5] += torch.tensor([[1.0], [-100.0], [-0.003]])
     rows = INT4.quantize(numbers)
-    assert (rows.dtype, rows.shape) == (torch.uint8, (7, 40))
+    assert (rows.dtype, rows.shape) == (torch.uint8, (9, 40))
     found, expected = INT4.dequantize(rows, torch.float32), rounded_to_4_bits(numbers)
     step = (numbers.unflatten(1, (-1, 32)).amax(-1) - numbers.unflatten(1, (-1, 32)).amin(-1)) / 14
     error = (found - expected).abs().unflatten(1, (-1, 32)).amax(-1)

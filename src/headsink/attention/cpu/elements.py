@@ -136,6 +136,15 @@ def unpack(row: Any, columns: Any, out: Any) -> None:
 
 
 @njit
+def _rounded_up(number: Any) -> Any:
+    """Return a float32 as a bfloat16 that is not less, stored as uint16."""
+    found = narrow(number, BFLOATS)
+    if wide(found) < number:
+        found += 1 if number > 0 else -1
+    return np.uint16(found)
+
+
+@njit
 def _nearest(number: Any, factor: Any) -> Any:
     """Return the number of 4 bits that is nearest to number x factor."""
     return narrow(min(max(number * factor, np.float32(0)), np.float32(STEPS)), BYTES)
@@ -152,9 +161,9 @@ def _pack(numbers: Any, row: Any) -> None:
         least, most = own[0], own[0]
         for n in range(GROUP):
             least, most = min(least, own[n]), max(most, own[n])
-        factors[2 * group + 1] = narrow(least, BFLOATS)
+        factors[2 * group + 1] = _rounded_up(-least) ^ np.uint16(0x8000)
         zero = wide(factors[2 * group + 1])
-        factors[2 * group] = narrow((most - zero) / np.float32(STEPS), BFLOATS)
+        factors[2 * group] = _rounded_up((most - zero) / np.float32(STEPS))
         scale = wide(factors[2 * group])
         factor = np.float32(1) / scale if scale > 0 else np.float32(0)
         for n in range(GROUP_BYTES):
