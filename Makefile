@@ -13,7 +13,7 @@ VLLM_READY := .venv-vllm/ready
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/ready
 OLDEST_VERSION := 5.19.0
-OLDEST_TESTS := $(addprefix tests/, attention/test_passes.py runtime/test_table_of_calls.py cache/test_plan_cache.py cache/test_int8.py \
+OLDEST_TESTS := $(addprefix tests/, attention/test_passes.py runtime/test_table_of_calls.py cache/test_plan_cache.py cache/test_quantized.py \
 	cache/test_head_group.py generation/test_generation.py decoding/test_step.py decoding/test_token.py compression/test_compress.py \
 	runtime/test_prefix.py models/test_models.py models/test_shared_keys.py census/test_census.py cli/test_cli.py)
 HARNESS := .venv-harness/bin
