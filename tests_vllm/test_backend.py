@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from headsink import HeadsinkError
 from headsink.serving.vllm.attention import check_planned, compact
@@ -61,6 +61,13 @@ def test_pieces_contain_the_keys_that_their_queries_see(seed, split):
         mask = visible(kept, whole, torch.arange(before, before + now), torch.arange(before + now))
         expected += [[(r, key) for key in row.nonzero().flatten().tolist()] for row in mask]
     assert seen == expected
+
+
+def test_vllm_leaves_all_blocks_of_a_window_with_sinks_in_the_block_table():
+    """From 0.33 on, the model runner of GPUs replaces blocks below `num_retained_tokens` by null blocks, unless it is 0."""
+    spec = SinkWindowSpec.of(Blocks(1, 2), 16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    assert isinstance(spec, SlidingWindowSpec)  # the specs to which the runner does so
+    assert spec.num_retained_tokens == 0
 
 
 def test_a_layer_with_another_cache_spec_than_the_plans_raises():

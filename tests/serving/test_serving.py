@@ -199,11 +199,17 @@ def test_a_plan_with_top_k_keys_is_served_without_prefix_caching(vllm_of):
     assert "enable_prefix_caching" not in headsink.serving.vllm.settings.engine_args(Plan.full(model))
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.320.0", "0.3.0"])
 def test_another_version_of_vllm_is_refused(vllm_of, version):
     vllm_of(version)
-    with pytest.raises(HeadsinkError, match=rf"vLLM {version} is installed; headsink serves with 0\.32 only"):
+    with pytest.raises(HeadsinkError, match=rf"vLLM {version} is installed; headsink serves with vLLM 0\.32 or 0\.33:"):
         versions.check_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.32.1", "0.33.0", "0.33.0+cpu"])
+def test_versions_that_the_plugin_is_written_for_are_accepted(vllm_of, version):
+    vllm_of(version)
+    assert versions.check_vllm() == version
 
 
 def test_the_plan_is_passed_in_vllms_configuration(vllm_of):
@@ -267,5 +273,5 @@ def test_serve_without_vllm_ends_with_one_line_and_status_2(tmp_path, capsys, mo
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        "headsink: vLLM is not installed; headsink serves with vLLM 0.32: pip install 'vllm==0.32.*'\n"
+        "headsink: vLLM is not installed; headsink serves with vLLM 0.32 or 0.33: pip install 'vllm>=0.32,<0.34'\n"
     )

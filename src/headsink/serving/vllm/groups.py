@@ -103,7 +103,7 @@ def choose(
 
 
 def group_size(sizes: Sequence[int]) -> int:
-    """Return the number of layers per group, from the number of layers of each spec (vLLM 0.32, kv_cache_utils.py)."""
+    """Return the number of layers per group, from the number of layers of each spec (vLLM's `get_kv_cache_groups`)."""
     return max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
 
 

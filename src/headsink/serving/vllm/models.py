@@ -194,11 +194,10 @@ class SplitAttention(nn.Module):
 def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig) -> None:
     """Make a vLLM model run a plan. Call it before its weights are loaded. like: the model in transformers, on any device.
 
-    Raises HeadsinkError for settings of vLLM that do not work with a plan, and for layers that differ from the plan's.
+    Raises HeadsinkError for layers that differ from the plan's.
     """
-    if all(head.pattern.full for layer in plan.layers for head in layer or ()):
+    if _keeps_all(plan):
         return
-    _check_settings(plan, config)
     shape = describe(like)
     running = Running(plan, shape, config, rotary(like) if plan.has_top_k else None)
     if plan.has_top_k and running.dense:
@@ -226,8 +225,14 @@ def run(model: nn.Module, plan: Plan, like: PreTrainedModel, config: VllmConfig)
         )
 
 
+def _keeps_all(plan: Plan) -> bool:
+    return all(head.pattern.full for layer in plan.layers for head in layer or ())
+
+
 def _check_settings(plan: Plan, config: VllmConfig) -> None:
     """Raise HeadsinkError for features of vLLM that do not work with a plan, or are untested with one."""
+    if _keeps_all(plan):
+        return
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     quantised = is_quantized_kv_cache(config.cache_config.cache_dtype)
     unsuitable = {
@@ -256,8 +261,10 @@ def _check_settings(plan: Plan, config: VllmConfig) -> None:
 def _with_plan(base: Any) -> Any:
     class WithPlan(base):  # type: ignore[misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+            plan = given_plan(vllm_config.additional_config)
+            _check_settings(plan, vllm_config)  # first, because layers of vLLM refuse some of them in other words
             super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
-            self.plan = given_plan(vllm_config.additional_config)
+            self.plan = plan
             self.skeleton = [skeleton(vllm_config.model_config.hf_config)]  # in a list, so that it is not a submodule
             self.plan.check_shape(describe(self.skeleton[0]))
             self.quantised = vllm_config.quant_config is not None
