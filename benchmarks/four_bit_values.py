@@ -1,4 +1,4 @@
-"""Quality of forms of cached values in 4 bits beside keys in int8, by rounding a bfloat16 cache. `kv_dtype="k8v4"` has groups of 32.
+"""Quality of forms of values in 4 bits beside keys in int8, by rounding a bfloat16 cache. `kv_dtype="k8v4"` has groups of 32.
 
 python benchmarks/cases.py --contexts 2000 --documents 2 --split calibration --out runs/cases-calibration.json
 python benchmarks/four_bit_values.py --cases runs/cases-calibration.json --out runs/four-bit-values.json
