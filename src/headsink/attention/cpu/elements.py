@@ -121,18 +121,44 @@ def scale_of(row: Any, like: Any, columns: Any) -> Any:
     return np.float32(1)
 
 
+@intrinsic
+def _unpack_group(context: Any, codes: Any, scale: Any, zero: Any, out: Any) -> Any:
+    """Write a group of numbers in 4 bits at an address to float32 at another, times a scale, plus a zero point.
+
+    numba would compute with 64-bit integers, which processors do not convert to float32 in vectors.
+    """
+    bytes_, numbers = ir.VectorType(_I8, GROUP_BYTES), ir.VectorType(_F32, GROUP_BYTES)
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, *factors, written = arguments
+        packed = builder.load(builder.inttoptr(at, bytes_.as_pointer()), align=1)
+        every = ir.Constant(ir.VectorType(_I32, GROUP_BYTES), [0] * GROUP_BYTES)
+        none = ir.Constant(numbers, ir.Undefined)
+        own_scale, own_zero = (
+            builder.shuffle_vector(builder.insert_element(none, one, ir.Constant(_I32, 0)), none, every)
+            for one in factors
+        )
+        low = builder.and_(packed, ir.Constant(bytes_, [STEPS] * GROUP_BYTES))
+        high = builder.lshr(packed, ir.Constant(bytes_, [4] * GROUP_BYTES))
+        for half, part in enumerate((low, high)):
+            number = builder.uitofp(builder.zext(part, ir.VectorType(_I32, GROUP_BYTES)), numbers)
+            product = builder.fmul(number, own_scale, flags=("contract",))
+            to = builder.add(written, ir.Constant(_I64, half * GROUP_BYTES * 4))
+            value = builder.fadd(product, own_zero, flags=("contract",))
+            builder.store(value, builder.inttoptr(to, numbers.as_pointer()), align=4)
+        return target.get_dummy_value()
+
+    return types.none(types.int64, types.float32, types.float32, types.int64), generate
+
+
 @njit(fastmath=FAST)
 def unpack(row: Any, columns: Any, out: Any) -> None:
     """Write a row of numbers in 4 bits at an address to float32 [columns]."""
     groups = columns // GROUP
-    codes = carray(pointer(row, BYTES), groups * GROUP_BYTES)
     factors = carray(pointer(row + groups * GROUP_BYTES, BFLOATS), 2 * groups)
     for group in range(groups):
         scale, zero = wide(factors[2 * group]), wide(factors[2 * group + 1])
-        for n in range(GROUP_BYTES):
-            code = codes[group * GROUP_BYTES + n]
-            out[group * GROUP + n] = np.float32(code & STEPS) * scale + zero
-            out[group * GROUP + GROUP_BYTES + n] = np.float32(code >> 4) * scale + zero
+        _unpack_group(row + group * GROUP_BYTES, scale, zero, out.ctypes.data + group * GROUP * 4)
 
 
 @njit
