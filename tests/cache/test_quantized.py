@@ -1,6 +1,7 @@
 """Caches in 8 bits, with values in 4 bits too: rounding, and a model under a plan against the reference with rounded keys."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from reference import reference_logits
 
 import headsink
 from headsink import HeadsinkError, Plan
-from headsink.attention.formats import INT4, INT8, stored
+from headsink.attention.formats import FORMATS, INT4, INT8, KVDtype, stored
 from headsink.decoding.step import open_decoder
 from headsink.models.transformers_names import cache_argument
+from headsink.runtime.options import KV_DTYPES as NAMES
 
 FAMILIES = ["llama", "llama-mha", "qwen3", "gemma2", "gemma3", "gpt-oss"]
 DIMS = {"int8": None, "k8v4": 32}  # head sizes, None: the family's own
@@ -220,3 +222,8 @@ def test_values_in_4_bits_are_refused_on_a_gpu(monkeypatch):
         HeadsinkError, match=r"^kv_dtype: 'k8v4' runs on CPUs only, and the model is on cuda; use 'int8'$"
     ):
         headsink.new_cache(model, Plan.full(model), kv_dtype="k8v4")
+
+
+def test_options_name_the_formats():
+    """runtime/options.py does not import torch, so it has the names once more."""
+    assert NAMES == ("auto", *FORMATS) == get_args(KVDtype)
